@@ -1,0 +1,99 @@
+# Two commands set everything up on a fresh machine (Python 3.11+ and make): `make demo` and `make test`.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARGS ?=
+DATABASE = OUTBOX_DATABASE_URL="$${OUTBOX_DATABASE_URL:-embedded:.outbox}"
+# xdist's workers; two cores suffice for the whole suite
+JOBS ?= 2
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\n%s\n%s\n' 'Arguments go in ARGS: make run ARGS="--concurrency 2". The database is OUTBOX_DATABASE_URL,' \
+		'or, where that is not set, a private PostgreSQL in ./.outbox that needs no installation.'
+
+# ---- use
+
+.PHONY: migrate
+migrate: $(VENV)/run ## Create the tables (ARGS="--with unique_index" for the index, too)
+	@$(DATABASE) $(BIN)/outbox-worker migrate $(ARGS)
+
+.PHONY: run
+run: $(VENV)/run ## Run the worker until Ctrl-C
+	@$(DATABASE) $(BIN)/outbox-worker run $(ARGS)
+
+.PHONY: status
+status: $(VENV)/run ## Show backlog, guard, dead letters, workers
+	@$(DATABASE) $(BIN)/outbox-worker status $(ARGS)
+
+.PHONY: audit
+audit: $(VENV)/run ## Prove that nothing is owed
+	@$(DATABASE) $(BIN)/outbox-worker audit $(ARGS)
+
+.PHONY: psql
+psql: $(VENV)/run ## Open psql on the private PostgreSQL (ARGS="-c 'select 1'")
+	@$(DATABASE) $(BIN)/outbox-worker psql -- $(ARGS)
+
+# ---- develop
+
+.PHONY: test
+test: $(VENV)/dev ## Run the tests, as CI does
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/dev ## Run the long proofs: kill loops, large queues
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+.PHONY: test-majors
+test-majors: $(VENV)/dev ## Run the tests on every PostgreSQL major found on this machine
+	@found=; for bin in /usr/lib/postgresql/*/bin /usr/pgsql-*/bin; do \
+		[ -x "$$bin/initdb" ] || continue; found=yes; "$$bin/postgres" --version; \
+		OUTBOX_TEST_PG=embedded OUTBOX_TEST_PG_BIN="$$bin" \
+			$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(ARGS) || exit 1; \
+	done; \
+	OUTBOX_TEST_PG=embedded $(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(ARGS) || exit 1; \
+	[ -n "$$found" ] || echo 'No PostgreSQL is installed here: only the embedded one was tried.'
+
+.PHONY: check
+check: $(VENV)/dev ## Check format, lint, types and import layers
+	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: run `make format`.'; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/dev ## Format the code and mend what lint can
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
+
+.PHONY: lock
+lock: ## Resolve requirements/*.txt anew (needs uv)
+	@set -e; compile='uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links'; \
+	$$compile pyproject.toml --extra embedded --group build -o requirements/run.txt $(ARGS); \
+	$$compile pyproject.toml --extra embedded --group dev -c requirements/run.txt -o requirements/dev.txt $(ARGS)
+
+.PHONY: clean
+clean: ## Remove the environment and caches (not ./.outbox, which holds data)
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+
+# ---- the environment; its two stamps say what is in it
+
+$(VENV)/bin/python:
+	@[ -n '$(PYTHON)' ] || { echo 'Python 3.11 or newer is needed; none was found. Set PYTHON=/path/to/python3.'; exit 1; }
+	@echo 'Making the environment in $(VENV) ...'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'On Debian and Ubuntu: apt install python3-venv.'; exit 1; }
+
+$(VENV)/run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
+	@$(PIP) --require-hashes -r requirements/run.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev: requirements/dev.txt $(VENV)/run
+	@$(PIP) --require-hashes -r requirements/dev.txt
+	@touch $@

@@ -1,0 +1,182 @@
+"""Create the tables that are absent; adopt, unaltered, those that another application made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import context, op
+from sqlalchemy.dialects import postgresql
+
+from outbox_worker.health import is_owned
+from outbox_worker.schema import OWNED, Naming
+
+revision = "core_0001"
+down_revision = None
+branch_labels = ("core",)
+depends_on = None
+
+ID = postgresql.UUID()
+TIME = sa.DateTime(timezone=True)
+MONEY = sa.Numeric(12, 2)
+NOW = sa.text("clock_timestamp()")
+RANDOM_ID = sa.text("gen_random_uuid()")
+
+
+def upgrade() -> None:
+    _create_schemas()
+    for role, make in MAKERS.items():
+        naming = Naming(context.config.attributes["settings"], role)
+        if not sa.inspect(op.get_bind()).has_table(naming.table, schema=naming.schema):
+            make(naming)
+
+
+def downgrade() -> None:
+    """Drop what we made and nobody filled."""
+    for role in reversed(MAKERS):
+        naming = Naming(context.config.attributes["settings"], role)
+        table = sa.Table(naming.table, sa.MetaData(), schema=naming.schema)
+        if is_owned(op.get_bind(), table) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):
+            op.drop_table(naming.table, schema=naming.schema)
+
+
+def _create_schemas() -> None:
+    wanted = {Naming(context.config.attributes["settings"], role).schema for role in MAKERS}
+    for schema in sorted(wanted - set(sa.inspect(op.get_bind()).get_schema_names())):
+        op.execute(sa.schema.CreateSchema(schema))
+
+
+def _create(naming: Naming, *columns: sa.Column[Any], **checks: tuple[str, ...]) -> None:
+    constraints = [
+        sa.CheckConstraint(
+            sa.column(naming.column(key)).in_([sa.literal_column(f"'{value}'") for value in values]),
+            name=f"{naming.table}_{key}_check",
+        )
+        for key, values in checks.items()
+    ]
+    op.create_table(naming.table, *columns, *constraints, schema=naming.schema, comment=OWNED)
+
+
+def _index(naming: Naming, suffix: str, *keys: str, where: str | None = None, unique: bool = False) -> None:
+    op.create_index(
+        f"{naming.table}_{suffix}",
+        naming.table,
+        [naming.column(key) for key in keys],
+        schema=naming.schema,
+        unique=unique,
+        postgresql_where=sa.text(where) if where else None,
+    )
+
+
+def _payments(naming: Naming) -> None:
+    c = naming.column
+    _create(
+        naming,
+        sa.Column(c("id"), ID, primary_key=True, server_default=RANDOM_ID),
+        sa.Column(c("student_id"), ID, nullable=False),
+        sa.Column(c("course_id"), ID, nullable=False),
+        sa.Column(c("amount"), MONEY, nullable=False),
+        sa.Column(c("currency"), sa.CHAR(3), nullable=False),
+        sa.Column(c("status"), sa.Text, nullable=False),
+        sa.Column(c("created_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("updated_at"), TIME, nullable=False, server_default=NOW),
+        status=("pending", "succeeded", "failed", "refunded"),
+    )
+
+
+def _outbox(naming: Naming) -> None:
+    c = naming.column
+    _create(
+        naming,
+        sa.Column(c("id"), sa.BigInteger, sa.Identity(), primary_key=True),
+        sa.Column(c("event_id"), ID, nullable=False, unique=True),
+        sa.Column(c("event_type"), sa.Text, nullable=False),
+        sa.Column(c("payload"), postgresql.JSONB, nullable=False),
+        sa.Column(c("headers"), postgresql.JSONB),
+        sa.Column(c("created_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("due_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("attempts"), sa.Integer, nullable=False, server_default=sa.text("0")),
+        sa.Column(c("crashes"), sa.Integer, nullable=False, server_default=sa.text("0")),
+        sa.Column(c("last_error"), sa.Text),
+    )
+    _index(naming, "due_idx", "due_at", "id")
+
+
+def _purchases(naming: Naming) -> None:
+    c = naming.column
+    _create(
+        naming,
+        sa.Column(c("id"), ID, primary_key=True, server_default=RANDOM_ID),
+        sa.Column(c("student_id"), ID, nullable=False),
+        sa.Column(c("course_id"), ID, nullable=False),
+        sa.Column(c("payment_id"), ID, unique=True),
+        sa.Column(c("amount"), MONEY, nullable=False),
+        sa.Column(c("currency"), sa.CHAR(3), nullable=False),
+        sa.Column(c("is_active"), sa.Boolean, nullable=False, server_default=sa.true()),
+        sa.Column(c("created_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("deactivated_at"), TIME),
+    )
+    _index(naming, "active_student_course_idx", "student_id", "course_id", where=c("is_active"))
+
+
+def _processed_events(naming: Naming) -> None:
+    c = naming.column
+    _create(
+        naming,
+        sa.Column(c("event_id"), ID, primary_key=True),
+        sa.Column(c("event_type"), sa.Text, nullable=False),
+        sa.Column(c("outcome"), sa.Text, nullable=False),
+        sa.Column(c("payment_id"), ID),
+        sa.Column(c("processed_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("recovered_at"), TIME),
+    )
+
+
+def _dead_letters(naming: Naming) -> None:
+    c = naming.column
+    _create(
+        naming,
+        sa.Column(c("event_id"), ID, primary_key=True),
+        sa.Column(c("event_type"), sa.Text, nullable=False),
+        sa.Column(c("payload"), postgresql.JSONB, nullable=False),
+        sa.Column(c("headers"), postgresql.JSONB),
+        sa.Column(c("created_at"), TIME, nullable=False),
+        sa.Column(c("payment_id"), ID),
+        sa.Column(c("attempts"), sa.Integer, nullable=False),
+        sa.Column(c("reason"), sa.Text, nullable=False),
+        sa.Column(c("detail"), sa.Text, nullable=False),
+        sa.Column(c("dead_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("state"), sa.Text, nullable=False, server_default=sa.text("'open'")),
+        sa.Column(c("resolved_at"), TIME),
+        sa.Column(c("actor"), sa.Text),
+        sa.Column(c("note"), sa.Text),
+        state=("open", "requeued", "discarded", "settled"),
+    )
+    _index(naming, "open_idx", "dead_at", "event_id", where=f"{c('state')} = 'open'")
+    _index(naming, "payment_idx", "payment_id")
+
+
+def _workers(naming: Naming) -> None:
+    c = naming.column
+    _create(
+        naming,
+        sa.Column(c("id"), ID, primary_key=True),
+        sa.Column(c("host"), sa.Text, nullable=False),
+        sa.Column(c("pid"), sa.Integer, nullable=False),
+        sa.Column(c("version"), sa.Text, nullable=False),
+        sa.Column(c("started_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("seen_at"), TIME, nullable=False, server_default=NOW),
+        sa.Column(c("stopped_at"), TIME),
+        sa.Column(c("guard"), sa.Text, nullable=False),
+        sa.Column(c("metrics"), postgresql.JSONB, nullable=False, server_default=sa.text("'{}'")),
+    )
+
+
+MAKERS = {
+    "payments": _payments,
+    "outbox": _outbox,
+    "purchases": _purchases,
+    "processed_events": _processed_events,
+    "dead_letters": _dead_letters,
+    "workers": _workers,
+}

@@ -1,0 +1,238 @@
+"""The keeper of one private PostgreSQL: a single-threaded process in a session of its own, started by ``embedded``.
+
+Its standard input is the lifeline: a pipe whose other end the owner holds, so end-of-file says that the owner ended,
+however it ended. The server in turn ends with this process. Both hold the inherited lock: it is free again only when
+the last process of the server is gone. Runs by path (``python -I -S``) and imports nothing but the standard library.
+
+Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import pwd
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+LIFELINE = 0
+LOG_BYTES_MAX = 10 * 1024 * 1024
+CLONE_NEWUSER = 0x10000000
+PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10))  # fast, immediate, by force; seconds
+VOLATILE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+README = """A private PostgreSQL, kept by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
+data/    the database: never edit, back up with pg_dump    socket/  where the running server listens
+log      what the server said                              lock     held as long as any process of the server lives
+"""
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Home(NamedTuple):
+    """What one server is made of; ``lock`` is the inherited descriptor."""
+
+    directory: Path
+    binaries: Path
+    socket: Path
+    lock: int
+    durable: bool
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "log"
+
+
+def main(arguments: list[str]) -> None:
+    """Make what is missing, start the server, hold it; the exit message is the sentence the owner is told."""
+    directory, binaries, socket, lock, durability = arguments
+    home = Home(Path(directory), Path(binaries), Path(socket), int(lock), durability == "durable")
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    if os.geteuid() == 0:
+        leave_root(home)
+    require_reach(home.directory, home.binaries / "postgres")
+    furnish(home)
+    log_start = home.log.stat().st_size
+    if not home.data.exists():
+        initialise(home, log_start)
+    status = hold(home)
+    with contextlib.suppress(OSError):
+        home.socket.rmdir()
+    if status:
+        sys.exit(telling_line(home.log, log_start))
+
+
+def leave_root(home: Home) -> None:
+    """PostgreSQL refuses uid 0: be the directory's owner, or root under another number, or `nobody` as a last resort.
+
+    In a user namespace root keeps its files and loses its power, so nothing needs another owner or wider modes.
+    """
+    status = home.directory.stat()
+    if status.st_uid == 0 and namespace_permitted():
+        enter_namespace()
+        return
+    uid, gid = (status.st_uid, status.st_gid) if status.st_uid else nobody()
+    os.setgroups([])
+    os.setegid(gid)
+    os.seteuid(uid)
+    require_reach(home.directory.parent, home.binaries / "postgres")
+    os.seteuid(0)
+    os.fchown(home.lock, uid, gid)
+    if status.st_uid == 0:
+        for path in (home.directory, *home.directory.rglob("*")):
+            os.chown(path, uid, gid, follow_symlinks=False)
+    os.setgid(gid)
+    os.setuid(uid)
+
+
+def namespace_permitted() -> bool:
+    """Try in a child, for a namespace whose map was refused cannot be left again; macOS has none."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            enter_namespace()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def enter_namespace() -> None:
+    """Root outside, `nobody` inside."""
+    (uid, gid), group_outside = nobody(), os.getegid()
+    if libc.unshare(CLONE_NEWUSER) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/uid_map").write_text(f"{uid} 0 1", encoding="ascii")
+    Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
+    Path("/proc/self/gid_map").write_text(f"{gid} {group_outside} 1", encoding="ascii")
+
+
+def nobody() -> tuple[int, int]:
+    """Uid and gid; initdb wants an account that has a name."""
+    try:
+        account = pwd.getpwnam("nobody")
+    except KeyError:
+        sys.exit("PostgreSQL refuses to run as root and there is no user `nobody`: run as an ordinary user")
+    return account.pw_uid, account.pw_gid
+
+
+def require_reach(*paths: Path) -> None:
+    """End with a sentence where the account that the server runs as cannot get at what it needs."""
+    for path in paths:
+        if not os.access(path, os.X_OK, effective_ids=True):
+            sys.exit(
+                f"the server runs without root's power, as uid {os.geteuid()}, and {path} is out of its reach: "
+                "put the directory and the PostgreSQL programs where that user can get, or run as an ordinary user"
+            )
+
+
+def furnish(home: Home) -> None:
+    """Make everything but the data; what a killed initdb left goes, for the lock says that nobody is making it."""
+    os.umask(0o077)
+    (home.directory / "README").write_text(README, encoding="utf-8")
+    home.socket.mkdir(exist_ok=True)
+    status = home.socket.lstat()
+    if not home.socket.is_dir() or home.socket.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        sys.exit(f"{home.socket} is not a private directory of uid {os.geteuid()}: remove it")
+    if home.log.exists() and home.log.stat().st_size > LOG_BYTES_MAX:
+        os.truncate(home.log, 0)
+    home.log.touch()
+    shutil.rmtree(home.directory / "data.new", ignore_errors=True)
+
+
+def initialise(home: Home, log_start: int) -> None:
+    """Make the data under another name, then rename: it is there whole or not at all."""
+    new = home.directory / "data.new"
+    locale = ("--encoding=UTF8", "--no-locale", "--username=postgres", "--auth=trust", "--no-instructions")
+    sync = () if home.durable else ("--no-sync",)
+    if spawn(home, "initdb", f"--pgdata={new}", *locale, *sync).wait() != 0:
+        sys.exit(f"initdb failed: {telling_line(home.log, log_start)}")
+    new.rename(home.data)
+    descriptor = os.open(home.directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def hold(home: Home) -> int:
+    """Run the server until it ends, the owner ends or a signal asks for the end; its exit status."""
+    wake, wake_writer = os.pipe()
+    os.set_blocking(wake_writer, False)
+    signal.set_wakeup_fd(wake_writer)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, note)
+    server = spawn(home, "postgres", *server_arguments(home))
+    while server.poll() is None:
+        readable, _, _ = select.select([LIFELINE, wake], [], [])
+        if LIFELINE in readable or set(os.read(wake, 64)) != {signal.SIGCHLD}:
+            stop(server)
+    return server.returncode
+
+
+def note(_number: int, _frame: object) -> None:
+    """The wake-up descriptor carries the signal's number; a handler must exist for that."""
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Fast, then harder; every way keeps what was committed."""
+    for number, patience_seconds in STOP_SIGNALS:
+        server.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(patience_seconds)
+            return
+
+
+def server_arguments(home: Home) -> list[str]:
+    """No TCP; the socket's directory is private, so `trust` lets in only who could read the files anyway."""
+    quoted = '"' + str(home.socket).replace('"', '""') + '"'
+    settings = ["listen_addresses=", f"unix_socket_directories={quoted}", "unix_socket_permissions=0700", "port=5432"]
+    if not home.durable:
+        settings += VOLATILE
+    return ["-D", str(home.data), *(word for setting in settings for word in ("-c", setting))]
+
+
+def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a PostgreSQL program that speaks into the log, inherits the lock and ends with this process."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    with home.log.open("ab") as log:
+        return subprocess.Popen(  # noqa: S603 - the arguments are ours, no shell reads them
+            [home.binaries / program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment | {"LC_ALL": "C"},
+            pass_fds=[home.lock],
+            preexec_fn=functools.partial(end_with, os.getpid()),  # noqa: PLW1509 - this process has one thread
+        )
+
+
+def end_with(parent: int) -> None:
+    """Ask the kernel for a fast shutdown at the parent's death, and see whether it came before the asking."""
+    if sys.platform.startswith("linux"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def telling_line(log: Path, start: int) -> str:
+    """The last line since `start` that names an error, else the last line."""
+    with log.open("rb") as stream:
+        stream.seek(start)
+        lines = stream.read().decode(errors="replace").strip().splitlines() or ["the log is empty"]
+    telling = [line for line in lines if "FATAL:" in line or "PANIC:" in line or "error:" in line]
+    return (telling or lines)[-1]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

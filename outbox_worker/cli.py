@@ -1,0 +1,371 @@
+"""The command line: parse, call, print, exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from loguru import logger
+from sqlalchemy.exc import DBAPIError
+
+from outbox_worker import __version__, console
+from outbox_worker.database import Database, unavailable
+from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe
+from outbox_worker.model import DeadLetterState
+from outbox_worker.schema import Tables, build_tables
+from outbox_worker.settings import Settings, load_settings, unknown_variables
+from outbox_worker.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from outbox_worker.audit import AuditReport
+    from outbox_worker.fleet import WorkerRow
+    from outbox_worker.status import Status
+
+app = typer.Typer(
+    name="outbox-worker",
+    help="Turns every paid outbox event into exactly one purchase.\n\n"
+    "The purchase is the truth, the mark only evidence: what was paid and never given is given, whatever a mark says.",
+    epilog="Every command reads OUTBOX_DATABASE_URL: postgresql://USER:PASSWORD@HOST/DATABASE, or embedded:DIR for a "
+    "private PostgreSQL in DIR. Exit codes: 0 fine · 1 something was found · 2 wrong usage · 69 no connection · "
+    "78 a setting, table or privilege is wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None if not sys.stdout.isatty() else "rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
+app.add_typer(letters_app, name="dead-letters")
+
+
+class Option(StrEnum):
+    """The optional branches of migrations."""
+
+    UNIQUE_INDEX = "unique_index"
+    NOTIFY = "notify"
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="TOML file with settings (also OUTBOX_CONFIG).", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def run(
+    config: Config = None,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Settle what is due now, then end. 1: rows that others hold stayed locked.")
+    ] = False,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Claim loops in this process (OUTBOX_CONCURRENCY, default 1).", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Events per transaction (OUTBOX_BATCH_SIZE, default 1000).", show_default=False)
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR (OUTBOX_LOG_LEVEL).", show_default=False)
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="json or console (OUTBOX_LOG_FORMAT).", show_default=False)
+    ] = None,
+) -> None:
+    """Settle events: the daemon.
+
+    Ends cleanly on SIGTERM or Ctrl-C, after the batch at hand; a second one does not wait for it. A database that is
+    away is waited for. Any number of workers may run on one database.
+    """
+    from outbox_worker.signals import Signals
+    from outbox_worker.worker import Worker
+
+    settings = load_settings(
+        config=config, concurrency=concurrency, batch_size=batch_size, log_level=log_level, log_format=log_format
+    )
+    _start_logging(settings)
+    with Signals() as signals:
+        worker = Worker(settings)
+        status = worker.drain(signals) if drain else worker.run(signals)
+    raise typer.Exit(status)
+
+
+@app.command()
+def migrate(
+    config: Config = None,
+    with_: Annotated[
+        list[Option] | None,
+        typer.Option(
+            "--with",
+            help="Also: unique_index (the guard `index`, built without blocking writers) or notify (lower latency).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Create the tables that are absent.
+
+    Tables that exist are adopted and left as they are. Safe to repeat, and on a live database.
+    """
+    from outbox_worker.migration import upgrade
+
+    settings, database, tables = _open(config, patient=True)
+    done = upgrade(database, settings, tables, [str(option) for option in with_ or []])
+    for name in done.created:
+        console.line(f"created  {name}")
+    for name in done.adopted:
+        console.line(f"adopted  {name} (left as it is)")
+    for name in done.options:
+        console.line(f"option   {name} is in place")
+    if not done.created:
+        console.line("Everything is in place.")
+    _say_what_is_missing(database, tables)
+
+
+@app.command()
+def status(config: Config = None, json: AsJson = False) -> None:
+    """Show backlog, guard, dead letters and workers."""
+    from outbox_worker.status import condition, read_status
+
+    _, database, tables = _open(config)
+    now = read_status(database, tables)
+    if json:
+        console.print_json(_status_object(now))
+        return
+    backlog = now.backlog
+    console.columns(
+        "",
+        ["", ""],
+        [
+            ("guard", now.guard),
+            ("due", f"{backlog.due:,} (oldest for {console.ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
+            ("postponed", f"{backlog.waiting:,}"),
+            ("open dead letters", f"{now.open_letters:,}"),
+            ("settled per second", f"{now.events_per_second():,.1f}"),
+        ],
+    )
+    if now.workers:
+        console.columns(
+            "\nworkers of the last day",
+            ["host", "pid", "state", "last heard", "guard", "settled"],
+            [
+                (
+                    row.host,
+                    row.pid,
+                    condition(row),
+                    f"{console.ago(row.silent_seconds)} ago",
+                    row.guard,
+                    f"{_settled(row):,}",
+                )
+                for row in now.workers
+            ],
+            numbers=(1, 5),
+        )
+
+
+def _status_object(now: Status) -> dict[str, Any]:
+    from outbox_worker.status import condition
+
+    return {
+        "time": now.time,
+        "guard": now.guard,
+        "backlog": now.backlog,
+        "dead_letters": {"open": now.open_letters},
+        "events_per_second": now.events_per_second(),
+        "workers": [
+            {
+                "id": row.id,
+                "host": row.host,
+                "pid": row.pid,
+                "version": row.version,
+                "state": condition(row),
+                "started_at": row.started_at,
+                "silent_seconds": row.silent_seconds,
+                "guard": row.guard,
+                "settled": _settled(row),
+            }
+            for row in now.workers
+        ],
+        "metrics": now.metrics(),
+    }
+
+
+def _settled(row: WorkerRow) -> int:
+    return int(sum(value for name, value in row.metrics.items() if name.startswith("outbox_events_total")))
+
+
+@app.command()
+def audit(config: Config = None, json: AsJson = False) -> None:
+    """Prove that nothing is owed.
+
+    Classes every payment that succeeded and was not refunded.
+
+    Exit code 1 when a payment is unexplained (money taken, nothing given), or when a refunded one still is active.
+    """
+    from outbox_worker.audit import run_audit
+
+    _, database, tables = _open(config, patient=True)
+    report = run_audit(database, tables)
+    if json:
+        console.print_json({"ok": report.ok} | {key: getattr(report, key) for key in report.__dataclass_fields__})
+    else:
+        _print_audit(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _print_audit(report: AuditReport) -> None:
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{count:,}",
+            " ".join(f"{amount:,.2f} {currency}" for currency, amount in report.money[name].items()),
+        )
+        for name, count in report.counts.items()
+    ]
+    console.columns("standing payments", ["class", "payments", "money"], rows, numbers=(1, 2))
+    for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
+        if found:
+            console.columns(
+                f"\n{title}",
+                ["payment", "student", "course", "amount", "age"],
+                [
+                    (
+                        each.payment_id,
+                        each.student_id,
+                        each.course_id,
+                        f"{each.amount:.2f} {each.currency}",
+                        console.ago(each.age_seconds),
+                    )
+                    for each in found
+                ],
+                numbers=(3, 4),
+            )
+    if report.ok:
+        console.line("\nNothing is owed: every standing payment is explained.", "green")
+    else:
+        unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
+        console.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
+
+
+@letters_app.command("list")
+def list_dead_letters(
+    config: Config = None,
+    json: AsJson = False,
+    state: Annotated[DeadLetterState, typer.Option(help="Letters in this state.")] = DeadLetterState.OPEN,
+    reason: Annotated[
+        str | None, typer.Option(help="Only this reason, e.g. payment_mismatch.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many, oldest first.")] = 100,
+) -> None:
+    """List dead letters, oldest first."""
+    from outbox_worker.dead_letters import list_letters
+
+    _, database, tables = _open(config)
+    with database.transaction() as session:
+        letters = list_letters(session, tables, state=state, reason=reason, limit=limit)
+    if json:
+        console.print_json({"dead_letters": letters})
+        return
+    if not letters:
+        console.line(f"No {state} dead letters.")
+        return
+    console.columns(
+        "",
+        ["event", "reason", "tries", "dead since", "detail"],
+        [
+            (each.event_id, each.reason, each.attempts, f"{each.dead_at:%Y-%m-%d %H:%M}", each.detail)
+            for each in letters
+        ],
+        numbers=(2,),
+    )
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def psql(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Arguments for psql, after `--`.", show_default=False)
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Open psql on the private PostgreSQL of embedded:DIR."""
+    import subprocess
+
+    from outbox_worker.embedded import ensure_server, find_binaries
+
+    settings = load_settings(config=config)
+    directory = settings.embedded_directory
+    if directory is None:
+        raise SettingError("OUTBOX_DATABASE_URL is a server of your own: connect to it with your own psql.")
+    where = ensure_server(directory, bin_dir=settings.embedded_bin_dir)
+    program = find_binaries(settings.embedded_bin_dir) / "psql"
+    flags = [f"--{key}={where[name]}" for key, name in (("host", "host"), ("username", "user"), ("dbname", "dbname"))]
+    raise typer.Exit(subprocess.run([program, *flags, *(arguments or [])], check=False).returncode)  # noqa: S603
+
+
+def _open(config: Path | None, *, patient: bool = False) -> tuple[Settings, Database, Tables]:
+    """Settings and a database that answers; ``patient``: statements may take their time."""
+    settings = load_settings(config=config)
+    _start_logging(settings)
+    database = Database(settings, deadline_seconds=None if patient else settings.database_deadline_seconds)
+    database.check()
+    return settings, database, build_tables(settings)
+
+
+def _start_logging(settings: Settings) -> None:
+    configure_logging(settings.log_level, settings.log_format)
+    for name, near in unknown_variables(os.environ).items():
+        hint = f"; did you mean {near}?" if near else ""
+        logger.bind(event="unknown_setting", variable=name).warning("{} is no setting{}", name, hint)
+
+
+def _say_what_is_missing(database: Database, tables: Tables) -> None:
+    """An adopted table can lack what the worker needs; migrate does not alter it, but says so."""
+    from outbox_worker.health import find_problems
+
+    with database.transaction() as session:
+        problems = find_problems(session, tables)
+    for problem in problems:
+        console.line(f"missing  {problem.finding}\n         {problem.remedy}", "yellow")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"outbox-worker {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run a command; every foreseen failure is one sentence on stderr and its exit code."""
+    try:
+        app()
+    except OutboxWorkerError as error:
+        _fail(error)
+    except DBAPIError as error:
+        _fail(_in_a_sentence(error))
+
+
+def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
+    match classify(error):
+        case Failure.RECONNECT | Failure.RETRY:
+            return unavailable(error)
+        case Failure.PAUSE | Failure.UNCLEAR:
+            return SchemaError(f"The database refused: {describe(error)}. Look at tables and privileges.")
+        case _:
+            return OutboxWorkerError(f"The database refused: {describe(error)}.")
+
+
+def _fail(error: OutboxWorkerError) -> NoReturn:
+    sys.stderr.write(f"outbox-worker: {error}\n")
+    raise SystemExit(error.exit_code)

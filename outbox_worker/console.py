@@ -1,0 +1,83 @@
+"""How results look: tables on a terminal, plain columns in a pipe, one JSON object with ``--json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PLAIN_WIDTH = 1000
+"""Nothing is folded or cut in a pipe."""
+
+
+def print_json(value: object) -> None:
+    """One object on stdout: money as strings, times as RFC 3339 in UTC."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    match value:
+        case datetime():
+            return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        case Decimal():
+            return f"{value:.2f}"
+        case UUID() | Enum():
+            return str(value)
+        case float():
+            return round(value, 3)
+        case _:
+            return value
+
+
+def output() -> Console:
+    """The console of stdout: as wide as the terminal, or without bounds in a pipe."""
+    return (
+        Console(highlight=False, soft_wrap=False)
+        if sys.stdout.isatty()
+        else Console(width=_PLAIN_WIDTH, highlight=False)
+    )
+
+
+def columns(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = ()
+) -> None:
+    """Print rows under headings; ``numbers`` are the positions of columns that line up on the right."""
+    console = output()
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+    )
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if position in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
+    console.print(table)
+
+
+def line(text: str, style: str = "") -> None:
+    """Print one sentence."""
+    output().print(Text(text, style=style))
+
+
+def ago(seconds: float) -> str:
+    """A duration as people say it: 42s, 3m 05s, 2h 10m, 4d 3h."""
+    whole = int(max(0.0, seconds))
+    for unit, size, smaller, smaller_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // smaller_size:02d}{smaller}"
+    return f"{whole}s"

@@ -1,0 +1,249 @@
+"""Connections, transactions and outages. tenacity repeats transactions and waits out outages here, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import psycopg
+import tenacity
+from sqlalchemy import Engine, Executable, create_engine, event, text
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker import embedded
+from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, classify
+from outbox_worker.settings import Settings
+
+T = TypeVar("T")
+
+APPLICATION_NAME = "outbox-worker"
+
+INDEX_PLANS: Mapping[str, str] = {
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
+"""The statistics of queue-like tables mislead the planner; where an index path is meant, only that is left to it."""
+
+# what: parameters that end with the transaction · lock: none · safe behind a pooler
+_SET_LOCAL = text(
+    "SELECT set_config(p.name, p.value, true)"
+    " FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS p(name, value)"
+)
+
+_KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
+
+
+class Stop(Protocol):
+    """A flag that can be waited for: a ``threading.Event``, or the main thread's ``Signals``."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float) -> bool: ...
+
+
+class Database:
+    """One database: an engine, and transactions whose limits are set inside them (safe behind a pooler).
+
+    ``deadline_seconds`` bounds a connection attempt and every statement; None: statements may take their time
+    (migrate, audit).
+    """
+
+    def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
+        self._deadline_seconds = deadline_seconds
+        self.engine = _create_engine(settings, connections, deadline_seconds or settings.database_deadline_seconds)
+
+    @contextmanager
+    def transaction(self, **parameters: str) -> Iterator[Session]:
+        """A READ COMMITTED transaction, committed at the end; ``parameters`` hold inside it only."""
+        with Session(self.engine) as session:
+            _set_local(session, self._limits() | parameters)
+            yield session
+            session.commit()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """A REPEATABLE READ, READ ONLY transaction: every statement in it sees the same moment."""
+        engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with Session(engine) as session:
+            _set_local(session, self._limits())
+            yield session
+
+    def was_committed(self, transaction_id: str) -> bool | None:
+        """What became of a transaction whose COMMIT was never answered; None: not to be known any more.
+
+        Source: ``pg_xact_status``. A transaction still in progress is asked about again until it is decided.
+        """
+        decided = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda status: status == "in progress"),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1),
+            stop=tenacity.stop_after_delay(self._deadline_seconds or 10),
+            retry_error_callback=lambda _: None,
+        )
+        status = decided(self._transaction_status, transaction_id)
+        return None if status is None else status == "committed"
+
+    def _transaction_status(self, transaction_id: str) -> str | None:
+        with self.engine.connect() as connection:
+            asked = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
+            status: str | None = connection.scalar(asked, {"id": transaction_id})
+        return status
+
+    def check(self) -> None:
+        """Connect once. Raises DatabaseUnavailable with one sentence."""
+        try:
+            with self.engine.connect():
+                pass
+        except DBAPIError as error:
+            raise unavailable(error) from None
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _limits(self) -> dict[str, str]:
+        if self._deadline_seconds is None:
+            return {"statement_timeout": "0", "lock_timeout": "0"}
+        milliseconds = max(1, round(self._deadline_seconds * 1000))
+        return {
+            "statement_timeout": str(milliseconds),
+            "lock_timeout": str(max(1, milliseconds // 5)),
+            "idle_in_transaction_session_timeout": str(milliseconds),
+        }
+
+
+def repeat(work: Callable[[int], T], *, attempts: int) -> T:
+    """Run a whole unit of work again while it fails with ``retry``, at most ``attempts`` times in all.
+
+    ``work`` is told how often it has failed so far, and raises its last error in the end.
+    """
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_worth_repeating),
+        wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5),
+        stop=tenacity.stop_after_attempt(attempts),
+        reraise=True,
+    )
+    for attempt in again:
+        with attempt:
+            return work(attempt.retry_state.attempt_number - 1)
+    raise AssertionError("tenacity returns or raises")
+
+
+def outlast(
+    work: Callable[[], T],
+    stop: Stop,
+    on_failure: Callable[[BaseException, float], None],
+    seconds: float | None = None,
+) -> T | None:
+    """Run ``work`` until it returns, however long the trouble lasts; None when ``stop`` was set meanwhile.
+
+    ``on_failure(error, pause_seconds)`` is called before each pause; pauses grow with jitter to ten seconds. A
+    SchemaError is raised at once; with ``seconds`` the last error is raised when so much time has passed.
+    """
+    given_up = _StopWhenSet(stop)
+    patient = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_worth_waiting_for),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
+        sleep=partial(_sleep, stop),
+        stop=given_up if seconds is None else given_up | tenacity.stop_after_delay(seconds),
+        before_sleep=partial(_report_failure, on_failure),
+        retry_error_callback=partial(_give_up, stop),
+    )
+    return patient(work)
+
+
+class _StopWhenSet(tenacity.stop.stop_base):
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:  # noqa: ARG002 - tenacity's signature
+        return self._stop.is_set()
+
+
+def _sleep(stop: Stop, seconds: float) -> None:
+    stop.wait(seconds)
+
+
+def _is_worth_waiting_for(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, SchemaError)
+
+
+def _give_up(stop: Stop, state: tenacity.RetryCallState) -> None:
+    if not stop.is_set() and state.outcome is not None:
+        state.outcome.result()  # raises the last error
+
+
+def _is_worth_repeating(error: BaseException) -> bool:
+    return classify(error) is Failure.RETRY
+
+
+def _report_failure(on_failure: Callable[[BaseException, float], None], state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    if error is not None:
+        on_failure(error, state.upcoming_sleep)
+
+
+def unavailable(error: BaseException) -> DatabaseUnavailable:
+    """One sentence for a connection that was not made or broke; libpq's own words, without the connection string."""
+    lines = [line.strip() for line in str(getattr(error, "orig", error)).splitlines() if line.strip()]
+    said = lines[0] if lines else type(error).__name__
+    return DatabaseUnavailable(f"No connection to the database: {said}")
+
+
+def write(session: Session, statement: Executable, values: Mapping[str, Any], rows: int) -> None:
+    """Execute a write that must touch exactly ``rows`` rows: zero, or one too many, is never success.
+
+    Raises Inconsistent.
+    """
+    result = session.execute(statement, values, execution_options={"preserve_rowcount": True})
+    touched = result.rowcount  # type: ignore[attr-defined] # a CursorResult, as every write's
+    if touched != rows:
+        raise Inconsistent(f"A statement touched {touched} rows instead of {rows}: {str(statement)[:60]} …")
+
+
+def _create_engine(settings: Settings, connections: int, deadline_seconds: float) -> Engine:
+    options: dict[str, Any] = {
+        "pool_size": connections,
+        "max_overflow": 1,
+        "pool_timeout": deadline_seconds,
+        "pool_use_lifo": True,
+        "isolation_level": "READ COMMITTED",
+        "hide_parameters": True,
+    }
+    arguments = {
+        "connect_timeout": max(2, round(deadline_seconds)),
+        "application_name": APPLICATION_NAME,
+        "target_session_attrs": "read-write",
+        "tcp_user_timeout": round(deadline_seconds * 1000),
+        **_KEEPALIVE,
+    }
+    directory = settings.embedded_directory
+    if directory is None:
+        engine = create_engine(settings.url, connect_args=arguments, **options)
+    else:
+        connect = partial(_connect_embedded, directory, settings.embedded_bin_dir, arguments)
+        engine = create_engine("postgresql+psycopg://", creator=connect, **options)
+    event.listen(engine, "handle_error", _drop_lost_connections)
+    return engine
+
+
+def _connect_embedded(directory: Path, binaries: Path | None, arguments: Mapping[str, Any]) -> psycopg.Connection:
+    """Every new connection makes sure of the server first: whoever finds it gone starts it again."""
+    where = embedded.ensure_server(directory, bin_dir=binaries)
+    return psycopg.connect(**{**arguments, **where})
+
+
+def _drop_lost_connections(context: ExceptionContext) -> None:
+    """A read-only node answers politely for ever and a stale plan stays stale: treat both as a lost connection."""
+    if classify(context.original_exception) is Failure.RECONNECT:
+        context.is_disconnect = True
+
+
+def _set_local(session: Session, parameters: Mapping[str, str]) -> None:
+    session.execute(_SET_LOCAL, {"names": list(parameters), "values": list(parameters.values())})

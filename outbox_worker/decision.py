@@ -1,0 +1,80 @@
+"""Pure decisions: what an event's facts mean, how long to wait, which guard holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+
+from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, PaymentStatus, Reason, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how patiently an event is tried; the budget of events, not of the database."""
+
+    max_attempts: int
+    base: timedelta
+    maximum: timedelta
+
+    def is_last(self, attempts: int) -> bool:
+        """Whether one more failed try, after ``attempts`` of them, is the last."""
+        return attempts + 1 >= self.max_attempts
+
+
+def decide(facts: Facts) -> Verdict:  # noqa: PLR0911 - one return per rule is the table
+    """Judge a confirmed purchase. The numbers are the rules of docs/state-machine.md; the first that holds wins."""
+    if not facts.handled:  # 1
+        return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type")
+    if facts.payment_id is None:  # 2
+        return Verdict(Outcome.DEAD, Reason.INVALID_PAYLOAD, "payment_id is missing or not a UUID string")
+    if facts.mark and facts.mark.payment_id not in (None, facts.payment_id):  # 3
+        return Verdict(Outcome.DEAD, Reason.EVENT_ID_REUSED, f"marked for payment {facts.mark.payment_id}")
+    if facts.purchase_active is not None:  # 4
+        return Verdict(Outcome.ALREADY_EXISTS if facts.purchase_active else Outcome.SUPPRESSED)
+    if facts.payment_status is None:  # 5
+        return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment")
+    if facts.mismatches:  # 6
+        return Verdict(
+            Outcome.DEAD, Reason.PAYMENT_MISMATCH, f"differs from the payment row: {', '.join(facts.mismatches)}"
+        )
+    if facts.payment_status == PaymentStatus.REFUNDED:  # 7
+        return Verdict(Outcome.SUPPRESSED)
+    if facts.payment_status != PaymentStatus.SUCCEEDED:
+        return _not_yet(facts, Reason.PAYMENT_NOT_SUCCEEDED, "the payment has not succeeded")
+    if facts.pair_held:  # 8
+        return Verdict(Outcome.DUPLICATE_PAYMENT)
+    return Verdict(_grant(facts))  # 9
+
+
+def _grant(facts: Facts) -> Outcome:
+    claimed = facts.mark is not None and facts.mark.outcome not in MARKS_WITHOUT_PURCHASE
+    return Outcome.RECOVERED if claimed else Outcome.CREATED
+
+
+def _not_yet(facts: Facts, reason: Reason, detail: str) -> Verdict:
+    return Verdict(Outcome.DEAD if facts.last_try else Outcome.RETRIED, reason, detail)
+
+
+def refused(detail: str, last_try: bool) -> Verdict:
+    """The verdict on an event that the database itself refused; ``detail`` names the error, never the payload."""
+    return Verdict(Outcome.DEAD if last_try else Outcome.RETRIED, Reason.REJECTED_BY_DATABASE, detail)
+
+
+def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
+    """Wait after the ``attempts``-th failed try (1 is the first): exponential, capped, and up to a quarter longer.
+
+    ``spread`` in [0, 1) is the caller's random number; it keeps events that failed together from coming back together.
+    """
+    grown = policy.base.total_seconds() * 2.0 ** min(attempts - 1, 62)
+    return timedelta(seconds=min(grown, policy.maximum.total_seconds())) * (1 + spread / 4)
+
+
+def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> Guard:
+    """``index`` only where the planner really takes a sound index as arbiter; otherwise ``lock``."""
+    return Guard.INDEX if set(sound_indexes) & set(arbiters) else Guard.LOCK
+
+
+def next_pause(previous: float, *, minimum: float, maximum: float) -> float:
+    """Seconds until the next look after one that found nothing: twice the previous pause, within the bounds."""
+    return min(maximum, max(minimum, previous * 2))

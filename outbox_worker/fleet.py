@@ -1,0 +1,75 @@
+"""The door to ``workers``: which processes run, and what they have counted so far.
+
+A row is written at start, again at every heartbeat, and closed at a clean stop. One that fell silent without being
+closed is a worker that died.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Float, Select, cast, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from outbox_worker import __version__
+from outbox_worker.model import Guard
+from outbox_worker.schema import Tables
+
+KEPT = timedelta(days=1)
+"""How long the row of a process that is gone stays visible."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One process, as ``workers`` shows it; times in seconds by the database's clock."""
+
+    id: UUID
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    silent_seconds: float
+    stopped_at: datetime | None
+    guard: str
+    metrics: Mapping[str, float]
+
+
+class Fleet:
+    """This process's row among its peers."""
+
+    def __init__(self, tables: Tables, worker_id: UUID) -> None:
+        self._workers = tables.workers
+        self._id = worker_id
+
+    def join(self, session: Session, guard: Guard) -> None:
+        """Write our row; forget processes that have been gone for a day."""
+        workers = self._workers
+        last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
+        session.execute(delete(workers).where(last_seen < func.clock_timestamp() - KEPT))
+        row = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        session.execute(insert(workers).values(**row, guard=guard.value))
+
+    def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
+        """Say that we live, and what we have counted; ``stopped``: for the last time."""
+        now = func.clock_timestamp()
+        seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics)} | (
+            {"stopped_at": now} if stopped else {}
+        )
+        session.execute(update(self._workers).where(self._workers.c.id == self._id).values(seen))
+
+
+def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
+    """All processes of the last day, running ones first."""
+    workers = tables.workers
+    silent = cast(func.extract("epoch", func.clock_timestamp() - workers.c.seen_at), Float)
+    columns = [workers.c[key] for key in ("id", "host", "pid", "version", "started_at")]
+    query: Select[Any] = select(*columns, silent, workers.c.stopped_at, workers.c.guard, workers.c.metrics)
+    rows = session.execute(query.order_by(workers.c.stopped_at.is_not(None), workers.c.started_at)).all()
+    return [WorkerRow(*row) for row in rows]

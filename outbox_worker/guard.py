@@ -1,0 +1,131 @@
+"""The guard: what stops a second active purchase of a pair, and how we know which one is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Table, null, select, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.decision import choose_guard
+from outbox_worker.errors import Failure, classify
+from outbox_worker.model import Guard
+
+_LOCKS_PER_TRANSACTION = 10
+"""One batch takes at most a tenth of the server's lock table: one lock per event fills it (53200)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuardState:
+    """The guard in force. ``predicate`` is the index's own, as the catalogue prints it; empty for ``lock``."""
+
+    guard: Guard
+    predicate: str = ""
+    lock_capacity: int = 1
+    """How many pairs one transaction may lock."""
+
+
+class GuardWatch:
+    """The guard that the claim loops of one process believe in; they share one watch.
+
+    An assignment to ``state`` is atomic, and a belief that is out of date costs one savepoint, never a purchase.
+    """
+
+    def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
+        self._purchases = purchases
+        self._on_change = on_change
+        self._known: Guard | None = None
+        self.state = GuardState(Guard.LOCK)
+
+    def probe(self, session: Session) -> GuardState:
+        """Ask the database which guard is in force and believe it."""
+        return self._believe(probe_guard(session, self._purchases))
+
+    def fall_back(self) -> GuardState:
+        """The index just failed us (42P10, 55000): believe in the lock until the next probe."""
+        return self._believe(GuardState(Guard.LOCK, lock_capacity=self.state.lock_capacity))
+
+    def _believe(self, state: GuardState) -> GuardState:
+        self.state, before, self._known = state, self._known, state.guard
+        if state.guard is not before:
+            self._on_change(state.guard)
+        return state
+
+
+def predicate_forms(purchases: Table) -> tuple[str, ...]:
+    """The partial predicates that mean "active", as ``pg_get_expr`` prints them. Nothing else is a guard."""
+    column = postgresql.dialect().identifier_preparer.quote(purchases.c.is_active.name)  # type: ignore[no-untyped-call]
+    return column, f"({column} = true)", f"({column} IS TRUE)"
+
+
+def probe_guard(session: Session, purchases: Table) -> GuardState:
+    """Find a sound unique index and prove with EXPLAIN that the planner takes it as arbiter."""
+    capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
+    sound = pair_indexes(session, purchases)
+    for predicate in dict.fromkeys(sound.values()):
+        if choose_guard(sound, _arbiters(session, purchases, predicate)) is Guard.INDEX:
+            return GuardState(Guard.INDEX, predicate, capacity)
+    return GuardState(Guard.LOCK, lock_capacity=capacity)
+
+
+def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
+    """The conflict target, spelled out so that the planner asserts a valid index behind it at every execution.
+
+    The predicate is literal text: as a bind parameter it makes generic plans raise 42P10 although the index is valid.
+    """
+    return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": text(predicate)}
+
+
+# what: how many locks fit into the server's lock table · lock: none
+_LOCK_TABLE_SIZE = text(
+    "SELECT CAST(current_setting('max_locks_per_transaction') AS int)"
+    " * (CAST(current_setting('max_connections') AS int) + CAST(current_setting('max_prepared_transactions') AS int))"
+)
+
+# what: unique, valid, immediate, partial indexes over exactly the pair · lock: none · index: the catalogue's own
+_PAIR_INDEXES = text(
+    """
+    SELECT c.relname, pg_get_expr(i.indpred, i.indrelid)
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+    WHERE i.indrelid = to_regclass(:relation)
+      AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
+      AND i.indpred IS NOT NULL AND i.indexprs IS NULL AND i.indnkeyatts = 2
+      AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
+           WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
+        = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)
+    """
+)
+
+
+def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
+    """The indexes that can be the guard, each with its predicate as the catalogue prints it."""
+    columns = [purchases.c.student_id.name, purchases.c.course_id.name]
+    found = session.execute(_PAIR_INDEXES, {"relation": relation_name(purchases), "columns": columns})
+    return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
+
+
+def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
+    """The indexes that EXPLAIN names as arbiters; none where it raises 42P10 or 55000."""
+    nothing = select(null(), null()).where(text("false"))
+    columns = [purchases.c.student_id, purchases.c.course_id]
+    trial = postgresql.insert(purchases).from_select(columns, nothing, include_defaults=False)
+    trial = trial.on_conflict_do_nothing(**on_active_pair(purchases, predicate))
+    sql = str(trial.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
+    try:
+        with session.begin_nested():
+            plan = session.scalar(text(f"EXPLAIN (FORMAT JSON) {sql}"))
+    except DBAPIError as error:
+        if classify(error) is Failure.GUARD:
+            return []
+        raise
+    arbiters: list[str] = plan[0]["Plan"].get("Conflict Arbiter Indexes", []) if plan else []
+    return arbiters
+
+
+def relation_name(table: Table) -> str:
+    """A table's quoted, qualified name, as ``to_regclass`` takes it."""
+    return postgresql.dialect().identifier_preparer.format_table(table)  # type: ignore[no-untyped-call]

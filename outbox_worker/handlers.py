@@ -1,0 +1,124 @@
+"""What the worker does with each type of event: one entry per type, in a table that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from sqlalchemy.orm import Session
+
+from outbox_worker.decision import RetryPolicy, decide, refused
+from outbox_worker.guard import GuardState
+from outbox_worker.model import (
+    GRANTS,
+    PURCHASE_CONFIRMED,
+    Batch,
+    Facts,
+    Guard,
+    Outcome,
+    Verdict,
+    Verdicts,
+)
+from outbox_worker.purchases import PairLocks, PurchaseRepository, Sight
+
+_CLEAN = Verdict(Outcome.CREATED, clean=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Footing:
+    """On what footing a batch is handled."""
+
+    guard: GuardState
+    locks: PairLocks | None = None
+    """The pairs already locked; None: the handler locks those it must judge."""
+    careful: bool = False
+    """Judge every event; the fast statement failed for one of them."""
+
+
+class Handler(Protocol):
+    """Handles claimed events of one type, a batch at a time, inside the session's transaction."""
+
+    def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+        """Do the work and return a verdict per event; an event without one stays in the outbox as it was.
+
+        Marks, removal, retries and dead letters are the processor's. An exception rolls all of it back.
+        """
+        ...
+
+
+Handlers = Mapping[str, Handler]
+
+
+HANDLED_TYPES = (PURCHASE_CONFIRMED,)
+
+
+def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handlers:
+    """The table."""
+    return {
+        PURCHASE_CONFIRMED: ConfirmedPurchases(repository, policy),
+    }
+
+
+def judge_unhandled(batch: Batch) -> Verdicts:
+    """Rule 1: events of a type that the table does not hold."""
+    return dict.fromkeys(batch, decide(Facts(handled=False)))
+
+
+class ConfirmedPurchases:
+    """Makes the purchase that a confirmed payment is owed."""
+
+    def __init__(self, repository: PurchaseRepository, policy: RetryPolicy) -> None:
+        self._repository = repository
+        self._policy = policy
+
+    def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+        """One statement for all events that nothing speaks against; the others are judged under their pairs' locks."""
+        clean = set() if footing.careful else self._insert_clean(session, batch, footing)
+        verdicts = dict.fromkeys(clean, _CLEAN)
+        rest = {key: event for key, event in batch.items() if key not in clean}
+        if not rest:
+            return verdicts
+        locks = footing.locks or self._repository.lock_pairs(session, rest, footing.guard.lock_capacity)
+        return verdicts | self._judge(session, rest, footing.guard, locks.keys)
+
+    def _insert_clean(self, session: Session, batch: Batch, footing: Footing) -> set[int]:
+        """Under the guard ``lock`` only events whose pair is locked: another's payment may have appeared since."""
+        if footing.guard.guard is Guard.LOCK:
+            locked = footing.locks.locked if footing.locks else frozenset()
+            batch = {key: event for key, event in batch.items() if key in locked}
+        return self._repository.insert_clean(session, batch, footing.guard)
+
+    def _judge(self, session: Session, batch: Batch, guard: GuardState, held: frozenset[int]) -> Verdicts:
+        """Look, decide, write; look again at what a write changed. Every round settles an event or is the last."""
+        verdicts: Verdicts = {}
+        tried: set[int] = set()
+        waiting = batch
+        while waiting:
+            seen = self._repository.look(session, waiting, self._policy)
+            judged = {key: decide(sight.facts) for key, sight in seen.items() if _is_locked(sight, held)}
+            grants = {key for key, verdict in judged.items() if verdict.outcome in GRANTS}
+            verdicts |= {key: verdict for key, verdict in judged.items() if key not in grants}
+            verdicts |= {key: self._unwritable(seen[key]) for key in grants & tried}
+            firsts = _one_per_pair(batch, grants - tried, seen)
+            made = self._repository.insert_granted(session, firsts, guard) if firsts else set()
+            verdicts |= {key: judged[key] for key in made}
+            tried |= set(firsts)
+            waiting = {key: batch[key] for key in grants if key not in verdicts}
+        return verdicts
+
+    def _unwritable(self, sight: Sight) -> Verdict:
+        return refused("the purchase was not written, and nothing that explains it is there", sight.facts.last_try)
+
+
+def _is_locked(sight: Sight, held: frozenset[int]) -> bool:
+    return sight.key is None or sight.key in held
+
+
+def _one_per_pair(batch: Batch, keys: set[int], seen: Mapping[int, Sight]) -> Batch:
+    """The oldest event of each pair; the others of the pair are judged again when its purchase is there."""
+    oldest: dict[int | None, int] = {}
+    for key in batch:
+        if key in keys:
+            oldest.setdefault(seen[key].key, key)
+    return {key: batch[key] for key in oldest.values()}

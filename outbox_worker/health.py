@@ -1,0 +1,170 @@
+"""Probes: whether the database holds what the worker needs. Every finding is one sentence with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Boolean, Column, Connection, Integer, Numeric, String, Table, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB, UUID
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import CreateColumn
+from sqlalchemy.types import DateTime, TypeEngine
+
+from outbox_worker.errors import SchemaError
+from outbox_worker.guard import relation_name
+from outbox_worker.schema import OWNED, Tables
+
+_PRIVILEGES = {
+    "payments": ("SELECT",),
+    "outbox": ("SELECT", "UPDATE", "DELETE"),
+    "purchases": ("SELECT", "INSERT"),
+    "processed_events": ("SELECT", "INSERT", "UPDATE"),
+    "dead_letters": ("SELECT", "INSERT", "UPDATE"),
+    "workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+}
+_INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers")
+_LEFT_TO_DEFAULTS = (("purchases", "id"),)
+"""Columns of those tables that no statement of ours writes."""
+_UPSERTED_BY = ("processed_events", "dead_letters")
+"""Tables whose ``event_id`` must be unique: ON CONFLICT needs the index."""
+
+_TEXTS = {"text", "varchar", "bpchar", "citext"}
+_NUMBERS = {"int2", "int4", "int8", "numeric"}
+_KEYS = {"uuid", "int4", "int8", *_TEXTS}
+_FITTING: dict[type[TypeEngine[Any]], set[str]] = {
+    UUID: {"uuid"},
+    JSONB: {"jsonb"},
+    Boolean: {"bool"},
+    DateTime: {"timestamptz"},
+    Numeric: _NUMBERS,
+    Integer: {"int2", "int4", "int8"},
+    String: _TEXTS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    finding: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Actual:
+    """A column as the catalogue has it."""
+
+    type_name: str
+    is_enum: bool
+    must_be_written: bool
+
+
+def check_schema(session: Session, tables: Tables) -> None:
+    """Raise SchemaError with every missing table, column and privilege, or return."""
+    problems = find_problems(session, tables)
+    if problems:
+        remedies: dict[str, list[str]] = {}
+        for problem in problems:
+            remedies.setdefault(problem.remedy, []).append(problem.finding)
+        listed = "\n".join(f"  {'; '.join(findings)}\n    → {remedy}" for remedy, findings in remedies.items())
+        raise SchemaError(f"The database does not hold what the worker needs.\n{listed}")
+
+
+def find_problems(session: Session, tables: Tables) -> list[Problem]:
+    return [problem for role, table in tables.by_role().items() for problem in _table_problems(session, role, table)]
+
+
+def exists(session: Session | Connection, table: Table) -> bool:
+    asked = text("SELECT to_regclass(:name) IS NOT NULL")
+    return bool(session.scalar(asked, {"name": relation_name(table)}))
+
+
+def is_owned(session: Session | Connection, table: Table) -> bool:
+    """Whether our migrations made the table; otherwise it is adopted."""
+    asked = text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
+    return bool(session.scalar(asked, {"name": relation_name(table), "owned": OWNED}))
+
+
+def _table_problems(session: Session, role: str, table: Table) -> Iterator[Problem]:
+    name = relation_name(table)
+    if not session.scalar(text("SELECT has_schema_privilege(:schema, 'USAGE')"), {"schema": table.schema}):
+        yield Problem(
+            f"no USAGE on the schema {table.schema}", f"GRANT USAGE ON SCHEMA {table.schema} TO CURRENT_USER;"
+        )
+        return
+    if not exists(session, table):
+        yield Problem(f"table {name} is missing", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
+        return
+    if lacking := [privilege for privilege in _PRIVILEGES[role] if not _may(session, name, privilege)]:
+        listed = ", ".join(lacking)
+        yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO <the worker's role>;")
+    actual = _actual_columns(session, name)
+    for column in table.columns:
+        yield from _column_problems(name, role, column, actual.get(column.name))
+    yield from _unwritten_problems(name, role, table, actual)
+    if role in _UPSERTED_BY and not _is_unique(session, name, table.c.event_id.name):
+        column_name = table.c.event_id.name
+        yield Problem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
+
+
+def _may(session: Session, name: str, privilege: str) -> bool:
+    by_column = "" if privilege == "DELETE" else " OR has_any_column_privilege(:name, :privilege)"
+    asked = text(f"SELECT has_table_privilege(:name, :privilege){by_column}")
+    return bool(session.scalar(asked, {"name": name, "privilege": privilege}))
+
+
+def _actual_columns(session: Session, name: str) -> dict[str, _Actual]:
+    rows = session.execute(
+        text(
+            "SELECT a.attname, t.typname, t.typtype = 'e',"
+            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''"
+            " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
+            " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
+        ),
+        {"name": name},
+    )
+    return {row[0]: _Actual(*row[1:]) for row in rows}
+
+
+def _column_problems(name: str, role: str, column: Column[object], actual: _Actual | None) -> Iterator[Problem]:
+    if actual is None:
+        ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+        yield Problem(f"column {name}.{column.name} is missing", f"ALTER TABLE {name} ADD COLUMN {ddl};")
+    elif not _fits(role, column, actual):
+        wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
+        yield Problem(
+            f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
+            f"convert it, or name another in OUTBOX_COLUMNS ({role}.{column.key}=…)",
+        )
+
+
+def _fits(role: str, column: Column[object], actual: _Actual) -> bool:
+    if column.key in ("student_id", "course_id"):
+        return actual.type_name in _KEYS
+    if (role, column.key) in (("payments", "status"), ("payments", "currency"), ("purchases", "id")):
+        return actual.is_enum or actual.type_name in _KEYS
+    return any(isinstance(column.type, kind) and actual.type_name in names for kind, names in _FITTING.items())
+
+
+def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, _Actual]) -> Iterator[Problem]:
+    """Columns that must have a value and that no statement of ours gives one."""
+    if role not in _INSERTED_INTO:
+        return
+    written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}
+    for column_name, column in actual.items():
+        if column.must_be_written and column_name not in written:
+            yield Problem(
+                f"column {name}.{column_name} must have a value and has no default",
+                f"ALTER TABLE {name} ALTER COLUMN {column_name} SET DEFAULT …;",
+            )
+
+
+def _is_unique(session: Session, name: str, column_name: str) -> bool:
+    asked = text(
+        "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a"
+        " ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
+        " WHERE i.indrelid = to_regclass(:name) AND i.indisunique AND i.indisvalid AND i.indimmediate"
+        " AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = 1 AND a.attname = :column)"
+    )
+    return bool(session.scalar(asked, {"name": name, "column": column_name}))

@@ -1,0 +1,83 @@
+"""Migrations: the tables where they are absent, and the optional branches. Existing tables are adopted, not altered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+
+from outbox_worker.database import Database
+from outbox_worker.guard import relation_name
+from outbox_worker.health import exists, is_owned
+from outbox_worker.schema import Tables
+from outbox_worker.settings import Settings
+
+VERSION_TABLE = "outbox_worker_alembic_version"
+OPTIONS = ("unique_index", "notify")
+"""The optional branches, each independent of the other and safe on a live database."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What ``upgrade`` found and did."""
+
+    created: tuple[str, ...]
+    adopted: tuple[str, ...]
+    """Tables that were there already and are left as they are."""
+    options: tuple[str, ...]
+    """Optional branches that are in force now."""
+
+
+def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
+    """Bring the database to ``core@head``, and to the head of every branch in ``options``.
+
+    Safe to repeat and to run twice at once. Raises Refused where duplicates stop ``unique_index``.
+    """
+    with database.engine.connect() as connection:
+        with _alone(connection):
+            before = {role for role, table in tables.by_role().items() if exists(connection, table)}
+            connection.rollback()
+            config = _config(connection, settings)
+            for branch in ("core", *options):
+                command.upgrade(config, f"{branch}@head")
+        return _report(connection, tables, before, options)
+
+
+def _report(connection: Connection, tables: Tables, before: set[str], options: Sequence[str]) -> Migrated:
+    names = {role: relation_name(table) for role, table in tables.by_role().items()}
+    adopted = [role for role, table in tables.by_role().items() if not is_owned(connection, table)]
+    created = [role for role in names if role not in before]
+    return Migrated(tuple(names[role] for role in created), tuple(names[role] for role in adopted), tuple(options))
+
+
+def _config(connection: Connection, settings: Settings) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes.update(connection=connection, settings=settings)
+    return config
+
+
+def _scripts() -> Path:
+    """The revisions: inside the installed package, or at the top of a checkout."""
+    packaged = Path(__file__).parent / "migrations"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "alembic"
+
+
+@contextmanager
+def _alone(connection: Connection) -> Iterator[None]:
+    """Let a second migration of the same database wait for this one."""
+    key = {"key": VERSION_TABLE}
+    connection.execute(text("SELECT pg_advisory_lock(hashtextextended(:key, 0))"), key)
+    connection.commit()
+    try:
+        yield
+    finally:
+        connection.rollback()
+        connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:key, 0))"), key)
+        connection.commit()

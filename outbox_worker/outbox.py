@@ -1,0 +1,246 @@
+"""The door to ``outbox``, ``dead_letters`` and ``workers``.
+
+A claim takes due events under row locks; the lock is the lease. Settling deletes the row in the same transaction: the
+outbox holds only what is still owed. Every function takes the session first; the caller owns the transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Delete,
+    Float,
+    FromClause,
+    Interval,
+    Select,
+    Table,
+    Text,
+    Update,
+    bindparam,
+    cast,
+    delete,
+    func,
+    literal,
+    select,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeEngine
+
+from outbox_worker import payload
+from outbox_worker.database import write
+from outbox_worker.model import Batch, DeadLetterState, Event, Reason
+from outbox_worker.schema import Tables
+
+_IDS = bindparam("ids", type_=ARRAY(BigInteger))
+_LONGEST_TYPE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Events locked by this transaction, in the order ``(due_at, id)``."""
+
+    batch: Batch
+    transaction_id: str | None
+    """For ``pg_xact_status``, should the answer to COMMIT be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postponement:
+    """A later try of one event."""
+
+    delay: timedelta
+    charged: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How much is owed. Counts stop at ``Outbox.BACKLOG_BOUND``."""
+
+    due: int
+    waiting: int
+    """Postponed: due later."""
+    oldest_due_seconds: float
+
+
+class Outbox:
+    """The queue and its dead letters. Holds statements, no state.
+
+    ``event_types``: claim only these (an outbox that other consumers share); None: claim all.
+    """
+
+    BACKLOG_BOUND = 100_000
+
+    def __init__(self, tables: Tables, event_types: Collection[str] | None) -> None:
+        self._tables = tables
+        self._event_types = None if event_types is None else sorted(event_types)
+        self._claim = _claim_statement(tables.outbox, ours=self._ours())
+        self._due = _due_statement(tables.outbox, ours=self._ours())
+        self._remove = _remove_statement(tables.outbox)
+        self._postpone = _postpone_statement(tables.outbox)
+        self._bury = _bury_statement(tables)
+        self._close_letters = _close_letters_statement(tables.dead_letters)
+        self._backlog = _backlog_statement(tables.outbox, self._ours(), self.BACKLOG_BOUND)
+
+    def _ours(self) -> list[ColumnElement[bool]]:
+        return [] if self._event_types is None else [self._tables.outbox.c.event_type.in_(self._event_types)]
+
+    def claim(self, session: Session, limit: int, until: datetime | None = None) -> Claim:
+        """Lock up to ``limit`` due events that nobody else has locked. ``until``: due by then; None: by now."""
+        rows = session.execute(self._claim, {"limit": limit, "until": until}).all()
+        batch = {row.id: Event(*row[:-1]) for row in rows}
+        return Claim(batch, rows[0].transaction_id if rows else None)
+
+    def has_due(self, session: Session, until: datetime) -> bool:
+        """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
+        return bool(session.scalar(self._due, {"until": until}))
+
+    def remove(self, session: Session, ids: Collection[int]) -> None:
+        """Delete events that reached an end; the caller has marked or buried them in this transaction."""
+        write(session, self._remove, {"ids": list(ids)}, len(ids))
+
+    def postpone(self, session: Session, postponements: Mapping[int, Postponement]) -> None:
+        """Make events due later, by the database's clock; ``charged`` ones count as a failed try."""
+        given = postponements.values()
+        values = {
+            "ids": list(postponements),
+            "delays": [postponement.delay for postponement in given],
+            "charges": [int(postponement.charged) for postponement in given],
+            "errors": [postponement.error for postponement in given],
+        }
+        write(session, self._postpone, values, len(postponements))
+
+    def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
+        """Move events to the dead letters; a letter that was closed before is opened again."""
+        values = {
+            "ids": list(letters),
+            "payment_ids": [batch[key].payment_id for key in letters],
+            "reasons": [reason.value for reason, _ in letters.values()],
+            "details": [detail for _, detail in letters.values()],
+        }
+        write(session, self._bury, values, len(letters))
+        self.remove(session, letters)
+
+    def close_letters(self, session: Session, event_ids: Sequence[UUID]) -> None:
+        """Close the open dead letters of events that are settled after all."""
+        session.execute(self._close_letters, {"event_ids": list(event_ids)})
+
+    def backlog(self, session: Session) -> Backlog:
+        """How many events are due and how late the oldest is; bounded work however long the queue."""
+        due, waiting, oldest = session.execute(self._backlog).one()
+        return Backlog(due, waiting, oldest or 0.0)
+
+
+def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: due events, oldest first, with the keys that their settling needs
+    lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
+    """
+    due_by = func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
+    return (
+        select(
+            outbox.c.id,
+            outbox.c.event_id,
+            func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
+            payload.payment_id_text(outbox).label("payment_id"),
+            outbox.c.attempts,
+            _seconds_since(outbox.c.due_at).label("lateness"),
+            cast(func.pg_current_xact_id(), Text).label("transaction_id"),
+        )
+        .where(outbox.c.due_at <= due_by, *ours)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(bindparam("limit", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: whether anything is due · lock: none · index: (due_at, id)"""
+    due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))
+    return select(select(outbox.c.id).where(due, *ours).exists())
+
+
+def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
+    """what: bounded counts of due and postponed events, age of the oldest due · lock: none · index: (due_at, id)"""
+    now = func.statement_timestamp()
+    due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
+    later = select(outbox.c.id).where(outbox.c.due_at > now, *ours).limit(bound).subquery()
+    waiting = select(func.count()).select_from(later).scalar_subquery()
+    return select(func.count(), waiting, _seconds_since(func.min(due.c.due_at))).select_from(due)
+
+
+def _seconds_since(moment: ColumnElement[Any]) -> ColumnElement[Any]:
+    return cast(func.extract("epoch", func.clock_timestamp() - moment), Float)
+
+
+def _remove_statement(outbox: Table) -> Delete:
+    """what: events that reached an end · lock: theirs, held since the claim · index: primary key"""
+    return delete(outbox).where(outbox.c.id == func.any(_IDS))
+
+
+def _postpone_statement(outbox: Table) -> Update:
+    """what: a later due time, and a failed try where charged · lock: held since the claim · index: primary key"""
+    given = _arrays(delay=Interval(), charge=BigInteger(), error=Text())
+    return (
+        update(outbox)
+        .where(outbox.c.id == given.c.id)
+        .values(
+            due_at=func.clock_timestamp() + type_coerce(given.c.delay, Interval()),
+            attempts=outbox.c.attempts + given.c.charge,
+            last_error=func.coalesce(given.c.error, outbox.c.last_error),
+        )
+    )
+
+
+def _bury_statement(tables: Tables) -> postgresql.Insert:
+    """what: dead letters of claimed events; one that exists is written anew and opened again
+    lock: held since the claim · index: primary keys
+    """
+    outbox, letters = tables.outbox, tables.dead_letters
+    given = _arrays(payment_id=postgresql.UUID(as_uuid=False), reason=Text(), detail=Text())
+    kept = {key: outbox.c[key] for key in ("event_id", "event_type", "payload", "headers", "created_at")}
+    written = kept | {
+        "payment_id": given.c.payment_id,
+        "attempts": outbox.c.attempts + 1,
+        "reason": given.c.reason,
+        "detail": given.c.detail,
+        "dead_at": func.clock_timestamp(),
+        "state": literal(DeadLetterState.OPEN.value),
+    }
+    source = select(*written.values()).select_from(given).join(outbox, outbox.c.id == given.c.id)
+    statement = postgresql.insert(letters).from_select(list(written), source, include_defaults=False)
+    reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
+    cleared = {letters.c[key]: None for key in ("resolved_at", "actor", "note")}
+    return statement.on_conflict_do_update(index_elements=[letters.c.event_id], set_=reopened | cleared)
+
+
+def _close_letters_statement(letters: Table) -> Update:
+    """what: open dead letters of settled events · lock: taken in the order of event ids · index: primary key"""
+    wanted = letters.c.event_id == func.any(bindparam("event_ids", type_=ARRAY(postgresql.UUID(as_uuid=True))))
+    still_open = (
+        select(letters.c.event_id)
+        .where(wanted, letters.c.state == DeadLetterState.OPEN.value)
+        .order_by(letters.c.event_id)
+        .with_for_update()
+        .cte("still_open")
+        .prefix_with("MATERIALIZED")
+    )
+    settled = {"state": DeadLetterState.SETTLED.value, "resolved_at": func.clock_timestamp()}
+    return update(letters).where(letters.c.event_id == still_open.c.event_id).values(settled)
+
+
+def _arrays(**columns: TypeEngine[Any]) -> FromClause:
+    """A relation (id, …) out of one array parameter per column; the parameters are named in the plural."""
+    parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
+    return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

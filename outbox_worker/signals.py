@@ -1,0 +1,66 @@
+"""SIGTERM and SIGINT as something the main thread can wait for.
+
+A handler only sets a flag; the byte that the interpreter writes into a pipe wakes the waiting thread. (Setting a
+``threading.Event`` inside a handler can deadlock with a thread that is just entering ``wait``.)
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_WAKE = b"\0"
+
+
+class Signals:
+    """Context manager for the main thread. Looks like a ``threading.Event`` that the first signal sets."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._reader, self._writer = os.pipe()
+
+    def __enter__(self) -> Self:
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        self._received += 1
+
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self._received > 0
+
+    def is_hurried(self) -> bool:
+        """Whether a second one has come."""
+        return self._received > 1
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for a signal or a ``wake``, at most ``timeout`` seconds; whether a signal has come."""
+        if not self.is_set():
+            self.pause(timeout)
+        return self.is_set()
+
+    def pause(self, timeout: float) -> None:
+        """Wait for the next signal or ``wake``, whatever came before."""
+        if select.select([self._reader], [], [], timeout)[0]:
+            os.read(self._reader, 1024)
+
+    def wake(self) -> None:
+        """End the main thread's wait, from any thread."""
+        os.write(self._writer, _WAKE)

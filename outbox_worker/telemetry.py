@@ -1,0 +1,262 @@
+"""Facts, reported once and after commit; logs and metrics only read them.
+
+No payload text and no secret ever reaches a record: fields are ids, counts, and names of errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter as Tally
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC
+from typing import TYPE_CHECKING, Literal
+
+from loguru import logger
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from outbox_worker import __version__
+from outbox_worker.errors import CommitLost, Failure, classify, describe
+from outbox_worker.model import PURCHASE_CONFIRMED, Batch, Guard, Outcome, Verdict, Verdicts
+
+if TYPE_CHECKING:
+    from loguru import Message, Record
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+_KNOWN_TYPES = frozenset({PURCHASE_CONFIRMED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchReport:
+    """What one committed transaction did. A claimed event without a verdict was left in the outbox as it was."""
+
+    batch: Batch
+    verdicts: Verdicts
+    limit: int
+    guard: Guard
+    seconds: float = 0.0
+    """From the claim to the end of COMMIT."""
+    transaction: Literal["commit", "unknown"] = "commit"
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.batch) >= self.limit
+
+    def outcomes(self) -> Tally[Outcome]:
+        return Tally(verdict.outcome for verdict in self.verdicts.values())
+
+
+class Metrics:
+    """The metrics of the worker in a registry of their own. Names and labels are a contract."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.events = Counter("outbox_events", "Events by outcome", ["event_type", "outcome"], registry=registry)
+        self.dead_letters = Counter("outbox_dead_letters", "Events buried, by reason", ["reason"], registry=registry)
+        self.fallbacks = Counter("outbox_constraint_fallback", "Batches settled by the lock guard", registry=registry)
+        self.transactions = Counter(
+            "outbox_transactions", "Transactions that claimed something", ["result"], registry=registry
+        )
+        self.database_errors = Counter(
+            "outbox_database_errors", "Errors of the database, by class of failure", ["class"], registry=registry
+        )
+        self.batch_seconds = Histogram(
+            "outbox_batch_duration_seconds", "Claim to COMMIT", buckets=_SECONDS, registry=registry
+        )
+        self.latency = Histogram("outbox_settle_latency_seconds", "Due to settled", buckets=_SECONDS, registry=registry)
+        self.batch_size = Histogram(
+            "outbox_batch_size",
+            "Events per claim",
+            buckets=(1, 3, 10, 30, 100, 300, 1000, 3000, 10000),
+            registry=registry,
+        )
+        self.due = Gauge("outbox_due_events", "Events due now (counted up to a bound)", registry=registry)
+        self.oldest_due = Gauge("outbox_oldest_due_seconds", "Lateness of the oldest due event", registry=registry)
+        self.open_letters = Gauge("outbox_open_dead_letters", "Dead letters that wait for a person", registry=registry)
+        self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
+        self.unexplained = Gauge(
+            "outbox_unexplained_payments", "Standing payments that nothing explains", registry=registry
+        )
+        self.at_risk = Gauge("outbox_value_at_risk", "Money of unexplained payments", ["currency"], registry=registry)
+        self.build = Gauge("outbox_build_info", "Always 1", ["version"], registry=registry)
+        self.build.labels(__version__).set(1)
+
+    def snapshot(self) -> dict[str, float]:
+        """The counters (and sums and counts of histograms) as ``name{label="value"}``: what ``status`` adds up."""
+        samples = (sample for family in self.registry.collect() for sample in family.samples)
+        return {
+            _series(sample.name, sample.labels): sample.value
+            for sample in samples
+            if sample.name.endswith(("_total", "_sum", "_count"))
+        }
+
+
+def _series(name: str, labels: Mapping[str, str]) -> str:
+    written = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    return f"{name}{{{written}}}" if written else name
+
+
+@dataclass
+class Telemetry:
+    """Turns reports into metrics and log records."""
+
+    metrics: Metrics = field(default_factory=Metrics)
+    _told: Tally[str] = field(default_factory=Tally)
+    _told_at: float = field(default_factory=time.monotonic)
+
+    def started(self, concurrency: int, guard: Guard) -> None:
+        """The first look found all that is needed."""
+        logger.bind(event="worker_started", version=__version__, concurrency=concurrency, guard=str(guard)).info(
+            "ready; {} claim loop(s)", concurrency
+        )
+
+    def stopping(self) -> None:
+        """A signal came."""
+        logger.bind(event="worker_stopping").info("stopping after the current batch")
+
+    def stopped(self) -> None:
+        """The last batch is over."""
+        outcomes = self._settled()
+        logger.bind(event="worker_stopped", **outcomes).info("stopped; {} events settled", sum(outcomes.values()))
+
+    def trouble(self, error: BaseException, pause_seconds: float) -> None:
+        """A step failed and is tried again after a pause; no event is charged."""
+        cause = error.__cause__ if isinstance(error, CommitLost) else error
+        failure = classify(cause or error)
+        level = "WARNING" if failure in (Failure.RETRY, Failure.RECONNECT) else "ERROR"
+        fields = {"failure": str(failure), "error": describe(cause or error), "pause_seconds": round(pause_seconds, 2)}
+        sentence = (
+            "our own error; rolled back, trying again"
+            if failure is Failure.BUG
+            else "the database is in trouble; waiting"
+        )
+        logger.bind(event="paused", **fields).opt(exception=error if failure is Failure.BUG else None).log(
+            level, sentence
+        )
+
+    def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
+        """Set the gauges that one cheap query per interval answers."""
+        self.metrics.due.set(due)
+        self.metrics.oldest_due.set(oldest_due_seconds)
+        self.metrics.open_letters.set(open_letters)
+
+    def beat(self) -> dict[str, float]:
+        """Sum up since the last beat: an INFO record where something was settled, and the snapshot for ``workers``."""
+        now, settled = time.monotonic(), self._settled()
+        fresh, seconds = settled - self._told, now - self._told_at
+        if fresh:
+            logger.bind(event="batches_settled", **fresh).info(
+                "settled {} events in {:.1f} s", sum(fresh.values()), seconds
+            )
+        self._told, self._told_at = settled, now
+        return self.metrics.snapshot() | {"events_per_second": sum(fresh.values()) / seconds if seconds > 0 else 0.0}
+
+    def _settled(self) -> Tally[str]:
+        """Events so far, by outcome."""
+        tally: Tally[str] = Tally()
+        for family in self.metrics.events.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    tally[sample.labels["outcome"]] += int(sample.value)
+        return tally
+
+    def batch_committed(self, report: BatchReport) -> None:
+        """One transaction committed; an empty claim leaves no trace."""
+        if not report.batch:
+            return
+        self._count(report)
+        outcomes = {str(outcome): count for outcome, count in sorted(report.outcomes().items())}
+        logger.bind(
+            event="batch_committed",
+            claimed=len(report.batch),
+            guard=str(report.guard),
+            milliseconds=round(report.seconds * 1000, 1),
+            result=report.transaction,
+            **outcomes,
+        ).debug("settled {} of {} claimed events", len(report.verdicts), len(report.batch))
+        if report.guard is Guard.LOCK:
+            logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug("batch settled by the lock guard")
+        for key, verdict in report.verdicts.items():
+            if not verdict.clean:
+                self._tell(report, key, verdict)
+
+    def _count(self, report: BatchReport) -> None:
+        metrics = self.metrics
+        metrics.transactions.labels(report.transaction).inc()
+        metrics.batch_size.observe(len(report.batch))
+        metrics.batch_seconds.observe(report.seconds)
+        metrics.fallbacks.inc(report.guard is Guard.LOCK)
+        tally = Tally((report.batch[key].event_type, verdict.outcome) for key, verdict in report.verdicts.items())
+        for (event_type, outcome), count in tally.items():
+            metrics.events.labels(event_type if event_type in _KNOWN_TYPES else "other", outcome).inc(count)
+        for key, verdict in report.verdicts.items():
+            if verdict.outcome is Outcome.DEAD:
+                metrics.dead_letters.labels(verdict.reason).inc()
+            if verdict.outcome is not Outcome.RETRIED:
+                metrics.latency.observe(max(0.0, report.batch[key].lateness) + report.seconds)
+
+    def _tell(self, report: BatchReport, key: int, verdict: Verdict) -> None:
+        """Single events a person may want to find again."""
+        event = report.batch[key]
+        record = logger.bind(event_id=str(event.event_id), payment_id=event.payment_id, attempts=event.attempts)
+        match verdict.outcome:
+            case Outcome.RECOVERED:
+                record.bind(event="purchase_recovered").warning("a marked event had no purchase; it was made now")
+            case Outcome.DUPLICATE_PAYMENT:
+                record.bind(event="duplicate_payment").warning("the student paid twice for the course; nothing granted")
+            case Outcome.DEAD:
+                record.bind(event="event_buried", reason=str(verdict.reason), detail=verdict.detail).error(
+                    "an event cannot succeed as it stands; it is a dead letter now"
+                )
+            case Outcome.RETRIED:
+                record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).info(
+                    "an event did not succeed yet; it is tried again later"
+                )
+            case _:
+                record.bind(event=f"event_{verdict.outcome}").debug("settled")
+
+    def transaction_failed(self, error: BaseException, claimed_something: bool) -> None:
+        """Nothing of a transaction stands, or nobody knows; no event was charged."""
+        cause = error.__cause__ or error
+        if claimed_something:
+            self.metrics.transactions.labels("unknown" if isinstance(error, CommitLost) else "rollback").inc()
+        self.metrics.database_errors.labels(classify(cause)).inc()
+        logger.bind(event="transaction_rolled_back", failure=str(classify(cause)), error=describe(cause)).debug(
+            "rolled back"
+        )
+
+    def guard_changed(self, guard: Guard) -> None:
+        """The guard in force is known for the first time, or is another than before."""
+        for mode in Guard:
+            self.metrics.guard.labels(mode).set(mode is guard)
+        hint = "" if guard is Guard.INDEX else "; writers that skip it are not covered: migrate --with unique_index"
+        logger.bind(event="guard_changed", guard=str(guard)).warning("the guard is the {} now{}", str(guard), hint)
+
+
+def configure_logging(level: str, style: Literal["json", "console"] | None) -> None:
+    """Send records to stderr: one JSON object a line, or text for people (the default on a terminal)."""
+    logger.remove()
+    if (style or ("console" if sys.stderr.isatty() else "json")) == "json":
+        logger.add(_write_json, level=level, format="{message}", backtrace=False, diagnose=False)
+    else:
+        logger.add(sys.stderr, level=level, format=_console_line, backtrace=False, diagnose=False)
+
+
+def _write_json(message: Message) -> None:
+    record = message.record
+    line = {
+        "time": record["time"].astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": record["level"].name,
+        **record["extra"],
+        "message": record["message"],
+    }
+    if record["exception"] is not None and record["exception"].value is not None:
+        line["error"] = describe(record["exception"].value)
+    sys.stderr.write(json.dumps(line, default=str, ensure_ascii=True) + "\n")
+
+
+def _console_line(record: Record) -> str:
+    fields = " ".join(f"{key}={{extra[{key}]}}" for key in record["extra"])
+    return f"<dim>{{time:HH:mm:ss}}</dim> <level>{{level: <7}}</level> {{message}} <dim>{fields}</dim>\n"

@@ -1,0 +1,222 @@
+"""The daemon: start, serve, stop. ``run`` is a loop over ``run_once``.
+
+The claim loops are threads; the main thread does the chores (heartbeat, gauges, guard) and takes the signals.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from functools import partial
+from uuid import uuid4
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
+
+from outbox_worker.database import Database, outlast
+from outbox_worker.dead_letters import count_open
+from outbox_worker.decision import next_pause
+from outbox_worker.fleet import Fleet
+from outbox_worker.guard import GuardWatch
+from outbox_worker.handlers import HANDLED_TYPES, build_handlers
+from outbox_worker.health import check_schema, is_owned
+from outbox_worker.outbox import Outbox
+from outbox_worker.processor import Processor
+from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.schema import build_tables
+from outbox_worker.settings import Settings
+from outbox_worker.signals import Signals
+from outbox_worker.telemetry import BatchReport, Telemetry
+
+CHORE_SECONDS = 5.0
+"""Between two heartbeats; also how long a changed guard can stay unnoticed while no batch trips over it."""
+
+
+class ClaimLoop:
+    """One loop that claims and settles, on one connection at a time."""
+
+    def __init__(self, processor: Processor, settings: Settings, stop: threading.Event, telemetry: Telemetry) -> None:
+        self._processor = processor
+        self._settings = settings
+        self._stop = stop
+        self._telemetry = telemetry
+        self._pause = 0.0
+
+    def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
+        """Settle one batch, outlasting any trouble of the database (for ``patience`` seconds; None: for ever).
+
+        None when told to stop meanwhile.
+        """
+        return outlast(partial(self._processor.process_batch, until), self._stop, self._telemetry.trouble, patience)
+
+    def run(self) -> bool:
+        """Serve until told to stop."""
+        while not self._stop.is_set():
+            report = self.run_once()
+            if report is not None:
+                self._rest(report)
+        return True
+
+    def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
+        """Settle all that is due by ``until``; False when rows that others hold did not come free in time."""
+        deadline = self._settings.database_deadline_seconds
+        progress = time.monotonic()
+        while not self._stop.is_set():
+            report = self.run_once(until, patience=deadline)
+            if report is not None and report.verdicts:
+                progress = time.monotonic()
+            elif is_empty(until):
+                return True
+            elif time.monotonic() - progress > deadline:
+                return False
+            if report is not None:
+                self._rest(report)
+        return True
+
+    def _rest(self, report: BatchReport) -> None:
+        """No pause while claims come back full; then pauses that double, with jitter, so that workers spread out."""
+        low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
+        if report.verdicts:
+            self._pause = 0.0
+            if report.is_full:
+                return
+        self._pause = next_pause(self._pause, minimum=low, maximum=high)
+        self._stop.wait(self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
+
+
+class Worker:
+    """One process: ``settings.concurrency`` claim loops over one database."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.telemetry = Telemetry()
+        self._settings = settings
+        self._tables = build_tables(settings)
+        deadline = settings.database_deadline_seconds
+        self._database = Database(settings, connections=settings.concurrency + 1, deadline_seconds=deadline)
+        self._guard = GuardWatch(self._tables.purchases, self.telemetry.guard_changed)
+        self._fleet = Fleet(self._tables, uuid4())
+        self._stop = threading.Event()
+
+    def run(self, signals: Signals) -> int:
+        """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
+        outbox = outlast(self._start, signals, self.telemetry.trouble)
+        if outbox is not None:
+            self._run_loops(signals, [loop.run for loop in self._loops(outbox)], outbox)
+        self._database.close()
+        return 0
+
+    def drain(self, signals: Signals) -> int:
+        """Settle all that is due now, then end: 0, or 1 where rows that others hold did not come free in time.
+
+        Raises DatabaseUnavailable when the database is not there.
+        """
+        self._database.check()
+        outbox = self._start()
+        until, is_empty = self._now(), partial(self._is_empty, outbox)
+        found = self._run_loops(signals, [partial(loop.drain, until, is_empty) for loop in self._loops(outbox)], outbox)
+        self._database.close()
+        return 0 if all(found) else 1
+
+    def _start(self) -> Outbox:
+        """Look before the first claim: is all there, which guard is in force, whose outbox is it."""
+        with self._database.transaction() as session:
+            check_schema(session, self._tables)
+            guard = self._guard.probe(session).guard
+            self._fleet.join(session, guard)
+            bury = self._settings.unknown_types == "bury" or (
+                self._settings.unknown_types is None and is_owned(session, self._tables.outbox)
+            )
+        self.telemetry.started(self._settings.concurrency, guard)
+        return Outbox(self._tables, None if bury else HANDLED_TYPES)
+
+    def _loops(self, outbox: Outbox) -> list[ClaimLoop]:
+        return [
+            ClaimLoop(self._processor(outbox), self._settings, self._stop, self.telemetry)
+            for _ in range(self._settings.concurrency)
+        ]
+
+    def _processor(self, outbox: Outbox) -> Processor:
+        repository, policy = PurchaseRepository(self._tables), self._settings.retry_policy
+        return Processor(
+            self._database,
+            outbox,
+            repository,
+            build_handlers(repository, policy),
+            self._guard,
+            self.telemetry,
+            policy,
+            self._settings.batch_size,
+        )
+
+    def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:
+        """Run the loops in threads; do the chores meanwhile. The first signal stops them after their batch; the
+        second does not wait: what is not committed then is rolled back by the server."""
+        threads = [_LoopThread(body, signals) for body in bodies]
+        for thread in threads:
+            thread.start()
+        while not _all_done(threads) and not signals.wait(CHORE_SECONDS):
+            self._do_chores(outbox)
+        self._stop.set()
+        give_up = time.monotonic() + self._settings.database_deadline_seconds
+        while not _all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
+            signals.pause(0.5)
+        self._do_chores(outbox, stopped=True)
+        self.telemetry.stopped()
+        return [thread.result() for thread in threads]
+
+    def _do_chores(self, outbox: Outbox, *, stopped: bool = False) -> None:
+        """Heartbeat, gauges, guard. A chore that fails is told and tried again at the next turn."""
+        try:
+            with self._database.transaction() as session:
+                guard = self._guard.probe(session).guard
+                backlog = outbox.backlog(session)
+                self.telemetry.observe_backlog(
+                    backlog.due, backlog.oldest_due_seconds, count_open(session, self._tables)
+                )
+                self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)
+        except DBAPIError as error:
+            self.telemetry.trouble(error, CHORE_SECONDS)
+
+    def _is_empty(self, outbox: Outbox, until: datetime) -> bool:
+        with self._database.transaction() as session:
+            return not outbox.has_due(session, until)
+
+    def _now(self) -> datetime:
+        """The database's clock: only it says what is due."""
+        with self._database.transaction() as session:
+            now: datetime = session.scalars(select(func.clock_timestamp())).one()
+        return now
+
+
+class _LoopThread(threading.Thread):
+    """A claim loop in its own thread; its end wakes the main thread."""
+
+    def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
+        super().__init__(daemon=True)
+        self._body = body
+        self._signals = signals
+        self.is_done = False
+        self._result: bool | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._result = self._body()
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by result()
+            self._error = error
+        finally:
+            self.is_done = True
+            self._signals.wake()
+
+    def result(self) -> bool:
+        """What the body returned; True for one that was left behind in a hurry. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result is not False
+
+
+def _all_done(threads: Iterable[_LoopThread]) -> bool:
+    return all(thread.is_done for thread in threads)
