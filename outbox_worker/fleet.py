@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Select, cast, delete, func, select, update
+from sqlalchemy import Float, Select, Table, cast, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -53,16 +53,21 @@ class Fleet:
         workers = self._workers
         last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
         session.execute(delete(workers).where(last_seen < func.clock_timestamp() - KEPT))
-        row = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
-        session.execute(insert(workers).values(**row, guard=guard.value))
+        self.beat(session, guard, {})
 
     def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
         """Say that we live, and what we have counted; ``stopped``: for the last time."""
         now = func.clock_timestamp()
-        seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics)} | (
-            {"stopped_at": now} if stopped else {}
+        who = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        said = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
+        row = insert(self._workers).values(**who, **said)
+        session.execute(
+            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=_by_column(self._workers, said))
         )
-        session.execute(update(self._workers).where(self._workers.c.id == self._id).values(seen))
+
+
+def _by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
+    return {table.c[key]: value for key, value in values.items()}
 
 
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:

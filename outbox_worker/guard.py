@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Table, null, select, text
@@ -27,6 +27,8 @@ class GuardState:
     predicate: str = ""
     lock_capacity: int = 1
     """How many pairs one transaction may lock."""
+    has_index_paths: bool = True
+    """Whether purchases can be found by payment and by pair; where not, the planner is left to hash whole tables."""
 
 
 class GuardWatch:
@@ -47,7 +49,7 @@ class GuardWatch:
 
     def fall_back(self) -> GuardState:
         """The index just failed us (42P10, 55000): believe in the lock until the next probe."""
-        return self._believe(GuardState(Guard.LOCK, lock_capacity=self.state.lock_capacity))
+        return self._believe(replace(self.state, guard=Guard.LOCK, predicate=""))
 
     def _believe(self, state: GuardState) -> GuardState:
         self.state, before, self._known = state, self._known, state.guard
@@ -65,11 +67,12 @@ def predicate_forms(purchases: Table) -> tuple[str, ...]:
 def probe_guard(session: Session, purchases: Table) -> GuardState:
     """Find a sound unique index and prove with EXPLAIN that the planner takes it as arbiter."""
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
+    has_paths = _has_index_paths(session, purchases)
     sound = pair_indexes(session, purchases)
     for predicate in dict.fromkeys(sound.values()):
         if choose_guard(sound, _arbiters(session, purchases, predicate)) is Guard.INDEX:
-            return GuardState(Guard.INDEX, predicate, capacity)
-    return GuardState(Guard.LOCK, lock_capacity=capacity)
+            return GuardState(Guard.INDEX, predicate, capacity, has_paths)
+    return GuardState(Guard.LOCK, "", capacity, has_paths)
 
 
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
@@ -101,11 +104,29 @@ _PAIR_INDEXES = text(
 )
 
 
+# what: the first two columns of every valid index of a table · lock: none · index: the catalogue's own
+_LEADING_COLUMNS = text(
+    """
+    SELECT ARRAY(SELECT CAST(a.attname AS text) FROM generate_series(0, 1) AS k(position)
+                 JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k.position]
+                 ORDER BY k.position) AS names
+    FROM pg_index i WHERE i.indrelid = to_regclass(:relation) AND i.indisvalid AND i.indkey[0] <> 0
+    """
+)
+
+
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
     """The indexes that can be the guard, each with its predicate as the catalogue prints it."""
     columns = [purchases.c.student_id.name, purchases.c.course_id.name]
     found = session.execute(_PAIR_INDEXES, {"relation": relation_name(purchases), "columns": columns})
     return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
+
+
+def _has_index_paths(session: Session, purchases: Table) -> bool:
+    """Whether some index begins with the payment, and some with the pair's columns in either order."""
+    found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
+    payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
+    return any(names[0] == payment for names in found) and any(set(names[:2]) == set(pair) for names in found)
 
 
 def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:

@@ -121,7 +121,7 @@ class Processor:
         """One transaction: claim, settle, commit."""
         claimed_something, limit = False, self._claim_size()
         try:
-            with self._database.transaction(**INDEX_PLANS) as session:
+            with self._database.transaction(**self._plans()) as session:
                 claim = self._outbox.claim(session, limit, until)
                 claimed_something, claimed_at = bool(claim.batch), time.monotonic()
                 verdicts = self._settle(session, claim.batch, careful) if claim.batch else {}
@@ -145,6 +145,9 @@ class Processor:
         """Under the guard ``lock`` no more events than one transaction may lock."""
         guard = self._guard.state
         return min(self._limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._limit
+
+    def _plans(self) -> Mapping[str, str]:
+        return INDEX_PLANS if self._guard.state.has_index_paths else {}
 
     def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
         """COMMIT, and where its answer is lost ask what became of it: committed and cut off look the same."""
@@ -281,7 +284,7 @@ class Processor:
 
     def _make_way(self, until: datetime | None) -> BatchReport:
         """The event at the head waits, alone, for a foreign transaction: postpone it, uncharged."""
-        with self._database.transaction(**INDEX_PLANS) as session:
+        with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             if batch:
                 self._outbox.postpone(session, {key: self._uncharged() for key in batch})
