@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from outbox_worker import __version__, console
 from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe
-from outbox_worker.model import DeadLetterState
+from outbox_worker.model import DeadLetterState, Outcome
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry import configure_logging
@@ -130,15 +130,13 @@ def status(config: Config = None, json: AsJson = False) -> None:
     """Show backlog, guard, dead letters and workers."""
     from outbox_worker.status import condition, read_status
 
-    _, database, tables = _open(config)
-    now = read_status(database, tables)
+    settings, database, tables = _open(config)
+    now = read_status(database, tables, settings.unknown_types)
     if json:
         console.print_json(_status_object(now))
         return
     backlog = now.backlog
-    console.columns(
-        "",
-        ["", ""],
+    console.facts(
         [
             ("guard", now.guard),
             ("due", f"{backlog.due:,} (oldest for {console.ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
@@ -194,7 +192,9 @@ def _status_object(now: Status) -> dict[str, Any]:
 
 
 def _settled(row: WorkerRow) -> int:
-    return int(sum(value for name, value in row.metrics.items() if name.startswith("outbox_events_total")))
+    """Events that this process brought to an end: all outcomes but ``retried``."""
+    counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
+    return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))
 
 
 @app.command()

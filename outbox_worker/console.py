@@ -69,6 +69,14 @@ def columns(
     console.print(table)
 
 
+def facts(rows: Sequence[tuple[str, object]]) -> None:
+    """Print names and values, one a line."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), str(value))
+    output().print(table)
+
+
 def line(text: str, style: str = "") -> None:
     """Print one sentence."""
     output().print(Text(text, style=style))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from sqlalchemy.orm import Session
 
 from outbox_worker.decision import RetryPolicy, decide, refused
 from outbox_worker.guard import GuardState
+from outbox_worker.health import is_owned
 from outbox_worker.model import (
     GRANTS,
     PURCHASE_CONFIRMED,
@@ -21,6 +22,7 @@ from outbox_worker.model import (
     Verdicts,
 )
 from outbox_worker.purchases import PairLocks, PurchaseRepository, Sight
+from outbox_worker.schema import Tables
 
 _CLEAN = Verdict(Outcome.CREATED, clean=True)
 
@@ -50,7 +52,18 @@ class Handler(Protocol):
 Handlers = Mapping[str, Handler]
 
 
-HANDLED_TYPES = (PURCHASE_CONFIRMED,)
+_HANDLED_TYPES = (PURCHASE_CONFIRMED,)
+
+UnknownTypes = Literal["bury", "ignore"] | None
+
+
+def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes) -> tuple[str, ...] | None:
+    """The event types to claim; None: all, so that unknown ones are buried (the default on an outbox of ours).
+
+    An adopted outbox is shared: there, unless told otherwise, events that we do not handle belong to somebody else.
+    """
+    choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
+    return None if choice == "bury" else _HANDLED_TYPES
 
 
 def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handlers:

@@ -13,6 +13,7 @@ from outbox_worker.database import Database
 from outbox_worker.dead_letters import count_open
 from outbox_worker.fleet import WorkerRow, list_workers
 from outbox_worker.guard import probe_guard
+from outbox_worker.handlers import UnknownTypes, claimed_types
 from outbox_worker.health import check_schema
 from outbox_worker.model import Guard
 from outbox_worker.outbox import Backlog, Outbox
@@ -56,14 +57,14 @@ def condition(worker: WorkerRow) -> str:
     return "silent" if worker.silent_seconds > SILENT_AFTER_SECONDS else "running"
 
 
-def read_status(database: Database, tables: Tables) -> Status:
+def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
     """One look at the database. Raises SchemaError where tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables)
         return Status(
             time=session.scalars(select(func.clock_timestamp())).one(),
             guard=probe_guard(session, tables.purchases).guard,
-            backlog=Outbox(tables, None).backlog(session),
+            backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),
         )

@@ -118,8 +118,8 @@ class Telemetry:
 
     def stopped(self) -> None:
         """The last batch is over."""
-        outcomes = self._settled()
-        logger.bind(event="worker_stopped", **outcomes).info("stopped; {} events settled", sum(outcomes.values()))
+        outcomes = self._outcomes()
+        logger.bind(event="worker_stopped", **outcomes).info("stopped; in all {}", _counted(outcomes))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
         """A step failed and is tried again after a pause; no event is charged."""
@@ -144,16 +144,14 @@ class Telemetry:
 
     def beat(self) -> dict[str, float]:
         """Sum up since the last beat: an INFO record where something was settled, and the snapshot for ``workers``."""
-        now, settled = time.monotonic(), self._settled()
+        now, settled = time.monotonic(), self._outcomes()
         fresh, seconds = settled - self._told, now - self._told_at
         if fresh:
-            logger.bind(event="batches_settled", **fresh).info(
-                "settled {} events in {:.1f} s", sum(fresh.values()), seconds
-            )
+            logger.bind(event="batches_settled", **fresh).info("{} in {:.1f} s", _counted(fresh), seconds)
         self._told, self._told_at = settled, now
         return self.metrics.snapshot() | {"events_per_second": sum(fresh.values()) / seconds if seconds > 0 else 0.0}
 
-    def _settled(self) -> Tally[str]:
+    def _outcomes(self) -> Tally[str]:
         """Events so far, by outcome."""
         tally: Tally[str] = Tally()
         for family in self.metrics.events.collect():
@@ -211,7 +209,7 @@ class Telemetry:
                     "an event cannot succeed as it stands; it is a dead letter now"
                 )
             case Outcome.RETRIED:
-                record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).info(
+                record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).debug(
                     "an event did not succeed yet; it is tried again later"
                 )
             case _:
@@ -233,6 +231,12 @@ class Telemetry:
             self.metrics.guard.labels(mode).set(mode is guard)
         hint = "" if guard is Guard.INDEX else "; writers that skip it are not covered: migrate --with unique_index"
         logger.bind(event="guard_changed", guard=str(guard)).warning("the guard is the {} now{}", str(guard), hint)
+
+
+def _counted(outcomes: Mapping[str, int]) -> str:
+    """``3 events: 2 created, 1 retried``."""
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+    return f"{sum(outcomes.values())} events: {listed}" if outcomes else "no events"
 
 
 def configure_logging(level: str, style: Literal["json", "console"] | None) -> None:

@@ -21,8 +21,8 @@ from outbox_worker.dead_letters import count_open
 from outbox_worker.decision import next_pause
 from outbox_worker.fleet import Fleet
 from outbox_worker.guard import GuardWatch
-from outbox_worker.handlers import HANDLED_TYPES, build_handlers
-from outbox_worker.health import check_schema, is_owned
+from outbox_worker.handlers import build_handlers, claimed_types
+from outbox_worker.health import check_schema
 from outbox_worker.outbox import Outbox
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
@@ -68,7 +68,7 @@ class ClaimLoop:
             report = self.run_once(until, patience=deadline)
             if report is not None and report.verdicts:
                 progress = time.monotonic()
-            elif is_empty(until):
+            elif outlast(partial(is_empty, until), self._stop, self._telemetry.trouble, deadline):
                 return True
             elif time.monotonic() - progress > deadline:
                 return False
@@ -126,11 +126,9 @@ class Worker:
             check_schema(session, self._tables)
             guard = self._guard.probe(session).guard
             self._fleet.join(session, guard)
-            bury = self._settings.unknown_types == "bury" or (
-                self._settings.unknown_types is None and is_owned(session, self._tables.outbox)
-            )
+            event_types = claimed_types(session, self._tables, self._settings.unknown_types)
         self.telemetry.started(self._settings.concurrency, guard)
-        return Outbox(self._tables, None if bury else HANDLED_TYPES)
+        return Outbox(self._tables, event_types)
 
     def _loops(self, outbox: Outbox) -> list[ClaimLoop]:
         return [
@@ -163,7 +161,8 @@ class Worker:
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not _all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
-        self._do_chores(outbox, stopped=True)
+        if not signals.is_hurried():
+            self._do_chores(outbox, stopped=True)
         self.telemetry.stopped()
         return [thread.result() for thread in threads]
 
