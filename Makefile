@@ -21,6 +21,10 @@ help: ## Show this list
 
 # ---- use
 
+.PHONY: demo
+demo: $(VENV)/run ## See it work: payments, troubles, a killed worker, the proof
+	@$(BIN)/outbox-worker demo $(ARGS)
+
 .PHONY: migrate
 migrate: $(VENV)/run ## Create the tables (ARGS="--with unique_index" for the index, too)
 	@$(DATABASE) $(BIN)/outbox-worker migrate $(ARGS)

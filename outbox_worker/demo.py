@@ -1,0 +1,361 @@
+"""The demonstration: a payments service with all its troubles, two workers, one of them killed, and the audit.
+
+Everything is real: processes, connections, commits, SIGKILL. It runs on a private PostgreSQL in a directory of its own,
+which goes when the demonstration ends.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import psycopg
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from outbox_worker import console, embedded
+from outbox_worker.audit import AuditReport, run_audit
+from outbox_worker.conservation import PaymentClass
+from outbox_worker.database import Database
+from outbox_worker.errors import OutboxWorkerError
+from outbox_worker.migration import upgrade
+from outbox_worker.model import Outcome
+from outbox_worker.schema import PAIR_INDEX, build_tables
+from outbox_worker.settings import Settings, load_settings
+from outbox_worker.signals import Signals
+from outbox_worker.simulation import PaymentsService
+
+WORKERS = 2
+SECONDS = 8.0
+"""How long the payments service writes; more payments come faster, as fast as they can."""
+DAMAGE_SHARE = 0.05
+SETTLE_SECONDS = 60.0
+"""How long the workers may take for what is left when the payments service has ended."""
+
+_WORKER_SETTINGS = {"OUTBOX_RETRY_BASE_SECONDS": "0.5", "OUTBOX_LOG_LEVEL": "WARNING", "OUTBOX_LOG_FORMAT": "json"}
+
+_OUTCOMES = "SELECT outcome, count(*) FROM processed_events GROUP BY outcome"
+_OPEN_LETTERS = "SELECT count(*) FROM dead_letters WHERE state = 'open'"
+_OWED = "SELECT count(*) FROM outbox"
+_DOUBLED = """
+    SELECT count(*) FROM (SELECT FROM purchases WHERE is_active GROUP BY student_id, course_id HAVING count(*) > 1) AS d
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the demonstration ends with."""
+
+    audit: AuditReport
+    doubled: int
+    owed: int
+
+    @property
+    def holds(self) -> bool:
+        return self.audit.ok and self.doubled == 0 and self.owed == 0
+
+    def sentence(self) -> str:
+        """What was proved, or what speaks against it."""
+        if not self.holds:
+            return f"NOT proved: {self.doubled} pairs hold two purchases, {self.owed} events are left; see above."
+        counts = self.audit.counts
+        return (
+            f"Proved: of {sum(counts.values()):,} payments {counts[PaymentClass.ACTIVE]:,} gave a course exactly once; "
+            f"{counts[PaymentClass.DUPLICATE]:,} were paid twice and {counts[PaymentClass.DEAD]:,} contradict their "
+            f"event: those wait for a person. Money taken with nothing given: none."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One look at the tables."""
+
+    seconds: float
+    progress: float
+    owed: int
+    outcomes: Mapping[str, int]
+    per_second: float
+
+
+class View(Protocol):
+    """Where the demonstration is shown."""
+
+    def say(self, seconds: float, sentence: str) -> None: ...
+
+    def show(self, scene: Scene) -> None: ...
+
+
+def run_demo(payments: int) -> Proof | None:
+    """Play the demonstration with about ``payments`` payments; None when it was interrupted.
+
+    Raises OutboxWorkerError when a worker does not start or the outbox is not settled in time.
+    """
+    with (
+        Signals() as signals,
+        tempfile.TemporaryDirectory(prefix="outbox-demo-") as name,
+        _private_database(Path(name)) as settings,
+        Crew(settings, Path(name)) as crew,
+        _view() as view,
+    ):
+        return Demo(settings, payments, crew, view).play(signals)
+
+
+@contextmanager
+def _private_database(directory: Path) -> Iterator[Settings]:
+    """A migrated database in ``directory``. Whatever ``OUTBOX_*`` says, nothing else is touched."""
+    for variable in [name for name in os.environ if name.startswith("OUTBOX_")]:
+        del os.environ[variable]
+    where = embedded.ensure_server(directory)
+    settings = load_settings(database_url=f"postgresql://postgres@/postgres?host={where['host']}&port={where['port']}")
+    database = Database(settings, deadline_seconds=None)
+    try:
+        upgrade(database, settings, build_tables(settings), ["unique_index"])
+        yield settings
+    finally:
+        database.close()
+        embedded.stop_server(directory)
+
+
+class Crew:
+    """The worker processes. Context manager: whoever is left at the end is stopped."""
+
+    def __init__(self, settings: Settings, directory: Path) -> None:
+        self._url = settings.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._log = directory / "workers.log"
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def hire(self) -> int:
+        """Start one more worker; return its pid."""
+        environment = {**os.environ, **_WORKER_SETTINGS, "OUTBOX_DATABASE_URL": self._url}
+        command = [sys.executable, "-m", "outbox_worker", "run"]
+        with self._log.open("ab") as log:
+            self._processes.append(subprocess.Popen(command, env=environment, stderr=log))  # noqa: S603 - ourselves
+        return self._processes[-1].pid
+
+    def kill_one(self) -> int:
+        """SIGKILL the worker that has been here longest; return its pid."""
+        victim = self._processes.pop(0)
+        victim.kill()
+        victim.wait()
+        return victim.pid
+
+    def check(self) -> None:
+        """Raise where a worker ended by itself, with what it said last."""
+        for process in self._processes:
+            if process.poll() not in (None, 0):
+                said = self._log.read_text().splitlines()[-1:] or ["nothing"]
+                raise OutboxWorkerError(f"Worker {process.pid} ended with {process.returncode}: {said[0]}")
+
+    def stop(self) -> None:
+        """SIGTERM all and wait for them."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.wait()
+        self._processes.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """What happens when so much has been paid."""
+
+    progress: float
+    act: Callable[[], str]
+
+
+class Demo:
+    """One performance."""
+
+    def __init__(self, settings: Settings, payments: int, crew: Crew, view: View) -> None:
+        self._settings = settings
+        self._crew = crew
+        self._view = view
+        self._begin = time.monotonic()
+        self._connection = psycopg.connect(_conninfo(settings), autocommit=True)
+        self._service = PaymentsService(_conninfo(settings), payments, SECONDS)
+        self._damage = max(1, round(payments * DAMAGE_SHARE))
+        self._seen: deque[tuple[float, int]] = deque(maxlen=8)
+        self._cues = deque(
+            [
+                Cue(0.35, self._kill_a_worker),
+                Cue(0.45, self._replace_it),
+                Cue(0.55, self._drop_the_index),
+                Cue(0.80, self._rebuild_the_index),
+            ]
+        )
+
+    def play(self, signals: Signals) -> Proof | None:
+        """Run to the end, or until a signal comes."""
+        self._service.leave_damage(self._damage)
+        self._say(f"the old worker marked {self._damage} events as done and never wrote their purchase")
+        self._say(f"{WORKERS} workers start: " + ", ".join(f"process {self._crew.hire()}" for _ in range(WORKERS)))
+        self._service.start()
+        self._say("the payments service starts to pay")
+        try:
+            return self._proof() if self._watch(signals) else None
+        finally:
+            self._service.stop()
+            self._connection.close()
+
+    def _watch(self, signals: Signals) -> bool:
+        """Follow what happens until all is settled; False when interrupted."""
+        ended: float | None = None
+        while not signals.wait(0.25):
+            self._crew.check()
+            while self._cues and self._service.progress >= self._cues[0].progress:
+                self._say(self._cues.popleft().act())
+            scene = self._look()
+            self._view.show(scene)
+            if self._service.is_done():
+                ended = ended or time.monotonic()
+                if scene.owed == 0 and not self._cues:
+                    self._say("nothing is left in the outbox; the workers stop")
+                    self._crew.stop()
+                    return True
+                if time.monotonic() - ended > SETTLE_SECONDS:
+                    raise OutboxWorkerError(f"{scene.owed} events were not settled within {SETTLE_SECONDS:.0f} s.")
+        return False
+
+    def _look(self) -> Scene:
+        outcomes: Counter[str] = Counter(dict(self._connection.execute(_OUTCOMES).fetchall()))
+        outcomes[Outcome.DEAD] = self._count(_OPEN_LETTERS)
+        now = time.monotonic() - self._begin
+        self._seen.append((now, outcomes.total()))
+        (before, had), (after, have) = self._seen[0], self._seen[-1]
+        rate = (have - had) / (after - before) if after > before else 0.0
+        return Scene(now, self._service.progress, self._count(_OWED), outcomes, rate)
+
+    def _proof(self) -> Proof:
+        database = Database(self._settings, deadline_seconds=None)
+        try:
+            report = run_audit(database, build_tables(self._settings))
+            return Proof(report, self._count(_DOUBLED), self._count(_OWED))
+        finally:
+            database.close()
+
+    def _count(self, query: str) -> int:
+        row = self._connection.execute(query).fetchone()
+        return row[0] if row else 0
+
+    def _say(self, sentence: str) -> None:
+        self._view.say(time.monotonic() - self._begin, sentence)
+
+    def _kill_a_worker(self) -> str:
+        return f"kill -9 {self._crew.kill_one()}: one worker is gone in the middle of its work"
+
+    def _replace_it(self) -> str:
+        return f"process {self._crew.hire()} takes its place; nobody repaired anything"
+
+    def _drop_the_index(self) -> str:
+        self._connection.execute(f"DROP INDEX {PAIR_INDEX}")
+        return "somebody drops the unique index: the workers fall back to the lock"
+
+    def _rebuild_the_index(self) -> str:
+        self._connection.execute(
+            f"CREATE UNIQUE INDEX CONCURRENTLY {PAIR_INDEX} ON purchases (student_id, course_id) WHERE is_active"
+        )
+        return "the unique index is back: the workers use it again"
+
+
+def _conninfo(settings: Settings) -> str:
+    return settings.url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+class PlainView:
+    """Lines for a pipe or a log."""
+
+    def __init__(self) -> None:
+        self._shown = -2.0
+
+    def say(self, seconds: float, sentence: str) -> None:
+        console.line(f"{seconds:5.1f} s  {sentence}")
+
+    def show(self, scene: Scene) -> None:
+        """A line every two seconds."""
+        if scene.seconds - self._shown >= 2:
+            self._shown = scene.seconds
+            console.line(f"{scene.seconds:5.1f} s  {_summary(scene)}")
+
+
+class LiveView:
+    """A picture on a terminal that is drawn anew a few times a second."""
+
+    LINES = 7
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._said: deque[Text] = deque(maxlen=self.LINES)
+        self._scene: Scene | None = None
+
+    def say(self, seconds: float, sentence: str) -> None:
+        self._said.append(Text.assemble((f"{seconds:5.1f} s  ", "dim"), sentence))
+        self._draw()
+
+    def show(self, scene: Scene) -> None:
+        self._scene = scene
+        self._draw()
+
+    def _draw(self) -> None:
+        parts = [_picture(self._scene)] if self._scene else []
+        self._live.update(Group(*parts, Text(), *self._said))
+
+
+def _picture(scene: Scene) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row("paid", f"{scene.progress:.0%}", Text("█" * round(scene.progress * 40), style="cyan"))
+    table.add_row("owed", f"{scene.owed:,}", "")
+    table.add_row("settled / s", f"{scene.per_second:,.0f}", "")
+    total = sum(scene.outcomes.values()) or 1
+    for outcome in Outcome:
+        if count := scene.outcomes.get(outcome, 0):
+            table.add_row(outcome, f"{count:,}", Text("█" * max(1, round(count / total * 40)), style=_COLOURS[outcome]))
+    return table
+
+
+_COLOURS = {
+    Outcome.CREATED: "green",
+    Outcome.RECOVERED: "bright_green",
+    Outcome.ALREADY_EXISTS: "blue",
+    Outcome.DUPLICATE_PAYMENT: "yellow",
+    Outcome.SUPPRESSED: "magenta",
+    Outcome.REVOKED: "magenta",
+    Outcome.RETRIED: "cyan",
+    Outcome.DEAD: "red",
+}
+
+
+def _summary(scene: Scene) -> str:
+    outcomes = ", ".join(f"{count:,} {name}" for name, count in scene.outcomes.items() if count)
+    return f"{scene.progress:.0%} paid, {scene.owed:,} owed, {scene.per_second:,.0f}/s; {outcomes or 'nothing yet'}"
+
+
+@contextmanager
+def _view() -> Iterator[View]:
+    if not sys.stdout.isatty():
+        yield PlainView()
+        return
+    with Live(console=Console(highlight=False), refresh_per_second=8) as live:
+        yield LiveView(live)

@@ -1,0 +1,214 @@
+"""A payments service as it is in real life: it pays twice, delivers twice, arrives late, refunds, and breaks payloads.
+
+Writes real payments and events over connections of its own, payment and event in one transaction, as any producer must.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, PaymentStatus
+
+_INSERT_PAYMENT = """
+    INSERT INTO payments (id, student_id, course_id, amount, currency, status) VALUES (%s, %s, %s, %s, 'EUR', %s)
+"""
+_INSERT_EVENT = "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, %s, %s)"
+_INSERT_MARK = """
+    INSERT INTO processed_events (event_id, event_type, outcome, payment_id) VALUES (%s, %s, %s, %s)
+"""
+_CLEAR = "UPDATE payments SET status = 'succeeded', updated_at = clock_timestamp() WHERE id = %s"
+
+LATE_SECONDS = 1.0
+"""How long a payment that is late lets its event wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One student, one course, one price."""
+
+    student_id: UUID = field(default_factory=uuid4)
+    course_id: UUID = field(default_factory=uuid4)
+    amount: str = "49.90"
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A payment whose event is out already; it is written, or clears, when ``due`` has come."""
+
+    due: float
+    payment_id: UUID
+    order: Order
+    is_written: bool
+
+
+class PaymentsService:
+    """Makes ``count`` orders with a fixed mix of troubles, in a thread; ``made`` counts them by kind."""
+
+    def __init__(self, conninfo: str, count: int, seconds: float) -> None:
+        self.made: Counter[str] = Counter()
+        self.orders = 0
+        self._conninfo = conninfo
+        self._count = count
+        self._pause = seconds / count
+        self._late: deque[_Late] = deque()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def progress(self) -> float:
+        """Share of the orders that were made, 0 to 1."""
+        return self.orders / self._count
+
+    def is_done(self) -> bool:
+        """Whether all is written. Raises what the thread raised."""
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Make no more orders."""
+        self._stop.set()
+        self._thread.join()
+
+    def leave_damage(self, count: int) -> None:
+        """Leave what the replaced worker left: events marked as processed whose purchase was never written."""
+        with psycopg.connect(self._conninfo, autocommit=True) as connection:
+            for _ in range(count):
+                payment_id, event_id = uuid4(), uuid4()
+                with connection.transaction():
+                    _pay(connection, payment_id, Order())
+                    _tell(connection, {"payment_id": str(payment_id)}, event_id=event_id)
+                    connection.execute(_INSERT_MARK, (event_id, PURCHASE_CONFIRMED, Outcome.CREATED, payment_id))
+        self.made["marked as done, never given"] += count
+
+    def _run(self) -> None:
+        try:
+            with psycopg.connect(self._conninfo, autocommit=True) as connection:
+                self._make_orders(connection)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by is_done()
+            self._error = error
+
+    def _make_orders(self, connection: psycopg.Connection) -> None:
+        begin = time.monotonic()
+        while self.orders < self._count and not self._stop.is_set():
+            self._order(connection, self.orders)
+            self.orders += 1
+            self._deliver_late(connection, time.monotonic())
+            self._stop.wait(max(0.0, begin + self.orders * self._pause - time.monotonic()))
+        while self._late and not self._stop.wait(0.05):
+            self._deliver_late(connection, time.monotonic())
+
+    def _order(self, connection: psycopg.Connection, number: int) -> None:
+        """One order; its number decides what goes wrong with it."""
+        order, payment_id = Order(), uuid4()
+        match number % 50:
+            case 7 | 32:
+                self._deliver_twice(connection, payment_id, order)
+            case 12:
+                self._pay_twice(connection, order)
+            case 17:
+                self._deliver_before_clearing(connection, payment_id, order)
+            case 22:
+                self._deliver_before_payment(connection, payment_id, order)
+            case 27:
+                self._refund(connection, payment_id, order)
+            case 37:
+                self._contradict(connection, payment_id, order)
+            case 42:
+                self._poison(connection, number)
+            case _:
+                self._confirm(connection, payment_id, order)
+
+    def _confirm(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        with connection.transaction():
+            _pay(connection, payment_id, order)
+            _tell(connection, _payload(payment_id, order))
+        self.made["paid"] += 1
+
+    def _deliver_twice(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        self._confirm(connection, payment_id, order)
+        _tell(connection, _payload(payment_id, order))
+        self.made["event delivered twice"] += 1
+
+    def _pay_twice(self, connection: psycopg.Connection, order: Order) -> None:
+        self._confirm(connection, uuid4(), order)
+        self._confirm(connection, uuid4(), order)
+        self.made["paid twice for one course"] += 1
+
+    def _deliver_before_clearing(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        with connection.transaction():
+            _pay(connection, payment_id, order, PaymentStatus.PENDING)
+            _tell(connection, _payload(payment_id, order))
+        self._late.append(_Late(time.monotonic() + LATE_SECONDS, payment_id, order, is_written=True))
+        self.made["payment cleared late"] += 1
+
+    def _deliver_before_payment(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        _tell(connection, _payload(payment_id, order))
+        self._late.append(_Late(time.monotonic() + LATE_SECONDS, payment_id, order, is_written=False))
+        self.made["payment arrived after its event"] += 1
+
+    def _refund(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        with connection.transaction():
+            _pay(connection, payment_id, order, PaymentStatus.REFUNDED)
+            _tell(connection, _payload(payment_id, order))
+        self.made["refunded before delivery"] += 1
+
+    def _contradict(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        with connection.transaction():
+            _pay(connection, payment_id, order)
+            _tell(connection, _payload(payment_id, order) | {"amount": "4990.00"})
+        self.made["event contradicts its payment"] += 1
+
+    def _poison(self, connection: psycopg.Connection, number: int) -> None:
+        if number % 100 < 50:
+            _tell(connection, ["not", "an", "object"])
+            self.made["payload broken"] += 1
+        else:
+            _tell(connection, {"payment_id": str(uuid4())}, event_type="COFFEE_BREWED")
+            self.made["event of another type"] += 1
+
+    def _deliver_late(self, connection: psycopg.Connection, now: float) -> None:
+        while self._late and self._late[0].due <= now:
+            late = self._late.popleft()
+            if late.is_written:
+                connection.execute(_CLEAR, (late.payment_id,))
+            else:
+                _pay(connection, late.payment_id, late.order)
+
+
+def _payload(payment_id: UUID, order: Order) -> dict[str, str]:
+    return {
+        "payment_id": str(payment_id),
+        "student_id": str(order.student_id),
+        "course_id": str(order.course_id),
+        "amount": order.amount,
+        "currency": "EUR",
+    }
+
+
+def _pay(
+    connection: psycopg.Connection, payment_id: UUID, order: Order, status: PaymentStatus = PaymentStatus.SUCCEEDED
+) -> None:
+    row = (payment_id, order.student_id, order.course_id, order.amount, status)
+    connection.execute(_INSERT_PAYMENT, row)
+
+
+def _tell(
+    connection: psycopg.Connection,
+    payload: object,
+    *,
+    event_id: UUID | None = None,
+    event_type: str = PURCHASE_CONFIRMED,
+) -> None:
+    connection.execute(_INSERT_EVENT, (event_id or uuid4(), event_type, Jsonb(payload)))
