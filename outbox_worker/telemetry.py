@@ -105,6 +105,7 @@ class Telemetry:
     metrics: Metrics = field(default_factory=Metrics)
     _told: Tally[str] = field(default_factory=Tally)
     _told_at: float = field(default_factory=time.monotonic)
+    _guard_is_known: bool = False
 
     def started(self, concurrency: int, guard: Guard) -> None:
         """The first look found all that is needed."""
@@ -227,10 +228,13 @@ class Telemetry:
 
     def guard_changed(self, guard: Guard) -> None:
         """The guard in force is known for the first time, or is another than before."""
+        is_news = self._guard_is_known or guard is not Guard.INDEX
+        self._guard_is_known = True
         for mode in Guard:
             self.metrics.guard.labels(mode).set(mode is guard)
         hint = "" if guard is Guard.INDEX else "; writers that skip it are not covered: migrate --with unique_index"
-        logger.bind(event="guard_changed", guard=str(guard)).warning("the guard is the {} now{}", str(guard), hint)
+        level = "WARNING" if is_news else "INFO"
+        logger.bind(event="guard_changed", guard=str(guard)).log(level, "the guard is the {}{}", str(guard), hint)
 
 
 def _counted(outcomes: Mapping[str, int]) -> str:
