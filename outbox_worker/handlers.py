@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -96,11 +97,17 @@ class ConfirmedPurchases:
         return verdicts | self._judge(session, rest, footing.guard, locks.keys)
 
     def _insert_clean(self, session: Session, batch: Batch, footing: Footing) -> set[int]:
-        """Under the guard ``lock`` only events whose pair is locked: another's payment may have appeared since."""
+        """Offer the events of which a written purchase can tell that it was they who made it.
+
+        Of two events of one payment it cannot: both are judged. Under the guard ``lock`` the pair must be locked, too:
+        a payment that was not there when the locks were taken may have appeared since.
+        """
+        times = Counter(event.payment_id for event in batch.values())
+        offered = {key: event for key, event in batch.items() if times[event.payment_id] == 1}
         if footing.guard.guard is Guard.LOCK:
             locked = footing.locks.locked if footing.locks else frozenset()
-            batch = {key: event for key, event in batch.items() if key in locked}
-        return self._repository.insert_clean(session, batch, footing.guard)
+            offered = {key: event for key, event in offered.items() if key in locked}
+        return self._repository.insert_clean(session, offered, footing.guard) if offered else set()
 
     def _judge(self, session: Session, batch: Batch, guard: GuardState, held: frozenset[int]) -> Verdicts:
         """Look, decide, write; look again at what a write changed. Every round settles an event or is the last."""

@@ -81,7 +81,7 @@ class PurchaseRepository:
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Insert the purchases of all events that nothing speaks against; return those events (``outbox.id``).
 
-        Under the guard ``lock`` the caller holds the locks of all their pairs.
+        The events are of different payments; under the guard ``lock`` the caller holds the locks of all their pairs.
         """
         return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate, clean=True))
 
@@ -116,7 +116,7 @@ class PurchaseRepository:
 
     def _run_insert(self, session: Session, batch: Batch, statement: Select[Any]) -> set[int]:
         made: list[str] = session.scalar(statement, _keys(batch)) or []
-        by_payment = {event.payment_id: event.id for event in reversed(list(batch.values()))}
+        by_payment = {event.payment_id: event.id for event in batch.values()}
         return {by_payment[payment_id] for payment_id in made}
 
     def _build_insert(self, guard: Guard, predicate: str, *, clean: bool) -> Select[Any]:

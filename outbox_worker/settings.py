@@ -143,9 +143,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Settings:
-        for low, high in (("poll_min_seconds", "poll_max_seconds"), ("retry_base_seconds", "retry_max_seconds")):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"{_variable(low)} must not exceed {_variable(high)}")
+        pairs = (("poll_min_seconds", "poll_max_seconds"), ("retry_base_seconds", "retry_max_seconds"))
+        wrong = [(low, high) for low, high in pairs if getattr(self, low) > getattr(self, high)]
+        if wrong:
+            raise ValueError("; ".join(f"{_variable(low)} must not exceed {_variable(high)}" for low, high in wrong))
         return self
 
     @classmethod
