@@ -54,19 +54,29 @@ def output() -> Console:
     )
 
 
+def _print(table: Table) -> None:
+    """Print a table; in a pipe its lines end where their text ends."""
+    console = output()
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    sys.stdout.writelines(f"{text.rstrip()}\n" for text in captured.get().splitlines())
+
+
 def columns(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = ()
 ) -> None:
     """Print rows under headings; ``numbers`` are the positions of columns that line up on the right."""
-    console = output()
     table = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
     )
     for position, heading in enumerate(headings):
         table.add_column(heading, justify="right" if position in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
-    console.print(table)
+        table.add_row(*map(str, row))
+    _print(table)
 
 
 def facts(rows: Sequence[tuple[str, object]]) -> None:
@@ -74,7 +84,7 @@ def facts(rows: Sequence[tuple[str, object]]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in rows:
         table.add_row(Text(name, style="dim"), str(value))
-    output().print(table)
+    _print(table)
 
 
 def line(text: str, style: str = "") -> None:
