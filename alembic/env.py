@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from alembic import context
 from sqlalchemy import Connection
 
@@ -11,6 +12,7 @@ from outbox_worker.settings import Settings, load_settings
 
 
 def run(connection: Connection, settings: Settings) -> None:
+    _create_schema(connection, settings.schema_name)
     connection.rollback()  # only on a connection at rest does alembic manage the transactions itself
     context.configure(
         connection=connection,
@@ -22,6 +24,13 @@ def run(connection: Connection, settings: Settings) -> None:
         context.run_migrations()
 
 
+def _create_schema(connection: Connection, name: str) -> None:
+    """The version table needs it before the first revision runs."""
+    if name not in sa.inspect(connection).get_schema_names():
+        connection.execute(sa.schema.CreateSchema(name))
+        connection.commit()
+
+
 def main() -> None:
     if context.is_offline_mode():
         raise SystemExit("The migrations look at the database before they change it: there is no offline mode.")
@@ -31,8 +40,12 @@ def main() -> None:
         return
     settings = load_settings()
     given["settings"] = settings
-    with Database(settings, deadline_seconds=None).engine.connect() as connection:
-        run(connection, settings)
+    database = Database(settings, deadline_seconds=None)
+    try:
+        with database.engine.connect() as connection:
+            run(connection, settings)
+    finally:
+        database.close()
 
 
 main()

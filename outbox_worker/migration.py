@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,11 +74,18 @@ def _scripts() -> Path:
 def _alone(connection: Connection) -> Iterator[None]:
     """Let a second migration of the same database wait for this one."""
     key = {"key": VERSION_TABLE}
-    connection.execute(text("SELECT pg_advisory_lock(hashtextextended(:key, 0))"), key)
-    connection.commit()
+    _take_turn(connection, key)
     try:
         yield
     finally:
         connection.rollback()
         connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:key, 0))"), key)
         connection.commit()
+
+
+def _take_turn(connection: Connection, key: dict[str, str]) -> None:
+    """Ask again and again: a statement that waits holds a snapshot, which CREATE INDEX CONCURRENTLY waits for."""
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
+        connection.commit()
+        time.sleep(0.1)
+    connection.commit()

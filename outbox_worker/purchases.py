@@ -35,7 +35,7 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY, UUID
+from sqlalchemy.dialects.postgresql import ARRAY, UUID, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
@@ -162,7 +162,7 @@ def _insert_statement(tables: Tables, guard: Guard, *, clean: bool) -> postgresq
     if clean:
         source = source.where(*_nothing_speaks_against(tables))
     if guard is Guard.LOCK:
-        source = source.distinct(payments.c.student_id, payments.c.course_id)
+        source = source.ext(distinct_on(payments.c.student_id, payments.c.course_id))
         source = source.where(~exists().where(_holds_pair(purchases, payments)))
     columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
     return postgresql.insert(purchases).from_select(columns, source, include_defaults=False)

@@ -21,6 +21,8 @@ from sqlalchemy import (
     Numeric,
     Table,
     Text,
+    column,
+    literal_column,
     text,
 )
 from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
@@ -92,9 +94,8 @@ class _Builder:
         return Column(self.naming.column(key), *type_and_more, key=key, nullable=nullable, **options)
 
     def one_of(self, key: str, *values: str) -> CheckConstraint:
-        column = self.naming.column(key)
-        listed = ", ".join(f"'{value}'" for value in values)
-        return CheckConstraint(f"{column} IN ({listed})", name=f"{self.naming.table}_{key}_check")
+        listed: list[Any] = [literal_column(f"'{value}'") for value in values]
+        return CheckConstraint(column(self.naming.column(key)).in_(listed), name=f"{self.naming.table}_{key}_check")
 
     def table(self, *parts: Any) -> Table:
         return Table(self.naming.table, self.metadata, *parts, schema=self.naming.schema)
@@ -190,7 +191,7 @@ def _dead_letters(b: _Builder) -> Table:
         b.column("note", Text, nullable=True),
         b.one_of("state", "open", "requeued", "discarded", "settled"),
     )
-    is_open = text(f"{b.naming.column('state')} = 'open'")
+    is_open = table.c.state == literal_column("'open'")
     Index(f"{table.name}_open_idx", table.c.dead_at, table.c.event_id, postgresql_where=is_open)
     Index(f"{table.name}_payment_idx", table.c.payment_id)
     return table

@@ -10,7 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -52,6 +61,12 @@ def _flatten_columns(value: object) -> object:
     return {key: name for key, name in value.items() if key not in nested} | flat
 
 
+def _usable_names(value: dict[str, str]) -> dict[str, str]:
+    if odd := sorted(name for name in value.values() if set(name) & set("%:")):
+        raise ValueError(f"names with % or : are not supported: {', '.join(odd)}")
+    return value
+
+
 def _known_tables(value: dict[str, str]) -> dict[str, str]:
     if unknown := set(value) - set(COLUMNS):
         raise ValueError(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
@@ -86,15 +101,32 @@ def _usable_url(value: SecretStr) -> SecretStr:
 
 
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_usable_url)]
-TableMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_split_pairs), AfterValidator(_known_tables)]
-ColumnMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_flatten_columns), AfterValidator(_known_columns)]
+TableMap = Annotated[
+    dict[str, str],
+    NoDecode,
+    BeforeValidator(_split_pairs),
+    AfterValidator(_known_tables),
+    AfterValidator(_usable_names),
+]
+ColumnMap = Annotated[
+    dict[str, str],
+    NoDecode,
+    BeforeValidator(_flatten_columns),
+    AfterValidator(_known_columns),
+    AfterValidator(_usable_names),
+]
 
 
 class Settings(BaseSettings):
     """All that can be set. Each default says in its description why it is what it is."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True, hide_input_in_errors=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        hide_input_in_errors=True,
+        validate_default=True,
     )
 
     config: Path | None = Field(None, description="TOML file with settings; keys are lower case, without OUTBOX_")
@@ -141,13 +173,13 @@ class Settings(BaseSettings):
     def _schema_by_its_key(cls, data: dict[str, Any]) -> dict[str, Any]:
         return {"schema_name" if key == "schema" else key: value for key, value in data.items()}
 
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> Settings:
-        pairs = (("poll_min_seconds", "poll_max_seconds"), ("retry_base_seconds", "retry_max_seconds"))
-        wrong = [(low, high) for low, high in pairs if getattr(self, low) > getattr(self, high)]
-        if wrong:
-            raise ValueError("; ".join(f"{_variable(low)} must not exceed {_variable(high)}" for low, high in wrong))
-        return self
+    @field_validator("poll_max_seconds", "retry_max_seconds")
+    @classmethod
+    def _not_below_its_least(cls, value: float, info: ValidationInfo) -> float:
+        low = {"poll_max_seconds": "poll_min_seconds", "retry_max_seconds": "retry_base_seconds"}[str(info.field_name)]
+        if value < info.data.get(low, value):
+            raise ValueError(f"must not be less than {_variable(low)}")
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -183,8 +215,13 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> URL:
-        """The database's URL with the driver spelled out. Not for ``embedded:``."""
-        return make_url(self._required_url()).set(drivername="postgresql+psycopg")
+        """The database's URL with the driver spelled out. Not for ``embedded:``.
+
+        A password among the parameters moves to where SQLAlchemy hides it.
+        """
+        url = make_url(self._required_url()).set(drivername="postgresql+psycopg")
+        password = url.query.get("password", url.password)
+        return url.difference_update_query(["password"]).set(password=str(password) if password else None)
 
     def _required_url(self) -> str:
         if self.database_url is None:
@@ -215,8 +252,9 @@ def load_settings(**given: Any) -> Settings:
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     """``OUTBOX_*`` variables that no setting reads, each with the nearest name there is."""
     known = [_variable(name) for name in Settings.model_fields]
-    strangers = [name for name in environment if name.startswith(PREFIX) and name not in (*known, *_OTHERS)]
-    return {name: next(iter(difflib.get_close_matches(name, known, 1)), None) for name in strangers}
+    ours = [name for name in environment if name.upper().startswith(PREFIX)]
+    strangers = [name for name in ours if name.upper() not in (*known, *_OTHERS)]
+    return {name: next(iter(difflib.get_close_matches(name.upper(), known, 1)), None) for name in strangers}
 
 
 def reference() -> str:

@@ -9,7 +9,7 @@ from alembic import context, op
 from sqlalchemy.dialects import postgresql
 
 from outbox_worker.health import is_owned
-from outbox_worker.schema import OWNED, Naming
+from outbox_worker.schema import OWNED, PAIR_LOOKUP_INDEX, Naming
 
 revision = "core_0001"
 down_revision = None
@@ -57,14 +57,13 @@ def _create(naming: Naming, *columns: sa.Column[Any], **checks: tuple[str, ...])
     op.create_table(naming.table, *columns, *constraints, schema=naming.schema, comment=OWNED)
 
 
-def _index(naming: Naming, suffix: str, *keys: str, where: str | None = None, unique: bool = False) -> None:
+def _index(naming: Naming, suffix: str, *keys: str, where: sa.ColumnElement[bool] | None = None) -> None:
     op.create_index(
         f"{naming.table}_{suffix}",
         naming.table,
         [naming.column(key) for key in keys],
         schema=naming.schema,
-        unique=unique,
-        postgresql_where=sa.text(where) if where else None,
+        postgresql_where=where,
     )
 
 
@@ -116,7 +115,13 @@ def _purchases(naming: Naming) -> None:
         sa.Column(c("created_at"), TIME, nullable=False, server_default=NOW),
         sa.Column(c("deactivated_at"), TIME),
     )
-    _index(naming, "active_student_course_idx", "student_id", "course_id", where=c("is_active"))
+    op.create_index(
+        PAIR_LOOKUP_INDEX,
+        naming.table,
+        [c("student_id"), c("course_id")],
+        schema=naming.schema,
+        postgresql_where=sa.column(c("is_active")),
+    )
 
 
 def _processed_events(naming: Naming) -> None:
@@ -152,7 +157,7 @@ def _dead_letters(naming: Naming) -> None:
         sa.Column(c("note"), sa.Text),
         state=("open", "requeued", "discarded", "settled"),
     )
-    _index(naming, "open_idx", "dead_at", "event_id", where=f"{c('state')} = 'open'")
+    _index(naming, "open_idx", "dead_at", "event_id", where=sa.column(c("state")) == sa.literal_column("'open'"))
     _index(naming, "payment_idx", "payment_id")
 
 

@@ -11,7 +11,7 @@ from outbox_worker.schema import NOTIFY_CHANNEL, build_tables
 revision = "notify_0001"
 down_revision = None
 branch_labels = ("notify",)
-depends_on = None
+depends_on = "core_0001"
 
 TRIGGER = "outbox_worker_notify"
 

@@ -8,12 +8,13 @@ from sqlalchemy.exc import IntegrityError
 
 from outbox_worker.errors import Refused
 from outbox_worker.guard import pair_indexes, relation_name
+from outbox_worker.health import is_owned
 from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
 
 revision = "unique_index_0001"
 down_revision = None
 branch_labels = ("unique_index",)
-depends_on = None
+depends_on = "core_0001"
 
 SHOWN = 20
 
@@ -32,9 +33,10 @@ def downgrade() -> None:
     purchases = build_tables(context.config.attributes["settings"]).purchases
     with op.get_context().autocommit_block():
         bind = op.get_bind()
-        bind.execute(
-            sa.text(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {PAIR_LOOKUP_INDEX} {_on_pair(bind, purchases)}")
-        )
+        if is_owned(bind, purchases):
+            bind.execute(
+                sa.text(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {PAIR_LOOKUP_INDEX} {_on_pair(bind, purchases)}")
+            )
         bind.execute(sa.text(f"DROP INDEX CONCURRENTLY IF EXISTS {_index_name(bind, purchases, PAIR_INDEX)}"))
 
 

@@ -1,0 +1,58 @@
+"""What a database says of its tables, as plain values that can be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+
+# what a table is: columns, constraints, indexes, triggers and its comment, each as PostgreSQL would write it itself
+_QUERIES = {
+    "columns": """
+        SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attnum,
+               pg_get_expr(d.adbin, d.adrelid)
+        FROM pg_attribute a LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
+        WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+    """,
+    "constraints": """
+        SELECT conname, pg_get_constraintdef(oid), convalidated
+        FROM pg_constraint WHERE conrelid = to_regclass(%(table)s) AND contype <> 'n' ORDER BY 1
+    """,
+    "indexes": """
+        SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid), indisvalid
+        FROM pg_index WHERE indrelid = to_regclass(%(table)s) ORDER BY 1
+    """,
+    "triggers": """
+        SELECT pg_get_triggerdef(oid) FROM pg_trigger
+        WHERE tgrelid = to_regclass(%(table)s) AND NOT tgisinternal ORDER BY 1
+    """,
+    "table": """
+        SELECT oid, relfilenode, relacl::text, reloptions, obj_description(oid, 'pg_class')
+        FROM pg_class WHERE oid = to_regclass(%(table)s)
+    """,
+}
+
+
+def describe(connection: psycopg.Connection[Any], table: str) -> dict[str, list[tuple[Any, ...]]]:
+    """All that the catalogue holds of a table; ``table`` with schema and quotes where it needs them."""
+    return {what: connection.execute(query, {"table": table}).fetchall() for what, query in _QUERIES.items()}
+
+
+def tables(connection: psycopg.Connection[Any]) -> set[str]:
+    """The user's tables, with their schemas."""
+    query = """
+        SELECT schemaname || '.' || tablename FROM pg_tables
+        WHERE schemaname NOT IN ('pg_catalog', 'information_schema')
+    """
+    return {name for (name,) in connection.execute(query)}
+
+
+def snapshot(connection: psycopg.Connection[Any]) -> dict[str, Any]:
+    """Every table of the database with its rows, and the functions: what a migration may not touch unasked."""
+    described: dict[str, Any] = {}
+    for table in sorted(tables(connection)):
+        rows = connection.execute(f"SELECT to_jsonb(t)::text FROM {table} AS t ORDER BY 1").fetchall()
+        described[table] = describe(connection, table) | {"rows": rows}
+    functions = "SELECT proname FROM pg_proc WHERE pronamespace = to_regnamespace('public') ORDER BY 1"
+    described["functions"] = connection.execute(functions).fetchall()
+    return described

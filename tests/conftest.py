@@ -1,0 +1,207 @@
+"""A real PostgreSQL for every test that asks for one: a clone of a migrated template, dropped afterwards.
+
+``database_url`` is the door; ``shop`` writes what the payments service would, ``processor`` settles it, ``drain`` runs
+until nothing is left. ``both_guards`` runs a test with and without the unique index.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal, Protocol
+
+import psycopg
+import pytest
+import servers
+from factories import ProbedProcessor, Shop, drain_all
+
+from outbox_worker.database import Database
+from outbox_worker.decision import RetryPolicy
+from outbox_worker.errors import OutboxWorkerError
+from outbox_worker.guard import GuardWatch
+from outbox_worker.handlers import build_handlers
+from outbox_worker.model import Outcome
+from outbox_worker.outbox import Outbox
+from outbox_worker.processor import Processor
+from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.schema import Tables, build_tables
+from outbox_worker.settings import Settings, load_settings
+from outbox_worker.telemetry import Telemetry
+
+_HOLDER = pytest.StashKey[servers.Holder]()
+_count = itertools.count(1)
+
+
+class MakeProcessor(Protocol):
+    def __call__(
+        self,
+        batch_size: int = 1000,
+        unknown_types: Literal["bury", "ignore"] = "bury",
+        policy: RetryPolicy | None = None,
+        database: Database | None = None,
+    ) -> ProbedProcessor: ...
+
+
+class MakeDatabase(Protocol):
+    def __call__(self, *, connections: int = 4, deadline_seconds: float | None = 10) -> Database: ...
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The developer's own settings must not reach a test. In the xdist controller, or without xdist: own the server."""
+    if not hasattr(config, "workerinput"):
+        try:
+            config.stash[_HOLDER] = servers.Holder(servers.choose(os.environ))
+        except LookupError as error:
+            raise pytest.UsageError(str(error)) from None
+    for name in [name for name in os.environ if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_")]:
+        del os.environ[name]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"postgres: {config.stash[_HOLDER].source.describe()}" if _HOLDER in config.stash else ""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """xdist: tell a new worker where the server is."""
+    server = _started(node.config)
+    node.workerinput["outbox_server"] = (server.url, server.run)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _HOLDER in config.stash:
+        config.stash[_HOLDER].close()
+
+
+def _started(config: pytest.Config) -> servers.Server:
+    """A server that cannot be had ends the run with one sentence, not with an error per test."""
+    try:
+        return config.stash[_HOLDER].get()
+    except (OutboxWorkerError, psycopg.OperationalError) as error:
+        pytest.exit(f"no PostgreSQL for the tests: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> servers.Server:
+    """The server of this run; ``.create(name, template)`` and ``.drop(name)`` make further databases."""
+    given = getattr(request.config, "workerinput", None)
+    return servers.Server(*given["outbox_server"]) if given else _started(request.config)
+
+
+@pytest.fixture(params=["index", "lock"])
+def both_guards(request: pytest.FixtureRequest) -> str:
+    """Runs the test once with the unique index and once without."""
+    guard: str = request.param
+    return guard
+
+
+@pytest.fixture
+def guard_kind(request: pytest.FixtureRequest) -> str:
+    """``index`` unless parametrised (indirectly, or by ``both_guards``): which template ``database_url`` clones."""
+    if "both_guards" in request.fixturenames:
+        return str(request.getfixturevalue("both_guards"))
+    return str(getattr(request, "param", "index"))
+
+
+@pytest.fixture
+def make_url(server: servers.Server) -> Iterator[Callable[[str | None], str]]:
+    """Make further databases: ``make_url("index" | "lock")`` clones a template, ``make_url(None)`` is empty."""
+    with ExitStack() as stack:
+
+        def make(template: str | None) -> str:
+            name = f"{server.run}_{os.getpid()}_{next(_count)}"
+            stack.callback(server.drop, name)
+            return server.create(name, template)
+
+        yield make
+
+
+@pytest.fixture
+def database_url(make_url: Callable[[str | None], str], guard_kind: str) -> str:
+    """A migrated database of this test's own."""
+    return make_url(guard_kind)
+
+
+@pytest.fixture
+def settings(database_url: str) -> Settings:
+    return load_settings(database_url=database_url)
+
+
+@pytest.fixture
+def tables(settings: Settings) -> Tables:
+    return build_tables(settings)
+
+
+@pytest.fixture
+def make_database(settings: Settings) -> Iterator[MakeDatabase]:
+    """Further engines on the test's database, closed at the end."""
+    with ExitStack() as stack:
+
+        def make(*, connections: int = 4, deadline_seconds: float | None = 10) -> Database:
+            database = Database(settings, connections=connections, deadline_seconds=deadline_seconds)
+            stack.callback(database.close)
+            return database
+
+        yield make
+
+
+@pytest.fixture
+def database(make_database: MakeDatabase) -> Database:
+    return make_database()
+
+
+@pytest.fixture
+def connect(database_url: str) -> Iterator[Callable[..., psycopg.Connection[Any]]]:
+    """Open connections of the test's own: ``connect()``, ``connect(autocommit=True)``; all closed at the end."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> psycopg.Connection[Any]:
+            connection = psycopg.connect(servers.libpq(database_url), **options)
+            stack.callback(connection.close)
+            return connection
+
+        yield make
+
+
+@pytest.fixture
+def shop(connect: Callable[..., psycopg.Connection[Any]]) -> Shop:
+    return Shop(connect(autocommit=True))
+
+
+@pytest.fixture
+def make_processor(settings: Settings, tables: Tables, database: Database) -> MakeProcessor:
+    """Build processors like the worker does; each has its own watch, probed once."""
+    default_database = database
+
+    def make(
+        batch_size: int = 1000,
+        unknown_types: Literal["bury", "ignore"] = "bury",
+        policy: RetryPolicy | None = None,
+        database: Database | None = None,
+    ) -> ProbedProcessor:
+        used, policy = database or default_database, policy or settings.retry_policy
+        repository, telemetry = PurchaseRepository(tables), Telemetry()
+        watch = GuardWatch(tables.purchases, telemetry.guard_changed)
+        with used.transaction() as session:
+            watch.probe(session)
+        handlers = build_handlers(repository, policy)
+        outbox = Outbox(tables, None if unknown_types == "bury" else handlers)
+        made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, batch_size)
+        made.telemetry, made.watch, made.outbox, made.repository = telemetry, watch, outbox, repository
+        return made
+
+    return make
+
+
+@pytest.fixture
+def processor(make_processor: MakeProcessor) -> ProbedProcessor:
+    return make_processor()
+
+
+@pytest.fixture
+def drain() -> Callable[[Processor], Counter[Outcome]]:
+    """``factories.drain_all``: settle until an empty batch; the outcomes, counted."""
+    return drain_all

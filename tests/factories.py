@@ -1,0 +1,311 @@
+"""What the payments service, operators and the past have written: rows for tests, and readers for what became of them.
+
+``Shop`` speaks plain SQL to the tables under their own names, on one autocommit connection, so that a test does not
+read and write through the code it tests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import namedtuple_row
+
+from outbox_worker.guard import GuardWatch
+from outbox_worker.model import PURCHASE_CONFIRMED, Outcome
+from outbox_worker.outbox import Outbox
+from outbox_worker.processor import Processor
+from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.telemetry import Telemetry
+
+ABSENT = object()
+"""In a payload override: leave the key out. None writes a JSON null."""
+
+
+class Payment(NamedTuple):
+    id: UUID
+    student_id: UUID
+    course_id: UUID
+    amount: str
+    currency: str
+
+    @property
+    def pair(self) -> tuple[UUID, UUID]:
+        return self.student_id, self.course_id
+
+
+class ProbedProcessor(Processor):
+    """A processor that shows its parts to a test."""
+
+    telemetry: Telemetry
+    watch: GuardWatch
+    outbox: Outbox
+    repository: PurchaseRepository
+
+
+def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outcome]:
+    """Settle until a claim comes back empty; every outcome met on the way, retried ones included."""
+    outcomes: Counter[Outcome] = Counter()
+    for _ in range(batches_max):
+        report = processor.process_batch()
+        if not report.batch:
+            return outcomes
+        outcomes += report.outcomes()
+    raise AssertionError(f"still claiming after {batches_max} batches: {outcomes}")
+
+
+class Shop:
+    """Writes and reads the six tables of one database. Every call is committed when it returns."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        assert connection.autocommit, "a shop commits every call"
+        self.connection = connection
+
+    def rows(self, query: str, *values: Any) -> list[Any]:
+        """Rows as named tuples; none for a statement that returns none. Values for %s, or one mapping for %(name)s."""
+        given = values[0] if len(values) == 1 and isinstance(values[0], Mapping) else values or None
+        with self.connection.cursor(row_factory=namedtuple_row) as cursor:
+            cursor.execute(sql.SQL(query), given)
+            return cursor.fetchall() if cursor.description else []
+
+    def scalar(self, query: str, *values: Any) -> Any:
+        """The first column of the first row; None where there is no row."""
+        found = self.rows(query, *values)
+        return found[0][0] if found else None
+
+    # --- writers
+
+    def payment(
+        self,
+        status: str = "succeeded",
+        student: UUID | None = None,
+        course: UUID | None = None,
+        amount: str = "49.90",
+        currency: str = "EUR",
+        id: UUID | None = None,  # noqa: A002 - the column's name
+    ) -> Payment:
+        made = Payment(id or uuid4(), student or uuid4(), course or uuid4(), amount, currency)
+        self.rows(
+            "INSERT INTO payments (id, student_id, course_id, amount, currency, status)"
+            " VALUES (%s, %s, %s, %s, %s, %s)",
+            *(*made, status),
+        )
+        return made
+
+    def confirm(
+        self,
+        payment: Payment | None,
+        event_id: UUID | None = None,
+        event_type: str = PURCHASE_CONFIRMED,
+        payload: Mapping[str, Any] | str | None = None,
+        due_in: str = "0 seconds",
+        attempts: int = 0,
+    ) -> UUID:
+        """Put an event into the outbox.
+
+        ``payload``: a mapping is laid over the payment's own keys (ABSENT leaves one out); a str is the raw JSON.
+        """
+        event_id = event_id or uuid4()
+        self.rows(
+            "INSERT INTO outbox (event_id, event_type, payload, due_at, attempts)"
+            " VALUES (%s, %s, CAST(%s AS jsonb), clock_timestamp() + CAST(%s AS interval), %s)",
+            *(event_id, event_type, payload_text(payment, payload), due_in, attempts),
+        )
+        return event_id
+
+    def paid(
+        self,
+        *,
+        event_id: UUID | None = None,
+        event_type: str = PURCHASE_CONFIRMED,
+        payload: Mapping[str, Any] | str | None = None,
+        due_in: str = "0 seconds",
+        attempts: int = 0,
+        **of_payment: Any,
+    ) -> tuple[Payment, UUID]:
+        """A payment with its event; other keywords are ``payment``'s."""
+        made = self.payment(**of_payment)
+        return made, self.confirm(made, event_id, event_type, payload, due_in, attempts)
+
+    def pay_many(
+        self,
+        n: int,
+        *,
+        pairs: int | None = None,
+        status: str = "succeeded",
+        amount: str = "49.90",
+        currency: str = "EUR",
+        event_type: str = PURCHASE_CONFIRMED,
+        events: int = 1,
+        due_in: str = "0 seconds",
+    ) -> None:
+        """``n`` payments with ``events`` confirmed events each, in one statement; over ``pairs`` distinct pairs."""
+        self.rows(
+            """
+            WITH pair AS MATERIALIZED (
+                SELECT k, gen_random_uuid() AS student_id, gen_random_uuid() AS course_id
+                FROM generate_series(0, %(pairs)s - 1) AS k
+            ), paid AS (
+                INSERT INTO payments (student_id, course_id, amount, currency, status)
+                SELECT student_id, course_id, CAST(%(amount)s AS numeric), %(currency)s, %(status)s
+                FROM generate_series(0, %(n)s - 1) AS i JOIN pair ON pair.k = i %% %(pairs)s
+                RETURNING *
+            )
+            INSERT INTO outbox (event_id, event_type, payload, due_at)
+            SELECT gen_random_uuid(), %(event_type)s,
+                   jsonb_build_object('payment_id', id, 'student_id', student_id, 'course_id', course_id,
+                                      'amount', CAST(amount AS text), 'currency', currency),
+                   clock_timestamp() + CAST(%(due_in)s AS interval)
+            FROM paid, generate_series(1, %(events)s)
+            """,
+            {
+                "n": n,
+                "pairs": pairs or max(n, 1),
+                "events": events,
+                "amount": amount,
+                "currency": currency,
+                "status": status,
+                "event_type": event_type,
+                "due_in": due_in,
+            },
+        )
+
+    def purchase(
+        self,
+        payment: Payment | None = None,
+        student: UUID | None = None,
+        course: UUID | None = None,
+        active: bool = True,
+    ) -> UUID:
+        """A purchase of a payment, or, without one, a gift to a pair."""
+        like = payment or Payment(uuid4(), student or uuid4(), course or uuid4(), "0.00", "EUR")
+        made: UUID = self.scalar(
+            "INSERT INTO purchases (student_id, course_id, payment_id, amount, currency, is_active, deactivated_at)"
+            " VALUES (%s, %s, %s, %s, %s, %s, CASE WHEN %s THEN NULL ELSE clock_timestamp() END) RETURNING id",
+            *(*like.pair, payment and payment.id, like.amount, like.currency, active, active),
+        )
+        return made
+
+    def mark(
+        self,
+        event_id: UUID,
+        outcome: str = "created",
+        payment_id: UUID | None = None,
+        event_type: str = PURCHASE_CONFIRMED,
+    ) -> UUID:
+        self.rows(
+            "INSERT INTO processed_events (event_id, event_type, outcome, payment_id) VALUES (%s, %s, %s, %s)",
+            *(event_id, event_type, outcome, payment_id),
+        )
+        return event_id
+
+    def dead_letter(
+        self,
+        payment: Payment | None = None,
+        event_id: UUID | None = None,
+        reason: str = "payment_not_found",
+        state: str = "open",
+        event_type: str = PURCHASE_CONFIRMED,
+        payload: Mapping[str, Any] | str | None = None,
+        attempts: int = 10,
+        detail: str = "",
+    ) -> UUID:
+        event_id = event_id or uuid4()
+        self.rows(
+            "INSERT INTO dead_letters"
+            " (event_id, event_type, payload, created_at, payment_id, attempts, reason, detail, state, resolved_at)"
+            " VALUES (%s, %s, CAST(%s AS jsonb), clock_timestamp(), %s, %s, %s, %s, %s,"
+            " CASE WHEN %s = 'open' THEN NULL ELSE clock_timestamp() END)",
+            *(event_id, event_type, payload_text(payment, payload), payment and payment.id),
+            *(attempts, reason, detail, state, state),
+        )
+        return event_id
+
+    def set_status(self, payment: Payment, status: str) -> None:
+        self.rows("UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s", status, payment.id)
+
+    def make_due(self) -> None:
+        """Let every postponed event be due now."""
+        self.rows("UPDATE outbox SET due_at = clock_timestamp() WHERE due_at > clock_timestamp()")
+
+    # --- readers
+
+    def outcome_of(self, event_id: UUID) -> str | None:
+        """The outcome on the event's mark."""
+        outcome: str | None = self.scalar("SELECT outcome FROM processed_events WHERE event_id = %s", event_id)
+        return outcome
+
+    def mark_of(self, event_id: UUID) -> Any:
+        return _one(self.rows("SELECT * FROM processed_events WHERE event_id = %s", event_id))
+
+    def event(self, event_id: UUID) -> Any:
+        """The event's row in the outbox; None: it is not owed any more."""
+        return _one(self.rows("SELECT * FROM outbox WHERE event_id = %s", event_id))
+
+    def letter_of(self, event_id: UUID) -> Any:
+        return _one(self.rows("SELECT * FROM dead_letters WHERE event_id = %s", event_id))
+
+    def purchases(self, of: Payment | tuple[UUID, UUID] | None = None) -> list[Any]:
+        """All purchases, or those of a payment, or those of a pair (student, course); oldest first."""
+        match of:
+            case None:
+                return self.rows("SELECT * FROM purchases ORDER BY created_at")
+            case Payment():
+                return self.rows("SELECT * FROM purchases WHERE payment_id = %s ORDER BY created_at", of.id)
+            case (student, course):
+                return self.rows(
+                    "SELECT * FROM purchases WHERE student_id = %s AND course_id = %s ORDER BY created_at",
+                    student,
+                    course,
+                )
+
+    def active_pairs(self) -> Counter[tuple[UUID, UUID]]:
+        """Active purchases per (student, course); every count should be 1."""
+        return Counter(
+            (row[0], row[1]) for row in self.rows("SELECT student_id, course_id FROM purchases WHERE is_active")
+        )
+
+    def owed(self) -> int:
+        """Succeeded payments that nothing explains: no purchase of theirs, and nobody else's holds the pair."""
+        return int(
+            self.scalar(
+                "SELECT count(*) FROM payments p WHERE p.status = 'succeeded'"
+                " AND NOT EXISTS (SELECT FROM purchases o WHERE o.payment_id = p.id)"
+                " AND NOT EXISTS (SELECT FROM purchases h WHERE h.is_active"
+                " AND h.student_id = p.student_id AND h.course_id = p.course_id)"
+            )
+        )
+
+    def doubled(self) -> int:
+        """Pairs with more than one active purchase."""
+        return sum(count > 1 for count in self.active_pairs().values())
+
+    def count(self, table: str) -> int:
+        return int(self.scalar(f"SELECT count(*) FROM {table}"))
+
+
+def payload_text(payment: Payment | None, payload: Mapping[str, Any] | str | None = None) -> str:
+    """The JSON of an event: the payment's five keys with ``payload`` laid over them, or ``payload`` itself if a str."""
+    if isinstance(payload, str):
+        return payload
+    own: dict[str, Any] = {}
+    if payment is not None:
+        own = {
+            "payment_id": payment.id,
+            "student_id": payment.student_id,
+            "course_id": payment.course_id,
+            "amount": payment.amount,
+            "currency": payment.currency,
+        }
+    merged = {key: value for key, value in (own | dict(payload or {})).items() if value is not ABSENT}
+    return json.dumps(merged, default=str)
+
+
+def _one(rows: list[Any]) -> Any:
+    assert len(rows) <= 1, rows
+    return rows[0] if rows else None

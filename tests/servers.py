@@ -1,0 +1,229 @@
+"""Where the tests' PostgreSQL comes from: a given URL, Docker, or the embedded server; in this order.
+
+One server per run. With pytest-xdist the controller owns it and hands its address to the workers: it lives exactly as
+long as the run, whichever worker ends first, and needs neither a lock nor a directory known to all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psycopg
+from psycopg import sql
+from sqlalchemy import URL, make_url
+
+from outbox_worker import embedded, migration
+from outbox_worker.database import Database
+from outbox_worker.schema import build_tables
+from outbox_worker.settings import load_settings
+
+DOCKER_IMAGE = "postgres:18"
+VOLATILE = "postgres -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=200"
+TEMPLATES: Mapping[str, tuple[str, ...]] = {"index": ("unique_index",), "lock": ()}
+"""A migrated database per guard; each test gets a clone of one. ``empty`` needs no template."""
+
+
+def libpq(url: str) -> str:
+    """The same URL as psycopg takes it."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def with_database(url: str, name: str) -> str:
+    """The same server, another database."""
+    return make_url(url).set(drivername="postgresql+psycopg", database=name).render_as_string(hide_password=False)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: a URL that may create databases, and the prefix of the databases of this run."""
+
+    url: str
+    run: str
+
+    def create(self, name: str, template: str | None = None) -> str:
+        """Create a database, empty or as a clone of this run's template; return its URL."""
+        source = f"{self.run}_{template}" if template else "template0"
+        self._execute("CREATE DATABASE {} TEMPLATE {}", name, source)
+        return with_database(self.url, name)
+
+    def drop(self, name: str) -> None:
+        self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+    def make_templates(self) -> None:
+        for guard, options in TEMPLATES.items():
+            settings = load_settings(database_url=self.create(f"{self.run}_{guard}"))
+            database = Database(settings, deadline_seconds=None)
+            try:
+                migration.upgrade(database, settings, build_tables(settings), options)
+            finally:
+                database.close()
+            self._execute("ALTER DATABASE {} ALLOW_CONNECTIONS false", f"{self.run}_{guard}")
+
+    def drop_templates(self) -> None:
+        for guard in TEMPLATES:
+            self.drop(f"{self.run}_{guard}")
+
+    def _execute(self, statement: str, *names: str) -> None:
+        with psycopg.connect(libpq(self.url), autocommit=True, connect_timeout=10) as connection:
+            connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+class Source(Protocol):
+    """A way to a server."""
+
+    def describe(self) -> str:
+        """Source and version, for the header; nothing is started."""
+        ...
+
+    def start(self) -> str:
+        """Start the server, if it is ours, and return its URL."""
+        ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Given:
+    url: str
+
+    def describe(self) -> str:
+        url = make_url(self.url)
+        return f"{url.host or url.query.get('host', 'local')}, {self._version()} (OUTBOX_TEST_DATABASE_URL)"
+
+    def _version(self) -> str:
+        try:
+            with psycopg.connect(libpq(self.url), connect_timeout=5) as connection:
+                return f"PostgreSQL {connection.info.parameter_status('server_version')}"
+        except psycopg.Error:
+            return "not reachable"
+
+    def start(self) -> str:
+        return self.url
+
+    def stop(self) -> None:
+        """It is not ours."""
+
+
+@dataclass
+class Docker:
+    container: Any = None
+
+    def describe(self) -> str:
+        return f"Docker, {DOCKER_IMAGE}, durability off"
+
+    def start(self) -> str:
+        from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415 - slow, and only needed here
+
+        with _leaks_forgiven():
+            self.container = PostgresContainer(DOCKER_IMAGE, driver="psycopg").with_command(VOLATILE).start()
+            url: str = self.container.get_connection_url()
+        return url
+
+    def stop(self) -> None:
+        if self.container is not None:
+            with _leaks_forgiven():
+                self.container.stop()
+
+
+@dataclass
+class Embedded:
+    bin_dir: Path | None
+    directory: Path | None = None
+
+    def describe(self) -> str:
+        binaries = embedded.find_binaries(self.bin_dir)
+        said = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+        version = re.search(r"\d[\w.]*", said)
+        return f"embedded, PostgreSQL {version.group() if version else said}, durability off ({binaries})"
+
+    def start(self) -> str:
+        self.directory = Path(tempfile.mkdtemp(prefix="outbox-test-"))
+        where = embedded.ensure_server(self.directory / "pg", durable=False, bin_dir=self.bin_dir)
+        query = {"host": where["host"], "port": where["port"]}
+        url = URL.create("postgresql+psycopg", username=where["user"], database=where["dbname"], query=query)
+        return url.render_as_string(hide_password=False)
+
+    def stop(self) -> None:
+        if self.directory is not None:
+            embedded.stop_server(self.directory / "pg")
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def choose(environment: Mapping[str, str]) -> Source:
+    """The source that the environment names, else the first that is there. Raises LookupError; never falls through."""
+    url, wanted = environment.get("OUTBOX_TEST_DATABASE_URL"), environment.get("OUTBOX_TEST_PG")
+    bin_dir = environment.get("OUTBOX_TEST_PG_BIN")
+    makers: dict[str, Callable[[], Source | None]] = {
+        "url": lambda: Given(with_database(url, make_url(url).database or "postgres")) if url else None,
+        "docker": lambda: Docker() if docker_answers() else None,
+        "embedded": lambda: Embedded(Path(bin_dir) if bin_dir else None),
+    }
+    if wanted and wanted not in makers:
+        raise LookupError(f"OUTBOX_TEST_PG={wanted}: choose url, docker or embedded")
+    for name in [wanted] if wanted else [*makers]:
+        source = makers[name]()
+        if source is not None:
+            return source
+    missing = {"url": "OUTBOX_TEST_DATABASE_URL is not set", "docker": "Docker does not answer within 2 s"}
+    raise LookupError(f"OUTBOX_TEST_PG={wanted}, but {missing[wanted or 'url']}")
+
+
+def docker_answers() -> bool:
+    """A ping of 2 s: without an engine testcontainers fails at once, with a hanging one only after a minute."""
+    import docker  # type: ignore[import-untyped]  # noqa: PLC0415 - slow, and only needed here
+
+    with _leaks_forgiven():
+        try:
+            client = docker.DockerClient.from_env(timeout=2)
+        except docker.errors.DockerException:
+            return False
+        try:
+            return bool(client.ping())
+        except (docker.errors.DockerException, OSError):
+            return False
+        finally:
+            client.close()
+
+
+@contextlib.contextmanager
+def _leaks_forgiven() -> Iterator[None]:
+    """The Docker client leaves sockets to the garbage collector: collect them while that is no error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@dataclass
+class Holder:
+    """The one server of a run, started when first asked for."""
+
+    source: Source
+    server: Server | None = field(default=None)
+
+    def get(self) -> Server:
+        if self.server is None:
+            server = Server(self.source.start(), f"outbox_test_{secrets.token_hex(4)}")
+            self.server = server
+            server.make_templates()
+        return self.server
+
+    def close(self) -> None:
+        """Leave nothing behind, of a server that did not start or of half-made templates either."""
+        server, self.server = self.server, None
+        try:
+            if server is not None:
+                server.drop_templates()
+        finally:
+            self.source.stop()
