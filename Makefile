@@ -76,6 +76,12 @@ check: $(VENV)/dev ## Check format, lint, types and import layers
 format: $(VENV)/dev ## Format the code and mend what lint can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 
+.PHONY: reference
+reference: $(VENV)/dev ## Write the settings' reference into the README
+	@$(BIN)/python -c 'import re, pathlib; from outbox_worker.settings import reference; \
+		page = pathlib.Path("README.md"); mark = "settings -->\n"; \
+		page.write_text(re.sub(f"(<!-- {mark}).*(\n<!-- /{mark})", lambda m: m[1] + reference() + m[2], page.read_text(), flags=re.S))'
+
 .PHONY: lock
 lock: ## Resolve requirements/*.txt anew (needs uv)
 	@set -e; compile='uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links'; \
