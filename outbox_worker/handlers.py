@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -37,6 +36,10 @@ class Footing:
     """The pairs already locked; None: the handler locks those it must judge."""
     careful: bool = False
     """Judge every event; the fast statement failed for one of them."""
+
+
+class OutOfOrder(Exception):
+    """The batch must be settled carefully: a purchase would be written out of the order that all workers keep."""
 
 
 class Handler(Protocol):
@@ -87,29 +90,35 @@ class ConfirmedPurchases:
         self._policy = policy
 
     def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
-        """One statement for all events that nothing speaks against; the others are judged under their pairs' locks."""
+        """One statement for all events that nothing speaks against; the others are judged under their pairs' locks.
+
+        Raises OutOfOrder when one of the others is owed a purchase, too: purchases are written in one order, and those
+        of later pairs stand already.
+        """
         clean = set() if footing.careful else self._insert_clean(session, batch, footing)
         verdicts = dict.fromkeys(clean, _CLEAN)
         rest = {key: event for key, event in batch.items() if key not in clean}
         if not rest:
             return verdicts
         locks = footing.locks or self._repository.lock_pairs(session, rest, footing.guard.lock_capacity)
-        return verdicts | self._judge(session, rest, footing.guard, locks.keys)
+        return verdicts | self._judge(session, rest, footing.guard, locks.keys, may_write=not clean)
 
     def _insert_clean(self, session: Session, batch: Batch, footing: Footing) -> set[int]:
-        """Offer the events of which a written purchase can tell that it was they who made it.
+        """Offer the first event of each payment, so that a written purchase tells which event made it.
 
-        Of two events of one payment it cannot: both are judged. Under the guard ``lock`` the pair must be locked, too:
-        a payment that was not there when the locks were taken may have appeared since.
+        Under the guard ``lock`` its pair must be locked, too: a payment that was not there when the locks were taken
+        may have appeared since.
         """
-        times = Counter(event.payment_id for event in batch.values())
-        offered = {key: event for key, event in batch.items() if times[event.payment_id] == 1}
+        firsts = {event.payment_id: key for key, event in reversed(list(batch.items()))}
+        offered = {key: event for key, event in batch.items() if firsts[event.payment_id] == key}
         if footing.guard.guard is Guard.LOCK:
             locked = footing.locks.locked if footing.locks else frozenset()
             offered = {key: event for key, event in offered.items() if key in locked}
         return self._repository.insert_clean(session, offered, footing.guard) if offered else set()
 
-    def _judge(self, session: Session, batch: Batch, guard: GuardState, held: frozenset[int]) -> Verdicts:
+    def _judge(
+        self, session: Session, batch: Batch, guard: GuardState, held: frozenset[int], *, may_write: bool
+    ) -> Verdicts:
         """Look, decide, write; look again at what a write changed. Every round settles an event or is the last."""
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -120,6 +129,8 @@ class ConfirmedPurchases:
             grants = {key for key, verdict in judged.items() if verdict.outcome in GRANTS}
             verdicts |= {key: verdict for key, verdict in judged.items() if key not in grants}
             verdicts |= {key: self._unwritable(seen[key]) for key in grants & tried}
+            if grants and not may_write:
+                raise OutOfOrder("a purchase is owed behind purchases of later pairs")
             firsts = _one_per_pair(batch, grants - tried, seen)
             made = self._repository.insert_granted(session, firsts, guard) if firsts else set()
             verdicts |= {key: judged[key] for key in made}

@@ -24,8 +24,8 @@ from outbox_worker.database import INDEX_PLANS, Database, repeat
 from outbox_worker.decision import RetryPolicy, refused, retry_delay
 from outbox_worker.errors import CommitLost, Failure, Inconsistent, classify, describe, sqlstate
 from outbox_worker.guard import GuardWatch
-from outbox_worker.handlers import Footing, Handlers, judge_unhandled
-from outbox_worker.model import FINAL, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts
+from outbox_worker.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
+from outbox_worker.model import FINAL, GRANTS, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts
 from outbox_worker.outbox import Outbox, Postponement
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.telemetry import BatchReport, Telemetry
@@ -156,6 +156,7 @@ class Processor:
         except DBAPIError as error:
             failure = classify(error)
             if failure is Failure.RECONNECT and transaction_id is not None:
+                session.close()
                 if self._database.was_committed(transaction_id):
                     return "unknown"
                 raise CommitLost("The answer to COMMIT was lost; the batch is settled again.") from error
@@ -167,7 +168,8 @@ class Processor:
     def _adapt(self, report: BatchReport) -> None:
         """A batch that went through doubles the next, up to the full size; one that ran out of savepoints halves it."""
         self._is_alone = False
-        self._stuck_passes = self._stuck_passes + 1 if report.is_full and not report.verdicts else 0
+        is_stuck = report.is_full and not report.verdicts and self._stuck_passes < MAX_STUCK_PASSES
+        self._stuck_passes = self._stuck_passes + 1 if is_stuck else 0
         self._limit = max(1, self._limit // 2) if self._ran_out else min(self._batch_size, self._limit * 2)
         self._ran_out = False
 
@@ -184,7 +186,7 @@ class Processor:
         try:
             if self._guard.state.guard is Guard.INDEX:
                 return self._attempt(session, batch, Footing(self._guard.state), savepoints)
-        except (DBAPIError, Inconsistent) as error:
+        except (DBAPIError, Inconsistent, OutOfOrder) as error:
             self._raise_if_no_events_fault(error)
             if sqlstate(error) not in _NO_ARBITER:
                 return None
@@ -197,7 +199,7 @@ class Processor:
         free = {key: event for key, event in batch.items() if key not in locks.contended}
         try:
             return self._attempt(session, free, Footing(guard, locks), savepoints)
-        except (DBAPIError, Inconsistent) as error:
+        except (DBAPIError, Inconsistent, OutOfOrder) as error:
             self._raise_if_no_events_fault(error)
             return None
 
@@ -207,8 +209,8 @@ class Processor:
         free = {key: batch[key] for key in locks.order if key not in locks.contended}
         found = self._bisect(session, free, Footing(self._guard.state, locks, careful=True), savepoints)
         unclear = [error for error in found.refusals.values() if classify(error) is Failure.UNCLEAR]
-        if unclear and not found.verdicts:
-            raise unclear[0]
+        if unclear and not any(verdict.outcome in GRANTS for verdict in found.verdicts.values()):
+            raise unclear[0]  # no purchase could be written at all: that is the database's trouble
         verdicts = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
         self._record(session, batch, verdicts)
         self._ran_out = not found.complete
