@@ -157,6 +157,8 @@ class Worker:
             thread.start()
         while not _all_done(threads) and not signals.wait(CHORE_SECONDS):
             self._do_chores(outbox)
+        if signals.is_set():
+            self.telemetry.stopping()
         self._stop.set()
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not _all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
