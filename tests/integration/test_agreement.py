@@ -1,0 +1,346 @@
+"""The fast path and the careful path agree with ``decide`` and with each other, verdicts and rows, on every case.
+
+Hypothesis draws a world: pairs, each perhaps held; payments of a pair, each perhaps with a purchase; events of a
+payment, each perhaps with a mark, a dead letter, failed tries, a payload of its own. The world is written twice, with
+ids of its own each time, and settled once in each way. What must come of it is worked out from the drawn world alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
+
+import pytest
+from conftest import MakeProcessor
+from factories import ABSENT, Payment, ProbedProcessor, Shop
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from outbox_worker.decision import decide
+from outbox_worker.model import (
+    FINAL,
+    GRANTS,
+    PURCHASE_CONFIRMED,
+    Facts,
+    Mark,
+    Outcome,
+    PaymentStatus,
+    Reason,
+    Verdict,
+    Verdicts,
+)
+
+pytestmark = pytest.mark.usefixtures("both_guards")
+
+MAX_ATTEMPTS = 10
+STRANGER = UUID("0f0f0f0f-1111-4222-8333-444455556666")
+FEW = examples(max_examples=75, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = examples(FEW, max_examples=1500, derandomize=False, print_blob=True)
+
+OPTIONAL_KEYS = ("student_id", "course_id", "amount", "currency")
+UNUSABLE: dict[str, Any] = {
+    "an array": "[]",
+    "a string": '"payment_id"',
+    "no payment_id": {"payment_id": ABSENT},
+    "payment_id null": {"payment_id": None},
+    "payment_id a number": {"payment_id": 1},
+    "payment_id without hyphens": {"payment_id": STRANGER.hex},
+}
+DIFFERENT: dict[str, Any] = {
+    "another student": {"student_id": STRANGER},
+    "another course": {"course_id": STRANGER},
+    "another amount": {"amount": 49.91},
+    "amount unreadable": {"amount": "dear"},
+    "another currency": {"currency": "USD"},
+    "all different": {"student_id": 1, "course_id": "", "amount": [], "currency": {}},
+}
+SAME: dict[str, Any] = {
+    "all keys": {},
+    "only payment_id": dict.fromkeys(OPTIONAL_KEYS, ABSENT),
+    "nulls": dict.fromkeys(OPTIONAL_KEYS),
+    "amount a number": {"amount": 49.9},
+}
+PAYLOADS = SAME | DIFFERENT | UNUSABLE
+
+
+class EventCase(NamedTuple):
+    event_type: str
+    payload: str
+    mark: tuple[str, str | None] | None
+    """Its outcome, and for which payment: ``own``, ``stranger`` or none."""
+    letter: str | None
+    attempts: int
+    due_in: str
+
+
+class PaymentCase(NamedTuple):
+    status: str | None
+    purchase: bool | None
+    """Whether the payment's purchase is active; None: it has none."""
+    events: list[EventCase]
+
+
+class PairCase(NamedTuple):
+    holder: str | None
+    payments: list[PaymentCase]
+
+
+class Told(NamedTuple):
+    """An event as it was written, with all that was drawn around it."""
+
+    event_id: UUID
+    payment: Payment
+    case: EventCase
+    of: PaymentCase
+    pair: PairCase
+
+
+def worlds(pairs: int, payments: int, events: int) -> st.SearchStrategy[list[PairCase]]:
+    """Up to so many pairs, payments of a pair, events of a payment; half of the worlds without a past."""
+    return st.booleans().flatmap(
+        lambda has_past: st.lists(a_pair(payments, events, has_past), min_size=1, max_size=pairs)
+    )
+
+
+def a_pair(payments: int, events: int, has_past: bool) -> st.SearchStrategy[PairCase]:
+    """What is common is drawn more often. A past, a mark or an open letter, keeps an event from the fast statement."""
+    event = st.builds(
+        EventCase,
+        st.sampled_from([PURCHASE_CONFIRMED] * 19 + ["LESSON_WATCHED"]),
+        st.sampled_from([*SAME] * 8 + [*DIFFERENT] + [*UNUSABLE]),
+        st.sampled_from([None] * 2 * len(MARKS) + MARKS if has_past else [None] * 8 + STRANGE_MARKS),
+        st.sampled_from([None] * 6 + (["open", "discarded"] if has_past else ["discarded"])),
+        st.sampled_from([0, 0, MAX_ATTEMPTS - 2, MAX_ATTEMPTS - 1, MAX_ATTEMPTS + 3]),
+        st.sampled_from(["0 seconds", "-1 minute", "-2 minutes"]),
+    )
+    status = st.sampled_from(["succeeded"] * 15 + [*PaymentStatus, None])
+    purchase = st.sampled_from([None] * 6 + [True, False])
+    payment = st.builds(PaymentCase, status, purchase, st.lists(event, min_size=1, max_size=events))
+    holder = st.sampled_from([None] * 4 + ["gift", "other"])
+    return st.builds(PairCase, holder, st.lists(payment, min_size=1, max_size=payments)).map(with_one_active)
+
+
+STRANGE_MARKS = [(outcome, "stranger") for outcome in ("created", "suppressed")]
+MARKS = [
+    *((outcome, "own") for outcome in (*FINAL, "handled_by_the_old_worker")),
+    *((outcome, None) for outcome in ("created", "duplicate_payment", "handled_by_the_old_worker")),
+    *STRANGE_MARKS,
+]
+ALONE = st.deferred(lambda: worlds(pairs=12, payments=1, events=1))
+TOGETHER = st.deferred(lambda: worlds(pairs=4, payments=3, events=3))
+
+
+@pytest.fixture
+def settle_twice(shop: Shop, make_processor: MakeProcessor) -> Callable[[list[PairCase]], tuple[list[Any], list[Any]]]:
+    """Write a world, settle it, check it; then the same again the other way. Returns what became of its events."""
+    processor = make_processor()
+
+    def settle(world: list[PairCase]) -> tuple[list[Any], list[Any]]:
+        return settle_and_check(shop, processor, world, careful=False), settle_and_check(
+            shop, processor, world, careful=True
+        )
+
+    return settle
+
+
+@FEW
+@given(world=ALONE)
+def test_each_event_alone(world: list[PairCase], settle_twice: Any) -> None:
+    fast, careful = settle_twice(world)
+    assert fast == careful
+
+
+@FEW
+@given(world=TOGETHER)
+def test_events_of_one_payment_and_payments_of_one_pair(world: list[PairCase], settle_twice: Any) -> None:
+    """Which of several comes first may differ between the paths; that each order is a possible one is checked."""
+    settle_twice(world)
+
+
+@pytest.mark.slow
+@MANY
+@given(world=ALONE)
+def test_each_event_alone_many(world: list[PairCase], settle_twice: Any) -> None:
+    fast, careful = settle_twice(world)
+    assert fast == careful
+
+
+@pytest.mark.slow
+@MANY
+@given(world=TOGETHER)
+def test_events_of_one_payment_and_payments_of_one_pair_many(world: list[PairCase], settle_twice: Any) -> None:
+    settle_twice(world)
+
+
+# --- the world, written
+
+
+def with_one_active(drawn: PairCase) -> PairCase:
+    """No pair begins with two active purchases."""
+    payments: list[PaymentCase] = []
+    for payment in drawn.payments:
+        taken = any(earlier.purchase for earlier in payments)
+        payments.append(payment._replace(purchase=False) if payment.purchase and taken else payment)
+    return PairCase(None if any(payment.purchase for payment in payments) else drawn.holder, payments)
+
+
+def write(shop: Shop, world: Sequence[PairCase]) -> list[Told]:
+    """Into an outbox of its own: what an earlier world left there, postponed or after a failure, is put away."""
+    told = []
+    with shop.connection.transaction():
+        shop.rows("DELETE FROM outbox")
+        for pair in world:
+            student, course = uuid4(), uuid4()
+            if pair.holder:
+                other = Payment(uuid4(), student, course, "1.00", "EUR") if pair.holder == "other" else None
+                shop.purchase(other, student, course)
+            for paid in pair.payments:
+                payment = Payment(uuid4(), student, course, "49.90", "EUR")
+                if paid.status:
+                    shop.payment(paid.status, student, course, id=payment.id)
+                if paid.purchase is not None:
+                    shop.purchase(payment, active=paid.purchase)
+                told += [Told(write_event(shop, payment, case), payment, case, paid, pair) for case in paid.events]
+    return told
+
+
+def write_event(shop: Shop, payment: Payment, case: EventCase) -> UUID:
+    event = shop.confirm(payment, None, case.event_type, PAYLOADS[case.payload], case.due_in, case.attempts)
+    if case.mark:
+        outcome, whose = case.mark
+        shop.mark(event, outcome, {"own": payment.id, "stranger": STRANGER, None: None}[whose])
+    if case.letter:
+        shop.dead_letter(payment, event, reason="payment_not_found", state=case.letter, attempts=7)
+    return event
+
+
+# --- what must come of it
+
+
+def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCase], *, careful: bool) -> list[Any]:
+    told = write(shop, world)
+    report = processor._transact(None, True) if careful else processor.process_batch()
+    ids = {event.event_id: key for key, event in report.batch.items()}
+    assert ids.keys() == {one.event_id for one in told}
+    verdicts: Verdicts = {key: report.verdicts[key] for key in ids.values()}
+    after = {pair: shop.purchases(pair) for pair in {one.payment.pair for one in told}}
+    judged = [(one, verdicts[ids[one.event_id]]) for one in told]
+    check_grants(judged, after)
+    for one, verdict in judged:
+        before, later = decide(facts_before(one)), decide(facts_after(one, after[one.payment.pair]))
+        assert said(verdict) in (said(before), said(later)), one
+        if len(one.pair.payments) == len(one.of.events) == 1:
+            assert said(verdict) == said(before), one
+        assert rows_of(shop, one) == rows_expected(one, verdict), one
+    if all(len(pair.payments) == len(pair.payments[0].events) == 1 for pair in world):
+        check_way(judged, careful)
+    return [(said(verdict), rows_of(shop, one), owners(one, after)) for one, verdict in judged]
+
+
+def check_way(judged: list[tuple[Told, Verdict]], careful: bool) -> None:
+    """The fast statement makes all purchases that are owed or, where one of them has a past, none."""
+    owed = [(one, verdict) for one, verdict in judged if verdict.outcome in GRANTS]
+    fast = not careful and all(is_clean(one, verdict) for one, verdict in owed)
+    assert [verdict.clean for _, verdict in owed] == [fast] * len(owed)
+    assert not any(verdict.clean for _, verdict in judged if verdict.outcome not in GRANTS)
+
+
+def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:
+    """Every grant made one purchase, nothing else did, and no pair that was owed one went without."""
+    granted = [one for one, verdict in judged if verdict.outcome in GRANTS]
+    assert len({one.payment.id for one in granted}) == len(granted), "two events made one purchase"
+    for pair, rows in after.items():
+        mine = [one for one, _ in judged if one.payment.pair == pair]
+        had = {one.payment.id for one in mine if one.of.purchase is not None}
+        new = {row.payment_id for row in rows if row.payment_id in {one.payment.id for one in mine}} - had
+        assert new == {one.payment.id for one in granted if one.payment.pair == pair}
+        assert len(rows) == len(had) + len(new) + (mine[0].pair.holder is not None)
+        owed = any(decide(facts_before(one)).outcome in GRANTS for one in mine)
+        held = mine[0].pair.holder is not None or any(one.of.purchase for one in mine)
+        assert sum(row.is_active for row in rows) == (owed or held)
+        assert all((str(row.amount), row.currency) == ("49.90", "EUR") for row in rows if row.payment_id in new)
+
+
+def facts_before(one: Told) -> Facts:
+    """What is to be known of an event before its batch, worked out from what was drawn, not from the database."""
+    case, unusable = one.case, one.case.payload in UNUSABLE
+    whose = {"own": one.payment.id, "stranger": STRANGER, None: None}
+    others = [payment for payment in one.pair.payments if payment is not one.of]
+    return Facts(
+        handled=case.event_type == PURCHASE_CONFIRMED,
+        payment_id=None if unusable else one.payment.id,
+        mark=Mark(case.mark[0], whose[case.mark[1]]) if case.mark else None,
+        purchase_active=one.of.purchase,
+        payment_status=one.of.status,
+        mismatches=tuple(DIFFERENT.get(case.payload, ())),
+        pair_held=one.pair.holder is not None or any(payment.purchase for payment in others),
+        last_try=case.attempts + 1 >= MAX_ATTEMPTS,
+    )
+
+
+def facts_after(one: Told, rows: list[Any]) -> Facts:
+    """The same, had the event come when the rest of its batch was settled."""
+    before = facts_before(one)
+    own = [row.is_active for row in rows if row.payment_id == one.payment.id]
+    return Facts(
+        handled=before.handled,
+        payment_id=before.payment_id,
+        mark=before.mark,
+        purchase_active=any(own) if own else None,
+        payment_status=before.payment_status,
+        mismatches=before.mismatches,
+        pair_held=any(row.is_active for row in rows if row.payment_id != one.payment.id),
+        last_try=before.last_try,
+    )
+
+
+def is_clean(one: Told, verdict: Verdict) -> bool:
+    return verdict.outcome is Outcome.CREATED and one.case.mark is None and one.case.letter != "open"
+
+
+def said(verdict: Verdict) -> tuple[Outcome, Reason | None, str]:
+    return verdict.outcome, verdict.reason, verdict.detail
+
+
+class Rows(NamedTuple):
+    """What became of one event, without ids and times that differ between two worlds."""
+
+    outbox: tuple[int, str] | None
+    """Failed tries and the last error."""
+    mark: tuple[str, str | None, bool] | None
+    """Outcome, whose payment, whether recovered."""
+    letter: tuple[str, str, int, str | None, bool] | None
+    """State, reason, failed tries, whose payment, whether resolved."""
+
+
+def rows_of(shop: Shop, one: Told) -> Rows:
+    whose = {one.payment.id: "own", STRANGER: "stranger", None: None}
+    event, mark, letter = shop.event(one.event_id), shop.mark_of(one.event_id), shop.letter_of(one.event_id)
+    return Rows(
+        event and (event.attempts, event.last_error),
+        mark and (mark.outcome, whose[mark.payment_id], mark.recovered_at is not None),
+        letter
+        and (letter.state, letter.reason, letter.attempts, whose[letter.payment_id], letter.resolved_at is not None),
+    )
+
+
+def rows_expected(one: Told, verdict: Verdict) -> Rows:
+    case = one.case
+    mark = (*case.mark, False) if case.mark else None
+    letter = (case.letter, "payment_not_found", 7, "own", case.letter != "open") if case.letter else None
+    if verdict.outcome is Outcome.RETRIED:
+        return Rows((case.attempts + 1, f"{verdict.reason}: {verdict.detail}"), mark, letter)
+    if verdict.outcome is Outcome.DEAD:
+        whose = None if case.payload in UNUSABLE else "own"
+        return Rows(None, mark, ("open", str(verdict.reason), case.attempts + 1, whose, False))
+    kept = case.mark[0] if case.mark and verdict.outcome not in GRANTS else str(verdict.outcome)
+    if letter and case.letter == "open":
+        letter = ("settled", "payment_not_found", 7, "own", True)
+    return Rows(None, (kept, "own", verdict.outcome is Outcome.RECOVERED), letter)
+
+
+def owners(one: Told, after: dict[tuple[UUID, UUID], list[Any]]) -> list[tuple[bool, bool]]:
+    """The purchases of the event's pair: whether it is its payment's, whether it is active."""
+    return [(row.payment_id == one.payment.id, row.is_active) for row in after[one.payment.pair]]
