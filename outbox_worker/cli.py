@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from loguru import logger
@@ -15,15 +15,10 @@ from sqlalchemy.exc import DBAPIError
 from outbox_worker import __version__, console
 from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe
-from outbox_worker.model import DeadLetterState, Outcome
+from outbox_worker.model import DeadLetterState
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry import configure_logging
-
-if TYPE_CHECKING:
-    from outbox_worker.audit import AuditReport
-    from outbox_worker.fleet import WorkerRow
-    from outbox_worker.status import Status
 
 app = typer.Typer(
     name="outbox-worker",
@@ -128,73 +123,15 @@ def migrate(
 @app.command()
 def status(config: Config = None, json: AsJson = False) -> None:
     """Show backlog, guard, dead letters and workers."""
-    from outbox_worker.status import condition, read_status
+    from outbox_worker import reports
+    from outbox_worker.status import read_status
 
     settings, database, tables = _open(config)
     now = read_status(database, tables, settings.unknown_types)
     if json:
-        console.print_json(_status_object(now))
+        console.print_json(reports.status_object(now))
         return
-    backlog = now.backlog
-    console.facts(
-        [
-            ("guard", now.guard),
-            ("due", f"{backlog.due:,} (oldest for {console.ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
-            ("postponed", f"{backlog.waiting:,}"),
-            ("open dead letters", f"{now.open_letters:,}"),
-            ("settled per second", f"{now.events_per_second():,.1f}"),
-        ],
-    )
-    if now.workers:
-        console.columns(
-            "\nworkers of the last day",
-            ["host", "pid", "state", "last heard", "guard", "settled"],
-            [
-                (
-                    row.host,
-                    row.pid,
-                    condition(row),
-                    f"{console.ago(row.silent_seconds)} ago",
-                    row.guard,
-                    f"{_settled(row):,}",
-                )
-                for row in now.workers
-            ],
-            numbers=(1, 5),
-        )
-
-
-def _status_object(now: Status) -> dict[str, Any]:
-    from outbox_worker.status import condition
-
-    return {
-        "time": now.time,
-        "guard": now.guard,
-        "backlog": now.backlog,
-        "dead_letters": {"open": now.open_letters},
-        "events_per_second": now.events_per_second(),
-        "workers": [
-            {
-                "id": row.id,
-                "host": row.host,
-                "pid": row.pid,
-                "version": row.version,
-                "state": condition(row),
-                "started_at": row.started_at,
-                "silent_seconds": row.silent_seconds,
-                "guard": row.guard,
-                "settled": _settled(row),
-            }
-            for row in now.workers
-        ],
-        "metrics": now.metrics(),
-    }
-
-
-def _settled(row: WorkerRow) -> int:
-    """Events that this process brought to an end: all outcomes but ``retried``."""
-    counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
-    return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))
+    reports.print_status(now)
 
 
 @app.command()
@@ -205,49 +142,16 @@ def audit(config: Config = None, json: AsJson = False) -> None:
 
     Exit code 1 when a payment is unexplained (money taken, nothing given), or when a refunded one still is active.
     """
+    from outbox_worker import reports
     from outbox_worker.audit import run_audit
 
     _, database, tables = _open(config, patient=True)
     report = run_audit(database, tables)
     if json:
-        console.print_json({"ok": report.ok} | {key: getattr(report, key) for key in report.__dataclass_fields__})
+        console.print_json(reports.audit_object(report))
     else:
-        _print_audit(report)
+        reports.print_audit(report)
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _print_audit(report: AuditReport) -> None:
-    rows = [
-        (
-            name.replace("_", " "),
-            f"{count:,}",
-            " ".join(f"{amount:,.2f} {currency}" for currency, amount in report.money[name].items()),
-        )
-        for name, count in report.counts.items()
-    ]
-    console.columns("standing payments", ["class", "payments", "money"], rows, numbers=(1, 2))
-    for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
-        if found:
-            console.columns(
-                f"\n{title}",
-                ["payment", "student", "course", "amount", "age"],
-                [
-                    (
-                        each.payment_id,
-                        each.student_id,
-                        each.course_id,
-                        f"{each.amount:.2f} {each.currency}",
-                        console.ago(each.age_seconds),
-                    )
-                    for each in found
-                ],
-                numbers=(3, 4),
-            )
-    if report.ok:
-        console.line("\nNothing is owed: every standing payment is explained.", "green")
-    else:
-        unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
-        console.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
 
 
 @letters_app.command("list")
@@ -261,6 +165,7 @@ def list_dead_letters(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many, oldest first.")] = 100,
 ) -> None:
     """List dead letters, oldest first."""
+    from outbox_worker import reports
     from outbox_worker.dead_letters import list_letters
 
     _, database, tables = _open(config)
@@ -269,18 +174,7 @@ def list_dead_letters(
     if json:
         console.print_json({"dead_letters": letters})
         return
-    if not letters:
-        console.line(f"No {state} dead letters.")
-        return
-    console.columns(
-        "",
-        ["event", "reason", "tries", "dead since", "detail"],
-        [
-            (each.event_id, each.reason, each.attempts, f"{each.dead_at:%Y-%m-%d %H:%M}", each.detail)
-            for each in letters
-        ],
-        numbers=(2,),
-    )
+    reports.print_letters(letters, state)
 
 
 @app.command()
@@ -292,13 +186,14 @@ def demo(
     Everything is real and runs on a private PostgreSQL of its own: OUTBOX_DATABASE_URL is ignored. Exit code 1 when a
     payment stayed unexplained or a purchase was made twice.
     """
+    from outbox_worker import reports
     from outbox_worker.demo import run_demo
 
     proof = run_demo(payments)
     if proof is None:
         console.line("Interrupted; nothing was proved, and nothing is left running.")
         return
-    _print_audit(proof.audit)
+    reports.print_audit(proof.audit)
     console.line(proof.sentence(), "bold green" if proof.holds else "bold red")
     raise typer.Exit(0 if proof.holds else 1)
 

@@ -1,0 +1,118 @@
+"""How the demonstration looks: a live picture on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from outbox_worker import console
+from outbox_worker.model import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One look at the tables."""
+
+    seconds: float
+    progress: float
+    owed: int
+    outcomes: Mapping[str, int]
+    per_second: float
+
+
+class View(Protocol):
+    """Where the demonstration is shown."""
+
+    def say(self, seconds: float, sentence: str) -> None: ...
+
+    def show(self, scene: Scene) -> None: ...
+
+
+@contextmanager
+def open_view() -> Iterator[View]:
+    """The view that fits stdout."""
+    if not sys.stdout.isatty():
+        yield PlainView()
+        return
+    with Live(console=Console(highlight=False), refresh_per_second=8) as live:
+        yield LiveView(live)
+
+
+class PlainView:
+    """Lines for a pipe or a log."""
+
+    def __init__(self) -> None:
+        self._shown = -2.0
+
+    def say(self, seconds: float, sentence: str) -> None:
+        console.line(f"{seconds:5.1f} s  {sentence}")
+
+    def show(self, scene: Scene) -> None:
+        """A line every two seconds."""
+        if scene.seconds - self._shown >= 2:
+            self._shown = scene.seconds
+            console.line(f"{scene.seconds:5.1f} s  {_summary(scene)}")
+
+
+class LiveView:
+    """A picture on a terminal that is drawn anew a few times a second."""
+
+    LINES = 7
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._said: deque[Text] = deque(maxlen=self.LINES)
+        self._scene: Scene | None = None
+
+    def say(self, seconds: float, sentence: str) -> None:
+        self._said.append(Text.assemble((f"{seconds:5.1f} s  ", "dim"), sentence))
+        self._draw()
+
+    def show(self, scene: Scene) -> None:
+        self._scene = scene
+        self._draw()
+
+    def _draw(self) -> None:
+        parts = [_picture(self._scene)] if self._scene else []
+        self._live.update(Group(*parts, Text(), *self._said))
+
+
+def _picture(scene: Scene) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row("paid", f"{scene.progress:.0%}", Text("█" * round(scene.progress * 40), style="cyan"))
+    table.add_row("owed", f"{scene.owed:,}", "")
+    table.add_row("settled / s", f"{scene.per_second:,.0f}", "")
+    total = sum(scene.outcomes.values()) or 1
+    for outcome in Outcome:
+        if count := scene.outcomes.get(outcome, 0):
+            table.add_row(outcome, f"{count:,}", Text("█" * max(1, round(count / total * 40)), style=_COLOURS[outcome]))
+    return table
+
+
+_COLOURS = {
+    Outcome.CREATED: "green",
+    Outcome.RECOVERED: "bright_green",
+    Outcome.ALREADY_EXISTS: "blue",
+    Outcome.DUPLICATE_PAYMENT: "yellow",
+    Outcome.SUPPRESSED: "magenta",
+    Outcome.REVOKED: "magenta",
+    Outcome.RETRIED: "cyan",
+    Outcome.DEAD: "red",
+}
+
+
+def _summary(scene: Scene) -> str:
+    outcomes = ", ".join(f"{count:,} {name}" for name, count in scene.outcomes.items() if count)
+    return f"{scene.progress:.0%} paid, {scene.owed:,} owed, {scene.per_second:,.0f}/s; {outcomes or 'nothing yet'}"

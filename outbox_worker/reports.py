@@ -1,0 +1,132 @@
+"""What status, audit and dead letters look like to people, and as the objects that scripts read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from outbox_worker import console
+from outbox_worker.audit import AuditReport
+from outbox_worker.dead_letters import DeadLetter
+from outbox_worker.fleet import WorkerRow
+from outbox_worker.model import DeadLetterState, Outcome
+from outbox_worker.status import Status, condition
+
+
+def print_status(now: Status) -> None:
+    """Facts, then the workers."""
+    backlog = now.backlog
+    console.facts(
+        [
+            ("guard", now.guard),
+            ("due", f"{backlog.due:,} (oldest for {console.ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
+            ("postponed", f"{backlog.waiting:,}"),
+            ("open dead letters", f"{now.open_letters:,}"),
+            ("settled per second", f"{now.events_per_second():,.1f}"),
+        ],
+    )
+    if now.workers:
+        console.columns(
+            "\nworkers of the last day",
+            ["host", "pid", "state", "last heard", "guard", "settled"],
+            [
+                (
+                    row.host,
+                    row.pid,
+                    condition(row),
+                    f"{console.ago(row.silent_seconds)} ago",
+                    row.guard,
+                    f"{_settled(row):,}",
+                )
+                for row in now.workers
+            ],
+            numbers=(1, 5),
+        )
+
+
+def status_object(now: Status) -> dict[str, Any]:
+    """The object of ``status --json``."""
+    return {
+        "time": now.time,
+        "guard": now.guard,
+        "backlog": now.backlog,
+        "dead_letters": {"open": now.open_letters},
+        "events_per_second": now.events_per_second(),
+        "workers": [
+            {
+                "id": row.id,
+                "host": row.host,
+                "pid": row.pid,
+                "version": row.version,
+                "state": condition(row),
+                "started_at": row.started_at,
+                "silent_seconds": row.silent_seconds,
+                "guard": row.guard,
+                "settled": _settled(row),
+            }
+            for row in now.workers
+        ],
+        "metrics": now.metrics(),
+    }
+
+
+def _settled(row: WorkerRow) -> int:
+    """Events that this process brought to an end: all outcomes but ``retried``."""
+    counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
+    return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))
+
+
+def audit_object(report: AuditReport) -> dict[str, Any]:
+    """The object of ``audit --json``."""
+    return {"ok": report.ok} | {key: getattr(report, key) for key in report.__dataclass_fields__}
+
+
+def print_audit(report: AuditReport) -> None:
+    """The classes, what a person should look at, and the verdict in one sentence."""
+    rows = [
+        (
+            name.replace("_", " "),
+            f"{count:,}",
+            " ".join(f"{amount:,.2f} {currency}" for currency, amount in report.money[name].items()),
+        )
+        for name, count in report.counts.items()
+    ]
+    console.columns("standing payments", ["class", "payments", "money"], rows, numbers=(1, 2))
+    for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
+        if found:
+            console.columns(
+                f"\n{title}",
+                ["payment", "student", "course", "amount", "age"],
+                [
+                    (
+                        each.payment_id,
+                        each.student_id,
+                        each.course_id,
+                        f"{each.amount:.2f} {each.currency}",
+                        console.ago(each.age_seconds),
+                    )
+                    for each in found
+                ],
+                numbers=(3, 4),
+            )
+    if report.ok:
+        console.line("\nNothing is owed: every standing payment is explained.", "green")
+    else:
+        unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
+        console.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
+
+
+def print_letters(letters: Sequence[DeadLetter], state: DeadLetterState) -> None:
+    """One line a letter."""
+    if not letters:
+        console.line(f"No {state} dead letters.")
+        return
+    console.columns(
+        "",
+        ["event", "reason", "tries", "dead since", "detail"],
+        [
+            (each.event_id, each.reason, each.attempts, f"{each.dead_at:%Y-%m-%d %H:%M}", each.detail)
+            for each in letters
+        ],
+        numbers=(2,),
+    )
