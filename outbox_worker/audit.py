@@ -9,10 +9,10 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Select, Text, cast, func, select
+from sqlalchemy import Select, Text, cast, func, select
 
 from outbox_worker.conservation import PaymentClass, is_standing, payment_class
-from outbox_worker.database import Database
+from outbox_worker.database import Database, seconds_since
 from outbox_worker.model import PaymentStatus
 from outbox_worker.schema import Tables
 
@@ -87,6 +87,6 @@ def _refunded_but_active(tables: Tables) -> Select[Any]:
 
 def _found(tables: Tables) -> Select[Any]:
     payments = tables.payments
-    age = cast(func.extract("epoch", func.clock_timestamp() - payments.c.created_at), Float)
+    age = seconds_since(payments.c.created_at)
     columns = [payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "created_at")]
     return select(*columns, age).order_by(payments.c.created_at, payments.c.id)

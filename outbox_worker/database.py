@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import psycopg
 import tenacity
-from sqlalchemy import Engine, Executable, create_engine, event, text
+from sqlalchemy import ColumnElement, Engine, Executable, Float, cast, create_engine, event, func, text
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -22,6 +22,7 @@ from outbox_worker.settings import Settings
 T = TypeVar("T")
 
 APPLICATION_NAME = "outbox-worker"
+_LONGEST_SECONDS = 10**9
 
 INDEX_PLANS: Mapping[str, str] = {
     "enable_seqscan": "off",
@@ -194,6 +195,12 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
     lines = [line.strip() for line in str(getattr(error, "orig", error)).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
     return DatabaseUnavailable(f"No connection to the database: {said}")
+
+
+def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
+    """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too."""
+    elapsed = func.extract("epoch", func.clock_timestamp()) - func.extract("epoch", moment)
+    return cast(func.least(elapsed, _LONGEST_SECONDS), Float)
 
 
 def write(session: Session, statement: Executable, values: Mapping[str, Any], rows: int) -> None:

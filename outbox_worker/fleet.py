@@ -14,11 +14,12 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Float, Select, Table, cast, delete, func, select
+from sqlalchemy import Select, Table, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from outbox_worker import __version__
+from outbox_worker.database import seconds_since
 from outbox_worker.model import Guard
 from outbox_worker.schema import Tables
 
@@ -73,7 +74,7 @@ def _by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
     """All processes of the last day, running ones first."""
     workers = tables.workers
-    silent = cast(func.extract("epoch", func.clock_timestamp() - workers.c.seen_at), Float)
+    silent = seconds_since(workers.c.seen_at)
     columns = [workers.c[key] for key in ("id", "host", "pid", "version", "started_at")]
     query: Select[Any] = select(*columns, silent, workers.c.stopped_at, workers.c.guard, workers.c.metrics)
     rows = session.execute(query.order_by(workers.c.stopped_at.is_not(None), workers.c.started_at)).all()

@@ -17,7 +17,6 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     Delete,
-    Float,
     FromClause,
     Interval,
     Select,
@@ -39,7 +38,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker import payload
-from outbox_worker.database import write
+from outbox_worker.database import seconds_since, write
 from outbox_worker.model import Batch, DeadLetterState, Event, Reason
 from outbox_worker.schema import Tables
 
@@ -155,7 +154,7 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
             func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
             payload.payment_id_text(outbox).label("payment_id"),
             outbox.c.attempts,
-            _seconds_since(outbox.c.due_at).label("lateness"),
+            seconds_since(outbox.c.due_at).label("lateness"),
             cast(func.pg_current_xact_id(), Text).label("transaction_id"),
         )
         .where(outbox.c.due_at <= due_by, *ours)
@@ -177,11 +176,7 @@ def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: in
     due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
     later = select(outbox.c.id).where(outbox.c.due_at > now, *ours).limit(bound).subquery()
     waiting = select(func.count()).select_from(later).scalar_subquery()
-    return select(func.count(), waiting, _seconds_since(func.min(due.c.due_at))).select_from(due)
-
-
-def _seconds_since(moment: ColumnElement[Any]) -> ColumnElement[Any]:
-    return cast(func.extract("epoch", func.clock_timestamp() - moment), Float)
+    return select(func.count(), waiting, seconds_since(func.min(due.c.due_at))).select_from(due)
 
 
 def _remove_statement(outbox: Table) -> Delete:
@@ -227,17 +222,18 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 
 def _close_letters_statement(letters: Table) -> Update:
     """what: open dead letters of settled events · lock: taken in the order of event ids · index: primary key"""
-    wanted = letters.c.event_id == func.any(bindparam("event_ids", type_=ARRAY(postgresql.UUID(as_uuid=True))))
-    still_open = (
-        select(letters.c.event_id)
-        .where(wanted, letters.c.state == DeadLetterState.OPEN.value)
+    event_ids = bindparam("event_ids", type_=ARRAY(postgresql.UUID(as_uuid=True)))
+    found = (
+        select(letters.c.event_id, letters.c.state)
+        .where(letters.c.event_id == func.any(event_ids))
         .order_by(letters.c.event_id)
         .with_for_update()
-        .cte("still_open")
+        .cte("found")
         .prefix_with("MATERIALIZED")
     )
+    is_open = found.c.state == DeadLetterState.OPEN.value
     settled = {"state": DeadLetterState.SETTLED.value, "resolved_at": func.clock_timestamp()}
-    return update(letters).where(letters.c.event_id == still_open.c.event_id).values(settled)
+    return update(letters).where(letters.c.event_id == found.c.event_id, is_open).values(settled)
 
 
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:

@@ -478,7 +478,8 @@ class Foreign:
 
 @pytest.fixture
 def foreign(connect: Connect, make_processor: MakeProcessor, make_database: MakeDatabase) -> Foreign:
-    return Foreign(connect(), make_processor(database=make_database(deadline_seconds=2)))
+    """A wait for a lock ends after 0.4 s; batches are small, so that halving them down to one waits few times."""
+    return Foreign(connect(), make_processor(batch_size=4, database=make_database(deadline_seconds=2)))
 
 
 # --- helpers
