@@ -72,6 +72,17 @@ def test_duplicate_events_of_one_payment_in_one_batch(shop: Shop, processor: Pro
     assert_one_purchase(shop, payment)
 
 
+def test_duplicate_events_of_one_payment_that_are_both_marked(shop: Shop, processor: ProbedProcessor) -> None:
+    """The older is recovered, whichever was marked first; for the newer the purchase is there."""
+    payment, older = shop.paid()
+    newer = shop.confirm(payment)
+    for event in (newer, older):
+        shop.mark(event, "created", payment.id)
+    assert settle(processor) == {older: Outcome.RECOVERED, newer: Outcome.ALREADY_EXISTS}
+    assert (shop.outcome_of(older), shop.outcome_of(newer)) == ("recovered", "created")
+    assert_one_purchase(shop, payment)
+
+
 def test_duplicate_events_of_one_payment_one_after_the_other(shop: Shop, processor: ProbedProcessor) -> None:
     payment, older = shop.paid()
     assert settle(processor) == {older: Outcome.CREATED}
