@@ -48,8 +48,8 @@ class GuardWatch:
         return self._believe(probe_guard(session, self._purchases))
 
     def fall_back(self) -> GuardState:
-        """The index just failed us (42P10, 55000): believe in the lock until the next probe."""
-        return self._believe(replace(self.state, guard=Guard.LOCK, predicate=""))
+        """The index just failed us (42P10, 55000): believe in the lock, and in no index path, until the next probe."""
+        return self._believe(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
 
     def _believe(self, state: GuardState) -> GuardState:
         self.state, before, self._known = state, self._known, state.guard

@@ -291,7 +291,9 @@ class Processor:
             if batch:
                 self._outbox.postpone(session, {key: self._uncharged() for key in batch})
         self._is_alone = False
-        return BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
+        report = BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
+        self._telemetry.batch_committed(report)
+        return report
 
 
 def _epitaph(verdict: Verdict) -> tuple[Reason, str]:

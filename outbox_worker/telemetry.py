@@ -175,7 +175,7 @@ class Telemetry:
             result=report.transaction,
             **outcomes,
         ).debug("settled {} of {} claimed events", len(report.verdicts), len(report.batch))
-        if report.guard is Guard.LOCK:
+        if report.verdicts and report.guard is Guard.LOCK:
             logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug("batch settled by the lock guard")
         for key, verdict in report.verdicts.items():
             if not verdict.clean:
@@ -186,7 +186,7 @@ class Telemetry:
         metrics.transactions.labels(report.transaction).inc()
         metrics.batch_size.observe(len(report.batch))
         metrics.batch_seconds.observe(report.seconds)
-        metrics.fallbacks.inc(report.guard is Guard.LOCK)
+        metrics.fallbacks.inc(bool(report.verdicts) and report.guard is Guard.LOCK)
         tally = Tally((report.batch[key].event_type, verdict.outcome) for key, verdict in report.verdicts.items())
         for (event_type, outcome), count in tally.items():
             metrics.events.labels(event_type if event_type in _KNOWN_TYPES else "other", outcome).inc(count)
