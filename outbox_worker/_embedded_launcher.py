@@ -220,6 +220,7 @@ def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
 def end_with(parent: int) -> None:
     """Ask the kernel for a fast shutdown at the parent's death, and see whether it came before the asking."""
     if sys.platform.startswith("linux"):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where a shell started us by `&`
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

@@ -111,13 +111,19 @@ def migrate(
     done = upgrade(database, settings, tables, [str(option) for option in with_ or []])
     for name in done.created:
         console.line(f"created  {name}")
+    for name in done.named:
+        console.line(
+            f"  CHECK  {name} is new and empty. If you meant a table that exists, drop this one and mend its name.",
+            "red",
+        )
     for name in done.adopted:
         console.line(f"adopted  {name} (left as it is)")
     for name in done.options:
         console.line(f"option   {name} is in place")
+    if _say_what_is_missing(database, tables):
+        raise typer.Exit(SchemaError.exit_code)
     if not done.created:
         console.line("Everything is in place.")
-    _say_what_is_missing(database, tables)
 
 
 @app.command()
@@ -236,7 +242,7 @@ def _start_logging(settings: Settings) -> None:
         logger.bind(event="unknown_setting", variable=name).warning("{} is no setting{}", name, hint)
 
 
-def _say_what_is_missing(database: Database, tables: Tables) -> None:
+def _say_what_is_missing(database: Database, tables: Tables) -> bool:
     """An adopted table can lack what the worker needs; migrate does not alter it, but says so."""
     from outbox_worker.health import find_problems
 
@@ -244,6 +250,7 @@ def _say_what_is_missing(database: Database, tables: Tables) -> None:
         problems = find_problems(session, tables)
     for problem in problems:
         console.line(f"missing  {problem.finding}\n         {problem.remedy}", "yellow")
+    return bool(problems)
 
 
 def _show_version(wanted: bool) -> None:
@@ -269,6 +276,8 @@ def main() -> None:
         _fail(error)
     except DBAPIError as error:
         _fail(_in_a_sentence(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
@@ -276,7 +285,8 @@ def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
         case Failure.RECONNECT | Failure.RETRY:
             return unavailable(error)
         case Failure.PAUSE | Failure.UNCLEAR:
-            return SchemaError(f"The database refused: {describe(error)}. Look at tables and privileges.")
+            said = getattr(getattr(error.orig, "diag", None), "message_primary", None) or describe(error)
+            return SchemaError(f"The database refused: {said}. Look at tables, columns and privileges.")
         case _:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
 

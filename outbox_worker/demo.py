@@ -7,6 +7,7 @@ which goes when the demonstration ends.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +24,7 @@ from typing import Self
 import psycopg
 
 from outbox_worker import embedded
+from outbox_worker._embedded_launcher import end_with
 from outbox_worker.audit import AuditReport, run_audit
 from outbox_worker.conservation import PaymentClass
 from outbox_worker.database import Database
@@ -43,7 +46,10 @@ SETTLE_SECONDS = 60.0
 
 _WORKER_SETTINGS = {"OUTBOX_RETRY_BASE_SECONDS": "0.5", "OUTBOX_LOG_LEVEL": "WARNING", "OUTBOX_LOG_FORMAT": "json"}
 
-_OUTCOMES = "SELECT outcome, count(*) FROM processed_events GROUP BY outcome"
+_OUTCOMES = """
+    SELECT outcome, count(*) FROM processed_events AS mark
+    WHERE NOT EXISTS (SELECT FROM outbox WHERE outbox.event_id = mark.event_id) GROUP BY outcome
+"""
 _OPEN_LETTERS = "SELECT count(*) FROM dead_letters WHERE state = 'open'"
 _OWED = "SELECT count(*) FROM outbox"
 _DOUBLED = """
@@ -69,9 +75,9 @@ class Proof:
             return f"NOT proved: {self.doubled} pairs hold two purchases, {self.owed} events are left; see above."
         counts = self.audit.counts
         return (
-            f"Proved: of {sum(counts.values()):,} payments {counts[PaymentClass.ACTIVE]:,} gave a course exactly once; "
-            f"{counts[PaymentClass.DUPLICATE]:,} were paid twice and {counts[PaymentClass.DEAD]:,} contradict their "
-            f"event: those wait for a person. Money taken with nothing given: none."
+            f"Proved: {sum(counts.values()):,} payments. {counts[PaymentClass.ACTIVE]:,} gave a course once; "
+            f"{counts[PaymentClass.DUPLICATE]:,} paid twice for one course and {counts[PaymentClass.DEAD]:,} "
+            f"contradict their event: a person decides about these. None was taken for nothing."
         )
 
 
@@ -81,7 +87,7 @@ def run_demo(payments: int) -> Proof | None:
     Raises OutboxWorkerError when a worker does not start or the outbox is not settled in time.
     """
     with (
-        Signals() as signals,
+        Signals(signal.SIGHUP) as signals,
         tempfile.TemporaryDirectory(prefix="outbox-demo-") as name,
         _private_database(Path(name)) as settings,
         Crew(settings, Path(name)) as crew,
@@ -127,7 +133,13 @@ class Crew:
         environment = {**os.environ, **_WORKER_SETTINGS, "OUTBOX_DATABASE_URL": self._url}
         command = [sys.executable, "-m", "outbox_worker", "run"]
         with self._log.open("ab") as log:
-            self._processes.append(subprocess.Popen(command, env=environment, stderr=log))  # noqa: S603 - ourselves
+            started = subprocess.Popen(  # noqa: S603 - ourselves
+                command,
+                env=environment,
+                stderr=log,
+                preexec_fn=partial(end_with, os.getpid()),  # noqa: PLW1509 - one system call, prepared before the fork
+            )
+        self._processes.append(started)
         return self._processes[-1].pid
 
     def kill_one(self) -> int:

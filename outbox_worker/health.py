@@ -90,7 +90,8 @@ def _table_problems(session: Session, role: str, table: Table) -> Iterator[Probl
     name = relation_name(table)
     if not session.scalar(text("SELECT has_schema_privilege(:schema, 'USAGE')"), {"schema": table.schema}):
         yield Problem(
-            f"no USAGE on the schema {table.schema}", f"GRANT USAGE ON SCHEMA {table.schema} TO CURRENT_USER;"
+            f"no USAGE on the schema {table.schema}",
+            f"as its owner: GRANT USAGE ON SCHEMA {table.schema} TO {_role(session)};",
         )
         return
     if not exists(session, table):
@@ -98,7 +99,7 @@ def _table_problems(session: Session, role: str, table: Table) -> Iterator[Probl
         return
     if lacking := [privilege for privilege in _PRIVILEGES[role] if not _may(session, name, privilege)]:
         listed = ", ".join(lacking)
-        yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO <the worker's role>;")
+        yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO {_role(session)};")
     actual = _actual_columns(session, name)
     for column in table.columns:
         yield from _column_problems(name, role, column, actual.get(column.name))
@@ -106,6 +107,12 @@ def _table_problems(session: Session, role: str, table: Table) -> Iterator[Probl
     if role in _UPSERTED_BY and not _is_unique(session, name, table.c.event_id.name):
         column_name = table.c.event_id.name
         yield Problem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
+
+
+def _role(session: Session) -> str:
+    """The role that this session acts as, quoted."""
+    role: str = session.scalars(text("SELECT quote_ident(current_user)")).one()
+    return role
 
 
 def _may(session: Session, name: str, privilege: str) -> bool:
@@ -130,7 +137,10 @@ def _actual_columns(session: Session, name: str) -> dict[str, _Actual]:
 def _column_problems(name: str, role: str, column: Column[object], actual: _Actual | None) -> Iterator[Problem]:
     if actual is None:
         ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
-        yield Problem(f"column {name}.{column.name} is missing", f"ALTER TABLE {name} ADD COLUMN {ddl};")
+        yield Problem(
+            f"column {name}.{column.name} is missing",
+            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: ALTER TABLE {name} ADD COLUMN {ddl};",
+        )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
         yield Problem(

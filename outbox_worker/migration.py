@@ -13,6 +13,7 @@ from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from outbox_worker.database import Database
+from outbox_worker.errors import SchemaError
 from outbox_worker.guard import relation_name
 from outbox_worker.health import exists, is_owned
 from outbox_worker.schema import Tables
@@ -28,6 +29,8 @@ class Migrated:
     """What ``upgrade`` found and did."""
 
     created: tuple[str, ...]
+    named: tuple[str, ...]
+    """Those of them that OUTBOX_TABLES names: made, where one that exists may have been meant."""
     adopted: tuple[str, ...]
     """Tables that were there already and are left as they are."""
     options: tuple[str, ...]
@@ -46,14 +49,27 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
             config = _config(connection, settings)
             for branch in ("core", *options):
                 command.upgrade(config, f"{branch}@head")
-        return _report(connection, tables, before, options)
+        return _report(connection, settings, tables, before, options)
 
 
-def _report(connection: Connection, tables: Tables, before: set[str], options: Sequence[str]) -> Migrated:
+def _report(
+    connection: Connection, settings: Settings, tables: Tables, before: set[str], options: Sequence[str]
+) -> Migrated:
     names = {role: relation_name(table) for role, table in tables.by_role().items()}
-    adopted = [role for role, table in tables.by_role().items() if not is_owned(connection, table)]
-    created = [role for role in names if role not in before]
-    return Migrated(tuple(names[role] for role in created), tuple(names[role] for role in adopted), tuple(options))
+    present = {role: table for role, table in tables.by_role().items() if exists(connection, table)}
+    if absent := [name for role, name in names.items() if role not in present]:
+        raise SchemaError(
+            f"The migrations have run on this database, and yet there is no {', '.join(absent)}. If it was dropped, "
+            "restore it; if it has another name, set OUTBOX_TABLES."
+        )
+    created = [role for role in present if role not in before]
+    adopted = [role for role, table in present.items() if not is_owned(connection, table)]
+    return Migrated(
+        created=tuple(names[role] for role in created),
+        named=tuple(names[role] for role in created if role in settings.tables),
+        adopted=tuple(names[role] for role in adopted),
+        options=tuple(options),
+    )
 
 
 def _config(connection: Connection, settings: Settings) -> Config:

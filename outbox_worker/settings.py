@@ -127,6 +127,7 @@ class Settings(BaseSettings):
         populate_by_name=True,
         hide_input_in_errors=True,
         validate_default=True,
+        env_ignore_empty=True,
     )
 
     config: Path | None = Field(None, description="TOML file with settings; keys are lower case, without OUTBOX_")

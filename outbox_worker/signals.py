@@ -19,7 +19,8 @@ _WAKE = b"\0"
 class Signals:
     """Context manager for the main thread. Looks like a ``threading.Event`` that the first signal sets."""
 
-    def __init__(self) -> None:
+    def __init__(self, *more: signal.Signals) -> None:
+        self._signals = (*STOP_SIGNALS, *more)
         self._received = 0
         self._reader, self._writer = os.pipe()
 
@@ -27,7 +28,7 @@ class Signals:
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._handlers_before = {number: signal.signal(number, self._receive) for number in self._signals}
         return self
 
     def __exit__(

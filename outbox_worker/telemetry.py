@@ -18,7 +18,8 @@ from loguru import logger
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from outbox_worker import __version__
-from outbox_worker.errors import CommitLost, Failure, classify, describe
+from outbox_worker.database import unavailable
+from outbox_worker.errors import CommitLost, Failure, classify, describe, sqlstate
 from outbox_worker.model import PURCHASE_CONFIRMED, Batch, Guard, Outcome, Verdict, Verdicts
 
 if TYPE_CHECKING:
@@ -127,7 +128,10 @@ class Telemetry:
         cause = error.__cause__ if isinstance(error, CommitLost) else error
         failure = classify(cause or error)
         level = "WARNING" if failure in (Failure.RETRY, Failure.RECONNECT) else "ERROR"
-        fields = {"failure": str(failure), "error": describe(cause or error), "pause_seconds": round(pause_seconds, 2)}
+        named = describe(cause or error)
+        if failure is Failure.RECONNECT and sqlstate(cause or error) is None:
+            named = str(unavailable(cause or error))
+        fields = {"failure": str(failure), "error": named, "pause_seconds": round(pause_seconds, 2)}
         sentence = (
             "our own error; rolled back, trying again"
             if failure is Failure.BUG
@@ -240,7 +244,8 @@ class Telemetry:
 def _counted(outcomes: Mapping[str, int]) -> str:
     """``3 events: 2 created, 1 retried``."""
     listed = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-    return f"{sum(outcomes.values())} events: {listed}" if outcomes else "no events"
+    total = sum(outcomes.values())
+    return f"{total} event{'' if total == 1 else 's'}: {listed}" if outcomes else "no events"
 
 
 def configure_logging(level: str, style: Literal["json", "console"] | None) -> None:
