@@ -1,0 +1,69 @@
+"""The demonstration proves what it says, and leaves nothing behind however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import environment, eventually
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose name leaves room for the path of a socket."""
+    with tempfile.TemporaryDirectory(prefix="demo-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def demo(directory: Path) -> subprocess.Popen[str]:
+    """A running demonstration whose temporary files lie in `directory`."""
+    settings = environment("postgresql://nobody@127.0.0.1:1/ignored", {}) | {"TMPDIR": str(directory)}
+    command = [sys.executable, "-m", "outbox_worker", "demo", "--payments", "200"]
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Processes that name `directory` in their arguments or environment: server, launcher, workers."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(directory).encode() in words and int(entry.name) != os.getpid():
+            found.append(words.replace(b"\0", b" ").decode(errors="replace")[:80])
+    return found
+
+
+def test_it_proves_that_nothing_is_owed(short: Path) -> None:
+    with demo(short) as process:
+        shown, complaints = process.communicate(timeout=120)
+    assert process.returncode == 0, complaints
+    assert "kill -9" in shown
+    assert "Proved: 206 payments." in shown
+    assert "None was taken for nothing." in shown
+    assert list(short.iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_however_it_ends_nothing_is_left_running(number: signal.Signals, short: Path) -> None:
+    with demo(short) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "starts to pay" in line:
+                break
+        assert len(processes_of(short)) > 3
+        process.send_signal(number)
+        process.wait(60)
+        process.stdout.close()
+    eventually(lambda: not processes_of(short), "its processes are gone")
+    if number != signal.SIGKILL:
+        assert process.returncode == 0
+        assert list(short.iterdir()) == []
