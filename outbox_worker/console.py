@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -73,7 +73,8 @@ def columns(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
     )
     for position, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if position in numbers else "left", overflow="fold")
+        justify: JustifyMethod = "right" if position in numbers else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=position == 0)
     for row in rows:
         table.add_row(*map(str, row))
     _print(table)

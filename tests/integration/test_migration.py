@@ -23,7 +23,7 @@ from factories import Shop
 
 from outbox_worker import migration
 from outbox_worker.database import Database
-from outbox_worker.errors import Refused, SettingError
+from outbox_worker.errors import Refused, SchemaError, SettingError
 from outbox_worker.guard import probe_guard
 from outbox_worker.migration import VERSION_TABLE, Migrated
 from outbox_worker.model import COLUMNS, Guard
@@ -150,6 +150,19 @@ def test_twice_changes_nothing(empty: Site) -> None:
     done = empty.migrate("unique_index", "notify")
     assert done.created == ()
     assert empty.snapshot() == before
+
+
+def test_a_table_that_was_dropped_is_not_said_to_be_created(migrated: Site) -> None:
+    migrated.execute("DROP TABLE dead_letters")
+    with pytest.raises(SchemaError, match=r"no public\.dead_letters"):
+        migrated.migrate()
+    assert migrated.own_tables() == OWN - {"public.dead_letters"}
+
+
+def test_a_new_table_of_a_given_name_is_told_apart(empty: Site) -> None:
+    """Where a table that exists was meant, its name was mistyped: people must see that an empty one was made."""
+    empty.settings = {"tables": "payments=paymentz"}
+    assert empty.migrate().named == ("public.paymentz",)
 
 
 def test_the_version_table_is_our_own_and_the_shops_is_left_alone(empty: Site) -> None:
