@@ -1,6 +1,52 @@
-"""``python -m outbox_worker`` is ``outbox-worker``."""
+"""The command: what signals and a stdout that is closed or full mean, also while the rest is still being imported."""
 
-from outbox_worker.cli import main
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+_ENDED_BY_SIGNALS = {"run", "demo"}
+"""Commands for which a signal is the ordinary end; the others were interrupted."""
+_INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Run the command line and end with its status. SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _open_closed_streams()
+    try:
+        status = _run()
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the status is decided
+    if status == _INTERRUPTED and _ENDED_BY_SIGNALS & set(sys.argv[1:2]):
+        status = 0
+    raise SystemExit(status)
+
+
+def _run() -> int:
+    try:
+        from outbox_worker.cli import run_command  # noqa: PLC0415 - takes a while, in which a signal may come
+
+        status = run_command()
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror or error}.\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 1
+    return status
+
+
+def _open_closed_streams() -> None:
+    """A supervisor may start us without stdout or stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - stays open to the end
+
 
 if __name__ == "__main__":
     main()

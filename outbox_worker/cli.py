@@ -6,7 +6,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from loguru import logger
@@ -118,12 +118,14 @@ def migrate(
         )
     for name in done.adopted:
         console.line(f"adopted  {name} (left as it is)")
-    for name in done.options:
-        console.line(f"option   {name} is in place")
+    for name in done.built:
+        console.line(f"built    {name}")
+    for name in done.found:
+        console.line(f"found    {name} (was in force already)")
     if _say_what_is_missing(database, tables):
         raise typer.Exit(SchemaError.exit_code)
-    if not done.created:
-        console.line("Everything is in place.")
+    if not done.created and not done.built:
+        console.line("Everything was in place.")
 
 
 @app.command()
@@ -268,16 +270,17 @@ def _top(
     pass
 
 
-def main() -> None:
-    """Run a command; every foreseen failure is one sentence on stderr and its exit code."""
+def run_command() -> int:
+    """Run the command line and return its exit status; every foreseen failure is one sentence on stderr."""
     try:
         app()
     except OutboxWorkerError as error:
-        _fail(error)
+        return _fail(error)
     except DBAPIError as error:
-        _fail(_in_a_sentence(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        return _fail(_in_a_sentence(error))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
@@ -291,6 +294,6 @@ def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
 
 
-def _fail(error: OutboxWorkerError) -> NoReturn:
+def _fail(error: OutboxWorkerError) -> int:
     sys.stderr.write(f"outbox-worker: {error}\n")
-    raise SystemExit(error.exit_code)
+    return error.exit_code

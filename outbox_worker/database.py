@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker import embedded
-from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, classify
+from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, SettingError, classify
 from outbox_worker.settings import Settings
 
 T = TypeVar("T")
@@ -145,7 +145,8 @@ def outlast(
     """Run ``work`` until it returns, however long the trouble lasts; None when ``stop`` was set meanwhile.
 
     ``on_failure(error, pause_seconds)`` is called before each pause; pauses grow with jitter to ten seconds. A
-    SchemaError is raised at once; with ``seconds`` the last error is raised when so much time has passed.
+    SchemaError and a SettingError are raised at once; with ``seconds`` the last error is raised when so much time has
+    passed.
     """
     given_up = _StopWhenSet(stop)
     patient = tenacity.Retrying(
@@ -172,7 +173,7 @@ def _sleep(stop: Stop, seconds: float) -> None:
 
 
 def _is_worth_waiting_for(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, SchemaError)
+    return isinstance(error, Exception) and not isinstance(error, SchemaError | SettingError)
 
 
 def _give_up(stop: Stop, state: tenacity.RetryCallState) -> None:

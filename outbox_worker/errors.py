@@ -2,6 +2,7 @@
 
     OutboxWorkerError
     ├── SettingError          exit 78   a setting or a URL that cannot be used
+    │   └── WrongUsage        exit 2    all of them stand on the command line
     ├── SchemaError           exit 78   a table, column or privilege is missing (at start; while running: pause)
     ├── DatabaseUnavailable   exit 69   no connection (one-shot commands; the daemon waits)
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
@@ -32,6 +33,12 @@ class SettingError(OutboxWorkerError):
     """A setting or a URL cannot be used."""
 
     exit_code = 78
+
+
+class WrongUsage(SettingError):
+    """An option of the command line cannot be used."""
+
+    exit_code = 2
 
 
 class SchemaError(OutboxWorkerError):

@@ -13,15 +13,18 @@ from alembic.config import Config
 from sqlalchemy import Connection, text
 
 from outbox_worker.database import Database
-from outbox_worker.errors import SchemaError
-from outbox_worker.guard import relation_name
+from outbox_worker.errors import SchemaError, SettingError
+from outbox_worker.guard import pair_indexes, relation_name
 from outbox_worker.health import exists, is_owned
-from outbox_worker.schema import Tables
+from outbox_worker.schema import NOTIFY_TRIGGER, Tables
 from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONS = ("unique_index", "notify")
 """The optional branches, each independent of the other and safe on a live database."""
+
+# what: whether a table has a trigger of this name · lock: none · index: the catalogue's own
+_HAS_TRIGGER = text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:relation) AND tgname = :name)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +36,64 @@ class Migrated:
     """Those of them that OUTBOX_TABLES names: made, where one that exists may have been meant."""
     adopted: tuple[str, ...]
     """Tables that were there already and are left as they are."""
-    options: tuple[str, ...]
-    """Optional branches that are in force now."""
+    built: tuple[str, ...]
+    """Optional branches that were put in force now."""
+    found: tuple[str, ...]
+    """Optional branches that were in force already."""
 
 
 def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
     """Bring the database to ``core@head``, and to the head of every branch in ``options``.
 
-    Safe to repeat and to run twice at once. Raises Refused where duplicates stop ``unique_index``.
+    Safe to repeat and to run twice at once; an option whose index or trigger was dropped since is put up again. Raises
+    SettingError where the payments are named and not there, Refused where duplicates stop ``unique_index``.
     """
     with database.engine.connect() as connection:
         with _alone(connection):
             before = {role for role, table in tables.by_role().items() if exists(connection, table)}
+            _expect_named_payments(settings, tables, before)
+            found = [option for option in options if _in_force(connection, tables, option)]
             connection.rollback()
             config = _config(connection, settings)
-            for branch in ("core", *options):
-                command.upgrade(config, f"{branch}@head")
-        return _report(connection, settings, tables, before, options)
+            command.upgrade(config, "core@head")
+            for option in options:
+                _put_up(connection, config, tables, option)
+        return _report(connection, settings, tables, before, options, found)
+
+
+def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
+    """Payments are somebody else's: a name that is not there is a slip, and an empty table made of it a trap."""
+    if "payments" in settings.tables and "payments" not in present:
+        raise SettingError(
+            f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, and there is no such table "
+            "in this database. Mend the name, or create the table first. Nothing was changed."
+        )
+
+
+def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
+    """Whether an optional branch does its work, whatever the version table remembers."""
+    if option == "unique_index":
+        return bool(pair_indexes(connection, tables.purchases))
+    asked = {"relation": relation_name(tables.outbox), "name": NOTIFY_TRIGGER}
+    return bool(connection.scalar(_HAS_TRIGGER, asked))
+
+
+def _put_up(connection: Connection, config: Config, tables: Tables, option: str) -> None:
+    command.upgrade(config, f"{option}@head")
+    if not _in_force(connection, tables, option):
+        connection.rollback()
+        command.stamp(config, f"{option}@base")
+        command.upgrade(config, f"{option}@head")
+    connection.rollback()
 
 
 def _report(
-    connection: Connection, settings: Settings, tables: Tables, before: set[str], options: Sequence[str]
+    connection: Connection,
+    settings: Settings,
+    tables: Tables,
+    before: set[str],
+    options: Sequence[str],
+    found: Sequence[str],
 ) -> Migrated:
     names = {role: relation_name(table) for role, table in tables.by_role().items()}
     present = {role: table for role, table in tables.by_role().items() if exists(connection, table)}
@@ -68,7 +108,8 @@ def _report(
         created=tuple(names[role] for role in created),
         named=tuple(names[role] for role in created if role in settings.tables),
         adopted=tuple(names[role] for role in adopted),
-        options=tuple(options),
+        built=tuple(option for option in options if option not in found),
+        found=tuple(found),
     )
 
 

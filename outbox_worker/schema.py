@@ -42,6 +42,9 @@ OWNED = "purchase-outbox-worker: created by its migrations"
 NOTIFY_CHANNEL = "outbox_worker"
 """Where the optional branch ``notify`` tells of new events; the payload is the outbox table's schema and name."""
 
+NOTIFY_TRIGGER = "outbox_worker_notify"
+"""The trigger of that branch, and its function."""
+
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
 _MONEY = Numeric(12, 2)

@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -32,12 +33,14 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.errors import SettingError
+from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
 
 PREFIX = "OUTBOX_"
 EMBEDDED = "embedded:"
 _URL_REMEDY = "expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or embedded:DIRECTORY"
+OPTIONS = ("config", "batch_size", "concurrency", "log_level", "log_format")
+"""Settings that commands take as options, too."""
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
 
 
@@ -59,6 +62,14 @@ def _flatten_columns(value: object) -> object:
     nested = {key: inner for key, inner in value.items() if isinstance(inner, dict)}
     flat = {f"{table}.{column}": name for table, names in nested.items() for column, name in names.items()}
     return {key: name for key, name in value.items() if key not in nested} | flat
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _usable_names(value: dict[str, str]) -> dict[str, str]:
@@ -161,11 +172,13 @@ class Settings(BaseSettings):
     database_deadline_seconds: float = Field(
         10, gt=0, le=600, description="a database that does not answer for so long is given up and tried again"
     )
-    unknown_types: Literal["bury", "ignore"] | None = Field(
+    unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
         None, description="events of a type without handler: bury (default on own tables) or ignore (on adopted ones)"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least severe record written")
-    log_format: Literal["json", "console"] | None = Field(
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
+        "INFO", description="least severe record written"
+    )
+    log_format: Annotated[Literal["json", "console"] | None, BeforeValidator(_lower)] = Field(
         None, description="json: one object a line; console: for people. Default: console on a terminal, else json"
     )
 
@@ -236,18 +249,22 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """Read the settings; ``given`` are those of the command line (None: not given).
 
-    Raises SettingError with every problem in one message, by name and without any value.
+    Raises SettingError with every problem in one message, by name and source and without any value; WrongUsage where
+    all of them stand on the command line.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    kind: type[SettingError] = SettingError
     try:
         return Settings(**given)
     except ValidationError as error:
-        problems = [_problem(detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
+        problems = [_problem(detail, given) for detail in error.errors()]
+        typed = given.keys() & set(OPTIONS)
+        kind = WrongUsage if all(typed & set(detail["loc"]) for detail in error.errors()) else SettingError
     except tomllib.TOMLDecodeError as error:
         problems = [f"the configuration file is not TOML: {error}"]
     except OSError as error:
         problems = [f"the configuration file cannot be read: {error.strerror or error}"]
-    raise SettingError("Settings that cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems)) from None
+    raise kind("Settings that cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems)) from None
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
@@ -275,11 +292,51 @@ def _variable(field: str) -> str:
     return str(Settings.model_fields[field].validation_alias or PREFIX + field.upper())
 
 
-def _problem(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    if not location:
-        return message.removeprefix("Value error, ")
-    name = str(location[0])
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, list(Settings.model_fields), 1)
-        return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
-    return f"{_variable(name) if name in Settings.model_fields else name}: {message.removeprefix('Value error, ')}"
+def _key(field: str) -> str:
+    """What a TOML file calls it."""
+    return _variable(field).removeprefix(PREFIX).lower()
+
+
+_SENTENCES = {
+    "int": "a whole number is expected",
+    "float": "a number is expected",
+    "bool": "true or false is expected",
+    "path": "a path is expected",
+    "string_type": "text is expected",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "greater_than_equal": "must be {ge} or more",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be {le} or less",
+    "literal_error": "must be {expected}",
+    "dict_type": "expected NAME=NAME, separated by commas",
+}
+"""The library's kinds of error, or how their names begin, in our words."""
+
+
+def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
+    """One sentence about one problem: where the value stands, and what is expected. Never the value itself."""
+    if not detail["loc"]:
+        return _reason(detail)
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        keys = [_key(field) for field in Settings.model_fields]
+        near = difflib.get_close_matches(name.lower().removeprefix(PREFIX.lower()), keys, 1)
+        return f"{name} in the configuration file: no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{_source(name, given)}: {_reason(detail)}"
+
+
+def _reason(detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    known = _SENTENCES.get(kind) or _SENTENCES.get(kind.partition("_")[0])
+    return known.format(**detail.get("ctx", {})) if known else detail["msg"].removeprefix("Value error, ")
+
+
+def _source(name: str, given: Mapping[str, Any]) -> str:
+    """The name of a field where its value stands."""
+    field = name if name in Settings.model_fields else "schema_name"
+    if name in given and name in OPTIONS:
+        return f"--{name.replace('_', '-')}"
+    if given.keys() & {name, _key(field)} or any(variable.upper() == _variable(field) for variable in os.environ):
+        return _variable(field)
+    return f"{_key(field)} in the configuration file"

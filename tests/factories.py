@@ -15,12 +15,15 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 from psycopg.rows import namedtuple_row
+from sqlalchemy.schema import CreateSchema
 
+from outbox_worker.database import Database
 from outbox_worker.guard import GuardWatch
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome
 from outbox_worker.outbox import Outbox
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.schema import Tables
 from outbox_worker.telemetry import Telemetry
 
 ABSENT = object()
@@ -57,6 +60,13 @@ def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outco
             return outcomes
         outcomes += report.outcomes()
     raise AssertionError(f"still claiming after {batches_max} batches: {outcomes}")
+
+
+def make_payments(database: Database, tables: Tables) -> None:
+    """The payments service's own table, under whatever name the settings give it: migrations make none such."""
+    with database.engine.begin() as connection:
+        connection.execute(CreateSchema(tables.payments.schema or "public", if_not_exists=True))
+        tables.payments.create(connection)
 
 
 class Shop:

@@ -6,14 +6,12 @@ import sqlalchemy as sa
 from alembic import context, op
 
 from outbox_worker.guard import relation_name
-from outbox_worker.schema import NOTIFY_CHANNEL, build_tables
+from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, build_tables
 
 revision = "notify_0001"
 down_revision = None
 branch_labels = ("notify",)
 depends_on = "core_0001"
-
-TRIGGER = "outbox_worker_notify"
 
 
 def upgrade() -> None:
@@ -28,7 +26,7 @@ def upgrade() -> None:
         """
     )
     op.execute(
-        f"CREATE OR REPLACE TRIGGER {TRIGGER} AFTER INSERT ON {relation_name(outbox)}"
+        f"CREATE OR REPLACE TRIGGER {NOTIFY_TRIGGER} AFTER INSERT ON {relation_name(outbox)}"
         f" FOR EACH STATEMENT EXECUTE FUNCTION {_function(outbox)}()"
     )
 
@@ -36,9 +34,9 @@ def upgrade() -> None:
 def downgrade() -> None:
     outbox = build_tables(context.config.attributes["settings"]).outbox
     if sa.inspect(op.get_bind()).has_table(outbox.name, schema=outbox.schema):
-        op.execute(f"DROP TRIGGER IF EXISTS {TRIGGER} ON {relation_name(outbox)}")
+        op.execute(f"DROP TRIGGER IF EXISTS {NOTIFY_TRIGGER} ON {relation_name(outbox)}")
     op.execute(f"DROP FUNCTION IF EXISTS {_function(outbox)}()")
 
 
 def _function(outbox: sa.Table) -> str:
-    return f"{op.get_bind().dialect.identifier_preparer.quote_schema(outbox.schema)}.{TRIGGER}"
+    return f"{op.get_bind().dialect.identifier_preparer.quote_schema(outbox.schema)}.{NOTIFY_TRIGGER}"

@@ -78,9 +78,25 @@ class Finished:
 
 def finish(*arguments: str, url: str | None = None, patience: float = 2 * PATIENCE, **settings: object) -> Finished:
     """Run ``outbox-worker ARGUMENTS`` to its end."""
+    return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, patience, settings)
+
+
+def finish_in_shell(line: str, url: str | None = None) -> Finished:
+    """Run a line of ``sh`` in which ``$WORKER`` is the command."""
+    return _finish(["/bin/sh", "-c", line], url, PATIENCE, {}, WORKER=f"{sys.executable} -m outbox_worker")
+
+
+def finish_script(script: str, *arguments: str) -> Finished:
+    """Run a Python script to its end."""
+    return _finish([sys.executable, "-c", script, *arguments], None, PATIENCE, {})
+
+
+def _finish(
+    command: list[str], url: str | None, patience: float, settings: Mapping[str, object], **more: str
+) -> Finished:
     done = subprocess.run(
-        [sys.executable, "-m", "outbox_worker", *arguments],
-        env=environment(url, settings),
+        command,
+        env=environment(url, settings) | more,
         cwd=ROOT,
         capture_output=True,
         text=True,

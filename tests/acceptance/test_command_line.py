@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import servers
 from factories import Shop
-from processes import Finished, eventually, finish, start
+from processes import Finished, eventually, finish, finish_in_shell, finish_script, start
 from psycopg import sql
 from sqlalchemy import make_url
 
@@ -102,7 +102,7 @@ def test_bounds_that_contradict_each_other(database_url: str) -> None:
 
 
 def test_an_impossible_value_on_the_command_line(database_url: str) -> None:
-    fails(78, "(?i)batch.size", done=finish("run", "--drain", "--batch-size", "0", url=database_url))
+    fails(2, "--batch-size", done=finish("run", "--drain", "--batch-size", "0", url=database_url))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,50 @@ def test_an_unknown_variable_is_a_warning_with_the_nearest_name(database_url: st
 )
 def test_wrong_usage(arguments: list[str], database_url: str) -> None:
     fails(2, "Usage:", done=finish(*arguments, url=database_url))
+
+
+# --- streams that take nothing, signals that come early
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "status --json", "status", "audit"])
+def test_a_full_stdout_is_one_sentence(command: str, database_url: str) -> None:
+    done = finish_in_shell(f"$WORKER {command} > /dev/full", database_url)
+    assert done.code == 1, done
+    assert done.stderr == "outbox-worker: The output could not be written: No space left on device.\n"
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "status --json", "status"])
+def test_a_reader_that_went_away_is_no_traceback(command: str, database_url: str) -> None:
+    done = finish_in_shell(f"{{ $WORKER {command}; echo $? >&2; }} | true", database_url)
+    assert done.stderr in ("0\n", "1\n")
+
+
+def test_without_stdout_and_stderr_the_daemon_works(database_url: str, shop: Shop) -> None:
+    shop.paid()
+    assert finish_in_shell("$WORKER run --drain >&- 2>&-", database_url).code == 0
+    assert shop.count("outbox") == 0
+
+
+EARLY = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "outbox_worker.cli":
+            os.kill(os.getpid(), getattr(signal, sys.argv.pop()))
+
+sys.meta_path.insert(0, Finder())
+from outbox_worker.__main__ import main
+main()
+"""
+"""A signal in the middle of the imports, the first tenths of a second of every command."""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("command", "code"), [("run", 0), ("demo", 0), ("migrate", 130), ("audit", 130)])
+def test_a_signal_during_the_imports(command: str, code: int, name: str) -> None:
+    done = finish_script(EARLY, command, name)
+    assert (done.code, done.stdout, done.stderr) == (code, "", "")
 
 
 # --- a database that is not there

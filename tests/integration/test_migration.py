@@ -19,7 +19,7 @@ import pytest
 import servers
 from alembic import command
 from alembic.config import Config
-from factories import Shop
+from factories import Shop, make_payments
 
 from outbox_worker import migration
 from outbox_worker.database import Database
@@ -27,7 +27,7 @@ from outbox_worker.errors import Refused, SchemaError, SettingError
 from outbox_worker.guard import probe_guard
 from outbox_worker.migration import VERSION_TABLE, Migrated
 from outbox_worker.model import COLUMNS, Guard
-from outbox_worker.schema import NOTIFY_CHANNEL, PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
+from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
 from outbox_worker.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,15 @@ class Site:
 
     def downgrade(self, branch: str) -> None:
         self.alembic(command.downgrade, f"{branch}@base")
+
+    def make_named_payments(self) -> None:
+        """The payments service's table, under the name that the settings give it."""
+        settings = load_settings(database_url=self.url, **self.settings)
+        database = Database(settings, deadline_seconds=None)
+        try:
+            make_payments(database, build_tables(settings))
+        finally:
+            database.close()
 
     def guard(self) -> Guard:
         settings = load_settings(database_url=self.url, **self.settings)
@@ -161,8 +170,16 @@ def test_a_table_that_was_dropped_is_not_said_to_be_created(migrated: Site) -> N
 
 def test_a_new_table_of_a_given_name_is_told_apart(empty: Site) -> None:
     """Where a table that exists was meant, its name was mistyped: people must see that an empty one was made."""
+    empty.settings = {"tables": "outbox=events"}
+    assert empty.migrate().named == ("public.events",)
+
+
+def test_payments_that_are_named_and_absent_stop_it_before_anything_is_made(empty: Site) -> None:
+    """An empty table in the place of a mistyped one would turn every event into a dead letter."""
     empty.settings = {"tables": "payments=paymentz"}
-    assert empty.migrate().named == ("public.paymentz",)
+    with pytest.raises(SettingError, match=r"public\.paymentz.*Nothing was changed"):
+        empty.migrate("unique_index")
+    assert empty.tables() == set()
 
 
 def test_the_version_table_is_our_own_and_the_shops_is_left_alone(empty: Site) -> None:
@@ -355,6 +372,30 @@ def test_an_invalid_leftover_is_rebuilt(leftover: Site) -> None:
     leftover.migrate("unique_index")
     assert leftover.indexes()[PAIR_INDEX] is True
     assert leftover.guard() is Guard.INDEX
+
+
+@pytest.mark.parametrize("option", ["unique_index", "notify"])
+def test_an_option_that_was_lost_since_is_put_up_again(migrated: Site, option: str) -> None:
+    """The version table remembers what was done, not what is there."""
+    assert (migrated.migrate(option).built, migrated.migrate(option).found) == ((option,), (option,))
+    before = migrated.snapshot()
+    lost = {"unique_index": f"DROP INDEX {PAIR_INDEX}", "notify": f"DROP TRIGGER {NOTIFY_TRIGGER} ON outbox"}
+    migrated.execute(lost[option])
+    assert migrated.migrate(option).built == (option,)
+    assert migrated.snapshot() == before
+
+
+def test_a_lost_index_that_duplicates_keep_from_coming_back_changes_nothing(migrated: Site, stock: Shop) -> None:
+    migrated.migrate("unique_index")
+    migrated.execute(f"DROP INDEX {PAIR_INDEX}")
+    pair = stock.payment()
+    stock.purchase(pair)
+    stock.purchase(student=pair.student_id, course=pair.course_id)
+    before = migrated.snapshot()["public.purchases"]
+    for _ in range(2):
+        with pytest.raises(Refused, match="more than one active purchase"):
+            migrated.migrate("unique_index")
+        assert migrated.snapshot()["public.purchases"] == before
 
 
 def test_an_invalid_leftover_and_duplicates_change_nothing(leftover: Site, stock: Shop) -> None:
@@ -584,12 +625,14 @@ def test_every_table_and_column_in_a_schema_of_its_own(empty: Site) -> None:
         "tables": {role: f'billing.The "{role}"' if role == "payments" else f"The {role}" for role in COLUMNS},
         "columns": {f"{role}.{key}": f"Select {key}" for role, keys in COLUMNS.items() for key in keys},
     }
+    empty.make_named_payments()
     done = empty.migrate("unique_index", "notify")
-    assert len(done.created) == len(COLUMNS)
+    assert len(done.created) == len(COLUMNS) - 1
+    assert done.adopted == ('billing."The ""payments"""',)
     expected = {'billing.The "payments"'} | {f"work.The {role}" for role in set(COLUMNS) - {"payments"}}
     assert empty.tables() == expected | {f"work.{VERSION_TABLE}"}
     assert empty.guard() is Guard.INDEX
     assert empty.migrate("unique_index", "notify").created == ()
     for branch in ("notify", "unique_index", "core"):
         empty.downgrade(branch)
-    assert empty.tables() == {f"work.{VERSION_TABLE}"}
+    assert empty.tables() == {f"work.{VERSION_TABLE}", 'billing.The "payments"'}

@@ -11,7 +11,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 import servers
-from factories import ABSENT, Shop, drain_all
+from factories import ABSENT, Shop, drain_all, make_payments
 from sqlalchemy import insert, select, text
 
 from outbox_worker import migration
@@ -88,6 +88,8 @@ class Site:
         self._options = options
 
     def migrate(self) -> None:
+        if "payments" in self.settings.tables:
+            make_payments(self.database, self.tables)
         migration.upgrade(self.database, self.settings, self.tables, self._options)
         with self.database.transaction() as session:
             self.watch.probe(session)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from outbox_worker.errors import SettingError
-from outbox_worker.settings import Settings, load_settings, unknown_variables
+from outbox_worker.errors import SettingError, WrongUsage
+from outbox_worker.settings import OPTIONS, Settings, load_settings, unknown_variables
 
 SECRET = "hunter2secret"  # noqa: S105 - what must not be found again
 
@@ -110,7 +110,7 @@ def test_no_database_is_chosen_silently(wanted: str) -> None:
 # --- problems
 
 
-def test_all_problems_are_told_together_by_the_names_of_the_environment(
+def test_all_problems_are_told_together_each_by_the_name_that_stands_where_it_was_set(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OUTBOX_CONCURRENCY", "many")
@@ -124,20 +124,60 @@ def test_all_problems_are_told_together_by_the_names_of_the_environment(
     lines = told.splitlines()[1:]
     named = [line.strip().split(":")[0] for line in lines]
     assert sorted(named) == [
-        *("OUTBOX_BATCH_SIZE", "OUTBOX_COLUMNS", "OUTBOX_CONCURRENCY", "OUTBOX_DATABASE_URL", "OUTBOX_LOG_LEVEL"),
-        *("OUTBOX_SCHEMA", "OUTBOX_TABLES", "batchsize"),
+        *("--batch-size", "--log-level", "OUTBOX_CONCURRENCY", "OUTBOX_DATABASE_URL", "OUTBOX_SCHEMA"),
+        *(f"{key} in the configuration file" for key in ("batchsize", "columns", "tables")),
     ]
     assert "no such table: paiments" in told
     assert "no such column: payments.id_" in told
 
 
 def test_an_unknown_key_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
-    assert "batchsize: no such setting; did you mean batch_size?" in problems(config=config(tmp_path, "batchsize = 5"))
-    assert problems(config=config(tmp_path, "zzz = 5")).endswith("zzz: no such setting")
+    told = problems(config=config(tmp_path, "batchsize = 5\nOUTBOX_LOG_LEVEL = 'INFO'"))
+    assert "batchsize in the configuration file: no such setting; did you mean batch_size?" in told
+    assert "OUTBOX_LOG_LEVEL in the configuration file: no such setting; did you mean log_level?" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("BATCH_SIZE", "soon", "a whole number is expected"),
+        ("BATCH_SIZE", "1.5", "a whole number is expected"),
+        ("BATCH_SIZE", "10001", "must be 10000 or less"),
+        ("POLL_MAX_SECONDS", "soon", "a number is expected"),
+        ("RETRY_BASE_SECONDS", "0", "must be more than 0.0"),
+        ("LOG_FORMAT", "xml", "must be 'json' or 'console'"),
+        ("SCHEMA", "x" * 64, "must have at most 63 characters"),
+    ],
+)
+def test_what_is_expected_is_said_in_our_own_words(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"OUTBOX_{name}", value)
+    assert problems().splitlines()[1:] == [f"  OUTBOX_{name}: {said}"]
+
+
+def test_words_are_taken_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTBOX_LOG_FORMAT", "JSON")
+    monkeypatch.setenv("OUTBOX_UNKNOWN_TYPES", "Bury")
+    settings = load_settings(log_level="debug")
+    assert (settings.log_level, settings.log_format, settings.unknown_types) == ("DEBUG", "json", "bury")
+
+
+def test_a_slip_on_the_command_line_alone_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WrongUsage, match="--batch-size: must be 1 or more"):
+        load_settings(batch_size=0)
+    monkeypatch.setenv("OUTBOX_CONCURRENCY", "0")
+    with pytest.raises(SettingError) as caught:
+        load_settings(batch_size=0)
+    assert not isinstance(caught.value, WrongUsage)
+
+
+def test_an_unknown_key_that_is_near_to_nothing(tmp_path: Path) -> None:
+    assert problems(config=config(tmp_path, "zzz = 5")).endswith("zzz in the configuration file: no such setting")
 
 
 def test_keys_of_the_file_carry_no_prefix(tmp_path: Path) -> None:
-    assert "outbox_batch_size: no such setting" in problems(config=config(tmp_path, "outbox_batch_size = 5"))
+    assert "did you mean batch_size?" in problems(config=config(tmp_path, "outbox_batch_size = 5"))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +217,8 @@ def test_bounds(name: str, low: float, high: float, below: float, above: float) 
     assert getattr(load_settings(**{name: low}), name) == low
     assert getattr(load_settings(**{name: high}), name) == high
     for wrong in (below, above, -1, "nan", "inf", "", "x"):
-        assert f"OUTBOX_{name.upper()}: " in problems(**{name: wrong})
+        source = f"--{name.replace('_', '-')}" if name in OPTIONS else f"OUTBOX_{name.upper()}"
+        assert f"{source}: " in problems(**{name: wrong})
 
 
 @pytest.mark.parametrize(
