@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker import __version__, console
 from outbox_worker.database import Database, unavailable
-from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe
+from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe, sqlstate
 from outbox_worker.model import DeadLetterState
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
@@ -73,8 +73,9 @@ def run(
 ) -> None:
     """Settle events: the daemon.
 
-    Ends cleanly on SIGTERM or Ctrl-C, after the batch at hand; a second one does not wait for it. A database that is
-    away is waited for. Any number of workers may run on one database.
+    Ends cleanly on SIGTERM or Ctrl-C, after the batch at hand; a second one
+    does not wait for it. A database that is away is waited for. Any number of
+    workers may run on one database.
     """
     from outbox_worker.signals import Signals
     from outbox_worker.worker import Worker
@@ -148,7 +149,8 @@ def audit(config: Config = None, json: AsJson = False) -> None:
 
     Classes every payment that succeeded and was not refunded.
 
-    Exit code 1 when a payment is unexplained (money taken, nothing given), or when a refunded one still is active.
+    Exit code 1 when a payment is unexplained (money taken, nothing given), or
+    when the purchase of a refunded one still is active.
     """
     from outbox_worker import reports
     from outbox_worker.audit import run_audit
@@ -166,11 +168,14 @@ def audit(config: Config = None, json: AsJson = False) -> None:
 def list_dead_letters(
     config: Config = None,
     json: AsJson = False,
-    state: Annotated[DeadLetterState, typer.Option(help="Letters in this state.")] = DeadLetterState.OPEN,
+    state: Annotated[
+        DeadLetterState, typer.Option(metavar="STATE", help="open, requeued, discarded or settled.")
+    ] = DeadLetterState.OPEN,
     reason: Annotated[
-        str | None, typer.Option(help="Only this reason, e.g. payment_mismatch.", show_default=False)
+        str | None,
+        typer.Option(metavar="REASON", help="Only this reason, e.g. payment_mismatch.", show_default=False),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many, oldest first.")] = 100,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many, oldest first.")] = 100,
 ) -> None:
     """List dead letters, oldest first."""
     from outbox_worker import reports
@@ -191,8 +196,9 @@ def demo(
 ) -> None:
     """See it work: payments, troubles, a killed worker, the proof.
 
-    Everything is real and runs on a private PostgreSQL of its own: OUTBOX_DATABASE_URL is ignored. Exit code 1 when a
-    payment stayed unexplained or a purchase was made twice.
+    Everything is real and runs on a private PostgreSQL of its own:
+    OUTBOX_DATABASE_URL is ignored. Exit code 1 when a payment stayed
+    unexplained or a purchase was made twice.
     """
     from outbox_worker import reports
     from outbox_worker.demo import run_demo
@@ -283,13 +289,22 @@ def run_command() -> int:
     return 0
 
 
+_REMEDIES = {
+    "42P01": "Run `outbox-worker migrate`, or name your table in OUTBOX_TABLES.",
+    "3F000": "Run `outbox-worker migrate`, or name your schema in OUTBOX_SCHEMA.",
+    "42703": "Name your column in OUTBOX_COLUMNS.",
+    "42501": "As the table's owner: GRANT what is lacking to the role of OUTBOX_DATABASE_URL.",
+}
+
+
 def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
     match classify(error):
         case Failure.RECONNECT | Failure.RETRY:
             return unavailable(error)
         case Failure.PAUSE | Failure.UNCLEAR:
             said = getattr(getattr(error.orig, "diag", None), "message_primary", None) or describe(error)
-            return SchemaError(f"The database refused: {said}. Look at tables, columns and privileges.")
+            remedy = _REMEDIES.get(sqlstate(error) or "", "Look at tables, columns and privileges.")
+            return SchemaError(f"The database refused: {said}. {remedy}")
         case _:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
 

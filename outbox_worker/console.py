@@ -68,21 +68,33 @@ def _print(table: Table) -> None:
 def columns(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = ()
 ) -> None:
-    """Print rows under headings; ``numbers`` are the positions of columns that line up on the right."""
-    table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
-    )
+    """Print rows under headings; ``numbers`` are the positions of columns that line up on the right.
+
+    On a terminal that is too narrow for them each row is a block of its own, a line per column.
+    """
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for position, heading in enumerate(headings):
         justify: JustifyMethod = "right" if position in numbers else "left"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=position == 0)
+        table.add_column(heading, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row))
-    _print(table)
+    if title:
+        line(title, "bold")
+    console = output()
+    unbounded = console.options.update(width=_PLAIN_WIDTH)
+    if console.is_terminal and console.measure(table, options=unbounded).maximum > console.width:
+        for row in rows:
+            facts(list(zip(headings, row, strict=True)))
+            line("")
+    else:
+        _print(table)
 
 
 def facts(rows: Sequence[tuple[str, object]]) -> None:
     """Print names and values, one a line."""
     table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(name, style="dim"), str(value))
     _print(table)

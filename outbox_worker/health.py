@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,13 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
 }
 
 
+# what: those of some schemas that exist and may not be used · lock: none · index: the catalogue's own
+_CLOSED_SCHEMAS = text(
+    "SELECT CAST(nspname AS text) FROM pg_namespace"
+    " WHERE nspname = ANY(CAST(:schemas AS text[])) AND NOT has_schema_privilege(oid, 'USAGE')"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     finding: str
@@ -64,15 +71,21 @@ def check_schema(session: Session, tables: Tables) -> None:
     """Raise SchemaError with every missing table, column and privilege, or return."""
     problems = find_problems(session, tables)
     if problems:
-        remedies: dict[str, list[str]] = {}
-        for problem in problems:
-            remedies.setdefault(problem.remedy, []).append(problem.finding)
-        listed = "\n".join(f"  {'; '.join(findings)}\n    → {remedy}" for remedy, findings in remedies.items())
+        listed = "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
         raise SchemaError(f"The database does not hold what the worker needs.\n{listed}")
 
 
 def find_problems(session: Session, tables: Tables) -> list[Problem]:
-    return [problem for role, table in tables.by_role().items() for problem in _table_problems(session, role, table)]
+    """Every schema, table, column and privilege that is missing."""
+    by_role = tables.by_role()
+    closed = set(session.scalars(_CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
+    seen = {role: table for role, table in by_role.items() if table.schema not in closed}
+    present = {role: table for role, table in seen.items() if exists(session, table)}
+    return [
+        *_closed_problems(session, closed),
+        *_absent_problems([relation_name(table) for role, table in seen.items() if role not in present]),
+        *(problem for role, table in present.items() for problem in _table_problems(session, role, table)),
+    ]
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -86,17 +99,21 @@ def is_owned(session: Session | Connection, table: Table) -> bool:
     return bool(session.scalar(asked, {"name": relation_name(table), "owned": OWNED}))
 
 
+def _closed_problems(session: Session, schemas: Collection[str]) -> Iterator[Problem]:
+    for schema in sorted(schemas):
+        yield Problem(
+            f"no USAGE on the schema {schema}", f"as its owner: GRANT USAGE ON SCHEMA {schema} TO {_role(session)};"
+        )
+
+
+def _absent_problems(names: Collection[str]) -> Iterator[Problem]:
+    if names:
+        missing = "this table is missing" if len(names) == 1 else "these tables are missing"
+        yield Problem(f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
+
+
 def _table_problems(session: Session, role: str, table: Table) -> Iterator[Problem]:
     name = relation_name(table)
-    if not session.scalar(text("SELECT has_schema_privilege(:schema, 'USAGE')"), {"schema": table.schema}):
-        yield Problem(
-            f"no USAGE on the schema {table.schema}",
-            f"as its owner: GRANT USAGE ON SCHEMA {table.schema} TO {_role(session)};",
-        )
-        return
-    if not exists(session, table):
-        yield Problem(f"table {name} is missing", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
-        return
     if lacking := [privilege for privilege in _PRIVILEGES[role] if not _may(session, name, privilege)]:
         listed = ", ".join(lacking)
         yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO {_role(session)};")

@@ -123,7 +123,7 @@ def print_letters(letters: Sequence[DeadLetter], state: DeadLetterState) -> None
         return
     console.columns(
         "",
-        ["event", "reason", "tries", "dead since", "detail"],
+        ["event", "reason", "attempts", "dead since", "detail"],
         [
             (each.event_id, each.reason, each.attempts, f"{each.dead_at:%Y-%m-%d %H:%M}", each.detail)
             for each in letters

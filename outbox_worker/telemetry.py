@@ -203,7 +203,8 @@ class Telemetry:
     def _tell(self, report: BatchReport, key: int, verdict: Verdict) -> None:
         """Single events a person may want to find again."""
         event = report.batch[key]
-        record = logger.bind(event_id=str(event.event_id), payment_id=event.payment_id, attempts=event.attempts)
+        attempts = event.attempts + (verdict.outcome in (Outcome.RETRIED, Outcome.DEAD))
+        record = logger.bind(event_id=str(event.event_id), payment_id=event.payment_id, attempts=attempts)
         match verdict.outcome:
             case Outcome.RECOVERED:
                 record.bind(event="purchase_recovered").warning("a marked event had no purchase; it was made now")
@@ -271,5 +272,5 @@ def _write_json(message: Message) -> None:
 
 
 def _console_line(record: Record) -> str:
-    fields = " ".join(f"{key}={{extra[{key}]}}" for key in record["extra"])
+    fields = " ".join(f"{key}={{extra[{key}]}}" for key, value in record["extra"].items() if value is not None)
     return f"<dim>{{time:HH:mm:ss}}</dim> <level>{{level: <7}}</level> {{message}} <dim>{fields}</dim>\n"

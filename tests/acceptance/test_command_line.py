@@ -287,15 +287,22 @@ def test_an_empty_database(make_url: Callable[[str | None], str]) -> None:
     url = make_url(None)
     tables = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
     for command in (["run"], ["run", "--drain"], ["status"]):
-        fails(78, *tables, "outbox-worker migrate", done=finish(*command, url=url))
+        sentence = fails(78, *tables, "outbox-worker migrate", done=finish(*command, url=url))
+        assert sentence.count("\n") == 2, "one finding, one remedy"
     for command in (["audit"], ["dead-letters", "list"]):
-        fails(78, "does not exist|missing", done=finish(*command, url=url))
+        fails(78, "does not exist", "outbox-worker migrate", done=finish(*command, url=url))
+
+
+def test_a_schema_that_is_not_there(database_url: str) -> None:
+    fails(
+        78, r"missing: nowhere\.payments", "migrate", done=finish("run", "--drain", url=database_url, schema="nowhere")
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("DROP TABLE processed_events", [r"processed_events is missing", "migrate"]),
+        ("DROP TABLE processed_events", [r"this table is missing: public\.processed_events", "migrate"]),
         ("ALTER TABLE outbox DROP COLUMN last_error", [r"outbox\.last_error is missing", "ADD COLUMN last_error TEXT"]),
         ("ALTER TABLE outbox ALTER payload TYPE text", [r"outbox\.payload is text, not jsonb", "OUTBOX_COLUMNS"]),
         ("ALTER TABLE purchases ALTER is_active DROP DEFAULT, ALTER is_active TYPE text", [r"is_active is text"]),

@@ -103,7 +103,7 @@ def check(url: str, shop: Shop, kills: int) -> None:
     assert shop.rows("SELECT * FROM charged") == []
     assert shop.count("dead_letters") == 0
     assert shop.count("processed_events") == sent
-    pairs = shop.scalar("SELECT count(*) FROM (SELECT DISTINCT student_id, course_id FROM payments)")
+    pairs = shop.scalar("SELECT count(*) FROM (SELECT DISTINCT student_id, course_id FROM payments) AS d")
     assert shop.active_pairs().total() == len(shop.active_pairs()) == shop.count("purchases") == pairs
     assert shop.owed() == 0
     # Purchase and mark stand or fall together: no mark ever stood without its purchase, no purchase without its mark.

@@ -67,7 +67,7 @@ def migrate(url: str, **named: Any) -> None:
 
 
 RENAMED: dict[str, Any] = {
-    "tables": {role: f"billing.{role}" if role == "payments" else f"Our {role}" for role in COLUMNS},
+    "tables": {role: f"work.{role}" if role == "outbox" else f"Our {role}" for role in COLUMNS if role != "payments"},
     "columns": {f"{role}.{key}": f"Select {key}" for role, keys in COLUMNS.items() for key in keys},
 }
 
