@@ -41,6 +41,10 @@ status: $(VENV)/run ## Show backlog, guard, dead letters, workers
 audit: $(VENV)/run ## Prove that nothing is owed
 	@$(DATABASE) $(BIN)/outbox-worker audit $(ARGS)
 
+.PHONY: dead-letters
+dead-letters: $(VENV)/run ## List the events that wait for a person
+	@$(DATABASE) $(BIN)/outbox-worker dead-letters list $(ARGS)
+
 .PHONY: psql
 psql: $(VENV)/run ## Open psql on the private PostgreSQL (ARGS="-c 'select 1'")
 	@$(DATABASE) $(BIN)/outbox-worker psql -- $(ARGS)
@@ -96,7 +100,7 @@ clean: ## Remove the environment and caches (not ./.outbox, which holds data)
 
 $(VENV)/bin/python:
 	@[ -n '$(PYTHON)' ] || { echo 'Python 3.11 or newer is needed; none was found. Set PYTHON=/path/to/python3.'; exit 1; }
-	@echo 'Making the environment in $(VENV) ...'
+	@echo 'Making the environment in $(VENV), once; this takes half a minute or so ...'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'On Debian and Ubuntu: apt install python3-venv.'; exit 1; }
 
 $(VENV)/run: requirements/run.txt pyproject.toml | $(VENV)/bin/python

@@ -202,13 +202,15 @@ def demo(
     """
     from outbox_worker import reports
     from outbox_worker.demo import run_demo
+    from outbox_worker.demo_view import print_events, print_sentence
 
     proof = run_demo(payments)
     if proof is None:
         console.line("Interrupted; nothing was proved, and nothing is left running.")
         return
+    print_events(proof.outcomes)
     reports.print_audit(proof.audit)
-    console.line(proof.sentence(), "bold green" if proof.holds else "bold red")
+    print_sentence(proof.sentence(), "bold green" if proof.holds else "bold red")
     raise typer.Exit(0 if proof.holds else 1)
 
 

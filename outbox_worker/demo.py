@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,7 @@ _OUTCOMES = """
     SELECT outcome, count(*) FROM processed_events AS mark
     WHERE NOT EXISTS (SELECT FROM outbox WHERE outbox.event_id = mark.event_id) GROUP BY outcome
 """
-_OPEN_LETTERS = "SELECT count(*) FROM dead_letters WHERE state = 'open'"
+_OPEN_LETTERS = "SELECT reason, count(*) FROM dead_letters WHERE state = 'open' GROUP BY reason ORDER BY reason"
 _OWED = "SELECT count(*) FROM outbox"
 _DOUBLED = """
     SELECT count(*) FROM (SELECT FROM purchases WHERE is_active GROUP BY student_id, course_id HAVING count(*) > 1) AS d
@@ -64,6 +64,8 @@ class Proof:
     audit: AuditReport
     doubled: int
     owed: int
+    outcomes: Mapping[str, int]
+    """Events by outcome; the dead ones by reason."""
 
     @property
     def holds(self) -> bool:
@@ -75,9 +77,9 @@ class Proof:
             return f"NOT proved: {self.doubled} pairs hold two purchases, {self.owed} events are left; see above."
         counts = self.audit.counts
         return (
-            f"Proved: {sum(counts.values()):,} payments. {counts[PaymentClass.ACTIVE]:,} gave a course once; "
-            f"{counts[PaymentClass.DUPLICATE]:,} paid twice for one course and {counts[PaymentClass.DEAD]:,} "
-            f"contradict their event: a person decides about these. None was taken for nothing."
+            f"Proved: of {sum(counts.values()):,} payments {counts[PaymentClass.ACTIVE]:,} gave their course exactly "
+            f"once, {counts[PaymentClass.DUPLICATE]:,} paid for one a second time and {counts[PaymentClass.DEAD]:,} "
+            f"contradict their event (about these a person decides); none was taken for nothing."
         )
 
 
@@ -202,7 +204,10 @@ class Demo:
         self._service.start()
         self._say("the payments service starts to pay")
         try:
-            return self._proof() if self._watch(signals) else None
+            if self._watch(signals):
+                return self._proof()
+            self._say("interrupted; stopping everything")
+            return None
         finally:
             self._service.stop()
             self._connection.close()
@@ -227,8 +232,8 @@ class Demo:
         return False
 
     def _look(self) -> Scene:
-        outcomes: Counter[str] = Counter(dict(self._connection.execute(_OUTCOMES).fetchall()))
-        outcomes[Outcome.DEAD] = self._count(_OPEN_LETTERS)
+        outcomes = self._tally(_OUTCOMES)
+        outcomes[Outcome.DEAD] = self._tally(_OPEN_LETTERS).total()
         now = time.monotonic() - self._begin
         self._seen.append((now, outcomes.total()))
         (before, had), (after, have) = self._seen[0], self._seen[-1]
@@ -239,9 +244,13 @@ class Demo:
         database = Database(self._settings, deadline_seconds=None)
         try:
             report = run_audit(database, build_tables(self._settings))
-            return Proof(report, self._count(_DOUBLED), self._count(_OWED))
+            outcomes = self._tally(_OUTCOMES) + self._tally(_OPEN_LETTERS)
+            return Proof(report, self._count(_DOUBLED), self._count(_OWED), outcomes)
         finally:
             database.close()
+
+    def _tally(self, query: str) -> Counter[str]:
+        return Counter(dict(self._connection.execute(query).fetchall()))
 
     def _count(self, query: str) -> int:
         row = self._connection.execute(query).fetchone()

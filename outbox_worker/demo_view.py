@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import fill, wrap
 from typing import Protocol
 
 from rich.console import Console, Group
@@ -15,7 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox_worker import console
-from outbox_worker.model import Outcome
+from outbox_worker.model import Outcome, Reason
+
+WIDTH = 80
+"""Of the plain lines: what every terminal and mail shows unbroken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,21 @@ def open_view() -> Iterator[View]:
         yield LiveView(live)
 
 
+def print_events(outcomes: Mapping[str, int]) -> None:
+    """What became of the events, and what each outcome was in this play."""
+    rows = [(name, f"{outcomes[name]:,}", meaning) for name, meaning in _MEANINGS.items() if outcomes.get(name)]
+    console.line("")
+    console.columns(
+        f"what became of {sum(outcomes.values()):,} events", ["outcome", "events", "what it was"], rows, numbers=(1,)
+    )
+    console.line("")
+
+
+def print_sentence(sentence: str, style: str) -> None:
+    """The last word."""
+    console.line(fill(sentence, WIDTH), style)
+
+
 class PlainView:
     """Lines for a pipe or a log."""
 
@@ -54,19 +73,20 @@ class PlainView:
         self._shown = -2.0
 
     def say(self, seconds: float, sentence: str) -> None:
-        console.line(f"{seconds:5.1f} s  {sentence}")
+        for text in wrap(f"{seconds:5.1f} s  {sentence}", WIDTH, subsequent_indent=" " * 9):
+            console.line(text)
 
     def show(self, scene: Scene) -> None:
-        """A line every two seconds."""
+        """A summary every two seconds."""
         if scene.seconds - self._shown >= 2:
             self._shown = scene.seconds
-            console.line(f"{scene.seconds:5.1f} s  {_summary(scene)}")
+            self.say(scene.seconds, _summary(scene))
 
 
 class LiveView:
     """A picture on a terminal that is drawn anew a few times a second."""
 
-    LINES = 7
+    LINES = 10
 
     def __init__(self, live: Live) -> None:
         self._live = live
@@ -100,6 +120,17 @@ def _picture(scene: Scene) -> Table:
             table.add_row(outcome, f"{count:,}", Text("█" * max(1, round(count / total * 40)), style=_COLOURS[outcome]))
     return table
 
+
+_MEANINGS = {
+    Outcome.CREATED: "paid: the purchase was made",
+    Outcome.RECOVERED: "marked by the old worker, never given: given now",
+    Outcome.ALREADY_EXISTS: "delivered a second time",
+    Outcome.DUPLICATE_PAYMENT: "paid a second time: not granted, told",
+    Outcome.SUPPRESSED: "refunded meanwhile: not granted",
+    Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
+    Reason.INVALID_PAYLOAD: "a payload that is no object: a dead letter",
+    Reason.UNSUPPORTED_EVENT_TYPE: "somebody else's event: a dead letter",
+}
 
 _COLOURS = {
     Outcome.CREATED: "green",

@@ -17,7 +17,7 @@ from outbox_worker.errors import SchemaError
 from outbox_worker.guard import relation_name
 from outbox_worker.schema import OWNED, Tables
 
-_PRIVILEGES = {
+PRIVILEGES = {
     "payments": ("SELECT",),
     "outbox": ("SELECT", "UPDATE", "DELETE"),
     "purchases": ("SELECT", "INSERT"),
@@ -25,6 +25,8 @@ _PRIVILEGES = {
     "dead_letters": ("SELECT", "INSERT", "UPDATE"),
     "workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
 }
+"""What the role of a worker must be allowed, by the table's role."""
+
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers")
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of those tables that no statement of ours writes."""
@@ -114,7 +116,7 @@ def _absent_problems(names: Collection[str]) -> Iterator[Problem]:
 
 def _table_problems(session: Session, role: str, table: Table) -> Iterator[Problem]:
     name = relation_name(table)
-    if lacking := [privilege for privilege in _PRIVILEGES[role] if not _may(session, name, privilege)]:
+    if lacking := [privilege for privilege in PRIVILEGES[role] if not _may(session, name, privilege)]:
         listed = ", ".join(lacking)
         yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO {_role(session)};")
     actual = _actual_columns(session, name)

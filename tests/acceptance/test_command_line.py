@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import servers
 from factories import Shop
-from processes import Finished, eventually, finish, finish_in_shell, finish_script, start
+from processes import ROOT, Finished, eventually, finish, finish_in_shell, finish_script, start
 from psycopg import sql
 from sqlalchemy import make_url
 
@@ -338,6 +338,19 @@ def test_a_role_without_rights_and_the_remedy_that_helps(role: str, database_url
             shop.rows(re.sub(r"<the worker's role>|CURRENT_USER", f'"{role}"', grant))
     assert done.code == 0, done.stderr
     assert (shop.count("outbox"), shop.count("purchases")) == (0, 1)
+
+
+def test_the_readmes_grants_are_enough(role: str, database_url: str, shop: Shop) -> None:
+    """To settle, to bury, to postpone and to say so; and no less is said to be enough."""
+    readme = (ROOT / "README.md").read_text()
+    for grant in re.findall(r"^GRANT [^;]+;", readme, re.MULTILINE):
+        shop.rows(grant.replace("outbox_worker", f'"{role}"'))
+    shop.paid()
+    shop.paid(status="pending")
+    shop.confirm(shop.payment(), payload='[]')
+    done = finish("run", "--drain", url=url_of(database_url, username=role, password="right"))  # noqa: S106
+    assert done.code == 0, done.stderr
+    assert (shop.count("outbox"), shop.count("purchases"), shop.count("dead_letters")) == (1, 1, 1)
 
 
 def test_one_privilege_missing(role: str, database_url: str, shop: Shop) -> None:
