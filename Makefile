@@ -23,31 +23,31 @@ help: ## Show this list
 
 .PHONY: demo
 demo: $(VENV)/run ## See it work: payments, troubles, a killed worker, the proof
-	@$(BIN)/outbox-worker demo $(ARGS)
+	@exec $(BIN)/outbox-worker demo $(ARGS)
 
 .PHONY: migrate
 migrate: $(VENV)/run ## Create the tables (ARGS="--with unique_index" for the index, too)
-	@$(DATABASE) $(BIN)/outbox-worker migrate $(ARGS)
+	@$(DATABASE) exec $(BIN)/outbox-worker migrate $(ARGS)
 
 .PHONY: run
 run: $(VENV)/run ## Run the worker until Ctrl-C
-	@$(DATABASE) $(BIN)/outbox-worker run $(ARGS)
+	@$(DATABASE) exec $(BIN)/outbox-worker run $(ARGS)
 
 .PHONY: status
 status: $(VENV)/run ## Show backlog, guard, dead letters, workers
-	@$(DATABASE) $(BIN)/outbox-worker status $(ARGS)
+	@$(DATABASE) exec $(BIN)/outbox-worker status $(ARGS)
 
 .PHONY: audit
 audit: $(VENV)/run ## Prove that nothing is owed
-	@$(DATABASE) $(BIN)/outbox-worker audit $(ARGS)
+	@$(DATABASE) exec $(BIN)/outbox-worker audit $(ARGS)
 
 .PHONY: dead-letters
 dead-letters: $(VENV)/run ## List the events that wait for a person
-	@$(DATABASE) $(BIN)/outbox-worker dead-letters list $(ARGS)
+	@$(DATABASE) exec $(BIN)/outbox-worker dead-letters list $(ARGS)
 
 .PHONY: psql
 psql: $(VENV)/run ## Open psql on the private PostgreSQL (ARGS="-c 'select 1'")
-	@$(DATABASE) $(BIN)/outbox-worker psql -- $(ARGS)
+	@$(DATABASE) exec $(BIN)/outbox-worker psql -- $(ARGS)
 
 # ---- develop
 

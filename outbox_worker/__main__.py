@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import NoReturn
 
 _ENDED_BY_SIGNALS = {"run", "demo"}
 """Commands for which a signal is the ordinary end; the others were interrupted."""
 _INTERRUPTED = 130
+_STDOUT_FAILED = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EDQUOT)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line and end with its status. SIGTERM ends it as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _open_closed_streams()
@@ -35,7 +35,9 @@ def _run() -> int:
         status = run_command()
         sys.stdout.flush()
     except OSError as error:
-        sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror or error}.\n")
+        if error.errno not in _STDOUT_FAILED or error.filename is not None:
+            raise
+        sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror}.\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 1
     return status
@@ -45,7 +47,7 @@ def _open_closed_streams() -> None:
     """A supervisor may start us without stdout or stderr."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - stays open to the end
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - stays open to the end
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, Text, cast, func, select
+from sqlalchemy import ColumnElement, Select, Text, cast, func, select
 
 from outbox_worker.conservation import PaymentClass, is_standing, payment_class
 from outbox_worker.database import Database, seconds_since
@@ -36,6 +36,8 @@ class AuditReport:
     money: dict[PaymentClass, dict[str, Decimal]]
     unexplained: Sequence[FoundPayment]
     refunded_but_active: Sequence[FoundPayment]
+    unknown_statuses: Mapping[str, int]
+    """Payments whose status is none that we know: neither standing nor not, and so not judged."""
 
     @property
     def ok(self) -> bool:
@@ -52,7 +54,8 @@ def run_audit(database: Database, tables: Tables) -> AuditReport:
             money[PaymentClass(name)][currency] = amount
         unexplained = [FoundPayment(*row) for row in session.execute(_unexplained(tables))]
         refunded = [FoundPayment(*row) for row in session.execute(_refunded_but_active(tables))]
-    return AuditReport(counts, money, unexplained, refunded)
+        unknown = {name: count for name, count in session.execute(_unknown_statuses(tables))}  # noqa: C416 - rows
+    return AuditReport(counts, money, unexplained, refunded, unknown)
 
 
 def _totals(tables: Tables) -> Select[Any]:
@@ -83,6 +86,13 @@ def _refunded_but_active(tables: Tables) -> Select[Any]:
     return _found(tables).where(
         is_refunded, select(purchases.c.payment_id).where(of_it, purchases.c.is_active).exists()
     )
+
+
+def _unknown_statuses(tables: Tables) -> Select[Any]:
+    """what: how many payments are of each status that we do not know · lock: none"""
+    status: ColumnElement[Any] = cast(tables.payments.c.status, Text)
+    unknown = status.not_in([known.value for known in PaymentStatus])
+    return select(status, func.count()).where(unknown).group_by(status).order_by(status)
 
 
 def _found(tables: Tables) -> Select[Any]:

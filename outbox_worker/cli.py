@@ -48,15 +48,13 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="TOML file with settings (also OUTBOX_CONFIG).", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
 
 
 @app.command()
 def run(
     config: Config = None,
-    drain: Annotated[
-        bool, typer.Option("--drain", help="Settle what is due now, then end. 1: rows that others hold stayed locked.")
-    ] = False,
+    drain: Annotated[bool, typer.Option("--drain", metavar="", help="Settle what is due now, then end.")] = False,
     concurrency: Annotated[
         int | None,
         typer.Option(help="Claim loops in this process (OUTBOX_CONCURRENCY, default 1).", show_default=False),
@@ -259,7 +257,7 @@ def _say_what_is_missing(database: Database, tables: Tables) -> bool:
     with database.transaction() as session:
         problems = find_problems(session, tables)
     for problem in problems:
-        console.line(f"missing  {problem.finding}\n         {problem.remedy}", "yellow")
+        console.line(f"problem  {problem.finding}\n         {problem.remedy}", "yellow")
     return bool(problems)
 
 
@@ -272,7 +270,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _top(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+        bool,
+        typer.Option("--version", metavar="", callback=_show_version, is_eager=True, help="Print the version and end."),
     ] = False,
 ) -> None:
     pass
@@ -284,11 +283,22 @@ def run_command() -> int:
         app()
     except OutboxWorkerError as error:
         return _fail(error)
-    except DBAPIError as error:
-        return _fail(_in_a_sentence(error))
     except SystemExit as ended:
         return int(ended.code or 0)
+    except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from None
+        if isinstance(error, DBAPIError):
+            return _fail(_in_a_sentence(error))
+        raise
     return 0
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is only what a signal left behind: libraries clean up, and fail at that."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 _REMEDIES = {

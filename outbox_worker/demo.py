@@ -52,8 +52,18 @@ _OUTCOMES = """
 """
 _OPEN_LETTERS = "SELECT reason, count(*) FROM dead_letters WHERE state = 'open' GROUP BY reason ORDER BY reason"
 _OWED = "SELECT count(*) FROM outbox"
-_DOUBLED = """
-    SELECT count(*) FROM (SELECT FROM purchases WHERE is_active GROUP BY student_id, course_id HAVING count(*) > 1) AS d
+DOUBLED = """
+    SELECT (SELECT count(*) FROM purchases WHERE is_active)
+         - (SELECT count(*) FROM (SELECT DISTINCT student_id, course_id FROM purchases WHERE is_active) AS pairs)
+"""
+UNPAID = """
+    SELECT count(*) FROM purchases AS p
+    WHERE is_active AND NOT EXISTS (
+        SELECT FROM payments AS y
+        WHERE y.status = 'succeeded'
+          AND (y.id, y.student_id, y.course_id, y.amount, y.currency)
+            = (p.payment_id, p.student_id, p.course_id, p.amount, p.currency)
+    )
 """
 
 
@@ -63,18 +73,26 @@ class Proof:
 
     audit: AuditReport
     doubled: int
-    owed: int
+    """Purchases of a pair beyond its first."""
+    unpaid: int
+    """Purchases that are not those of a payment that succeeded."""
+    lost: int
+    """Events that left neither a mark nor a dead letter, or are still in the outbox."""
     outcomes: Mapping[str, int]
     """Events by outcome; the dead ones by reason."""
 
     @property
     def holds(self) -> bool:
-        return self.audit.ok and self.doubled == 0 and self.owed == 0
+        return self.audit.ok and not (self.doubled or self.unpaid or self.lost)
 
     def sentence(self) -> str:
         """What was proved, or what speaks against it."""
         if not self.holds:
-            return f"NOT proved: {self.doubled} pairs hold two purchases, {self.owed} events are left; see above."
+            unexplained = len(self.audit.unexplained)
+            return (
+                f"NOT proved: {unexplained:,} payments unexplained, {self.doubled:,} purchases too many, "
+                f"{self.unpaid:,} that nobody paid, {self.lost:,} events lost."
+            )
         counts = self.audit.counts
         return (
             f"Proved: of {sum(counts.values()):,} payments {counts[PaymentClass.ACTIVE]:,} gave their course exactly "
@@ -86,22 +104,25 @@ class Proof:
 def run_demo(payments: int) -> Proof | None:
     """Play the demonstration with about ``payments`` payments; None when it was interrupted.
 
-    Raises OutboxWorkerError when a worker does not start or the outbox is not settled in time.
+    Raises OutboxWorkerError when a worker does not start, the outbox is not settled in time, or the database refuses.
     """
-    with (
-        Signals(signal.SIGHUP) as signals,
-        tempfile.TemporaryDirectory(prefix="outbox-demo-") as name,
-        _private_database(Path(name)) as settings,
-        Crew(settings, Path(name)) as crew,
-        open_view() as view,
-    ):
-        return Demo(settings, payments, crew, view).play(signals)
+    try:
+        with (
+            Signals(signal.SIGHUP) as signals,
+            tempfile.TemporaryDirectory(prefix="outbox-demo-") as name,
+            _private_database(Path(name)) as settings,
+            Crew(settings, Path(name)) as crew,
+            open_view() as view,
+        ):
+            return Demo(settings, payments, crew, view).play(signals)
+    except psycopg.Error as error:
+        raise OutboxWorkerError(f"NOT proved: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
 def _private_database(directory: Path) -> Iterator[Settings]:
     """A migrated database in ``directory``. Whatever ``OUTBOX_*`` says, nothing else is touched."""
-    for variable in [name for name in os.environ if name.startswith("OUTBOX_")]:
+    for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
     where = embedded.ensure_server(directory)
     settings = load_settings(database_url=f"postgresql://postgres@/postgres?host={where['host']}&port={where['port']}")
@@ -245,7 +266,8 @@ class Demo:
         try:
             report = run_audit(database, build_tables(self._settings))
             outcomes = self._tally(_OUTCOMES) + self._tally(_OPEN_LETTERS)
-            return Proof(report, self._count(_DOUBLED), self._count(_OWED), outcomes)
+            lost = self._service.events - outcomes.total()
+            return Proof(report, self._count(DOUBLED), self._count(UNPAID), lost, outcomes)
         finally:
             database.close()
 

@@ -63,7 +63,7 @@ def print_events(outcomes: Mapping[str, int]) -> None:
 
 def print_sentence(sentence: str, style: str) -> None:
     """The last word."""
-    console.line(fill(sentence, WIDTH), style)
+    console.line(sentence if sys.stdout.isatty() else fill(sentence, WIDTH), style)
 
 
 class PlainView:

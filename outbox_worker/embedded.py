@@ -290,11 +290,14 @@ def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subpro
 
 def _socket_directory(directory: Path) -> Path:
     """Inside, or, where libpq could not name it, a private one among the temporary files, by a name that stays."""
-    inside = directory / "socket"
-    if len(os.fsencode(inside / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX and "," not in str(inside):
-        return inside
-    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()).resolve() / f"outbox-postgres-{digest}"
+    name = f"outbox-postgres-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
+    last_resort = Path("/tmp", name)  # noqa: S108 - made private, and refused where it is somebody else's
+    candidates = (directory / "socket", Path(tempfile.gettempdir()).resolve() / name)
+    return next(filter(_is_nameable, candidates), last_resort)
+
+
+def _is_nameable(directory: Path) -> bool:
+    return len(os.fsencode(directory / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX and "," not in str(directory)
 
 
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +31,21 @@ PRIVILEGES = {
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers")
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of those tables that no statement of ours writes."""
+_NEVER_READ = (("payments", "updated_at"),)
 _UPSERTED_BY = ("processed_events", "dead_letters")
 """Tables whose ``event_id`` must be unique: ON CONFLICT needs the index."""
 
 _TEXTS = {"text", "varchar", "bpchar", "citext"}
-_NUMBERS = {"int2", "int4", "int8", "numeric"}
-_KEYS = {"uuid", "int4", "int8", *_TEXTS}
+_INTEGERS = {"int2", "int4", "int8"}
+_KINDS = {"text": _TEXTS, "integer": _INTEGERS}
+_KEYS = {"uuid", *_INTEGERS, *_TEXTS}
 _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     UUID: {"uuid"},
     JSONB: {"jsonb"},
     Boolean: {"bool"},
     DateTime: {"timestamptz"},
-    Numeric: _NUMBERS,
-    Integer: {"int2", "int4", "int8"},
+    Numeric: {"numeric"},
+    Integer: _INTEGERS,
     String: _TEXTS,
 }
 
@@ -73,8 +76,7 @@ def check_schema(session: Session, tables: Tables) -> None:
     """Raise SchemaError with every missing table, column and privilege, or return."""
     problems = find_problems(session, tables)
     if problems:
-        listed = "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
-        raise SchemaError(f"The database does not hold what the worker needs.\n{listed}")
+        raise SchemaError(f"The database does not hold what the worker needs.\n{list_problems(problems)}")
 
 
 def find_problems(session: Session, tables: Tables) -> list[Problem]:
@@ -86,8 +88,20 @@ def find_problems(session: Session, tables: Tables) -> list[Problem]:
     return [
         *_closed_problems(session, closed),
         *_absent_problems([relation_name(table) for role, table in seen.items() if role not in present]),
-        *(problem for role, table in present.items() for problem in _table_problems(session, role, table)),
+        *(problem for role, table in present.items() for problem in _privilege_problems(session, role, table)),
+        *_misfits(session, tables, present),
     ]
+
+
+def find_misfits(session: Session, tables: Tables) -> list[Problem]:
+    """What the tables that exist lack, whoever asks: columns, types, defaults, unique keys."""
+    present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
+    return list(_misfits(session, tables, present))
+
+
+def list_problems(problems: Sequence[Problem]) -> str:
+    """Each finding with its remedy, for people."""
+    return "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -114,18 +128,45 @@ def _absent_problems(names: Collection[str]) -> Iterator[Problem]:
         yield Problem(f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
 
 
-def _table_problems(session: Session, role: str, table: Table) -> Iterator[Problem]:
+def _privilege_problems(session: Session, role: str, table: Table) -> Iterator[Problem]:
     name = relation_name(table)
     if lacking := [privilege for privilege in PRIVILEGES[role] if not _may(session, name, privilege)]:
         listed = ", ".join(lacking)
         yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO {_role(session)};")
+
+
+def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[Problem]:
+    for role, table in present.items():
+        yield from _table_misfits(session, role, table)
+    if {"payments", "purchases"} <= present.keys():
+        yield from _pair_misfits(session, tables)
+
+
+def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Problem]:
+    name = relation_name(table)
     actual = _actual_columns(session, name)
     for column in table.columns:
-        yield from _column_problems(name, role, column, actual.get(column.name))
+        if (role, column.key) not in _NEVER_READ:
+            yield from _column_problems(name, role, column, actual)
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not _is_unique(session, name, table.c.event_id.name):
         column_name = table.c.event_id.name
         yield Problem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
+
+
+def _pair_misfits(session: Session, tables: Tables) -> Iterator[Problem]:
+    """A pair is looked for in ``purchases`` by the values of ``payments``: both must be of one kind."""
+    names = [relation_name(table) for table in (tables.payments, tables.purchases)]
+    paid, bought = (_actual_columns(session, name) for name in names)
+    for key in ("student_id", "course_id"):
+        one, other = (table.c[key].name for table in (tables.payments, tables.purchases))
+        if one in paid and other in bought and _kind(paid[one]) != _kind(bought[other]):
+            types = f"{paid[one].type_name} and {names[1]}.{other} is {bought[other].type_name}"
+            yield Problem(f"{names[0]}.{one} is {types}", "convert one of them: a pair is found by comparing them")
+
+
+def _kind(column: _Actual) -> str:
+    return next((kind for kind in _KINDS if column.type_name in _KINDS[kind]), column.type_name)
 
 
 def _role(session: Session) -> str:
@@ -153,8 +194,13 @@ def _actual_columns(session: Session, name: str) -> dict[str, _Actual]:
     return {row[0]: _Actual(*row[1:]) for row in rows}
 
 
-def _column_problems(name: str, role: str, column: Column[object], actual: _Actual | None) -> Iterator[Problem]:
-    if actual is None:
+def _column_problems(name: str, role: str, column: Column[object], columns: Mapping[str, _Actual]) -> Iterator[Problem]:
+    actual = columns.get(column.name)
+    if actual is None and role == "payments":
+        near = difflib.get_close_matches(column.name, columns, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(columns)}"
+        yield Problem(f"column {name}.{column.name} is missing", f"OUTBOX_COLUMNS, {role}.{column.key}: {hint}")
+    elif actual is None:
         ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
         yield Problem(
             f"column {name}.{column.name} is missing",
@@ -162,6 +208,8 @@ def _column_problems(name: str, role: str, column: Column[object], actual: _Actu
         )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
+        if isinstance(column.type, Numeric) and actual.type_name in _INTEGERS:
+            wanted += "; amounts are whole units of the currency, not cents"
         yield Problem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
             f"convert it, or name another in OUTBOX_COLUMNS ({role}.{column.key}=…)",

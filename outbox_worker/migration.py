@@ -11,11 +11,12 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, text
+from sqlalchemy.orm import Session
 
 from outbox_worker.database import Database
 from outbox_worker.errors import SchemaError, SettingError
 from outbox_worker.guard import pair_indexes, relation_name
-from outbox_worker.health import exists, is_owned
+from outbox_worker.health import exists, find_misfits, is_owned, list_problems
 from outbox_worker.schema import NOTIFY_TRIGGER, Tables
 from outbox_worker.settings import Settings
 
@@ -23,8 +24,11 @@ VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONS = ("unique_index", "notify")
 """The optional branches, each independent of the other and safe on a live database."""
 
-# what: whether a table has a trigger of this name · lock: none · index: the catalogue's own
-_HAS_TRIGGER = text("SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:relation) AND tgname = :name)")
+# what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's own
+_HAS_TRIGGER = text(
+    "SELECT EXISTS (SELECT FROM pg_trigger"
+    " WHERE tgrelid = to_regclass(:relation) AND tgname = :name AND tgenabled IN ('O', 'A'))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +50,14 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
     """Bring the database to ``core@head``, and to the head of every branch in ``options``.
 
     Safe to repeat and to run twice at once; an option whose index or trigger was dropped since is put up again. Raises
-    SettingError where the payments are named and not there, Refused where duplicates stop ``unique_index``.
+    SettingError where the payments are named and not there, SchemaError where a table that is there does not fit, and
+    Refused where duplicates stop ``unique_index``.
     """
     with database.engine.connect() as connection:
         with _alone(connection):
             before = {role for role, table in tables.by_role().items() if exists(connection, table)}
             _expect_named_payments(settings, tables, before)
+            _expect_fitting_tables(connection, tables)
             found = [option for option in options if _in_force(connection, tables, option)]
             connection.rollback()
             config = _config(connection, settings)
@@ -68,6 +74,11 @@ def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]
             f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, and there is no such table "
             "in this database. Mend the name, or create the table first. Nothing was changed."
         )
+
+
+def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
+    if misfits := find_misfits(Session(connection), tables):
+        raise SchemaError(f"Tables that are there do not fit. Nothing was changed.\n{list_problems(misfits)}")
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:

@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import array
 UUID_TEXT = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 """8-4-4-4-12 in any case; PostgreSQL itself would take braces and missing hyphens too."""
 
+_UUID_SHAPE = "________-____-____-____-____________"
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
@@ -32,8 +33,8 @@ def payment_id_text(outbox: Table) -> ColumnElement[Any]:
 def mismatches(outbox: Table, payments: Table) -> dict[str, ColumnElement[bool]]:
     """For each optional key: whether the payload repeats it and it differs from the payment row."""
     return {
-        "student_id": _differs(func.lower(key_text(outbox, "student_id")), cast(payments.c.student_id, Text)),
-        "course_id": _differs(func.lower(key_text(outbox, "course_id")), cast(payments.c.course_id, Text)),
+        "student_id": _id_differs(key_text(outbox, "student_id"), payments.c.student_id),
+        "course_id": _id_differs(key_text(outbox, "course_id"), payments.c.course_id),
         "amount": _amount_differs(key_text(outbox, "amount"), payments.c.amount),
         "currency": _differs(key_text(outbox, "currency"), cast(payments.c.currency, Text)),
     }
@@ -47,6 +48,12 @@ def mismatched_keys(outbox: Table, payments: Table) -> ColumnElement[Any]:
 
 def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
     return and_(given.is_not(None), given.is_distinct_from(actual))
+
+
+def _id_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
+    """A UUID may be written in any case; a course that is known by a text is that text."""
+    lowered = case((given.like(_UUID_SHAPE), func.lower(given)), else_=given)
+    return and_(_differs(given, cast(actual, Text)), _differs(lowered, cast(actual, Text)))
 
 
 def _amount_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:

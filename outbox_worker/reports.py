@@ -7,9 +7,10 @@ from typing import Any
 
 from outbox_worker import console
 from outbox_worker.audit import AuditReport
+from outbox_worker.conservation import PaymentClass
 from outbox_worker.dead_letters import DeadLetter
 from outbox_worker.fleet import WorkerRow
-from outbox_worker.model import DeadLetterState, Outcome
+from outbox_worker.model import DeadLetterState, Outcome, PaymentStatus
 from outbox_worker.status import Status, condition
 
 
@@ -87,11 +88,13 @@ def print_audit(report: AuditReport) -> None:
         (
             name.replace("_", " "),
             f"{count:,}",
-            " ".join(f"{amount:,.2f} {currency}" for currency, amount in report.money[name].items()),
+            "\n".join(f"{amount:,.2f} {currency}" for currency, amount in report.money[name].items()),
+            _MEANINGS[name],
         )
         for name, count in report.counts.items()
     ]
-    console.columns("standing payments", ["class", "payments", "money"], rows, numbers=(1, 2))
+    total = sum(report.counts.values())
+    console.columns(f"{total:,} standing payments", ["class", "payments", "money", ""], rows, numbers=(1, 2))
     for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
         if found:
             console.columns(
@@ -109,11 +112,28 @@ def print_audit(report: AuditReport) -> None:
                 ],
                 numbers=(3, 4),
             )
+    if report.unknown_statuses:
+        listed = ", ".join(f"{status} ({count:,})" for status, count in report.unknown_statuses.items())
+        console.line(f"\nNot judged, because their status is none of {_STATUSES}: {listed}.", "yellow")
     if report.ok:
         console.line("\nNothing is owed: every standing payment is explained.", "green")
     else:
         unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
         console.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
+        console.line('What to do: docs/operations.md, "The audit found something".')
+
+
+_STATUSES = ", ".join(PaymentStatus)
+
+_MEANINGS = {
+    PaymentClass.ACTIVE: "the purchase is there",
+    PaymentClass.REVOKED: "the purchase was taken back",
+    PaymentClass.DUPLICATE: "paid twice: another purchase counts",
+    PaymentClass.IN_FLIGHT: "its event waits in the outbox",
+    PaymentClass.DEAD: "contradicts its event: dead letter",
+    PaymentClass.WAIVED: "a person decided, with a reason",
+    PaymentClass.UNEXPLAINED: "money taken, nothing given",
+}
 
 
 def print_letters(letters: Sequence[DeadLetter], state: DeadLetterState) -> None:
@@ -123,10 +143,18 @@ def print_letters(letters: Sequence[DeadLetter], state: DeadLetterState) -> None
         return
     console.columns(
         "",
-        ["event", "reason", "attempts", "dead since", "detail"],
+        ["event", "type", "payment", "reason", "attempts", "dead since", "detail"],
         [
-            (each.event_id, each.reason, each.attempts, f"{each.dead_at:%Y-%m-%d %H:%M}", each.detail)
+            (
+                each.event_id,
+                each.event_type,
+                each.payment_id or "-",
+                each.reason,
+                each.attempts,
+                f"{each.dead_at:%Y-%m-%d %H:%M %Z}",
+                each.detail,
+            )
             for each in letters
         ],
-        numbers=(2,),
+        numbers=(4,),
     )

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from psycopg.pq import Conninfo
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -81,6 +82,7 @@ def _usable_names(value: dict[str, str]) -> dict[str, str]:
 def _known_tables(value: dict[str, str]) -> dict[str, str]:
     if unknown := set(value) - set(COLUMNS):
         raise ValueError(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+    _expect_distinct({table: value.get(table, table) for table in COLUMNS}, "table")
     return value
 
 
@@ -88,7 +90,17 @@ def _known_columns(value: dict[str, str]) -> dict[str, str]:
     known = {f"{table}.{column}" for table, columns in COLUMNS.items() for column in columns}
     if unknown := set(value) - known:
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}; write TABLE.COLUMN=NAME")
+    for table, columns in COLUMNS.items():
+        _expect_distinct({f"{table}.{key}": value.get(f"{table}.{key}", key) for key in columns}, "column")
     return value
+
+
+def _expect_distinct(names: Mapping[str, str], noun: str) -> None:
+    by_name: dict[str, str] = {}
+    for key, name in names.items():
+        other = by_name.setdefault(name, key)
+        if other != key:
+            raise ValueError(f"{other} and {key} are one {noun}: each needs its own")
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
@@ -98,6 +110,8 @@ def _usable_url(value: SecretStr) -> SecretStr:
         if not text.removeprefix(EMBEDDED):
             raise ValueError("embedded: needs a directory, as in embedded:.outbox")
         return value
+    if text.partition("://")[2].partition("/")[0].count("@") > 1:
+        raise ValueError("more than one @ before the database; in a password write %40 for @, %2F for /, %23 for #")
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
@@ -108,6 +122,10 @@ def _usable_url(value: SecretStr) -> SecretStr:
         raise ValueError("the port must be from 1 to 65535")
     if not url.database:
         raise ValueError(f"names no database; {_URL_REMEDY}")
+    known = [option.keyword.decode() for option in Conninfo.get_defaults()]
+    for name in set(url.query) - set(known):
+        near = "".join(f"; did you mean {each}?" for each in difflib.get_close_matches(name, known, 1))
+        raise ValueError(f"has a parameter that PostgreSQL's library does not know{near}")
     return value
 
 
@@ -206,11 +224,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Command line, environment, then the file that one of the two names."""
         assert isinstance(init_settings, InitSettingsSource)  # noqa: S101 - narrows the library's type
-        path = init_settings.init_kwargs.get("config") or os.environ.get(f"{PREFIX}CONFIG")
+        path = _configuration_file(init_settings.init_kwargs)
         if not path:
             return init_settings, env_settings
         if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")
+            raise FileNotFoundError("there is no such file")
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(path))
 
     @property
@@ -260,11 +278,16 @@ def load_settings(**given: Any) -> Settings:
         problems = [_problem(detail, given) for detail in error.errors()]
         typed = given.keys() & set(OPTIONS)
         kind = WrongUsage if all(typed & set(detail["loc"]) for detail in error.errors()) else SettingError
-    except tomllib.TOMLDecodeError as error:
-        problems = [f"the configuration file is not TOML: {error}"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems = [f"{_configuration_file(given)} is not TOML: {error}"]
     except OSError as error:
-        problems = [f"the configuration file cannot be read: {error.strerror or error}"]
+        problems = [f"{_configuration_file(given)} cannot be read: {error.strerror or error}"]
     raise kind("Settings that cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems)) from None
+
+
+def _configuration_file(given: Mapping[str, Any]) -> str:
+    """The path of the file with settings; empty where none is given."""
+    return str(given.get("config") or os.environ.get(f"{PREFIX}CONFIG") or "")
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
@@ -337,6 +360,7 @@ def _source(name: str, given: Mapping[str, Any]) -> str:
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:
         return f"--{name.replace('_', '-')}"
-    if given.keys() & {name, _key(field)} or any(variable.upper() == _variable(field) for variable in os.environ):
+    is_set = any(value and variable.upper() == _variable(field) for variable, value in os.environ.items())
+    if is_set or given.keys() & {name, _key(field)}:
         return _variable(field)
     return f"{_key(field)} in the configuration file"

@@ -128,18 +128,19 @@ class Telemetry:
         cause = error.__cause__ if isinstance(error, CommitLost) else error
         failure = classify(cause or error)
         level = "WARNING" if failure in (Failure.RETRY, Failure.RECONNECT) else "ERROR"
-        named = describe(cause or error)
+        named, sentence = describe(cause or error), "the database is in trouble; waiting"
         if failure is Failure.RECONNECT and sqlstate(cause or error) is None:
-            named = str(unavailable(cause or error))
+            named, sentence = str(unavailable(cause or error)), "no connection to the database; waiting"
+        if failure is Failure.BUG:
+            sentence = "our own error; rolled back, trying again"
         fields = {"failure": str(failure), "error": named, "pause_seconds": round(pause_seconds, 2)}
-        sentence = (
-            "our own error; rolled back, trying again"
-            if failure is Failure.BUG
-            else "the database is in trouble; waiting"
-        )
         logger.bind(event="paused", **fields).opt(exception=error if failure is Failure.BUG else None).log(
             level, sentence
         )
+
+    def schema_problems(self, problems: str) -> None:
+        """A table, column or privilege that was there at the start is missing now."""
+        logger.bind(event="schema_problems", problems=problems).error("the database lacks what the worker needs")
 
     def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
         """Set the gauges that one cheap query per interval answers."""
@@ -152,7 +153,7 @@ class Telemetry:
         now, settled = time.monotonic(), self._outcomes()
         fresh, seconds = settled - self._told, now - self._told_at
         if fresh:
-            logger.bind(event="batches_settled", **fresh).info("{} in {:.1f} s", _counted(fresh), seconds)
+            logger.bind(event="batches_settled", **fresh).info("in the last {:.0f} s {}", seconds, _counted(fresh))
         self._told, self._told_at = settled, now
         return self.metrics.snapshot() | {"events_per_second": sum(fresh.values()) / seconds if seconds > 0 else 0.0}
 

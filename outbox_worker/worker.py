@@ -19,10 +19,11 @@ from sqlalchemy.exc import DBAPIError
 from outbox_worker.database import Database, outlast
 from outbox_worker.dead_letters import count_open
 from outbox_worker.decision import next_pause
+from outbox_worker.errors import sqlstate
 from outbox_worker.fleet import Fleet
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers, claimed_types
-from outbox_worker.health import check_schema
+from outbox_worker.health import check_schema, find_problems, list_problems
 from outbox_worker.outbox import Outbox
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
@@ -31,6 +32,8 @@ from outbox_worker.settings import Settings
 from outbox_worker.signals import Signals
 from outbox_worker.telemetry import BatchReport, Telemetry
 
+_NAMES_AND_RIGHTS = ("42", "3F")
+"""Classes of SQLSTATE: a table, column, schema or privilege that is not there."""
 CHORE_SECONDS = 5.0
 """Between two heartbeats; also how long a changed guard can stay unnoticed while no batch trips over it."""
 
@@ -38,11 +41,17 @@ CHORE_SECONDS = 5.0
 class ClaimLoop:
     """One loop that claims and settles, on one connection at a time."""
 
-    def __init__(self, processor: Processor, settings: Settings, stop: threading.Event, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        settings: Settings,
+        stop: threading.Event,
+        on_trouble: Callable[[BaseException, float], None],
+    ) -> None:
         self._processor = processor
         self._settings = settings
         self._stop = stop
-        self._telemetry = telemetry
+        self._on_trouble = on_trouble
         self._pause = 0.0
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
@@ -50,7 +59,7 @@ class ClaimLoop:
 
         None when told to stop meanwhile.
         """
-        return outlast(partial(self._processor.process_batch, until), self._stop, self._telemetry.trouble, patience)
+        return outlast(partial(self._processor.process_batch, until), self._stop, self._on_trouble, patience)
 
     def run(self) -> bool:
         """Serve until told to stop."""
@@ -68,7 +77,7 @@ class ClaimLoop:
             report = self.run_once(until, patience=deadline)
             if report is not None and report.verdicts:
                 progress = time.monotonic()
-            elif outlast(partial(is_empty, until), self._stop, self._telemetry.trouble, deadline):
+            elif outlast(partial(is_empty, until), self._stop, self._on_trouble, deadline):
                 return True
             elif time.monotonic() - progress > deadline:
                 return False
@@ -99,6 +108,7 @@ class Worker:
         self._guard = GuardWatch(self._tables.purchases, self.telemetry.guard_changed)
         self._fleet = Fleet(self._tables, uuid4())
         self._stop = threading.Event()
+        self._is_schema_suspect = False
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
@@ -132,7 +142,7 @@ class Worker:
 
     def _loops(self, outbox: Outbox) -> list[ClaimLoop]:
         return [
-            ClaimLoop(self._processor(outbox), self._settings, self._stop, self.telemetry)
+            ClaimLoop(self._processor(outbox), self._settings, self._stop, self._meet_trouble)
             for _ in range(self._settings.concurrency)
         ]
 
@@ -171,6 +181,8 @@ class Worker:
     def _do_chores(self, outbox: Outbox, *, stopped: bool = False) -> None:
         """Heartbeat, gauges, guard. A chore that fails is told and tried again at the next turn."""
         try:
+            if self._is_schema_suspect:
+                self._tell_schema_problems()
             with self._database.transaction() as session:
                 guard = self._guard.probe(session).guard
                 backlog = outbox.backlog(session)
@@ -179,7 +191,20 @@ class Worker:
                 )
                 self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)
         except DBAPIError as error:
-            self.telemetry.trouble(error, CHORE_SECONDS)
+            self._meet_trouble(error, CHORE_SECONDS)
+
+    def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
+        self.telemetry.trouble(error, pause_seconds)
+        if (sqlstate(error) or "").startswith(_NAMES_AND_RIGHTS):
+            self._is_schema_suspect = True
+
+    def _tell_schema_problems(self) -> None:
+        """Something that was there at the start is refused now: the operator is told what, and how to mend it."""
+        with self._database.transaction() as session:
+            problems = find_problems(session, self._tables)
+        if problems:
+            self.telemetry.schema_problems(list_problems(problems))
+        self._is_schema_suspect = False
 
     def _is_empty(self, outbox: Outbox, until: datetime) -> bool:
         with self._database.transaction() as session:

@@ -106,8 +106,8 @@ def _purchases(naming: Naming) -> None:
     _create(
         naming,
         sa.Column(c("id"), ID, primary_key=True, server_default=RANDOM_ID),
-        sa.Column(c("student_id"), ID, nullable=False),
-        sa.Column(c("course_id"), ID, nullable=False),
+        sa.Column(c("student_id"), _type_in_payments("student_id"), nullable=False),
+        sa.Column(c("course_id"), _type_in_payments("course_id"), nullable=False),
         sa.Column(c("payment_id"), ID, unique=True),
         sa.Column(c("amount"), MONEY, nullable=False),
         sa.Column(c("currency"), sa.CHAR(3), nullable=False),
@@ -122,6 +122,13 @@ def _purchases(naming: Naming) -> None:
         schema=naming.schema,
         postgresql_where=sa.column(c("is_active")),
     )
+
+
+def _type_in_payments(key: str) -> sa.types.TypeEngine[Any]:
+    """A pair is found by comparing the two tables; adopted payments may number their students."""
+    naming = Naming(context.config.attributes["settings"], "payments")
+    columns = sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)
+    return next(column["type"] for column in columns if column["name"] == naming.column(key))
 
 
 def _processed_events(naming: Naming) -> None:

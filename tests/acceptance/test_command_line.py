@@ -347,7 +347,7 @@ def test_the_readmes_grants_are_enough(role: str, database_url: str, shop: Shop)
         shop.rows(grant.replace("outbox_worker", f'"{role}"'))
     shop.paid()
     shop.paid(status="pending")
-    shop.confirm(shop.payment(), payload='[]')
+    shop.confirm(shop.payment(), payload="[]")
     done = finish("run", "--drain", url=url_of(database_url, username=role, password="right"))  # noqa: S106
     assert done.code == 0, done.stderr
     assert (shop.count("outbox"), shop.count("purchases"), shop.count("dead_letters")) == (1, 1, 1)
@@ -359,6 +359,22 @@ def test_one_privilege_missing(role: str, database_url: str, shop: Shop) -> None
     url = url_of(database_url, username=role, password="right")  # noqa: S106
     sentence = fails(78, "no DELETE on public.outbox", "GRANT DELETE", done=finish("run", "--drain", url=url))
     assert "purchases" not in sentence
+
+
+def test_a_right_that_is_lost_while_it_runs_is_told_with_its_remedy(role: str, database_url: str, shop: Shop) -> None:
+    shop.rows(f'GRANT ALL ON ALL TABLES IN SCHEMA public TO "{role}"')
+    url = url_of(database_url, username=role, password="right")  # noqa: S106
+    with start("run", url=url) as process:
+        process.wait_for("worker_started")
+        shop.rows(f'REVOKE DELETE ON outbox FROM "{role}"')
+        _, event = shop.paid()
+        told = process.wait_for("schema_problems")
+        assert told["level"] == "ERROR"
+        assert re.search(r"no DELETE on public\.outbox\n.*GRANT DELETE ON public\.outbox TO ", told["problems"])
+        shop.rows(f'GRANT DELETE ON outbox TO "{role}"')
+        eventually(lambda: shop.outcome_of(event) == "created", "it goes on by itself")
+        process.signal()
+        assert process.wait() == 0
 
 
 # --- signals
@@ -484,7 +500,7 @@ def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
     done = finish("audit", "--json", url=database_url)
     found = done.object
     assert (done.code, found["ok"]) == (1, False)
-    assert found.keys() == {"ok", "counts", "money", "unexplained", "refunded_but_active"}
+    assert found.keys() == {"ok", "counts", "money", "unexplained", "refunded_but_active", "unknown_statuses"}
     counts = {"active": 1, "revoked": 0, "duplicate": 2, "in_flight": 1, "dead": 0, "waived": 0, "unexplained": 1}
     assert found["counts"] == counts
     assert found["money"].keys() == counts.keys()
@@ -498,6 +514,15 @@ def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
     assert (UUID(unexplained["student_id"]), UUID(unexplained["course_id"])) == lost.pair
     assert is_moment(unexplained["created_at"])
     assert [UUID(each["payment_id"]) for each in found["refunded_but_active"]] == [refunded.id]
+
+
+def test_payments_of_a_status_that_is_not_known_are_told(database_url: str, shop: Shop) -> None:
+    """Nothing is granted for them, so nothing can be said of them either; that much must be said."""
+    shop.rows("ALTER TABLE payments DROP CONSTRAINT payments_status_check")
+    for status in ("PAID", "captured", "PAID", "pending", "failed", "refunded", "succeeded"):
+        shop.purchase(shop.payment(status=status)) if status == "succeeded" else shop.payment(status=status)
+    assert finish("audit", "--json", url=database_url).object["unknown_statuses"] == {"PAID": 2, "captured": 1}
+    assert "PAID (2), captured (1)." in finish("audit", url=database_url).stdout
 
 
 def test_audit_of_a_shop_that_owes_nothing(database_url: str, shop: Shop) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
+from factories import Shop
 from processes import environment, eventually
 
+from outbox_worker.audit import AuditReport
+from outbox_worker.conservation import PaymentClass
+from outbox_worker.demo import DOUBLED, UNPAID, Proof
 from outbox_worker.model import Outcome
 
 
@@ -53,6 +59,33 @@ def test_it_proves_that_nothing_is_owed(short: Path) -> None:
     assert all(f"\n{name} " in shown for name in set(Outcome) - {Outcome.RETRIED, Outcome.DEAD, Outcome.REVOKED})
     assert max(map(len, shown.splitlines())) <= 80
     assert list(short.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["doubled", "unpaid", "lost", "unexplained", None])
+def test_the_proof_fails_where_anything_is_wrong(fault: str | None) -> None:
+    found = {each: int(each == fault) for each in ("doubled", "unpaid", "lost")}
+    report = AuditReport(dict.fromkeys(PaymentClass, 2), {}, [ANY] * (fault == "unexplained"), [], {})
+    proof = Proof(audit=report, outcomes={}, **found)
+    assert proof.holds is (fault is None)
+    assert proof.sentence().startswith("NOT proved: " if fault else "Proved: of 14 payments")
+    assert fault is None or re.search(rf"\b1 (\w+ )*({SAID[fault]})", proof.sentence())
+
+
+SAID = {"doubled": "too many", "unpaid": "nobody paid", "lost": "lost", "unexplained": "unexplained"}
+
+
+def test_what_the_proof_counts(shop: Shop) -> None:
+    for _ in range(3):
+        shop.purchase(shop.payment())
+    assert (shop.scalar(DOUBLED), shop.scalar(UNPAID)) == (0, 0)
+    shop.purchase(shop.payment(status="pending"))
+    shop.purchase()
+    twice = shop.payment()
+    shop.purchase(twice._replace(amount="1.00"))
+    assert (shop.scalar(DOUBLED), shop.scalar(UNPAID)) == (0, 3)
+    shop.rows("DROP INDEX purchases_active_student_course_key")
+    shop.purchase(shop.payment(student=twice.student_id, course=twice.course_id))
+    assert (shop.scalar(DOUBLED), shop.scalar(UNPAID)) == (1, 3)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")

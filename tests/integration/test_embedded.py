@@ -22,7 +22,7 @@ import pytest
 
 from outbox_worker import _embedded_launcher, embedded
 from outbox_worker.embedded import ensure_server, find_binaries, stop_server
-from outbox_worker.errors import EmbeddedServerError
+from outbox_worker.errors import EmbeddedServerError, SettingError
 
 ROOT = Path(embedded.__file__).resolve().parents[1]
 NOBODY = 65534
@@ -340,7 +340,8 @@ def test_directories_that_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_programs_that_are_missing_or_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(tmp_path / "bin") in refused(tmp_path / "pg", tmp_path / "bin")
+    with pytest.raises(SettingError, match="OUTBOX_EMBEDDED_BIN_DIR"):
+        ensure_server(tmp_path / "pg", durable=False, bin_dir=tmp_path / "bin")
     fake_programs(tmp_path / "bin", postgres="exit 3")
     assert "does not run here" in refused(tmp_path / "pg", tmp_path / "bin")
     fake_programs(tmp_path / "bin", postgres="echo 'postgres (PostgreSQL) 14.1'")

@@ -19,16 +19,21 @@ import pytest
 import servers
 from alembic import command
 from alembic.config import Config
-from factories import Shop, make_payments
+from factories import Shop, drain_all, make_payments
 
 from outbox_worker import migration
 from outbox_worker.database import Database
 from outbox_worker.errors import Refused, SchemaError, SettingError
-from outbox_worker.guard import probe_guard
+from outbox_worker.guard import GuardWatch, probe_guard
+from outbox_worker.handlers import build_handlers
 from outbox_worker.migration import VERSION_TABLE, Migrated
-from outbox_worker.model import COLUMNS, Guard
+from outbox_worker.model import COLUMNS, Guard, Outcome
+from outbox_worker.outbox import Outbox
+from outbox_worker.processor import Processor
+from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
 from outbox_worker.settings import load_settings
+from outbox_worker.telemetry import Telemetry
 
 ROOT = Path(__file__).parents[2]
 OWN = {f"public.{role}" for role in COLUMNS}
@@ -71,6 +76,20 @@ class Site:
         database = Database(settings, deadline_seconds=None)
         try:
             make_payments(database, build_tables(settings))
+        finally:
+            database.close()
+
+    def drain(self) -> dict[Outcome, int]:
+        """What becomes of the events that are due."""
+        settings = load_settings(database_url=self.url, **self.settings)
+        database, tables, telemetry = Database(settings, deadline_seconds=10), build_tables(settings), Telemetry()
+        watch, repository = GuardWatch(tables.purchases, telemetry.guard_changed), PurchaseRepository(tables)
+        policy = settings.retry_policy
+        handlers, outbox = build_handlers(repository, policy), Outbox(tables, None)
+        try:
+            with database.transaction() as session:
+                watch.probe(session)
+            return drain_all(Processor(database, outbox, repository, handlers, watch, telemetry, policy, 100))
         finally:
             database.close()
 
@@ -294,6 +313,63 @@ def test_the_worker_can_settle_into_an_adopted_table(adopting: Site) -> None:
     assert shop.scalar("SELECT sales_channel FROM purchases WHERE payment_id = %s", payment.id) == "web"
 
 
+SHOPS_PAYMENTS = """
+    CREATE TABLE payments (
+        id uuid PRIMARY KEY,
+        user_id bigint NOT NULL,
+        course_id text NOT NULL,
+        amount numeric(10,2) NOT NULL,
+        currency char(3) NOT NULL,
+        status text NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now()
+    )
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("unique_index",)], ids=["lock", "index"])
+def test_students_and_courses_may_be_numbers_and_texts(empty: Site, options: tuple[str, ...]) -> None:
+    """Purchases are made to fit the payments that are there; what nobody reads is not asked for."""
+    empty.execute(SHOPS_PAYMENTS)
+    empty.settings = {"columns": "payments.student_id=user_id"}
+    assert empty.migrate(*options).adopted == ("public.payments",)
+    empty.execute(
+        "INSERT INTO payments (id, user_id, course_id, amount, currency, status)"
+        " SELECT gen_random_uuid(), n / 2, 'SQL', 9.90, 'EUR', 'succeeded' FROM generate_series(0, 9) AS n"
+    )
+    empty.execute(
+        "INSERT INTO outbox (event_id, event_type, payload) SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED',"
+        " jsonb_build_object('payment_id', id, 'student_id', user_id, 'course_id', course_id) FROM payments"
+    )
+    assert empty.drain() == {Outcome.CREATED: 5, Outcome.DUPLICATE_PAYMENT: 5}
+    assert empty.execute("SELECT student_id, course_id FROM purchases ORDER BY 1") == [(n, "SQL") for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("ALTER TABLE payments ALTER amount TYPE int", r"payments\.amount is int4, not numeric.*not cents"),
+        ("ALTER TABLE payments RENAME user_id TO buyer_id", r"payments\.user_id is missing\n.*did you mean buyer_id"),
+        ("ALTER TABLE payments ALTER created_at TYPE text", r"created_at is text, not timestamp"),
+        ("CREATE TABLE purchases (LIKE payments)", r"purchases\.student_id is missing"),
+        (
+            "CREATE TABLE purchases (id uuid DEFAULT gen_random_uuid(), student_id uuid, course_id uuid,"
+            " payment_id uuid, amount numeric, currency text, is_active bool, created_at timestamptz,"
+            " deactivated_at timestamptz)",
+            r"payments\.user_id is int8 and public\.purchases\.student_id is uuid(.|\n)*course_id is text",
+        ),
+    ],
+    ids=["cents", "another name", "another type", "purchases of another form", "pairs of another kind"],
+)
+def test_tables_that_do_not_fit_stop_it_before_anything_is_made(empty: Site, change: str, said: str) -> None:
+    empty.execute(SHOPS_PAYMENTS)
+    empty.execute(change)
+    empty.settings = {"columns": "payments.student_id=user_id"}
+    before = empty.tables()
+    with pytest.raises(SchemaError, match=said):
+        empty.migrate()
+    assert empty.tables() == before
+
+
 # --- unique_index
 
 
@@ -383,6 +459,40 @@ def test_an_option_that_was_lost_since_is_put_up_again(migrated: Site, option: s
     migrated.execute(lost[option])
     assert migrated.migrate(option).built == (option,)
     assert migrated.snapshot() == before
+
+
+def test_a_trigger_that_was_disabled_is_enabled_again(migrated: Site) -> None:
+    migrated.migrate("notify")
+    before = migrated.snapshot()
+    migrated.execute(f"ALTER TABLE outbox DISABLE TRIGGER {NOTIFY_TRIGGER}")
+    assert migrated.migrate("notify").built == ("notify",)
+    assert migrated.execute("SELECT tgenabled FROM pg_trigger WHERE tgname = %s", NOTIFY_TRIGGER) == [("O",)]
+    assert migrated.snapshot() == before
+
+
+@pytest.mark.parametrize("name", [PAIR_INDEX, PAIR_LOOKUP_INDEX])
+def test_an_index_of_our_name_on_another_table_is_left_alone(adopting: Site, name: str) -> None:
+    adopting.execute(f"CREATE TABLE notes (id int); CREATE INDEX {name} ON notes (id)")
+    before = adopting.snapshot()["public.notes"]
+    if name == PAIR_INDEX:
+        with pytest.raises(Refused, match=f"{PAIR_INDEX} exists and is another index, on notes"):
+            adopting.migrate("unique_index")
+    else:
+        adopting.migrate("unique_index")
+    assert adopting.snapshot()["public.notes"] == before
+
+
+@pytest.mark.parametrize("name", [PAIR_INDEX, PAIR_LOOKUP_INDEX])
+def test_a_shops_own_index_of_our_name_is_left_alone(adopting: Site, name: str) -> None:
+    adopting.execute(f"CREATE INDEX {name} ON purchases (course_id)")
+    before = adopting.indexes()
+    if name == PAIR_INDEX:
+        with pytest.raises(Refused, match=f"{PAIR_INDEX} exists and is another index, on purchases"):
+            adopting.migrate("unique_index")
+        assert adopting.indexes() == before
+    else:
+        adopting.migrate("unique_index")
+        assert adopting.indexes() == before | {PAIR_INDEX: True}
 
 
 def test_a_lost_index_that_duplicates_keep_from_coming_back_changes_nothing(migrated: Site, stock: Shop) -> None:
@@ -526,6 +636,7 @@ from outbox_worker import migration
 from outbox_worker.database import Database
 from outbox_worker.schema import build_tables
 from outbox_worker.settings import load_settings
+from outbox_worker.telemetry import Telemetry
 settings = load_settings(database_url=sys.argv[1])
 database = Database(settings, deadline_seconds=None)
 print("ready", flush=True)

@@ -181,7 +181,8 @@ def test_keys_of_the_file_carry_no_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("batch_size =", "not TOML"), ("batch_size = 1\nbatch_size = 2", "not TOML"), (None, "no file")]
+    ("text", "told"),
+    [("batch_size =", "not TOML"), ("batch_size = 1\nbatch_size = 2", "not TOML"), (None, "no such file")],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, text: str | None, told: str) -> None:
     path = tmp_path / "absent.toml" if text is None else config(tmp_path, text)
@@ -239,6 +240,46 @@ def test_both_orders_are_told_together() -> None:
 def test_the_retry_policy_is_that_of_the_settings() -> None:
     policy = load_settings(max_attempts=3, retry_base_seconds=1.5, retry_max_seconds=6).retry_policy
     assert (policy.max_attempts, policy.base.total_seconds(), policy.maximum.total_seconds()) == (3, 1.5, 6)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "payments.updated_at=created_at",
+        "payments.student_id=who,payments.course_id=who",
+        "purchases.student_id=course_id",
+    ],
+)
+def test_two_names_of_one_column(columns: str) -> None:
+    assert "are one column: each needs its own" in problems(columns=columns)
+
+
+@pytest.mark.parametrize("tables", ["outbox=payments", "outbox=events,purchases=events"])
+def test_two_roles_of_one_table(tables: str) -> None:
+    assert "are one table: each needs its own" in problems(tables=tables)
+
+
+def test_a_parameter_that_the_library_does_not_know() -> None:
+    told = problems(database_url=f"postgresql://u@h/d?pasword={SECRET}")
+    assert "a parameter that PostgreSQL's library does not know; did you mean password?" in told
+    assert SECRET not in told
+
+
+def test_an_empty_variable_is_not_blamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OUTBOX_BATCH_SIZE", "")
+    assert "batch_size in the configuration file: must be" in problems(config=config(tmp_path, "batch_size = 0"))
+
+
+def test_columns_may_change_places() -> None:
+    columns = {"payments.student_id": "course_id", "payments.course_id": "student_id"}
+    assert load_settings(columns=columns).columns == columns
+
+
+@pytest.mark.parametrize("url", [f"postgresql://u:{SECRET}@x@h/d", f"postgresql://u:@{SECRET}@h/d?sslmode=require"])
+def test_a_password_that_must_be_encoded(url: str) -> None:
+    told = problems(database_url=url)
+    assert "%40 for @" in told
+    assert SECRET not in told
 
 
 @pytest.mark.parametrize("text", ["payments", "=x", "payments=x,y", "payments=x;outbox=y=z,"])
