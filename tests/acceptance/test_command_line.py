@@ -189,6 +189,7 @@ def test_without_stdout_and_stderr_the_daemon_works(database_url: str, shop: Sho
 
 EARLY = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background has it ignored
 
 class Finder:
     def find_spec(self, name, *_):
