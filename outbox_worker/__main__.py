@@ -37,7 +37,8 @@ def _run() -> int:
     except OSError as error:
         if error.errno not in _STDOUT_FAILED or error.filename is not None:
             raise
-        sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror}.\n")
+        if error.errno != errno.EPIPE:  # whoever read has read enough
+            sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror}.\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 1
     return status

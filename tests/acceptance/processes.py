@@ -86,24 +86,41 @@ def finish_in_shell(line: str, url: str | None = None) -> Finished:
     return _finish(["/bin/sh", "-c", line], url, PATIENCE, {}, WORKER=f"{sys.executable} -m outbox_worker")
 
 
+def finish_unread(*arguments: str, url: str | None = None) -> Finished:
+    """Run ``outbox-worker ARGUMENTS`` into a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=writer)
+    finally:
+        os.close(writer)
+
+
 def finish_script(script: str, *arguments: str) -> Finished:
     """Run a Python script to its end."""
     return _finish([sys.executable, "-c", script, *arguments], None, PATIENCE, {})
 
 
 def _finish(
-    command: list[str], url: str | None, patience: float, settings: Mapping[str, object], **more: str
+    command: list[str],
+    url: str | None,
+    patience: float,
+    settings: Mapping[str, object],
+    *,
+    stdout: int = subprocess.PIPE,
+    **more: str,
 ) -> Finished:
     done = subprocess.run(
         command,
         env=environment(url, settings) | more,
         cwd=ROOT,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=patience,
         check=False,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return Finished(done.returncode, done.stdout or "", done.stderr)
 
 
 @dataclass
