@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Select, Text, cast, func, select
 
 from outbox_worker.conservation import PaymentClass, is_standing, payment_class
 from outbox_worker.database import Database, seconds_since
+from outbox_worker.health import READING, check_schema
 from outbox_worker.model import PaymentStatus
 from outbox_worker.schema import Tables
 
@@ -49,6 +50,7 @@ def run_audit(database: Database, tables: Tables) -> AuditReport:
     counts = dict.fromkeys(PaymentClass, 0)
     money: dict[PaymentClass, dict[str, Decimal]] = {each: {} for each in PaymentClass}
     with database.snapshot() as session:
+        check_schema(session, tables, {role: needed for role, needed in READING.items() if role != "workers"})
         for name, currency, count, amount in session.execute(_totals(tables)):
             counts[PaymentClass(name)] += count
             money[PaymentClass(name)][currency] = amount

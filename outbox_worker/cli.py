@@ -107,7 +107,13 @@ def migrate(
     from outbox_worker.migration import upgrade
 
     settings, database, tables = _open(config, patient=True)
-    done = upgrade(database, settings, tables, [str(option) for option in with_ or []])
+    try:
+        done = upgrade(database, settings, tables, [str(option) for option in with_ or []])
+    except DBAPIError as error:
+        if sqlstate(error) != "42501":
+            raise
+        said = _in_a_sentence(error)
+        raise SchemaError(f"{said} migrate runs as the owner of the tables, not as the role of a worker.") from None
     for name in done.created:
         console.line(f"created  {name}")
     for name in done.named:
@@ -178,9 +184,11 @@ def list_dead_letters(
     """List dead letters, oldest first."""
     from outbox_worker import reports
     from outbox_worker.dead_letters import list_letters
+    from outbox_worker.health import check_schema
 
     _, database, tables = _open(config)
     with database.transaction() as session:
+        check_schema(session, tables, {"dead_letters": ("SELECT",)})
         letters = list_letters(session, tables, state=state, reason=reason, limit=limit)
     if json:
         console.print_json({"dead_letters": letters})
@@ -305,7 +313,7 @@ _REMEDIES = {
     "42P01": "Run `outbox-worker migrate`, or name your table in OUTBOX_TABLES.",
     "3F000": "Run `outbox-worker migrate`, or name your schema in OUTBOX_SCHEMA.",
     "42703": "Name your column in OUTBOX_COLUMNS.",
-    "42501": "As the table's owner: GRANT what is lacking to the role of OUTBOX_DATABASE_URL.",
+    "42501": "",
 }
 
 
@@ -316,7 +324,7 @@ def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
         case Failure.PAUSE | Failure.UNCLEAR:
             said = getattr(getattr(error.orig, "diag", None), "message_primary", None) or describe(error)
             remedy = _REMEDIES.get(sqlstate(error) or "", "Look at tables, columns and privileges.")
-            return SchemaError(f"The database refused: {said}. {remedy}")
+            return SchemaError(f"The database refused: {said}. {remedy}".rstrip())
         case _:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import psycopg
 import tenacity
-from sqlalchemy import ColumnElement, Engine, Executable, Float, cast, create_engine, event, func, text
+from sqlalchemy import ColumnElement, Engine, Executable, Float, case, cast, create_engine, event, func, text
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -199,9 +199,9 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too."""
+    """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too. NULL of NULL."""
     elapsed = func.extract("epoch", func.clock_timestamp()) - func.extract("epoch", moment)
-    return cast(func.least(elapsed, _LONGEST_SECONDS), Float)
+    return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
 
 
 def write(session: Session, statement: Executable, values: Mapping[str, Any], rows: int) -> None:

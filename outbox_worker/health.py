@@ -18,7 +18,9 @@ from outbox_worker.errors import SchemaError
 from outbox_worker.guard import relation_name
 from outbox_worker.schema import OWNED, Tables
 
-PRIVILEGES = {
+Privileges = Mapping[str, tuple[str, ...]]
+
+PRIVILEGES: Privileges = {
     "payments": ("SELECT",),
     "outbox": ("SELECT", "UPDATE", "DELETE"),
     "purchases": ("SELECT", "INSERT"),
@@ -27,6 +29,8 @@ PRIVILEGES = {
     "workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
 }
 """What the role of a worker must be allowed, by the table's role."""
+READING: Privileges = dict.fromkeys(PRIVILEGES, ("SELECT",))
+"""What the role of somebody who only looks must be allowed."""
 
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers")
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
@@ -72,23 +76,27 @@ class _Actual:
     must_be_written: bool
 
 
-def check_schema(session: Session, tables: Tables) -> None:
+def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> None:
     """Raise SchemaError with every missing table, column and privilege, or return."""
-    problems = find_problems(session, tables)
+    problems = find_problems(session, tables, privileges)
     if problems:
         raise SchemaError(f"The database does not hold what the worker needs.\n{list_problems(problems)}")
 
 
-def find_problems(session: Session, tables: Tables) -> list[Problem]:
-    """Every schema, table, column and privilege that is missing."""
-    by_role = tables.by_role()
+def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[Problem]:
+    """Every schema, table, column and privilege that is missing, of the tables that ``privileges`` names."""
+    by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(_CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}
     present = {role: table for role, table in seen.items() if exists(session, table)}
     return [
         *_closed_problems(session, closed),
         *_absent_problems([relation_name(table) for role, table in seen.items() if role not in present]),
-        *(problem for role, table in present.items() for problem in _privilege_problems(session, role, table)),
+        *(
+            problem
+            for role, table in present.items()
+            for problem in _privilege_problems(session, table, privileges[role])
+        ),
         *_misfits(session, tables, present),
     ]
 
@@ -128,9 +136,9 @@ def _absent_problems(names: Collection[str]) -> Iterator[Problem]:
         yield Problem(f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
 
 
-def _privilege_problems(session: Session, role: str, table: Table) -> Iterator[Problem]:
+def _privilege_problems(session: Session, table: Table, needed: Sequence[str]) -> Iterator[Problem]:
     name = relation_name(table)
-    if lacking := [privilege for privilege in PRIVILEGES[role] if not _may(session, name, privilege)]:
+    if lacking := [privilege for privilege in needed if not _may(session, name, privilege)]:
         listed = ", ".join(lacking)
         yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO {_role(session)};")
 

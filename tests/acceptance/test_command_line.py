@@ -378,6 +378,30 @@ def test_a_right_that_is_lost_while_it_runs_is_told_with_its_remedy(role: str, d
         assert process.wait() == 0
 
 
+@pytest.mark.parametrize("command", ["status --json", "audit", "dead-letters list"])
+def test_who_only_looks_needs_to_read_and_no_more(command: str, role: str, database_url: str, shop: Shop) -> None:
+    url = url_of(database_url, username=role, password="right")  # noqa: S106
+    sentence = fails(78, "GRANT SELECT ON public.dead_letters", done=finish(*command.split(), url=url))
+    assert not re.search("INSERT|UPDATE|DELETE", sentence)
+    for grant in re.findall(r"GRANT [^;]+;", sentence):
+        shop.rows(grant)
+    done = finish(*command.split(), url=url)
+    assert done.code == 0, done
+    assert command != "status --json" or done.object["guard"] == "index"
+
+
+def test_migrate_as_the_workers_role(role: str, database_url: str) -> None:
+    url = url_of(database_url, username=role, password="right")  # noqa: S106
+    fails(78, "permission denied", "migrate runs as the owner of the tables", done=finish("migrate", url=url))
+
+
+def test_an_empty_outbox_is_not_late(database_url: str, shop: Shop) -> None:
+    shop.paid(due_in="1 hour")
+    found = finish("status", "--json", url=database_url).object
+    assert found["backlog"] == {"due": 0, "waiting": 1, "oldest_due_seconds": 0.0}
+    assert found["metrics"]["outbox_oldest_due_seconds"] == 0.0
+
+
 # --- signals
 
 
