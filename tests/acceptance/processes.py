@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +99,31 @@ def finish_unread(*arguments: str, url: str | None = None) -> Finished:
         return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=writer)
     finally:
         os.close(writer)
+
+
+def finish_on_terminal(*arguments: str, url: str, columns: int = 80) -> str:
+    """Run ``outbox-worker ARGUMENTS`` on a terminal; what it shows, without colours."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    shown, reader = bytearray(), threading.Thread(target=lambda: shown.extend(_read_terminal(leader)))
+    reader.start()
+    try:
+        _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=follower, TERM="xterm")
+    finally:
+        os.close(follower)
+        reader.join(PATIENCE)
+        os.close(leader)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+
+
+def _read_terminal(leader: int) -> bytes:
+    """All that is written until the last writer has closed it, which Linux calls an error."""
+    found = b""
+    while True:
+        try:
+            found += os.read(leader, 65536)
+        except OSError:
+            return found
 
 
 def finish_script(script: str, *arguments: str) -> Finished:

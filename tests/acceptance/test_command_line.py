@@ -15,7 +15,17 @@ import psycopg
 import pytest
 import servers
 from factories import Shop
-from processes import ROOT, Finished, eventually, finish, finish_in_shell, finish_script, finish_unread, start
+from processes import (
+    ROOT,
+    Finished,
+    eventually,
+    finish,
+    finish_in_shell,
+    finish_on_terminal,
+    finish_script,
+    finish_unread,
+    start,
+)
 from psycopg import sql
 from sqlalchemy import make_url
 
@@ -477,6 +487,27 @@ def test_a_second_signal_does_not_wait_for_the_batch(
     assert shop.count("purchases") == 0
     assert finish("run", "--drain", url=database_url).code == 0
     assert shop.count("purchases") == 10
+
+
+# --- what people see
+
+
+@pytest.mark.parametrize("columns", [80, 50, 250])
+@pytest.mark.parametrize("command", ["status", "audit", "dead-letters list"])
+def test_nothing_is_cut_or_broken_on_a_terminal(command: str, columns: int, database_url: str, shop: Shop) -> None:
+    """Where a table is too wide, each row is a block of its own; an id stays one word that can be copied."""
+    lost = shop.payment(currency="USD")
+    letter = shop.dead_letter(shop.payment())
+    shop.paid()
+    shown = finish_on_terminal(*command.split(), url=database_url, columns=columns)
+    assert "…" not in shown
+    assert "Traceback" not in shown
+    ids = {"audit": [lost.id, lost.student_id, lost.course_id], "dead-letters list": [letter], "status": []}[command]
+    for each in ids:
+        assert str(each) in shown
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= columns
+    if command != "status":
+        assert (len(re.findall(f"^.*{ids[0]}.*$", shown, re.MULTILINE)[0].split()) > 2) is (columns == 250)
 
 
 # --- what scripts read
