@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
 """Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
+_NOT_PASSED_ON = ("OUTBOX_", "PYTHONDONTWRITE", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
 PATIENCE = 30.0
 """Seconds after which something that should have happened did not."""
 
@@ -43,7 +44,7 @@ def eventually(holds: Callable[[], Any], what: str, patience: float = PATIENCE) 
 
 def environment(url: str | None, settings: Mapping[str, object]) -> dict[str, str]:
     """The caller's environment without its OUTBOX_*; ``batch_size=5`` becomes OUTBOX_BATCH_SIZE."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OUTBOX_", "PYTHONDONTWRITE"))}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
     clean["PYTHONPYCACHEPREFIX"] = str(BYTECODE)
     given = {f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
     return clean | ({} if url is None else {"OUTBOX_DATABASE_URL": url}) | given

@@ -342,6 +342,15 @@ def test_students_and_courses_may_be_numbers_and_texts(empty: Site, options: tup
     )
     assert empty.drain() == {Outcome.CREATED: 5, Outcome.DUPLICATE_PAYMENT: 5}
     assert empty.execute("SELECT student_id, course_id FROM purchases ORDER BY 1") == [(n, "SQL") for n in range(5)]
+    empty.execute(
+        "INSERT INTO outbox (event_id, event_type, payload) SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED',"
+        " jsonb_build_object('payment_id', gen_random_uuid(), 'course_id', 'sql') FROM payments LIMIT 1"
+    )
+    empty.execute(
+        "INSERT INTO payments (id, user_id, course_id, amount, currency, status)"
+        " SELECT CAST(payload ->> 'payment_id' AS uuid), 9, 'SQL', 9.90, 'EUR', 'succeeded' FROM outbox"
+    )
+    assert empty.drain() == {Outcome.DEAD: 1}, "another text is another course"
 
 
 @pytest.mark.parametrize(
@@ -480,6 +489,14 @@ def test_an_index_of_our_name_on_another_table_is_left_alone(adopting: Site, nam
     else:
         adopting.migrate("unique_index")
     assert adopting.snapshot()["public.notes"] == before
+
+
+def test_an_index_of_our_name_on_another_table_is_not_ours_either(migrated: Site) -> None:
+    migrated.execute(f"CREATE TABLE notes (id int); CREATE INDEX {PAIR_INDEX} ON notes (id)")
+    before = migrated.snapshot()
+    with pytest.raises(Refused, match=f"{PAIR_INDEX} exists and is another index, on notes"):
+        migrated.migrate("unique_index")
+    assert migrated.snapshot() == before
 
 
 @pytest.mark.parametrize("name", [PAIR_INDEX, PAIR_LOOKUP_INDEX])
