@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,12 +12,15 @@ from typing import Any, Protocol, TypeVar
 import psycopg
 import tenacity
 from sqlalchemy import ColumnElement, Engine, Executable, Float, case, cast, create_engine, event, func, text
-from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine.interfaces import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.types import UserDefinedType
 
 from outbox_worker import embedded
 from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, SettingError, classify
+from outbox_worker.model import Column
 from outbox_worker.settings import Settings
 
 T = TypeVar("T")
@@ -34,12 +38,37 @@ INDEX_PLANS: Mapping[str, str] = {
 """The statistics of queue-like tables mislead the planner; where an index path is meant, only that is left to it."""
 
 # what: parameters that end with the transaction · lock: none · safe behind a pooler
-_SET_LOCAL = text(
-    "SELECT set_config(p.name, p.value, true)"
-    " FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS p(name, value)"
-)
+_SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
 
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
+
+
+class Keys(UserDefinedType[Column]):
+    """An array parameter of keys (integers, UUID strings, names; None for NULL), written as one literal.
+
+    Made for a thousand keys a batch; texts that could hold a comma, a brace or a quote belong into an ARRAY.
+    """
+
+    render_bind_cast = True
+    cache_ok = True
+
+    def __init__(self, item: str) -> None:
+        self.item = item
+
+    def get_col_spec(self, **_: object) -> str:
+        return f"{self.item}[]"
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Column | None], str]:  # noqa: ARG002 - theirs
+        return _array_literal
+
+
+def _array_literal(keys: Column | None) -> str:
+    if isinstance(keys, str):
+        return keys
+    keys = keys or ()
+    if None in keys:
+        keys = ["NULL" if key is None else key for key in keys]
+    return "{" + ",".join(map(str, keys)) + "}"
 
 
 class Stop(Protocol):
@@ -198,9 +227,26 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
     return DatabaseUnavailable(f"No connection to the database: {said}")
 
 
+@contextmanager
+def savepoint(session: Session) -> Iterator[None]:
+    """All that is done inside stands, or none of it. Not to be nested.
+
+    The plain statements: what SQLAlchemy does around a nested transaction costs a batch as much as a statement.
+    """
+    connection = session.connection()
+    connection.exec_driver_sql("SAVEPOINT attempt")
+    try:
+        yield
+    except BaseException:
+        if not connection.invalidated:
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT attempt")
+        raise
+    connection.exec_driver_sql("RELEASE SAVEPOINT attempt")
+
+
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
     """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too. NULL of NULL."""
-    elapsed = func.extract("epoch", func.clock_timestamp()) - func.extract("epoch", moment)
+    elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
 
 
@@ -215,6 +261,26 @@ def write(session: Session, statement: Executable, values: Mapping[str, Any], ro
         raise Inconsistent(f"A statement touched {touched} rows instead of {rows}: {str(statement)[:60]} …")
 
 
+def connect_directly(settings: Settings) -> psycopg.Connection:
+    """An autocommit connection past any pooler, for LISTEN. Raises psycopg.OperationalError."""
+    arguments = _connect_arguments(settings.database_deadline_seconds) | {"autocommit": True}
+    url = settings.listen_url
+    if url is None and settings.embedded_directory is not None:
+        return _connect_embedded(settings.embedded_directory, settings.embedded_bin_dir, arguments)
+    given: dict[str, Any] = PGDialect_psycopg().create_connect_args(url or settings.url)[1]  # type: ignore[no-untyped-call]
+    return psycopg.connect(**{**given, **arguments})
+
+
+def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
+    return {
+        "connect_timeout": max(2, round(deadline_seconds)),
+        "application_name": APPLICATION_NAME,
+        "target_session_attrs": "read-write",
+        "tcp_user_timeout": round(deadline_seconds * 1000),
+        **_KEEPALIVE,
+    }
+
+
 def _create_engine(settings: Settings, connections: int, deadline_seconds: float) -> Engine:
     options: dict[str, Any] = {
         "pool_size": connections,
@@ -224,13 +290,7 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
         "isolation_level": "READ COMMITTED",
         "hide_parameters": True,
     }
-    arguments = {
-        "connect_timeout": max(2, round(deadline_seconds)),
-        "application_name": APPLICATION_NAME,
-        "target_session_attrs": "read-write",
-        "tcp_user_timeout": round(deadline_seconds * 1000),
-        **_KEEPALIVE,
-    }
+    arguments = _connect_arguments(deadline_seconds)
     directory = settings.embedded_directory
     if directory is None:
         engine = create_engine(settings.url, connect_args=arguments, **options)
@@ -254,4 +314,4 @@ def _drop_lost_connections(context: ExceptionContext) -> None:
 
 
 def _set_local(session: Session, parameters: Mapping[str, str]) -> None:
-    session.execute(_SET_LOCAL, {"names": list(parameters), "values": list(parameters.values())})
+    session.connection().exec_driver_sql(_SET_LOCAL, {"parameters": json.dumps(parameters)})

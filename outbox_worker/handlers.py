@@ -97,9 +97,9 @@ class ConfirmedPurchases:
         """
         clean = set() if footing.careful else self._insert_clean(session, batch, footing)
         verdicts = dict.fromkeys(clean, _CLEAN)
-        rest = {key: event for key, event in batch.items() if key not in clean}
-        if not rest:
+        if len(clean) == len(batch):
             return verdicts
+        rest = batch.without(clean)
         locks = footing.locks or self._repository.lock_pairs(session, rest, footing.guard.lock_capacity)
         return verdicts | self._judge(session, rest, footing.guard, locks.keys, may_write=not clean)
 
@@ -109,11 +109,11 @@ class ConfirmedPurchases:
         Under the guard ``lock`` its pair must be locked, too: a payment that was not there when the locks were taken
         may have appeared since.
         """
-        firsts = {event.payment_id: key for key, event in reversed(list(batch.items()))}
-        offered = {key: event for key, event in batch.items() if firsts[event.payment_id] == key}
+        firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
+        offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))
         if footing.guard.guard is Guard.LOCK:
             locked = footing.locks.locked if footing.locks else frozenset()
-            offered = {key: event for key, event in offered.items() if key in locked}
+            offered = offered.only(key for key in offered.ids if key in locked)
         return self._repository.insert_clean(session, offered, footing.guard) if offered else set()
 
     def _judge(
@@ -135,7 +135,7 @@ class ConfirmedPurchases:
             made = self._repository.insert_granted(session, firsts, guard) if firsts else set()
             verdicts |= {key: judged[key] for key in made}
             tried |= set(firsts)
-            waiting = {key: batch[key] for key in grants if key not in verdicts}
+            waiting = batch.only(grants - verdicts.keys())
         return verdicts
 
     def _unwritable(self, sight: Sight) -> Verdict:
@@ -152,4 +152,4 @@ def _one_per_pair(batch: Batch, keys: set[int], seen: Mapping[int, Sight]) -> Ba
     for key in batch:
         if key in keys:
             oldest.setdefault(seen[key].key, key)
-    return {key: batch[key] for key in oldest.values()}
+    return batch.only(oldest.values())

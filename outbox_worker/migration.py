@@ -17,18 +17,13 @@ from outbox_worker.database import Database
 from outbox_worker.errors import SchemaError, SettingError
 from outbox_worker.guard import pair_indexes, relation_name
 from outbox_worker.health import exists, find_misfits, is_owned, list_problems
-from outbox_worker.schema import NOTIFY_TRIGGER, Tables
+from outbox_worker.outbox import Outbox
+from outbox_worker.schema import Tables
 from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONS = ("unique_index", "notify")
 """The optional branches, each independent of the other and safe on a live database."""
-
-# what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's own
-_HAS_TRIGGER = text(
-    "SELECT EXISTS (SELECT FROM pg_trigger"
-    " WHERE tgrelid = to_regclass(:relation) AND tgname = :name AND tgenabled IN ('O', 'A'))"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +80,7 @@ def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
     """Whether an optional branch does its work, whatever the version table remembers."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
-    asked = {"relation": relation_name(tables.outbox), "name": NOTIFY_TRIGGER}
-    return bool(connection.scalar(_HAS_TRIGGER, asked))
+    return Outbox(tables, None).tells_of_events(connection)
 
 
 def _put_up(connection: Connection, config: Config, tables: Tables, option: str) -> None:

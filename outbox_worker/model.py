@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 from uuid import UUID
 
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
@@ -84,8 +85,99 @@ class Event(NamedTuple):
     """Seconds between ``due_at`` and the claim, by the database's clock."""
 
 
-Batch = Mapping[int, Event]
-"""Claimed events by ``outbox.id``, in the order of the claim."""
+class Position(NamedTuple):
+    """A place in the queue: an event's due time, as PostgreSQL writes it, and its id."""
+
+    due_at: str
+    id: int
+
+
+Column = Sequence[Any] | str
+"""Values of one kind, one per event; or, as long as nobody asks for one, PostgreSQL's text of the whole array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch(Mapping[int, Event]):
+    """Claimed events by ``outbox.id``, in the order of the claim.
+
+    Kept as columns of one length, as they come from the database: on the happy path nobody asks for a single event,
+    and what is not asked for goes back to the database as it came.
+    """
+
+    ids: Sequence[int] = ()
+    event_ids: Column = ()
+    event_types: Sequence[str] = ()
+    payment_ids: Column = ()
+    attempts: Column = ()
+    lateness: Sequence[float] = ()
+
+    def __getitem__(self, key: int) -> Event:
+        at = self._positions[key]
+        return Event(
+            id=key,
+            event_id=UUID(self._list("event_ids")[at]),
+            event_type=self.event_types[at],
+            payment_id=self._list("payment_ids")[at],
+            attempts=int(self._list("attempts")[at]),
+            lateness=self.lateness[at],
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._positions
+
+    def only(self, keys: Iterable[int]) -> Batch:
+        """These events, in the order of ``keys``."""
+        return self._take([self._positions[key] for key in keys])
+
+    def among(self, keys: Collection[int]) -> Batch:
+        """These events, in the order of the claim."""
+        return self if len(keys) == len(self) else self.without(set(self.ids).difference(keys))
+
+    def without(self, keys: Collection[int]) -> Batch:
+        """The other events, in the order of the claim."""
+        return self._take([at for at, key in enumerate(self.ids) if key not in keys]) if keys else self
+
+    def by_type(self) -> dict[str, Batch]:
+        """The events of each type."""
+        types = dict.fromkeys(self.event_types)
+        if len(types) == 1:
+            return dict.fromkeys(types, self)
+        return {name: self._take([at for at, each in enumerate(self.event_types) if each == name]) for name in types}
+
+    def payments(self) -> Sequence[str | None]:
+        """The payment of each event."""
+        return self._list("payment_ids")
+
+    def _take(self, positions: Sequence[int]) -> Batch:
+        columns = {each.name: self._list(each.name) for each in fields(self)}
+        return Batch(**{name: [column[at] for at in positions] for name, column in columns.items()})
+
+    @cached_property
+    def _positions(self) -> dict[int, int]:
+        return {key: at for at, key in enumerate(self.ids)}
+
+    @cached_property
+    def _known(self) -> dict[str, Sequence[Any]]:
+        return {}
+
+    def _list(self, name: str) -> Sequence[Any]:
+        """A column's values; a text is split when it is asked for first."""
+        if name not in self._known:
+            column: Column = getattr(self, name)
+            self._known[name] = split_array(column) if isinstance(column, str) else column
+        return self._known[name]
+
+
+def split_array(text: str) -> list[str | None]:
+    """The elements of an array in PostgreSQL's text form, where none needs quotes: numbers, UUIDs, names, NULL."""
+    inner = text[1:-1]
+    return [None if each == "NULL" else each for each in inner.split(",")] if inner else []
 
 
 class Mark(NamedTuple):
@@ -125,6 +217,15 @@ class Verdict:
 
 Verdicts = dict[int, Verdict]
 """Verdicts by ``outbox.id``. A claimed event without one stays in the outbox as it was."""
+
+
+def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
+    """The events of each outcome."""
+    grouped: dict[Outcome, list[int]] = {}
+    for key, verdict in verdicts.items():
+        grouped.setdefault(verdict.outcome, []).append(key)
+    return grouped
+
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "payments": ("id", "student_id", "course_id", "amount", "currency", "status", "created_at", "updated_at"),

@@ -1,4 +1,4 @@
-"""The door to ``outbox``, ``dead_letters`` and ``workers``.
+"""The door to ``outbox``; buries events in ``dead_letters`` and closes the letters of settled ones.
 
 A claim takes due events under row locks; the lock is the lease. Settling deletes the row in the same transaction: the
 outbox holds only what is still owed. Every function takes the session first; the caller owns the transaction.
@@ -6,15 +6,15 @@ outbox holds only what is still owed. Every function takes the session first; th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    Connection,
     DateTime,
     Delete,
     FromClause,
@@ -24,35 +24,51 @@ from sqlalchemy import (
     Text,
     Update,
     bindparam,
+    case,
     cast,
     delete,
     func,
     literal,
+    literal_column,
     select,
+    text,
+    tuple_,
     type_coerce,
     update,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, array
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker import payload
-from outbox_worker.database import seconds_since, write
-from outbox_worker.model import Batch, DeadLetterState, Event, Reason
-from outbox_worker.schema import Tables
+from outbox_worker.database import Keys, seconds_since, write
+from outbox_worker.guard import relation_name
+from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason
+from outbox_worker.schema import NOTIFY_TRIGGER, Tables
 
-_IDS = bindparam("ids", type_=ARRAY(BigInteger))
+_IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200
+# what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's own
+_HAS_TRIGGER = text(
+    "SELECT EXISTS (SELECT FROM pg_trigger"
+    " WHERE tgrelid = to_regclass(:relation) AND tgname = :name AND tgenabled IN ('O', 'A'))"
+)
+
+_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
+_FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
+"""Before every place in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """Events locked by this transaction, in the order ``(due_at, id)``."""
 
-    batch: Batch
-    transaction_id: str | None
+    batch: Batch = field(default_factory=Batch)
+    transaction_id: str | None = None
     """For ``pg_xact_status``, should the answer to COMMIT be lost."""
+    end: Position | None = None
+    """The last of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +112,22 @@ class Outbox:
     def _ours(self) -> list[ColumnElement[bool]]:
         return [] if self._event_types is None else [self._tables.outbox.c.event_type.in_(self._event_types)]
 
-    def claim(self, session: Session, limit: int, until: datetime | None = None) -> Claim:
-        """Lock up to ``limit`` due events that nobody else has locked. ``until``: due by then; None: by now."""
-        rows = session.execute(self._claim, {"limit": limit, "until": until}).all()
-        batch = {row.id: Event(*row[:-1]) for row in rows}
-        return Claim(batch, rows[0].transaction_id if rows else None)
+    def claim(
+        self, session: Session, limit: int, until: datetime | None = None, start: Position | None = None
+    ) -> Claim:
+        """Lock up to ``limit`` due events that nobody else has locked, in the order ``(due_at, id)``.
+
+        ``until``: due by then; None: by now. ``start``: behind this place; None: from the beginning.
+        """
+        due_at, key = start or (None, None)
+        values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
+        row = session.execute(self._claim, values).one()
+        if row.ids is None:
+            return Claim()
+        types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
+        payment_ids = payload.usable_payment_ids(row.candidates)
+        batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness)
+        return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]))
 
     def has_due(self, session: Session, until: datetime) -> bool:
         """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
@@ -132,9 +159,14 @@ class Outbox:
         write(session, self._bury, values, len(letters))
         self.remove(session, letters)
 
-    def close_letters(self, session: Session, event_ids: Sequence[UUID]) -> None:
+    def close_letters(self, session: Session, event_ids: Column) -> None:
         """Close the open dead letters of events that are settled after all."""
-        session.execute(self._close_letters, {"event_ids": list(event_ids)})
+        session.execute(self._close_letters, {"event_ids": event_ids})
+
+    def tells_of_events(self, session: Session | Connection) -> bool:
+        """Whether the option ``notify`` is in force: an enabled trigger notifies of new events."""
+        asked = {"relation": relation_name(self._tables.outbox), "name": NOTIFY_TRIGGER}
+        return bool(session.scalar(_HAS_TRIGGER, asked))
 
     def backlog(self, session: Session) -> Backlog:
         """How many events are due and how late the oldest is; bounded work however long the queue."""
@@ -143,25 +175,48 @@ class Outbox:
 
 
 def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: due events, oldest first, with the keys that their settling needs
+    """what: due events behind a place, oldest first, with the keys that their settling needs, as one row of arrays
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
     due_by = func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
-    return (
+    start = tuple_(
+        func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT),
+        func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID),
+    )
+    claimed = (
         select(
             outbox.c.id,
             outbox.c.event_id,
             func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
-            payload.payment_id_text(outbox).label("payment_id"),
+            payload.payment_id_candidate(outbox).label("candidate"),
             outbox.c.attempts,
             seconds_since(outbox.c.due_at).label("lateness"),
-            cast(func.pg_current_xact_id(), Text).label("transaction_id"),
+            outbox.c.due_at.label("due_at"),
         )
-        .where(outbox.c.due_at <= due_by, *ours)
+        .where(outbox.c.due_at <= due_by, tuple_(outbox.c.due_at, outbox.c.id) > start, *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(bindparam("limit", type_=BigInteger))
         .with_for_update(skip_locked=True)
+        .cte("claimed")
+        .prefix_with("MATERIALIZED")
     )
+    first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
+    one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
+    gathered: list[ColumnElement[Any]] = [
+        func.array_agg(claimed.c.id).label("ids"),
+        _text_of_all(claimed.c.event_id).label("event_ids"),
+        one_for_all.label("event_types"),
+        _text_of_all(claimed.c.candidate).label("candidates"),
+        _text_of_all(claimed.c.attempts).label("attempts"),
+        func.array_agg(claimed.c.lateness).label("lateness"),
+    ]
+    end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
+    return select(*gathered, end, cast(func.pg_current_xact_id(), Text).label("transaction_id")).select_from(claimed)
+
+
+def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The array of a column's values as one text: nobody may ask for a single one."""
+    return cast(func.array_agg(column), Text)
 
 
 def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
@@ -222,7 +277,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 
 def _close_letters_statement(letters: Table) -> Update:
     """what: open dead letters of settled events · lock: taken in the order of event ids · index: primary key"""
-    event_ids = bindparam("event_ids", type_=ARRAY(postgresql.UUID(as_uuid=True)))
+    event_ids = bindparam("event_ids", type_=Keys("uuid"))
     found = (
         select(letters.c.event_id, letters.c.state)
         .where(letters.c.event_id == func.any(event_ids))

@@ -13,27 +13,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.database import INDEX_PLANS, Database, repeat
+from outbox_worker.database import INDEX_PLANS, Database, repeat, savepoint
 from outbox_worker.decision import RetryPolicy, refused, retry_delay
 from outbox_worker.errors import CommitLost, Failure, Inconsistent, classify, describe, sqlstate
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
-from outbox_worker.model import FINAL, GRANTS, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts
-from outbox_worker.outbox import Outbox, Postponement
+from outbox_worker.model import GRANTS, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
+from outbox_worker.outbox import Claim, Outbox, Postponement
+from outbox_worker.pacing import Pacing
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.telemetry import BatchReport, Telemetry
 
 MAX_SAVEPOINTS = 32
 """In one transaction; beyond 64 subtransactions PostgreSQL's look-ups spill."""
-MAX_STUCK_PASSES = 5
-"""Full claims in a row of which nothing could be settled, before they make way for what is behind them."""
 
 _UNIQUE_VIOLATION = "23505"
 _NO_ARBITER = ("42P10", "55000")
@@ -57,7 +55,7 @@ class _Savepoints:
     @contextmanager
     def take(self) -> Iterator[None]:
         self.left -= 1
-        with self.session.begin_nested():
+        with savepoint(self.session):
             yield
 
 
@@ -82,7 +80,7 @@ class Processor:
         guard: GuardWatch,
         telemetry: Telemetry,
         policy: RetryPolicy,
-        batch_size: int,
+        pacing: Pacing,
     ) -> None:
         self._database = database
         self._outbox = outbox
@@ -91,18 +89,14 @@ class Processor:
         self._guard = guard
         self._telemetry = telemetry
         self._policy = policy
-        self._batch_size = batch_size
-        self._limit = batch_size
-        self._is_alone = False
-        self._ran_out = False
-        self._stuck_passes = 0
+        self._pacing = pacing
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
         """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
 
         Raises what the database raises when it is in trouble; then nothing was changed and no event charged.
         """
-        attempts = self._batch_size.bit_length() + 2
+        attempts = self._pacing.batch_size.bit_length() + 2
         try:
             return repeat(partial(self._try, until, False), attempts=attempts)
         except RefusedAtCommit:
@@ -110,24 +104,24 @@ class Processor:
 
     def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
         try:
-            return self._make_way(until) if failed and self._is_alone else self._transact(until, careful)
+            return self._make_way(until) if failed and self._pacing.is_alone else self._transact(until, careful)
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
-                self._is_alone = self._limit == 1
-                self._limit = max(1, self._limit // 2)
+                self._pacing.failed()
             raise
 
     def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
         """One transaction: claim, settle, commit."""
-        claimed_something, limit = False, self._claim_size()
+        claim, limit = Claim(), self._claim_size()
         try:
             with self._database.transaction(**self._plans()) as session:
-                claim = self._outbox.claim(session, limit, until)
-                claimed_something, claimed_at = bool(claim.batch), time.monotonic()
+                claim = self._claim(session, limit, until)
+                claimed_at = time.monotonic()
                 verdicts = self._settle(session, claim.batch, careful) if claim.batch else {}
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
-            self._telemetry.transaction_failed(error, claimed_something)
+            self._pacing.interrupted()
+            self._telemetry.transaction_failed(error, bool(claim.batch))
             raise
         report = BatchReport(
             batch=claim.batch,
@@ -137,14 +131,31 @@ class Processor:
             seconds=time.monotonic() - claimed_at,
             transaction=result,
         )
-        self._adapt(report)
+        self._pacing.committed(
+            claimed=len(claim.batch),
+            settled=len(verdicts),
+            is_full=report.is_full,
+            seconds=report.seconds,
+            end=claim.end,
+        )
         self._telemetry.batch_committed(report)
         return report
+
+    def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
+        """From where the last one ended, or from the beginning; nothing is only said after a look from there."""
+        began = time.monotonic()
+        start = self._pacing.start(began)
+        if start is not None and (claim := self._outbox.claim(session, limit, until, start)).batch:
+            return claim
+        began = time.monotonic()
+        claim = self._outbox.claim(session, limit, until)
+        self._pacing.swept(began, time.monotonic())
+        return claim
 
     def _claim_size(self) -> int:
         """Under the guard ``lock`` no more events than one transaction may lock."""
         guard = self._guard.state
-        return min(self._limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._limit
+        return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
 
     def _plans(self) -> Mapping[str, str]:
         return INDEX_PLANS if self._guard.state.has_index_paths else {}
@@ -165,16 +176,8 @@ class Processor:
             raise
         return "commit"
 
-    def _adapt(self, report: BatchReport) -> None:
-        """A batch that went through doubles the next, up to the full size; one that ran out of savepoints halves it."""
-        self._is_alone = False
-        is_stuck = report.is_full and not report.verdicts and self._stuck_passes < MAX_STUCK_PASSES
-        self._stuck_passes = self._stuck_passes + 1 if is_stuck else 0
-        self._limit = max(1, self._limit // 2) if self._ran_out else min(self._batch_size, self._limit * 2)
-        self._ran_out = False
-
     def _settle(self, session: Session, batch: Batch, careful: bool) -> Verdicts:
-        if self._stuck_passes >= MAX_STUCK_PASSES:
+        if self._pacing.is_stuck:
             self._outbox.postpone(session, {key: self._uncharged() for key in batch})
             return {}
         savepoints = _Savepoints(session)
@@ -196,7 +199,7 @@ class Processor:
     def _settle_by_lock(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | None:
         guard = self._guard.state
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
-        free = {key: event for key, event in batch.items() if key not in locks.contended}
+        free = batch.without(locks.contended)
         try:
             return self._attempt(session, free, Footing(guard, locks), savepoints)
         except (DBAPIError, Inconsistent, OutOfOrder) as error:
@@ -206,14 +209,15 @@ class Processor:
     def _settle_carefully(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts:
         """Every event judged under its pair's lock, in halves, until those that the database refuses stand alone."""
         locks = self._purchases.lock_pairs(session, batch, self._guard.state.lock_capacity)
-        free = {key: batch[key] for key in locks.order if key not in locks.contended}
+        free = batch.only(key for key in locks.order if key not in locks.contended)
         found = self._bisect(session, free, Footing(self._guard.state, locks, careful=True), savepoints)
         unclear = [error for error in found.refusals.values() if classify(error) is Failure.UNCLEAR]
         if unclear and not any(verdict.outcome in GRANTS for verdict in found.verdicts.values()):
             raise unclear[0]  # no purchase could be written at all: that is the database's trouble
         verdicts = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
         self._record(session, batch, verdicts)
-        self._ran_out = not found.complete
+        if not found.complete:
+            self._pacing.ran_out()
         return found.verdicts | verdicts
 
     def _bisect(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> _Bisection:
@@ -254,25 +258,26 @@ class Processor:
 
     def _handle(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
         verdicts: Verdicts = {}
-        for event_type, events in _by_type(batch).items():
+        for event_type, events in batch.by_type().items():
             handler = self._handlers.get(event_type)
             verdicts |= handler.apply(session, events, footing) if handler else judge_unhandled(events)
         return verdicts
 
     def _record(self, session: Session, batch: Batch, verdicts: Mapping[int, Verdict]) -> None:
         """Write what the verdicts mean for mark, event and dead letter."""
-        final = {key: verdict.outcome for key, verdict in verdicts.items() if verdict.outcome in FINAL}
-        retried = {key: verdict for key, verdict in verdicts.items() if verdict.outcome is Outcome.RETRIED}
-        dead = {key: verdict for key, verdict in verdicts.items() if verdict.outcome is Outcome.DEAD}
-        if final:
-            self._purchases.mark(session, batch, final)
-            self._outbox.remove(session, final)
-        if unclean := [batch[key].event_id for key in final if not verdicts[key].clean]:
-            self._outbox.close_letters(session, unclean)
+        keys = by_outcome(verdicts)
+        retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
+        for outcome, settled in keys.items():
+            self._purchases.mark(session, batch.among(settled), outcome)
+        if keys:
+            settled = [key for each in keys.values() for key in each]
+            self._outbox.remove(session, settled)
+            if unclean := [key for key in settled if not verdicts[key].clean]:
+                self._outbox.close_letters(session, batch.among(unclean).event_ids)
         if retried:
-            self._outbox.postpone(session, {key: self._later(batch[key], verdict) for key, verdict in retried.items()})
+            self._outbox.postpone(session, {key: self._later(batch[key], verdicts[key]) for key in retried})
         if dead:
-            self._outbox.bury(session, batch, {key: _epitaph(verdict) for key, verdict in dead.items()})
+            self._outbox.bury(session, batch, {key: _epitaph(verdicts[key]) for key in dead})
 
     def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
         return refused(describe(error), self._policy.is_last(event.attempts))
@@ -290,7 +295,7 @@ class Processor:
             batch = self._outbox.claim(session, 1, until).batch
             if batch:
                 self._outbox.postpone(session, {key: self._uncharged() for key in batch})
-        self._is_alone = False
+        self._pacing.made_way()
         report = BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
         self._telemetry.batch_committed(report)
         return report
@@ -302,14 +307,6 @@ def _epitaph(verdict: Verdict) -> tuple[Reason, str]:
     return verdict.reason, verdict.detail
 
 
-def _by_type(batch: Batch) -> dict[str, Batch]:
-    grouped: dict[str, dict[int, Event]] = {}
-    for key, event in batch.items():
-        grouped.setdefault(event.event_type, {})[key] = event
-    return dict(grouped)
-
-
 def _halves(batch: Batch) -> list[Batch]:
-    events = iter(batch.items())
-    first = dict(islice(events, len(batch) // 2))
-    return [first, dict(events)]
+    middle = len(batch) // 2
+    return [batch.only(batch.ids[:middle]), batch.only(batch.ids[middle:])]

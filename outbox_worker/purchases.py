@@ -9,7 +9,6 @@ verdict but a clean insert is reached under it, in both guards, each step a stat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -35,11 +34,11 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY, UUID, distinct_on
+from sqlalchemy.dialects.postgresql import ARRAY, UUID, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
-from outbox_worker.database import write
+from outbox_worker.database import Keys, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.guard import GuardState, on_active_pair
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus
@@ -108,15 +107,17 @@ class PurchaseRepository:
         rows = session.execute(self._look, _keys(batch))
         return {row.id: _sight(row, last_try=policy.is_last(batch[row.id].attempts)) for row in rows}
 
-    def mark(self, session: Session, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
-        """Mark events with their final outcomes. A mark is written once; only a grant rewrites it."""
-        events = [batch[key] for key in outcomes]
-        values = {**_keys({event.id: event for event in events}), "outcomes": list(outcomes.values())}
-        write(session, self._mark, values, len(events))
+    def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
+        """Mark events with their final outcome. A mark is written once; only a grant rewrites it."""
+        for event_type, events in batch.by_type().items():
+            keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
+            write(session, self._mark, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Select[Any]) -> set[int]:
-        made: list[str] = session.scalar(statement, _keys(batch)) or []
-        by_payment = {event.payment_id: event.id for event in batch.values()}
+        made: list[str] | None = session.scalar(statement, {**_keys(batch), "offered": len(batch)})
+        if made is None:
+            return set(batch.ids)
+        by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
         return {by_payment[payment_id] for payment_id in made}
 
     def _build_insert(self, guard: Guard, predicate: str, *, clean: bool) -> Select[Any]:
@@ -124,17 +125,18 @@ class PurchaseRepository:
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         made = statement.returning(cast(self._tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
-        return select(func.array_agg(made.c.payment_id))
+        none = cast(array([]), ARRAY(Text))
+        written = func.coalesce(func.array_agg(made.c.payment_id), none)
+        return select(case((func.count() < bindparam("offered", type_=BigInteger), written)))
 
 
-def _keys(batch: Batch) -> dict[str, list[Any]]:
-    return {"ids": list(batch), "payment_ids": [event.payment_id for event in batch.values()]}
+def _keys(batch: Batch) -> dict[str, Any]:
+    return {"ids": batch.ids, "payment_ids": batch.payment_ids}
 
 
 def _claimed(*more: ColumnElement[Any]) -> FromClause:
     """The keys of a batch as a relation (id, payment_id, …)."""
-    ids = bindparam("ids", type_=ARRAY(BigInteger))
-    payments = bindparam("payment_ids", type_=ARRAY(UUID(as_uuid=False)))
+    ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
     names = ["id", "payment_id", *(column.key or "" for column in more)]
     return func.unnest(ids, payments, *more).table_valued(*names).render_derived(name="claimed")
 
@@ -269,18 +271,15 @@ def _sight(row: Row[Any], *, last_try: bool) -> Sight:
 
 def _mark_statement(tables: Tables) -> postgresql.Insert:
     """what: marks of settled events; an existing mark keeps its outcome unless a purchase was granted now
-    lock: the claimed rows' (held) · index: primary keys of outbox and processed_events
+    lock: the claimed rows' (held) · index: primary key of processed_events
     """
-    outbox, marks = tables.outbox, tables.processed_events
-    claimed = _claimed(bindparam("outcomes", type_=ARRAY(Text)))
-    source = (
-        select(
-            *(outbox.c.event_id, outbox.c.event_type, claimed.c.outcomes, claimed.c.payment_id),
-            func.clock_timestamp(),
-            case((claimed.c.outcomes == Outcome.RECOVERED.value, func.clock_timestamp())),
-        )
-        .select_from(claimed)
-        .join(outbox, outbox.c.id == claimed.c.id)
+    marks, given = tables.processed_events, bindparam("outcome", type_=Text)
+    arrays = [bindparam(name, type_=Keys("uuid")) for name in ("event_ids", "payment_ids")]
+    settled = func.unnest(*arrays).table_valued("event_id", "payment_id").render_derived(name="settled")
+    source = select(
+        *(settled.c.event_id, bindparam("event_type", type_=Text), given, settled.c.payment_id),
+        func.clock_timestamp(),
+        case((given == Outcome.RECOVERED.value, func.clock_timestamp())),
     )
     columns = ["event_id", "event_type", "outcome", "payment_id", "processed_at", "recovered_at"]
     statement = postgresql.insert(marks).from_select(columns, source, include_defaults=False)

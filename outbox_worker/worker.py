@@ -24,7 +24,9 @@ from outbox_worker.fleet import Fleet
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers, claimed_types
 from outbox_worker.health import check_schema, find_problems, list_problems
+from outbox_worker.listener import Listener
 from outbox_worker.outbox import Outbox
+from outbox_worker.pacing import Pacing
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import build_tables
@@ -53,6 +55,12 @@ class ClaimLoop:
         self._stop = stop
         self._on_trouble = on_trouble
         self._pause = 0.0
+        self._woken = threading.Event()
+        self.is_resting = False
+
+    def wake(self) -> None:
+        """End the rest at hand; a loop that does not rest will look once more before it does."""
+        self._woken.set()
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
         """Settle one batch, outlasting any trouble of the database (for ``patience`` seconds; None: for ever).
@@ -93,7 +101,10 @@ class ClaimLoop:
             if report.is_full:
                 return
         self._pause = next_pause(self._pause, minimum=low, maximum=high)
-        self._stop.wait(self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
+        self.is_resting = True
+        self._woken.wait(self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
+        self.is_resting = False
+        self._woken.clear()
 
 
 class Worker:
@@ -109,12 +120,15 @@ class Worker:
         self._fleet = Fleet(self._tables, uuid4())
         self._stop = threading.Event()
         self._is_schema_suspect = False
+        self._loops: list[ClaimLoop] = []
+        self._listener: Listener | None = None
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
         outbox = outlast(self._start, signals, self.telemetry.trouble)
         if outbox is not None:
-            self._run_loops(signals, [loop.run for loop in self._loops(outbox)], outbox)
+            self._loops = self._make_loops(outbox)
+            self._run_loops(signals, [loop.run for loop in self._loops], outbox, listens=True)
         self._database.close()
         return 0
 
@@ -126,7 +140,8 @@ class Worker:
         self._database.check()
         outbox = self._start()
         until, is_empty = self._now(), partial(self._is_empty, outbox)
-        found = self._run_loops(signals, [partial(loop.drain, until, is_empty) for loop in self._loops(outbox)], outbox)
+        self._loops = self._make_loops(outbox)
+        found = self._run_loops(signals, [partial(loop.drain, until, is_empty) for loop in self._loops], outbox)
         self._database.close()
         return 0 if all(found) else 1
 
@@ -140,7 +155,7 @@ class Worker:
         self.telemetry.started(self._settings.concurrency, guard)
         return Outbox(self._tables, event_types)
 
-    def _loops(self, outbox: Outbox) -> list[ClaimLoop]:
+    def _make_loops(self, outbox: Outbox) -> list[ClaimLoop]:
         return [
             ClaimLoop(self._processor(outbox), self._settings, self._stop, self._meet_trouble)
             for _ in range(self._settings.concurrency)
@@ -156,20 +171,27 @@ class Worker:
             self._guard,
             self.telemetry,
             policy,
-            self._settings.batch_size,
+            Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000),
         )
 
-    def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:
+    def _run_loops(
+        self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox, *, listens: bool = False
+    ) -> list[bool]:
         """Run the loops in threads; do the chores meanwhile. The first signal stops them after their batch; the
         second does not wait: what is not committed then is rolled back by the server."""
         threads = [_LoopThread(body, signals) for body in bodies]
         for thread in threads:
             thread.start()
-        while not _all_done(threads) and not signals.wait(CHORE_SECONDS):
+        while not _all_done(threads):
+            if listens and self._listener is None:
+                self._start_listening(outbox)
+            if signals.wait(CHORE_SECONDS):
+                break
             self._do_chores(outbox)
         if signals.is_set():
             self.telemetry.stopping()
         self._stop.set()
+        self._ring()
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not _all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
@@ -177,6 +199,24 @@ class Worker:
             self._do_chores(outbox, stopped=True)
         self.telemetry.stopped()
         return [thread.result() for thread in threads]
+
+    def _start_listening(self, outbox: Outbox) -> None:
+        """Once there is something to hear: the option ``notify`` may come while we run."""
+        try:
+            with self._database.transaction() as session:
+                is_told = outbox.tells_of_events(session)
+        except DBAPIError as error:
+            self._meet_trouble(error, CHORE_SECONDS)
+            return
+        if is_told:
+            self._listener = Listener(self._settings, self._tables, self._stop, self._ring, self._meet_trouble)
+            self._listener.start()
+
+    def _ring(self) -> None:
+        """There is something to do: wake a loop that rests; where none does, let all look once more."""
+        resting = [loop for loop in self._loops if loop.is_resting]
+        for loop in self._loops if self._stop.is_set() else resting[:1] or self._loops:
+            loop.wake()
 
     def _do_chores(self, outbox: Outbox, *, stopped: bool = False) -> None:
         """Heartbeat, gauges, guard. A chore that fails is told and tried again at the next turn."""

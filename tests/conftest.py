@@ -25,6 +25,7 @@ from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers
 from outbox_worker.model import Outcome
 from outbox_worker.outbox import Outbox
+from outbox_worker.pacing import Pacing
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import Tables, build_tables
@@ -189,7 +190,7 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
             watch.probe(session)
         handlers = build_handlers(repository, policy)
         outbox = Outbox(tables, None if unknown_types == "bury" else handlers)
-        made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, batch_size)
+        made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, Pacing(batch_size, 60))
         made.telemetry, made.watch, made.outbox, made.repository = telemetry, watch, outbox, repository
         return made
 

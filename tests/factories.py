@@ -69,6 +69,28 @@ def make_payments(database: Database, tables: Tables) -> None:
         tables.payments.create(connection)
 
 
+def hold_pair(connection: psycopg.Connection[Any], payment: Payment) -> None:
+    """Take the pair's lock as the documents tell other writers to."""
+    connection.execute(
+        "SELECT pg_advisory_xact_lock(hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0))"
+        " FROM payments WHERE id = %s",
+        [payment.id],
+    )
+
+
+def open_payment(connection: psycopg.Connection[Any]) -> UUID:
+    """A payment and its event in a transaction that the caller has still to commit; the event's id."""
+    event_id = uuid4()
+    connection.execute(
+        "WITH paid AS (INSERT INTO payments (student_id, course_id, amount, currency, status)"
+        " VALUES (gen_random_uuid(), gen_random_uuid(), 1, 'EUR', 'succeeded') RETURNING id)"
+        " INSERT INTO outbox (event_id, event_type, payload)"
+        " SELECT %s, %s, jsonb_build_object('payment_id', id) FROM paid",
+        (event_id, PURCHASE_CONFIRMED),
+    )
+    return event_id
+
+
 class Shop:
     """Writes and reads the six tables of one database. Every call is committed when it returns."""
 

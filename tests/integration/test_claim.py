@@ -302,7 +302,7 @@ def test_every_statement_of_a_batch_walks_indexes(
             joins = {node["Node Type"] for node in nodes(plan)} & {"Hash Join", "Merge Join"}
             assert not joins, f"{kind}: {joins}"
     (claim_plan,) = kinds["claim"]
-    assert [node["Node Type"] for node in nodes(claim_plan)][:3] == ["Limit", "LockRows", "Index Scan"]
+    assert [node["Node Type"] for node in nodes(claim_plan)][:4] == ["Aggregate", "Limit", "LockRows", "Index Scan"]
     assert [node["Index Name"] for node in table_scans(claim_plan)] == ["outbox_due_idx"]
     assert not [node for node in nodes(claim_plan) if "Sort" in node["Node Type"]]
 

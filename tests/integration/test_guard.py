@@ -14,7 +14,7 @@ from uuid import UUID
 import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
-from factories import Payment, ProbedProcessor, Shop, drain_all
+from factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
 from loguru import logger
 from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import insert
@@ -617,15 +617,6 @@ def test_recovered_payments_of_one_pair_in_one_batch(
 # --- the pair's lock is public
 
 
-def hold(connection: psycopg.Connection[Any], payment: Payment) -> None:
-    """Take the pair's lock as the documents tell other writers to."""
-    connection.execute(
-        "SELECT pg_advisory_xact_lock(hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0))"
-        " FROM payments WHERE id = %s",
-        [payment.id],
-    )
-
-
 def test_an_event_waits_while_somebody_holds_its_pairs_lock(
     both_guards: str, shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
@@ -635,7 +626,7 @@ def test_an_event_waits_while_somebody_holds_its_pairs_lock(
     other, _ = shop.paid()
     before = shop.event(event)
     holder = connect()
-    hold(holder, payment)
+    hold_pair(holder, payment)
     processor = make_processor()
     report = processor.process_batch()
     assert report.guard == both_guards
@@ -651,7 +642,7 @@ def test_a_clean_insert_needs_the_lock_only_without_the_index(
 ) -> None:
     payment, event = shop.paid()
     holder = connect()
-    hold(holder, payment)
+    hold_pair(holder, payment)
     processor = make_processor()
     report = processor.process_batch()
     expected = {Outcome.CREATED: 1} if both_guards == "index" else {}

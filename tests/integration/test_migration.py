@@ -29,6 +29,7 @@ from outbox_worker.handlers import build_handlers
 from outbox_worker.migration import VERSION_TABLE, Migrated
 from outbox_worker.model import COLUMNS, Guard, Outcome
 from outbox_worker.outbox import Outbox
+from outbox_worker.pacing import Pacing
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
@@ -89,7 +90,9 @@ class Site:
         try:
             with database.transaction() as session:
                 watch.probe(session)
-            return drain_all(Processor(database, outbox, repository, handlers, watch, telemetry, policy, 100))
+            return drain_all(
+                Processor(database, outbox, repository, handlers, watch, telemetry, policy, Pacing(100, 60))
+            )
         finally:
             database.close()
 

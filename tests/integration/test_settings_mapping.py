@@ -20,6 +20,7 @@ from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers
 from outbox_worker.model import COLUMNS, Guard, Outcome
 from outbox_worker.outbox import Outbox
+from outbox_worker.pacing import Pacing
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import Tables, build_tables
@@ -98,7 +99,9 @@ class Site:
         repository, policy = PurchaseRepository(self.tables), self.settings.retry_policy
         handlers = build_handlers(repository, policy)
         outbox = Outbox(self.tables, None)
-        return Processor(self.database, outbox, repository, handlers, self.watch, Telemetry(), policy, batch_size)
+        return Processor(
+            self.database, outbox, repository, handlers, self.watch, Telemetry(), policy, Pacing(batch_size, 60)
+        )
 
     def take_over(self, other: Site) -> None:
         """Copy every row of another site."""

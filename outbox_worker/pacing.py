@@ -1,0 +1,87 @@
+"""What the next claim takes: how many events, and from where in the queue. Pure; the caller brings the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outbox_worker.model import Position
+
+FEWEST = 50
+"""A slow database shrinks batches to this; below it the costs of a transaction are all that is left to save."""
+STUCK_PASSES_MAX = 5
+"""Full claims in a row of which nothing could be settled, before they make way for what is behind them."""
+SWEEP_SHARE = 0.05
+"""Of the time, at most, goes into looks from the beginning while claims come back full."""
+
+
+@dataclass
+class Pacing:
+    """The state of one claim loop between two batches.
+
+    ``target_seconds`` bounds a batch in time: a producer that writes an event id again waits for our COMMIT.
+
+    A claim that begins at the first index entry walks all that were deleted since the oldest snapshot of the database.
+    So it begins where the last one ended, while claims come back full and all of them is settled. What becomes visible
+    behind that mark (a late commit, a step back of the clock) is found by a sweep from the beginning.
+    """
+
+    batch_size: int
+    target_seconds: float
+    limit: int = field(init=False)
+    is_alone: bool = field(default=False, init=False)
+    """The last failure was met by one event alone."""
+    _passes_without_success: int = field(default=0, init=False)
+    _mark: Position | None = field(default=None, init=False)
+    _sweep_due: float = field(default=0.0, init=False)
+    _ran_out: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.limit = self.batch_size
+
+    @property
+    def is_stuck(self) -> bool:
+        """What stands first could not be settled several times: it must make way."""
+        return self._passes_without_success >= STUCK_PASSES_MAX
+
+    def start(self, now: float) -> Position | None:
+        """Behind which event the next claim begins; None: at the beginning. ``now`` in seconds, monotonic."""
+        return None if now >= self._sweep_due else self._mark
+
+    def swept(self, began: float, now: float) -> None:
+        """A look from the beginning took from ``began`` to ``now``: the next one in its share of the time."""
+        self._sweep_due = now + (now - began) * (1 / SWEEP_SHARE - 1)
+
+    def failed(self) -> None:
+        """A transaction was in the way of another: half of it next time, from the beginning."""
+        self.is_alone = self.limit == 1
+        self.limit = max(1, self.limit // 2)
+        self._mark = None
+
+    def interrupted(self) -> None:
+        """Nothing of the transaction stands: its events are where they were."""
+        self._mark = None
+
+    def made_way(self) -> None:
+        """An event that waited alone was postponed."""
+        self.is_alone = False
+
+    def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float, end: Position | None) -> None:
+        """A batch was committed, which took ``seconds`` from its claim on; ``end`` is the last event claimed."""
+        self.is_alone = False
+        in_vain = is_full and not settled and not self.is_stuck
+        self._passes_without_success = self._passes_without_success + 1 if in_vain else 0
+        self._mark = end if is_full and settled == claimed else None
+        self.limit = max(1, self.limit // 2) if self._ran_out else self._grown(claimed if is_full else 0, seconds)
+        self._ran_out = False
+
+    def ran_out(self) -> None:
+        """A batch takes all the savepoints there are and will not be through: half of it next time."""
+        self._ran_out = True
+
+    def _grown(self, claimed: int, seconds: float) -> int:
+        """Twice as many events, up to the full size, and no more than fit into the time."""
+        grown = min(self.batch_size, self.limit * 2)
+        if not claimed or seconds <= 0:
+            return grown
+        affordable = int(claimed * self.target_seconds / seconds)
+        return min(grown, max(affordable, min(self.limit, FEWEST)))

@@ -1,0 +1,176 @@
+"""Round trips per batch, and the low-water mark: where a claim begins loses nothing and delays nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import MakeProcessor
+from factories import Shop, drain_all, hold_pair, open_payment
+from sqlalchemy import event as listener
+
+from outbox_worker.database import Database
+from outbox_worker.model import Outcome
+
+Connect = Callable[..., psycopg.Connection[Any]]
+
+
+class RoundTrips:
+    """What is sent to the server, in order."""
+
+    def __init__(self, database: Database) -> None:
+        self.sent: list[str] = []
+        for name in ("begin", "commit", "rollback"):
+            listener.listen(database.engine, name, lambda *_, name=name: self.sent.append(name))
+        listener.listen(database.engine, "before_cursor_execute", self._execute)
+
+    def _execute(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        words = {"set_config": "set", "SKIP LOCKED": "claim", "INTO public.purchases": "insert"}
+        words |= {"INTO public.processed_events": "mark", "DELETE FROM public.outbox": "delete"}
+        words |= {"RELEASE SAVEPOINT": "release", "SAVEPOINT": "savepoint"}
+        self.sent.append(next((name for word, name in words.items() if word in statement), statement))
+
+
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_a_batch_takes_nine_round_trips_however_large(
+    size: int, shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    """The happy path stays in the database: four statements, set-wise; the rest is the transaction's frame."""
+    shop.pay_many(size)
+    processor = make_processor(batch_size=1000)
+    trips = RoundTrips(database)
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: size}
+    frame, work = ["begin", "set", "claim", "savepoint"], ["insert", "mark", "delete"]
+    assert trips.sent == [*frame, *work, "release", "commit"]
+
+
+def test_an_empty_look_takes_four_round_trips(database: Database, make_processor: MakeProcessor) -> None:
+    processor = make_processor()
+    trips = RoundTrips(database)
+    assert not processor.process_batch().batch
+    assert trips.sent == ["begin", "set", "claim", "commit"]
+
+
+def test_no_row_travels_on_the_happy_path(shop: Shop, make_processor: MakeProcessor) -> None:
+    """Keys do; a payload of a megabyte that is nobody's business stays where it is."""
+    shop.paid(payload={"note": "x" * 2**20})
+    report = make_processor().process_batch()
+    assert report.outcomes() == {Outcome.CREATED: 1}
+    assert len(repr(report.batch)) < 1000
+
+
+# --- the low-water mark
+
+
+def test_a_claim_begins_where_the_last_one_ended_and_short_claims_at_the_beginning(
+    shop: Shop, make_processor: MakeProcessor
+) -> None:
+    shop.pay_many(25)
+    processor = make_processor(batch_size=10)
+    starts = watch_starts(processor)
+    assert drain_all(processor) == {Outcome.CREATED: 25}
+    assert starts[0] is None
+    assert [start is None for start in starts[3:]] == [True] * len(starts[3:]), "after the short claim"
+    assert sum(start is None for start in starts[1:3]) <= 1, "a sweep may come between"
+
+
+def watch_starts(processor: Any) -> list[Any]:
+    starts: list[Any] = []
+    claim = processor.outbox.claim
+
+    def watched(session: Any, limit: int, until: Any = None, start: Any = None) -> Any:
+        starts.append(start)
+        return claim(session, limit, until, start)
+
+    processor.outbox.claim = watched
+    return starts
+
+
+def never_sweep(processor: Any) -> None:
+    """The next sweep is far away: what is found now is found by the other rules."""
+    processor._pacing.swept = lambda *_: None
+    processor._pacing._sweep_due = float("inf")
+
+
+def test_what_is_behind_the_mark_waits_for_a_sweep_and_no_longer(
+    shop: Shop, connect: Connect, make_processor: MakeProcessor
+) -> None:
+    """A producer whose transaction stays open while later events are settled: its event is older than the mark."""
+    late = connect()
+    event = open_payment(late)
+    shop.pay_many(500)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    settled: Counter[Outcome] = Counter()
+    for turn in range(40):
+        if turn == 20:
+            late.commit()
+        settled += processor.process_batch().outcomes()
+        assert shop.outcome_of(event) is None
+    processor._pacing._sweep_due = 0.0
+    settled += processor.process_batch().outcomes()
+    assert shop.outcome_of(event) == "created", "the first look from the beginning finds it, before the backlog's rest"
+    settled += drain_all(processor)
+    assert settled == {Outcome.CREATED: 501}
+
+
+def test_sweeps_come_by_themselves_while_the_backlog_lasts(
+    shop: Shop, connect: Connect, make_processor: MakeProcessor
+) -> None:
+    """A late bulk commit: all of it is settled long before a backlog that stood behind it."""
+    late = connect()
+    events = [open_payment(late) for _ in range(15)]
+    shop.pay_many(20_000)
+    processor = make_processor(batch_size=20)
+    for _ in range(10):
+        processor.process_batch()
+    late.commit()
+    while any(shop.outcome_of(event) is None for event in events):
+        assert processor.process_batch().batch
+    assert shop.count("outbox") > 10_000, "the backlog was not drained first"
+
+
+def test_a_step_back_of_the_servers_clock_loses_nothing(shop: Shop, make_processor: MakeProcessor) -> None:
+    """Events that are written later and due earlier than what was claimed already."""
+    shop.pay_many(100)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    for _ in range(5):
+        processor.process_batch()
+    for _ in range(30):
+        shop.paid(due_in="-1 hour")
+    assert drain_all(processor)[Outcome.CREATED] == 80
+    assert shop.count("outbox") == 0
+
+
+def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make_processor: MakeProcessor) -> None:
+    """A pair that somebody holds stays in the outbox; the mark does not pass it."""
+    held, event = shop.paid(due_in="-1 hour")
+    shop.purchase(student=held.student_id, course=held.course_id)
+    shop.pay_many(50)
+    holder = connect()
+    hold_pair(holder, held)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    starts = watch_starts(processor)
+    for _ in range(3):
+        processor.process_batch()
+    assert starts == [None] * 3
+    holder.rollback()
+    assert drain_all(processor)[Outcome.DUPLICATE_PAYMENT] == 1
+    assert shop.outcome_of(event) == "duplicate_payment"
+
+
+def test_a_batch_that_was_rolled_back_is_claimed_again(shop: Shop, make_processor: MakeProcessor) -> None:
+    shop.pay_many(50)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    processor.process_batch()
+    shop.rows("ALTER TABLE processed_events RENAME TO elsewhere")
+    with pytest.raises(Exception, match="processed_events"):
+        processor.process_batch()
+    shop.rows("ALTER TABLE elsewhere RENAME TO processed_events")
+    assert drain_all(processor) == {Outcome.CREATED: 40}

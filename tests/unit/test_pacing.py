@@ -1,0 +1,147 @@
+"""What the next claim takes and where it begins, without a database and without a clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from outbox_worker.model import Position
+from outbox_worker.pacing import FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Pacing
+
+END = Position("2026-01-01 00:00:00+00", 1000)
+LATER = Position("2026-01-01 00:00:01+00", 2000)
+
+
+def committed(pacing: Pacing, **changes: Any) -> None:
+    """A full batch that was settled at once, but for the changes."""
+    full = {"claimed": pacing.limit, "settled": pacing.limit, "is_full": True, "seconds": 0.02, "end": END}
+    pacing.committed(**full | changes)
+
+
+# --- from where
+
+
+def test_it_begins_at_the_beginning() -> None:
+    assert Pacing(1000, 0.5).start(0.0) is None
+
+
+def test_a_full_claim_that_was_settled_moves_the_mark_and_a_sweep_comes_in_its_time() -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.swept(100.0, 101.0)
+    committed(pacing)
+    due = 101.0 + 1.0 / SWEEP_SHARE - 1.0
+    assert pacing.start(101.0) == pacing.start(due - 0.1) == END
+    committed(pacing, end=LATER)
+    assert pacing.start(due - 0.1) == LATER
+    assert pacing.start(due) is None
+    assert (due - 101.0) * SWEEP_SHARE == pytest.approx(1.0, rel=0.06), "a sweep takes its share of the time, no more"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"is_full": False, "claimed": 999, "settled": 999}, {"settled": 999}, {"settled": 0}],
+    ids=["a short claim", "one event left behind", "all left behind"],
+)
+def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.swept(0.0, 1.0)
+    committed(pacing)
+    committed(pacing, **changes)
+    assert pacing.start(1.0) is None
+
+
+@pytest.mark.parametrize("what", ["failed", "interrupted"])
+def test_after_a_rollback_it_begins_at_the_beginning(what: str) -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.swept(0.0, 1.0)
+    committed(pacing)
+    getattr(pacing, what)()
+    assert pacing.start(1.0) is None
+
+
+# --- how many
+
+
+def test_what_failed_is_halved_down_to_one_and_what_went_through_is_doubled() -> None:
+    pacing, sizes = Pacing(1000, 0.5), []
+    for _ in range(11):
+        pacing.failed()
+        sizes.append(pacing.limit)
+    assert sizes == [500, 250, 125, 62, 31, 15, 7, 3, 1, 1, 1]
+    assert pacing.is_alone
+    for expected in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000):
+        committed(pacing, seconds=0.0001)
+        assert pacing.limit == expected
+        assert not pacing.is_alone
+
+
+def test_two_events_that_fail_are_not_one_alone() -> None:
+    pacing = Pacing(2, 0.5)
+    pacing.failed()
+    assert (pacing.limit, pacing.is_alone) == (1, False)
+    pacing.failed()
+    assert pacing.is_alone
+    pacing.made_way()
+    assert not pacing.is_alone
+
+
+def test_a_slow_database_shrinks_the_batch_to_its_time_and_a_fast_one_does_not() -> None:
+    fast, slow = Pacing(1000, 0.5), Pacing(1000, 0.5)
+    committed(fast, seconds=0.5)
+    committed(slow, seconds=2.0)
+    assert (fast.limit, slow.limit) == (1000, 250)
+    committed(slow, seconds=0.5)
+    assert slow.limit == 250
+    committed(slow, seconds=0.2)
+    assert slow.limit == 500, "it grows as fast as the time allows"
+    committed(slow, seconds=0.8)
+    assert slow.limit == 312
+
+
+def test_a_database_that_is_slow_whatever_it_does_gets_no_tiny_batches() -> None:
+    pacing = Pacing(1000, 0.5)
+    for _ in range(20):
+        committed(pacing, seconds=30.0)
+    assert pacing.limit == FEWEST
+    pacing = Pacing(10, 0.5)
+    committed(pacing, seconds=30.0)
+    assert pacing.limit == 10
+
+
+def test_a_short_claim_says_nothing_about_the_time_that_a_full_one_takes() -> None:
+    pacing = Pacing(1000, 0.5)
+    committed(pacing, claimed=1, settled=1, is_full=False, seconds=3.0)
+    assert pacing.limit == 1000
+
+
+def test_running_out_of_savepoints_halves_the_next_batch_once() -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.ran_out()
+    committed(pacing)
+    assert pacing.limit == 500
+    committed(pacing)
+    assert pacing.limit == 1000
+
+
+# --- making way
+
+
+def test_full_claims_in_vain_make_way_after_a_while_once() -> None:
+    pacing = Pacing(1000, 0.5)
+    for _ in range(STUCK_PASSES_MAX):
+        assert not pacing.is_stuck
+        committed(pacing, settled=0)
+    assert pacing.is_stuck
+    committed(pacing, settled=0)
+    assert not pacing.is_stuck
+
+
+@pytest.mark.parametrize("changes", [{"settled": 1}, {"settled": 0, "is_full": False, "claimed": 3}])
+def test_any_success_and_any_short_claim_end_the_count(changes: dict[str, Any]) -> None:
+    pacing = Pacing(1000, 0.5)
+    for _ in range(STUCK_PASSES_MAX - 1):
+        committed(pacing, settled=0)
+    committed(pacing, **changes)
+    committed(pacing, settled=0)
+    assert not pacing.is_stuck
