@@ -45,6 +45,10 @@ audit: $(VENV)/run ## Prove that nothing is owed
 dead-letters: $(VENV)/run ## List the events that wait for a person
 	@$(DATABASE) exec $(BIN)/outbox-worker dead-letters list $(ARGS)
 
+.PHONY: bench
+bench: $(VENV)/run ## Measure this machine and database beside the bare SQL
+	@$(DATABASE) exec $(BIN)/outbox-worker bench $(ARGS)
+
 .PHONY: psql
 psql: $(VENV)/run ## Open psql on the private PostgreSQL (ARGS="-c 'select 1'")
 	@$(DATABASE) exec $(BIN)/outbox-worker psql -- $(ARGS)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from outbox_worker import __version__, console
 from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe, sqlstate
-from outbox_worker.model import DeadLetterState
+from outbox_worker.model import DeadLetterState, Guard
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry import configure_logging
@@ -218,6 +218,36 @@ def demo(
     reports.print_audit(proof.audit)
     print_sentence(proof.sentence(), "bold green" if proof.holds else "bold red")
     raise typer.Exit(0 if proof.holds else 1)
+
+
+@app.command()
+def bench(
+    config: Config = None,
+    json: AsJson = False,
+    events: Annotated[int, typer.Option(min=1000, max=10_000_000, help="Events to drain in each round.")] = 50_000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often each contestant drains them.")] = 3,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Claim loops, and bare connections.")] = 1,
+    guard: Annotated[Guard, typer.Option(metavar="GUARD", help="index or lock.")] = Guard.INDEX,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Also from a producer's COMMIT to the purchase.")
+    ] = True,
+) -> None:
+    """Measure this machine and database: the worker beside the bare SQL.
+
+    Runs in a database of its own, outbox_worker_bench, on the server of
+    OUTBOX_DATABASE_URL, and drops it afterwards. The role must be allowed to
+    create databases.
+    """
+    from outbox_worker import reports
+    from outbox_worker.bench import Plan, run_bench
+
+    settings = load_settings(config=config)
+    plan = Plan(events=events, rounds=rounds, concurrency=concurrency, guard=guard, latency=latency)
+    report = run_bench(settings, plan, say=lambda step: typer.echo(step, err=True))
+    if json:
+        console.print_json(reports.bench_object(report))
+    else:
+        reports.print_bench(report)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
