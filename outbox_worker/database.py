@@ -11,11 +11,24 @@ from typing import Any, Protocol, TypeVar
 
 import psycopg
 import tenacity
-from sqlalchemy import ColumnElement, Engine, Executable, Float, case, cast, create_engine, event, func, text
+from sqlalchemy import (
+    ClauseElement,
+    ColumnElement,
+    CursorResult,
+    Engine,
+    Float,
+    case,
+    cast,
+    create_engine,
+    event,
+    func,
+    text,
+)
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.interfaces import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import UserDefinedType
 
 from outbox_worker import embedded
@@ -250,13 +263,34 @@ def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
     return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
 
 
-def write(session: Session, statement: Executable, values: Mapping[str, Any], rows: int) -> None:
+class Statement:
+    """A statement that is sent over and over: rendered once, so that a batch pays for its values only.
+
+    What SQLAlchemy does for a construct at each execution costs a batch of a thousand as much as a tenth of its SQL.
+    """
+
+    def __init__(self, clause: ClauseElement) -> None:
+        compiled = clause.compile(dialect=PGDialect_psycopg())  # type: ignore[no-untyped-call]
+        assert isinstance(compiled, SQLCompiler)  # noqa: S101 - a statement's always is
+        self._sql = str(compiled)
+        self._constants = {name: bind.value for name, bind in compiled.binds.items()}
+        self._keys = {name for name, bind in compiled.binds.items() if isinstance(bind.type, Keys)}
+
+    def __str__(self) -> str:
+        return self._sql
+
+    def execute(self, session: Session, values: Mapping[str, Any]) -> CursorResult[Any]:
+        """Run it in the session's transaction; ``values`` by the names of its parameters."""
+        written = {name: _array_literal(value) if name in self._keys else value for name, value in values.items()}
+        return session.connection().exec_driver_sql(self._sql, self._constants | written)
+
+
+def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must touch exactly ``rows`` rows: zero, or one too many, is never success.
 
     Raises Inconsistent.
     """
-    result = session.execute(statement, values, execution_options={"preserve_rowcount": True})
-    touched = result.rowcount  # type: ignore[attr-defined] # a CursorResult, as every write's
+    touched = statement.execute(session, values).rowcount
     if touched != rows:
         raise Inconsistent(f"A statement touched {touched} rows instead of {rows}: {str(statement)[:60]} …")
 

@@ -42,7 +42,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, seconds_since, write
+from outbox_worker.database import Keys, Statement, seconds_since, write
 from outbox_worker.guard import relation_name
 from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason
 from outbox_worker.schema import NOTIFY_TRIGGER, Tables
@@ -101,16 +101,18 @@ class Outbox:
     def __init__(self, tables: Tables, event_types: Collection[str] | None) -> None:
         self._tables = tables
         self._event_types = None if event_types is None else sorted(event_types)
-        self._claim = _claim_statement(tables.outbox, ours=self._ours())
+        self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
         self._due = _due_statement(tables.outbox, ours=self._ours())
-        self._remove = _remove_statement(tables.outbox)
-        self._postpone = _postpone_statement(tables.outbox)
-        self._bury = _bury_statement(tables)
-        self._close_letters = _close_letters_statement(tables.dead_letters)
+        self._remove = Statement(_remove_statement(tables.outbox))
+        self._postpone = Statement(_postpone_statement(tables.outbox))
+        self._bury = Statement(_bury_statement(tables))
+        self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
         self._backlog = _backlog_statement(tables.outbox, self._ours(), self.BACKLOG_BOUND)
 
     def _ours(self) -> list[ColumnElement[bool]]:
-        return [] if self._event_types is None else [self._tables.outbox.c.event_type.in_(self._event_types)]
+        if self._event_types is None:
+            return []
+        return [self._tables.outbox.c.event_type == func.any(literal(self._event_types, ARRAY(Text)))]
 
     def claim(
         self, session: Session, limit: int, until: datetime | None = None, start: Position | None = None
@@ -121,7 +123,7 @@ class Outbox:
         """
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
-        row = session.execute(self._claim, values).one()
+        row = self._claim.execute(session, values).one()
         if row.ids is None:
             return Claim()
         types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
@@ -161,7 +163,7 @@ class Outbox:
 
     def close_letters(self, session: Session, event_ids: Column) -> None:
         """Close the open dead letters of events that are settled after all."""
-        session.execute(self._close_letters, {"event_ids": event_ids})
+        self._close_letters.execute(session, {"event_ids": event_ids})
 
     def tells_of_events(self, session: Session | Connection) -> bool:
         """Whether the option ``notify`` is in force: an enabled trigger notifies of new events."""

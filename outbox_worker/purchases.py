@@ -29,6 +29,7 @@ from sqlalchemy import (
     false,
     func,
     not_,
+    or_,
     select,
     true,
     type_coerce,
@@ -38,7 +39,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, UUID, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, write
+from outbox_worker.database import Keys, Statement, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.guard import GuardState, on_active_pair
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus
@@ -73,9 +74,9 @@ class PurchaseRepository:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._insert = lru_cache(maxsize=16)(self._build_insert)
-        self._lock = _lock_statement(tables)
-        self._look = _look_statement(tables)
-        self._mark = _mark_statement(tables)
+        self._lock = Statement(_lock_statement(tables))
+        self._look = Statement(_look_statement(tables))
+        self._mark = Statement(_mark_statement(tables))
 
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Insert the purchases of all events that nothing speaks against; return those events (``outbox.id``).
@@ -94,7 +95,7 @@ class PurchaseRepository:
         Not waiting is what keeps two workers that both hold fresh purchases from a deadlock; an event whose pair is
         taken stays in the outbox for the next look.
         """
-        rows = session.execute(self._lock, {**_keys(batch), "capacity": capacity}).all()
+        rows = self._lock.execute(session, {**_keys(batch), "capacity": capacity}).all()
         return PairLocks(
             keys=frozenset(row.key for row in rows if row.held),
             locked=frozenset(row.id for row in rows if row.held),
@@ -104,7 +105,7 @@ class PurchaseRepository:
 
     def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, Sight]:
         """Read the facts of every event of the batch, by a snapshot taken after the locks."""
-        rows = session.execute(self._look, _keys(batch))
+        rows = self._look.execute(session, _keys(batch))
         return {row.id: _sight(row, last_try=policy.is_last(batch[row.id].attempts)) for row in rows}
 
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
@@ -113,21 +114,21 @@ class PurchaseRepository:
             keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
             write(session, self._mark, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
-    def _run_insert(self, session: Session, batch: Batch, statement: Select[Any]) -> set[int]:
-        made: list[str] | None = session.scalar(statement, {**_keys(batch), "offered": len(batch)})
+    def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
+        made: list[str] | None = statement.execute(session, {**_keys(batch), "offered": len(batch)}).scalar()
         if made is None:
             return set(batch.ids)
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
         return {by_payment[payment_id] for payment_id in made}
 
-    def _build_insert(self, guard: Guard, predicate: str, *, clean: bool) -> Select[Any]:
+    def _build_insert(self, guard: Guard, predicate: str, *, clean: bool) -> Statement:
         statement = _insert_statement(self._tables, guard, clean=clean)
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         made = statement.returning(cast(self._tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
         none = cast(array([]), ARRAY(Text))
         written = func.coalesce(func.array_agg(made.c.payment_id), none)
-        return select(case((func.count() < bindparam("offered", type_=BigInteger), written)))
+        return Statement(select(case((func.count() < bindparam("offered", type_=BigInteger), written))))
 
 
 def _keys(batch: Batch) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def _mark_statement(tables: Tables) -> postgresql.Insert:
     columns = ["event_id", "event_type", "outcome", "payment_id", "processed_at", "recovered_at"]
     statement = postgresql.insert(marks).from_select(columns, source, include_defaults=False)
     new = statement.excluded
-    granted = new.outcome.in_([outcome.value for outcome in sorted(GRANTS)])
+    granted = or_(*(new.outcome == outcome.value for outcome in sorted(GRANTS)))
     return statement.on_conflict_do_update(
         index_elements=[marks.c.event_id],
         set_={
