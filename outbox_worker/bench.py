@@ -25,7 +25,7 @@ import psycopg
 from psycopg import sql
 
 from outbox_worker import embedded
-from outbox_worker.database import Database
+from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import OutboxWorkerError, Refused
 from outbox_worker.migration import VERSION_TABLE, upgrade
 from outbox_worker.rivals import FILL, drain_bare, drain_one_by_one
@@ -43,7 +43,7 @@ _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters"
 
 # what: tables in which somebody else's rows may be · lock: none · index: the catalogue's own
 _STRANGERS = """
-    SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
       AND n.nspname NOT LIKE 'pg_toast%%' AND c.relname <> %s AND obj_description(c.oid, 'pg_class') IS DISTINCT FROM %s
 """
@@ -101,13 +101,25 @@ class BenchReport:
 
 
 def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
-    """Measure, telling ``say`` of each step. Raises Refused where the benchmark's database holds somebody's tables."""
+    """Measure, telling ``say`` of each step.
+
+    Raises Refused where the benchmark's database holds somebody's tables, DatabaseUnavailable without a connection, and
+    OutboxWorkerError where the database refuses.
+    """
+    try:
+        return _run(settings, plan, say)
+    except psycopg.Error as error:
+        if error.sqlstate is None and isinstance(error, psycopg.OperationalError):
+            raise unavailable(error) from None
+        raise OutboxWorkerError(f"The database refused: {str(error).splitlines()[0]}.") from None
+
+
+def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
     with _own_database(settings, plan) as conninfo, psycopg.connect(conninfo, autocommit=True) as connection:
         runs: dict[str, list[Run]] = {"worker": [], "bare SQL": [], "one by one": []}
-        idle = _drain_by_worker(conninfo, plan)[1]
         for turn in range(plan.rounds):
             for name in list(runs) if turn % 2 else reversed(list(runs)):
-                run = _measure(connection, conninfo, plan, name, idle)
+                run = _measure(connection, conninfo, plan, name)
                 runs[name].append(run)
                 say(f"round {turn + 1} of {plan.rounds}: {name} {run.rate:,.0f} events/s")
         latencies = _measure_latencies(connection, conninfo, say) if plan.latency else {}
@@ -120,7 +132,7 @@ def _own_database(settings: Settings, plan: Plan) -> Iterator[str]:
     server = _conninfo(settings)
     with psycopg.connect(server, autocommit=True) as connection:
         own = psycopg.conninfo.make_conninfo(server, dbname=DATABASE)
-        if connection.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,)).fetchone():
+        if connection.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,)).rowcount:
             _expect_no_strangers(own)
             _drop(connection)
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
@@ -162,15 +174,16 @@ def _url(conninfo: str) -> str:
     return f"postgresql:///{name}?{urlencode(given)}"
 
 
-def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str, idle_cpu: float) -> Run:
-    """Fill the outbox and let one contestant drain it."""
+def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> Run:
+    """Fill the outbox and let one contestant drain it. A worker's CPU is counted without that of its start."""
+    idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
     _fill(connection, events)
     server, wal, client = _server_cpu(connection), _wal(connection), None
     match name:
         case "worker":
             seconds, used = _drain_by_worker(conninfo, plan)
-            client = max(0.0, used - idle_cpu)
+            client = max(0.0, used - idle)
         case "bare SQL":
             seconds = drain_bare(conninfo, plan.concurrency)
         case _:
