@@ -164,13 +164,19 @@ def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make
     assert shop.outcome_of(event) == "duplicate_payment"
 
 
-def test_a_batch_that_was_rolled_back_is_claimed_again(shop: Shop, make_processor: MakeProcessor) -> None:
+def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
+    shop: Shop, make_processor: MakeProcessor
+) -> None:
     shop.pay_many(50)
     processor = make_processor(batch_size=10)
     never_sweep(processor)
+    starts = watch_starts(processor)
     processor.process_batch()
     shop.rows("ALTER TABLE processed_events RENAME TO elsewhere")
     with pytest.raises(Exception, match="processed_events"):
         processor.process_batch()
     shop.rows("ALTER TABLE elsewhere RENAME TO processed_events")
-    assert drain_all(processor) == {Outcome.CREATED: 40}
+    assert starts[-1] is not None
+    processor.process_batch()
+    assert starts[-1] is None
+    assert drain_all(processor) == {Outcome.CREATED: 30}
