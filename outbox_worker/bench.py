@@ -164,7 +164,7 @@ def _conninfo(settings: Settings) -> str:
     directory = settings.embedded_directory
     if directory is not None:
         return psycopg.conninfo.make_conninfo(**embedded.ensure_server(directory, bin_dir=settings.embedded_bin_dir))
-    return settings.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return settings.conninfo
 
 
 def _url(conninfo: str) -> str:

@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
-from sqlalchemy.engine.interfaces import Dialect, ExceptionContext
+from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -70,9 +70,6 @@ class Keys(UserDefinedType[Column]):
 
     def get_col_spec(self, **_: object) -> str:
         return f"{self.item}[]"
-
-    def bind_processor(self, dialect: Dialect) -> Callable[[Column | None], str]:  # noqa: ARG002 - theirs
-        return _array_literal
 
 
 def _array_literal(keys: Column | None) -> str:

@@ -139,7 +139,7 @@ class Crew:
     """The worker processes. Context manager: whoever is left at the end is stopped."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
-        self._url = settings.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._url = settings.conninfo
         self._log = directory / "workers.log"
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -204,8 +204,8 @@ class Demo:
         self._crew = crew
         self._view = view
         self._begin = time.monotonic()
-        self._connection = psycopg.connect(_conninfo(settings), autocommit=True)
-        self._service = PaymentsService(_conninfo(settings), payments, SECONDS)
+        self._connection = psycopg.connect(settings.conninfo, autocommit=True)
+        self._service = PaymentsService(settings.conninfo, payments, SECONDS)
         self._damage = max(1, round(payments * DAMAGE_SHARE))
         self._seen: deque[tuple[float, int]] = deque(maxlen=8)
         self._cues = deque(
@@ -296,7 +296,3 @@ class Demo:
             f"CREATE UNIQUE INDEX CONCURRENTLY {PAIR_INDEX} ON purchases (student_id, course_id) WHERE is_active"
         )
         return "the unique index is back: the workers use it again"
-
-
-def _conninfo(settings: Settings) -> str:
-    return settings.url.set(drivername="postgresql").render_as_string(hide_password=False)

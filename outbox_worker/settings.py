@@ -257,6 +257,11 @@ class Settings(BaseSettings):
         return _driver_url(self._required_url())
 
     @property
+    def conninfo(self) -> str:
+        """The same URL as libpq takes it, password and all. Not for ``embedded:``."""
+        return self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+    @property
     def listen_url(self) -> URL | None:
         """Where to LISTEN, if that is another address."""
         return _driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
