@@ -47,8 +47,10 @@ INDEX_PLANS: Mapping[str, str] = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
 }
-"""The statistics of queue-like tables mislead the planner; where an index path is meant, only that is left to it."""
+"""The statistics of queue-like tables mislead the planner; where an index path is meant, only that is left to it, and
+the plan is made once: looking for a better one at each execution costs a small batch more than its work."""
 
 # what: parameters that end with the transaction · lock: none · safe behind a pooler
 _SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
@@ -241,7 +243,8 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
 def savepoint(session: Session) -> Iterator[None]:
     """All that is done inside stands, or none of it. Not to be nested.
 
-    The plain statements: what SQLAlchemy does around a nested transaction costs a batch as much as a statement.
+    Plain statements: what SQLAlchemy does around a nested transaction costs a batch as much as a statement. It is not
+    released: COMMIT does that, or the next one of the same name hides it.
     """
     connection = session.connection()
     connection.exec_driver_sql("SAVEPOINT attempt")
@@ -251,7 +254,6 @@ def savepoint(session: Session) -> Iterator[None]:
         if not connection.invalidated:
             connection.exec_driver_sql("ROLLBACK TO SAVEPOINT attempt")
         raise
-    connection.exec_driver_sql("RELEASE SAVEPOINT attempt")
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:

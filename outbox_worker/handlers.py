@@ -34,6 +34,8 @@ class Footing:
     guard: GuardState
     locks: PairLocks | None = None
     """The pairs already locked; None: the handler locks those it must judge."""
+    looks_at_marks: bool = True
+    """Otherwise events are taken for new, and the attempt fails by 23505 where one is marked."""
     careful: bool = False
     """Judge every event; the fast statement failed for one of them."""
 
@@ -114,7 +116,9 @@ class ConfirmedPurchases:
         if footing.guard.guard is Guard.LOCK:
             locked = footing.locks.locked if footing.locks else frozenset()
             offered = offered.only(key for key in offered.ids if key in locked)
-        return self._repository.insert_clean(session, offered, footing.guard) if offered else set()
+        if not offered:
+            return set()
+        return self._repository.insert_clean(session, offered, footing.guard, looks_at_marks=footing.looks_at_marks)
 
     def _judge(
         self, session: Session, batch: Batch, guard: GuardState, held: frozenset[int], *, may_write: bool

@@ -220,7 +220,10 @@ Verdicts = dict[int, Verdict]
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """The events of each outcome."""
+    """The events of each outcome. Mostly all share one verdict."""
+    distinct = {id(verdict): verdict for verdict in verdicts.values()}
+    if len(distinct) == 1:
+        return {verdict.outcome: list(verdicts) for verdict in distinct.values()}
     grouped: dict[Outcome, list[int]] = {}
     for key, verdict in verdicts.items():
         grouped.setdefault(verdict.outcome, []).append(key)

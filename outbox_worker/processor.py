@@ -33,6 +33,9 @@ from outbox_worker.telemetry import BatchReport, Telemetry
 MAX_SAVEPOINTS = 32
 """In one transaction; beyond 64 subtransactions PostgreSQL's look-ups spill."""
 
+BATCHES_TO_LOOK_AT = 100
+"""After a marked event was met among those taken for new: so many batches have their marks looked at first."""
+
 _UNIQUE_VIOLATION = "23505"
 _NO_ARBITER = ("42P10", "55000")
 _NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
@@ -90,6 +93,7 @@ class Processor:
         self._telemetry = telemetry
         self._policy = policy
         self._pacing = pacing
+        self._batches_to_look_at = 0
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
         """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
@@ -188,7 +192,7 @@ class Processor:
         """All in one savepoint, by the guard in force; None where an event of the batch makes that impossible."""
         try:
             if self._guard.state.guard is Guard.INDEX:
-                return self._attempt(session, batch, Footing(self._guard.state), savepoints)
+                return self._attempt_as_new(session, batch, Footing(self._guard.state), savepoints)
         except (DBAPIError, Inconsistent, OutOfOrder) as error:
             self._raise_if_no_events_fault(error)
             if sqlstate(error) not in _NO_ARBITER:
@@ -201,7 +205,7 @@ class Processor:
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
         free = batch.without(locks.contended)
         try:
-            return self._attempt(session, free, Footing(guard, locks), savepoints)
+            return self._attempt_as_new(session, free, Footing(guard, locks), savepoints)
         except (DBAPIError, Inconsistent, OutOfOrder) as error:
             self._raise_if_no_events_fault(error)
             return None
@@ -256,6 +260,18 @@ class Processor:
                 session.execute(_CHECK_DEFERRED)
         return verdicts
 
+    def _attempt_as_new(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> Verdicts:
+        """Marks are not looked at, since nearly all events come once; one that is there shows when it is written."""
+        if not self._batches_to_look_at:
+            try:
+                return self._attempt(session, batch, replace(footing, looks_at_marks=False), savepoints)
+            except DBAPIError as error:
+                if sqlstate(error) != _UNIQUE_VIOLATION:
+                    raise
+                self._batches_to_look_at = BATCHES_TO_LOOK_AT
+        self._batches_to_look_at -= 1
+        return self._attempt(session, batch, footing, savepoints)
+
     def _handle(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
         verdicts: Verdicts = {}
         for event_type, events in batch.by_type().items():
@@ -268,12 +284,14 @@ class Processor:
         keys = by_outcome(verdicts)
         retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
         for outcome, settled in keys.items():
-            self._purchases.mark(session, batch.among(settled), outcome)
+            judged = [key for key in settled if not verdicts[key].clean]
+            if new := batch.among(settled).without(set(judged)):
+                self._purchases.mark_first(session, new, outcome)
+            if judged:
+                self._purchases.mark(session, batch.among(judged), outcome)
+                self._outbox.close_letters(session, batch.among(judged).event_ids)
         if keys:
-            settled = [key for each in keys.values() for key in each]
-            self._outbox.remove(session, settled)
-            if unclean := [key for key in settled if not verdicts[key].clean]:
-                self._outbox.close_letters(session, batch.among(unclean).event_ids)
+            self._outbox.remove(session, [key for settled in keys.values() for key in settled])
         if retried:
             self._outbox.postpone(session, {key: self._later(batch[key], verdicts[key]) for key in retried})
         if dead:

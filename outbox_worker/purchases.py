@@ -76,18 +76,21 @@ class PurchaseRepository:
         self._insert = lru_cache(maxsize=16)(self._build_insert)
         self._lock = Statement(_lock_statement(tables))
         self._look = Statement(_look_statement(tables))
-        self._mark = Statement(_mark_statement(tables))
+        self._mark_first = Statement(_mark_statement(tables))
+        self._mark = Statement(_remark_statement(tables))
 
-    def insert_clean(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+    def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
         """Insert the purchases of all events that nothing speaks against; return those events (``outbox.id``).
 
         The events are of different payments; under the guard ``lock`` the caller holds the locks of all their pairs.
+        Without ``looks_at_marks`` a mark that is there is left to ``mark_first``.
         """
-        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate, clean=True))
+        statement = self._insert(guard.guard, guard.predicate, clean=True, looks_at_marks=looks_at_marks)
+        return self._run_insert(session, batch, statement)
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Insert the purchases of events that ``decide`` granted, under their pairs' locks; return those written."""
-        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate, clean=False))
+        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
         """Lock the pairs of a batch in ascending key order, without waiting, at most ``capacity`` of them.
@@ -108,11 +111,18 @@ class PurchaseRepository:
         rows = self._look.execute(session, _keys(batch))
         return {row.id: _sight(row, last_try=policy.is_last(batch[row.id].attempts)) for row in rows}
 
+    def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
+        """Mark events that have no mark yet. Raises IntegrityError (23505) where one has."""
+        self._run_mark(session, batch, outcome, self._mark_first)
+
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
         """Mark events with their final outcome. A mark is written once; only a grant rewrites it."""
+        self._run_mark(session, batch, outcome, self._mark)
+
+    def _run_mark(self, session: Session, batch: Batch, outcome: Outcome, statement: Statement) -> None:
         for event_type, events in batch.by_type().items():
             keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
-            write(session, self._mark, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
+            write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
         made: list[str] | None = statement.execute(session, {**_keys(batch), "offered": len(batch)}).scalar()
@@ -121,8 +131,11 @@ class PurchaseRepository:
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
         return {by_payment[payment_id] for payment_id in made}
 
-    def _build_insert(self, guard: Guard, predicate: str, *, clean: bool) -> Statement:
-        statement = _insert_statement(self._tables, guard, clean=clean)
+    def _build_insert(
+        self, guard: Guard, predicate: str, *, clean: bool = False, looks_at_marks: bool = False
+    ) -> Statement:
+        predicates = _nothing_speaks_against(self._tables, looks_at_marks=looks_at_marks) if clean else []
+        statement = _insert_statement(self._tables, guard, predicates)
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         made = statement.returning(cast(self._tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
@@ -147,7 +160,7 @@ def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> C
     return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
 
 
-def _insert_statement(tables: Tables, guard: Guard, *, clean: bool) -> postgresql.Insert:
+def _insert_statement(tables: Tables, guard: Guard, predicates: list[ColumnElement[bool]]) -> postgresql.Insert:
     """what: purchases of claimed events, from their payment rows, in the order every worker keeps
     lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
     guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
@@ -159,11 +172,9 @@ def _insert_statement(tables: Tables, guard: Guard, *, clean: bool) -> postgresq
         .select_from(claimed)
         .join(outbox, outbox.c.id == claimed.c.id)
         .join(payments, payments.c.id == claimed.c.payment_id)
-        .where(~exists().where(purchases.c.payment_id == payments.c.id))
+        .where(~exists().where(purchases.c.payment_id == payments.c.id), *predicates)
         .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
     )
-    if clean:
-        source = source.where(*_nothing_speaks_against(tables))
     if guard is Guard.LOCK:
         source = source.ext(distinct_on(payments.c.student_id, payments.c.course_id))
         source = source.where(~exists().where(_holds_pair(purchases, payments)))
@@ -176,15 +187,18 @@ def _granted_columns(payments: FromClause) -> list[ColumnElement[Any]]:
     return [*copied, true(), func.clock_timestamp()]
 
 
-def _nothing_speaks_against(tables: Tables) -> list[ColumnElement[bool]]:
-    """The predicates of a clean insert: rules 3 to 7 all pass, no mark is there, no dead letter is open."""
+def _nothing_speaks_against(tables: Tables, *, looks_at_marks: bool) -> list[ColumnElement[bool]]:
+    """The predicates of a clean insert: rules 3 to 7 all pass, no mark is there, no dead letter is open.
+
+    The letter's state is asked for by its event alone: an index of open letters would be read from end to end.
+    """
     outbox, payments, marks, letters = tables.outbox, tables.payments, tables.processed_events, tables.dead_letters
-    is_open = and_(letters.c.event_id == outbox.c.event_id, letters.c.state == DeadLetterState.OPEN.value)
+    state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
         cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
         *(not_(differs) for differs in payload.mismatches(outbox, payments).values()),
-        ~exists().where(marks.c.event_id == outbox.c.event_id),
-        ~exists().where(is_open),
+        *([~exists().where(marks.c.event_id == outbox.c.event_id)] if looks_at_marks else []),
+        state.is_distinct_from(DeadLetterState.OPEN.value),
     ]
 
 
@@ -271,9 +285,7 @@ def _sight(row: Row[Any], *, last_try: bool) -> Sight:
 
 
 def _mark_statement(tables: Tables) -> postgresql.Insert:
-    """what: marks of settled events; an existing mark keeps its outcome unless a purchase was granted now
-    lock: the claimed rows' (held) · index: primary key of processed_events
-    """
+    """what: marks of settled events · lock: the claimed rows' (held) · index: primary key of processed_events"""
     marks, given = tables.processed_events, bindparam("outcome", type_=Text)
     arrays = [bindparam(name, type_=Keys("uuid")) for name in ("event_ids", "payment_ids")]
     settled = func.unnest(*arrays).table_valued("event_id", "payment_id").render_derived(name="settled")
@@ -283,7 +295,14 @@ def _mark_statement(tables: Tables) -> postgresql.Insert:
         case((given == Outcome.RECOVERED.value, func.clock_timestamp())),
     )
     columns = ["event_id", "event_type", "outcome", "payment_id", "processed_at", "recovered_at"]
-    statement = postgresql.insert(marks).from_select(columns, source, include_defaults=False)
+    return postgresql.insert(marks).from_select(columns, source, include_defaults=False)
+
+
+def _remark_statement(tables: Tables) -> postgresql.Insert:
+    """what: the same; an existing mark keeps its outcome unless a purchase was granted now
+    lock: the claimed rows' (held) · index: primary key of processed_events
+    """
+    marks, statement = tables.processed_events, _mark_statement(tables)
     new = statement.excluded
     granted = or_(*(new.outcome == outcome.value for outcome in sorted(GRANTS)))
     return statement.on_conflict_do_update(

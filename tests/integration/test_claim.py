@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta
@@ -12,6 +13,7 @@ import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
 from factories import Shop, drain_all
+from psycopg import sql
 from sqlalchemy import event as listener
 from sqlalchemy import text
 
@@ -193,7 +195,7 @@ PLANNED = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 
 
 class Plans:
-    """EXPLAIN of every statement of a batch, in its own transaction, just before it runs, with its own parameters."""
+    """EXPLAIN of every statement of a batch, in its own transaction, just before it runs, prepared as psycopg does."""
 
     def __init__(self, database: Database) -> None:
         self.found: list[tuple[str, dict[str, Any]]] = []
@@ -203,9 +205,15 @@ class Plans:
     def _explain(self, _connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
         if "set_config" in statement or not statement.lstrip().startswith(PLANNED):
             return
+        names: list[str] = re.findall(r"%\((\w+)\)s", statement)
+        places = {name: f"${at}" for at, name in enumerate(dict.fromkeys(names), 1)}
+        values = sql.SQL(", ").join(sql.Literal(parameters[name]) for name in places)
+        given = sql.SQL("({})").format(values) if places else sql.SQL("")
         with cursor.connection.cursor() as own:
-            own.execute(f"EXPLAIN (FORMAT JSON) {statement}", parameters, prepare=False)
+            own.execute("PREPARE explained AS " + re.sub(r"%\((\w+)\)s", lambda found: places[found[1]], statement))
+            own.execute(sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE explained {}").format(given))
             self.found.append((statement, own.fetchone()[0][0]["Plan"]))
+            own.execute("DEALLOCATE explained")
 
     def by_kind(self) -> dict[str, list[dict[str, Any]]]:
         kinds: dict[str, list[dict[str, Any]]] = {}

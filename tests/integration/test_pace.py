@@ -11,9 +11,11 @@ import pytest
 from conftest import MakeProcessor
 from factories import Shop, drain_all, hold_pair, open_payment
 from sqlalchemy import event as listener
+from sqlalchemy import text
 
 from outbox_worker.database import Database
 from outbox_worker.model import Outcome
+from outbox_worker.processor import BATCHES_TO_LOOK_AT
 
 Connect = Callable[..., psycopg.Connection[Any]]
 
@@ -23,6 +25,7 @@ class RoundTrips:
 
     def __init__(self, database: Database) -> None:
         self.sent: list[str] = []
+        self.statements: list[str] = []
         for name in ("begin", "commit", "rollback"):
             listener.listen(database.engine, name, lambda *_, name=name: self.sent.append(name))
         listener.listen(database.engine, "before_cursor_execute", self._execute)
@@ -30,12 +33,13 @@ class RoundTrips:
     def _execute(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         words = {"set_config": "set", "SKIP LOCKED": "claim", "INTO public.purchases": "insert"}
         words |= {"INTO public.processed_events": "mark", "DELETE FROM public.outbox": "delete"}
-        words |= {"RELEASE SAVEPOINT": "release", "SAVEPOINT": "savepoint"}
+        words |= {"ROLLBACK TO": "rollback to", "SAVEPOINT": "savepoint"}
+        self.statements.append(statement)
         self.sent.append(next((name for word, name in words.items() if word in statement), statement))
 
 
 @pytest.mark.parametrize("size", [1, 10, 1000])
-def test_a_batch_takes_nine_round_trips_however_large(
+def test_a_batch_takes_eight_round_trips_however_large(
     size: int, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
     """The happy path stays in the database: four statements, set-wise; the rest is the transaction's frame."""
@@ -44,7 +48,7 @@ def test_a_batch_takes_nine_round_trips_however_large(
     trips = RoundTrips(database)
     assert processor.process_batch().outcomes() == {Outcome.CREATED: size}
     frame, work = ["begin", "set", "claim", "savepoint"], ["insert", "mark", "delete"]
-    assert trips.sent == [*frame, *work, "release", "commit"]
+    assert trips.sent == [*frame, *work, "commit"]
 
 
 def test_an_empty_look_takes_four_round_trips(database: Database, make_processor: MakeProcessor) -> None:
@@ -52,6 +56,52 @@ def test_an_empty_look_takes_four_round_trips(database: Database, make_processor
     trips = RoundTrips(database)
     assert not processor.process_batch().batch
     assert trips.sent == ["begin", "set", "claim", "commit"]
+
+
+def test_marks_are_looked_at_only_after_one_was_met(
+    shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    """Events are taken for new; where one is not, its mark speaks up when it is written, and the batch begins again."""
+    shop.pay_many(10)
+    recovered, event = shop.paid(due_in="-1 hour")
+    shop.mark(event, "created", recovered.id)
+    processor = make_processor(batch_size=2)
+    trips = RoundTrips(database)
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 1, Outcome.RECOVERED: 1}
+    assert trips.sent.count("savepoint") == 3, "as new; with a look; carefully"
+    del trips.sent[:]
+    assert drain_all(processor) == {Outcome.CREATED: 9}
+    inserts = [sent for sent in trips.statements if "INTO public.purchases" in sent]
+    assert [("public.processed_events.event_id" in sent) for sent in inserts[-5:]] == [True] * 5
+
+
+def test_after_a_hundred_batches_events_are_taken_for_new_again(
+    shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    recovered, event = shop.paid(due_in="-1 hour")
+    shop.mark(event, "created", recovered.id)
+    shop.pay_many(BATCHES_TO_LOOK_AT + 2)
+    processor = make_processor(batch_size=1)
+    trips = RoundTrips(database)
+    assert drain_all(processor) == {Outcome.RECOVERED: 1, Outcome.CREATED: BATCHES_TO_LOOK_AT + 2}
+    looked = [
+        "public.processed_events.event_id" in sent for sent in trips.statements if "INTO public.purchases" in sent
+    ]
+    assert looked.count(True) >= BATCHES_TO_LOOK_AT
+    assert looked[-1] is False
+
+
+def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, make_processor: MakeProcessor) -> None:
+    """Planning each time would cost a batch as much as a round trip."""
+    shop.pay_many(120)
+    database = make_database(connections=1)
+    processor = make_processor(batch_size=10, database=database)
+    assert drain_all(processor) == {Outcome.CREATED: 120}
+    with database.transaction() as session:
+        kept = "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement NOT LIKE '%set_config%'"
+        plans = session.execute(text(kept)).all()
+    assert sum(generic for generic, _ in plans) > 20
+    assert [custom for _, custom in plans] == [0] * len(plans)
 
 
 def test_no_row_travels_on_the_happy_path(shop: Shop, make_processor: MakeProcessor) -> None:
