@@ -12,7 +12,7 @@ import typer
 from loguru import logger
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker import __version__, console
+from outbox_worker import __version__
 from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, SettingError, classify, describe, sqlstate
 from outbox_worker.model import DeadLetterState, Guard
@@ -104,6 +104,7 @@ def migrate(
 
     Tables that exist are adopted and left as they are. Safe to repeat, and on a live database.
     """
+    from outbox_worker import console
     from outbox_worker.migration import upgrade
 
     settings, database, tables = _open(config, patient=True)
@@ -136,7 +137,7 @@ def migrate(
 @app.command()
 def status(config: Config = None, json: AsJson = False) -> None:
     """Show backlog, guard, dead letters and workers."""
-    from outbox_worker import reports
+    from outbox_worker import console, reports
     from outbox_worker.status import read_status
 
     settings, database, tables = _open(config)
@@ -156,7 +157,7 @@ def audit(config: Config = None, json: AsJson = False) -> None:
     Exit code 1 when a payment is unexplained (money taken, nothing given), or
     when the purchase of a refunded one still is active.
     """
-    from outbox_worker import reports
+    from outbox_worker import console, reports
     from outbox_worker.audit import run_audit
 
     _, database, tables = _open(config, patient=True)
@@ -182,7 +183,7 @@ def list_dead_letters(
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many, oldest first.")] = 100,
 ) -> None:
     """List dead letters, oldest first."""
-    from outbox_worker import reports
+    from outbox_worker import console, reports
     from outbox_worker.dead_letters import list_letters
     from outbox_worker.health import check_schema
 
@@ -206,7 +207,7 @@ def demo(
     OUTBOX_DATABASE_URL is ignored. Exit code 1 when a payment stayed
     unexplained or a purchase was made twice.
     """
-    from outbox_worker import reports
+    from outbox_worker import console, reports
     from outbox_worker.demo import run_demo
     from outbox_worker.demo_view import print_events, print_sentence
 
@@ -238,7 +239,7 @@ def bench(
     OUTBOX_DATABASE_URL, and drops it afterwards. The role must be allowed to
     create databases.
     """
-    from outbox_worker import reports
+    from outbox_worker import console, reports
     from outbox_worker.bench import Plan, run_bench
 
     settings = load_settings(config=config)
@@ -290,6 +291,7 @@ def _start_logging(settings: Settings) -> None:
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
     """An adopted table can lack what the worker needs; migrate does not alter it, but says so."""
+    from outbox_worker import console
     from outbox_worker.health import find_problems
 
     with database.transaction() as session:
