@@ -41,14 +41,20 @@ class GuardWatch:
         self._purchases = purchases
         self._on_change = on_change
         self._known: Guard | None = None
+        self._evidence: str | None = None
         self.state = GuardState(Guard.LOCK)
 
     def probe(self, session: Session) -> GuardState:
-        """Ask the database which guard is in force and believe it."""
-        return self._believe(probe_guard(session, self._purchases))
+        """Ask the database which guard is in force and believe it; in one query where no index has changed since."""
+        evidence = session.scalar(_EVIDENCE, {"relation": relation_name(self._purchases)})
+        if evidence != self._evidence:
+            self._believe(probe_guard(session, self._purchases))
+            self._evidence = evidence
+        return self.state
 
     def fall_back(self) -> GuardState:
         """The index just failed us (42P10, 55000): believe in the lock, and in no index path, until the next probe."""
+        self._evidence = None
         return self._believe(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
 
     def _believe(self, state: GuardState) -> GuardState:
@@ -87,6 +93,13 @@ def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
 _LOCK_TABLE_SIZE = text(
     "SELECT CAST(current_setting('max_locks_per_transaction') AS int)"
     " * (CAST(current_setting('max_connections') AS int) + CAST(current_setting('max_prepared_transactions') AS int))"
+)
+
+# what: every index of a table, in its present version · lock: none · index: the catalogue's own
+_EVIDENCE = text(
+    "SELECT concat(CAST(CAST(to_regclass(:relation) AS oid) AS text), ' ',"
+    " string_agg(concat_ws(' ', indexrelid, xmin, ctid), ' ' ORDER BY indexrelid))"
+    " FROM pg_index WHERE indrelid = to_regclass(:relation)"
 )
 
 # what: unique, valid, immediate, partial indexes over exactly the pair · lock: none · index: the catalogue's own

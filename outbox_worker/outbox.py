@@ -213,7 +213,9 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
         func.array_agg(claimed.c.lateness).label("lateness"),
     ]
     end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
-    return select(*gathered, end, cast(func.pg_current_xact_id(), Text).label("transaction_id")).select_from(claimed)
+    return select(
+        *gathered, end, cast(func.pg_current_xact_id_if_assigned(), Text).label("transaction_id")
+    ).select_from(claimed)
 
 
 def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -121,14 +121,15 @@ class Worker:
         self._stop = threading.Event()
         self._is_schema_suspect = False
         self._loops: list[ClaimLoop] = []
+        self._listens = False
         self._listener: Listener | None = None
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
-        outbox = outlast(self._start, signals, self.telemetry.trouble)
+        outbox = outlast(partial(self._start, listens=True), signals, self.telemetry.trouble)
         if outbox is not None:
             self._loops = self._make_loops(outbox)
-            self._run_loops(signals, [loop.run for loop in self._loops], outbox, listens=True)
+            self._run_loops(signals, [loop.run for loop in self._loops], outbox)
         self._database.close()
         return 0
 
@@ -145,13 +146,14 @@ class Worker:
         self._database.close()
         return 0 if all(found) else 1
 
-    def _start(self) -> Outbox:
+    def _start(self, *, listens: bool = False) -> Outbox:
         """Look before the first claim: is all there, which guard is in force, whose outbox is it."""
         with self._database.transaction() as session:
             check_schema(session, self._tables)
             guard = self._guard.probe(session).guard
             self._fleet.join(session, guard)
             event_types = claimed_types(session, self._tables, self._settings.unknown_types)
+        self._listens = listens
         self.telemetry.started(self._settings.concurrency, guard)
         return Outbox(self._tables, event_types)
 
@@ -174,20 +176,16 @@ class Worker:
             Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000),
         )
 
-    def _run_loops(
-        self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox, *, listens: bool = False
-    ) -> list[bool]:
+    def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:
         """Run the loops in threads; do the chores meanwhile. The first signal stops them after their batch; the
         second does not wait: what is not committed then is rolled back by the server."""
         threads = [_LoopThread(body, signals) for body in bodies]
         for thread in threads:
             thread.start()
         while not _all_done(threads):
-            if listens and self._listener is None:
-                self._start_listening(outbox)
+            self._do_chores(outbox)
             if signals.wait(CHORE_SECONDS):
                 break
-            self._do_chores(outbox)
         if signals.is_set():
             self.telemetry.stopping()
         self._stop.set()
@@ -200,17 +198,9 @@ class Worker:
         self.telemetry.stopped()
         return [thread.result() for thread in threads]
 
-    def _start_listening(self, outbox: Outbox) -> None:
-        """Once there is something to hear: the option ``notify`` may come while we run."""
-        try:
-            with self._database.transaction() as session:
-                is_told = outbox.tells_of_events(session)
-        except DBAPIError as error:
-            self._meet_trouble(error, CHORE_SECONDS)
-            return
-        if is_told:
-            self._listener = Listener(self._settings, self._tables, self._stop, self._ring, self._meet_trouble)
-            self._listener.start()
+    def _start_listening(self) -> None:
+        self._listener = Listener(self._settings, self._tables, self._stop, self._ring, self._meet_trouble)
+        self._listener.start()
 
     def _ring(self) -> None:
         """There is something to do: wake a loop that rests; where none does, let all look once more."""
@@ -219,12 +209,14 @@ class Worker:
             loop.wake()
 
     def _do_chores(self, outbox: Outbox, *, stopped: bool = False) -> None:
-        """Heartbeat, gauges, guard. A chore that fails is told and tried again at the next turn."""
+        """Heartbeat, gauges, guard, and whether there is something to listen to: the option ``notify`` may come while
+        we run. A chore that fails is told and tried again at the next turn."""
         try:
             if self._is_schema_suspect:
                 self._tell_schema_problems()
             with self._database.transaction() as session:
                 guard = self._guard.probe(session).guard
+                is_told = self._listens and self._listener is None and outbox.tells_of_events(session)
                 backlog = outbox.backlog(session)
                 self.telemetry.observe_backlog(
                     backlog.due, backlog.oldest_due_seconds, count_open(session, self._tables)
@@ -232,6 +224,9 @@ class Worker:
                 self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)
         except DBAPIError as error:
             self._meet_trouble(error, CHORE_SECONDS)
+            return
+        if is_told:
+            self._start_listening()
 
     def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
         self.telemetry.trouble(error, pause_seconds)

@@ -17,6 +17,7 @@ from conftest import MakeDatabase, MakeProcessor
 from factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
 from loguru import logger
 from sqlalchemy import bindparam, text
+from sqlalchemy import event as listener
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ProgrammingError
 
@@ -467,6 +468,32 @@ def test_a_predicate_that_changes_its_form_costs_one_batch(
         assert processor.watch.probe(session) == GuardState(
             Guard.INDEX, "(is_active IS TRUE)", processor.watch.state.lock_capacity
         )
+
+
+def test_a_watch_asks_once_and_then_only_whether_an_index_has_changed(
+    shop: Shop, database: Database, tables: Tables
+) -> None:
+    """Idle workers look every few seconds."""
+    watch = GuardWatch(tables.purchases, lambda _: None)
+    asked: list[str] = []
+    listener.listen(database.engine, "before_cursor_execute", lambda *event: asked.append(event[2]))
+
+    def probe() -> tuple[Guard, int]:
+        with database.transaction() as session:
+            del asked[:]
+            return watch.probe(session).guard, len(asked)
+
+    assert probe()[0] is Guard.INDEX
+    assert probe() == (Guard.INDEX, 1)
+    shop.rows(f"DROP INDEX {PAIR_INDEX}")
+    assert probe()[0] is Guard.LOCK
+    assert probe() == (Guard.LOCK, 1)
+    shop.rows(SOUND)
+    assert probe()[0] is Guard.INDEX
+    watch.fall_back()
+    assert probe()[0] is Guard.INDEX, "a belief that failed is asked about anew, whatever the catalogue says"
+    shop.rows("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'sound'::regclass")
+    assert probe()[0] is Guard.LOCK
 
 
 def test_the_watch_tells_of_the_first_state_and_of_changes_only(shop: Shop, database: Database, tables: Tables) -> None:
