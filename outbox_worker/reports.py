@@ -180,7 +180,13 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
         name: {"median_ms": statistics.median(found), "p99_ms": _percentile(found, 99), "count": len(found)}
         for name, found in report.latencies.items()
     }
-    return {"plan": report.plan, "contestants": contestants, "latency": latencies}
+    return {
+        "plan": report.plan,
+        "contestants": contestants,
+        "statements_per_batch": report.statements_per_batch,
+        "start_up_ratio": statistics.median(report.start_ups),
+        "latency": latencies,
+    }
 
 
 def print_bench(report: BenchReport) -> None:
@@ -202,6 +208,10 @@ def print_bench(report: BenchReport) -> None:
             for name, each in found["contestants"].items()
         ],
         numbers=(1, 2, 3, 4, 5),
+    )
+    console.line(
+        f"\n{found['statements_per_batch']:.1f} round trips per full batch of one loop, BEGIN and COMMIT among them; "
+        f"ready to claim after {found['start_up_ratio']:.1f} times the import of SQLAlchemy and psycopg"
     )
     if report.latencies:
         console.columns(

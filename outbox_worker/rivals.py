@@ -22,7 +22,7 @@ FILL = """
 """
 
 # what: claim, purchases, marks and removal of a thousand events in one statement; nothing is verified
-_BARE = """
+BARE = """
     WITH claimed AS MATERIALIZED (
         SELECT id, event_id, event_type, payload FROM outbox WHERE due_at <= statement_timestamp()
         ORDER BY due_at, id LIMIT 1000 FOR UPDATE SKIP LOCKED
@@ -63,7 +63,7 @@ def drain_bare(conninfo: str, connections: int) -> float:
 
 def _drain_bare(conninfo: str) -> None:
     with psycopg.connect(conninfo, autocommit=True) as connection:
-        while connection.execute(_BARE).rowcount:
+        while connection.execute(BARE).rowcount:
             pass
 
 
