@@ -15,24 +15,41 @@ SWEEP_SHARE = 0.05
 
 
 @dataclass
+class Frontier:
+    """How far the claim loops of one process have come; they share it.
+
+    A claim that begins at the first index entry walks all that were deleted since the oldest snapshot of the database,
+    and all that other loops hold. So it begins where the last one ended, while claims come back full and all of them is
+    settled. What becomes visible behind that mark (a late commit, a step back of the clock) is found by a sweep from
+    the beginning.
+    """
+
+    mark: Position | None = None
+    sweep_due: float = 0.0
+    turn: int = 0
+    """Counts returns to the beginning: a claim that was under way meanwhile does not move the mark."""
+
+    def go_back(self) -> None:
+        """Something was left behind the mark: the next claim begins at the beginning."""
+        self.mark = None
+        self.turn += 1
+
+
+@dataclass
 class Pacing:
     """The state of one claim loop between two batches.
 
     ``target_seconds`` bounds a batch in time: a producer that writes an event id again waits for our COMMIT.
-
-    A claim that begins at the first index entry walks all that were deleted since the oldest snapshot of the database.
-    So it begins where the last one ended, while claims come back full and all of them is settled. What becomes visible
-    behind that mark (a late commit, a step back of the clock) is found by a sweep from the beginning.
     """
 
     batch_size: int
     target_seconds: float
+    frontier: Frontier = field(default_factory=Frontier)
     limit: int = field(init=False)
     is_alone: bool = field(default=False, init=False)
     """The last failure was met by one event alone."""
     _passes_without_success: int = field(default=0, init=False)
-    _mark: Position | None = field(default=None, init=False)
-    _sweep_due: float = field(default=0.0, init=False)
+    _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -45,32 +62,39 @@ class Pacing:
 
     def start(self, now: float) -> Position | None:
         """Behind which event the next claim begins; None: at the beginning. ``now`` in seconds, monotonic."""
-        return None if now >= self._sweep_due else self._mark
+        self._turn = self.frontier.turn
+        return None if now >= self.frontier.sweep_due else self.frontier.mark
+
+    def claimed(self, end: Position | None) -> None:
+        """A claim came back full, with ``end`` as its last event: the next one begins there."""
+        if self._turn == self.frontier.turn:
+            self.frontier.mark = end
 
     def swept(self, began: float, now: float) -> None:
         """A look from the beginning took from ``began`` to ``now``: the next one in its share of the time."""
-        self._sweep_due = now + (now - began) * (1 / SWEEP_SHARE - 1)
+        self.frontier.sweep_due = now + (now - began) * (1 / SWEEP_SHARE - 1)
 
     def failed(self) -> None:
         """A transaction was in the way of another: half of it next time, from the beginning."""
         self.is_alone = self.limit == 1
         self.limit = max(1, self.limit // 2)
-        self._mark = None
+        self.frontier.go_back()
 
     def interrupted(self) -> None:
         """Nothing of the transaction stands: its events are where they were."""
-        self._mark = None
+        self.frontier.go_back()
 
     def made_way(self) -> None:
         """An event that waited alone was postponed."""
         self.is_alone = False
 
-    def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float, end: Position | None) -> None:
-        """A batch was committed, which took ``seconds`` from its claim on; ``end`` is the last event claimed."""
+    def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:
+        """A batch was committed, which took ``seconds`` from its claim on."""
         self.is_alone = False
         in_vain = is_full and not settled and not self.is_stuck
         self._passes_without_success = self._passes_without_success + 1 if in_vain else 0
-        self._mark = end if is_full and settled == claimed else None
+        if not is_full or settled < claimed:
+            self.frontier.go_back()
         self.limit = max(1, self.limit // 2) if self._ran_out else self._grown(claimed if is_full else 0, seconds)
         self._ran_out = False
 

@@ -120,6 +120,8 @@ class Processor:
         try:
             with self._database.transaction(**self._plans()) as session:
                 claim = self._claim(session, limit, until)
+                if len(claim.batch) >= limit:
+                    self._pacing.claimed(claim.end)
                 claimed_at = time.monotonic()
                 verdicts = self._settle(session, claim.batch, careful) if claim.batch else {}
                 result = self._commit(session, claim.transaction_id)
@@ -140,7 +142,6 @@ class Processor:
             settled=len(verdicts),
             is_full=report.is_full,
             seconds=report.seconds,
-            end=claim.end,
         )
         self._telemetry.batch_committed(report)
         return report

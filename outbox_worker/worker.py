@@ -26,7 +26,7 @@ from outbox_worker.handlers import build_handlers, claimed_types
 from outbox_worker.health import check_schema, find_problems, list_problems
 from outbox_worker.listener import Listener
 from outbox_worker.outbox import Outbox
-from outbox_worker.pacing import Pacing
+from outbox_worker.pacing import Frontier, Pacing
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import build_tables
@@ -158,12 +158,13 @@ class Worker:
         return Outbox(self._tables, event_types)
 
     def _make_loops(self, outbox: Outbox) -> list[ClaimLoop]:
+        frontier = Frontier()
         return [
-            ClaimLoop(self._processor(outbox), self._settings, self._stop, self._meet_trouble)
+            ClaimLoop(self._processor(outbox, frontier), self._settings, self._stop, self._meet_trouble)
             for _ in range(self._settings.concurrency)
         ]
 
-    def _processor(self, outbox: Outbox) -> Processor:
+    def _processor(self, outbox: Outbox, frontier: Frontier) -> Processor:
         repository, policy = PurchaseRepository(self._tables), self._settings.retry_policy
         return Processor(
             self._database,
@@ -173,7 +174,7 @@ class Worker:
             self._guard,
             self.telemetry,
             policy,
-            Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000),
+            Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier),
         )
 
     def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:

@@ -7,16 +7,21 @@ from typing import Any
 import pytest
 
 from outbox_worker.model import Position
-from outbox_worker.pacing import FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Pacing
+from outbox_worker.pacing import FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Frontier, Pacing
 
 END = Position("2026-01-01 00:00:00+00", 1000)
 LATER = Position("2026-01-01 00:00:01+00", 2000)
 
 
 def committed(pacing: Pacing, **changes: Any) -> None:
-    """A full batch that was settled at once, but for the changes."""
+    """A full batch that was claimed and settled at once, but for the changes."""
     full = {"claimed": pacing.limit, "settled": pacing.limit, "is_full": True, "seconds": 0.02, "end": END}
-    pacing.committed(**full | changes)
+    given = full | changes
+    pacing.start(0.0)
+    end = given.pop("end")
+    if given["is_full"]:
+        pacing.claimed(end)
+    pacing.committed(**given)
 
 
 # --- from where
@@ -49,6 +54,29 @@ def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> 
     committed(pacing)
     committed(pacing, **changes)
     assert pacing.start(1.0) is None
+
+
+def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
+    """Otherwise each walks over all that the others hold."""
+    frontier = Frontier(sweep_due=float("inf"))
+    one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
+    one.claimed(END)
+    assert other.start(0.0) == END
+    other.claimed(LATER)
+    assert one.start(0.0) == LATER
+
+
+def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_it() -> None:
+    frontier = Frontier(sweep_due=float("inf"))
+    one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
+    one.start(0.0)
+    one.claimed(END)
+    other.start(0.0)
+    one.interrupted()
+    other.claimed(LATER)
+    assert other.start(0.0) is None
+    other.claimed(LATER)
+    assert one.start(0.0) == LATER
 
 
 @pytest.mark.parametrize("what", ["failed", "interrupted"])
