@@ -8,6 +8,9 @@ from datetime import timedelta
 
 from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, PaymentStatus, Reason, Verdict
 
+CRASHES_MAX = 3
+"""Processes that an event may kill, alone, before it is buried."""
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -24,6 +27,8 @@ class RetryPolicy:
 
 def decide(facts: Facts) -> Verdict:  # noqa: PLR0911 - one return per rule is the table
     """Judge a confirmed purchase. The numbers are the rules of docs/state-machine.md; the first that holds wins."""
+    if facts.crashes >= CRASHES_MAX:
+        return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died of it")
     if not facts.handled:  # 1
         return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type")
     if facts.payment_id is None:  # 2

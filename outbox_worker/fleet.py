@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, Table, delete, func, select
+from sqlalchemy import Select, Table, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,10 @@ from outbox_worker.schema import Tables
 
 KEPT = timedelta(days=1)
 """How long the row of a process that is gone stays visible."""
+
+
+SILENT_AFTER_SECONDS = 30.0
+"""A worker that has not been heard of for so long, and has not said good-bye, is taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,21 @@ class Fleet:
         session.execute(delete(workers).where(last_seen < func.clock_timestamp() - KEPT))
         self.beat(session, guard, {})
 
+    def succeed(self, session: Session) -> bool:
+        """Take the place of one worker that died and that nobody has succeeded yet; False where there is none.
+
+        Dead is who said no good-bye and is silent, or was on this host under a process id that is gone.
+        """
+        workers = self._workers
+        fallen = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
+        columns = workers.c.id, workers.c.host, workers.c.pid, seconds_since(workers.c.seen_at)
+        for key, host, pid, seconds in session.execute(select(*columns).where(*fallen)).all():
+            if seconds > SILENT_AFTER_SECONDS or (host == socket.gethostname() and not _is_running(pid)):
+                taken = update(workers).where(workers.c.id == key, *fallen).values(succeeded_at=func.clock_timestamp())
+                if session.scalar(taken.returning(workers.c.id)):
+                    return True
+        return False
+
     def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
         """Say that we live, and what we have counted; ``stopped``: for the last time."""
         now = func.clock_timestamp()
@@ -65,6 +84,17 @@ class Fleet:
         session.execute(
             row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=_by_column(self._workers, said))
         )
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process of this host has the id; ours was given to us, so its owner before is gone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def _by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:

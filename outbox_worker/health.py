@@ -101,10 +101,12 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
     ]
 
 
-def find_misfits(session: Session, tables: Tables) -> list[Problem]:
-    """What the tables that exist lack, whoever asks: columns, types, defaults, unique keys."""
+def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[Problem]:
+    """What the tables that exist (``of_others``: the adopted ones) lack, whoever asks: columns, types, defaults, unique
+    keys."""
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
-    return list(_misfits(session, tables, present))
+    looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
+    return list(_misfits(session, tables, looked_at))
 
 
 def list_problems(problems: Sequence[Problem]) -> str:

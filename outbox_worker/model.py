@@ -45,6 +45,7 @@ class Reason(StrEnum):
     PAYMENT_MISMATCH = "payment_mismatch"
     PAYMENT_NOT_SUCCEEDED = "payment_not_succeeded"
     REJECTED_BY_DATABASE = "rejected_by_database"
+    CRASHED_WORKER = "crashed_worker"
 
 
 CONTRADICTIONS = frozenset({Reason.PAYMENT_MISMATCH, Reason.EVENT_ID_REUSED})
@@ -189,6 +190,8 @@ class Mark(NamedTuple):
 class Facts:
     """All that ``decide`` may look at, read in one statement while the event and its pair are locked."""
 
+    crashes: int = 0
+    """Processes that died while they had the event alone."""
     handled: bool = True
     payment_id: UUID | None = None
     mark: Mark | None = None
@@ -245,6 +248,17 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("event_id", "event_type", "payload", "headers", "created_at", "payment_id", "attempts"),
         *("reason", "detail", "dead_at", "state", "resolved_at", "actor", "note"),
     ),
-    "workers": ("id", "host", "pid", "version", "started_at", "seen_at", "stopped_at", "guard", "metrics"),
+    "workers": (
+        "id",
+        "host",
+        "pid",
+        "version",
+        "started_at",
+        "seen_at",
+        "stopped_at",
+        "guard",
+        "metrics",
+        "succeeded_at",
+    ),
 }
 """Tables and columns by the names that code and docs use; settings map them to the names of the user's database."""

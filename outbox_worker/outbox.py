@@ -6,7 +6,7 @@ outbox holds only what is still owed. Every function takes the session first; th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy import (
     Delete,
     FromClause,
     Interval,
+    Row,
     Select,
     Table,
     Text,
@@ -69,6 +70,19 @@ class Claim:
     """For ``pg_xact_status``, should the answer to COMMIT be lost."""
     end: Position | None = None
     """The last of them."""
+    suspects: Sequence[int] = ()
+    """Those of them that a process died of before: they are taken alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accused:
+    """An event to be taken alone. Its crash is written down before the work, and crossed out by ``claim_accused``."""
+
+    id: int
+    crashes: int
+    """How many processes died of it before."""
+    due_at: str
+    """As PostgreSQL writes it; meanwhile the event is due later, so that nobody else takes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,10 @@ class Outbox:
         self._tables = tables
         self._event_types = None if event_types is None else sorted(event_types)
         self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
+        self._claim_accused = Statement(_claim_accused_statement(tables.outbox))
+        self._accuse_first = Statement(_accuse_statement(tables.outbox, self._ours()))
+        self._accuse = Statement(_accuse_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)]))
+        self._acquit = Statement(_acquit_statement(tables.outbox))
         self._due = _due_statement(tables.outbox, ours=self._ours())
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
@@ -123,13 +141,27 @@ class Outbox:
         """
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
-        row = self._claim.execute(session, values).one()
-        if row.ids is None:
-            return Claim()
-        types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
-        payment_ids = payload.usable_payment_ids(row.candidates)
-        batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness)
-        return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]))
+        return _claim_of(self._claim.execute(session, values).one())
+
+    def accuse(self, session: Session, key: int | None, until: datetime | None, delay: timedelta) -> Accused | None:
+        """Write down a crash of one due event, ``key`` or the first that nobody holds, and make it due later.
+
+        To be committed before the event is worked on: should it kill the process, the next one knows, after ``delay``.
+        """
+        values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
+        statement = self._accuse_first if key is None else self._accuse
+        row = statement.execute(session, values).one_or_none()
+        return None if row is None else Accused(row.id, row.crashes, row.due_at)
+
+    def claim_accused(self, session: Session, accused: Accused) -> Claim:
+        """Lock the event again, waiting for whoever holds it, and cross the crash out, which a crash would undo.
+
+        Empty where the event is gone.
+        """
+        claim = _claim_of(self._claim_accused.execute(session, {"id": accused.id}).one())
+        if claim.batch:
+            write(session, self._acquit, {"id": accused.id, "due_at": accused.due_at}, 1)
+        return claim
 
     def has_due(self, session: Session, until: datetime) -> bool:
         """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
@@ -176,32 +208,58 @@ class Outbox:
         return Backlog(due, waiting, oldest or 0.0)
 
 
+def _claim_of(row: Row[Any]) -> Claim:
+    if row.ids is None:
+        return Claim()
+    types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
+    payment_ids = payload.usable_payment_ids(row.candidates)
+    batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness)
+    return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.suspects or ())
+
+
 def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
     """what: due events behind a place, oldest first, with the keys that their settling needs, as one row of arrays
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
-    due_by = func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
     start = tuple_(
         func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT),
         func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID),
     )
-    claimed = (
-        select(
-            outbox.c.id,
-            outbox.c.event_id,
-            func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
-            payload.payment_id_candidate(outbox).label("candidate"),
-            outbox.c.attempts,
-            seconds_since(outbox.c.due_at).label("lateness"),
-            outbox.c.due_at.label("due_at"),
-        )
-        .where(outbox.c.due_at <= due_by, tuple_(outbox.c.due_at, outbox.c.id) > start, *ours)
+    return _gathered(
+        _keys(outbox)
+        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(bindparam("limit", type_=BigInteger))
         .with_for_update(skip_locked=True)
-        .cte("claimed")
-        .prefix_with("MATERIALIZED")
     )
+
+
+def _claim_accused_statement(outbox: Table) -> Select[Any]:
+    """what: the keys of one event, as a claim returns them · lock: FOR UPDATE, waited for · index: primary key"""
+    return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
+
+
+def _due_by() -> ColumnElement[Any]:
+    return func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
+
+
+def _keys(outbox: Table) -> Select[Any]:
+    """What settling needs to know of each event."""
+    return select(
+        outbox.c.id,
+        outbox.c.event_id,
+        func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
+        payload.payment_id_candidate(outbox).label("candidate"),
+        outbox.c.attempts,
+        outbox.c.crashes,
+        seconds_since(outbox.c.due_at).label("lateness"),
+        outbox.c.due_at.label("due_at"),
+    )
+
+
+def _gathered(keys: Select[Any]) -> Select[Any]:
+    """Locked rows as one row of arrays."""
+    claimed = keys.cte("claimed").prefix_with("MATERIALIZED")
     first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
     one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
     gathered: list[ColumnElement[Any]] = [
@@ -211,6 +269,7 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
         _text_of_all(claimed.c.candidate).label("candidates"),
         _text_of_all(claimed.c.attempts).label("attempts"),
         func.array_agg(claimed.c.lateness).label("lateness"),
+        func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("suspects"),
     ]
     end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
     return select(
@@ -221,6 +280,30 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
 def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
     """The array of a column's values as one text: nobody may ask for a single one."""
     return cast(func.array_agg(column), Text)
+
+
+def _accuse_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
+    """what: one more crash of the first due event, which is due later from now on
+    lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key where ``ours`` names the event
+    """
+    first = (
+        select(outbox.c.id, outbox.c.crashes, cast(outbox.c.due_at, Text).label("due_at"))
+        .where(outbox.c.due_at <= _due_by(), *ours)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .cte("first")
+        .prefix_with("MATERIALIZED")
+    )
+    later = func.clock_timestamp() + bindparam("delay", type_=Interval())
+    accused = update(outbox).where(outbox.c.id == first.c.id).values(crashes=first.c.crashes + 1, due_at=later)
+    return accused.returning(outbox.c.id, first.c.crashes, first.c.due_at)
+
+
+def _acquit_statement(outbox: Table) -> Update:
+    """what: an event as it was before it was accused, without any crash · lock: held · index: primary key"""
+    given = cast(bindparam("due_at", type_=Text), DateTime(timezone=True))
+    return update(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).values(crashes=0, due_at=given)
 
 
 def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:

@@ -20,12 +20,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database import INDEX_PLANS, Database, repeat, savepoint
-from outbox_worker.decision import RetryPolicy, refused, retry_delay
+from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide, refused, retry_delay
 from outbox_worker.errors import CommitLost, Failure, Inconsistent, classify, describe, sqlstate
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
-from outbox_worker.model import GRANTS, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
-from outbox_worker.outbox import Claim, Outbox, Postponement
+from outbox_worker.model import GRANTS, Batch, Event, Facts, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
+from outbox_worker.outbox import Accused, Claim, Outbox, Postponement
 from outbox_worker.pacing import Pacing
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.telemetry import BatchReport, Telemetry
@@ -94,12 +94,41 @@ class Processor:
         self._policy = policy
         self._pacing = pacing
         self._batches_to_look_at = 0
+        self._carefully = 0
+        self._suspects: list[int] = []
+        self._accused: Accused | None = None
+
+    def go_carefully(self, events: int) -> None:
+        """A worker died, and nobody knows of what: take so many events one by one, each written down before."""
+        self._carefully = events
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
         """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
 
         Raises what the database raises when it is in trouble; then nothing was changed and no event charged.
         """
+        if self._accused or self._suspects or self._carefully:
+            return self._process_alone(until)
+        return self._process(until)
+
+    def _process_alone(self, until: datetime | None) -> BatchReport:
+        """One event by itself. Its crash is committed before the work, and crossed out with it.
+
+        What fails otherwise is no crash: the event stays accused, and its work is done again by the next call.
+        """
+        if self._accused is None:
+            key = self._suspects.pop() if self._suspects else None
+            with self._database.transaction(**self._plans()) as session:
+                self._accused = self._outbox.accuse(session, key, until, self._policy.base)
+            if self._accused is None:
+                self._carefully = 0 if key is None else self._carefully
+                return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
+            self._carefully = max(0, self._carefully - 1)
+        report = self._process(until)
+        self._accused = None
+        return report
+
+    def _process(self, until: datetime | None) -> BatchReport:
         attempts = self._pacing.batch_size.bit_length() + 2
         try:
             return repeat(partial(self._try, until, False), attempts=attempts)
@@ -108,7 +137,8 @@ class Processor:
 
     def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
         try:
-            return self._make_way(until) if failed and self._pacing.is_alone else self._transact(until, careful)
+            makes_way = failed and self._pacing.is_alone and self._accused is None
+            return self._make_way(until) if makes_way else self._transact(until, careful)
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
                 self._pacing.failed()
@@ -116,14 +146,14 @@ class Processor:
 
     def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
         """One transaction: claim, settle, commit."""
-        claim, limit = Claim(), self._claim_size()
+        claim, limit, accused = Claim(), self._claim_size(), self._accused
         try:
             with self._database.transaction(**self._plans()) as session:
-                claim = self._claim(session, limit, until)
-                if len(claim.batch) >= limit:
+                claim = self._outbox.claim_accused(session, accused) if accused else self._claim(session, limit, until)
+                if len(claim.batch) >= limit and not accused:
                     self._pacing.claimed(claim.end)
                 claimed_at = time.monotonic()
-                verdicts = self._settle(session, claim.batch, careful) if claim.batch else {}
+                verdicts = self._settle(session, claim, careful) if claim.batch else {}
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
@@ -132,17 +162,16 @@ class Processor:
         report = BatchReport(
             batch=claim.batch,
             verdicts=verdicts,
-            limit=limit,
+            limit=1 if accused else limit,
             guard=self._guard.state.guard,
             seconds=time.monotonic() - claimed_at,
             transaction=result,
         )
-        self._pacing.committed(
-            claimed=len(claim.batch),
-            settled=len(verdicts),
-            is_full=report.is_full,
-            seconds=report.seconds,
-        )
+        if not accused:
+            self._suspects += claim.suspects
+            self._pacing.committed(
+                claimed=len(claim.batch), settled=len(verdicts), is_full=report.is_full, seconds=report.seconds
+            )
         self._telemetry.batch_committed(report)
         return report
 
@@ -181,13 +210,21 @@ class Processor:
             raise
         return "commit"
 
-    def _settle(self, session: Session, batch: Batch, careful: bool) -> Verdicts:
-        if self._pacing.is_stuck:
+    def _settle(self, session: Session, claim: Claim, careful: bool) -> Verdicts:
+        accused = self._accused
+        batch = claim.batch if accused else claim.batch.without(claim.suspects)
+        if accused and accused.crashes >= CRASHES_MAX:
+            verdicts = dict.fromkeys(batch, decide(Facts(crashes=accused.crashes)))
+            self._record(session, batch, verdicts)
+            return verdicts
+        if not batch:
+            return {}
+        if self._pacing.is_stuck and not accused:
             self._outbox.postpone(session, {key: self._uncharged() for key in batch})
             return {}
         savepoints = _Savepoints(session)
-        verdicts = None if careful else self._settle_fast(session, batch, savepoints)
-        return self._settle_carefully(session, batch, savepoints) if verdicts is None else verdicts
+        settled = None if careful else self._settle_fast(session, batch, savepoints)
+        return self._settle_carefully(session, batch, savepoints) if settled is None else settled
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | None:
         """All in one savepoint, by the guard in force; None where an event of the batch makes that impossible."""

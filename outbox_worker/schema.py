@@ -211,4 +211,5 @@ def _workers(b: _Builder) -> Table:
         b.column("stopped_at", _TIME, nullable=True),
         b.column("guard", Text),
         b.column("metrics", JSONB, server_default=text("'{}'")),
+        b.column("succeeded_at", _TIME, nullable=True),
     )

@@ -12,16 +12,13 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database import Database
 from outbox_worker.dead_letters import count_open
-from outbox_worker.fleet import WorkerRow, list_workers
+from outbox_worker.fleet import SILENT_AFTER_SECONDS, WorkerRow, list_workers
 from outbox_worker.guard import pair_indexes, probe_guard, relation_name
 from outbox_worker.handlers import UnknownTypes, claimed_types
 from outbox_worker.health import READING, check_schema
 from outbox_worker.model import Guard
 from outbox_worker.outbox import Backlog, Outbox
 from outbox_worker.schema import Tables
-
-SILENT_AFTER_SECONDS = 30.0
-"""A worker that has not been heard of for so long, and has not said good-bye, is taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)

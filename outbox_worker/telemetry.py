@@ -153,6 +153,12 @@ class Telemetry:
             "ready; {} claim loop(s)", concurrency
         )
 
+    def going_carefully(self, events: int) -> None:
+        """A worker before us died: what it had in hand may have killed it."""
+        logger.bind(event="going_carefully", events=events).warning(
+            "a worker before this one died; its events are taken one by one, in case one of them killed it"
+        )
+
     def stopping(self) -> None:
         """A signal came."""
         logger.bind(event="worker_stopping").info("stopping after the current batch")

@@ -122,6 +122,7 @@ class Worker:
         self._is_schema_suspect = False
         self._loops: list[ClaimLoop] = []
         self._listens = False
+        self._goes_carefully = False
         self._listener: Listener | None = None
 
     def run(self, signals: Signals) -> int:
@@ -151,10 +152,13 @@ class Worker:
         with self._database.transaction() as session:
             check_schema(session, self._tables)
             guard = self._guard.probe(session).guard
+            self._goes_carefully = self._fleet.succeed(session)
             self._fleet.join(session, guard)
             event_types = claimed_types(session, self._tables, self._settings.unknown_types)
         self._listens = listens
         self.telemetry.started(self._settings.concurrency, guard)
+        if self._goes_carefully:
+            self.telemetry.going_carefully(self._settings.batch_size)
         return Outbox(self._tables, event_types)
 
     def _make_loops(self, outbox: Outbox) -> list[ClaimLoop]:
@@ -166,7 +170,7 @@ class Worker:
 
     def _processor(self, outbox: Outbox, frontier: Frontier) -> Processor:
         repository, policy = PurchaseRepository(self._tables), self._settings.retry_policy
-        return Processor(
+        processor = Processor(
             self._database,
             outbox,
             repository,
@@ -176,6 +180,9 @@ class Worker:
             policy,
             Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier),
         )
+        if self._goes_carefully:
+            processor.go_carefully(self._settings.batch_size)
+        return processor
 
     def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:
         """Run the loops in threads; do the chores meanwhile. The first signal stops them after their batch; the

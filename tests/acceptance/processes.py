@@ -213,8 +213,21 @@ class Process:
 @contextmanager
 def start(*arguments: str, url: str | None = None, **settings: object) -> Iterator[Process]:
     """Start ``outbox-worker ARGUMENTS``; whatever is left of it at the end is killed."""
+    with _start([sys.executable, "-m", "outbox_worker", *arguments], url, settings) as process:
+        yield process
+
+
+@contextmanager
+def start_script(script: str, *arguments: str, url: str, **settings: object) -> Iterator[Process]:
+    """The same for a Python script."""
+    with _start([sys.executable, "-c", script, *arguments], url, settings) as process:
+        yield process
+
+
+@contextmanager
+def _start(command: list[str], url: str | None, settings: Mapping[str, object]) -> Iterator[Process]:
     popen = subprocess.Popen(
-        [sys.executable, "-m", "outbox_worker", *arguments],
+        command,
         env=environment(url, settings),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
