@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psycopg
 import tenacity
 from sqlalchemy import (
+    URL,
     ClauseElement,
     ColumnElement,
     CursorResult,
@@ -32,6 +32,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import UserDefinedType
 
 from outbox_worker import embedded
+from outbox_worker.deadline import GRACE_SECONDS, BoundedConnection, bounded
 from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, SettingError, classify
 from outbox_worker.model import Column
 from outbox_worker.settings import Settings
@@ -94,13 +95,13 @@ class Stop(Protocol):
 class Database:
     """One database: an engine, and transactions whose limits are set inside them (safe behind a pooler).
 
-    ``deadline_seconds`` bounds a connection attempt and every statement; None: statements may take their time
-    (migrate, audit).
+    ``deadline_seconds`` bounds a connection attempt, every statement and every answer; None: statements may take their
+    time (migrate, audit).
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
         self._deadline_seconds = deadline_seconds
-        self.engine = _create_engine(settings, connections, deadline_seconds or settings.database_deadline_seconds)
+        self.engine = _create_engine(settings, connections, deadline_seconds)
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:
@@ -296,12 +297,16 @@ def write(session: Session, statement: Statement, values: Mapping[str, Any], row
 
 def connect_directly(settings: Settings) -> psycopg.Connection:
     """An autocommit connection past any pooler, for LISTEN. Raises psycopg.OperationalError."""
-    arguments = _connect_arguments(settings.database_deadline_seconds) | {"autocommit": True}
-    url = settings.listen_url
+    where = _where(settings, settings.listen_url)
+    return psycopg.connect(**{**where, **_connect_arguments(settings.database_deadline_seconds), "autocommit": True})
+
+
+def _where(settings: Settings, url: URL | None = None) -> dict[str, Any]:
+    """The address, as psycopg takes it. Whoever finds the embedded server gone starts it again."""
     if url is None and settings.embedded_directory is not None:
-        return _connect_embedded(settings.embedded_directory, settings.embedded_bin_dir, arguments)
+        return embedded.ensure_server(settings.embedded_directory, bin_dir=settings.embedded_bin_dir)
     given: dict[str, Any] = PGDialect_psycopg().create_connect_args(url or settings.url)[1]  # type: ignore[no-untyped-call]
-    return psycopg.connect(**{**given, **arguments})
+    return given
 
 
 def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
@@ -314,30 +319,26 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
     }
 
 
-def _create_engine(settings: Settings, connections: int, deadline_seconds: float) -> Engine:
-    options: dict[str, Any] = {
-        "pool_size": connections,
-        "max_overflow": 1,
-        "pool_timeout": deadline_seconds,
-        "pool_use_lifo": True,
-        "isolation_level": "READ COMMITTED",
-        "hide_parameters": True,
-    }
-    arguments = _connect_arguments(deadline_seconds)
-    directory = settings.embedded_directory
-    if directory is None:
-        engine = create_engine(settings.url, connect_args=arguments, **options)
-    else:
-        connect = partial(_connect_embedded, directory, settings.embedded_bin_dir, arguments)
-        engine = create_engine("postgresql+psycopg://", creator=connect, **options)
+def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnection:
+    """A connection of the pool, cut when an answer takes longer than that; None: statements may take their time."""
+    arguments = _connect_arguments(answer_seconds or settings.database_deadline_seconds)
+    connection = BoundedConnection.connect(**{**_where(settings), **arguments})
+    return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
+
+
+def _create_engine(settings: Settings, connections: int, deadline_seconds: float | None) -> Engine:
+    engine = create_engine(
+        "postgresql+psycopg://",
+        creator=partial(_connect, settings, deadline_seconds),
+        pool_size=connections,
+        max_overflow=1,
+        pool_timeout=deadline_seconds or settings.database_deadline_seconds,
+        pool_use_lifo=True,
+        isolation_level="READ COMMITTED",
+        hide_parameters=True,
+    )
     event.listen(engine, "handle_error", _drop_lost_connections)
     return engine
-
-
-def _connect_embedded(directory: Path, binaries: Path | None, arguments: Mapping[str, Any]) -> psycopg.Connection:
-    """Every new connection makes sure of the server first: whoever finds it gone starts it again."""
-    where = embedded.ensure_server(directory, bin_dir=binaries)
-    return psycopg.connect(**{**arguments, **where})
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:

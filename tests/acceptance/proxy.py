@@ -1,0 +1,139 @@
+"""A TCP proxy before a PostgreSQL: cuts a connection just before or after COMMIT, or swallows what it should pass on.
+
+What it swallows it has acknowledged: that is the middlebox which neither keepalives nor ``tcp_user_timeout`` see.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import make_url
+
+_COMMIT = b"COMMIT\x00"
+_SAVEPOINT = b"SAVEPOINT attempt"
+"""As they are sent at first; later on prepared ones have a name only."""
+
+
+@dataclass(eq=False)
+class _Line:
+    """One connection through the proxy."""
+
+    client: socket.socket
+    server: socket.socket
+    swallows: frozenset[str] = frozenset()
+    dies_at_reply: bool = False
+    is_at_work: bool = False
+    """Something was claimed: a savepoint was set."""
+
+    def cut(self) -> None:
+        for end in (self.client, self.server):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Proxy:
+    """Forwards every connection to the server of ``target``; ``url`` is the way through it."""
+
+    target: str
+    lines: list[_Line] = field(default_factory=list)
+    cuts: int = 0
+    """How many COMMITs were cut off."""
+    mute: bool = False
+    """New connections are accepted, and nothing more."""
+    _plan: Literal["before", "after"] | None = None
+
+    def __post_init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads: list[threading.Thread] = []
+        self._spawn(self._accept)
+
+    @property
+    def url(self) -> str:
+        given = make_url(self.target)
+        query = {"sslmode": "disable", "gssencmode": "disable"}
+        here = given.set(host="127.0.0.1", port=self._listener.getsockname()[1], query=query)
+        return here.render_as_string(hide_password=False)
+
+    def cut_next_commit(self, when: Literal["before", "after"]) -> None:
+        """The next COMMIT of a batch: not passed on; or carried out, and its answer not passed on."""
+        self._plan = when
+
+    def swallow(self, *what: Literal["requests", "replies"]) -> None:
+        """On the connections that there are: acknowledge and forget. New ones are served."""
+        for line in self.lines:
+            line.swallows = frozenset(what)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for line in self.lines:
+            line.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for line in self.lines:
+            line.client.close()
+            line.server.close()
+
+    def _spawn(self, body: object, *arguments: object) -> None:
+        thread = threading.Thread(target=body, args=arguments, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                line = _Line(client, self._dial(), frozenset({"requests"} if self.mute else ()))
+                self.lines.append(line)
+                self._spawn(self._pass_requests, line)
+                self._spawn(self._pass_replies, line)
+
+    def _dial(self) -> socket.socket:
+        given = make_url(self.target)
+        host, port = given.host or given.query.get("host"), given.port or given.query.get("port") or 5432
+        if str(host).startswith("/"):
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(str(Path(str(host)) / f".s.PGSQL.{port}"))
+            return server
+        return socket.create_connection((str(host), int(str(port))))
+
+    def _pass_requests(self, line: _Line) -> None:
+        with suppress(OSError):
+            while data := line.client.recv(65536):
+                if "requests" in line.swallows:
+                    continue
+                line.is_at_work = line.is_at_work or _SAVEPOINT in data
+                if _COMMIT in data and self._plan is not None and line.is_at_work:
+                    plan, self._plan = self._plan, None
+                    self.cuts += 1
+                    if plan == "before":
+                        break
+                    line.dies_at_reply = True
+                line.server.sendall(data)
+        line.cut()
+
+    def _pass_replies(self, line: _Line) -> None:
+        with suppress(OSError):
+            while data := line.server.recv(65536):
+                if line.dies_at_reply:
+                    break
+                if "replies" not in line.swallows:
+                    line.client.sendall(data)
+        line.cut()
+
+
+@contextmanager
+def proxied(url: str) -> Iterator[Proxy]:
+    proxy = Proxy(url)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
