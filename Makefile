@@ -49,6 +49,10 @@ dead-letters: $(VENV)/run ## List the events that wait for a person
 bench: $(VENV)/run ## Measure this machine and database beside the bare SQL
 	@$(DATABASE) exec $(BIN)/outbox-worker bench $(ARGS)
 
+.PHONY: bench-long
+bench-long: $(VENV)/run ## Measure loops, full tables, a held horizon, idle workers (an hour)
+	@$(DATABASE) exec $(BIN)/python benchmarks/long.py $(ARGS)
+
 .PHONY: psql
 psql: $(VENV)/run ## Open psql on the private PostgreSQL (ARGS="-c 'select 1'")
 	@$(DATABASE) exec $(BIN)/outbox-worker psql -- $(ARGS)

@@ -1,6 +1,6 @@
 """The long figures of docs/performance.md: python benchmarks/long.py SCENE [SCENE ...]; URL in OUTBOX_DATABASE_URL.
 
-Everything happens in the benchmark's own database. Scenes: loops, history, backlog, horizon, idle.
+Everything happens in the benchmark's own database. Scenes: loops, history, backlog, horizon, pages, idle.
 """
 
 from __future__ import annotations
@@ -221,6 +221,24 @@ def produce(connection: psycopg.Connection[Any], per_second: int, seconds: float
         time.sleep(max(0.0, 0.1 - (time.monotonic() - begin)))
 
 
+def pages() -> None:
+    """What random keys cost: WAL per event when each page is touched first after a checkpoint, and later."""
+    with database() as (connection, conninfo):
+        fill(connection, HISTORY // 5, _HISTORY)
+        for turn in range(4):
+            fill(connection, EVENTS)
+            if turn in (0, 3):
+                connection.execute("CHECKPOINT")
+            before = bench.wal_bytes(connection)
+            worker = Worker(conninfo, "--drain")
+            worker.wait()
+            made, _ = worker.settled()
+            each = (bench.wal_bytes(connection) - before) / made
+            print(
+                f"   round {turn + 1}{' after a checkpoint' if turn in (0, 3) else ''}: {each:,.0f} B of WAL per event"
+            )
+
+
 def idle() -> None:
     """Server CPU of forty workers that have nothing to do."""
     with database() as (connection, conninfo):
@@ -236,7 +254,7 @@ def idle() -> None:
         print(f"   {IDLE_WORKERS} idle workers: {(after - before) / (end - begin):.1%} of one core of the server")
 
 
-SCENES = {scene.__name__: scene for scene in (loops, history, backlog, horizon, idle)}
+SCENES = {scene.__name__: scene for scene in (loops, history, backlog, horizon, pages, idle)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or SCENES:

@@ -15,8 +15,11 @@ from sqlalchemy import (
     ClauseElement,
     ColumnElement,
     CursorResult,
+    DateTime,
     Engine,
     Float,
+    Text,
+    bindparam,
     case,
     cast,
     create_engine,
@@ -34,7 +37,7 @@ from sqlalchemy.types import UserDefinedType
 from outbox_worker import embedded
 from outbox_worker.deadline import GRACE_SECONDS, BoundedConnection, bounded
 from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, SettingError, classify
-from outbox_worker.model import Column
+from outbox_worker.model import Batch, Column, Window
 from outbox_worker.settings import Settings
 
 T = TypeVar("T")
@@ -257,6 +260,21 @@ def savepoint(session: Session) -> Iterator[None]:
         raise
 
 
+def within(moment: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Inside the window of a batch: parameters ``window_first`` and ``window_last``.
+
+    What names an event by its id names its window, too. Of a queue that was empty when its statistics were gathered
+    the planner believes that every index finds one row: it may look an id up in the index ``(due_at, id)``, end to end.
+    """
+    first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in Window._fields)
+    return moment.between(first, last)
+
+
+def window_of(batch: Batch) -> dict[str, str]:
+    """The values of the parameters of ``within``."""
+    return {f"window_{end}": moment for end, moment in batch.window._asdict().items()}
+
+
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
     """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too. NULL of NULL."""
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
@@ -323,6 +341,8 @@ def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnect
     """A connection of the pool, cut when an answer takes longer than that; None: statements may take their time."""
     arguments = _connect_arguments(answer_seconds or settings.database_deadline_seconds)
     connection = BoundedConnection.connect(**{**_where(settings), **arguments})
+    if settings.pooler == "transaction":
+        connection.prepare_threshold = None  # the next transaction may meet another backend
     return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
 
 

@@ -93,6 +93,15 @@ class Position(NamedTuple):
     id: int
 
 
+class Window(NamedTuple):
+    """Two due times, as PostgreSQL writes them; both are inside."""
+
+    first: str
+    last: str
+
+
+ALWAYS = Window("-infinity", "infinity")
+
 Column = Sequence[Any] | str
 """Values of one kind, one per event; or, as long as nobody asks for one, PostgreSQL's text of the whole array."""
 
@@ -111,6 +120,8 @@ class Batch(Mapping[int, Event]):
     payment_ids: Column = ()
     attempts: Column = ()
     lateness: Sequence[float] = ()
+    window: Window = ALWAYS
+    """Between which due times they lie."""
 
     def __getitem__(self, key: int) -> Event:
         at = self._positions[key]
@@ -156,8 +167,8 @@ class Batch(Mapping[int, Event]):
         return self._list("payment_ids")
 
     def _take(self, positions: Sequence[int]) -> Batch:
-        columns = {each.name: self._list(each.name) for each in fields(self)}
-        return Batch(**{name: [column[at] for at in positions] for name, column in columns.items()})
+        columns = {each.name: self._list(each.name) for each in fields(self) if each.name != "window"}
+        return Batch(**{name: [column[at] for at in positions] for name, column in columns.items()}, window=self.window)
 
     @cached_property
     def _positions(self) -> dict[int, int]:

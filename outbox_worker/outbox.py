@@ -7,7 +7,7 @@ outbox holds only what is still owed. Every function takes the session first; th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     Text,
     Update,
+    and_,
     bindparam,
     case,
     cast,
@@ -43,9 +44,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, Statement, seconds_since, write
+from outbox_worker.database import Keys, Statement, seconds_since, window_of, within, write
 from outbox_worker.guard import relation_name
-from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason
+from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason, Window
 from outbox_worker.schema import NOTIFY_TRIGGER, Tables
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
@@ -161,17 +162,17 @@ class Outbox:
         claim = _claim_of(self._claim_accused.execute(session, {"id": accused.id}).one())
         if claim.batch:
             write(session, self._acquit, {"id": accused.id, "due_at": accused.due_at}, 1)
-        return claim
+        return replace(claim, batch=replace(claim.batch, window=Window(accused.due_at, accused.due_at)))
 
     def has_due(self, session: Session, until: datetime) -> bool:
         """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
         return bool(session.scalar(self._due, {"until": until}))
 
-    def remove(self, session: Session, ids: Collection[int]) -> None:
+    def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
         """Delete events that reached an end; the caller has marked or buried them in this transaction."""
-        write(session, self._remove, {"ids": list(ids)}, len(ids))
+        write(session, self._remove, {"ids": list(ids), **window_of(batch)}, len(ids))
 
-    def postpone(self, session: Session, postponements: Mapping[int, Postponement]) -> None:
+    def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
         """Make events due later, by the database's clock; ``charged`` ones count as a failed try."""
         given = postponements.values()
         values = {
@@ -179,6 +180,7 @@ class Outbox:
             "delays": [postponement.delay for postponement in given],
             "charges": [int(postponement.charged) for postponement in given],
             "errors": [postponement.error for postponement in given],
+            **window_of(batch),
         }
         write(session, self._postpone, values, len(postponements))
 
@@ -189,9 +191,10 @@ class Outbox:
             "payment_ids": [batch[key].payment_id for key in letters],
             "reasons": [reason.value for reason, _ in letters.values()],
             "details": [detail for _, detail in letters.values()],
+            **window_of(batch),
         }
         write(session, self._bury, values, len(letters))
-        self.remove(session, letters)
+        self.remove(session, batch, letters)
 
     def close_letters(self, session: Session, event_ids: Column) -> None:
         """Close the open dead letters of events that are settled after all."""
@@ -213,7 +216,8 @@ def _claim_of(row: Row[Any]) -> Claim:
         return Claim()
     types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
     payment_ids = payload.usable_payment_ids(row.candidates)
-    batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness)
+    window = Window(row.first_due_at, row.end_due_at)
+    batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness, window)
     return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.suspects or ())
 
 
@@ -271,6 +275,7 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
         func.array_agg(claimed.c.lateness).label("lateness"),
         func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("suspects"),
     ]
+    gathered.append(cast(func.min(claimed.c.due_at), Text).label("first_due_at"))
     end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
     return select(
         *gathered, end, cast(func.pg_current_xact_id_if_assigned(), Text).label("transaction_id")
@@ -322,8 +327,8 @@ def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: in
 
 
 def _remove_statement(outbox: Table) -> Delete:
-    """what: events that reached an end · lock: theirs, held since the claim · index: primary key"""
-    return delete(outbox).where(outbox.c.id == func.any(_IDS))
+    """what: events that reached an end · lock: theirs, held since the claim · index: primary key or (due_at, id)"""
+    return delete(outbox).where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
 def _postpone_statement(outbox: Table) -> Update:
@@ -331,7 +336,7 @@ def _postpone_statement(outbox: Table) -> Update:
     given = _arrays(delay=Interval(), charge=BigInteger(), error=Text())
     return (
         update(outbox)
-        .where(outbox.c.id == given.c.id)
+        .where(outbox.c.id == given.c.id, within(outbox.c.due_at))
         .values(
             due_at=func.clock_timestamp() + type_coerce(given.c.delay, Interval()),
             attempts=outbox.c.attempts + given.c.charge,
@@ -355,7 +360,8 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
         "dead_at": func.clock_timestamp(),
         "state": literal(DeadLetterState.OPEN.value),
     }
-    source = select(*written.values()).select_from(given).join(outbox, outbox.c.id == given.c.id)
+    own = and_(outbox.c.id == given.c.id, within(outbox.c.due_at))
+    source = select(*written.values()).select_from(given).join(outbox, own)
     statement = postgresql.insert(letters).from_select(list(written), source, include_defaults=False)
     reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
     cleared = {letters.c[key]: None for key in ("resolved_at", "actor", "note")}

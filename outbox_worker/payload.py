@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sqlalchemy import ColumnElement, Numeric, Table, Text, and_, case, cast, false, func, true
+from sqlalchemy import ColumnElement, FromClause, Numeric, Text, and_, case, cast, false, func, true
 from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker.model import Column
@@ -27,16 +27,16 @@ _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
 
-def _written(outbox: Table, key: str) -> ColumnElement[Any]:
+def _written(outbox: FromClause, key: str) -> ColumnElement[Any]:
     return outbox.c.payload.op("->>", return_type=Text())(key)
 
 
-def key_text(outbox: Table, key: str) -> ColumnElement[Any]:
+def key_text(outbox: FromClause, key: str) -> ColumnElement[Any]:
     """The text of one payload key, cut to a bound; NULL where it is absent, null, or the payload is no object."""
     return func.left(_written(outbox, key), _LONGEST)
 
 
-def payment_id_candidate(outbox: Table) -> ColumnElement[Any]:
+def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
     """The payload's ``payment_id`` where it has the length and the hyphens of a UUID string; otherwise NULL."""
     written = _written(outbox, "payment_id")
     return case((written.like(_UUID_SHAPE), written))
@@ -54,13 +54,13 @@ def usable_payment_ids(candidates: str) -> Column:
     return [each if _IS_UUID(each) else None for each in found]
 
 
-def payment_id_text(outbox: Table) -> ColumnElement[Any]:
+def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
     """The payload's ``payment_id`` in lower case where it is a UUID string; otherwise NULL."""
     lowered = func.lower(key_text(outbox, "payment_id"))
     return case((lowered.op("~")(UUID_TEXT), lowered))
 
 
-def mismatches(outbox: Table, payments: Table) -> dict[str, ColumnElement[bool]]:
+def mismatches(outbox: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """For each optional key: whether the payload repeats it and it differs from the payment row.
 
     Written in the row's own form, as most producers do, it is settled by one comparison.
@@ -74,13 +74,13 @@ def mismatches(outbox: Table, payments: Table) -> dict[str, ColumnElement[bool]]
     return {key: case((_is_repeated(outbox, payments, key), false()), else_=rule) for key, rule in rules.items()}
 
 
-def mismatched_keys(outbox: Table, payments: Table) -> ColumnElement[Any]:
+def mismatched_keys(outbox: FromClause, payments: FromClause) -> ColumnElement[Any]:
     """The names of the keys that differ, as text[]; {} where there is no payment row to differ from."""
     names = [case((differs, key)) for key, differs in mismatches(outbox, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 
 
-def _is_repeated(outbox: Table, payments: Table, key: str) -> ColumnElement[bool]:
+def _is_repeated(outbox: FromClause, payments: FromClause, key: str) -> ColumnElement[bool]:
     return cast(payments.c[key], Text) == _written(outbox, key)
 
 

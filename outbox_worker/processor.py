@@ -220,7 +220,7 @@ class Processor:
         if not batch:
             return {}
         if self._pacing.is_stuck and not accused:
-            self._outbox.postpone(session, {key: self._uncharged() for key in batch})
+            self._outbox.postpone(session, batch, {key: self._uncharged() for key in batch})
             return {}
         savepoints = _Savepoints(session)
         settled = None if careful else self._settle_fast(session, batch, savepoints)
@@ -329,9 +329,9 @@ class Processor:
                 self._purchases.mark(session, batch.among(judged), outcome)
                 self._outbox.close_letters(session, batch.among(judged).event_ids)
         if keys:
-            self._outbox.remove(session, [key for settled in keys.values() for key in settled])
+            self._outbox.remove(session, batch, [key for settled in keys.values() for key in settled])
         if retried:
-            self._outbox.postpone(session, {key: self._later(batch[key], verdicts[key]) for key in retried})
+            self._outbox.postpone(session, batch, {key: self._later(batch[key], verdicts[key]) for key in retried})
         if dead:
             self._outbox.bury(session, batch, {key: _epitaph(verdicts[key]) for key in dead})
 
@@ -350,7 +350,7 @@ class Processor:
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             if batch:
-                self._outbox.postpone(session, {key: self._uncharged() for key in batch})
+                self._outbox.postpone(session, batch, {key: self._uncharged() for key in batch})
         self._pacing.made_way()
         report = BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
         self._telemetry.batch_committed(report)

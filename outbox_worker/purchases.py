@@ -28,6 +28,7 @@ from sqlalchemy import (
     exists,
     false,
     func,
+    literal_column,
     not_,
     or_,
     select,
@@ -39,7 +40,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, UUID, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, Statement, write
+from outbox_worker.database import Keys, Statement, window_of, within, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.guard import GuardState, on_active_pair
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus
@@ -134,8 +135,7 @@ class PurchaseRepository:
     def _build_insert(
         self, guard: Guard, predicate: str, *, clean: bool = False, looks_at_marks: bool = False
     ) -> Statement:
-        predicates = _nothing_speaks_against(self._tables, looks_at_marks=looks_at_marks) if clean else []
-        statement = _insert_statement(self._tables, guard, predicates)
+        statement = _insert_statement(self._tables, guard, clean=clean, looks_at_marks=looks_at_marks)
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         made = statement.returning(cast(self._tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
@@ -145,7 +145,7 @@ class PurchaseRepository:
 
 
 def _keys(batch: Batch) -> dict[str, Any]:
-    return {"ids": batch.ids, "payment_ids": batch.payment_ids}
+    return {"ids": batch.ids, "payment_ids": batch.payment_ids, **window_of(batch)}
 
 
 def _claimed(*more: ColumnElement[Any]) -> FromClause:
@@ -155,26 +155,42 @@ def _claimed(*more: ColumnElement[Any]) -> FromClause:
     return func.unnest(ids, payments, *more).table_valued(*names).render_derived(name="claimed")
 
 
+def _event_of(claimed: FromClause, outbox: Table) -> FromClause:
+    """The row of a claimed event. OFFSET 0 keeps the planner from turning the join round, with the queue in front."""
+    row = select(outbox).where(outbox.c.id == claimed.c.id, within(outbox.c.due_at))
+    return row.offset(literal_column("0")).lateral("event")
+
+
+def _payment_of(claimed: FromClause, payments: Table) -> FromClause:
+    """The payment of a claimed event, found by its id for the same reason."""
+    return select(payments).where(payments.c.id == claimed.c.payment_id).offset(literal_column("0")).lateral("payment")
+
+
 def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
     """The public key of a pair's advisory lock, a bigint."""
     return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
 
 
-def _insert_statement(tables: Tables, guard: Guard, predicates: list[ColumnElement[bool]]) -> postgresql.Insert:
+def _insert_statement(tables: Tables, guard: Guard, *, clean: bool, looks_at_marks: bool) -> postgresql.Insert:
     """what: purchases of claimed events, from their payment rows, in the order every worker keeps
     lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
     guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
     """
-    outbox, payments, purchases = tables.outbox, tables.payments, tables.purchases
-    claimed = _claimed()
+    claimed, purchases = _claimed(), tables.purchases
+    outbox, payments = _event_of(claimed, tables.outbox), _payment_of(claimed, tables.payments)
     source = (
         select(*_granted_columns(payments))
         .select_from(claimed)
-        .join(outbox, outbox.c.id == claimed.c.id)
-        .join(payments, payments.c.id == claimed.c.payment_id)
-        .where(~exists().where(purchases.c.payment_id == payments.c.id), *predicates)
+        .join(outbox, true())
+        .join(payments, true())
+        .where(~exists().where(purchases.c.payment_id == payments.c.id))
         .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
     )
+    if clean:
+        source = source.where(*_nothing_speaks_against(tables, outbox, payments))
+    if looks_at_marks:
+        marks = tables.processed_events
+        source = source.where(~exists().where(marks.c.event_id == outbox.c.event_id))
     if guard is Guard.LOCK:
         source = source.ext(distinct_on(payments.c.student_id, payments.c.course_id))
         source = source.where(~exists().where(_holds_pair(purchases, payments)))
@@ -187,17 +203,16 @@ def _granted_columns(payments: FromClause) -> list[ColumnElement[Any]]:
     return [*copied, true(), func.clock_timestamp()]
 
 
-def _nothing_speaks_against(tables: Tables, *, looks_at_marks: bool) -> list[ColumnElement[bool]]:
-    """The predicates of a clean insert: rules 3 to 7 all pass, no mark is there, no dead letter is open.
+def _nothing_speaks_against(tables: Tables, outbox: FromClause, payments: FromClause) -> list[ColumnElement[bool]]:
+    """The predicates of a clean insert of an event that is not marked: rules 4 to 7 all pass, no dead letter is open.
 
     The letter's state is asked for by its event alone: an index of open letters would be read from end to end.
     """
-    outbox, payments, marks, letters = tables.outbox, tables.payments, tables.processed_events, tables.dead_letters
+    letters = tables.dead_letters
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
         cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
         *(not_(differs) for differs in payload.mismatches(outbox, payments).values()),
-        *([~exists().where(marks.c.event_id == outbox.c.event_id)] if looks_at_marks else []),
         state.is_distinct_from(DeadLetterState.OPEN.value),
     ]
 
@@ -216,15 +231,15 @@ def _lock_statement(tables: Tables) -> Select[Any]:
     """what: advisory locks on the pairs of claimed events, in ascending key order, tried and never waited for
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
-    outbox, payments, purchases = tables.outbox, tables.payments, tables.purchases
-    claimed = _claimed()
+    claimed, payments, purchases = _claimed(), tables.payments, tables.purchases
+    outbox = _event_of(claimed, tables.outbox)
     student = func.coalesce(payments.c.student_id, purchases.c.student_id)
     course = func.coalesce(payments.c.course_id, purchases.c.course_id)
     ordered = func.row_number().over(order_by=(student, course, outbox.c.due_at, outbox.c.id))
     pairs = (
         select(claimed.c.id, pair_key(student, course).label("key"), ordered.label("position"))
         .select_from(claimed)
-        .join(outbox, outbox.c.id == claimed.c.id)
+        .join(outbox, true())
         .outerjoin(payments, payments.c.id == claimed.c.payment_id)
         .outerjoin(purchases, purchases.c.payment_id == claimed.c.payment_id)
         .cte("pairs")
@@ -240,8 +255,8 @@ def _look_statement(tables: Tables) -> Select[Any]:
     """what: the facts about claimed events, all in one snapshot
     lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
     """
-    outbox, payments, purchases, marks = tables.outbox, tables.payments, tables.purchases, tables.processed_events
-    claimed = _claimed()
+    claimed, payments, purchases, marks = _claimed(), tables.payments, tables.purchases, tables.processed_events
+    outbox = _event_of(claimed, tables.outbox)
     own, held = purchases.alias("own"), purchases.alias("held")
     active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
     pair = [func.coalesce(payments.c[key], _of_own(purchases, claimed, key)) for key in ("student_id", "course_id")]
@@ -259,7 +274,7 @@ def _look_statement(tables: Tables) -> Select[Any]:
             pair_key(*pair).label("key"),
         )
         .select_from(claimed)
-        .join(outbox, outbox.c.id == claimed.c.id)
+        .join(outbox, true())
         .outerjoin(payments, payments.c.id == claimed.c.payment_id)
         .outerjoin(marks, marks.c.event_id == outbox.c.event_id)
     )

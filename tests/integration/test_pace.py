@@ -16,6 +16,7 @@ from sqlalchemy import text
 from outbox_worker.database import Database
 from outbox_worker.model import Outcome
 from outbox_worker.processor import BATCHES_TO_LOOK_AT
+from outbox_worker.settings import load_settings
 
 Connect = Callable[..., psycopg.Connection[Any]]
 
@@ -102,6 +103,17 @@ def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, mak
         plans = session.execute(text(kept)).all()
     assert sum(generic for generic, _ in plans) > 20
     assert [custom for _, custom in plans] == [0] * len(plans)
+
+
+def test_behind_a_pooler_nothing_is_prepared(database_url: str, shop: Shop, make_processor: MakeProcessor) -> None:
+    """The next transaction may meet another backend, which knows nothing of what this one prepared."""
+    shop.pay_many(120)
+    database = Database(load_settings(database_url=database_url, pooler="transaction"), deadline_seconds=10)
+    processor = make_processor(batch_size=10, database=database)
+    assert drain_all(processor) == {Outcome.CREATED: 120}
+    with database.transaction() as session:
+        assert session.scalar(text("SELECT count(*) FROM pg_prepared_statements")) == 0
+    database.close()
 
 
 def test_no_row_travels_on_the_happy_path(shop: Shop, make_processor: MakeProcessor) -> None:
