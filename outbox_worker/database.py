@@ -18,6 +18,8 @@ from sqlalchemy import (
     DateTime,
     Engine,
     Float,
+    FromClause,
+    Table,
     Text,
     bindparam,
     case,
@@ -25,6 +27,8 @@ from sqlalchemy import (
     create_engine,
     event,
     func,
+    literal_column,
+    select,
     text,
 )
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
@@ -268,6 +272,15 @@ def within(moment: ColumnElement[Any]) -> ColumnElement[bool]:
     """
     first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in Window._fields)
     return moment.between(first, last)
+
+
+def event_of(keys: FromClause, outbox: Table) -> FromClause:
+    """The row of each event that ``keys`` name by their ``id``, for a join on nothing else.
+
+    OFFSET 0 keeps the planner from turning the join round, with a queue in front that it believes to be empty.
+    """
+    row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at))
+    return row.offset(literal_column("0")).lateral("event")
 
 
 def window_of(batch: Batch) -> dict[str, str]:

@@ -24,7 +24,6 @@ from sqlalchemy import (
     Table,
     Text,
     Update,
-    and_,
     bindparam,
     case,
     cast,
@@ -34,6 +33,7 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    true,
     tuple_,
     type_coerce,
     update,
@@ -44,7 +44,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, Statement, seconds_since, window_of, within, write
+from outbox_worker.database import Keys, Statement, event_of, seconds_since, window_of, within, write
 from outbox_worker.guard import relation_name
 from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason, Window
 from outbox_worker.schema import NOTIFY_TRIGGER, Tables
@@ -336,7 +336,7 @@ def _postpone_statement(outbox: Table) -> Update:
     given = _arrays(delay=Interval(), charge=BigInteger(), error=Text())
     return (
         update(outbox)
-        .where(outbox.c.id == given.c.id, within(outbox.c.due_at))
+        .where(outbox.c.id == given.c.id, outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
         .values(
             due_at=func.clock_timestamp() + type_coerce(given.c.delay, Interval()),
             attempts=outbox.c.attempts + given.c.charge,
@@ -349,8 +349,9 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     """what: dead letters of claimed events; one that exists is written anew and opened again
     lock: held since the claim · index: primary keys
     """
-    outbox, letters = tables.outbox, tables.dead_letters
+    letters = tables.dead_letters
     given = _arrays(payment_id=postgresql.UUID(as_uuid=False), reason=Text(), detail=Text())
+    outbox = event_of(given, tables.outbox)
     kept = {key: outbox.c[key] for key in ("event_id", "event_type", "payload", "headers", "created_at")}
     written = kept | {
         "payment_id": given.c.payment_id,
@@ -360,8 +361,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
         "dead_at": func.clock_timestamp(),
         "state": literal(DeadLetterState.OPEN.value),
     }
-    own = and_(outbox.c.id == given.c.id, within(outbox.c.due_at))
-    source = select(*written.values()).select_from(given).join(outbox, own)
+    source = select(*written.values()).select_from(given).join(outbox, true())
     statement = postgresql.insert(letters).from_select(list(written), source, include_defaults=False)
     reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
     cleared = {letters.c[key]: None for key in ("resolved_at", "actor", "note")}

@@ -40,7 +40,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, UUID, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, Statement, window_of, within, write
+from outbox_worker.database import Keys, Statement, event_of, window_of, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.guard import GuardState, on_active_pair
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus
@@ -155,12 +155,6 @@ def _claimed(*more: ColumnElement[Any]) -> FromClause:
     return func.unnest(ids, payments, *more).table_valued(*names).render_derived(name="claimed")
 
 
-def _event_of(claimed: FromClause, outbox: Table) -> FromClause:
-    """The row of a claimed event. OFFSET 0 keeps the planner from turning the join round, with the queue in front."""
-    row = select(outbox).where(outbox.c.id == claimed.c.id, within(outbox.c.due_at))
-    return row.offset(literal_column("0")).lateral("event")
-
-
 def _payment_of(claimed: FromClause, payments: Table) -> FromClause:
     """The payment of a claimed event, found by its id for the same reason."""
     return select(payments).where(payments.c.id == claimed.c.payment_id).offset(literal_column("0")).lateral("payment")
@@ -177,7 +171,7 @@ def _insert_statement(tables: Tables, guard: Guard, *, clean: bool, looks_at_mar
     guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
     """
     claimed, purchases = _claimed(), tables.purchases
-    outbox, payments = _event_of(claimed, tables.outbox), _payment_of(claimed, tables.payments)
+    outbox, payments = event_of(claimed, tables.outbox), _payment_of(claimed, tables.payments)
     source = (
         select(*_granted_columns(payments))
         .select_from(claimed)
@@ -232,7 +226,7 @@ def _lock_statement(tables: Tables) -> Select[Any]:
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
     claimed, payments, purchases = _claimed(), tables.payments, tables.purchases
-    outbox = _event_of(claimed, tables.outbox)
+    outbox = event_of(claimed, tables.outbox)
     student = func.coalesce(payments.c.student_id, purchases.c.student_id)
     course = func.coalesce(payments.c.course_id, purchases.c.course_id)
     ordered = func.row_number().over(order_by=(student, course, outbox.c.due_at, outbox.c.id))
@@ -256,7 +250,7 @@ def _look_statement(tables: Tables) -> Select[Any]:
     lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
     """
     claimed, payments, purchases, marks = _claimed(), tables.payments, tables.purchases, tables.processed_events
-    outbox = _event_of(claimed, tables.outbox)
+    outbox = event_of(claimed, tables.outbox)
     own, held = purchases.alias("own"), purchases.alias("held")
     active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
     pair = [func.coalesce(payments.c[key], _of_own(purchases, claimed, key)) for key in ("student_id", "course_id")]

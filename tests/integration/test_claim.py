@@ -264,9 +264,7 @@ def keys_are_walked_again(plan: dict[str, Any]) -> bool:
 
 
 def fill(shop: Shop, analyzed: str) -> None:
-    """A large shop with a large backlog; statistics as of the full tables, of empty ones, or none at all."""
-    if analyzed == "empty":
-        shop.rows("VACUUM ANALYZE payments, outbox, purchases, processed_events, dead_letters")
+    """A large shop with a large backlog; statistics as of the full tables, of an empty queue, or none at all."""
     for table in ("payments", "outbox", "purchases", "processed_events", "dead_letters"):
         shop.rows(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
     shop.pay_many(LARGE)
@@ -285,6 +283,8 @@ def fill(shop: Shop, analyzed: str) -> None:
         " SELECT gen_random_uuid(), 'X', '{}', now(), 1, 'payment_not_found', '' FROM generate_series(1, %s)",
         LARGE // 5,
     )
+    if analyzed == "empty":  # as VACUUM leaves it while somebody's snapshot keeps a million dead entries
+        shop.rows("UPDATE pg_class SET reltuples = 0, relpages = 1000 WHERE oid = 'outbox'::regclass")
     if analyzed == "full":
         shop.rows("ANALYZE payments, outbox, purchases, processed_events, dead_letters")
 
