@@ -71,6 +71,9 @@ SCRIPTS: dict[str, tuple[Failure, str]] = {
 }
 """By the SQLSTATE that the last statement of a script meets."""
 
+BEFORE_18 = {"23001": "23503"}
+"""ON DELETE RESTRICT has a state of its own only since PostgreSQL 18."""
+
 RAISED = {"08000": Failure.RECONNECT, "53100": Failure.PAUSE, "58030": Failure.PAUSE, "XX000": Failure.PAUSE}
 """What a server under test cannot be made to meet (a full disk, a broken file): raised by a trigger's own words."""
 
@@ -95,7 +98,8 @@ def fail(database: Database, script: str) -> DBAPIError:
 def test_what_a_statement_meets(state: str, stage: Database) -> None:
     expected, script = SCRIPTS[state]
     error = fail(stage, script)
-    assert (sqlstate(error), classify(error)) == (state, expected)
+    assert sqlstate(error) in (state, BEFORE_18.get(state))
+    assert classify(error) is expected
 
 
 @pytest.mark.parametrize("state", RAISED)
