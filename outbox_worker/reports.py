@@ -210,8 +210,8 @@ def print_bench(report: BenchReport) -> None:
         numbers=(1, 2, 3, 4, 5),
     )
     console.line(
-        f"\n{found['statements_per_batch']:.1f} round trips per full batch of one loop, BEGIN and COMMIT among them; "
-        f"ready to claim after {found['start_up_ratio']:.1f} times the import of SQLAlchemy and psycopg"
+        f"\n{found['statements_per_batch']:.1f} round trips per full batch of one loop, BEGIN and COMMIT among them"
+        f"\nready to claim after {found['start_up_ratio']:.1f} times the import of SQLAlchemy and psycopg"
     )
     if report.latencies:
         console.columns(
