@@ -156,8 +156,10 @@ def _claimed(*more: ColumnElement[Any]) -> FromClause:
 
 
 def _payment_of(claimed: FromClause, payments: Table) -> FromClause:
-    """The payment of a claimed event, found by its id for the same reason."""
-    return select(payments).where(payments.c.id == claimed.c.payment_id).offset(literal_column("0")).lateral("payment")
+    """What is read of a claimed event's payment, found by its id for the same reason."""
+    read = (payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "status"))
+    row = select(*read).where(payments.c.id == claimed.c.payment_id)
+    return row.offset(literal_column("0")).lateral("payment")
 
 
 def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -112,7 +112,7 @@ def test_behind_a_pooler_it_listens_only_past_it(told: str, shop: Shop) -> None:
     with start("run", url=told, pooler="transaction", poll_max_seconds=0.2) as worker:
         worker.wait_for("worker_started")
         settled(shop, shop.paid()[1])
-        eventually(lambda: shop.rows("SELECT FROM workers WHERE seen_at > started_at"), "a heartbeat")
+        eventually(lambda: shop.rows("SELECT id FROM workers WHERE seen_at > started_at"), "a heartbeat")
         assert shop.rows(LISTENERS) == []
         ends_well(worker)
     with start("run", url=told, pooler="transaction", listen_database_url=told, **RARELY) as worker:
