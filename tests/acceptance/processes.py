@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
 """Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
 _NOT_PASSED_ON = ("OUTBOX_", "PYTHONDONTWRITE", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+_END = b"\x1e"
 PATIENCE = 30.0
 """Seconds after which something that should have happened did not."""
 
@@ -111,20 +112,20 @@ def finish_on_terminal(*arguments: str, url: str, columns: int = 80) -> str:
     try:
         _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=follower, TERM="xterm")
     finally:
-        os.close(follower)
+        os.write(follower, _END)
         reader.join(PATIENCE)
+        os.close(follower)
         os.close(leader)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+    text = shown.removesuffix(_END).decode()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
 
 
 def _read_terminal(leader: int) -> bytes:
-    """All that is written until the last writer has closed it, which Linux calls an error."""
+    """All that is written up to our own last word: what is under way when the last writer closes may be lost."""
     found = b""
-    while True:
-        try:
-            found += os.read(leader, 65536)
-        except OSError:
-            return found
+    while not found.endswith(_END):
+        found += os.read(leader, 65536)
+    return found
 
 
 def finish_script(script: str, *arguments: str) -> Finished:
