@@ -162,6 +162,7 @@ class Database:
             return {"statement_timeout": "0", "lock_timeout": "0"}
         milliseconds = max(1, round(self._deadline_seconds * 1000))
         return {
+            "datestyle": "ISO",  # due times travel as text, and other styles write the zone by an ambiguous name
             "statement_timeout": str(milliseconds),
             "lock_timeout": str(max(1, milliseconds // 5)),
             "idle_in_transaction_session_timeout": str(milliseconds),

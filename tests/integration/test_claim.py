@@ -188,6 +188,17 @@ def test_a_payload_the_driver_cannot_decode_does_not_stop_a_claim(
     assert drain_all(make_processor()) == {Outcome.CREATED: 2, Outcome.DEAD: 2}
 
 
+def test_due_times_travel_safely_under_any_style(
+    shop: Shop, database_url: str, make_database: MakeDatabase, make_processor: MakeProcessor
+) -> None:
+    """IST is India where it is written, and Israel where it is read: the batch's window would be elsewhere."""
+    name = database_url.split("?", maxsplit=1)[0].rpartition("/")[2]
+    shop.rows(f"ALTER DATABASE {name} SET datestyle = 'SQL, DMY'")
+    shop.rows(f"ALTER DATABASE {name} SET timezone = 'Asia/Kolkata'")
+    shop.pay_many(30)
+    assert drain_all(make_processor(batch_size=10, database=make_database())) == {Outcome.CREATED: 30}
+
+
 # --- plans
 
 
