@@ -7,6 +7,7 @@ read and write through the code it tests.
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from sqlalchemy.schema import CreateSchema
 from outbox_worker.database import Database
 from outbox_worker.guard import GuardWatch
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome
-from outbox_worker.outbox import Outbox
+from outbox_worker.outbox import Claim, Outbox
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import Tables
@@ -43,12 +44,19 @@ class Payment(NamedTuple):
 
 
 class ProbedProcessor(Processor):
-    """A processor that shows its parts to a test."""
+    """A processor that shows its parts to a test, and waits for others behind its next claim where it is told to."""
 
     telemetry: Telemetry
     watch: GuardWatch
     outbox: Outbox
     repository: PurchaseRepository
+    meeting: threading.Barrier | None = None
+
+    def _claim(self, *arguments: Any) -> Claim:
+        claim, meeting, self.meeting = super()._claim(*arguments), self.meeting, None
+        if meeting is not None:
+            meeting.wait()
+        return claim
 
 
 def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outcome]:
