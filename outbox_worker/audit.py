@@ -50,7 +50,8 @@ def run_audit(database: Database, tables: Tables) -> AuditReport:
     counts = dict.fromkeys(PaymentClass, 0)
     money: dict[PaymentClass, dict[str, Decimal]] = {each: {} for each in PaymentClass}
     with database.snapshot() as session:
-        check_schema(session, tables, {role: needed for role, needed in READING.items() if role != "workers"})
+        needed = {role: privileges for role, privileges in READING.items() if role != "workers"}
+        tables = check_schema(session, tables, needed)
         for name, currency, count, amount in session.execute(_totals(tables)):
             counts[PaymentClass(name)] += count
             money[PaymentClass(name)][currency] = amount

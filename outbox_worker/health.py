@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, Integer, Numeric, String, Table, text
+from sqlalchemy import Boolean, Column, Connection, Integer, Numeric, String, Table, Text, text
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import JSONB, UUID
+from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import DateTime, TypeEngine
@@ -43,6 +43,8 @@ _TEXTS = {"text", "varchar", "bpchar", "citext"}
 _INTEGERS = {"int2", "int4", "int8"}
 _KINDS = {"text": _TEXTS, "integer": _INTEGERS}
 _KEYS = {"uuid", *_INTEGERS, *_TEXTS}
+_DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
+"""Types of ``outbox.payload`` other than jsonb."""
 _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     UUID: {"uuid"},
     JSONB: {"jsonb"},
@@ -76,11 +78,18 @@ class _Actual:
     must_be_written: bool
 
 
-def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> None:
-    """Raise SchemaError with every missing table, column and privilege, or return."""
+def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
+    """Raise SchemaError with every missing table, column and privilege, or return the tables as they were found."""
     problems = find_problems(session, tables, privileges)
     if problems:
         raise SchemaError(f"The database does not hold what the worker needs.\n{list_problems(problems)}")
+    return _with_payload_as_found(session, tables) if "outbox" in privileges else tables
+
+
+def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
+    found = _actual_columns(session, relation_name(tables.outbox))[tables.outbox.c.payload.name]
+    kind = _DOCUMENTS.get(found.type_name)
+    return tables.with_documents(kind) if kind else tables
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[Problem]:
@@ -231,6 +240,8 @@ def _fits(role: str, column: Column[object], actual: _Actual) -> bool:
         return actual.type_name in _KEYS
     if (role, column.key) in (("payments", "status"), ("payments", "currency"), ("purchases", "id")):
         return actual.is_enum or actual.type_name in _KEYS
+    if (role, column.key) == ("outbox", "payload"):
+        return actual.type_name in ("jsonb", *_DOCUMENTS)
     return any(isinstance(column.type, kind) and actual.type_name in names for kind, names in _FITTING.items())
 
 

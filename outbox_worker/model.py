@@ -106,6 +106,15 @@ Column = Sequence[Any] | str
 """Values of one kind, one per event; or, as long as nobody asks for one, PostgreSQL's text of the whole array."""
 
 
+class Repeated(NamedTuple):
+    """The optional keys of a payload, as bounded text; None: absent, or null."""
+
+    student_id: str | None = None
+    course_id: str | None = None
+    amount: str | None = None
+    currency: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
@@ -120,6 +129,8 @@ class Batch(Mapping[int, Event]):
     payment_ids: Column = ()
     attempts: Column = ()
     lateness: Sequence[float] = ()
+    repeated: Sequence[Repeated] = ()
+    """What payloads repeat of their payments, where the database cannot be asked: of json and text columns."""
     window: Window = ALWAYS
     """Between which due times they lie."""
 
@@ -168,7 +179,8 @@ class Batch(Mapping[int, Event]):
 
     def _take(self, positions: Sequence[int]) -> Batch:
         columns = {each.name: self._list(each.name) for each in fields(self) if each.name != "window"}
-        return Batch(**{name: [column[at] for at in positions] for name, column in columns.items()}, window=self.window)
+        taken = {name: [column[at] for at in positions] for name, column in columns.items() if column}
+        return Batch(**taken, window=self.window)
 
     @cached_property
     def _positions(self) -> dict[int, int]:

@@ -46,7 +46,7 @@ from sqlalchemy.types import TypeEngine
 from outbox_worker import payload
 from outbox_worker.database import Keys, Statement, event_of, seconds_since, window_of, within, write
 from outbox_worker.guard import relation_name
-from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason, Window
+from outbox_worker.model import Batch, Column, DeadLetterState, Position, Reason, Repeated, Window
 from outbox_worker.schema import NOTIFY_TRIGGER, Tables
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
@@ -215,10 +215,18 @@ def _claim_of(row: Row[Any]) -> Claim:
     if row.ids is None:
         return Claim()
     types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
-    payment_ids = payload.usable_payment_ids(row.candidates)
+    payment_ids, repeated = _read(row)
     window = Window(row.first_due_at, row.end_due_at)
-    batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness, window)
+    batch = Batch(row.ids, row.event_ids, types, payment_ids, row.attempts, row.lateness, repeated, window)
     return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.suspects or ())
+
+
+def _read(row: Row[Any]) -> tuple[Column, Sequence[Repeated]]:
+    """The payments that the payloads name, and what documents repeat of them."""
+    if "documents" not in row._fields:
+        return payload.usable_payment_ids(row.candidates), ()
+    found = [payload.read_document(document) for document in row.documents]
+    return [payment_id for payment_id, _ in found], [repeated for _, repeated in found]
 
 
 def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
@@ -253,12 +261,18 @@ def _keys(outbox: Table) -> Select[Any]:
         outbox.c.id,
         outbox.c.event_id,
         func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
-        payload.payment_id_candidate(outbox).label("candidate"),
+        _said(outbox),
         outbox.c.attempts,
         outbox.c.crashes,
         seconds_since(outbox.c.due_at).label("lateness"),
         outbox.c.due_at.label("due_at"),
     )
+
+
+def _said(outbox: Table) -> ColumnElement[Any]:
+    if payload.is_document(outbox):
+        return payload.document(outbox).label("document")
+    return payload.payment_id_candidate(outbox).label("candidate")
 
 
 def _gathered(keys: Select[Any]) -> Select[Any]:
@@ -270,7 +284,9 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
         func.array_agg(claimed.c.id).label("ids"),
         _text_of_all(claimed.c.event_id).label("event_ids"),
         one_for_all.label("event_types"),
-        _text_of_all(claimed.c.candidate).label("candidates"),
+        func.array_agg(claimed.c.document).label("documents")
+        if "document" in claimed.c
+        else _text_of_all(claimed.c.candidate).label("candidates"),
         _text_of_all(claimed.c.attempts).label("attempts"),
         func.array_agg(claimed.c.lateness).label("lateness"),
         func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("suspects"),
@@ -352,8 +368,9 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     letters = tables.dead_letters
     given = _arrays(payment_id=postgresql.UUID(as_uuid=False), reason=Text(), detail=Text())
     outbox = event_of(given, tables.outbox)
-    kept = {key: outbox.c[key] for key in ("event_id", "event_type", "payload", "headers", "created_at")}
-    written = kept | {
+    copied = {key: outbox.c[key] for key in ("event_id", "event_type", "headers", "created_at")}
+    written = copied | {
+        "payload": payload.kept(outbox),
         "payment_id": given.c.payment_id,
         "attempts": outbox.c.attempts + 1,
         "reason": given.c.reason,

@@ -1,18 +1,23 @@
-"""What the worker reads of a payload: five keys, as bounded text, inside the database.
+"""What the worker reads of a payload: five keys, as bounded text.
 
-Everything here is an SQL expression. The payload itself never travels: a document that PostgreSQL accepts can be one
-that a client cannot decode (nesting, huge integers), and one such row would stop every batch behind it.
+Of a jsonb column they are read inside the database, by SQL expressions, and the payload never travels: a document that
+PostgreSQL accepts can be one that a client cannot decode (nesting, huge integers).
+
+A json or text column (its values are *documents*) holds what jsonb would refuse: NUL, lone surrogates, NaN, no JSON at
+all. One such row fails the statement that asks for a key, with all other rows. So documents travel, bounded, and are
+read here one by one; what cannot be read is an unusable payload, and nobody else's trouble.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy import ColumnElement, FromClause, Numeric, Text, and_, case, cast, false, func, true
-from sqlalchemy.dialects.postgresql import array
+from sqlalchemy.dialects.postgresql import JSONB, array
 
-from outbox_worker.model import Column
+from outbox_worker.model import Column, Repeated
 
 UUID_TEXT = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 """8-4-4-4-12 in any case; PostgreSQL itself would take braces and missing hyphens too."""
@@ -26,14 +31,94 @@ _ELEMENTS = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,]+)', re.DOTALL)
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
+LONGEST_DOCUMENT = 262_144
+"""Bytes. A document is read by the client, a thousand of them at a time: a longer one is not usable."""
+_LONGEST_KEPT = 100_000_000
+"""Characters of a document in its dead letter; jsonb takes no string of 256 MB."""
+_NEVER_EQUAL = "\N{REPLACEMENT CHARACTER}"
+_PAYMENT_ID_IN_DOCUMENT = rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"'
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+"""Of JSON: a string, or a bracket."""
 
-def _written(outbox: FromClause, key: str) -> ColumnElement[Any]:
-    return outbox.c.payload.op("->>", return_type=Text())(key)
+
+def is_document(outbox: FromClause) -> bool:
+    """Whether payloads are text to the database: the column's type is json or text."""
+    return not isinstance(outbox.c.payload.type, JSONB)
 
 
-def key_text(outbox: FromClause, key: str) -> ColumnElement[Any]:
+def document(outbox: FromClause) -> ColumnElement[Any]:
+    """The payload as text; NULL where it is too long to be read."""
+    written = cast(outbox.c.payload, Text)
+    return case((func.octet_length(written) <= LONGEST_DOCUMENT, written))
+
+
+def kept(outbox: FromClause) -> ColumnElement[Any]:
+    """The payload as its dead letter keeps it, a jsonb: itself, or a document as one string, as it was written."""
+    if not is_document(outbox):
+        return outbox.c.payload
+    return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
+
+
+def read_document(text: str | None) -> tuple[str | None, Repeated]:
+    """The usable ``payment_id`` of a document, in lower case, or None; and what else it repeats of the payment."""
+    try:
+        found = _parse(text or "")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return None, Repeated()
+    given = str(found.get("payment_id")).lower()
+    return given if _IS_UUID(given) else None, Repeated(*(_text_of(found.get(key)) for key in Repeated._fields))
+
+
+def _parse(text: str) -> Any:
+    """Numbers stay as they are written. Raises ValueError for what is no JSON."""
+    try:
+        return json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+    except RecursionError:
+        return json.loads(_first_level(text), parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _first_level(text: str) -> str:
+    """A document nested more deeply than can be parsed, with an empty object for all that is below its first level."""
+    depth, start, parts = 0, 0, []
+    for token in _TOKEN.finditer(text):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+        if depth == 2 and token[0] in "{[":
+            parts.append(text[start : token.start()])
+        elif depth == 1 and token[0] in "}]":
+            start = token.end()
+            parts.append("{}")
+    return "".join([*parts, text[start:]])
+
+
+def _text_of(value: Any) -> str | None:
+    """As ``->>`` would write it, bounded; what no column can hold, or is no scalar, becomes a text that equals none."""
+    match value:
+        case None:
+            return None
+        case bool():
+            return str(value).lower()
+        case str():
+            return value[:_LONGEST].encode(errors="replace").decode().replace("\0", _NEVER_EQUAL)
+        case _:
+            return _NEVER_EQUAL
+
+
+def _written(said: FromClause, key: str) -> ColumnElement[Any]:
+    """The text of a key, by the row of an event, or by a relation that holds what was read of documents."""
+    if "payload" not in said.c:
+        return said.c[key]
+    return said.c.payload.op("->>", return_type=Text())(key)
+
+
+def key_text(said: FromClause, key: str) -> ColumnElement[Any]:
     """The text of one payload key, cut to a bound; NULL where it is absent, null, or the payload is no object."""
-    return func.left(_written(outbox, key), _LONGEST)
+    return func.left(_written(said, key), _LONGEST)
 
 
 def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
@@ -55,33 +140,39 @@ def usable_payment_ids(candidates: str) -> Column:
 
 
 def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload's ``payment_id`` in lower case where it is a UUID string; otherwise NULL."""
+    """The payload's ``payment_id`` in lower case where it is a UUID string; otherwise NULL. Never fails.
+
+    In a document it is searched for, so that one below the first level is found, too.
+    """
+    if is_document(outbox):
+        return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))
     lowered = func.lower(key_text(outbox, "payment_id"))
     return case((lowered.op("~")(UUID_TEXT), lowered))
 
 
-def mismatches(outbox: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
+def mismatches(said: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """For each optional key: whether the payload repeats it and it differs from the payment row.
 
-    Written in the row's own form, as most producers do, it is settled by one comparison.
+    ``said``: the event's row, or a relation with the keys of its document. Written in the row's own form, as most
+    producers do, it is settled by one comparison.
     """
     rules = {
-        "student_id": _id_differs(key_text(outbox, "student_id"), payments.c.student_id),
-        "course_id": _id_differs(key_text(outbox, "course_id"), payments.c.course_id),
-        "amount": _amount_differs(key_text(outbox, "amount"), payments.c.amount),
-        "currency": _differs(key_text(outbox, "currency"), cast(payments.c.currency, Text)),
+        "student_id": _id_differs(key_text(said, "student_id"), payments.c.student_id),
+        "course_id": _id_differs(key_text(said, "course_id"), payments.c.course_id),
+        "amount": _amount_differs(key_text(said, "amount"), payments.c.amount),
+        "currency": _differs(key_text(said, "currency"), cast(payments.c.currency, Text)),
     }
-    return {key: case((_is_repeated(outbox, payments, key), false()), else_=rule) for key, rule in rules.items()}
+    return {key: case((_is_repeated(said, payments, key), false()), else_=rule) for key, rule in rules.items()}
 
 
-def mismatched_keys(outbox: FromClause, payments: FromClause) -> ColumnElement[Any]:
+def mismatched_keys(said: FromClause, payments: FromClause) -> ColumnElement[Any]:
     """The names of the keys that differ, as text[]; {} where there is no payment row to differ from."""
-    names = [case((differs, key)) for key, differs in mismatches(outbox, payments).items()]
+    names = [case((differs, key)) for key, differs in mismatches(said, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 
 
-def _is_repeated(outbox: FromClause, payments: FromClause, key: str) -> ColumnElement[bool]:
-    return cast(payments.c[key], Text) == _written(outbox, key)
+def _is_repeated(said: FromClause, payments: FromClause, key: str) -> ColumnElement[bool]:
+    return cast(payments.c[key], Text) == _written(said, key)
 
 
 def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:

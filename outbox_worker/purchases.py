@@ -43,7 +43,7 @@ from outbox_worker import payload
 from outbox_worker.database import Keys, Statement, event_of, window_of, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.guard import GuardState, on_active_pair
-from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus
+from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus, Repeated
 from outbox_worker.schema import Tables
 
 
@@ -145,14 +145,22 @@ class PurchaseRepository:
 
 
 def _keys(batch: Batch) -> dict[str, Any]:
-    return {"ids": batch.ids, "payment_ids": batch.payment_ids, **window_of(batch)}
+    read = Repeated._fields if batch.repeated else ()
+    texts = {f"given_{key}": [getattr(each, key) for each in batch.repeated] for key in read}
+    return {"ids": batch.ids, "payment_ids": batch.payment_ids, **texts, **window_of(batch)}
 
 
-def _claimed(*more: ColumnElement[Any]) -> FromClause:
-    """The keys of a batch as a relation (id, payment_id, …)."""
+def _claimed(outbox: Table) -> FromClause:
+    """The keys of a batch as a relation (id, payment_id), with what was read of documents where payloads are such."""
     ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
-    names = ["id", "payment_id", *(column.key or "" for column in more)]
-    return func.unnest(ids, payments, *more).table_valued(*names).render_derived(name="claimed")
+    read = Repeated._fields if payload.is_document(outbox) else ()
+    texts = [bindparam(f"given_{key}", type_=ARRAY(Text)) for key in read]
+    return func.unnest(ids, payments, *texts).table_valued("id", "payment_id", *read).render_derived(name="claimed")
+
+
+def _said(claimed: FromClause, event: FromClause) -> FromClause:
+    """Where the optional keys of a payload are to be read."""
+    return claimed if "amount" in claimed.c else event
 
 
 def _payment_of(claimed: FromClause, payments: Table) -> FromClause:
@@ -172,7 +180,7 @@ def _insert_statement(tables: Tables, guard: Guard, *, clean: bool, looks_at_mar
     lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
     guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
     """
-    claimed, purchases = _claimed(), tables.purchases
+    claimed, purchases = _claimed(tables.outbox), tables.purchases
     outbox, payments = event_of(claimed, tables.outbox), _payment_of(claimed, tables.payments)
     source = (
         select(*_granted_columns(payments))
@@ -183,7 +191,7 @@ def _insert_statement(tables: Tables, guard: Guard, *, clean: bool, looks_at_mar
         .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
     )
     if clean:
-        source = source.where(*_nothing_speaks_against(tables, outbox, payments))
+        source = source.where(*_nothing_speaks_against(tables, outbox, _said(claimed, outbox), payments))
     if looks_at_marks:
         marks = tables.processed_events
         source = source.where(~exists().where(marks.c.event_id == outbox.c.event_id))
@@ -199,7 +207,9 @@ def _granted_columns(payments: FromClause) -> list[ColumnElement[Any]]:
     return [*copied, true(), func.clock_timestamp()]
 
 
-def _nothing_speaks_against(tables: Tables, outbox: FromClause, payments: FromClause) -> list[ColumnElement[bool]]:
+def _nothing_speaks_against(
+    tables: Tables, outbox: FromClause, said: FromClause, payments: FromClause
+) -> list[ColumnElement[bool]]:
     """The predicates of a clean insert of an event that is not marked: rules 4 to 7 all pass, no dead letter is open.
 
     The letter's state is asked for by its event alone: an index of open letters would be read from end to end.
@@ -208,7 +218,7 @@ def _nothing_speaks_against(tables: Tables, outbox: FromClause, payments: FromCl
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
         cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
-        *(not_(differs) for differs in payload.mismatches(outbox, payments).values()),
+        *(not_(differs) for differs in payload.mismatches(said, payments).values()),
         state.is_distinct_from(DeadLetterState.OPEN.value),
     ]
 
@@ -227,7 +237,7 @@ def _lock_statement(tables: Tables) -> Select[Any]:
     """what: advisory locks on the pairs of claimed events, in ascending key order, tried and never waited for
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
-    claimed, payments, purchases = _claimed(), tables.payments, tables.purchases
+    claimed, payments, purchases = _claimed(tables.outbox), tables.payments, tables.purchases
     outbox = event_of(claimed, tables.outbox)
     student = func.coalesce(payments.c.student_id, purchases.c.student_id)
     course = func.coalesce(payments.c.course_id, purchases.c.course_id)
@@ -251,7 +261,8 @@ def _look_statement(tables: Tables) -> Select[Any]:
     """what: the facts about claimed events, all in one snapshot
     lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
     """
-    claimed, payments, purchases, marks = _claimed(), tables.payments, tables.purchases, tables.processed_events
+    payments, purchases, marks = tables.payments, tables.purchases, tables.processed_events
+    claimed = _claimed(tables.outbox)
     outbox = event_of(claimed, tables.outbox)
     own, held = purchases.alias("own"), purchases.alias("held")
     active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
@@ -265,7 +276,7 @@ def _look_statement(tables: Tables) -> Select[Any]:
             marks.c.payment_id.label("marked_payment_id"),
             active.label("purchase_active"),
             cast(payments.c.status, Text).label("payment_status"),
-            payload.mismatched_keys(outbox, payments).label("mismatches"),
+            payload.mismatched_keys(_said(claimed, outbox), payments).label("mismatches"),
             exists().where(_holds_pair(held, payments)).label("pair_held"),
             pair_key(*pair).label("key"),
         )

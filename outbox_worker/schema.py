@@ -5,7 +5,7 @@ A column's key is the name of docs/architecture.md, whatever the database calls 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -26,6 +26,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
+from sqlalchemy.types import TypeEngine
 
 from outbox_worker.model import COLUMNS
 from outbox_worker.settings import Settings
@@ -63,6 +64,12 @@ class Tables:
     processed_events: Table
     dead_letters: Table
     workers: Table
+
+    def with_documents(self, kind: TypeEngine[Any]) -> Tables:
+        """The same with ``outbox.payload`` of type json or text."""
+        outbox = self.outbox.to_metadata(MetaData())
+        outbox.c.payload.type = kind
+        return replace(self, outbox=outbox)
 
     def by_role(self) -> dict[str, Table]:
         return {role: getattr(self, role) for role in COLUMNS}

@@ -150,7 +150,7 @@ class Worker:
     def _start(self, *, listens: bool = False) -> Outbox:
         """Look before the first claim: is all there, which guard is in force, whose outbox is it."""
         with self._database.transaction() as session:
-            check_schema(session, self._tables)
+            self._tables = check_schema(session, self._tables)
             guard = self._guard.probe(session).guard
             self._goes_carefully = self._fleet.succeed(session)
             self._fleet.join(session, guard)

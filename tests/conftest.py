@@ -23,6 +23,7 @@ from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import OutboxWorkerError
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers
+from outbox_worker.health import check_schema
 from outbox_worker.model import Outcome
 from outbox_worker.outbox import Outbox
 from outbox_worker.pacing import Pacing
@@ -184,12 +185,15 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         database: Database | None = None,
     ) -> ProbedProcessor:
         used, policy = database or default_database, policy or settings.retry_policy
-        repository, telemetry = PurchaseRepository(tables), Telemetry()
+        telemetry = Telemetry()
         watch = GuardWatch(tables.purchases, telemetry.guard_changed)
+        with default_database.transaction() as session:
+            found = check_schema(session, tables)
         with used.transaction() as session:
             watch.probe(session)
+        repository = PurchaseRepository(found)
         handlers = build_handlers(repository, policy)
-        outbox = Outbox(tables, None if unknown_types == "bury" else handlers)
+        outbox = Outbox(found, None if unknown_types == "bury" else handlers)
         made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, Pacing(batch_size, 60))
         made.telemetry, made.watch, made.outbox, made.repository = telemetry, watch, outbox, repository
         return made

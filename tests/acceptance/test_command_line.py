@@ -315,7 +315,7 @@ def test_a_schema_that_is_not_there(database_url: str) -> None:
     [
         ("DROP TABLE processed_events", [r"this table is missing: public\.processed_events", "migrate"]),
         ("ALTER TABLE outbox DROP COLUMN last_error", [r"outbox\.last_error is missing", "ADD COLUMN last_error TEXT"]),
-        ("ALTER TABLE outbox ALTER payload TYPE text", [r"outbox\.payload is text, not jsonb", "OUTBOX_COLUMNS"]),
+        ("ALTER TABLE outbox ALTER payload TYPE bytea USING ''", [r"outbox\.payload is bytea, not", "OUTBOX_COLUMNS"]),
         ("ALTER TABLE purchases ALTER is_active DROP DEFAULT, ALTER is_active TYPE text", [r"is_active is text"]),
         ("ALTER TABLE purchases ADD tutor text NOT NULL", [r"tutor must have a value", "SET DEFAULT"]),
         ("ALTER TABLE processed_events DROP CONSTRAINT processed_events_pkey", ["not unique", "ADD UNIQUE"]),
