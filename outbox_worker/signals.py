@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _WAKE = b"\0"
+_CLOSED = -1
 
 
 class Signals:
@@ -39,6 +41,7 @@ class Signals:
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._reader)
         os.close(self._writer)
+        self._writer = _CLOSED
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
         self._received += 1
@@ -63,5 +66,6 @@ class Signals:
             os.read(self._reader, 1024)
 
     def wake(self) -> None:
-        """End the main thread's wait, from any thread."""
-        os.write(self._writer, _WAKE)
+        """End the main thread's wait, from any thread; nothing where nobody waits any more."""
+        with suppress(OSError):
+            os.write(self._writer, _WAKE)

@@ -1,6 +1,7 @@
 """The daemon: start, serve, stop. ``run`` is a loop over ``run_once``.
 
-The claim loops are threads; the main thread does the chores (heartbeat, gauges, guard) and takes the signals.
+The claim loops are threads, and so are the chores (heartbeat, gauges, guard); the main thread takes the signals and
+asks the database nothing while they run: a stop does not wait for an answer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from functools import partial
 from uuid import uuid4
 
 from sqlalchemy import func, select
-from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database import Database, outlast
 from outbox_worker.dead_letters import count_open
@@ -119,6 +119,7 @@ class Worker:
         self._guard = GuardWatch(self._tables.purchases, self.telemetry.guard_changed)
         self._fleet = Fleet(self._tables, uuid4())
         self._stop = threading.Event()
+        self._is_over = threading.Event()
         self._is_schema_suspect = False
         self._loops: list[ClaimLoop] = []
         self._listens = False
@@ -185,26 +186,37 @@ class Worker:
         return processor
 
     def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:
-        """Run the loops in threads; do the chores meanwhile. The first signal stops them after their batch; the
+        """Run the loops in threads, and the chores in another. The first signal stops them after their batch; the
         second does not wait: what is not committed then is rolled back by the server."""
-        threads = [_LoopThread(body, signals) for body in bodies]
-        for thread in threads:
+        loops = [_LoopThread(body, signals) for body in bodies]
+        chores = _LoopThread(partial(self._keep_house, outbox), signals)
+        for thread in (chores, *loops):
             thread.start()
-        while not _all_done(threads):
-            self._do_chores(outbox)
-            if signals.wait(CHORE_SECONDS):
-                break
+        while not _all_done(loops) and not signals.wait(CHORE_SECONDS):
+            pass
         if signals.is_set():
             self.telemetry.stopping()
         self._stop.set()
         self._ring()
+        self._await(loops, signals)
+        self._is_over.set()
+        self._await([chores], signals)
+        self.telemetry.stopped()
+        return [thread.result() for thread in loops]
+
+    def _await(self, threads: Sequence[_LoopThread], signals: Signals) -> None:
+        """Until all are done; not for longer than the deadline, and not in a hurry."""
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not _all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
-        if not signals.is_hurried():
-            self._do_chores(outbox, stopped=True)
-        self.telemetry.stopped()
-        return [thread.result() for thread in threads]
+
+    def _keep_house(self, outbox: Outbox) -> bool:
+        """The chores, in turns until the loops have ended, and once more to say good-bye."""
+        while not self._is_over.is_set():
+            self._do_chores(outbox)
+            self._is_over.wait(CHORE_SECONDS)
+        self._do_chores(outbox, stopped=True)
+        return True
 
     def _start_listening(self) -> None:
         self._listener = Listener(self._settings, self._tables, self._stop, self._ring, self._meet_trouble)
@@ -230,7 +242,7 @@ class Worker:
                     backlog.due, backlog.oldest_due_seconds, count_open(session, self._tables)
                 )
                 self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)
-        except DBAPIError as error:
+        except Exception as error:  # noqa: BLE001 - told with its traceback where it is our own mistake
             self._meet_trouble(error, CHORE_SECONDS)
             return
         if is_told:

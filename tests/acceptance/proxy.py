@@ -45,6 +45,8 @@ class Proxy:
     lines: list[_Line] = field(default_factory=list)
     cuts: int = 0
     """How many COMMITs were cut off."""
+    swallowed: int = 0
+    """How many requests were acknowledged and forgotten."""
     mute: bool = False
     """New connections are accepted, and nothing more."""
     _plan: Literal["before", "after"] | None = None
@@ -109,6 +111,7 @@ class Proxy:
         with suppress(OSError):
             while data := line.client.recv(65536):
                 if "requests" in line.swallows:
+                    self.swallowed += 1
                     continue
                 line.is_at_work = line.is_at_work or _SAVEPOINT in data
                 if _COMMIT in data and self._plan is not None and line.is_at_work:

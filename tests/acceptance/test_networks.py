@@ -78,3 +78,26 @@ def test_a_one_shot_command_gives_up_on_a_dead_line(database_url: str, shop: Sho
         assert time.monotonic() - begin < DEADLINE + BACK_OFF
     assert done.code == 69
     assert "No connection to the database" in done.stderr
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_ends_it_while_the_database_hangs(times: int, database_url: str, shop: Shop) -> None:
+    """Once: within two deadlines, one for the batch and one for the good-bye. Twice: at once."""
+    deadline = DEADLINE if times == 1 else 60
+    with (
+        proxied(database_url) as proxy,
+        start("run", url=proxy.url, database_deadline_seconds=deadline, poll_max_seconds=0.2) as worker,
+    ):
+        worker.wait_for("worker_started")
+        proxy.swallow("requests", "replies")
+        proxy.mute = True
+        shop.pay_many(5)
+        eventually(lambda: proxy.swallowed > 0, "the line is dead")
+        worker.signal()
+        worker.wait_for("worker_stopping")
+        if times == 2:
+            worker.signal()
+        assert worker.wait(2 * deadline + BACK_OFF if times == 1 else BACK_OFF) == 0
+        assert "Traceback" not in worker.stderr
+    assert shop.scalar("SELECT max(attempts) FROM outbox") == 0
+    assert shop.count("outbox") == 5
