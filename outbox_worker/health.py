@@ -31,6 +31,12 @@ PRIVILEGES: Privileges = {
 """What the role of a worker must be allowed, by the table's role."""
 READING: Privileges = dict.fromkeys(PRIVILEGES, ("SELECT",))
 """What the role of somebody who only looks must be allowed."""
+DECIDING: Privileges = {
+    "payments": ("SELECT",),
+    "outbox": ("SELECT", "INSERT"),
+    "dead_letters": ("SELECT", "UPDATE"),
+}
+"""What the role of somebody who requeues and discards must be allowed."""
 
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers")
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)

@@ -362,7 +362,7 @@ def _postpone_statement(outbox: Table) -> Update:
 
 
 def _bury_statement(tables: Tables) -> postgresql.Insert:
-    """what: dead letters of claimed events; one that exists is written anew and opened again
+    """what: dead letters of claimed events; one that exists is written anew and opened again, its history kept
     lock: held since the claim · index: primary keys
     """
     letters = tables.dead_letters
@@ -381,7 +381,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     source = select(*written.values()).select_from(given).join(outbox, true())
     statement = postgresql.insert(letters).from_select(list(written), source, include_defaults=False)
     reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
-    cleared = {letters.c[key]: None for key in ("resolved_at", "actor", "note")}
+    cleared = {letters.c.resolved_at: None}
     return statement.on_conflict_do_update(index_elements=[letters.c.event_id], set_=reopened | cleared)
 
 

@@ -15,7 +15,7 @@ import re
 from typing import Any, NoReturn
 
 from sqlalchemy import ColumnElement, FromClause, Numeric, Text, and_, case, cast, false, func, true
-from sqlalchemy.dialects.postgresql import JSONB, array
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, array
 
 from outbox_worker.model import Column, Repeated
 
@@ -57,6 +57,15 @@ def kept(outbox: FromClause) -> ColumnElement[Any]:
     if not is_document(outbox):
         return outbox.c.payload
     return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
+
+
+def delivered(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any]:
+    """What a dead letter keeps, as a payload of the outbox again."""
+    if not is_document(outbox):
+        return kept
+    is_string = func.jsonb_typeof(kept) == "string"
+    text = case((is_string, kept.op("#>>", return_type=Text())(cast(array([]), ARRAY(Text)))), else_=cast(kept, Text))
+    return cast(text, outbox.c.payload.type)
 
 
 def read_document(text: str | None) -> tuple[str | None, Repeated]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from outbox_worker import console
 from outbox_worker.audit import AuditReport
 from outbox_worker.conservation import PaymentClass
-from outbox_worker.dead_letters import DeadLetter
+from outbox_worker.dead_letters import Decision, Page, Preview
 from outbox_worker.fleet import WorkerRow
 from outbox_worker.model import DeadLetterState, Outcome, PaymentStatus
 from outbox_worker.status import Status, condition
@@ -140,8 +140,28 @@ _MEANINGS = {
 }
 
 
-def print_letters(letters: Sequence[DeadLetter], state: DeadLetterState) -> None:
+def print_preview(seen: Preview, decision: Decision) -> None:
+    """How many events a decision is about, of what they died, and how much money they are about."""
+    if not seen.count:
+        console.line(f"Nothing to {decision}: no open dead letter matches.")
+        return
+    money = ", ".join(f"{amount:,.2f} {currency}" for currency, amount in seen.money.items()) or "no payment known"
+    rows: list[tuple[str, object]] = [(f"to {decision}", f"{seen.count:,} event(s)"), ("money", money)]
+    console.facts([*rows, *((reason, f"{count:,}") for reason, count in seen.reasons.items()), ("preview", seen.token)])
+
+
+def print_decided(seen: Preview, decision: Decision) -> None:
+    """What was done, and what comes next."""
+    match decision:
+        case Decision.REQUEUE:
+            console.line(f"{seen.count:,} event(s) are due again; the worker settles them like new ones.", "green")
+        case Decision.DISCARD:
+            console.line(f"{seen.count:,} dead letter(s) discarded; their payments count as waived.", "green")
+
+
+def print_letters(page: Page, state: DeadLetterState) -> None:
     """One line a letter."""
+    letters = page.letters
     if not letters:
         console.line(f"No {state} dead letters.")
         return
@@ -162,6 +182,8 @@ def print_letters(letters: Sequence[DeadLetter], state: DeadLetterState) -> None
         ],
         numbers=(4,),
     )
+    if page.end is not None:
+        console.line(f"\nThere are more: --after {page.end}")
 
 
 def bench_object(report: BenchReport) -> dict[str, Any]:

@@ -103,14 +103,17 @@ def finish_unread(*arguments: str, url: str | None = None) -> Finished:
         os.close(writer)
 
 
-def finish_on_terminal(*arguments: str, url: str, columns: int = 80) -> str:
-    """Run ``outbox-worker ARGUMENTS`` on a terminal; what it shows, without colours."""
+def finish_on_terminal(*arguments: str, url: str, columns: int = 80, typed: str | None = None) -> str:
+    """Run ``outbox-worker ARGUMENTS`` on a terminal; what it shows, without colours. ``typed``: what one answers."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     shown, reader = bytearray(), threading.Thread(target=lambda: shown.extend(_read_terminal(leader)))
     reader.start()
+    if typed is not None:
+        os.write(leader, typed.encode())
+    ends = {"stdout": follower} if typed is None else {"stdin": follower, "stdout": follower, "stderr": follower}
     try:
-        _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=follower, TERM="xterm")
+        _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, **ends, TERM="xterm")
     finally:
         os.write(follower, _END)
         reader.join(PATIENCE)
@@ -139,20 +142,23 @@ def _finish(
     patience: float,
     settings: Mapping[str, object],
     *,
+    stdin: int | None = None,
     stdout: int = subprocess.PIPE,
+    stderr: int = subprocess.PIPE,
     **more: str,
 ) -> Finished:
     done = subprocess.run(
         command,
         env=environment(url, settings) | more,
         cwd=ROOT,
+        stdin=stdin,
         stdout=stdout,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         timeout=patience,
         check=False,
     )
-    return Finished(done.returncode, done.stdout or "", done.stderr)
+    return Finished(done.returncode, done.stdout or "", done.stderr or "")
 
 
 @dataclass

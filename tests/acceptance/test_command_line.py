@@ -614,7 +614,8 @@ def test_dead_letters_as_an_object(database_url: str, shop: Shop) -> None:
     assert [UUID(letter["event_id"]) for letter in discarded.object["dead_letters"]] == [closed]
     assert len(finish("dead-letters", "list", "--json", "--limit", "1", url=database_url).object["dead_letters"]) == 1
     assert finish("dead-letters", "list", "--json", "--reason", "nothing", url=database_url).object == {
-        "dead_letters": []
+        "dead_letters": [],
+        "next": None,
     }
 
 

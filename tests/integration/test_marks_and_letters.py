@@ -163,14 +163,14 @@ def test_a_duplicate_becomes_a_purchase_when_the_pair_is_given_up(shop: Shop, pr
 
 @pytest.mark.parametrize("state", ["open", "requeued", "discarded", "settled"])
 def test_burying_again_opens_the_letter_anew(shop: Shop, processor: ProbedProcessor, state: str) -> None:
-    """Whatever a person once said of it: it is a person's work again, with the reason of today."""
+    """Whatever a person once said of it, and what is kept: it is a person's work again, with the reason of today."""
     payment, event = shop.paid(payload={"currency": "USD"}, attempts=3)
     shop.dead_letter(payment, event, "payment_not_found", state, event_type="OLD", payload="[]", detail="old")
     shop.rows("UPDATE dead_letters SET actor = 'ann', note = 'why', headers = '{}', payment_id = NULL")
     was, row = shop.letter_of(event), shop.event(event)
     assert settle(processor) == {event: Outcome.DEAD}
     now = shop.letter_of(event)
-    assert (now.state, now.resolved_at, now.actor, now.note) == ("open", None, None, None)
+    assert (now.state, now.resolved_at, now.actor, now.note) == ("open", None, "ann", "why")
     assert (now.reason, now.attempts, now.payment_id) == ("payment_mismatch", 4, payment.id)
     assert now.detail == "differs from the payment row: currency"
     assert (now.event_type, now.payload, now.headers, now.created_at) == (
