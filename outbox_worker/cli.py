@@ -5,7 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
@@ -50,6 +52,9 @@ app = typer.Typer(
 )
 letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
 app.add_typer(letters_app, name="dead-letters")
+
+
+WATCH_SECONDS = 2.0
 
 
 class Option(StrEnum):
@@ -150,17 +155,40 @@ def migrate(
 
 
 @app.command()
-def status(config: Config = None, json: AsJson = False) -> None:
+def status(
+    config: Config = None,
+    json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", metavar="", help="Again every two seconds, until Ctrl-C; outlasts outages.")
+    ] = False,
+) -> None:
     """Show backlog, guard, dead letters and workers."""
     from outbox_worker import console, reports
     from outbox_worker.status import read_status
 
     settings, database, tables = _open(config)
-    now = read_status(database, tables, settings.unknown_types)
-    if json:
-        console.print_json(reports.status_object(now))
-        return
-    reports.print_status(now)
+
+    def show() -> None:
+        now = read_status(database, tables, settings.unknown_types)
+        if json:
+            console.print_json(reports.status_object(now))
+        else:
+            reports.print_status(now)
+
+    if watch:
+        console.repeat(partial(_outlast, show), WATCH_SECONDS, clears=not json)
+    else:
+        show()
+
+
+def _outlast(show: Callable[[], None]) -> None:
+    """What cannot be shown now is told, and tried again."""
+    try:
+        show()
+    except OutboxWorkerError as error:
+        _fail(error)
+    except DBAPIError as error:
+        _fail(_in_a_sentence(error))
 
 
 @app.command()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -98,6 +100,18 @@ def facts(rows: Sequence[tuple[str, object]]) -> None:
     for name, value in rows:
         table.add_row(Text(name, style="dim"), str(value))
     _print(table)
+
+
+def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
+    """Show something again and again, until Ctrl-C; ``clears``: on a terminal always in the same place."""
+    console = output()
+    with suppress(KeyboardInterrupt):
+        while True:
+            if clears:
+                console.clear()
+            show()
+            sys.stdout.flush()
+            time.sleep(seconds)
 
 
 def line(text: str, style: str = "") -> None:

@@ -218,9 +218,11 @@ class Process:
 
 
 @contextmanager
-def start(*arguments: str, url: str | None = None, **settings: object) -> Iterator[Process]:
+def start(
+    *arguments: str, url: str | None = None, stdout: int = subprocess.DEVNULL, **settings: object
+) -> Iterator[Process]:
     """Start ``outbox-worker ARGUMENTS``; whatever is left of it at the end is killed."""
-    with _start([sys.executable, "-m", "outbox_worker", *arguments], url, settings) as process:
+    with _start([sys.executable, "-m", "outbox_worker", *arguments], url, settings, stdout) as process:
         yield process
 
 
@@ -232,12 +234,14 @@ def start_script(script: str, *arguments: str, url: str, **settings: object) -> 
 
 
 @contextmanager
-def _start(command: list[str], url: str | None, settings: Mapping[str, object]) -> Iterator[Process]:
+def _start(
+    command: list[str], url: str | None, settings: Mapping[str, object], stdout: int = subprocess.DEVNULL
+) -> Iterator[Process]:
     popen = subprocess.Popen(
         command,
         env=environment(url, settings),
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -247,5 +251,6 @@ def _start(command: list[str], url: str | None, settings: Mapping[str, object]) 
     finally:
         process.kill()
         process._reader.join(PATIENCE)
-        assert popen.stderr is not None
-        popen.stderr.close()
+        for pipe in (popen.stdout, popen.stderr):
+            if pipe is not None:
+                pipe.close()

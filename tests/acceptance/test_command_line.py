@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -542,6 +544,21 @@ def test_status_as_an_object(both_guards: str, database_url: str, shop: Shop) ->
     assert all(isinstance(value, int | float) for value in found["metrics"].values())
     assert found["metrics"][f'outbox_guard{{mode="{both_guards}"}}'] == 1
     assert found["metrics"]["outbox_due_events"] == 3
+
+
+def test_status_is_watched_through_an_outage_until_ctrl_c(database_url: str, shop: Shop) -> None:
+    with start("status", "--watch", "--json", url=database_url, stdout=subprocess.PIPE) as watching:
+        assert watching.popen.stdout is not None
+        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 0
+        shop.pay_many(3)
+        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 3
+        shop.rows("ALTER TABLE workers RENAME TO elsewhere")
+        eventually(lambda: "public.workers" in watching.stderr, "told")
+        shop.rows("ALTER TABLE elsewhere RENAME TO workers")
+        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 3
+        watching.signal(signal.SIGINT)
+        assert watching.wait() == 0
+        assert "Traceback" not in watching.stderr
 
 
 def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
