@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from psycopg.pq import Conninfo
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -30,16 +29,14 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine import URL
 
+from outbox_worker.address import EMBEDDED, driver_url, expect_usable
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
 
 PREFIX = "OUTBOX_"
-EMBEDDED = "embedded:"
-_URL_REMEDY = "expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or embedded:DIRECTORY"
 OPTIONS = ("config", "batch_size", "concurrency", "log_level", "log_format")
 """Settings that commands take as options, too."""
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
@@ -104,28 +101,7 @@ def _expect_distinct(names: Mapping[str, str], noun: str) -> None:
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
-    """Reject what cannot be a PostgreSQL URL, without ever repeating it: it may hold a password."""
-    text = value.get_secret_value()
-    if text.startswith(EMBEDDED):
-        if not text.removeprefix(EMBEDDED):
-            raise ValueError("embedded: needs a directory, as in embedded:.outbox")
-        return value
-    if text.partition("://")[2].partition("/")[0].count("@") > 1:
-        raise ValueError("more than one @ before the database; in a password write %40 for @, %2F for /, %23 for #")
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):
-        raise ValueError(f"not a URL; {_URL_REMEDY}") from None
-    if url.drivername not in ("postgres", "postgresql", "postgresql+psycopg"):
-        raise ValueError(f"not a PostgreSQL URL; {_URL_REMEDY}")
-    if url.port is not None and not 0 < url.port < 65536:
-        raise ValueError("the port must be from 1 to 65535")
-    if not url.database:
-        raise ValueError(f"names no database; {_URL_REMEDY}")
-    known = [option.keyword.decode() for option in Conninfo.get_defaults()]
-    for name in set(url.query) - set(known):
-        near = "".join(f"; did you mean {each}?" for each in difflib.get_close_matches(name, known, 1))
-        raise ValueError(f"has a parameter that PostgreSQL's library does not know{near}")
+    expect_usable(value.get_secret_value())
     return value
 
 
@@ -257,7 +233,7 @@ class Settings(BaseSettings):
     @property
     def url(self) -> URL:
         """The database's URL with the driver spelled out. Not for ``embedded:``."""
-        return _driver_url(self._required_url())
+        return driver_url(self._required_url())
 
     @property
     def conninfo(self) -> str:
@@ -267,7 +243,7 @@ class Settings(BaseSettings):
     @property
     def listen_url(self) -> URL | None:
         """Where to LISTEN, if that is another address."""
-        return _driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
+        return driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
     def _required_url(self) -> str:
         if self.database_url is None:
@@ -276,13 +252,6 @@ class Settings(BaseSettings):
                 "or to embedded:.outbox for a private PostgreSQL in ./.outbox."
             )
         return self.database_url.get_secret_value()
-
-
-def _driver_url(text: str) -> URL:
-    """A password among the parameters moves to where SQLAlchemy hides it."""
-    url = make_url(text).set(drivername="postgresql+psycopg")
-    password = url.query.get("password", url.password)
-    return url.difference_update_query(["password"]).set(password=str(password) if password else None)
 
 
 def load_settings(**given: Any) -> Settings:

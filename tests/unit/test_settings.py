@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import ValidationError
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.settings import OPTIONS, Settings, load_settings, unknown_variables
@@ -93,6 +95,46 @@ def test_three_spellings_mean_psycopg(scheme: str) -> None:
     assert url.drivername == "postgresql+psycopg"
     assert (url.username, url.password, url.host, url.port, url.database) == ("u", "p@ss", "h", 5433, "d")
     assert url.query == {"sslmode": "require"}
+
+
+@pytest.mark.parametrize(
+    ("written", "host", "port"),
+    [
+        ("h:5433/d", "h", 5433),
+        ("a:1,b:2/d", "a,b", "1,2"),
+        ("a,b:2/d", "a,b", ",2"),
+        ("a,b/d", "a,b", None),
+        ("[::1]:1,[::2]/d", "::1,::2", "1,"),
+        ("/d?host=a,b&port=1,2", "a,b", "1,2"),
+        ("/d?host=a:1&host=b:2", "a,b", "1,2"),
+        ("%2Frun%2Fa:1,b/d", "/run/a,b", "1,"),
+        ("%2Frun%2Fa/d", "/run/a", None),
+    ],
+)
+def test_hosts_in_every_form(written: str, host: str, port: str | int | None) -> None:
+    """Both of those that read it understand the same: SQLAlchemy, and libpq for which it is written out again."""
+    settings = load_settings(database_url=f"postgresql://u:p%40,ss@{written}")
+    given = PGDialect_psycopg().create_connect_args(settings.url)[1]  # type: ignore[no-untyped-call]
+    libpq = conninfo_to_dict(settings.conninfo)
+    default = "," * host.count(",") or None  # SQLAlchemy's way to name no port of several hosts
+    assert (given["host"], given.get("port")) == (host, port or default)
+    assert (libpq["host"], libpq.get("port")) == (host, port if port is None else str(port))
+    assert {given["password"], libpq["password"]} == {"p@,ss"}
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("a:1,b:0/d", "the port must be from 1 to 65535"),
+        ("a:1,b:x/d", "the port must be from 1 to 65535"),
+        ("/d?port=x", "the port must be from 1 to 65535"),
+        ("/d?host=a,b&port=1", "name as many ports as hosts, or none"),
+        ("/d?host=a&host=b&port=1,2,3", "name as many ports as hosts, or none"),
+        ("a,[::1/d", "not a URL"),
+    ],
+)
+def test_hosts_that_cannot_be(written: str, told: str) -> None:
+    assert told in problems(database_url=f"postgresql://u:p@{written}")
 
 
 def test_an_embedded_server_is_named_by_its_directory() -> None:
@@ -299,7 +341,8 @@ MALFORMED = [
     f"postgresql://u:{SECRET}@host:0/db",
     f"postgresql://u:{SECRET}@host:-1/db",
     f"postgresql://u:{SECRET}@[::1/db",
-    f"postgresql://u:{SECRET}@a:1,b:2/db",
+    f"postgresql://u:{SECRET}@a:1,b:x/db",
+    f"postgresql://u:{SECRET}@a,[b/db",
     f"postgresql://u:{SECRET}@host",
     f"postgresql://u:{SECRET}@host/",
     f"postgresql://host/?password={SECRET}",
