@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -202,8 +202,9 @@ class Processor:
             failure = classify(error)
             if failure is Failure.RECONNECT and transaction_id is not None:
                 session.close()
-                if self._database.was_committed(transaction_id):
-                    return "unknown"
+                with suppress(DBAPIError):  # nobody there to ask, or a promoted standby that never heard of it
+                    if self._database.was_committed(transaction_id):
+                        return "unknown"
                 raise CommitLost("The answer to COMMIT was lost; the batch is settled again.") from error
             if failure in (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR):
                 raise RefusedAtCommit(describe(error)) from error

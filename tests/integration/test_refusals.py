@@ -401,6 +401,31 @@ def test_a_commit_whose_answer_is_lost_counts(shop: Shop, database: Database, pr
     assert settle(processor) == {}
 
 
+@pytest.mark.parametrize("asked", ["of the future", "in vain"])
+def test_a_commit_of_which_nobody_knows_is_lost(
+    asked: str, shop: Shop, database: Database, processor: ProbedProcessor
+) -> None:
+    """A standby promoted before it heard of the transaction refuses the question; one that is down does, too."""
+    for _ in range(3):
+        pay(shop, GOOD)
+    listener.listen(database.engine, "commit", commit_and_hang_up, once=True)
+    questions = {
+        "of the future": "SELECT pg_xact_status('281474976711656')",
+        "in vain": "SELECT pg_terminate_backend(pg_backend_pid())",
+    }
+
+    def ask(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return (questions[asked], {}) if "pg_xact_status" in statement else (statement, parameters)
+
+    listener.listen(database.engine, "before_cursor_execute", ask, retval=True)
+    with pytest.raises(CommitLost) as lost:
+        processor.process_batch()
+    assert classify(lost.value) is Failure.RECONNECT
+    assert metric(processor, "outbox_transactions_total", result="unknown") == 1
+    assert metric(processor, "outbox_database_errors_total", **{"class": "reconnect"}) == 1
+    assert settle(processor) == {}
+
+
 # --- fixtures
 
 
