@@ -1,23 +1,28 @@
 """A real PostgreSQL for every test that asks for one: a clone of a migrated template, dropped afterwards.
 
 ``database_url`` is the door; ``shop`` writes what the payments service would, ``processor`` settles it, ``drain`` runs
-until nothing is left. ``both_guards`` runs a test with and without the unique index.
+until nothing is left. ``both_guards`` runs a test with and without the unique index. ``site`` is a server that a test
+may break.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import psycopg
 import pytest
 import servers
 from factories import ProbedProcessor, Shop, drain_all
+from sites import ROLE, Site
 
+from outbox_worker import embedded, migration
 from outbox_worker.database import Database
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import OutboxWorkerError
@@ -171,6 +176,30 @@ def connect(database_url: str) -> Iterator[Callable[..., psycopg.Connection[Any]
 @pytest.fixture
 def shop(connect: Callable[..., psycopg.Connection[Any]]) -> Shop:
     return Shop(connect(autocommit=True))
+
+
+@pytest.fixture(scope="session")
+def site_template(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A migrated server that does not run: to be copied."""
+    given = os.environ.get("OUTBOX_TEST_PG_BIN")
+    binaries = embedded.find_binaries(Path(given) if given else None)
+    made = Site(tmp_path_factory.mktemp("template") / "pg", binaries)
+    settings = load_settings(database_url=made.url("postgres"))
+    database = Database(settings, deadline_seconds=None)
+    migration.upgrade(database, settings, build_tables(settings), ["unique_index"])
+    database.close()
+    made.execute(f"CREATE ROLE {ROLE} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
+    embedded.stop_server(made.directory)
+    return made
+
+
+@pytest.fixture
+def site(site_template: Site, tmp_path: Path) -> Iterator[Site]:
+    """A migrated server of this test's own, which it may break."""
+    made = Site(tmp_path / "pg", site_template.binaries)
+    shutil.copytree(site_template.directory, made.directory)
+    yield made
+    embedded.stop_server(made.directory)
 
 
 @pytest.fixture

@@ -325,6 +325,11 @@ class Shop:
         """Pairs with more than one active purchase."""
         return sum(count > 1 for count in self.active_pairs().values())
 
+    def counted(self, series: str) -> float:
+        """What the workers have counted, by their last heartbeats, in all series that begin so."""
+        told = [metrics for (metrics,) in self.rows("SELECT metrics FROM workers")]
+        return sum(value for metrics in told for name, value in metrics.items() if name.startswith(series))
+
     def count(self, table: str) -> int:
         return int(self.scalar(f"SELECT count(*) FROM {table}"))
 

@@ -189,6 +189,11 @@ class Process:
         with self.news:
             return "".join(self.lines)
 
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """All records of ``event`` so far."""
+        with self.news:
+            return [record for record in self.records if record.get("event") == event]
+
     def wait_for(self, event: str, patience: float = PATIENCE, **fields: object) -> dict[str, Any]:
         """The first record of ``event`` with these fields."""
         deadline, seen = time.monotonic() + patience, 0
@@ -204,6 +209,12 @@ class Process:
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.popen.send_signal(number)
+
+    def end_well(self) -> None:
+        """SIGTERM, and wait until it has ended as it should."""
+        self.signal()
+        assert self.wait() == 0, self.stderr
+        assert "Traceback" not in self.stderr
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 from factories import Shop
-from processes import Process, eventually, finish, start
+from processes import eventually, finish, start
 from sqlalchemy import make_url
 
 RARELY = {"poll_min_seconds": 60, "poll_max_seconds": 60}
@@ -34,12 +34,6 @@ def settled(shop: Shop, event: Any) -> None:
     eventually(lambda: shop.outcome_of(event) == "created", "the event is settled", SOON)
 
 
-def ends_well(process: Process) -> None:
-    process.signal()
-    assert process.wait(10) == 0, process.stderr
-    assert "Traceback" not in process.stderr
-
-
 @pytest.fixture
 def told(database_url: str) -> str:
     """A database with the option ``notify``."""
@@ -54,7 +48,7 @@ def test_an_event_is_settled_when_it_is_told_of(concurrency: int, told: str, sho
         listener(shop)
         for _ in range(3):
             settled(shop, shop.paid()[1])
-        ends_well(process)
+        process.end_well()
 
 
 def test_a_lost_connection_listens_again_and_looks_for_what_came_meanwhile(told: str, shop: Shop) -> None:
@@ -70,7 +64,7 @@ def test_a_lost_connection_listens_again_and_looks_for_what_came_meanwhile(told:
         settled(shop, untold)
         settled(shop, shop.paid()[1])
         process.wait_for("paused", failure="reconnect")
-        ends_well(process)
+        process.end_well()
 
 
 def test_it_begins_to_listen_when_the_option_comes(database_url: str, shop: Shop) -> None:
@@ -79,7 +73,7 @@ def test_it_begins_to_listen_when_the_option_comes(database_url: str, shop: Shop
         assert finish("migrate", "--with", "notify", url=database_url).code == 0
         listener(shop)
         settled(shop, shop.paid()[1])
-        ends_well(process)
+        process.end_well()
 
 
 def test_it_listens_where_it_is_told_to(told: str, shop: Shop) -> None:
@@ -94,7 +88,7 @@ def test_it_listens_where_it_is_told_to(told: str, shop: Shop) -> None:
             listens = listener(shop)
             assert shop.scalar("SELECT usename FROM pg_stat_activity WHERE pid = %s", listens) == role
             settled(shop, shop.paid()[1])
-            ends_well(process)
+            process.end_well()
     finally:
         shop.rows(f"DROP ROLE {role}")
 
@@ -104,7 +98,7 @@ def test_an_address_to_listen_at_that_does_not_answer_hinders_nothing(told: str,
     with start("run", url=told, listen_database_url=nowhere, poll_max_seconds=0.1) as process:
         process.wait_for("paused", failure="reconnect")
         settled(shop, shop.paid()[1])
-        ends_well(process)
+        process.end_well()
 
 
 def test_behind_a_pooler_it_listens_only_past_it(told: str, shop: Shop) -> None:
@@ -114,8 +108,8 @@ def test_behind_a_pooler_it_listens_only_past_it(told: str, shop: Shop) -> None:
         settled(shop, shop.paid()[1])
         eventually(lambda: shop.rows("SELECT id FROM workers WHERE seen_at > started_at"), "a heartbeat")
         assert shop.rows(LISTENERS) == []
-        ends_well(worker)
+        worker.end_well()
     with start("run", url=told, pooler="transaction", listen_database_url=told, **RARELY) as worker:
         listener(shop)
         settled(shop, shop.paid()[1])
-        ends_well(worker)
+        worker.end_well()

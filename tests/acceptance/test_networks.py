@@ -9,15 +9,11 @@ import pytest
 from factories import Shop
 from processes import eventually, finish, start
 from proxy import proxied
+from sites import expect_calm
 
 DEADLINE = 2
 BACK_OFF = 10
 """The longest pause between two tries."""
-
-
-def counted(shop: Shop, series: str) -> float:
-    """A counter of the one worker, as its last heartbeat told it."""
-    return sum(metrics.get(series, 0.0) for (metrics,) in shop.rows("SELECT metrics FROM workers"))
 
 
 @pytest.mark.parametrize("guard_kind", ["index", "lock"], indirect=True)
@@ -29,17 +25,19 @@ def test_a_commit_cut_off_is_neither_lost_nor_doubled(
     with proxied(database_url) as proxy, start("run", url=proxy.url, poll_max_seconds=0.2) as worker:
         worker.wait_for("worker_started")
         proxy.cut_next_commit(when)
+        begin = time.monotonic()
         shop.pay_many(30)
         eventually(lambda: proxy.cuts == 1 and shop.count("outbox") == 0, "cut off, and all is settled")
         shop.pay_many(30)
         eventually(lambda: shop.count("outbox") == 0, "it goes on")
-        worker.signal()
-        assert worker.wait() == 0
+        seconds = time.monotonic() - begin
+        worker.end_well()
     assert shop.active_pairs().total() == shop.count("purchases") == shop.count("processed_events") == 60
     assert shop.count("dead_letters") == 0
-    assert counted(shop, 'outbox_transactions_total{result="unknown"}') == 1
-    assert counted(shop, 'outbox_events_total{event_type="PURCHASE_CONFIRMED",outcome="created"}') == 60
-    assert counted(shop, 'outbox_events_total{event_type="PURCHASE_CONFIRMED",outcome="retried"}') == 0
+    assert shop.counted('outbox_transactions_total{result="unknown"}') == 1
+    assert shop.counted('outbox_events_total{event_type="PURCHASE_CONFIRMED",outcome="created"}') == 60
+    assert shop.counted('outbox_events_total{event_type="PURCHASE_CONFIRMED",outcome="retried"}') == 0
+    expect_calm(shop, seconds, worker)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +60,11 @@ def test_a_line_that_swallows_is_given_up_within_the_deadline(
         assert time.monotonic() - begin < DEADLINE + BACK_OFF
         paused = worker.wait_for("paused")
         assert (paused["failure"], paused["level"]) == ("reconnect", "WARNING")
-        worker.signal()
-        assert worker.wait() == 0
+        seconds = time.monotonic() - begin
+        worker.end_well()
     assert shop.count("purchases") == 10
     assert shop.count("dead_letters") == 0
+    expect_calm(shop, seconds, worker)
 
 
 def test_a_one_shot_command_gives_up_on_a_dead_line(database_url: str, shop: Shop) -> None:

@@ -3,214 +3,255 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import psycopg
 import pytest
 from factories import Shop
-from processes import Process, eventually, start
-from sqlalchemy import URL
-
-from outbox_worker import embedded, migration
-from outbox_worker.database import Database
-from outbox_worker.schema import build_tables
-from outbox_worker.settings import load_settings
+from processes import Process, eventually, finish, start
+from sites import ROLE, Site, expect_calm, expect_exactly_once, expect_settled, settle_some
 
 DEADLINE = 2
 TROUBLE_SECONDS = 3.0
-ROLE = "clerk"
+KEY = 4242
+"""Of the advisory lock at which an insert waits."""
+NO_PLACE = "too many clients|slots are reserved"
+PATIENT = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2, "retry_base_seconds": 0.5}
 
 
-@dataclass
-class Site:
-    """A PostgreSQL of this test's own, which may be broken; workers come as a role that is not its owner's."""
-
-    directory: Path
-    bin_dir: Path | None
-
-    def start(self) -> dict[str, str]:
-        return embedded.ensure_server(self.directory, bin_dir=self.bin_dir)
-
-    def url(self, role: str) -> str:
-        where = self.start()
-        query = {"host": where["host"], "port": where["port"]}
-        url = URL.create("postgresql+psycopg", username=role, database=where["dbname"], query=query)
-        return url.render_as_string(hide_password=False)
-
-    def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(**self.start(), autocommit=True)
-
-    def execute(self, statement: str) -> None:
-        with self.connect() as connection:
-            connection.execute(statement)
-
-    def signal(self, number: int) -> None:
-        """To the postmaster: SIGINT is a fast stop, SIGQUIT an immediate one."""
-        pid = int((self.directory / "data" / "postmaster.pid").read_text().split()[0])
-        os.kill(pid, number)
-        eventually(lambda: not Path(f"/proc/{pid}").exists(), "the postmaster is gone")
-
-    def backends(self, connection: psycopg.Connection[Any]) -> list[int]:
-        query = "SELECT pid FROM pg_stat_activity WHERE usename = %s"
-        return [pid for (pid,) in connection.execute(query, [ROLE])]
-
-    def throw_out(self) -> None:
-        with self.connect() as connection:
-            connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [ROLE])
+# --- faults: entered, they are there; left, they are mended
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    given = os.environ.get("OUTBOX_TEST_PG_BIN")
-    made = Site(tmp_path / "pg", Path(given) if given else None)
-    settings = load_settings(database_url=made.url("postgres"))
-    database = Database(settings, deadline_seconds=None)
-    migration.upgrade(database, settings, build_tables(settings), ["unique_index"])
-    database.close()
-    made.execute(f"CREATE ROLE {ROLE} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
-    yield made
-    embedded.stop_server(made.directory)
+@contextmanager
+def stopped(site: Site, number: int) -> Iterator[None]:
+    site.signal(number)
+    yield
+    site.start()
 
 
-def stop_fast(site: Site) -> None:
-    site.signal(signal.SIGINT)
-
-
-def stop_at_once(site: Site) -> None:
-    site.signal(signal.SIGQUIT)
-
-
-def kill_a_backend(site: Site) -> None:
+@contextmanager
+def backend_killed(site: Site) -> Iterator[None]:
     """The postmaster throws everybody out and recovers."""
     with site.connect() as connection:
         os.kill(eventually(lambda: site.backends(connection), "a backend")[0], signal.SIGKILL)
+    yield
 
 
-def terminate(site: Site) -> None:
+@contextmanager
+def thrown_out(site: Site) -> Iterator[None]:
     site.throw_out()
+    yield
 
 
-def admit_nobody(site: Site) -> None:
-    site.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT 0")
+@contextmanager
+def refused(site: Site, how: str, mended: str) -> Iterator[None]:
+    """Nobody is admitted any more, or only to look on."""
+    site.execute(f"ALTER ROLE {ROLE} {how}")
     site.throw_out()
+    pay(site)
+    yield
+    site.execute(f"ALTER ROLE {ROLE} {mended}")
 
 
-def refuse_to_log_in(site: Site) -> None:
-    site.execute(f"ALTER ROLE {ROLE} NOLOGIN")
-    site.throw_out()
+@contextmanager
+def crowded(site: Site) -> Iterator[None]:
+    """Others hold every connection that the server has for ordinary roles."""
+    site.execute("CREATE ROLE guest LOGIN")
+    with site.connect() as own, ExitStack() as guests:
+
+        def is_full() -> bool:
+            site.throw_out()
+            fill(site, guests)
+            return not site.backends(own)
+
+        eventually(is_full, "no place is left")
+        Shop(own).pay_many(1)
+        yield
 
 
-def become_read_only(site: Site) -> None:
-    site.execute(f"ALTER ROLE {ROLE} SET default_transaction_read_only = on")
-    site.throw_out()
+@contextmanager
+def held(site: Site, table: str) -> Iterator[None]:
+    """Somebody's DDL holds a table for longer than anybody waits."""
+    with site.connect() as other, other.transaction():
+        other.execute(f"LOCK TABLE {table}")
+        if table != "outbox":
+            pay(site)
+        yield
 
 
-def revoke(site: Site) -> None:
-    site.execute(f"REVOKE INSERT ON purchases FROM {ROLE}")
+@contextmanager
+def changed(site: Site, how: str, mended: str) -> Iterator[None]:
+    site.execute(how)
+    pay(site)
+    yield
+    site.execute(mended)
 
 
-def lose_a_table(site: Site) -> None:
-    site.execute("ALTER TABLE processed_events RENAME TO elsewhere")
+def fill(site: Site, guests: ExitStack) -> None:
+    """Take places until there is none for an ordinary role; the superuser's are left."""
+    where = site.start() | {"user": "guest"}
+    try:
+        while True:
+            guests.enter_context(psycopg.connect(**where))  # type: ignore[arg-type]
+    except psycopg.OperationalError as error:
+        if not re.search(NO_PLACE, str(error)):
+            raise
 
 
-REPAIRS = {
-    admit_nobody: f"ALTER ROLE {ROLE} CONNECTION LIMIT -1",
-    refuse_to_log_in: f"ALTER ROLE {ROLE} LOGIN",
-    become_read_only: f"ALTER ROLE {ROLE} RESET default_transaction_read_only",
-    revoke: f"GRANT INSERT ON purchases TO {ROLE}",
-    lose_a_table: "ALTER TABLE elsewhere RENAME TO processed_events",
+def pay(site: Site) -> None:
+    with site.connect() as connection:
+        Shop(connection).pay_many(1)
+
+
+Fault = Callable[[Site], AbstractContextManager[None]]
+FAULTS: dict[str, tuple[Fault, str, str]] = {
+    "fast_stop": (partial(stopped, number=signal.SIGINT), "reconnect", ""),
+    "immediate_stop": (partial(stopped, number=signal.SIGQUIT), "reconnect", ""),
+    "backend_killed": (backend_killed, "reconnect", ""),
+    "thrown_out": (thrown_out, "reconnect", ""),
+    "connection_limit": (
+        partial(refused, how="CONNECTION LIMIT 0", mended="CONNECTION LIMIT -1"),
+        "reconnect",
+        "too many connections for role",
+    ),
+    "no_login": (partial(refused, how="NOLOGIN", mended="LOGIN"), "reconnect", "not permitted to log in"),
+    "read_only": (
+        partial(refused, how="SET default_transaction_read_only = on", mended="RESET default_transaction_read_only"),
+        "reconnect",
+        "read-only",
+    ),
+    "too_many_connections": (crowded, "reconnect", NO_PLACE),
+    "purchases_held": (partial(held, table="purchases"), "retry", "55P03"),
+    "marks_held": (partial(held, table="processed_events"), "retry", "55P03"),
+    "outbox_held": (partial(held, table="outbox"), "retry", "55P03"),
+    "privilege_revoked": (
+        partial(
+            changed,
+            how=f"REVOKE INSERT ON purchases FROM {ROLE}",
+            mended=f"GRANT INSERT ON purchases TO {ROLE}",
+        ),
+        "unclear",
+        "42501",
+    ),
+    "table_lost": (
+        partial(
+            changed,
+            how="ALTER TABLE processed_events RENAME TO elsewhere",
+            mended="ALTER TABLE elsewhere RENAME TO processed_events",
+        ),
+        "unclear",
+        "42P01",
+    ),
 }
-PAY = """
-    WITH paid AS (
-        INSERT INTO payments (student_id, course_id, amount, currency, status)
-        VALUES (gen_random_uuid(), gen_random_uuid(), 1, 'EUR', 'succeeded') RETURNING id
-    )
-    INSERT INTO outbox (event_id, event_type, payload)
-    SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED', jsonb_build_object('payment_id', id) FROM paid
-"""
-FAULTS = (stop_fast, stop_at_once, kill_a_backend, terminate, *REPAIRS)
+"""Each with the class of failure that the operator is told of, and with the words."""
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_it_resumes_alone_and_charges_nobody(fault: Callable[[Site], None], site: Site) -> None:
-    with start("run", url=site.url(ROLE), database_deadline_seconds=DEADLINE, poll_max_seconds=0.2) as worker:
+# --- the worker outlasts them
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_it_resumes_alone_and_charges_nobody(name: str, site: Site) -> None:
+    fault, failure, words = FAULTS[name]
+    with start("run", url=site.url(ROLE), log_level="DEBUG", **PATIENT) as worker:
         worker.wait_for("worker_started")
         settle_some(site)
         begin = time.monotonic()
-        fault(site)
-        if fault in REPAIRS:
-            site.execute(PAY)
-        threading.Event().wait(TROUBLE_SECONDS)
-        site.start()
-        if fault in (revoke, lose_a_table):
-            assert worker.wait_for("schema_problems")["level"] == "ERROR"
-        if fault in REPAIRS:
-            site.execute(REPAIRS[fault])
+        with fault(site):
+            threading.Event().wait(TROUBLE_SECONDS)
+            if failure == "unclear":
+                assert worker.wait_for("schema_problems")["level"] == "ERROR"
         settle_some(site)
-        spun = [record for record in worker.records if record.get("event") == "paused"]
         seconds = time.monotonic() - begin
-        assert len(spun) <= 6 + 2 * seconds, "pauses double from a tenth of a second on"
-        expect_told(worker, fault)
-        worker.signal()
-        assert worker.wait() == 0
+        worker.end_well()
+    troubles = worker.told("paused") + worker.told("transaction_rolled_back")
+    assert {record["failure"] for record in troubles} == {failure}
+    assert any(re.search(words, record["error"]) for record in troubles)
     with site.connect() as connection:
         shop = Shop(connection)
-        assert shop.count("purchases") == shop.count("processed_events") == shop.count("payments")
-        assert shop.count("payments") == 40 + (fault in REPAIRS)
-        assert shop.count("dead_letters") == 0
+        expect_exactly_once(shop)
+        expect_calm(shop, seconds, worker)
 
 
-def settle_some(site: Site) -> None:
-    """Twenty more events: settled, none of them ever charged."""
+def test_it_waits_for_a_place_at_the_start(site: Site) -> None:
+    url = site.url(ROLE)
+    with ExitStack() as crowd:
+        crowd.enter_context(crowded(site))
+        with start("run", url=url, **PATIENT) as worker:
+            begin = time.monotonic()
+            eventually(lambda: len(worker.told("paused")) >= 4, "it waits")
+            assert all(re.search(NO_PLACE, record["error"]) for record in worker.told("paused"))
+            drained = finish("run", "--drain", url=url, **PATIENT)
+            assert (drained.code, "No connection to the database" in drained.stderr) == (69, True)
+            assert worker.told("worker_started") == []
+            crowd.close()
+            worker.wait_for("worker_started")
+            settle_some(site)
+            seconds = time.monotonic() - begin
+            worker.end_well()
     with site.connect() as connection:
+        expect_exactly_once(Shop(connection))
+        expect_calm(Shop(connection), seconds, worker)
+
+
+# --- a worker that is stopped in its transaction
+
+
+def gate(shop: Shop) -> None:
+    """Whoever inserts a purchase waits while somebody else has the key."""
+    shop.rows(
+        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN PERFORM pg_advisory_xact_lock_shared({KEY}); RETURN NEW; END $$"
+    )
+    shop.rows("CREATE TRIGGER gate BEFORE INSERT ON purchases FOR EACH ROW EXECUTE FUNCTION wait()")
+
+
+def stop_at_the_gate(shop: Shop, holder: psycopg.Connection[Any], worker: Process) -> None:
+    """Stop it (SIGSTOP) while a statement of its transaction waits, then let the statement go on."""
+    waits = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = {KEY} AND NOT granted"
+    eventually(lambda: shop.scalar(waits), "it came to the gate")
+    worker.signal(signal.SIGSTOP)
+    holder.execute("SELECT pg_advisory_unlock(%s)", [KEY])
+
+
+def test_it_outlasts_being_thrown_out_for_idling_in_its_transaction(site: Site) -> None:
+    with site.connect() as connection, site.connect() as holder:
         shop = Shop(connection)
-        shop.pay_many(20)
-        charged: list[Any] = []
-
-        def done() -> bool:
-            charged.extend(shop.rows("SELECT id FROM outbox WHERE attempts > 0"))
-            return shop.count("outbox") == 0
-
-        eventually(done, "all is settled")
-        assert charged == []
-
-
-def expect_told(worker: Process, fault: Callable[[Site], None]) -> None:
-    """The operator was told what kind of trouble it was; a connection that was replaced in time is no trouble."""
-    told = {record["failure"] for record in worker.records if record.get("event") == "paused"}
-    expected = {
-        admit_nobody: {"pause", "reconnect"},
-        refuse_to_log_in: {"pause", "reconnect"},
-        become_read_only: {"reconnect"},
-        revoke: {"unclear"},
-        lose_a_table: {"unclear"},
-    }
-    assert told <= expected.get(fault, {"reconnect"}), told
+        gate(shop)
+        holder.execute("SELECT pg_advisory_lock(%s)", [KEY])
+        shop.pay_many(10)
+        with start("run", url=site.url(ROLE), **PATIENT) as worker:
+            stop_at_the_gate(shop, holder, worker)
+            begin = time.monotonic()
+            eventually(lambda: "terminating connection due to idle-in-transaction timeout" in site.log(), "the end")
+            assert shop.count("purchases") == 0
+            worker.signal(signal.SIGCONT)
+            expect_settled(shop)
+            seconds = time.monotonic() - begin
+            worker.end_well()
+        assert {record["failure"] for record in worker.told("paused")} == {"reconnect"}
+        assert shop.counted('outbox_transactions_total{result="rollback"}') == 1
+        expect_exactly_once(shop)
+        expect_calm(shop, seconds, worker)
 
 
 def test_a_zombie_writes_nothing(
     database_url: str, shop: Shop, connect: Callable[..., psycopg.Connection[Any]]
 ) -> None:
     """Stopped in its transaction for longer than the server allows, while another settles its events."""
-    shop.rows(
-        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN PERFORM pg_advisory_xact_lock_shared(4242); RETURN NEW; END $$"
-    )
-    shop.rows("CREATE TRIGGER gate BEFORE INSERT ON purchases FOR EACH ROW EXECUTE FUNCTION wait()")
+    gate(shop)
     holder = connect(autocommit=True)
-    holder.execute("SELECT pg_advisory_lock(4242)")
+    holder.execute("SELECT pg_advisory_lock(%s)", [KEY])
     shop.pay_many(10)
     with start("run", url=database_url, database_deadline_seconds=DEADLINE) as zombie:
-        at_the_gate = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4242 AND NOT granted"
-        eventually(lambda: shop.scalar(at_the_gate), "it came to the gate")
-        zombie.signal(signal.SIGSTOP)
-        holder.execute("SELECT pg_advisory_unlock(4242)")
+        stop_at_the_gate(shop, holder, zombie)
+        begin = time.monotonic()
         with start("run", url=database_url, poll_max_seconds=0.2) as other:
             other.wait_for("worker_started")
             eventually(lambda: shop.count("outbox") == 0, "the other one settles them", patience=DEADLINE + 30)
@@ -221,8 +262,10 @@ def test_a_zombie_writes_nothing(
             assert before[1] == shop.rows("SELECT * FROM processed_events")
             shop.pay_many(5)
             eventually(lambda: shop.count("outbox") == 0, "both go on")
-        zombie.signal()
-        assert zombie.wait() == 0
+            other.end_well()
+        zombie.end_well()
+        seconds = time.monotonic() - begin
     assert shop.count("purchases") == 15
     assert shop.doubled() == 0
     assert shop.count("dead_letters") == 0
+    expect_calm(shop, seconds, zombie, other)
