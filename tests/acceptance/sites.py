@@ -146,12 +146,12 @@ def expect_exactly_once(shop: Shop) -> None:
     assert shop.owed() == shop.doubled() == shop.count("outbox") == shop.count("dead_letters") == 0
 
 
-def expect_calm(shop: Shop, seconds: float, *workers: Process) -> None:
+def expect_calm(shop: Shop, seconds: float, *workers: Process, loops: int = 1) -> None:
     """The trouble of ``seconds`` was no reason to spin: neither told pauses nor counted failures are many.
 
-    To be asked of workers that have ended: the last heartbeat brings all of the counters. Pauses double from a tenth of
-    a second on, with jitter.
+    To be asked of workers that have ended: the last heartbeat brings all of the counters. Pauses of each claim loop
+    double from a tenth of a second on, with jitter.
     """
-    most = len(workers) * (6 + 2 * seconds)
+    most = len(workers) * loops * (6 + 2 * seconds)
     assert sum(len(worker.told("paused")) for worker in workers) <= most
     assert shop.counted("outbox_database_errors_total") <= most
