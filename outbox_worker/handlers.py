@@ -36,12 +36,12 @@ class Footing:
     """The pairs already locked; None: the handler locks those it must judge."""
     looks_at_marks: bool = True
     """Otherwise events are taken for new, and the attempt fails by 23505 where one is marked."""
-    careful: bool = False
-    """Judge every event; the fast statement failed for one of them."""
+    judges_all: bool = False
+    """Judge every event: the fast statement would write purchases in front of one that is owed."""
 
 
 class OutOfOrder(Exception):
-    """The batch must be settled carefully: a purchase would be written out of the order that all workers keep."""
+    """Every event of the batch must be judged: a purchase would be written out of the order that all workers keep."""
 
 
 class Handler(Protocol):
@@ -97,7 +97,7 @@ class ConfirmedPurchases:
         Raises OutOfOrder when one of the others is owed a purchase, too: purchases are written in one order, and those
         of later pairs stand already.
         """
-        clean = set() if footing.careful else self._insert_clean(session, batch, footing)
+        clean = set() if footing.judges_all else self._insert_clean(session, batch, footing)
         verdicts = dict.fromkeys(clean, _CLEAN)
         if len(clean) == len(batch):
             return verdicts

@@ -1,74 +1,35 @@
 """One batch: claim, settle, record, commit. The only owner of the transaction grain.
 
-The fast way settles a whole batch in one savepoint. What fails there is repeated carefully: pairs locked first, then
-halves in savepoints of their own, until the events that the database refuses stand alone.
+What fails for want of luck is repeated with fewer events; what stands in the way of others makes way.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Literal
 
-from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.database import INDEX_PLANS, Database, repeat, savepoint
-from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide, refused, retry_delay
-from outbox_worker.errors import CommitLost, Failure, Inconsistent, classify, describe, sqlstate
+from outbox_worker.database import INDEX_PLANS, Database, repeat
+from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
+from outbox_worker.errors import CommitLost, Failure, classify, describe
 from outbox_worker.guard import GuardWatch
-from outbox_worker.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
-from outbox_worker.model import GRANTS, Batch, Event, Facts, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
+from outbox_worker.handlers import Handlers
+from outbox_worker.model import Batch, Facts, Guard, Verdicts
 from outbox_worker.outbox import Accused, Claim, Outbox, Postponement
 from outbox_worker.pacing import Pacing
 from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.settlement import Settlement
 from outbox_worker.telemetry import BatchReport, Telemetry
-
-MAX_SAVEPOINTS = 32
-"""In one transaction; beyond 64 subtransactions PostgreSQL's look-ups spill."""
-
-BATCHES_TO_LOOK_AT = 100
-"""After a marked event was met among those taken for new: so many batches have their marks looked at first."""
-
-_UNIQUE_VIOLATION = "23505"
-_NO_ARBITER = ("42P10", "55000")
-_NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
-
-# what: makes deferred constraints speak now, inside the savepoint, not at COMMIT · lock: none
-_CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
 
 
 class RefusedAtCommit(Exception):
     """A constraint that is checked at COMMIT failed: some event of the batch is at fault."""
-
-
-@dataclass
-class _Savepoints:
-    """The savepoints that one transaction may still take."""
-
-    session: Session
-    left: int = MAX_SAVEPOINTS
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        self.left -= 1
-        with savepoint(self.session):
-            yield
-
-
-@dataclass
-class _Bisection:
-    """What halving a batch found: verdicts, and the errors of the events that the database refuses."""
-
-    verdicts: Verdicts = field(default_factory=dict)
-    refusals: dict[int, DBAPIError] = field(default_factory=dict)
-    complete: bool = True
 
 
 class Processor:
@@ -87,16 +48,14 @@ class Processor:
     ) -> None:
         self._database = database
         self._outbox = outbox
-        self._purchases = purchases
-        self._handlers = handlers
         self._guard = guard
         self._telemetry = telemetry
         self._policy = policy
         self._pacing = pacing
-        self._batches_to_look_at = 0
         self._carefully = 0
         self._suspects: list[int] = []
         self._accused: Accused | None = None
+        self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
 
     def go_carefully(self, events: int) -> None:
         """A worker died, and nobody knows of what: take so many events one by one, each written down before."""
@@ -216,154 +175,32 @@ class Processor:
         batch = claim.batch if accused else claim.batch.without(claim.suspects)
         if accused and accused.crashes >= CRASHES_MAX:
             verdicts = dict.fromkeys(batch, decide(Facts(crashes=accused.crashes)))
-            self._record(session, batch, verdicts)
+            self._settlement.record(session, batch, verdicts)
             return verdicts
         if not batch:
             return {}
         if self._pacing.is_stuck and not accused:
-            self._outbox.postpone(session, batch, {key: self._uncharged() for key in batch})
+            self._postpone_uncharged(session, batch)
             return {}
-        savepoints = _Savepoints(session)
-        settled = None if careful else self._settle_fast(session, batch, savepoints)
-        return self._settle_carefully(session, batch, savepoints) if settled is None else settled
-
-    def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | None:
-        """All in one savepoint, by the guard in force; None where an event of the batch makes that impossible."""
-        try:
-            if self._guard.state.guard is Guard.INDEX:
-                return self._attempt_as_new(session, batch, Footing(self._guard.state), savepoints)
-        except (DBAPIError, Inconsistent, OutOfOrder) as error:
-            self._raise_if_no_events_fault(error)
-            if sqlstate(error) not in _NO_ARBITER:
-                return None
-            self._guard.fall_back()
-        return self._settle_by_lock(session, batch, savepoints)
-
-    def _settle_by_lock(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | None:
-        guard = self._guard.state
-        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
-        free = batch.without(locks.contended)
-        try:
-            return self._attempt_as_new(session, free, Footing(guard, locks), savepoints)
-        except (DBAPIError, Inconsistent, OutOfOrder) as error:
-            self._raise_if_no_events_fault(error)
-            return None
-
-    def _settle_carefully(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts:
-        """Every event judged under its pair's lock, in halves, until those that the database refuses stand alone."""
-        locks = self._purchases.lock_pairs(session, batch, self._guard.state.lock_capacity)
-        free = batch.only(key for key in locks.order if key not in locks.contended)
-        found = self._bisect(session, free, Footing(self._guard.state, locks, careful=True), savepoints)
-        unclear = [error for error in found.refusals.values() if classify(error) is Failure.UNCLEAR]
-        if unclear and not any(verdict.outcome in GRANTS for verdict in found.verdicts.values()):
-            raise unclear[0]  # no purchase could be written at all: that is the database's trouble
-        verdicts = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
-        self._record(session, batch, verdicts)
-        if not found.complete:
+        verdicts, is_through = self._settlement.settle(session, batch, careful=careful)
+        if not is_through:
             self._pacing.ran_out()
-        return found.verdicts | verdicts
-
-    def _bisect(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> _Bisection:
-        found = _Bisection()
-        looked_again: set[int] = set()
-        parts = [batch] if batch else []
-        while parts and savepoints.left:
-            part = parts.pop()
-            try:
-                found.verdicts |= self._attempt(session, part, footing, savepoints)
-            except DBAPIError as error:
-                self._raise_if_no_events_fault(error)
-                if sqlstate(error) in _NO_ARBITER and footing.guard.guard is Guard.INDEX:
-                    footing = replace(footing, guard=self._guard.fall_back())
-                    parts.append(part)
-                elif len(part) > 1:
-                    parts += reversed(_halves(part))
-                elif sqlstate(error) == _UNIQUE_VIOLATION and not looked_again & part.keys():
-                    looked_again |= part.keys()
-                    parts.append(part)  # somebody else was first: read back
-                else:
-                    found.refusals |= dict.fromkeys(part, error)
-        found.complete = not parts
-        return found
-
-    def _raise_if_no_events_fault(self, error: Exception) -> None:
-        if isinstance(error, DBAPIError) and classify(error) in _NO_EVENTS_FAULT:
-            raise error
-
-    def _attempt(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> Verdicts:
-        """Handle and record a batch in one savepoint, so that all of it stands or none."""
-        with savepoints.take():
-            verdicts = self._handle(session, batch, footing)
-            self._record(session, batch, verdicts)
-            if footing.careful:
-                session.execute(_CHECK_DEFERRED)
         return verdicts
-
-    def _attempt_as_new(self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints) -> Verdicts:
-        """Marks are not looked at, since nearly all events come once; one that is there shows when it is written."""
-        if not self._batches_to_look_at:
-            try:
-                return self._attempt(session, batch, replace(footing, looks_at_marks=False), savepoints)
-            except DBAPIError as error:
-                if sqlstate(error) != _UNIQUE_VIOLATION:
-                    raise
-                self._batches_to_look_at = BATCHES_TO_LOOK_AT
-        self._batches_to_look_at -= 1
-        return self._attempt(session, batch, footing, savepoints)
-
-    def _handle(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
-        verdicts: Verdicts = {}
-        for event_type, events in batch.by_type().items():
-            handler = self._handlers.get(event_type)
-            verdicts |= handler.apply(session, events, footing) if handler else judge_unhandled(events)
-        return verdicts
-
-    def _record(self, session: Session, batch: Batch, verdicts: Mapping[int, Verdict]) -> None:
-        """Write what the verdicts mean for mark, event and dead letter."""
-        keys = by_outcome(verdicts)
-        retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
-        for outcome, settled in keys.items():
-            judged = [key for key in settled if not verdicts[key].clean]
-            if new := batch.among(settled).without(set(judged)):
-                self._purchases.mark_first(session, new, outcome)
-            if judged:
-                self._purchases.mark(session, batch.among(judged), outcome)
-                self._outbox.close_letters(session, batch.among(judged).event_ids)
-        if keys:
-            self._outbox.remove(session, batch, [key for settled in keys.values() for key in settled])
-        if retried:
-            self._outbox.postpone(session, batch, {key: self._later(batch[key], verdicts[key]) for key in retried})
-        if dead:
-            self._outbox.bury(session, batch, {key: _epitaph(verdicts[key]) for key in dead})
-
-    def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
-        return refused(describe(error), self._policy.is_last(event.attempts))
-
-    def _later(self, event: Event, verdict: Verdict) -> Postponement:
-        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spread, not secrecy
-        return Postponement(delay, charged=True, error=f"{verdict.reason}: {verdict.detail}")
-
-    def _uncharged(self) -> Postponement:
-        return Postponement(self._policy.base, charged=False)
 
     def _make_way(self, until: datetime | None) -> BatchReport:
         """The event at the head waits, alone, for a foreign transaction: postpone it, uncharged."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
-            if batch:
-                self._outbox.postpone(session, batch, {key: self._uncharged() for key in batch})
+            self._postpone_uncharged(session, batch)
         self._pacing.made_way()
+        return self._made_way(batch)
+
+    def _postpone_uncharged(self, session: Session, batch: Batch) -> None:
+        if batch:
+            later = Postponement(self._policy.base, charged=False)
+            self._outbox.postpone(session, batch, dict.fromkeys(batch, later))
+
+    def _made_way(self, batch: Batch) -> BatchReport:
         report = BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
         self._telemetry.batch_committed(report)
         return report
-
-
-def _epitaph(verdict: Verdict) -> tuple[Reason, str]:
-    if verdict.reason is None:
-        raise Inconsistent(f"a dead event without a reason: {verdict}")
-    return verdict.reason, verdict.detail
-
-
-def _halves(batch: Batch) -> list[Batch]:
-    middle = len(batch) // 2
-    return [batch.only(batch.ids[:middle]), batch.only(batch.ids[middle:])]

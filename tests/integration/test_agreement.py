@@ -1,13 +1,14 @@
-"""The fast path and the careful path agree with ``decide`` and with each other, verdicts and rows, on every case.
+"""The fast way, the way in parts and the judged way agree with ``decide`` and with each other, on every case.
 
 Hypothesis draws a world: pairs, each perhaps held; payments of a pair, each perhaps with a purchase; events of a
-payment, each perhaps with a mark, a dead letter, failed tries, a payload of its own. The world is written twice, with
-ids of its own each time, and settled once in each way. What must come of it is worked out from the drawn world alone.
+payment, each perhaps with a mark, a dead letter, failed tries, a payload of its own. The world is written once for each
+way, with ids of its own each time. What must come of it is worked out from the drawn world alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -19,6 +20,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from outbox_worker.decision import decide
+from outbox_worker.handlers import OutOfOrder
 from outbox_worker.model import (
     FINAL,
     GRANTS,
@@ -31,13 +33,14 @@ from outbox_worker.model import (
     Verdict,
     Verdicts,
 )
+from outbox_worker.settlement import _halves
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 
 MAX_ATTEMPTS = 10
 STRANGER = UUID("0f0f0f0f-1111-4222-8333-444455556666")
-FEW = examples(max_examples=75, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-MANY = examples(FEW, max_examples=1500, derandomize=False, print_blob=True)
+FEW = examples(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = examples(FEW, max_examples=1000, derandomize=False, print_blob=True)
 
 OPTIONAL_KEYS = ("student_id", "course_id", "amount", "currency")
 UNUSABLE: dict[str, Any] = {
@@ -63,6 +66,14 @@ SAME: dict[str, Any] = {
     "amount a number": {"amount": 49.9},
 }
 PAYLOADS = SAME | DIFFERENT | UNUSABLE
+
+
+class Way(Enum):
+    """How a batch is settled."""
+
+    FAST = 1
+    IN_PARTS = 2
+    JUDGED = 3
 
 
 class EventCase(NamedTuple):
@@ -132,46 +143,71 @@ ALONE = st.deferred(lambda: worlds(pairs=12, payments=1, events=1))
 TOGETHER = st.deferred(lambda: worlds(pairs=4, payments=3, events=3))
 
 
-@pytest.fixture
-def settle_twice(shop: Shop, make_processor: MakeProcessor) -> Callable[[list[PairCase]], tuple[list[Any], list[Any]]]:
-    """Write a world, settle it, check it; then the same again the other way. Returns what became of its events."""
-    processor = make_processor()
+SettleInEachWay = Callable[[list[PairCase]], list[list[Any]]]
 
-    def settle(world: list[PairCase]) -> tuple[list[Any], list[Any]]:
-        return settle_and_check(shop, processor, world, careful=False), settle_and_check(
-            shop, processor, world, careful=True
-        )
+
+@pytest.fixture
+def settle_in_each_way(shop: Shop, make_processor: MakeProcessor) -> SettleInEachWay:
+    """Write a world, settle it, check it; then the same again in the other ways. Returns what became of its events."""
+    processors = {way: make_processor() for way in Way}
+    make_parts(processors[Way.IN_PARTS])
+    judge_all(processors[Way.JUDGED])
+
+    def settle(world: list[PairCase]) -> list[list[Any]]:
+        return [settle_and_check(shop, processor, world, way) for way, processor in processors.items()]
 
     return settle
 
 
+def make_parts(processor: ProbedProcessor) -> None:
+    """Each batch goes the way in parts, and not in less than two."""
+    settlement = processor._settlement
+    rearrange = settlement._rearrange
+
+    def halved(*given: Any, **named: Any) -> Any:
+        footing, parts = rearrange(*given, **named)
+        return footing, [half for part in parts for half in _halves(part) if half]
+
+    settlement._settle_fast = lambda *_: None  # type: ignore[method-assign]
+    settlement._rearrange = halved  # type: ignore[method-assign]
+
+
+def judge_all(processor: ProbedProcessor) -> None:
+    """Each batch is one in which a purchase would be written out of order."""
+    processor._settlement._settle_fast = lambda *_: OutOfOrder("as told")  # type: ignore[method-assign]
+
+
 @FEW
 @given(world=ALONE)
-def test_each_event_alone(world: list[PairCase], settle_twice: Any) -> None:
-    fast, careful = settle_twice(world)
-    assert fast == careful
+def test_each_event_alone(world: list[PairCase], settle_in_each_way: SettleInEachWay) -> None:
+    fast, in_parts, judged = settle_in_each_way(world)
+    assert fast == in_parts == judged
 
 
 @FEW
 @given(world=TOGETHER)
-def test_events_of_one_payment_and_payments_of_one_pair(world: list[PairCase], settle_twice: Any) -> None:
-    """Which of several comes first may differ between the paths; that each order is a possible one is checked."""
-    settle_twice(world)
+def test_events_of_one_payment_and_payments_of_one_pair(
+    world: list[PairCase], settle_in_each_way: SettleInEachWay
+) -> None:
+    """Which of several comes first may differ between the ways; that each order is a possible one is checked."""
+    settle_in_each_way(world)
 
 
 @pytest.mark.slow
 @MANY
 @given(world=ALONE)
-def test_each_event_alone_many(world: list[PairCase], settle_twice: Any) -> None:
-    fast, careful = settle_twice(world)
-    assert fast == careful
+def test_each_event_alone_many(world: list[PairCase], settle_in_each_way: SettleInEachWay) -> None:
+    fast, in_parts, judged = settle_in_each_way(world)
+    assert fast == in_parts == judged
 
 
 @pytest.mark.slow
 @MANY
 @given(world=TOGETHER)
-def test_events_of_one_payment_and_payments_of_one_pair_many(world: list[PairCase], settle_twice: Any) -> None:
-    settle_twice(world)
+def test_events_of_one_payment_and_payments_of_one_pair_many(
+    world: list[PairCase], settle_in_each_way: SettleInEachWay
+) -> None:
+    settle_in_each_way(world)
 
 
 # --- the world, written
@@ -219,9 +255,9 @@ def write_event(shop: Shop, payment: Payment, case: EventCase) -> UUID:
 # --- what must come of it
 
 
-def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCase], *, careful: bool) -> list[Any]:
+def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCase], way: Way) -> list[Any]:
     told = write(shop, world)
-    report = processor._transact(None, True) if careful else processor.process_batch()
+    report = processor.process_batch()
     ids = {event.event_id: key for key, event in report.batch.items()}
     assert ids.keys() == {one.event_id for one in told}
     verdicts: Verdicts = {key: report.verdicts[key] for key in ids.values()}
@@ -235,15 +271,16 @@ def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCas
             assert said(verdict) == said(before), one
         assert rows_of(shop, one) == rows_expected(one, verdict), one
     if all(len(pair.payments) == len(pair.payments[0].events) == 1 for pair in world):
-        check_way(judged, careful)
+        check_way(judged, way)
     return [(said(verdict), rows_of(shop, one), owners(one, after)) for one, verdict in judged]
 
 
-def check_way(judged: list[tuple[Told, Verdict]], careful: bool) -> None:
-    """The fast statement makes all purchases that are owed or, where one of them has a past, none."""
+def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
+    """The fast statement makes all purchases that are owed or, where one of them has a past, none; of each part."""
     owed = [(one, verdict) for one, verdict in judged if verdict.outcome in GRANTS]
-    fast = not careful and all(is_clean(one, verdict) for one, verdict in owed)
-    assert [verdict.clean for _, verdict in owed] == [fast] * len(owed)
+    fast = way is not Way.JUDGED and all(is_clean(one, verdict) for one, verdict in owed)
+    if fast or way is not Way.IN_PARTS:
+        assert [verdict.clean for _, verdict in owed] == [fast] * len(owed)
     assert not any(verdict.clean for _, verdict in judged if verdict.outcome not in GRANTS)
 
 

@@ -1,7 +1,4 @@
-"""What the database refuses: one event's fault is that event's; the database's own trouble is nobody's.
-
-A refusal is tied to one course, ``BAD``: what the schema has against it differs from case to case, the rest does not.
-"""
+"""What the database refuses: one event's fault is that event's; the database's own trouble is nobody's."""
 
 from __future__ import annotations
 
@@ -10,29 +7,30 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
-from factories import Payment, ProbedProcessor, Shop
+from factories import Payment, ProbedProcessor, Shop, drain_all
 from psycopg import sql
+from refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
 from sqlalchemy import event as listener
 from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
+from trips import RoundTrips
 
 from outbox_worker.database import Database
 from outbox_worker.errors import CommitLost, Failure, classify, sqlstate
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, Reason
-from outbox_worker.processor import MAX_SAVEPOINTS
 from outbox_worker.settings import Settings, load_settings
+from outbox_worker.settlement import MAX_SAVEPOINTS
 
 Connect = Callable[..., psycopg.Connection[Any]]
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 
-GOOD, BAD = UUID(int=1), UUID(int=2)
 LAST = 9
 PATIENCE_SECONDS = 20.0
 COMMIT_GATE = 4711
@@ -40,72 +38,6 @@ COMMIT_GATE = 4711
 
 
 # --- one event is refused, and only that one
-
-
-class Refusal(NamedTuple):
-    sqlstate: str
-    schema: str
-    """What the schema has against BAD."""
-    cure: str
-    also: str = ""
-    """What must be there for each bad payment, given (student, course)."""
-    is_arbiter: bool = False
-    """Under the guard ``index`` it is taken for the guard as well: the insert passes over the row without an error."""
-
-
-def trigger(body: str, kind: str = "TRIGGER refuse BEFORE") -> str:
-    timing = "DEFERRABLE INITIALLY DEFERRED " if "CONSTRAINT" in kind else ""
-    return (
-        f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$;"
-        f"CREATE {kind} INSERT ON purchases {timing}FOR EACH ROW EXECUTE FUNCTION refuse()"
-    )
-
-
-def raising(state: str, only_bad: bool = True, kind: str = "TRIGGER refuse BEFORE") -> str:
-    when = f"NEW.course_id = '{BAD}'" if only_bad else "true"
-    return trigger(f"IF {when} THEN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END IF;", kind)
-
-
-CATALOGUE = f"CREATE TABLE courses (id uuid PRIMARY KEY); INSERT INTO courses VALUES ('{GOOD}');"
-REFERENCE = "ALTER TABLE purchases ADD CONSTRAINT fk FOREIGN KEY (course_id) REFERENCES courses"
-NO_TRIGGER = "DROP TRIGGER refuse ON purchases"
-REFUSALS = {
-    "foreign key": Refusal("23503", CATALOGUE + REFERENCE, f"INSERT INTO courses VALUES ('{BAD}')"),
-    "check": Refusal(
-        "23514",
-        f"ALTER TABLE purchases ADD CONSTRAINT ck CHECK (course_id <> '{BAD}')",
-        "ALTER TABLE purchases DROP CONSTRAINT ck",
-    ),
-    "trigger": Refusal("P0001", raising("P0001"), NO_TRIGGER),
-    "overflow": Refusal(
-        "22003",
-        "ALTER TABLE purchases ALTER amount TYPE numeric(4, 2)",
-        "ALTER TABLE purchases ALTER amount TYPE numeric",
-    ),
-    "not null": Refusal("23502", trigger(f"IF NEW.course_id = '{BAD}' THEN NEW.currency = NULL; END IF;"), NO_TRIGGER),
-    "inactive row in a full unique index": Refusal(
-        "23505",
-        "CREATE UNIQUE INDEX whole ON purchases (student_id, course_id)",
-        "DROP INDEX whole",
-        "INSERT INTO purchases (student_id, course_id, amount, currency, is_active) VALUES (%s, %s, 0, 'EUR', false)",
-        is_arbiter=True,
-    ),
-    "exclusion": Refusal(
-        "23P01",
-        f"ALTER TABLE purchases ADD CONSTRAINT ex EXCLUDE USING btree (course_id WITH =) WHERE (course_id = '{BAD}');"
-        f"INSERT INTO purchases (student_id, course_id, amount, currency) VALUES ('{GOOD}', '{BAD}', 0, 'EUR')",
-        "ALTER TABLE purchases DROP CONSTRAINT ex",
-    ),
-    "trigger at COMMIT": Refusal("P0001", raising("P0001", kind="CONSTRAINT TRIGGER refuse AFTER"), NO_TRIGGER),
-    "foreign key at COMMIT": Refusal(
-        "23503",
-        f"{CATALOGUE}{REFERENCE} DEFERRABLE INITIALLY DEFERRED",
-        f"INSERT INTO courses VALUES ('{BAD}')",
-    ),
-    "unclear class": Refusal("42501", raising("42501"), NO_TRIGGER),
-    "unclear class at COMMIT": Refusal("42P01", raising("42P01", kind="CONSTRAINT TRIGGER refuse AFTER"), NO_TRIGGER),
-    "a limit": Refusal("54000", raising("54000"), NO_TRIGGER),
-}
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -183,59 +115,19 @@ def test_row_security_that_refuses_one_row(shop: Shop, clerk: Clerk, make_proces
     assert "SQLSTATE 42501" in shop.event(bad[1]).last_error
 
 
-# --- many are refused
-
-
-def test_one_bad_among_many_costs_one_batch(shop: Shop, make_processor: MakeProcessor, savepoints: Savepoints) -> None:
-    processor = make_processor()
-    many = min(1000, processor.watch.state.lock_capacity)
-    run(shop, REFUSALS["check"].schema)
-    pay_many(shop, many // 3, GOOD)
-    _, bad = pay(shop, BAD)
-    pay_many(shop, many - many // 3 - 1, GOOD)
-    report = processor.process_batch()
-    assert report.outcomes() == {Outcome.CREATED: many - 1, Outcome.RETRIED: 1}
-    assert (shop.count("purchases"), shop.count("processed_events")) == (many - 1, many - 1)
-    assert [(row.event_id, row.attempts) for row in shop.rows("SELECT * FROM outbox")] == [(bad, 1)]
-    assert max(savepoints.counts) <= MAX_SAVEPOINTS == 32
-
-
-@pytest.mark.parametrize(
-    ("good", "bad"),
-    [(285, 15), (0, 100), *(pytest.param(*many, marks=pytest.mark.slow) for many in [(950, 50), (0, 1000)])],
-)
-def test_many_bad_ones_are_found_step_by_step(
-    shop: Shop, processor: ProbedProcessor, savepoints: Savepoints, good: int, bad: int
-) -> None:
-    """Every pass settles something within 32 savepoints; each bad event is charged once, and no good one ever."""
-    run(shop, REFUSALS["check"].schema)
-    pay_many(shop, bad, BAD)
-    pay_many(shop, good, GOOD)
-    shop.rows("UPDATE outbox SET due_at = due_at - random() * interval '1 hour'")
-    shop.rows("ANALYZE")
-    passes = 0
-    while (report := processor.process_batch()).batch:
-        passes += 1
-        assert report.verdicts, "a pass without progress"
-    assert max(savepoints.counts) <= MAX_SAVEPOINTS == 32
-    assert passes <= bad
-    assert shop.scalar("SELECT count(*) FROM purchases WHERE course_id = %s AND is_active", GOOD) == good
-    assert shop.count("purchases") == shop.count("processed_events") == good
-    assert shop.rows("SELECT attempts, count(*) FROM outbox GROUP BY 1") == [(1, bad)]
-
-
 # --- the database is in trouble
 
 
 def test_an_unclear_failure_of_every_event_is_nobodys_fault(
-    shop: Shop, processor: ProbedProcessor, savepoints: Savepoints
+    shop: Shop, database: Database, processor: ProbedProcessor
 ) -> None:
     run(shop, raising("42501", only_bad=False))
     pay_many(shop, 100, GOOD)
+    trips = RoundTrips(database)
     assert_pauses(shop, processor, "42501")
-    assert max(savepoints.counts) <= MAX_SAVEPOINTS
+    assert trips.savepoints() == [MAX_SAVEPOINTS]
     run(shop, NO_TRIGGER)
-    assert settled(processor) == {Outcome.CREATED: 100}
+    assert drain_all(processor) == {Outcome.CREATED: 100}
 
 
 def test_an_unclear_failure_of_every_purchase_is_nobodys_fault_though_other_events_pass(
@@ -429,26 +321,6 @@ def test_a_commit_of_which_nobody_knows_is_lost(
 # --- fixtures
 
 
-class Savepoints:
-    """Counts the savepoints of each transaction of an engine."""
-
-    def __init__(self, database: Database) -> None:
-        self.counts = [0]
-        listener.listen(database.engine, "begin", self._begin)
-        listener.listen(database.engine, "savepoint", self._count)
-
-    def _begin(self, _connection: Any) -> None:
-        self.counts.append(0)
-
-    def _count(self, _connection: Any, _name: str) -> None:
-        self.counts[-1] += 1
-
-
-@pytest.fixture
-def savepoints(database: Database) -> Savepoints:
-    return Savepoints(database)
-
-
 class Clerk:
     """A role that is no superuser, with what the worker needs, and a database that is used in its name."""
 
@@ -508,31 +380,6 @@ def foreign(connect: Connect, make_processor: MakeProcessor, make_database: Make
 
 
 # --- helpers
-
-
-def run(shop: Shop, statements: str) -> None:
-    """Statements of a schema, as a person would type them."""
-    shop.connection.execute(statements, prepare=False)
-
-
-def pay(shop: Shop, course: UUID, attempts: int = 0) -> tuple[Payment, UUID]:
-    """Good ones fit into numeric(4, 2), bad ones do not."""
-    return shop.paid(course=course, amount="100.00" if course == BAD else "49.90", attempts=attempts)
-
-
-def pay_many(shop: Shop, n: int, course: UUID) -> None:
-    """``n`` students pay for one course."""
-    shop.rows(
-        """
-        WITH paid AS (
-            INSERT INTO payments (student_id, course_id, amount, currency, status)
-            SELECT gen_random_uuid(), %s, 49.90, 'EUR', 'succeeded' FROM generate_series(1, %s) RETURNING id
-        )
-        INSERT INTO outbox (event_id, event_type, payload)
-        SELECT gen_random_uuid(), %s, jsonb_build_object('payment_id', id) FROM paid
-        """,
-        *(course, n, PURCHASE_CONFIRMED),
-    )
 
 
 def settle(processor: ProbedProcessor) -> dict[UUID, Outcome]:

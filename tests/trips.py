@@ -1,0 +1,36 @@
+"""What the worker sends to the server, counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import event as listener
+
+from outbox_worker.database import Database
+
+
+class RoundTrips:
+    """What is sent to the server, in order."""
+
+    def __init__(self, database: Database) -> None:
+        self.sent: list[str] = []
+        self.statements: list[str] = []
+        for name in ("begin", "commit", "rollback"):
+            listener.listen(database.engine, name, lambda *_, name=name: self.sent.append(name))
+        listener.listen(database.engine, "before_cursor_execute", self._execute)
+
+    def _execute(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        words = {"set_config": "set", "SKIP LOCKED": "claim", "INTO public.purchases": "insert"}
+        words |= {"INTO public.processed_events": "mark", "DELETE FROM public.outbox": "delete"}
+        words |= {"ROLLBACK TO": "rollback to", "SAVEPOINT": "savepoint"}
+        self.statements.append(statement)
+        self.sent.append(next((name for word, name in words.items() if word in statement), statement))
+
+    def transactions(self) -> list[list[str]]:
+        """What was sent in each transaction, its BEGIN and its end included."""
+        starts = [at for at, sent in enumerate(self.sent) if sent == "begin"]
+        return [self.sent[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+    def savepoints(self) -> list[int]:
+        """How many of them each transaction took."""
+        return [sent.count("savepoint") for sent in self.transactions()]
