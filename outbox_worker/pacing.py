@@ -10,6 +10,8 @@ FEWEST = 50
 """A slow database shrinks batches to this; below it the costs of a transaction are all that is left to save."""
 STUCK_PASSES_MAX = 5
 """Full claims in a row of which nothing could be settled, before they make way for what is behind them."""
+FEW_IN_DOUBT = 15
+"""Whatever becomes of each of so many events, the savepoints of one transaction suffice to find it out."""
 SWEEP_SHARE = 0.05
 """Of the time, at most, goes into looks from the beginning while claims come back full."""
 
@@ -51,6 +53,8 @@ class Pacing:
     _passes_without_success: int = field(default=0, init=False)
     _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
+    _beyond: Position | None = field(default=None, init=False)
+    """Behind which events in doubt the next claim begins."""
 
     def __post_init__(self) -> None:
         self.limit = self.batch_size
@@ -63,6 +67,8 @@ class Pacing:
     def start(self, now: float) -> Position | None:
         """Behind which event the next claim begins; None: at the beginning. ``now`` in seconds, monotonic."""
         self._turn = self.frontier.turn
+        if self._beyond is not None:
+            return self._beyond
         return None if now >= self.frontier.sweep_due else self.frontier.mark
 
     def claimed(self, end: Position | None) -> None:
@@ -82,7 +88,18 @@ class Pacing:
 
     def interrupted(self) -> None:
         """Nothing of the transaction stands: its events are where they were."""
+        self._beyond = None
         self.frontier.go_back()
+
+    def in_doubt(self, end: Position | None) -> None:
+        """Events were refused and nobody knows whether it is their fault or the database's: others must show it.
+
+        Next come so few that each is tried for certain, then those behind them: ``end`` is where a full claim ended.
+        """
+        if self.limit > FEW_IN_DOUBT:
+            self.limit = FEW_IN_DOUBT
+        else:
+            self._beyond = end
 
     def made_way(self) -> None:
         """An event that waited alone was postponed."""
@@ -93,8 +110,9 @@ class Pacing:
         self.is_alone = False
         in_vain = is_full and not settled and not self.is_stuck
         self._passes_without_success = self._passes_without_success + 1 if in_vain else 0
-        if not is_full or settled < claimed:
+        if not is_full or settled < claimed or self._beyond is not None:
             self.frontier.go_back()
+        self._beyond = None
         self.limit = max(1, self.limit // 2) if self._ran_out else self._grown(claimed if is_full else 0, seconds)
         self._ran_out = False
 

@@ -22,7 +22,7 @@ from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import Handlers
 from outbox_worker.model import Batch, Facts, Guard, Verdicts
 from outbox_worker.outbox import Accused, Claim, Outbox, Postponement
-from outbox_worker.pacing import Pacing
+from outbox_worker.pacing import STUCK_PASSES_MAX, Pacing
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.settlement import Settlement
 from outbox_worker.telemetry import BatchReport, Telemetry
@@ -55,6 +55,7 @@ class Processor:
         self._carefully = 0
         self._suspects: list[int] = []
         self._accused: Accused | None = None
+        self._failed_alone = 0
         self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
 
     def go_carefully(self, events: int) -> None:
@@ -73,7 +74,8 @@ class Processor:
     def _process_alone(self, until: datetime | None) -> BatchReport:
         """One event by itself. Its crash is committed before the work, and crossed out with it.
 
-        What fails otherwise is no crash: the event stays accused, and its work is done again by the next call.
+        What fails otherwise is no crash: the event stays accused, and its work is done again by the next call. Where
+        that is in vain, though nothing says that others would fail, it makes way.
         """
         if self._accused is None:
             key = self._suspects.pop() if self._suspects else None
@@ -83,9 +85,23 @@ class Processor:
                 self._carefully = 0 if key is None else self._carefully
                 return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
             self._carefully = max(0, self._carefully - 1)
-        report = self._process(until)
-        self._accused = None
+        if self._failed_alone >= STUCK_PASSES_MAX:
+            return self._let_accused_go(self._accused)
+        try:
+            report = self._process(until)
+        except DBAPIError as error:
+            self._failed_alone += classify(error) in (Failure.RETRY, Failure.UNCLEAR)
+            raise
+        self._accused, self._failed_alone = None, 0
         return report
+
+    def _let_accused_go(self, accused: Accused) -> BatchReport:
+        """Cross its crash out and postpone it, uncharged."""
+        with self._database.transaction(**self._plans()) as session:
+            batch = self._outbox.claim_accused(session, accused).batch
+            self._postpone_uncharged(session, batch)
+        self._accused, self._failed_alone = None, 0
+        return self._made_way(batch)
 
     def _process(self, until: datetime | None) -> BatchReport:
         attempts = self._pacing.batch_size.bit_length() + 2
@@ -116,6 +132,8 @@ class Processor:
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
+            if classify(error) is Failure.UNCLEAR and not accused:
+                self._pacing.in_doubt(claim.end if len(claim.batch) >= limit else None)
             self._telemetry.transaction_failed(error, bool(claim.batch))
             raise
         report = BatchReport(
@@ -126,6 +144,7 @@ class Processor:
             seconds=time.monotonic() - claimed_at,
             transaction=result,
         )
+        self._settlement.committed(verdicts)
         if not accused:
             self._suspects += claim.suspects
             self._pacing.committed(

@@ -7,7 +7,7 @@ their own, until the events that the database refuses stand alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -89,6 +89,32 @@ class _Bisection:
         return batch.only(key for each in (part, *reversed(self.parts)) for key in each)
 
 
+class _Doubts:
+    """Events that the database refused, be it their fault or its own, while no purchase could be written.
+
+    They are charged where it refuses them again although a purchase was written meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._proven: set[int] = set()
+
+    def add(self, keys: Iterable[int]) -> None:
+        self._recent.update(keys)
+
+    def proven(self, keys: Iterable[int]) -> set[int]:
+        """Those of them that are at fault themselves."""
+        return self._proven.intersection(keys)
+
+    def committed(self, verdicts: Verdicts) -> None:
+        if self._recent or self._proven:
+            self._recent -= verdicts.keys()
+            self._proven -= verdicts.keys()
+            if _wrote_purchase(verdicts):
+                self._proven |= self._recent
+                self._recent.clear()
+
+
 class Settlement:
     """Settles claimed events inside the session's transaction; one per claim loop."""
 
@@ -106,6 +132,7 @@ class Settlement:
         self._guard = guard
         self._policy = policy
         self._batches_to_look_at = 0
+        self._doubts = _Doubts()
 
     def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
         """Settle and record the batch. ``careful``: in savepoints in which deferred constraints speak, too.
@@ -117,6 +144,10 @@ class Settlement:
         if isinstance(settled, dict):
             return Settled(settled)
         return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
+
+    def committed(self, verdicts: Verdicts) -> None:
+        """What was settled stands: where a purchase is among it, the database is not what refuses others."""
+        self._doubts.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
         """All in one savepoint, by the guard in force; the error where an event of the batch makes that impossible."""
@@ -137,11 +168,15 @@ class Settlement:
         return Settled(found.verdicts | verdicts, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
-        """The refusals that are the events' own fault."""
+        """The refusals that are the events' own fault. Raises where none is known to be: it may be the database's."""
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals
-        raise next(iter(unclear.values()))  # no purchase could be written at all: that is the database's trouble
+        proven = self._doubts.proven(unclear)
+        self._doubts.add(unclear.keys() - proven)
+        if not proven:
+            raise next(iter(unclear.values()))
+        return {key: error for key, error in found.refusals.items() if key in proven or key not in unclear}
 
     def _bisect(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> _Bisection:
         found = _Bisection(*self._rearrange(session, batch, judges_all))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from outbox_worker.model import Position
-from outbox_worker.pacing import FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Frontier, Pacing
+from outbox_worker.pacing import FEW_IN_DOUBT, FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Frontier, Pacing
 
 END = Position("2026-01-01 00:00:00+00", 1000)
 LATER = Position("2026-01-01 00:00:01+00", 2000)
@@ -150,6 +150,44 @@ def test_running_out_of_savepoints_halves_the_next_batch_once() -> None:
     assert pacing.limit == 500
     committed(pacing)
     assert pacing.limit == 1000
+
+
+# --- in doubt
+
+
+def test_in_doubt_it_goes_on_with_few_and_then_behind_them() -> None:
+    pacing = Pacing(1000, 0.5)
+    fails_in_doubt(pacing)
+    assert (pacing.limit, pacing.start(1.0)) == (FEW_IN_DOUBT, None)
+    fails_in_doubt(pacing)
+    assert (pacing.limit, pacing.start(1.0)) == (FEW_IN_DOUBT, END), "and no sweep comes between"
+    fails_in_doubt(pacing, end=LATER)
+    assert pacing.start(1.0) == LATER
+    fails_in_doubt(pacing, end=None)
+    assert pacing.start(1.0) is None, "behind the last it begins at the beginning"
+
+
+def test_after_a_success_behind_those_in_doubt_it_begins_at_the_beginning() -> None:
+    pacing = Pacing(FEW_IN_DOUBT, 0.5)
+    pacing.swept(0.0, 1.0)
+    fails_in_doubt(pacing)
+    committed(pacing, end=LATER)
+    assert pacing.start(1.0) is None
+    committed(pacing, end=LATER)
+    assert pacing.start(1.0) == LATER
+
+
+def test_any_other_failure_ends_the_search() -> None:
+    pacing = Pacing(FEW_IN_DOUBT, 0.5)
+    fails_in_doubt(pacing)
+    pacing.interrupted()
+    assert pacing.start(1.0) is None
+
+
+def fails_in_doubt(pacing: Pacing, end: Position | None = END) -> None:
+    pacing.start(1.0)
+    pacing.interrupted()
+    pacing.in_doubt(end)
 
 
 # --- making way
