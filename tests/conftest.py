@@ -218,6 +218,7 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         watch = GuardWatch(tables.purchases, telemetry.guard_changed)
         with default_database.transaction() as session:
             found = check_schema(session, tables)
+        default_database.close()  # its pool: what the processor does with its connections is seen undisturbed
         with used.transaction() as session:
             watch.probe(session)
         repository = PurchaseRepository(found)
