@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from factories import Shop
 from processes import eventually, finish, start
+from sites import expect_calm
 from sqlalchemy import make_url
 
 RARELY = {"poll_min_seconds": 60, "poll_max_seconds": 60}
@@ -96,9 +98,13 @@ def test_it_listens_where_it_is_told_to(told: str, shop: Shop) -> None:
 def test_an_address_to_listen_at_that_does_not_answer_hinders_nothing(told: str, shop: Shop) -> None:
     nowhere = "postgresql://nobody@127.0.0.1:1/nowhere"
     with start("run", url=told, listen_database_url=nowhere, poll_max_seconds=0.1) as process:
+        begin = time.monotonic()
         process.wait_for("paused", failure="reconnect")
         settled(shop, shop.paid()[1])
+        eventually(lambda: len(process.told("paused")) >= 5, "it tries again and again")
+        seconds = time.monotonic() - begin
         process.end_well()
+    expect_calm(shop, seconds, process)
 
 
 def test_behind_a_pooler_it_listens_only_past_it(told: str, shop: Shop) -> None:
