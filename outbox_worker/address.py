@@ -62,6 +62,13 @@ def driver_url(text: str) -> URL:
     return url.difference_update_query(["password"]).set(password=str(password) if password else None)
 
 
+def libpq_url(url: URL) -> str:
+    """The same for libpq, password and all; it does not read + as a blank."""
+    written = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    before, mark, parameters = written.partition("?")
+    return before + mark + parameters.replace("+", "%20")
+
+
 def _parse_url(text: str) -> URL:
     """Hosts in the forms that only libpq or only SQLAlchemy takes become parameters, which both understand."""
     found = _AS_LIBPQ.fullmatch(text)

@@ -31,7 +31,7 @@ from pydantic_settings import (
 )
 from sqlalchemy.engine import URL
 
-from outbox_worker.address import EMBEDDED, driver_url, expect_usable
+from outbox_worker.address import EMBEDDED, driver_url, expect_usable, libpq_url
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
@@ -238,7 +238,7 @@ class Settings(BaseSettings):
     @property
     def conninfo(self) -> str:
         """The same URL as libpq takes it, password and all. Not for ``embedded:``."""
-        return self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        return libpq_url(self.url)
 
     @property
     def listen_url(self) -> URL | None:

@@ -122,6 +122,11 @@ def test_hosts_in_every_form(written: str, host: str, port: str | int | None) ->
     assert {given["password"], libpq["password"]} == {"p@,ss"}
 
 
+def test_a_blank_in_a_parameter() -> None:
+    settings = load_settings(database_url="postgresql://h/d?options=-c%20search_path%3Da%2Bb")
+    assert conninfo_to_dict(settings.conninfo)["options"] == settings.url.query["options"] == "-c search_path=a+b"
+
+
 @pytest.mark.parametrize(
     ("written", "told"),
     [
