@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sqlalchemy import URL
 
 from outbox_worker import embedded
 
+TROUBLE_SECONDS = 3.0
 ROLE = "clerk"
 """Workers come as a role that is not the owner's."""
 _KEEPER = """
@@ -144,6 +146,12 @@ def expect_exactly_once(shop: Shop) -> None:
     """Every payment has its purchase and its mark, no event is dead."""
     assert shop.count("purchases") == shop.count("processed_events") == shop.count("payments")
     assert shop.owed() == shop.doubled() == shop.count("outbox") == shop.count("dead_letters") == 0
+
+
+def endure(worker: Process, pauses: int = 4) -> None:
+    """Let the trouble last until the worker has told of so many pauses, and long enough for one that spins to show."""
+    threading.Event().wait(TROUBLE_SECONDS)
+    eventually(lambda: len(worker.told("paused")) >= pauses, "it pauses again and again")
 
 
 def expect_calm(shop: Shop, seconds: float, *workers: Process, loops: int = 1) -> None:

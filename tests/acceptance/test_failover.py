@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from factories import Shop
 from processes import Process, eventually, finish, start
-from sites import ROLE, Site, expect_calm, expect_exactly_once, kept, settle_some, url_of
+from sites import ROLE, Site, endure, expect_calm, expect_exactly_once, kept, settle_some, url_of
 
 DEADLINE = 2
 PATIENT = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2}
@@ -91,7 +91,7 @@ def test_it_goes_on_at_the_promoted_standby(is_synchronous: bool, site: Site, st
             site.signal(signal.SIGQUIT)
             acknowledged = payments.result(30)
         worker.wait_for("paused", failure="reconnect")
-        eventually(lambda: len(worker.told("paused")) >= 4, "nobody takes writes")
+        endure(worker)
         promote(standby)
         settle_some(standby)
         seconds = time.monotonic() - begin
@@ -114,7 +114,7 @@ def test_it_waits_for_a_standby_to_be_promoted(site: Site, standby: Site) -> Non
     await_replication(site)
     with start("run", url=url, **PATIENT) as worker:
         begin = time.monotonic()
-        eventually(lambda: len(worker.told("paused")) >= 4, "it waits")
+        endure(worker)
         expect_told_of_a_standby(worker)
         drained = finish("run", "--drain", url=url, **PATIENT)
         assert (drained.code, "read-only" in drained.stderr) == (69, True)

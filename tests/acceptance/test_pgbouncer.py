@@ -17,7 +17,7 @@ import pytest
 from factories import Shop
 from processes import eventually, finish, start
 from servers import libpq
-from sites import expect_calm, expect_exactly_once, expect_settled
+from sites import endure, expect_calm, expect_exactly_once, expect_settled
 from sqlalchemy import URL
 
 from outbox_worker._embedded_launcher import enter_namespace, namespace_permitted
@@ -111,7 +111,7 @@ def test_a_daemon_that_polls(pooler: Pooler, shop: Shop) -> None:
         begin = time.monotonic()
         pooler.kill()
         shop.pay_many(20)
-        eventually(lambda: len(worker.told("paused")) >= 4, "it misses the pooler")
+        endure(worker)
         pooler.start()
         expect_settled(shop)
         seconds = time.monotonic() - begin

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,10 +15,9 @@ import psycopg
 import pytest
 from factories import Shop
 from processes import Process, eventually, finish, start
-from sites import ROLE, Site, expect_calm, expect_exactly_once, expect_settled, settle_some
+from sites import ROLE, Site, endure, expect_calm, expect_exactly_once, expect_settled, settle_some
 
 DEADLINE = 2
-TROUBLE_SECONDS = 3.0
 KEY = 4242
 """Of the advisory lock at which an insert waits."""
 NO_PLACE = "too many clients|slots are reserved"
@@ -164,7 +162,7 @@ def test_it_resumes_alone_and_charges_nobody(name: str, site: Site) -> None:
         settle_some(site)
         begin = time.monotonic()
         with fault(site):
-            threading.Event().wait(TROUBLE_SECONDS)
+            endure(worker, pauses=0)
             if failure == "unclear":
                 assert worker.wait_for("schema_problems")["level"] == "ERROR"
         settle_some(site)
@@ -185,7 +183,7 @@ def test_it_waits_for_a_place_at_the_start(site: Site) -> None:
         crowd.enter_context(crowded(site))
         with start("run", url=url, **PATIENT) as worker:
             begin = time.monotonic()
-            eventually(lambda: len(worker.told("paused")) >= 4, "it waits")
+            endure(worker)
             assert all(re.search(NO_PLACE, record["error"]) for record in worker.told("paused"))
             drained = finish("run", "--drain", url=url, **PATIENT)
             assert (drained.code, "No connection to the database" in drained.stderr) == (69, True)
