@@ -189,6 +189,7 @@ def site_template(tmp_path_factory: pytest.TempPathFactory) -> Site:
     migration.upgrade(database, settings, build_tables(settings), ["unique_index"])
     database.close()
     made.execute(f"CREATE ROLE {ROLE} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
+    made.execute("ALTER SYSTEM SET fsync = off")  # processes die here, not machines: what was written is kept
     embedded.stop_server(made.directory)
     return made
 

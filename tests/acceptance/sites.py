@@ -51,7 +51,17 @@ class Site:
         return url_of(role, self)
 
     def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(**self.start(), autocommit=True)
+        """As the owner; a recovery is waited out."""
+        connection: psycopg.Connection[Any] = eventually(self._admitted, "the server admits its owner", patience=60)
+        return connection
+
+    def _admitted(self) -> psycopg.Connection[Any] | None:
+        try:
+            return psycopg.connect(**self.start(), autocommit=True)
+        except psycopg.OperationalError as error:
+            if "the database system is" not in str(error):
+                raise
+        return None
 
     def execute(self, statement: str) -> None:
         with self.connect() as connection:
