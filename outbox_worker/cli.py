@@ -68,6 +68,9 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="TOML file with settings (also OUTBOX_CONFIG).", show_default=False),
 ]
+Limit = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Show so many payments of a list, the oldest; --json shows all.")
+]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
 
 
@@ -192,23 +195,27 @@ def _outlast(show: Callable[[], None]) -> None:
 
 
 @app.command()
-def audit(config: Config = None, json: AsJson = False) -> None:
+def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> None:
     """Prove that nothing is owed.
 
-    Classes every payment that succeeded and was not refunded.
+    Classes every payment that succeeded and was not refunded, of those that
+    were created before the audit began.
 
     Exit code 1 when a payment is unexplained (money taken, nothing given), or
     when the purchase of a refunded one still is active.
     """
     from outbox_worker import console, reports
-    from outbox_worker.audit import run_audit
+    from outbox_worker.audit import Audit
+    from outbox_worker.sweep import STATEMENT_SECONDS
 
-    _, database, tables = _open(config, patient=True)
-    report = run_audit(database, tables)
+    _, database, tables = _open(config, deadline_seconds=STATEMENT_SECONDS)
+    audit = Audit(database, tables)
+    with console.progress("payments", audit.estimate) as told:
+        report = audit.run(told)
     if json:
         console.print_json(reports.audit_object(report))
     else:
-        reports.print_audit(report)
+        reports.print_audit(report, limit)
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -401,7 +408,7 @@ def demo(
         console.line("Interrupted; nothing was proved, and nothing is left running.")
         return
     print_events(proof.outcomes)
-    reports.print_audit(proof.audit)
+    reports.print_audit(proof.audit, 100)
     print_sentence(proof.sentence(), "bold green" if proof.holds else "bold red")
     raise typer.Exit(0 if proof.holds else 1)
 
@@ -458,11 +465,15 @@ def psql(
     raise typer.Exit(subprocess.run([program, *flags, *(arguments or [])], check=False).returncode)  # noqa: S603
 
 
-def _open(config: Path | None, *, patient: bool = False) -> tuple[Settings, Database, Tables]:
-    """Settings and a database that answers; ``patient``: statements may take their time."""
+def _open(
+    config: Path | None, *, patient: bool = False, deadline_seconds: float = 0.0
+) -> tuple[Settings, Database, Tables]:
+    """Settings and a database that answers. Its deadline is that of the settings, or ``deadline_seconds`` where that is
+    longer; ``patient``: none."""
     settings = load_settings(config=config)
     _start_logging(settings)
-    database = Database(settings, deadline_seconds=None if patient else settings.database_deadline_seconds)
+    longest = max(settings.database_deadline_seconds, deadline_seconds)
+    database = Database(settings, deadline_seconds=None if patient else longest)
     database.check()
     return settings, database, build_tables(settings)
 

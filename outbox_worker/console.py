@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from rich.console import Console, JustifyMethod
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -117,6 +118,27 @@ def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
 def line(text: str, style: str = "") -> None:
     """Print one sentence."""
     output().print(Text(text, style=style))
+
+
+@contextmanager
+def progress(noun: str, estimate: Callable[[], int]) -> Iterator[Callable[[int, float], bool]]:
+    """A bar on stderr with rate and remaining time, where that is a terminal; yields who is to be told how many are
+    done. ``estimate``: of how many, about; asked only where a bar is shown."""
+    if not sys.stderr.isatty():
+        yield lambda done, _: done >= 0
+        return
+    rate = TextColumn("{task.fields[rate]}", style="dim")
+    shown = [BarColumn(bar_width=None), TextColumn("{task.completed:,.0f} {task.description}"), rate]
+    with Progress(*shown, TimeRemainingColumn(compact=True), console=Console(stderr=True), transient=True) as bar:
+        began, total = time.monotonic(), max(estimate(), 1)
+        task = bar.add_task(noun, total=total, rate="")
+
+        def tell(done: int, _: float) -> bool:
+            rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f}/s"
+            bar.update(task, completed=done, total=max(total, done), rate=rate)
+            return True
+
+        yield tell
 
 
 def ago(seconds: float) -> str:

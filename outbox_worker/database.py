@@ -103,7 +103,7 @@ class Database:
     """One database: an engine, and transactions whose limits are set inside them (safe behind a pooler).
 
     ``deadline_seconds`` bounds a connection attempt, every statement and every answer; None: statements may take their
-    time (migrate, audit).
+    time (migrate).
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
@@ -114,7 +114,7 @@ class Database:
     def transaction(self, **parameters: str) -> Iterator[Session]:
         """A READ COMMITTED transaction, committed at the end; ``parameters`` hold inside it only."""
         with Session(self.engine) as session:
-            _set_local(session, self._limits() | parameters)
+            set_local(session, self._limits() | parameters)
             yield session
             session.commit()
 
@@ -123,7 +123,7 @@ class Database:
         """A REPEATABLE READ, READ ONLY transaction: every statement in it sees the same moment."""
         engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with Session(engine) as session:
-            _set_local(session, self._limits())
+            set_local(session, self._limits())
             yield session
 
     def was_committed(self, transaction_id: str) -> bool | None:
@@ -353,7 +353,7 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
 
 def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnection:
     """A connection of the pool, cut when an answer takes longer than that; None: statements may take their time."""
-    arguments = _connect_arguments(answer_seconds or settings.database_deadline_seconds)
+    arguments = _connect_arguments(settings.database_deadline_seconds)
     connection = BoundedConnection.connect(**{**_where(settings), **arguments})
     if settings.pooler == "transaction":
         connection.prepare_threshold = None  # the next transaction may meet another backend
@@ -381,5 +381,6 @@ def _drop_lost_connections(context: ExceptionContext) -> None:
         context.is_disconnect = True
 
 
-def _set_local(session: Session, parameters: Mapping[str, str]) -> None:
+def set_local(session: Session, parameters: Mapping[str, str]) -> None:
+    """Set parameters that hold until the transaction ends."""
     session.connection().exec_driver_sql(_SET_LOCAL, {"parameters": json.dumps(parameters)})

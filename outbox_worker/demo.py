@@ -25,7 +25,7 @@ import psycopg
 
 from outbox_worker import embedded
 from outbox_worker._embedded_launcher import end_with
-from outbox_worker.audit import AuditReport, run_audit
+from outbox_worker.audit import Audit, AuditReport
 from outbox_worker.conservation import PaymentClass
 from outbox_worker.database import Database
 from outbox_worker.demo_view import Scene, View, open_view
@@ -264,7 +264,7 @@ class Demo:
     def _proof(self) -> Proof:
         database = Database(self._settings, deadline_seconds=None)
         try:
-            report = run_audit(database, build_tables(self._settings))
+            report = Audit(database, build_tables(self._settings)).run()
             outcomes = self._tally(_OUTCOMES) + self._tally(_OPEN_LETTERS)
             lost = self._service.events - outcomes.total()
             return Proof(report, self._count(DOUBLED), self._count(UNPAID), lost, outcomes)

@@ -73,7 +73,7 @@ def predicate_forms(purchases: Table) -> tuple[str, ...]:
 def probe_guard(session: Session, purchases: Table) -> GuardState:
     """Find a sound unique index and prove with EXPLAIN that the planner takes it as arbiter."""
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
-    has_paths = _has_index_paths(session, purchases)
+    has_paths = has_index_paths(session, purchases)
     sound = pair_indexes(session, purchases)
     for predicate in dict.fromkeys(sound.values()):
         if choose_guard(sound, _arbiters(session, purchases, predicate)) is Guard.INDEX:
@@ -142,7 +142,7 @@ def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, s
     return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
 
 
-def _has_index_paths(session: Session, purchases: Table) -> bool:
+def has_index_paths(session: Session, purchases: Table) -> bool:
     """Whether some index begins with the payment, and some with the pair's columns in either order."""
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from outbox_worker import console
@@ -13,6 +14,7 @@ from outbox_worker.dead_letters import Decision, Page, Preview
 from outbox_worker.fleet import WorkerRow
 from outbox_worker.model import DeadLetterState, Outcome, PaymentStatus
 from outbox_worker.status import Status, condition
+from outbox_worker.sweep import FoundPayment
 
 if TYPE_CHECKING:
     from outbox_worker.bench import BenchReport, Run
@@ -86,13 +88,13 @@ def audit_object(report: AuditReport) -> dict[str, Any]:
     return {"ok": report.ok} | {key: getattr(report, key) for key in report.__dataclass_fields__}
 
 
-def print_audit(report: AuditReport) -> None:
-    """The classes, what a person should look at, and the verdict in one sentence."""
+def print_audit(report: AuditReport, limit: int) -> None:
+    """The classes, what a person should look at (at most ``limit`` of each), and the verdict in one sentence."""
     rows = [
         (
             name.replace("_", " "),
             f"{count:,}",
-            "\n".join(f"{amount:,.2f} {currency}" for currency, amount in report.money[name].items()),
+            money_text(report.money[name]),
             _MEANINGS[name],
         )
         for name, count in report.counts.items()
@@ -100,22 +102,7 @@ def print_audit(report: AuditReport) -> None:
     total = sum(report.counts.values())
     console.columns(f"{total:,} standing payments", ["class", "payments", "money", ""], rows, numbers=(1, 2))
     for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
-        if found:
-            console.columns(
-                f"\n{title}",
-                ["payment", "student", "course", "amount", "age"],
-                [
-                    (
-                        each.payment_id,
-                        each.student_id,
-                        each.course_id,
-                        f"{each.amount:.2f} {each.currency}",
-                        console.ago(each.age_seconds),
-                    )
-                    for each in found
-                ],
-                numbers=(3, 4),
-            )
+        print_payments(title, found, limit)
     if report.unknown_statuses:
         listed = ", ".join(f"{status} ({count:,})" for status, count in report.unknown_statuses.items())
         console.line(f"\nNot judged, because their status is none of {_STATUSES}: {listed}.", "yellow")
@@ -125,6 +112,31 @@ def print_audit(report: AuditReport) -> None:
         unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
         console.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
         console.line('What to do: docs/operations.md, "The audit found something".')
+
+
+def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
+    """The first ``limit`` of a list of payments, and how many more there are."""
+    if not found:
+        return
+    rows = [
+        (
+            each.payment_id,
+            each.student_id,
+            each.course_id,
+            f"{each.amount:.2f} {each.currency}",
+            console.ago(each.age_seconds),
+        )
+        for each in found[:limit]
+    ]
+    if rows:
+        console.columns(f"\n{title}", ["payment", "student", "course", "amount", "age"], rows, numbers=(3, 4))
+    if len(found) > limit:
+        console.line(f"… and {len(found) - limit:,} more {title}: --limit, or --json for all.", "dim")
+
+
+def money_text(money: Mapping[str, Decimal]) -> str:
+    """One line per currency."""
+    return "\n".join(f"{amount:,.2f} {currency}" for currency, amount in money.items())
 
 
 _STATUSES = ", ".join(PaymentStatus)

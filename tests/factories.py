@@ -100,7 +100,7 @@ def open_payment(connection: psycopg.Connection[Any]) -> UUID:
 
 
 class Shop:
-    """Writes and reads the six tables of one database. Every call is committed when it returns."""
+    """Writes and reads the tables of one database. Every call is committed when it returns."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         assert connection.autocommit, "a shop commits every call"
@@ -128,12 +128,13 @@ class Shop:
         amount: str = "49.90",
         currency: str = "EUR",
         id: UUID | None = None,  # noqa: A002 - the column's name
+        ago: str = "0 seconds",
     ) -> Payment:
         made = Payment(id or uuid4(), student or uuid4(), course or uuid4(), amount, currency)
         self.rows(
-            "INSERT INTO payments (id, student_id, course_id, amount, currency, status)"
-            " VALUES (%s, %s, %s, %s, %s, %s)",
-            *(*made, status),
+            "INSERT INTO payments (id, student_id, course_id, amount, currency, status, created_at)"
+            " VALUES (%s, %s, %s, %s, %s, %s, clock_timestamp() - CAST(%s AS interval))",
+            *(*made, status, ago),
         )
         return made
 
