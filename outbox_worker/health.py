@@ -27,6 +27,7 @@ PRIVILEGES: Privileges = {
     "processed_events": ("SELECT", "INSERT", "UPDATE"),
     "dead_letters": ("SELECT", "INSERT", "UPDATE"),
     "workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "backfill_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
 }
 """What the role of a worker must be allowed, by the table's role."""
 READING: Privileges = dict.fromkeys(PRIVILEGES, ("SELECT",))
@@ -38,7 +39,7 @@ DECIDING: Privileges = {
 }
 """What the role of somebody who requeues and discards must be allowed."""
 
-_INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers")
+_INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of those tables that no statement of ours writes."""
 _NEVER_READ = (("payments", "updated_at"),)

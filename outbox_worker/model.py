@@ -283,5 +283,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         "metrics",
         "succeeded_at",
     ),
+    "backfill_runs": (
+        *("id", "kind", "started_at", "seen_at", "finished_at", "since", "until", "cutoff", "is_full"),
+        *("cursor", "counts", "host", "pid", "actor", "reason", "outcome"),
+    ),
 }
 """Tables and columns by the names that code and docs use; settings map them to the names of the user's database."""

@@ -1,4 +1,4 @@
-"""The six tables as SQLAlchemy sees them, under the names that settings give them.
+"""The seven tables as SQLAlchemy sees them, under the names that settings give them.
 
 A column's key is the name of docs/architecture.md, whatever the database calls it: ``tables.payments.c.student_id``.
 """
@@ -64,6 +64,7 @@ class Tables:
     processed_events: Table
     dead_letters: Table
     workers: Table
+    backfill_runs: Table
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
         """The same with ``outbox.payload`` of type json or text."""
@@ -123,6 +124,7 @@ def build_tables(settings: Settings) -> Tables:
         processed_events=_processed_events(builders["processed_events"]),
         dead_letters=_dead_letters(builders["dead_letters"]),
         workers=_workers(builders["workers"]),
+        backfill_runs=_backfill_runs(builders["backfill_runs"]),
     )
 
 
@@ -219,4 +221,26 @@ def _workers(b: _Builder) -> Table:
         b.column("guard", Text),
         b.column("metrics", JSONB, server_default=text("'{}'")),
         b.column("succeeded_at", _TIME, nullable=True),
+    )
+
+
+def _backfill_runs(b: _Builder) -> Table:
+    return b.table(
+        b.column("id", _ID, primary_key=True),
+        b.column("kind", Text),
+        b.column("started_at", _TIME, server_default=_NOW),
+        b.column("seen_at", _TIME, server_default=_NOW),
+        b.column("finished_at", _TIME, nullable=True),
+        b.column("since", _TIME, nullable=True),
+        b.column("until", _TIME, nullable=True),
+        b.column("cutoff", _TIME),
+        b.column("is_full", Boolean),
+        b.column("cursor", JSONB, nullable=True),
+        b.column("counts", JSONB, server_default=text("'{}'")),
+        b.column("host", Text),
+        b.column("pid", Integer),
+        b.column("actor", Text),
+        b.column("reason", Text, nullable=True),
+        b.column("outcome", Text, nullable=True),
+        b.one_of("kind", "operator", "periodic"),
     )

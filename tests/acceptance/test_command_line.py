@@ -298,7 +298,7 @@ def role(server: servers.Server) -> Iterator[str]:
 
 def test_an_empty_database(make_url: Callable[[str | None], str]) -> None:
     url = make_url(None)
-    tables = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
+    tables = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
     for command in (["run"], ["run", "--drain"], ["status"]):
         sentence = fails(78, *tables, "outbox-worker migrate", done=finish(*command, url=url))
         assert sentence.count("\n") == 2, "one finding, one remedy"

@@ -162,6 +162,11 @@ def fill(shop: Shop) -> None:
     shop.mark(event_id)
     shop.dead_letter(payment)
     shop.rows("INSERT INTO workers (id, host, pid, version, guard) VALUES (%s, 'h', 1, '0', 'index')", uuid4())
+    shop.rows(
+        "INSERT INTO backfill_runs (id, kind, cutoff, is_full, host, pid, actor)"
+        " VALUES (%s, 'operator', clock_timestamp(), true, 'h', 1, 'somebody')",
+        uuid4(),
+    )
 
 
 # --- core
@@ -209,7 +214,7 @@ def test_the_version_table_is_our_own_and_the_shops_is_left_alone(empty: Site) -
     empty.execute("INSERT INTO alembic_version VALUES ('the_shops')")
     before = empty.snapshot()["public.alembic_version"]
     empty.migrate()
-    assert empty.revisions() == {"core_0002"}
+    assert empty.revisions() == {"core_0003"}
     assert empty.snapshot()["public.alembic_version"] == before
     empty.downgrade("core")
     assert empty.snapshot()["public.alembic_version"] == before
@@ -235,8 +240,9 @@ def test_an_installation_of_the_first_revision_gets_what_came_since(migrated: Si
     """Our own tables are altered by the migrations; that they do not fit before is no reason to refuse."""
     fill(stock)
     stock.rows("ALTER TABLE workers DROP COLUMN succeeded_at")
-    stock.rows("UPDATE outbox_worker_alembic_version SET version_num = 'core_0001' WHERE version_num = 'core_0002'")
-    migrated.migrate()
+    stock.rows("DROP TABLE backfill_runs")
+    stock.rows("UPDATE outbox_worker_alembic_version SET version_num = 'core_0001' WHERE version_num = 'core_0003'")
+    assert migrated.migrate().created == ("public.backfill_runs",)
     assert stock.rows("SELECT succeeded_at FROM workers") == [(None,)]
 
 
@@ -740,7 +746,7 @@ def test_plain_alembic_is_enough_to_run(empty: Site) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert empty.own_tables() == OWN
-    assert empty.revisions() == {"core_0002"}
+    assert empty.revisions() == {"core_0003"}
 
 
 def test_plain_alembic_reads_the_settings(empty: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ Shape = dict[str, dict[str, Any]]
 
 
 def shape(url: str, **named: Any) -> Shape:
-    """Columns, constraints and indexes of the six tables, by role."""
+    """Columns, constraints and indexes of the tables, by role."""
     tables = build_tables(load_settings(**named)).by_role()
     with psycopg.connect(servers.libpq(url)) as connection:
         described = {role: catalogue.describe(connection, relation_name(table)) for role, table in tables.items()}
