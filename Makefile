@@ -41,6 +41,10 @@ status: $(VENV)/run ## Show backlog, guard, dead letters, workers
 audit: $(VENV)/run ## Prove that nothing is owed
 	@$(DATABASE) exec $(BIN)/outbox-worker audit $(ARGS)
 
+.PHONY: backfill
+backfill: $(VENV)/run ## Make what payments prove is owed (ARGS="--dry-run" to look)
+	@$(DATABASE) exec $(BIN)/outbox-worker backfill $(ARGS)
+
 .PHONY: dead-letters
 dead-letters: $(VENV)/run ## List the events that wait for a person
 	@$(DATABASE) exec $(BIN)/outbox-worker dead-letters list $(ARGS)

@@ -29,7 +29,7 @@ from outbox_worker.errors import (
     sqlstate,
 )
 from outbox_worker.model import DeadLetterState, Guard
-from outbox_worker.moments import parse_duration
+from outbox_worker.moments import parse_duration, parse_moment
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry import configure_logging
@@ -216,6 +216,67 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
         console.print_json(reports.audit_object(report))
     else:
         reports.print_audit(report, limit)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def backfill(
+    config: Config = None,
+    json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Look and count; change nothing.")] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Payments created then or later.", show_default=False)
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Payments created before.", show_default=False)
+    ] = None,
+    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Leave younger payments to the workers.")] = "5m",
+    max_repairs: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Stop, making nothing, where more purchases are owed.")
+    ] = 1000,
+    max_rate: Annotated[
+        float | None, typer.Option(metavar="N", min=1, help="Payments looked at per second.", show_default=False)
+    ] = None,
+    actor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who does it; by default you.", show_default=False)
+    ] = None,
+    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Why; kept with it.", show_default=False)] = None,
+    limit: Limit = 100,
+) -> None:
+    """Make the purchases that payments prove are owed.
+
+    Finds payments that succeeded and have neither a purchase nor anything that
+    explains why not, counts them, and makes what is owed. Safe beside workers
+    and other backfills; one that was killed is continued by the next one with
+    the same range. TIME is a date or RFC 3339, UTC where it names no zone.
+
+    Exit code 1 when more is owed than --max-repairs, or when something that is
+    owed could not be made.
+    """
+    from outbox_worker import backfill_view, console
+    from outbox_worker.backfill import Backfill, Request
+    from outbox_worker.sweep import STATEMENT_SECONDS
+
+    request = Request(
+        actor=actor or _user(),
+        reason=reason,
+        since=parse_moment(since, "--since") if since else None,
+        until=parse_moment(until, "--until") if until else None,
+        older_than=parse_duration(older_than, "--older-than"),
+        max_repairs=max_repairs,
+        max_rate=max_rate,
+        dry_run=dry_run,
+    )
+    settings, database, tables = _open(config, deadline_seconds=STATEMENT_SECONDS)
+    work = Backfill(database, tables, settings.retry_policy, request)
+    with console.progress("payments", work.estimate) as told:
+        owed = work.look(told)
+    with console.progress("purchases", lambda: owed) as told:
+        report = work.make(told)
+    if json:
+        console.print_json(backfill_view.backfill_object(report))
+    else:
+        backfill_view.print_backfill(report, request.max_repairs, limit)
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -483,6 +544,14 @@ def _start_logging(settings: Settings) -> None:
     for name, near in unknown_variables(os.environ).items():
         hint = f"; did you mean {near}?" if near else ""
         logger.bind(event="unknown_setting", variable=name).warning("{} is no setting{}", name, hint)
+
+
+def _user() -> str:
+    """The operating system's name for whoever runs this."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:

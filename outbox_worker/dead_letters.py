@@ -5,7 +5,7 @@ Burying, and closing the letters of events that are settled after all, are the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -33,7 +33,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker import payload
 from outbox_worker.errors import Inconsistent, Refused, WrongUsage
-from outbox_worker.model import DeadLetterState
+from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
 from outbox_worker.schema import Tables
 
 _NAMED_AT_MOST = 3
@@ -140,6 +140,16 @@ def count_open(session: Session, tables: Tables) -> int:
     letters = tables.dead_letters
     counted = select(func.count()).select_from(letters).where(letters.c.state == DeadLetterState.OPEN.value)
     return session.scalars(counted).one()
+
+
+def open_confirmations(session: Session, tables: Tables, payment_ids: Collection[str]) -> Sequence[UUID]:
+    """The events of open dead letters that confirm one of these payments."""
+    letters = tables.dead_letters
+    ids = cast(list(payment_ids), postgresql.ARRAY(postgresql.UUID(as_uuid=False)))
+    of_them = letters.c.payment_id == func.any(ids)
+    is_open = letters.c.state == DeadLetterState.OPEN.value
+    found = select(letters.c.event_id).where(of_them, is_open, letters.c.event_type == PURCHASE_CONFIRMED)
+    return session.scalars(found).all()
 
 
 def list_letters(

@@ -69,7 +69,7 @@ class Fleet:
         fallen = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
         columns = workers.c.id, workers.c.host, workers.c.pid, seconds_since(workers.c.seen_at)
         for key, host, pid, seconds in session.execute(select(*columns).where(*fallen)).all():
-            if seconds > SILENT_AFTER_SECONDS or (host == socket.gethostname() and not _is_running(pid)):
+            if is_gone(host, pid, seconds, SILENT_AFTER_SECONDS):
                 taken = update(workers).where(workers.c.id == key, *fallen).values(succeeded_at=func.clock_timestamp())
                 if session.scalar(taken.returning(workers.c.id)):
                     return True
@@ -84,6 +84,11 @@ class Fleet:
         session.execute(
             row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=_by_column(self._workers, said))
         )
+
+
+def is_gone(host: str, pid: int, silent_seconds: float, patience_seconds: float) -> bool:
+    """Whether a process that said no good-bye is dead: silent for too long, or of this host and not there."""
+    return silent_seconds > patience_seconds or (host == socket.gethostname() and not _is_running(pid))
 
 
 def _is_running(pid: int) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
+PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
+"""The type of the marks of a backfill: there was no event."""
 
 
 class Outcome(StrEnum):

@@ -9,9 +9,12 @@ verdict but a clean insert is reached under it, in both guards, each step a stat
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
@@ -28,15 +31,17 @@ from sqlalchemy import (
     exists,
     false,
     func,
+    literal,
     literal_column,
     not_,
+    null,
     or_,
     select,
     true,
     type_coerce,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY, UUID, array, distinct_on
+from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
@@ -45,6 +50,9 @@ from outbox_worker.decision import RetryPolicy
 from outbox_worker.guard import GuardState, on_active_pair
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Facts, Guard, Mark, Outcome, PaymentStatus, Repeated
 from outbox_worker.schema import Tables
+
+BACKFILL_NAMESPACE = "purchase-outbox-worker:"
+"""Before a payment's id, in what the id of its backfill's mark is the MD5 of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +77,22 @@ class Sight:
     """The lock key of its pair; None where no payment and no purchase names a pair."""
 
 
-class PurchaseRepository:
-    """Purchases and marks of one set of tables. Holds statements, no state."""
+EventOf = Callable[[FromClause, Table], FromClause]
+"""The events of a relation of keys: ``database.event_of``, or ``backfill_event_of``."""
 
-    def __init__(self, tables: Tables) -> None:
+
+class PurchaseRepository:
+    """Purchases and marks of one set of tables. Holds statements, no state.
+
+    ``event_of``: what the keys of a batch name, rows of the outbox or payments whose event was never written.
+    """
+
+    def __init__(self, tables: Tables, event_of: EventOf = event_of) -> None:
         self._tables = tables
+        self._event_of = event_of
         self._insert = lru_cache(maxsize=16)(self._build_insert)
-        self._lock = Statement(_lock_statement(tables))
-        self._look = Statement(_look_statement(tables))
+        self._lock = Statement(_lock_statement(tables, event_of))
+        self._look = Statement(_look_statement(tables, event_of))
         self._mark_first = Statement(_mark_statement(tables))
         self._mark = Statement(_remark_statement(tables))
 
@@ -135,7 +151,7 @@ class PurchaseRepository:
     def _build_insert(
         self, guard: Guard, predicate: str, *, clean: bool = False, looks_at_marks: bool = False
     ) -> Statement:
-        statement = _insert_statement(self._tables, guard, clean=clean, looks_at_marks=looks_at_marks)
+        statement = _insert_statement(self._tables, self._event_of, guard, clean=clean, looks_at_marks=looks_at_marks)
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         made = statement.returning(cast(self._tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
@@ -170,12 +186,31 @@ def _payment_of(claimed: FromClause, payments: Table) -> FromClause:
     return row.offset(literal_column("0")).lateral("payment")
 
 
+def backfill_event_id(payment_id: UUID) -> UUID:
+    """The event id under which a backfill marks a payment: always the same, and computable in SQL."""
+    return UUID(hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest())
+
+
+def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
+    """The event that a payment without one would have: it says nothing but the payment's id."""
+    named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
+    said = select(
+        keys.c.id,
+        cast(named, postgresql.UUID(as_uuid=True)).label("event_id"),
+        literal_column("CAST('-infinity' AS timestamptz)").label("due_at"),
+        cast(null(), outbox.c.payload.type).label("payload"),
+    )
+    return said.correlate(keys).lateral("event")
+
+
 def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
     """The public key of a pair's advisory lock, a bigint."""
     return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
 
 
-def _insert_statement(tables: Tables, guard: Guard, *, clean: bool, looks_at_marks: bool) -> postgresql.Insert:
+def _insert_statement(
+    tables: Tables, event_of: EventOf, guard: Guard, *, clean: bool, looks_at_marks: bool
+) -> postgresql.Insert:
     """what: purchases of claimed events, from their payment rows, in the order every worker keeps
     lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
     guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
@@ -233,7 +268,7 @@ def _holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bo
     )
 
 
-def _lock_statement(tables: Tables) -> Select[Any]:
+def _lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     """what: advisory locks on the pairs of claimed events, in ascending key order, tried and never waited for
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
@@ -257,7 +292,7 @@ def _lock_statement(tables: Tables) -> Select[Any]:
     return select(ranked.c.id, ranked.c.key, ranked.c.position, func.coalesce(taken, false()).label("held"))
 
 
-def _look_statement(tables: Tables) -> Select[Any]:
+def _look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     """what: the facts about claimed events, all in one snapshot
     lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
     """
@@ -270,7 +305,7 @@ def _look_statement(tables: Tables) -> Select[Any]:
     return (
         select(
             claimed.c.id,
-            type_coerce(claimed.c.payment_id, UUID(as_uuid=True)).label("payment_id"),
+            type_coerce(claimed.c.payment_id, postgresql.UUID(as_uuid=True)).label("payment_id"),
             marks.c.event_id.is_not(None).label("is_marked"),
             marks.c.outcome.label("marked_outcome"),
             marks.c.payment_id.label("marked_payment_id"),

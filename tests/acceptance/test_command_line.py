@@ -33,7 +33,7 @@ from sqlalchemy import make_url
 
 Connect = Callable[..., psycopg.Connection[Any]]
 PASSWORD = "s3cr3t-Pa55word"  # noqa: S105 - the point is that it is never printed
-ONE_SHOT = [["run", "--drain"], ["status"], ["audit"], ["dead-letters", "list"], ["migrate"]]
+ONE_SHOT = [["run", "--drain"], ["status"], ["audit"], ["backfill"], ["dead-letters", "list"], ["migrate"]]
 GATE = 4242
 
 
@@ -302,7 +302,8 @@ def test_an_empty_database(make_url: Callable[[str | None], str]) -> None:
     for command in (["run"], ["run", "--drain"], ["status"]):
         sentence = fails(78, *tables, "outbox-worker migrate", done=finish(*command, url=url))
         assert sentence.count("\n") == 2, "one finding, one remedy"
-    fails(78, *tables[:5], "outbox-worker migrate", done=finish("audit", url=url))
+    for command in (["audit"], ["backfill", "--dry-run"]):
+        fails(78, *tables[:5], "outbox-worker migrate", done=finish(*command, url=url))
     fails(78, "dead_letters", "outbox-worker migrate", done=finish("dead-letters", "list", url=url))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +16,9 @@ from factories import ABSENT, Shop, drain_all, make_payments
 from sqlalchemy import insert, select, text
 
 from outbox_worker import migration
+from outbox_worker.audit import Audit
+from outbox_worker.backfill import Backfill, Request
+from outbox_worker.conservation import PaymentClass
 from outbox_worker.database import Database
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers
@@ -36,6 +40,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
             "processed_events": "Processed Events",
             "dead_letters": "dead-letters",
             "workers": "select",
+            "backfill_runs": "Full",
         },
         "columns": {
             "payments.student_id": "user_id",
@@ -49,6 +54,9 @@ MAPPINGS: dict[str, dict[str, Any]] = {
             "dead_letters.state": "State",
             "dead_letters.event_id": "event",
             "workers.id": "Worker",
+            "payments.created_at": "paidAt",
+            "backfill_runs.cursor": "limit",
+            "backfill_runs.counts": "Counts",
         },
     },
     "all": {
@@ -102,6 +110,13 @@ class Site:
         return Processor(
             self.database, outbox, repository, handlers, self.watch, Telemetry(), policy, Pacing(batch_size, 60)
         )
+
+    def audit(self) -> dict[PaymentClass, int]:
+        return Audit(self.database, self.tables).run().counts
+
+    def backfill(self) -> Backfill:
+        request = Request(actor="somebody", older_than=timedelta(0))
+        return Backfill(self.database, self.tables, self.settings.retry_policy, request)
 
     def take_over(self, other: Site) -> None:
         """Copy every row of another site."""
@@ -200,6 +215,28 @@ def test_other_names_same_results(settled: tuple[Site, Site, Counter[Outcome], C
     for role in COLUMNS:
         assert after[role] == before[role], role
     assert sum(after["purchases"].values()) > 25
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> None:
+    """What is found, what is made, and how it goes on where it was killed."""
+    plain, mapped = make_site(), make_site(**MAPPINGS[name])
+    with psycopg.connect(servers.libpq(plain.settings.url.render_as_string(False)), autocommit=True) as connection:
+        write_the_past(Shop(connection))
+        Shop(connection).rows("DELETE FROM outbox WHERE id % 3 = 0")
+    mapped.take_over(plain)
+    assert mapped.audit() == plain.audit()
+    for site in (plain, mapped):
+        work = site.backfill()
+        work.look(lambda *_: True)  # and is heard of no more
+    reports = [site.backfill() for site in (plain, mapped)]
+    owed = [report.look(lambda *_: True) for report in reports]
+    made = [report.make(lambda *_: True) for report in reports]
+    assert all(each.continued for each in made)
+    assert owed[0] == owed[1] == made[1].counts.made.count > 5
+    assert made[0].counts == made[1].counts
+    assert mapped.audit() == plain.audit()
+    assert mapped.present()["processed_events"] == plain.present()["processed_events"]
 
 
 def test_a_fallback_in_the_middle_works_under_other_names(make_site: Sites, both_guards: str) -> None:

@@ -1,0 +1,276 @@
+"""`backfill` as it is run: killed and continued, beside workers and other backfills, on a terminal and for scripts."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from factories import Shop
+from processes import eventually, finish, finish_on_terminal, start
+
+
+def owe(shop: Shop, n: int, ago: str = "1 hour") -> None:
+    """Payments whose event was never written."""
+    shop.pay_many(n)
+    shop.rows("DELETE FROM outbox")
+    shop.rows(
+        "UPDATE payments p SET created_at = clock_timestamp() - CAST(%s AS interval)"
+        " WHERE NOT EXISTS (SELECT FROM purchases WHERE payment_id = p.id)",
+        ago,
+    )
+
+
+def slow_down(shop: Shop, seconds: float) -> None:
+    """Every purchase takes its time."""
+    shop.rows(
+        "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$"
+    )
+    shop.rows("CREATE TRIGGER slowly BEFORE INSERT ON purchases FOR EACH ROW EXECUTE FUNCTION slowly()")
+
+
+def hurry_up(shop: Shop) -> None:
+    shop.rows("DROP TRIGGER slowly ON purchases")
+
+
+# --- stopped
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_one_that_is_stopped_is_continued(
+    number: int, code: int, both_guards: str, database_url: str, shop: Shop
+) -> None:
+    owe(shop, 1200)
+    slow_down(shop, 0.002)
+    with start("backfill", "--max-repairs", "1200", url=database_url) as process:
+        eventually(lambda: shop.count("purchases") >= 500, "a first transaction")
+        process.signal(number)
+        assert process.wait() == code, process.stderr
+    made = shop.count("purchases")
+    assert 500 <= made < 1200
+    assert shop.count("processed_events") == made
+    hurry_up(shop)
+    done = finish("backfill", "--json", "--max-repairs", "1200", url=database_url)
+    found = done.object
+    assert (done.code, found["ok"], found["continued"] is not None) == (0, True, True)
+    assert (found["counts"]["made"]["count"], found["counts"]["looked_at"]) == (1200, 1200)
+    assert len(found["owed"]) == 1200 - made
+    assert (shop.count("purchases"), shop.doubled(), shop.owed()) == (1200, 0, 0)
+    assert "Nothing was owed." in finish("backfill", url=database_url).stdout
+    assert both_guards
+
+
+def test_two_backfills_and_two_workers_at_once(both_guards: str, database_url: str, shop: Shop) -> None:
+    """Everything is given once, whoever gives it: to half of the payments the events come late."""
+    owe(shop, 2000)
+    shop.rows(
+        "INSERT INTO outbox (event_id, event_type, payload, due_at)"
+        " SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED', jsonb_build_object('payment_id', id),"
+        " clock_timestamp() + interval '1 hour' FROM payments LIMIT 1000"
+    )
+    shop.rows("CREATE TABLE late AS SELECT * FROM outbox")
+    shop.rows("DELETE FROM outbox")
+    slow_down(shop, 0.001)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(start("run", url=database_url, batch_size=50)) for _ in range(2)]
+        for worker in workers:
+            worker.wait_for("worker_started")
+        with ThreadPoolExecutor(2) as pool:
+            command = ("backfill", "--max-repairs", "2000", "--json")
+            backfills = [pool.submit(finish, *command, url=database_url) for _ in range(2)]
+            eventually(lambda: shop.count("purchases") > 0, "a first transaction")
+            shop.rows(
+                "INSERT INTO outbox (event_id, event_type, payload) SELECT event_id, event_type, payload FROM late"
+            )
+            done = [each.result() for each in backfills]
+        eventually(lambda: shop.count("outbox") == 0, "all events are settled")
+        for worker in workers:
+            worker.signal()
+            assert worker.wait() == 0, worker.stderr
+    assert [each.code for each in done] == [0, 0], [each.stderr for each in done]
+    assert (shop.count("purchases"), shop.doubled(), shop.owed(), shop.count("dead_letters")) == (2000, 0, 0, 0)
+    made = sum(each.object["counts"]["made"]["count"] for each in done)
+    marks = dict(shop.rows("SELECT event_type, count(*) FROM processed_events GROUP BY 1"))
+    assert marks == {"PURCHASE_BACKFILLED": made, "PURCHASE_CONFIRMED": 1000}
+    assert made >= 1000
+    assert finish("audit", url=database_url).code == 0
+    assert both_guards
+
+
+def test_a_lost_connection_ends_it_with_a_sentence(database_url: str, shop: Shop) -> None:
+    owe(shop, 1200)
+    slow_down(shop, 0.002)
+    with start("backfill", "--max-repairs", "1200", url=database_url) as process:
+        eventually(lambda: shop.count("purchases") >= 500, "a first transaction")
+        shop.rows(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'outbox-worker'"
+        )
+        assert process.wait() == 69
+    assert "Traceback" not in process.stderr
+    hurry_up(shop)
+    assert finish("backfill", "--json", "--max-repairs", "1200", url=database_url).object["continued"]
+    assert shop.count("purchases") == 1200
+
+
+# --- what people see, what scripts read
+
+
+@pytest.mark.parametrize("options", ["--older-than 5x", "--older-than -5m", "--since yesterday", "--until 2026-13-01"])
+def test_a_wrong_option_is_one_sentence(options: str, database_url: str) -> None:
+    done = finish("backfill", *options.split(), url=database_url)
+    assert done.code == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_moments_and_durations(database_url: str, shop: Shop) -> None:
+    """A time without a zone is UTC, whatever the zone of the session."""
+    shop.rows("UPDATE payments SET created_at = '2026-01-31T11:30:00Z' WHERE id = %s", shop.payment().id)
+    shop.rows(f"ALTER DATABASE {shop.scalar('SELECT quote_ident(current_database())')} SET timezone = 'Asia/Tokyo'")
+
+    def count(*options: str) -> Any:
+        found = finish("backfill", "--dry-run", "--json", *options, url=database_url)
+        return found.object["counts"]["owed"]["count"]
+
+    assert count("--since", "2026-01-31T11:30:00") == 1
+    assert count("--since", "2026-01-31T12:30:00.000001+01:00") == 0
+    assert count("--until", "2026-01-31T11:30:00Z") == 0
+    assert count("--since", "2026-01-31", "--until", "2026-02-01") == 1
+    assert count("--older-than", "90s") == 1
+    assert count("--older-than", "100000d") == 0
+
+
+def test_as_an_object(database_url: str, shop: Shop) -> None:
+    payment = shop.payment(ago="1 day", amount="12.30")
+    second = shop.payment(student=payment.student_id, course=payment.course_id, ago="2 hours", currency="USD")
+    done = finish("backfill", "--json", "--actor", "ada", "--reason", "ticket 7", url=database_url)
+    found = done.object
+    assert (done.code, done.sentences()) == (0, "")
+    keys = {"ok", "dry_run", "since", "until", "cutoff", "continued", "counts", "seconds", "payments_per_second"}
+    assert found.keys() == keys | {"owed", "duplicates", "contended", "refused"}
+    assert found["counts"].keys() == {
+        "looked_at",
+        *(["unexplained", "owed", "duplicates", "made", "recovered", "explained", "contended", "refused"]),
+    }
+    assert found["counts"]["made"] == {"count": 1, "money": {"EUR": "12.30"}}
+    assert found["counts"]["duplicates"] == {"count": 1, "money": {"USD": "49.90"}}
+    assert [UUID(each["payment_id"]) for each in found["owed"]] == [payment.id]
+    assert [UUID(each["payment_id"]) for each in found["duplicates"]] == [second.id]
+    assert shop.rows("SELECT actor, reason FROM backfill_runs") == [("ada", "ticket 7")]
+
+
+def test_the_fuse_is_one_sentence(database_url: str, shop: Shop) -> None:
+    owe(shop, 3)
+    done = finish("backfill", "--max-repairs", "2", url=database_url)
+    assert (done.code, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "3 payments (149.70 EUR)" in done.stderr
+    assert "--max-repairs 3" in done.stderr
+    dry = finish("backfill", "--max-repairs", "2", "--dry-run", url=database_url)
+    assert dry.code == 0
+    assert "--max-repairs 3" in dry.stdout
+    assert shop.count("purchases") == 0
+
+
+@pytest.mark.parametrize("payments", [0, 1, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["audit", "backfill --dry-run"])
+def test_listings_of_any_length(command: str, payments: int, database_url: str, shop: Shop) -> None:
+    """On a terminal of 80 columns, in a pipe, and as an object."""
+    if payments:
+        owe(shop, payments)
+    shown = finish_on_terminal(*command.split(), url=database_url)
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    assert "Traceback" not in shown
+    assert "…" not in shown.replace("… and", "")
+    ids = [str(row.id) for row in shop.rows("SELECT id FROM payments ORDER BY created_at, id LIMIT 100")]
+    assert all(each in shown for each in ids)
+    assert ("… and 99,900 more" in shown) is (payments > 100)
+    piped = finish(*command.split(), url=database_url).stdout
+    assert [line for line in piped.splitlines() if line[:36] in ids] == [
+        line for line in piped.splitlines() if re.match("[0-9a-f]{8}-", line)
+    ]
+    few = finish(*command.split(), "--limit", "0", url=database_url).stdout
+    assert not re.search("[0-9a-f]{8}-[0-9a-f]{4}-", few)
+    found = finish(*command.split(), "--json", url=database_url).object
+    listed = found["unexplained"] if command == "audit" else found["owed"]
+    assert len(listed) == len({each["payment_id"] for each in listed}) == payments
+
+
+# --- a million
+
+
+def fill_shop(shop: Shop, payments: int, owed: int) -> set[UUID]:
+    """Payments of a year; of them ``owed`` without a purchase, for six reasons."""
+    shop.rows(
+        "INSERT INTO payments (student_id, course_id, amount, currency, status, created_at)"
+        " SELECT gen_random_uuid(), gen_random_uuid(), 49.90, 'EUR', 'succeeded',"
+        " clock_timestamp() - interval '1 hour' - random() * interval '365 days' FROM generate_series(1, %s)",
+        payments,
+    )
+    shop.rows(
+        "CREATE TABLE lost AS SELECT id, row_number() OVER () %% 6 AS why FROM payments ORDER BY random() LIMIT %s",
+        owed,
+    )
+    shop.rows(
+        "INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)"
+        " SELECT student_id, course_id, id, amount, currency FROM payments"
+        " WHERE id NOT IN (SELECT id FROM lost)"
+    )
+    mark = (
+        "INSERT INTO processed_events (event_id, event_type, outcome, payment_id)"
+        " SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED', %s, id FROM lost WHERE why = %s"
+    )
+    shop.rows(mark, "created", 1)
+    shop.rows(mark, "duplicate_payment", 2)
+    shop.rows(
+        "INSERT INTO dead_letters (event_id, event_type, payload, created_at, payment_id, attempts, reason, detail)"
+        " SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED', '{}', clock_timestamp(), id, 10, 'payment_not_found', ''"
+        " FROM lost WHERE why = 3"
+    )
+    shop.rows(
+        "INSERT INTO outbox (event_id, event_type, payload)"
+        " SELECT gen_random_uuid(), 'RECEIPT_SENT', jsonb_build_object('payment_id', id) FROM lost WHERE why = 4"
+    )
+    shop.rows(
+        "INSERT INTO processed_events (event_id, event_type, outcome, payment_id) SELECT"
+        " CAST(md5('purchase-outbox-worker:' || CAST(id AS text)) AS uuid), 'PURCHASE_BACKFILLED', 'created', id"
+        " FROM lost WHERE why = 5"
+    )
+    shop.rows("ANALYZE")
+    return {row.id for row in shop.rows("SELECT id FROM lost")}
+
+
+@pytest.mark.slow
+def test_a_million_payments(make_url: Callable[[str | None], str]) -> None:
+    """Exactly the thousand that are owed, for six reasons; killed and continued; time grows as the payments do."""
+    seconds: dict[int, float] = {}
+    for payments in (100_000, 1_000_000):
+        url = make_url("index")
+        connection = psycopg.connect(re.sub(r"\+psycopg", "", url), autocommit=True)
+        shop = Shop(connection)
+        lost = fill_shop(shop, payments, 1000)
+        dry = finish("backfill", "--dry-run", "--json", url=url, patience=600).object
+        assert {UUID(each["payment_id"]) for each in dry["owed"]} == lost
+        seconds[payments] = dry["seconds"]
+        slow_down(shop, 0.001)
+        with start("backfill", url=url) as process:
+            eventually(lambda shop=shop, n=payments: shop.count("purchases") > n - 1000, "a transaction", patience=600)
+            process.kill()
+        hurry_up(shop)
+        assert 0 < shop.owed() < 1000
+        done = finish("backfill", "--json", url=url, patience=600)
+        assert done.object["continued"]
+        assert done.object["counts"]["made"]["count"] == 1000
+        assert done.object["counts"]["recovered"]["count"] == shop.scalar("SELECT count(*) FROM lost WHERE why = 5")
+        assert (shop.count("purchases"), shop.doubled(), shop.owed()) == (payments, 0, 0)
+        again = finish("backfill", "--json", url=url, patience=600).object
+        assert (again["counts"]["owed"]["count"], again["counts"]["looked_at"]) == (0, payments)
+        connection.close()
+        print(f"\n{payments:,} payments: {seconds[payments]:.1f} s, {payments / seconds[payments]:,.0f}/s")  # noqa: T201
+    assert seconds[1_000_000] < 20 * seconds[100_000], seconds
