@@ -85,6 +85,14 @@ def run(
     batch_size: Annotated[
         int | None, typer.Option(help="Events per transaction (OUTBOX_BATCH_SIZE, default 1000).", show_default=False)
     ] = None,
+    backfill_every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Look for payments without a purchase (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR (OUTBOX_LOG_LEVEL).", show_default=False)
     ] = None,
@@ -102,7 +110,12 @@ def run(
     from outbox_worker.worker import Worker
 
     settings = load_settings(
-        config=config, concurrency=concurrency, batch_size=batch_size, log_level=log_level, log_format=log_format
+        config=config,
+        concurrency=concurrency,
+        batch_size=batch_size,
+        backfill_every_seconds=_seconds(backfill_every, "--backfill-every"),
+        log_level=log_level,
+        log_format=log_format,
     )
     _start_logging(settings)
     with Signals() as signals:
@@ -544,6 +557,10 @@ def _start_logging(settings: Settings) -> None:
     for name, near in unknown_variables(os.environ).items():
         hint = f"; did you mean {near}?" if near else ""
         logger.bind(event="unknown_setting", variable=name).warning("{} is no setting{}", name, hint)
+
+
+def _seconds(duration: str | None, option: str) -> float | None:
+    return None if duration is None else parse_duration(duration, option).total_seconds()
 
 
 def _user() -> str:

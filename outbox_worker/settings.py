@@ -37,7 +37,7 @@ from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
 
 PREFIX = "OUTBOX_"
-OPTIONS = ("config", "batch_size", "concurrency", "log_level", "log_format")
+OPTIONS = ("config", "backfill_every_seconds", "batch_size", "concurrency", "log_level", "log_format")
 """Settings that commands take as options, too."""
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
 
@@ -174,6 +174,12 @@ class Settings(BaseSettings):
     poll_max_seconds: float = Field(1, gt=0, le=3600, description="longest pause between looks at an empty outbox")
     database_deadline_seconds: float = Field(
         10, gt=0, le=600, description="a database that does not answer for so long is given up and tried again"
+    )
+    backfill_every_seconds: float = Field(
+        900,
+        ge=0,
+        le=86_400,
+        description="between two looks for payments without a purchase, by one worker of all; 0: none",
     )
     unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
         None, description="events of a type without handler: bury (default on own tables) or ignore (on adopted ones)"

@@ -15,6 +15,7 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -146,6 +147,7 @@ class Telemetry:
     _told: Tally[str] = field(default_factory=Tally)
     _told_at: float = field(default_factory=time.monotonic)
     _guard_is_known: bool = False
+    _currencies: set[str] = field(default_factory=set)
 
     def started(self, concurrency: int, guard: Guard) -> None:
         """The first look found all that is needed."""
@@ -192,6 +194,31 @@ class Telemetry:
         self.metrics.due.set(due)
         self.metrics.oldest_due.set(oldest_due_seconds)
         self.metrics.open_letters.set(open_letters)
+
+    def observe_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
+        """What the last backfill left unexplained, by whichever worker."""
+        self.metrics.unexplained.set(payments)
+        self._currencies |= money.keys()
+        for currency in self._currencies:
+            self.metrics.at_risk.labels(currency).set(float(money.get(currency, 0)))
+
+    def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
+        """A periodic backfill found something, and may only say so."""
+        logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
+            "paid, and nothing given: {} payment(s). Look with `outbox-worker backfill --dry-run`", payments
+        )
+
+    def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
+        """A periodic backfill found more than it may make."""
+        logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
+            "paid, and nothing given: {} payment(s), which is no accident any more; a person must look", payments
+        )
+
+    def purchases_backfilled(self, made: int, contended: int, refused: int) -> None:
+        """A periodic backfill made what was owed."""
+        logger.bind(event="purchases_backfilled", made=made, contended=contended, refused=refused).warning(
+            "made {} purchase(s) that were paid and never given: their events are missing", made
+        )
 
     def beat(self) -> dict[str, float]:
         """Sum up since the last beat: an INFO record where something was settled, and the snapshot for ``workers``."""
@@ -288,6 +315,10 @@ class Telemetry:
         hint = "" if guard is Guard.INDEX else "; writers that skip it are not covered: migrate --with unique_index"
         level = "WARNING" if is_news else "INFO"
         logger.bind(event="guard_changed", guard=str(guard)).log(level, "the guard is the {}{}", str(guard), hint)
+
+
+def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
+    return {currency: f"{amount:.2f}" for currency, amount in money.items()}
 
 
 def _counted(outcomes: Mapping[str, int]) -> str:

@@ -27,11 +27,14 @@ from outbox_worker.health import check_schema, find_problems, list_problems
 from outbox_worker.listener import Listener
 from outbox_worker.outbox import Outbox
 from outbox_worker.pacing import Frontier, Pacing
+from outbox_worker.periodic import PeriodicBackfill
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
+from outbox_worker.runs import Runs
 from outbox_worker.schema import build_tables
 from outbox_worker.settings import Settings
 from outbox_worker.signals import Signals
+from outbox_worker.sweep import Value
 from outbox_worker.telemetry import BatchReport, Telemetry
 
 _NAMES_AND_RIGHTS = ("42", "3F")
@@ -125,13 +128,14 @@ class Worker:
         self._listens = False
         self._goes_carefully = False
         self._listener: Listener | None = None
+        self._runs = Runs(self._tables)
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
         outbox = outlast(partial(self._start, listens=True), signals, self.telemetry.trouble)
         if outbox is not None:
             self._loops = self._make_loops(outbox)
-            self._run_loops(signals, [loop.run for loop in self._loops], outbox)
+            self._run_loops(signals, [loop.run for loop in self._loops], outbox, self._backfills())
         self._database.close()
         return 0
 
@@ -185,12 +189,19 @@ class Worker:
             processor.go_carefully(self._settings.batch_size)
         return processor
 
-    def _run_loops(self, signals: Signals, bodies: Sequence[Callable[[], bool]], outbox: Outbox) -> list[bool]:
-        """Run the loops in threads, and the chores in another. The first signal stops them after their batch; the
-        second does not wait: what is not committed then is rolled back by the server."""
+    def _run_loops(
+        self,
+        signals: Signals,
+        bodies: Sequence[Callable[[], bool]],
+        outbox: Outbox,
+        others: Sequence[Callable[[], bool]] = (),
+    ) -> list[bool]:
+        """Run the loops in threads, the chores and ``others`` beside them. The first signal stops them after their
+        batch; the second does not wait: what is not committed then is rolled back by the server."""
         loops = [_LoopThread(body, signals) for body in bodies]
-        chores = _LoopThread(partial(self._keep_house, outbox), signals)
-        for thread in (chores, *loops):
+        chores: Callable[[], bool] = partial(self._keep_house, outbox)
+        beside = [_LoopThread(body, signals) for body in (chores, *others)]
+        for thread in (*beside, *loops):
             thread.start()
         while not _all_done(loops) and not signals.wait(CHORE_SECONDS):
             pass
@@ -200,7 +211,7 @@ class Worker:
         self._ring()
         self._await(loops, signals)
         self._is_over.set()
-        self._await([chores], signals)
+        self._await(beside, signals)
         self.telemetry.stopped()
         return [thread.result() for thread in loops]
 
@@ -217,6 +228,13 @@ class Worker:
             self._is_over.wait(CHORE_SECONDS)
         self._do_chores(outbox, stopped=True)
         return True
+
+    def _backfills(self) -> list[Callable[[], bool]]:
+        """What a thread of its own does, so that it holds up neither the claim loops nor the heartbeat."""
+        if not self._settings.backfill_every_seconds:
+            return []
+        given = self._settings, self._tables, self._guard, self._stop, self.telemetry, self._meet_trouble
+        return [PeriodicBackfill(*given).run]
 
     def _start_listening(self) -> None:
         self._listener = Listener(self._settings, self._tables, self._stop, self._ring, self._meet_trouble)
@@ -241,6 +259,8 @@ class Worker:
                 self.telemetry.observe_backlog(
                     backlog.due, backlog.oldest_due_seconds, count_open(session, self._tables)
                 )
+                left = Value.read(self._runs.latest_counts(session).get("left"))
+                self.telemetry.observe_unexplained(left.count, left.money)
                 self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)
         except Exception as error:  # noqa: BLE001 - told with its traceback where it is our own mistake
             self._meet_trouble(error, CHORE_SECONDS)

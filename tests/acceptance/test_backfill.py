@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from factories import Shop
 from processes import eventually, finish, finish_on_terminal, start
+from sites import ROLE, Site
 
 
 def owe(shop: Shop, n: int, ago: str = "1 hour") -> None:
@@ -128,6 +129,9 @@ def test_a_wrong_option_is_one_sentence(options: str, database_url: str) -> None
     done = finish("backfill", *options.split(), url=database_url)
     assert done.code == 2
     assert "Traceback" not in done.stderr
+    done = finish("run", "--backfill-every", "soon", url=database_url)
+    assert (done.code, done.stderr.count("\n")) == (2, 1)
+    assert "--backfill-every" in done.stderr
 
 
 def test_moments_and_durations(database_url: str, shop: Shop) -> None:
@@ -200,6 +204,62 @@ def test_listings_of_any_length(command: str, payments: int, database_url: str, 
     found = finish(*command.split(), "--json", url=database_url).object
     listed = found["unexplained"] if command == "audit" else found["owed"]
     assert len(listed) == len({each["payment_id"] for each in listed}) == payments
+
+
+# --- the periodic one
+
+
+def test_workers_take_turns_and_tell(database_url: str, shop: Shop) -> None:
+    """Three workers: one look at a time. After a backfill by hand they make what is owed then."""
+    owe(shop, 5)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(start("run", "--backfill-every", "1s", url=database_url)) for _ in range(3)]
+        eventually(lambda: shop.scalar("SELECT count(*) FROM backfill_runs WHERE outcome = 'reported'") >= 3, "looks")
+        assert shop.count("purchases") == 0
+        overlapping = (
+            "SELECT count(*) FROM backfill_runs a JOIN backfill_runs b ON a.id < b.id"
+            " AND a.started_at < b.finished_at AND b.started_at < a.finished_at"
+        )
+        assert shop.scalar(overlapping) == 0
+        told = [each for worker in workers for each in worker.records if each["event"] == "payments_unexplained"]
+        assert {each["payments"] for each in told} == {5}
+        assert finish("backfill", url=database_url).code == 0
+        assert shop.count("purchases") == 5
+        owe(shop, 3, ago="10 minutes")
+        eventually(lambda: shop.count("purchases") == 8, "the workers make them")
+        for worker in workers:
+            worker.signal()
+            assert worker.wait() == 0, worker.stderr
+    assert shop.scalar(overlapping) == 0
+    made = [each for worker in workers for each in worker.records if each["event"] == "purchases_backfilled"]
+    assert sum(each["made"] for each in made) == 3
+    assert shop.scalar("SELECT count(*) FROM backfill_runs WHERE finished_at IS NULL") == 0
+
+
+def test_it_may_be_switched_off_and_a_drain_has_none(database_url: str, shop: Shop) -> None:
+    shop.pay_many(1)
+    with start("run", "--backfill-every", "0", url=database_url) as worker:
+        worker.wait_for("worker_started")
+        eventually(lambda: shop.count("outbox") == 0, "it works")
+        worker.signal()
+        assert worker.wait() == 0
+    assert finish("run", "--drain", url=database_url, backfill_every_seconds=1).code == 0
+    assert shop.count("backfill_runs") == 0
+
+
+def test_it_outlasts_a_restart_of_the_server(site: Site) -> None:
+    with site.connect() as connection:
+        Shop(connection).payment(ago="1 hour")
+    with start("run", "--backfill-every", "1s", url=site.url(ROLE), database_deadline_seconds=2) as worker:
+        worker.wait_for("payments_unexplained")
+        site.signal(signal.SIGINT)
+        with site.connect() as connection:
+            shop = Shop(connection)
+            before = shop.count("backfill_runs")
+            eventually(lambda: shop.count("backfill_runs") > before + 1, "it looks again", patience=60)
+        worker.signal()
+        assert worker.wait() == 0, worker.stderr
+    assert not [each for each in worker.records if each.get("failure") == "bug"]
 
 
 # --- a million
