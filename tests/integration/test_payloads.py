@@ -20,7 +20,7 @@ from loguru import logger
 from payloads import CANARY, EVERYTHING, NO_OBJECT, TYPES, document, put, retype
 from psycopg.types.string import TextLoader
 
-from outbox_worker.audit import run_audit
+from outbox_worker.audit import Audit
 from outbox_worker.database import Database
 from outbox_worker.model import Outcome, Reason
 from outbox_worker.payload import LONGEST_DOCUMENT
@@ -164,7 +164,7 @@ def test_the_audit_sees_what_is_in_flight(column: str, shop: Shop, database: Dat
         for text in NO_OBJECT.values():
             put(shop, column, text)
     waiting = shop.count("outbox") - (len(NO_OBJECT) if column == "text" else 0)
-    report = run_audit(database, tables)
+    report = Audit(database, tables).run()
     assert report.counts["in_flight"] == waiting  # type: ignore[index]
     assert len(report.unexplained) == len(payments) - waiting
 
