@@ -93,10 +93,19 @@ def portion_statement(tables: Tables, *, by_index: bool) -> Select[Any]:
     row = rows.offset(literal_column("0")).lateral("row")
     page = _materialized(select(row).select_from(ids.join(row, true())), "page")
     flying = _materialized(_in_flight(page, tables), "in_flight")
-    whens = [*_by_purchase(page, tables, by_index), *_otherwise(page, tables, flying.c.id.is_not(None))]
-    equation = case(*whens, else_=literal(PaymentClass.UNEXPLAINED.value))
+    equation = _equation(page, tables, flying.c.id.is_not(None), by_index)
     classed = _classed(page, equation, tables, by_index).select_from(page.outerjoin(flying, flying.c.id == page.c.id))
     return _gathered(_materialized(classed.where(_is_judged(page)), "classed"), bindparam("lists", type_=Boolean))
+
+
+def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
+    """The class of each of a few standing payments, given as (id, student_id, course_id).
+
+    CASE keeps the planner from a join with the outbox, which is read once at most, whatever it expects to find there.
+    """
+    outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
+    told = select(named).where(outbox.c.event_type == PURCHASE_CONFIRMED, case((named.in_(ids), true())))
+    return _equation(few, tables, cast(few.c.id, Text).in_(told), by_index=False)
 
 
 def span(tables: Tables, order: Sequence[str]) -> list[ColumnElement[bool]]:
@@ -161,6 +170,11 @@ def _gathered(classed: CTE, lists: ColumnElement[bool]) -> Select[Any]:
     return select(*keys, *sums).group_by(*keys)
 
 
+def _equation(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool], by_index: bool) -> ColumnElement[str]:
+    whens = [*_by_purchase(page, tables, by_index), *_otherwise(page, tables, is_in_flight)]
+    return case(*whens, else_=literal(PaymentClass.UNEXPLAINED.value))
+
+
 def _by_purchase(page: CTE, tables: Tables, by_index: bool) -> Whens:
     return [
         (_has_purchase(page, tables, by_index, tables.purchases.c.is_active), literal(PaymentClass.ACTIVE.value)),
@@ -182,16 +196,16 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
 
 
 def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
-    """Whose confirmation waits in the outbox; events of other types grant nothing and explain nothing.
-
-    What equals the text of a UUID has the form of one: no regular expression is needed, which costs more than the scan.
-    """
+    """Whose confirmation waits in the outbox; events of other types grant nothing and explain nothing."""
     outbox = tables.outbox
-    is_document = payload.is_document(outbox)
-    named = payload.payment_id_text(outbox) if is_document else func.lower(payload.key_text(outbox, "payment_id"))
-    is_named = named == cast(page.c.id, Text)
+    is_named = _named(tables) == cast(page.c.id, Text)
     of_ours = outbox.c.event_type == PURCHASE_CONFIRMED
     return select(page.c.id).select_from(page.join(outbox, is_named)).where(of_ours).distinct()
+
+
+def _named(tables: Tables) -> ColumnElement[Any]:
+    """The payment that an event names, to be compared with one's text."""
+    return payload.payment_id_text(tables.outbox)
 
 
 def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElement[bool]) -> ColumnElement[bool]:

@@ -40,7 +40,16 @@ from sqlalchemy.types import UserDefinedType
 
 from outbox_worker import embedded
 from outbox_worker.deadline import GRACE_SECONDS, BoundedConnection, bounded
-from outbox_worker.errors import DatabaseUnavailable, Failure, Inconsistent, SchemaError, SettingError, classify
+from outbox_worker.errors import (
+    DatabaseUnavailable,
+    Failure,
+    Inconsistent,
+    KeyMissing,
+    SchemaError,
+    SettingError,
+    classify,
+    sqlstate,
+)
 from outbox_worker.model import Batch, Column, Window
 from outbox_worker.settings import Settings
 
@@ -60,8 +69,19 @@ INDEX_PLANS: Mapping[str, str] = {
 """The statistics of queue-like tables mislead the planner; where an index path is meant, only that is left to it, and
 the plan is made once: looking for a better one at each execution costs a small batch more than its work."""
 
+FREE_PLANS: Mapping[str, str] = {
+    **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
+    "plan_cache_mode": "force_custom_plan",
+}
+"""Where no index path may be there: the planner's choice, made anew each time, by what the tables hold now."""
+
 # what: parameters that end with the transaction · lock: none · safe behind a pooler
 _SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
+
+# what: the same, with the values before · lock: none
+_SWITCH_LOCAL = (
+    "SELECT key, current_setting(key), set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
+)
 
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
 
@@ -265,6 +285,26 @@ def savepoint(session: Session) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def planned(session: Session, **parameters: str) -> Iterator[None]:
+    """Parameters of the planner for the statements inside; then those before. A failure leaves that to its rollback."""
+    given = {"parameters": json.dumps(parameters)}
+    before = {key: value for key, value, _ in session.connection().exec_driver_sql(_SWITCH_LOCAL, given)}
+    yield
+    set_local(session, before)
+
+
+@contextmanager
+def relying_on_a_key() -> Iterator[None]:
+    """An upsert inside, on a key that must be unique. Raises KeyMissing where it is not."""
+    try:
+        yield
+    except DBAPIError as error:
+        if sqlstate(error) == KeyMissing.sqlstate:
+            raise KeyMissing("A unique key that the worker relies on is not there.") from None
+        raise
+
+
 def within(moment: ColumnElement[Any]) -> ColumnElement[bool]:
     """Inside the window of a batch: parameters ``window_first`` and ``window_last``.
 
@@ -320,9 +360,10 @@ class Statement:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must touch exactly ``rows`` rows: zero, or one too many, is never success.
 
-    Raises Inconsistent.
+    Raises Inconsistent, and KeyMissing.
     """
-    touched = statement.execute(session, values).rowcount
+    with relying_on_a_key():
+        touched = statement.execute(session, values).rowcount
     if touched != rows:
         raise Inconsistent(f"A statement touched {touched} rows instead of {rows}: {str(statement)[:60]} …")
 

@@ -25,8 +25,8 @@ class RetryPolicy:
         return attempts + 1 >= self.max_attempts
 
 
-def decide(facts: Facts) -> Verdict:  # noqa: PLR0911 - one return per rule is the table
-    """Judge a confirmed purchase. The numbers are the rules of docs/state-machine.md; the first that holds wins."""
+def decide(facts: Facts) -> Verdict:
+    """Judge an event. The numbers are the rules of docs/state-machine.md; the first that holds wins."""
     if facts.crashes >= CRASHES_MAX:
         return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died of it")
     if not facts.handled:  # 1
@@ -35,21 +35,42 @@ def decide(facts: Facts) -> Verdict:  # noqa: PLR0911 - one return per rule is t
         return Verdict(Outcome.DEAD, Reason.INVALID_PAYLOAD, "payment_id is missing or not a UUID string")
     if facts.mark and facts.mark.payment_id not in (None, facts.payment_id):  # 3
         return Verdict(Outcome.DEAD, Reason.EVENT_ID_REUSED, f"marked for payment {facts.mark.payment_id}")
+    return _decide_refund(facts) if facts.is_refund else _decide_confirmation(facts)
+
+
+def _decide_confirmation(facts: Facts) -> Verdict:
     if facts.purchase_active is not None:  # 4
         return Verdict(Outcome.ALREADY_EXISTS if facts.purchase_active else Outcome.SUPPRESSED)
-    if facts.payment_status is None:  # 5
-        return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment")
-    if facts.mismatches:  # 6
-        return Verdict(
-            Outcome.DEAD, Reason.PAYMENT_MISMATCH, f"differs from the payment row: {', '.join(facts.mismatches)}"
-        )
+    if flaw := _flaw(facts):  # 5, 6
+        return flaw
     if facts.payment_status == PaymentStatus.REFUNDED:  # 7
         return Verdict(Outcome.SUPPRESSED)
     if facts.payment_status != PaymentStatus.SUCCEEDED:
         return _not_yet(facts, Reason.PAYMENT_NOT_SUCCEEDED, "the payment has not succeeded")
     if facts.pair_held:  # 8
         return Verdict(Outcome.DUPLICATE_PAYMENT)
-    return Verdict(_grant(facts))  # 9
+    return Verdict(_grant(facts), writes=True)  # 9
+
+
+def _decide_refund(facts: Facts) -> Verdict:
+    if facts.purchase_active is False:  # 4
+        return Verdict(Outcome.REVOKED)
+    if flaw := _flaw(facts):  # 5, 6
+        return flaw
+    if facts.payment_status != PaymentStatus.REFUNDED:  # 7
+        return _not_yet(facts, Reason.PAYMENT_NOT_REFUNDED, "the payment is not refunded")
+    return Verdict(Outcome.REVOKED, writes=True)  # 8
+
+
+def _flaw(facts: Facts) -> Verdict | None:
+    """Rules 5 and 6: there is no payment, or event and payment contradict each other."""
+    if facts.payment_status is None:
+        return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment")
+    if facts.mismatches:
+        return Verdict(
+            Outcome.DEAD, Reason.PAYMENT_MISMATCH, f"differs from the payment row: {', '.join(facts.mismatches)}"
+        )
+    return None
 
 
 def _grant(facts: Facts) -> Outcome:

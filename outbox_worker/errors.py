@@ -8,6 +8,7 @@
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
     ├── Refused               exit 1    a command looked, found a reason not to act, and did not act
     ├── CommitLost            (reconnect) the answer to a COMMIT was lost, and the transaction did not take effect
+    ├── KeyMissing            (pause)   a unique key that an upsert relies on is gone; no matter of the guard's
     └── Inconsistent          (pause)   a statement touched another number of rows than it must: a bug
 
 Failures that the database reports are not wrapped: ``classify`` names their class, and the processor acts on it.
@@ -61,6 +62,12 @@ class Refused(OutboxWorkerError):
     """A command looked, found a reason not to act, and changed nothing."""
 
     exit_code = 1
+
+
+class KeyMissing(OutboxWorkerError):
+    """A unique key that an upsert relies on was dropped while the worker runs; ``find_problems`` names it."""
+
+    sqlstate: ClassVar[str] = "42P10"
 
 
 class Inconsistent(OutboxWorkerError):
@@ -137,6 +144,8 @@ def sqlstate(error: BaseException) -> str | None:
 
 def classify(error: BaseException) -> Failure:
     """Name the class of a failure met while settling. Outside the settle savepoint ``unclear`` means ``pause``."""
+    if isinstance(error, KeyMissing):
+        return Failure.PAUSE
     state = sqlstate(error)
     if state:
         return _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from sqlalchemy.orm import Session
 
+from outbox_worker.conservation import PaymentClass
 from outbox_worker.decision import RetryPolicy, decide, refused
 from outbox_worker.guard import GuardState
 from outbox_worker.health import is_owned
 from outbox_worker.model import (
-    GRANTS,
     PURCHASE_CONFIRMED,
+    PURCHASE_REFUNDED,
     Batch,
     Facts,
     Guard,
@@ -21,10 +23,11 @@ from outbox_worker.model import (
     Verdict,
     Verdicts,
 )
-from outbox_worker.purchases import PairLocks, PurchaseRepository, Sight
+from outbox_worker.pairs import PairLocks, Sight, Standing
+from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import Tables
 
-_CLEAN = Verdict(Outcome.CREATED, clean=True)
+_CLEAN = Verdict(Outcome.CREATED, writes=True, clean=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Handler(Protocol):
 Handlers = Mapping[str, Handler]
 
 
-_HANDLED_TYPES = (PURCHASE_CONFIRMED,)
+_HANDLED_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
 
 UnknownTypes = Literal["bury", "ignore"] | None
 
@@ -76,6 +79,7 @@ def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handl
     """The table."""
     return {
         PURCHASE_CONFIRMED: ConfirmedPurchases(repository, policy),
+        PURCHASE_REFUNDED: RefundedPurchases(repository, policy),
     }
 
 
@@ -84,12 +88,64 @@ def judge_unhandled(batch: Batch) -> Verdicts:
     return dict.fromkeys(batch, decide(Facts(handled=False)))
 
 
-class ConfirmedPurchases:
-    """Makes the purchase that a confirmed payment is owed."""
+class _UnderLocks(ABC):
+    """What the handlers of purchases share: look, decide and write under the pairs' locks."""
 
     def __init__(self, repository: PurchaseRepository, policy: RetryPolicy) -> None:
         self._repository = repository
         self._policy = policy
+
+    @abstractmethod
+    def _choose(self, batch: Batch, seen: Mapping[int, Sight]) -> Batch:
+        """Those of the events that one statement can write; the others are judged again when it has."""
+
+    @abstractmethod
+    def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        """Write the purchases of events that ``decide`` said are written; return those of which one stands."""
+
+    def _lock(self, session: Session, batch: Batch, footing: Footing) -> frozenset[int]:
+        """The keys of the pairs that are locked from now on."""
+        locks = footing.locks or self._repository.lock_pairs(session, batch, footing.guard.lock_capacity)
+        return locks.keys
+
+    def _look(self, session: Session, batch: Batch) -> dict[int, Sight]:
+        return self._repository.look(session, batch, self._policy)
+
+    def _judge(
+        self,
+        session: Session,
+        batch: Batch,
+        seen: Mapping[int, Sight],
+        held: frozenset[int],
+        guard: GuardState,
+        *,
+        may_write: bool = True,
+    ) -> Verdicts:
+        """Decide by what was seen, write; look again at what a write changed.
+
+        Every round settles an event or is the last.
+        """
+        verdicts: Verdicts = {}
+        tried: set[int] = set()
+        waiting = batch
+        while waiting:
+            judged = {key: decide(sight.facts) for key, sight in seen.items() if _is_locked(sight, held)}
+            writing = {key for key, verdict in judged.items() if verdict.writes}
+            verdicts |= {key: verdict for key, verdict in judged.items() if key not in writing}
+            verdicts |= {key: _unwritable(seen[key]) for key in writing & tried}
+            if writing and not may_write:
+                raise OutOfOrder("a purchase is owed behind purchases of later pairs")
+            chosen = self._choose(batch.among(writing - tried), seen)
+            made = self._write(session, chosen, guard) if chosen else set()
+            verdicts |= {key: judged[key] for key in made}
+            tried |= chosen.keys()
+            waiting = batch.among(writing - verdicts.keys())
+            seen = self._look(session, waiting) if waiting else {}
+        return verdicts
+
+
+class ConfirmedPurchases(_UnderLocks):
+    """Makes the purchase that a confirmed payment is owed."""
 
     def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
         """One statement for all events that nothing speaks against; the others are judged under their pairs' locks.
@@ -102,8 +158,9 @@ class ConfirmedPurchases:
         if len(clean) == len(batch):
             return verdicts
         rest = batch.without(clean)
-        locks = footing.locks or self._repository.lock_pairs(session, rest, footing.guard.lock_capacity)
-        return verdicts | self._judge(session, rest, footing.guard, locks.keys, may_write=not clean)
+        held = self._lock(session, rest, footing)
+        seen = self._look(session, rest)
+        return verdicts | self._judge(session, rest, seen, held, footing.guard, may_write=not clean)
 
     def _insert_clean(self, session: Session, batch: Batch, footing: Footing) -> set[int]:
         """Offer the first event of each payment, so that a written purchase tells which event made it.
@@ -120,40 +177,75 @@ class ConfirmedPurchases:
             return set()
         return self._repository.insert_clean(session, offered, footing.guard, looks_at_marks=footing.looks_at_marks)
 
-    def _judge(
-        self, session: Session, batch: Batch, guard: GuardState, held: frozenset[int], *, may_write: bool
-    ) -> Verdicts:
-        """Look, decide, write; look again at what a write changed. Every round settles an event or is the last."""
+    def _choose(self, batch: Batch, seen: Mapping[int, Sight]) -> Batch:
+        return _first_of_each(batch, {key: seen[key].key for key in batch})
+
+    def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        return self._repository.insert_granted(session, batch, guard)
+
+
+class RefundedPurchases(_UnderLocks):
+    """Takes the purchase of a refunded payment back, and grants the pair to another that was paid for."""
+
+    def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+        """All refunds by one statement; then, in statements of their own, who else stands, and their purchases."""
+        held = self._lock(session, batch, footing)
+        seen = self._look(session, batch)
+        verdicts = self._judge(session, batch, seen, held, footing.guard)
+        revoked = batch.among({key for key, verdict in verdicts.items() if verdict.outcome is Outcome.REVOKED})
+        return verdicts | self._pass_on(session, revoked, seen, footing.guard)
+
+    def _choose(self, batch: Batch, seen: Mapping[int, Sight]) -> Batch:
+        return _first_of_each(batch, {key: seen[key].facts.payment_id for key in batch})
+
+    def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:  # noqa: ARG002 - nothing is granted
+        return self._repository.revoke(session, batch)
+
+    def _pass_on(self, session: Session, revoked: Batch, seen: Mapping[int, Sight], guard: GuardState) -> Verdicts:
+        """Where a pair is free now, grant the oldest payment that is owed it; look again at what was not written.
+
+        Which other payments stand is looked for once the refunds are written: nobody is told any more that one of them
+        is a duplicate, because that needs the pair's lock.
+        """
         verdicts: Verdicts = {}
         tried: set[int] = set()
-        waiting = batch
+        free = revoked.among({key for key in revoked if not seen[key].facts.pair_held})
+        waiting = _first_of_each(free, {key: seen[key].key for key in free})
         while waiting:
-            seen = self._repository.look(session, waiting, self._policy)
-            judged = {key: decide(sight.facts) for key, sight in seen.items() if _is_locked(sight, held)}
-            grants = {key for key, verdict in judged.items() if verdict.outcome in GRANTS}
-            verdicts |= {key: verdict for key, verdict in judged.items() if key not in grants}
-            verdicts |= {key: self._unwritable(seen[key]) for key in grants & tried}
-            if grants and not may_write:
-                raise OutOfOrder("a purchase is owed behind purchases of later pairs")
-            firsts = _one_per_pair(batch, grants - tried, seen)
-            made = self._repository.insert_granted(session, firsts, guard) if firsts else set()
-            verdicts |= {key: judged[key] for key in made}
-            tried |= set(firsts)
-            waiting = batch.only(grants - verdicts.keys())
+            standing = self._repository.standing_payments(session, waiting)
+            owed = {key: payment for key, found in standing.items() if (payment := _owed(found, seen[key]))}
+            verdicts |= {key: _unwritable(seen[key]) for key in owed.keys() & tried}
+            chosen = waiting.among(owed.keys() - tried)
+            heirs = replace(chosen, payment_ids=[owed[key] for key in chosen])
+            made = self._repository.insert_granted(session, heirs, guard) if chosen else set()
+            verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in made}
+            tried |= chosen.keys()
+            waiting = chosen.without(made)
         return verdicts
 
-    def _unwritable(self, sight: Sight) -> Verdict:
-        return refused("the purchase was not written, and nothing that explains it is there", sight.facts.last_try)
+
+def _owed(standing: Sequence[Standing], sight: Sight) -> str | None:
+    """The oldest payment of a pair that nothing explains.
+
+    Where the pair was free before the refund, none while the event of another waits in the outbox: another worker may
+    be writing its purchase, and must not be waited for. Where the refund freed it, that worker waits for us.
+    """
+    is_open = sight.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
+    unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)
+    return next(unexplained, None) if is_open else None
+
+
+def _unwritable(sight: Sight) -> Verdict:
+    return refused("the purchase was not written, and nothing that explains it is there", sight.facts.last_try)
 
 
 def _is_locked(sight: Sight, held: frozenset[int]) -> bool:
     return sight.key is None or sight.key in held
 
 
-def _one_per_pair(batch: Batch, keys: set[int], seen: Mapping[int, Sight]) -> Batch:
-    """The oldest event of each pair; the others of the pair are judged again when its purchase is there."""
-    oldest: dict[int | None, int] = {}
+def _first_of_each(batch: Batch, belongs_to: Mapping[int, Hashable]) -> Batch:
+    """The first event of each pair, or of each payment."""
+    firsts: dict[Hashable, int] = {}
     for key in batch:
-        if key in keys:
-            oldest.setdefault(seen[key].key, key)
-    return batch.only(oldest.values())
+        firsts.setdefault(belongs_to[key], key)
+    return batch.only(firsts.values())

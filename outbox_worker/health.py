@@ -23,7 +23,7 @@ Privileges = Mapping[str, tuple[str, ...]]
 PRIVILEGES: Privileges = {
     "payments": ("SELECT",),
     "outbox": ("SELECT", "UPDATE", "DELETE"),
-    "purchases": ("SELECT", "INSERT"),
+    "purchases": ("SELECT", "INSERT", "UPDATE"),
     "processed_events": ("SELECT", "INSERT", "UPDATE"),
     "dead_letters": ("SELECT", "INSERT", "UPDATE"),
     "workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
@@ -43,8 +43,8 @@ _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "b
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of those tables that no statement of ours writes."""
 _NEVER_READ = (("payments", "updated_at"),)
-_UPSERTED_BY = ("processed_events", "dead_letters")
-"""Tables whose ``event_id`` must be unique: ON CONFLICT needs the index."""
+_UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
+"""Columns that must be unique: ON CONFLICT needs the index. One that may be NULL may be left out of it where it is."""
 
 _TEXTS = {"text", "varchar", "bpchar", "citext"}
 _INTEGERS = {"int2", "int4", "int8"}
@@ -175,8 +175,8 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Proble
         if (role, column.key) not in _NEVER_READ:
             yield from _column_problems(name, role, column, actual)
     yield from _unwritten_problems(name, role, table, actual)
-    if role in _UPSERTED_BY and not _is_unique(session, name, table.c.event_id.name):
-        column_name = table.c.event_id.name
+    if role in _UPSERTED_BY and not _is_unique(session, name, table.c[_UPSERTED_BY[role]]):
+        column_name = table.c[_UPSERTED_BY[role]].name
         yield Problem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
 
 
@@ -265,11 +265,14 @@ def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, _A
             )
 
 
-def _is_unique(session: Session, name: str, column_name: str) -> bool:
+def _is_unique(session: Session, name: str, column: Column[object]) -> bool:
     asked = text(
         "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a"
         " ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
         " WHERE i.indrelid = to_regclass(:name) AND i.indisunique AND i.indisvalid AND i.indimmediate"
-        " AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = 1 AND a.attname = :column)"
+        " AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = :partial)"
+        " AND i.indexprs IS NULL AND i.indnkeyatts = 1 AND a.attname = :column)"
     )
-    return bool(session.scalar(asked, {"name": name, "column": column_name}))
+    quoted = postgresql.dialect().identifier_preparer.quote(column.name)  # type: ignore[no-untyped-call]
+    partial = f"({quoted} IS NOT NULL)" if column.nullable else None
+    return bool(session.scalar(asked, {"name": name, "column": column.name, "partial": partial}))

@@ -12,6 +12,7 @@ from uuid import UUID
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
 PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
 """The type of the marks of a backfill: there was no event."""
+PURCHASE_REFUNDED = "PURCHASE_REFUNDED"
 
 
 class Outcome(StrEnum):
@@ -46,6 +47,7 @@ class Reason(StrEnum):
     PAYMENT_NOT_FOUND = "payment_not_found"
     PAYMENT_MISMATCH = "payment_mismatch"
     PAYMENT_NOT_SUCCEEDED = "payment_not_succeeded"
+    PAYMENT_NOT_REFUNDED = "payment_not_refunded"
     REJECTED_BY_DATABASE = "rejected_by_database"
     CRASHED_WORKER = "crashed_worker"
 
@@ -218,6 +220,8 @@ class Facts:
     crashes: int = 0
     """Processes that died while they had the event alone."""
     handled: bool = True
+    is_refund: bool = False
+    """Otherwise the event confirms a purchase."""
     payment_id: UUID | None = None
     mark: Mark | None = None
     purchase_active: bool | None = None
@@ -239,8 +243,12 @@ class Verdict:
     outcome: Outcome
     reason: Reason | None = None
     detail: str = ""
+    writes: bool = False
+    """A purchase is written for it."""
     clean: bool = False
     """Made by the fast statement, whose predicates exclude marks and dead letters: nothing else needs care."""
+    passed_to: str | None = None
+    """The payment that was granted in place of a refunded one."""
 
 
 Verdicts = dict[int, Verdict]

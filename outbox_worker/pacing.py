@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outbox_worker.model import Position
@@ -55,6 +56,8 @@ class Pacing:
     _ran_out: bool = field(default=False, init=False)
     _beyond: Position | None = field(default=None, init=False)
     """Behind which events in doubt the next claim begins."""
+    _chosen: str | None = field(default=None, init=False)
+    _chosen_before: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.limit = self.batch_size
@@ -80,6 +83,15 @@ class Pacing:
         """A look from the beginning took from ``began`` to ``now``: the next one in its share of the time."""
         self.frontier.sweep_due = now + (now - began) * (1 / SWEEP_SHARE - 1)
 
+    def choose(self, kinds: Sequence[str]) -> str:
+        """Of the types that a claim brought, in their order, the one whose turn it is.
+
+        The first event's, but none twice in a row: what stands first may have to wait for others, and all behind it
+        would wait, too. A transaction that is repeated keeps its turn.
+        """
+        self._chosen = next(kind for kind in kinds if kind != self._chosen_before)
+        return self._chosen
+
     def failed(self) -> None:
         """A transaction was in the way of another: half of it next time, from the beginning."""
         self.is_alone = self.limit == 1
@@ -101,6 +113,10 @@ class Pacing:
         else:
             self._beyond = end
 
+    def gave_up(self) -> None:
+        """The database is in trouble; perhaps only with what this type of event needs of it."""
+        self._end_turn()
+
     def made_way(self) -> None:
         """An event that waited alone was postponed."""
         self.is_alone = False
@@ -108,6 +124,7 @@ class Pacing:
     def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:
         """A batch was committed, which took ``seconds`` from its claim on."""
         self.is_alone = False
+        self._end_turn()
         in_vain = is_full and not settled and not self.is_stuck
         self._passes_without_success = self._passes_without_success + 1 if in_vain else 0
         if not is_full or settled < claimed or self._beyond is not None:
@@ -119,6 +136,9 @@ class Pacing:
     def ran_out(self) -> None:
         """A batch takes all the savepoints there are and will not be through: half of it next time."""
         self._ran_out = True
+
+    def _end_turn(self) -> None:
+        self._chosen, self._chosen_before = None, self._chosen
 
     def _grown(self, claimed: int, seconds: float) -> int:
         """Twice as many events, up to the full size, and no more than fit into the time."""

@@ -47,6 +47,7 @@ class Processor:
         pacing: Pacing,
     ) -> None:
         self._database = database
+        self._handlers = handlers
         self._outbox = outbox
         self._guard = guard
         self._telemetry = telemetry
@@ -109,6 +110,9 @@ class Processor:
             return repeat(partial(self._try, until, False), attempts=attempts)
         except RefusedAtCommit:
             return repeat(partial(self._try, until, True), attempts=attempts)
+        except Exception:
+            self._pacing.gave_up()
+            raise
 
     def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
         try:
@@ -198,6 +202,7 @@ class Processor:
             return verdicts
         if not batch:
             return {}
+        batch = self._of_one_kind(batch)
         if self._pacing.is_stuck and not accused:
             self._postpone_uncharged(session, batch)
             return {}
@@ -205,6 +210,17 @@ class Processor:
         if not is_through:
             self._pacing.ran_out()
         return verdicts
+
+    def _of_one_kind(self, batch: Batch) -> Batch:
+        """Events of one handler, and those of none; the others stay in the outbox for the next claim.
+
+        Two handlers in one transaction would write purchases in two ascending passes: two workers could deadlock.
+        """
+        kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
+        if len(kinds) < 2:
+            return batch
+        chosen = self._pacing.choose(list(kinds))
+        return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
         """The event at the head waits, alone, for a foreign transaction: postpone it, uncharged."""

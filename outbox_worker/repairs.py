@@ -22,7 +22,8 @@ from outbox_worker.errors import Failure, classify, describe, sqlstate
 from outbox_worker.guard import GuardState, GuardWatch
 from outbox_worker.model import GRANTS, PURCHASE_BACKFILLED, Batch, Guard, Outcome, Repeated
 from outbox_worker.outbox import Outbox
-from outbox_worker.purchases import PairLocks, PurchaseRepository, backfill_event_id, backfill_event_of
+from outbox_worker.pairs import PairLocks
+from outbox_worker.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
 from outbox_worker.schema import Tables
 from outbox_worker.sweep import FoundPayment, plans
 

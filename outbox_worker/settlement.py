@@ -21,7 +21,7 @@ from outbox_worker.decision import RetryPolicy, refused, retry_delay
 from outbox_worker.errors import Failure, Inconsistent, classify, describe, sqlstate
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
-from outbox_worker.model import GRANTS, Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
+from outbox_worker.model import Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
 from outbox_worker.outbox import Outbox, Postponement
 from outbox_worker.purchases import PurchaseRepository
 
@@ -287,7 +287,7 @@ class Settlement:
 
 
 def _wrote_purchase(verdicts: Verdicts) -> bool:
-    return any(verdict.outcome in GRANTS for verdict in verdicts.values())
+    return any(verdict.writes for verdict in verdicts.values())
 
 
 def _epitaph(verdict: Verdict) -> tuple[Reason, str]:

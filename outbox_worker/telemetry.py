@@ -28,13 +28,22 @@ from prometheus_client.utils import floatToGoString
 from outbox_worker import __version__
 from outbox_worker.database import unavailable
 from outbox_worker.errors import CommitLost, Failure, classify, describe, sqlstate
-from outbox_worker.model import PURCHASE_CONFIRMED, Batch, Guard, Outcome, Verdict, Verdicts, by_outcome
+from outbox_worker.model import (
+    PURCHASE_CONFIRMED,
+    PURCHASE_REFUNDED,
+    Batch,
+    Guard,
+    Outcome,
+    Verdict,
+    Verdicts,
+    by_outcome,
+)
 
 if TYPE_CHECKING:
     from loguru import Message, Record
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
-_KNOWN_TYPES = frozenset({PURCHASE_CONFIRMED})
+_KNOWN_TYPES = frozenset({PURCHASE_CONFIRMED, PURCHASE_REFUNDED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +301,10 @@ class Telemetry:
             case Outcome.RETRIED:
                 record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).debug(
                     "an event did not succeed yet; it is tried again later"
+                )
+            case Outcome.REVOKED if verdict.passed_to is not None:
+                record.bind(event="purchase_passed_on", passed_to=verdict.passed_to).info(
+                    "a purchase was refunded; another payment of the student for the course got it"
                 )
             case _:
                 record.bind(event=f"event_{verdict.outcome}").debug("settled")

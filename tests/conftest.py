@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,7 +20,8 @@ from typing import Any, Literal, Protocol
 import psycopg
 import pytest
 import servers
-from factories import ProbedProcessor, Shop, drain_all
+from factories import Clerk, ProbedProcessor, Shop, drain_all
+from loguru import logger
 from sites import ROLE, Site
 
 from outbox_worker import embedded, migration
@@ -204,6 +206,13 @@ def site(site_template: Site, tmp_path: Path) -> Iterator[Site]:
 
 
 @pytest.fixture
+def clerk(shop: Shop, database_url: str) -> Iterator[Clerk]:
+    clerk = Clerk(shop, database_url)
+    yield clerk
+    clerk.close()
+
+
+@pytest.fixture
 def make_processor(settings: Settings, tables: Tables, database: Database) -> MakeProcessor:
     """Build processors like the worker does; each has its own watch, probed once."""
     default_database = database
@@ -226,7 +235,8 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         handlers = build_handlers(repository, policy)
         outbox = Outbox(found, None if unknown_types == "bury" else handlers)
         made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, Pacing(batch_size, 60))
-        made.telemetry, made.watch, made.outbox, made.repository = telemetry, watch, outbox, repository
+        made.database, made.telemetry, made.watch = used, telemetry, watch
+        made.outbox, made.repository = outbox, repository
         return made
 
     return make
@@ -235,6 +245,22 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
 @pytest.fixture
 def processor(make_processor: MakeProcessor) -> ProbedProcessor:
     return make_processor()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for workers that are to run at once; the test ends when they have ended."""
+    with ThreadPoolExecutor(max_workers=8) as executor:
+        yield executor
+
+
+@pytest.fixture
+def records() -> Iterator[list[dict[str, Any]]]:
+    """The fields of every log record, as they come."""
+    found: list[dict[str, Any]] = []
+    sink = logger.add(lambda message: found.append(message.record["extra"]), level="DEBUG")
+    yield found
+    logger.remove(sink)
 
 
 @pytest.fixture

@@ -16,15 +16,17 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg import sql
 from psycopg.rows import namedtuple_row
+from sqlalchemy import make_url
 from sqlalchemy.schema import CreateSchema
 
 from outbox_worker.database import Database
 from outbox_worker.guard import GuardWatch
-from outbox_worker.model import PURCHASE_CONFIRMED, Outcome
+from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome
 from outbox_worker.outbox import Claim, Outbox
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import Tables
+from outbox_worker.settings import load_settings
 from outbox_worker.telemetry import Telemetry
 
 ABSENT = object()
@@ -46,6 +48,7 @@ class Payment(NamedTuple):
 class ProbedProcessor(Processor):
     """A processor that shows its parts to a test, and waits for others behind its next claim where it is told to."""
 
+    database: Database
     telemetry: Telemetry
     watch: GuardWatch
     outbox: Outbox
@@ -158,6 +161,11 @@ class Shop:
             *(event_id, event_type, payload_text(payment, payload), due_in, attempts),
         )
         return event_id
+
+    def refund(self, payment: Payment, event_id: UUID | None = None, **of_event: Any) -> UUID:
+        """Refund a payment and tell so; other keywords are ``confirm``'s."""
+        self.set_status(payment, "refunded")
+        return self.confirm(payment, event_id, PURCHASE_REFUNDED, **of_event)
 
     def paid(
         self,
@@ -333,6 +341,35 @@ class Shop:
 
     def count(self, table: str) -> int:
         return int(self.scalar(f"SELECT count(*) FROM {table}"))
+
+
+class Clerk:
+    """A role that is no superuser, with what the worker needs, and a database that is used in its name."""
+
+    TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
+
+    def __init__(self, shop: Shop, database_url: str) -> None:
+        self.role, self._shop = f"clerk_{uuid4().hex}", shop
+        self.shop_rows("CREATE ROLE {role}")
+        for table in self.TABLES:
+            self.grant("SELECT, INSERT, UPDATE, DELETE", table)
+        url = make_url(database_url).update_query_dict({"options": f"-crole={self.role}"})
+        settings = load_settings(database_url=url.render_as_string(hide_password=False))
+        self.database = Database(settings, connections=2, deadline_seconds=10)
+
+    def shop_rows(self, statement: str) -> None:
+        self._shop.connection.execute(sql.SQL(statement).format(role=sql.Identifier(self.role)))
+
+    def grant(self, privilege: str, table: str) -> None:
+        self.shop_rows(f"GRANT {privilege} ON {table} TO {{role}}")
+
+    def revoke(self, privilege: str, table: str) -> None:
+        self.shop_rows(f"REVOKE {privilege} ON {table} FROM {{role}}")
+
+    def close(self) -> None:
+        self.database.close()
+        self.shop_rows("DROP OWNED BY {role}")
+        self.shop_rows("DROP ROLE {role}")
 
 
 def payload_text(payment: Payment | None, payload: Mapping[str, Any] | str | None = None) -> str:

@@ -362,9 +362,14 @@ def test_the_readmes_grants_are_enough(role: str, database_url: str, shop: Shop)
     shop.paid()
     shop.paid(status="pending")
     shop.confirm(shop.payment(), payload="[]")
+    refunded = shop.payment()
+    shop.purchase(refunded)
+    shop.payment("succeeded", *refunded.pair)
+    shop.refund(refunded)
     done = finish("run", "--drain", url=url_of(database_url, username=role, password="right"))  # noqa: S106
     assert done.code == 0, done.stderr
-    assert (shop.count("outbox"), shop.count("purchases"), shop.count("dead_letters")) == (1, 1, 1)
+    assert (shop.count("outbox"), shop.count("purchases"), shop.count("dead_letters")) == (1, 3, 1)
+    assert [row.is_active for row in shop.purchases(refunded.pair)] == [False, True]
 
 
 def test_one_privilege_missing(role: str, database_url: str, shop: Shop) -> None:
@@ -387,6 +392,24 @@ def test_a_right_that_is_lost_while_it_runs_is_told_with_its_remedy(role: str, d
         assert re.search(r"no DELETE on public\.outbox\n.*GRANT DELETE ON public\.outbox TO ", told["problems"])
         shop.rows(f'GRANT DELETE ON outbox TO "{role}"')
         eventually(lambda: shop.outcome_of(event) == "created", "it goes on by itself")
+        process.signal()
+        assert process.wait() == 0
+
+
+def test_a_unique_key_that_is_lost_while_it_runs_is_told_with_its_remedy(database_url: str, shop: Shop) -> None:
+    with start("run", url=database_url) as process:
+        process.wait_for("worker_started")
+        shop.rows("ALTER TABLE purchases DROP CONSTRAINT purchases_payment_id_key")
+        refunded = shop.refund(shop.payment())
+        paused = process.wait_for("paused")
+        assert (paused["level"], paused["failure"]) == ("ERROR", "pause")
+        told = process.wait_for("schema_problems")
+        assert "public.purchases.payment_id is not unique" in told["problems"]
+        _, confirmed = shop.paid()
+        eventually(lambda: shop.outcome_of(confirmed) == "created", "purchases are made meanwhile")
+        (remedy,) = re.findall(r"ALTER TABLE [^;]+;", told["problems"])
+        shop.rows(remedy)
+        eventually(lambda: shop.outcome_of(refunded) == "revoked", "it goes on by itself")
         process.signal()
         assert process.wait() == 0
 

@@ -25,6 +25,7 @@ from outbox_worker.model import (
     FINAL,
     GRANTS,
     PURCHASE_CONFIRMED,
+    PURCHASE_REFUNDED,
     Facts,
     Mark,
     Outcome,
@@ -108,25 +109,28 @@ class Told(NamedTuple):
     pair: PairCase
 
 
-def worlds(pairs: int, payments: int, events: int) -> st.SearchStrategy[list[PairCase]]:
+def worlds(
+    pairs: int, payments: int, events: int, event_type: str = PURCHASE_CONFIRMED
+) -> st.SearchStrategy[list[PairCase]]:
     """Up to so many pairs, payments of a pair, events of a payment; half of the worlds without a past."""
     return st.booleans().flatmap(
-        lambda has_past: st.lists(a_pair(payments, events, has_past), min_size=1, max_size=pairs)
+        lambda has_past: st.lists(a_pair(payments, events, has_past, event_type), min_size=1, max_size=pairs)
     )
 
 
-def a_pair(payments: int, events: int, has_past: bool) -> st.SearchStrategy[PairCase]:
+def a_pair(payments: int, events: int, has_past: bool, event_type: str) -> st.SearchStrategy[PairCase]:
     """What is common is drawn more often. A past, a mark or an open letter, keeps an event from the fast statement."""
     event = st.builds(
         EventCase,
-        st.sampled_from([PURCHASE_CONFIRMED] * 19 + ["LESSON_WATCHED"]),
+        st.sampled_from([event_type] * 19 + ["LESSON_WATCHED"]),
         st.sampled_from([*SAME] * 8 + [*DIFFERENT] + [*UNUSABLE]),
         st.sampled_from([None] * 2 * len(MARKS) + MARKS if has_past else [None] * 8 + STRANGE_MARKS),
         st.sampled_from([None] * 6 + (["open", "discarded"] if has_past else ["discarded"])),
         st.sampled_from([0, 0, MAX_ATTEMPTS - 2, MAX_ATTEMPTS - 1, MAX_ATTEMPTS + 3]),
         st.sampled_from(["0 seconds", "-1 minute", "-2 minutes"]),
     )
-    status = st.sampled_from(["succeeded"] * 15 + [*PaymentStatus, None])
+    usual = "succeeded" if event_type == PURCHASE_CONFIRMED else "refunded"
+    status = st.sampled_from([usual] * 15 + [*PaymentStatus, None])
     purchase = st.sampled_from([None] * 6 + [True, False])
     payment = st.builds(PaymentCase, status, purchase, st.lists(event, min_size=1, max_size=events))
     holder = st.sampled_from([None] * 4 + ["gift", "other"])
@@ -140,6 +144,8 @@ MARKS = [
     *STRANGE_MARKS,
 ]
 ALONE = st.deferred(lambda: worlds(pairs=12, payments=1, events=1))
+REFUNDS_ALONE = st.deferred(lambda: worlds(pairs=12, payments=1, events=1, event_type=PURCHASE_REFUNDED))
+REFUNDS_TOGETHER = st.deferred(lambda: worlds(pairs=6, payments=1, events=3, event_type=PURCHASE_REFUNDED))
 TOGETHER = st.deferred(lambda: worlds(pairs=4, payments=3, events=3))
 
 
@@ -190,6 +196,19 @@ def test_events_of_one_payment_and_payments_of_one_pair(
     world: list[PairCase], settle_in_each_way: SettleInEachWay
 ) -> None:
     """Which of several comes first may differ between the ways; that each order is a possible one is checked."""
+    settle_in_each_way(world)
+
+
+@FEW
+@given(world=REFUNDS_ALONE)
+def test_each_refund_alone(world: list[PairCase], settle_in_each_way: SettleInEachWay) -> None:
+    fast, in_parts, judged = settle_in_each_way(world)
+    assert fast == in_parts == judged
+
+
+@FEW
+@given(world=REFUNDS_TOGETHER)
+def test_refunds_of_one_payment(world: list[PairCase], settle_in_each_way: SettleInEachWay) -> None:
     settle_in_each_way(world)
 
 
@@ -264,6 +283,7 @@ def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCas
     after = {pair: shop.purchases(pair) for pair in {one.payment.pair for one in told}}
     judged = [(one, verdicts[ids[one.event_id]]) for one in told]
     check_grants(judged, after)
+    check_revocations(judged, after)
     for one, verdict in judged:
         before, later = decide(facts_before(one)), decide(facts_after(one, after[one.payment.pair]))
         assert said(verdict) in (said(before), said(later)), one
@@ -285,19 +305,31 @@ def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
 
 
 def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:
-    """Every grant made one purchase, nothing else did, and no pair that was owed one went without."""
+    """Every grant made one purchase, nothing else an active one, and no pair that was owed one went without."""
     granted = [one for one, verdict in judged if verdict.outcome in GRANTS]
+    revoked = {one.payment.id for one, verdict in judged if verdict.outcome is Outcome.REVOKED}
     assert len({one.payment.id for one in granted}) == len(granted), "two events made one purchase"
     for pair, rows in after.items():
         mine = [one for one, _ in judged if one.payment.pair == pair]
         had = {one.payment.id for one in mine if one.of.purchase is not None}
         new = {row.payment_id for row in rows if row.payment_id in {one.payment.id for one in mine}} - had
-        assert new == {one.payment.id for one in granted if one.payment.pair == pair}
+        left = {one.payment.id for one in mine if one.of.purchase is None} & revoked
+        assert new == {one.payment.id for one in granted if one.payment.pair == pair} | left
         assert len(rows) == len(had) + len(new) + (mine[0].pair.holder is not None)
         owed = any(decide(facts_before(one)).outcome in GRANTS for one in mine)
-        held = mine[0].pair.holder is not None or any(one.of.purchase for one in mine)
+        bought = {one.payment.id for one in mine if one.of.purchase} - revoked
+        held = mine[0].pair.holder is not None or bool(bought)
         assert sum(row.is_active for row in rows) == (owed or held)
         assert all((str(row.amount), row.currency) == ("49.90", "EUR") for row in rows if row.payment_id in new)
+
+
+def check_revocations(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:
+    """Every refund left its payment an inactive purchase, and nothing else made one inactive."""
+    revoked = {one.payment.id for one, verdict in judged if verdict.outcome is Outcome.REVOKED}
+    for one, _ in judged:
+        own = [row.is_active for row in after[one.payment.pair] if row.payment_id == one.payment.id]
+        assert own == [False] or one.payment.id not in revoked
+        assert own != [False] or one.payment.id in revoked or one.of.purchase is False
 
 
 def facts_before(one: Told) -> Facts:
@@ -306,7 +338,8 @@ def facts_before(one: Told) -> Facts:
     whose = {"own": one.payment.id, "stranger": STRANGER, None: None}
     others = [payment for payment in one.pair.payments if payment is not one.of]
     return Facts(
-        handled=case.event_type == PURCHASE_CONFIRMED,
+        handled=case.event_type in (PURCHASE_CONFIRMED, PURCHASE_REFUNDED),
+        is_refund=case.event_type == PURCHASE_REFUNDED,
         payment_id=None if unusable else one.payment.id,
         mark=Mark(case.mark[0], whose[case.mark[1]]) if case.mark else None,
         purchase_active=one.of.purchase,
@@ -323,6 +356,7 @@ def facts_after(one: Told, rows: list[Any]) -> Facts:
     own = [row.is_active for row in rows if row.payment_id == one.payment.id]
     return Facts(
         handled=before.handled,
+        is_refund=before.is_refund,
         payment_id=before.payment_id,
         mark=before.mark,
         purchase_active=any(own) if own else None,

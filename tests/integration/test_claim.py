@@ -244,6 +244,7 @@ def kind_of(statement: str) -> str:
         "DELETE FROM public.outbox": "delete",
         "UPDATE public.outbox": "postpone",
         "AS pair_held": "look",
+        "AS kind": "standing",
     }
     return next((kind for mark, kind in marks.items() if mark in statement), statement)
 
@@ -341,6 +342,58 @@ def test_every_statement_of_a_batch_walks_indexes(
     assert [node["Node Type"] for node in nodes(claim_plan)][:4] == ["Aggregate", "Limit", "LockRows", "Index Scan"]
     assert [node["Index Name"] for node in table_scans(claim_plan)] == ["outbox_due_idx"]
     assert not [node for node in nodes(claim_plan) if "Sort" in node["Node Type"]]
+
+
+def add_refunds(shop: Shop, count: int, heirs: int) -> None:
+    """At the head of the queue: refunds of active purchases; of so many pairs another payment stands."""
+    shop.rows(
+        "WITH oldest AS (SELECT id, CAST(payload ->> 'payment_id' AS uuid) AS payment_id FROM outbox ORDER BY id"
+        " LIMIT %s), first AS (UPDATE outbox SET event_type = 'PURCHASE_REFUNDED', due_at = now() - interval '9 days'"
+        " FROM oldest WHERE oldest.id = outbox.id), refunded AS (UPDATE payments SET status = 'refunded' FROM oldest"
+        " WHERE oldest.payment_id = payments.id RETURNING payments.*)"
+        " INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)"
+        " SELECT student_id, course_id, id, amount, currency FROM refunded",
+        count,
+    )
+    shop.rows(
+        "INSERT INTO payments (student_id, course_id, amount, currency, status)"
+        " SELECT student_id, course_id, 1, 'EUR', 'succeeded' FROM payments WHERE status = 'refunded' LIMIT %s",
+        heirs,
+    )
+
+
+def executions(plan: dict[str, Any], table: str, times: int = 1) -> list[int]:
+    """Of each sequential scan of a table how often it is made, by its place: once, or (2) for each row of another."""
+    found = [times] if (plan["Node Type"], plan.get("Relation Name")) == ("Seq Scan", table) else []
+    for place, inner in enumerate(plan.get("Plans", [])):
+        repeated = plan["Node Type"] == "Nested Loop" and place == 1 and inner["Node Type"] != "Materialize"
+        found += executions(inner, table, 2 if repeated else times)
+    return found
+
+
+@pytest.mark.parametrize("analyzed", ["full", "empty", "never"])
+def test_refunds_walk_indexes_and_read_the_payments_once(
+    both_guards: str, analyzed: str, shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    """The payments are the shop's, without an index on the pair; with one they are looked up."""
+    fill(shop, analyzed)
+    add_refunds(shop, 600, 30)
+    processor = make_processor(batch_size=300)
+    plans = Plans(database)
+    for _ in range(2):
+        assert processor.process_batch().outcomes() == {Outcome.REVOKED: 300}
+        shop.rows("CREATE INDEX IF NOT EXISTS by_pair ON payments (student_id, course_id)")
+        shop.rows("ANALYZE payments")
+    assert processor.watch.state.guard == both_guards
+    kinds = plans.by_kind()
+    assert kinds.keys() == {"claim", "lock", "look", "insert", "standing", "mark", "close letters", "delete"}
+    once, looked_up = kinds.pop("standing")
+    assert executions(once, "payments") == [1]
+    assert executions(looked_up, "payments") == []
+    assert max(executions(once, "outbox") + executions(looked_up, "outbox")) == 1
+    for kind, explained in kinds.items():
+        off = [node for plan in explained for node in table_scans(plan) if not is_index_path(node)]
+        assert off == [], f"{kind}: {[(node['Node Type'], node['Relation Name']) for node in off]}"
 
 
 def test_without_the_switches_a_plan_would_stray(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,6 @@ import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
 from factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
-from loguru import logger
 from sqlalchemy import bindparam, text
 from sqlalchemy import event as listener
 from sqlalchemy.dialects.postgresql import insert
@@ -37,21 +36,6 @@ GATE = 4242
 """The advisory lock on which ``gate`` lets a worker's insert wait."""
 
 without_index = pytest.mark.parametrize("guard_kind", ["lock"], indirect=True)
-
-
-@pytest.fixture
-def records() -> Iterator[list[dict[str, Any]]]:
-    """The fields of every log record, as they come."""
-    found: list[dict[str, Any]] = []
-    sink = logger.add(lambda message: found.append(message.record["extra"]), level="DEBUG")
-    yield found
-    logger.remove(sink)
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor() as executor:
-        yield executor
 
 
 class Gate:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -15,103 +13,23 @@ import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
 from factories import Payment, ProbedProcessor, Shop, drain_all
-from sqlalchemy import event as listener
+from interleaving import (
+    AT_ONCE,
+    GATE,
+    PATIENCE,
+    Steps,
+    deadlocks,
+    errors,
+    poll,
+    run_together,
+    settle_all,
+    stop_insert_of,
+    waits_for_a_lock,
+)
 
-from outbox_worker.database import Database
-from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.telemetry import BatchReport
 
 Connect = Callable[..., psycopg.Connection[Any]]
-PATIENCE = 20.0
-
-AT_ONCE = RetryPolicy(max_attempts=10, base=timedelta(milliseconds=1), maximum=timedelta(milliseconds=1))
-"""An event that makes way for others is due again at once."""
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(max_workers=8) as executor:
-        yield executor
-
-
-class Brake:
-    """Stops one worker just before its n-th statement from the claim on (COMMIT counts as one), until released."""
-
-    def __init__(self, database: Database, step: int) -> None:
-        self._step, self._seen = step, 0
-        self.reached, self.released = threading.Event(), threading.Event()
-        self.statement = ""
-        listener.listen(database.engine, "before_cursor_execute", self._before)
-        listener.listen(database.engine, "commit", self._before_commit)
-
-    def _before(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "set_config" not in statement and "SAVEPOINT" not in statement:
-            self._count(statement)
-
-    def _before_commit(self, _connection: Any) -> None:
-        self._count("COMMIT")
-
-    def _count(self, statement: str) -> None:
-        self._seen += 1
-        if self._seen == self._step:
-            self.statement = statement
-            self.reached.set()
-            assert self.released.wait(PATIENCE), "never released"
-
-
-def poll(holds: Callable[[], Any], what: str) -> Any:
-    deadline, turn = time.monotonic() + PATIENCE, threading.Event()
-    while not (found := holds()):
-        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
-        turn.wait(0.005)
-    return found
-
-
-def waits_for_a_lock(shop: Shop) -> bool:
-    return bool(
-        shop.scalar(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND application_name = 'outbox-worker' AND wait_event_type = 'Lock'"
-        )
-    )
-
-
-def errors(*processors: ProbedProcessor) -> dict[str, float]:
-    """Errors of the database that the processors met, by class."""
-    total: Counter[str] = Counter()
-    for processor in processors:
-        for name, value in processor.telemetry.metrics.snapshot().items():
-            if name.startswith("outbox_database_errors_total") and value:
-                total[name] += int(value)
-    return dict(total)
-
-
-def deadlocks(shop: Shop, *databases: Database) -> int:
-    """By the server's own count. A session hands in what it counted when it ends."""
-    for database in databases:
-        database.close()
-    poll(
-        lambda: (
-            not shop.scalar(
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND application_name = 'outbox-worker'"
-            )
-        ),
-        "sessions end",
-    )
-    shop.rows("SELECT pg_stat_clear_snapshot()")
-    return int(shop.scalar("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"))
-
-
-def settle_all(processor: ProbedProcessor, shop_is_empty: Callable[[], bool]) -> Counter[Outcome]:
-    """Like a claim loop: on and on until the outbox is empty; rows and pairs that others hold are met again."""
-    outcomes: Counter[Outcome] = Counter()
-    deadline = time.monotonic() + PATIENCE
-    while not shop_is_empty():
-        outcomes += processor.process_batch().outcomes()
-        assert time.monotonic() < deadline, outcomes
-    return outcomes
 
 
 # --- the same pair in two events, one worker stopped before every statement in turn
@@ -152,30 +70,15 @@ def test_two_workers_on_one_pair_whatever_the_moment(
     """One worker stands still before its 1st, 2nd, … statement while the other does what it can."""
     fast_database = make_database()
     fast = make_processor(batch_size=1, policy=AT_ONCE, database=fast_database)
-    statements, met = [], []
-    for step in range(1, 30):
-        payments = kind(shop)
-        slow_database = make_database(connections=1)
-        slow = make_processor(batch_size=1, policy=AT_ONCE, database=slow_database)
-        brake = Brake(slow_database, step)
-        braked = pool.submit(slow.process_batch)
-        poll(lambda b=brake, f=braked: b.reached.is_set() or f.done(), "the statement, or the end")
-        statements.append(brake.statement)
-        other = pool.submit(fast.process_batch)
-        poll(lambda f=other: f.done() or waits_for_a_lock(shop), "the other worker is done or waits")
-        brake.released.set()
-        reports = [braked.result(PATIENCE), other.result(PATIENCE)]
-        drain_all(fast)
+    statements = []
+    steps = Steps(shop, fast, lambda: make_processor(batch_size=1, policy=AT_ONCE, database=make_database()), pool)
+    for payments, statement in steps.through(lambda: kind(shop)):
+        statements.append(statement)
         assert shop.count("outbox") == 0
-        assert [row.is_active for row in shop.purchases(payments[0].pair)] == [True], brake.statement
+        assert [row.is_active for row in shop.purchases(payments[0].pair)] == [True], statement
         marks = sorted(row.outcome for row in shop.rows("SELECT outcome FROM processed_events"))
-        met.append([report.outcomes() for report in reports])
-        assert marks[-1] == "duplicate_payment" or kind is not one_of_each, (brake.statement, marks)
+        assert marks[-1] == "duplicate_payment" or kind is not one_of_each, (statement, marks)
         shop.rows("TRUNCATE processed_events, purchases, payments")
-        assert errors(slow) == {}
-        slow_database.close()
-        if not brake.reached.is_set():
-            break
     assert "SKIP LOCKED" in statements[0]
     assert statements[-2:] == ["COMMIT", ""]
     assert len(statements) >= 6, statements
@@ -289,15 +192,6 @@ def pay_in_opposite_orders(shop: Shop, pairs: int) -> None:
     )
 
 
-def run_together(pool: ThreadPoolExecutor, *processors: ProbedProcessor) -> list[BatchReport]:
-    """One batch each: all have claimed before one goes on."""
-    meeting = threading.Barrier(len(processors), timeout=PATIENCE)
-    for processor in processors:
-        processor.meeting = meeting
-    batches = [pool.submit(processor.process_batch) for processor in processors]
-    return [future.result(PATIENCE) for future in batches]
-
-
 def test_opposite_orders_never_deadlock(
     both_guards: str, shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor, pool: ThreadPoolExecutor
 ) -> None:
@@ -313,22 +207,6 @@ def test_opposite_orders_never_deadlock(
     assert shop.count("purchases") == 50 * 40
     assert one.watch.state.guard == two.watch.state.guard == both_guards
     assert deadlocks(shop, *databases) == 0
-
-
-GATE = 4242
-
-
-def stop_insert_of(shop: Shop, payment: Payment, moment: str) -> None:
-    """The insert of this payment's purchase waits, BEFORE or AFTER the row, for the advisory lock ``GATE``."""
-    shop.rows(
-        f"""
-        CREATE FUNCTION wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            IF NEW.payment_id = '{payment.id}' THEN PERFORM pg_advisory_xact_lock({GATE}); END IF;
-            RETURN NEW;
-        END $$
-        """
-    )
-    shop.rows(f"CREATE TRIGGER gate {moment} INSERT ON purchases FOR EACH ROW EXECUTE FUNCTION wait_at_gate()")
 
 
 def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(

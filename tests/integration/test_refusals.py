@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,18 +13,16 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
-from factories import Payment, ProbedProcessor, Shop, drain_all
-from psycopg import sql
+from factories import Clerk, Payment, ProbedProcessor, Shop, drain_all
 from refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
 from sqlalchemy import event as listener
-from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 from trips import RoundTrips
 
 from outbox_worker.database import Database
 from outbox_worker.errors import CommitLost, Failure, classify, sqlstate
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, Reason
-from outbox_worker.settings import Settings, load_settings
+from outbox_worker.settings import Settings
 from outbox_worker.settlement import MAX_SAVEPOINTS
 
 Connect = Callable[..., psycopg.Connection[Any]]
@@ -319,42 +317,6 @@ def test_a_commit_of_which_nobody_knows_is_lost(
 
 
 # --- fixtures
-
-
-class Clerk:
-    """A role that is no superuser, with what the worker needs, and a database that is used in its name."""
-
-    TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
-
-    def __init__(self, shop: Shop, database_url: str) -> None:
-        self.role, self._shop = f"clerk_{uuid4().hex}", shop
-        self.shop_rows("CREATE ROLE {role}")
-        for table in self.TABLES:
-            self.grant("SELECT, INSERT, UPDATE, DELETE", table)
-        url = make_url(database_url).update_query_dict({"options": f"-crole={self.role}"})
-        settings = load_settings(database_url=url.render_as_string(hide_password=False))
-        self.database = Database(settings, connections=2, deadline_seconds=10)
-
-    def shop_rows(self, statement: str) -> None:
-        self._shop.connection.execute(sql.SQL(statement).format(role=sql.Identifier(self.role)))
-
-    def grant(self, privilege: str, table: str) -> None:
-        self.shop_rows(f"GRANT {privilege} ON {table} TO {{role}}")
-
-    def revoke(self, privilege: str, table: str) -> None:
-        self.shop_rows(f"REVOKE {privilege} ON {table} FROM {{role}}")
-
-    def close(self) -> None:
-        self.database.close()
-        self.shop_rows("DROP OWNED BY {role}")
-        self.shop_rows("DROP ROLE {role}")
-
-
-@pytest.fixture
-def clerk(shop: Shop, database_url: str) -> Iterator[Clerk]:
-    clerk = Clerk(shop, database_url)
-    yield clerk
-    clerk.close()
 
 
 class Foreign:

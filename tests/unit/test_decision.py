@@ -17,12 +17,20 @@ OTHER = UUID("00000000-0000-4000-8000-000000000002")
 
 SOUND: dict[str, Any] = {"payment_id": PAYMENT, "payment_status": "succeeded"}
 """A payment that succeeded, and nothing that speaks against it."""
+REFUNDED: dict[str, Any] = {"is_refund": True, "payment_id": PAYMENT, "payment_status": "refunded"}
+"""The refund of a payment that is refunded."""
 
-# The rules of design section 3 in their order: what makes each hold, and its verdict.
-RULES: list[tuple[str, dict[str, Any], Outcome, Reason | None]] = [
+Rule = tuple[str, dict[str, Any], Outcome, Reason | None]
+
+# The rules of docs/state-machine.md in their order: what makes each hold, and its verdict.
+FIRST_RULES: list[Rule] = [
+    ("0 three crashes", {"crashes": 3}, Outcome.DEAD, Reason.CRASHED_WORKER),
     ("1 no handler", {"handled": False}, Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE),
     ("2 no payment id", {"payment_id": None}, Outcome.DEAD, Reason.INVALID_PAYLOAD),
     ("3 marked for another", {"mark": Mark("created", OTHER)}, Outcome.DEAD, Reason.EVENT_ID_REUSED),
+]
+RULES: list[Rule] = [
+    *FIRST_RULES,
     ("4 purchase active", {"purchase_active": True}, Outcome.ALREADY_EXISTS, None),
     ("4 purchase inactive", {"purchase_active": False}, Outcome.SUPPRESSED, None),
     ("5 no payment row", {"payment_status": None}, Outcome.RETRIED, Reason.PAYMENT_NOT_FOUND),
@@ -34,30 +42,50 @@ RULES: list[tuple[str, dict[str, Any], Outcome, Reason | None]] = [
     ("9 recovered", {"mark": Mark("created", PAYMENT)}, Outcome.RECOVERED, None),
     ("9 created", {}, Outcome.CREATED, None),
 ]
-NAMES = [name for name, *_ in RULES]
+REFUND_RULES: list[Rule] = [
+    *FIRST_RULES,
+    ("4 purchase inactive", {"purchase_active": False}, Outcome.REVOKED, None),
+    ("5 no payment row", {"payment_status": None}, Outcome.RETRIED, Reason.PAYMENT_NOT_FOUND),
+    ("6 mismatch", {"mismatches": ("amount",)}, Outcome.DEAD, Reason.PAYMENT_MISMATCH),
+    ("7 succeeded", {"payment_status": "succeeded"}, Outcome.RETRIED, Reason.PAYMENT_NOT_REFUNDED),
+    ("7 pending", {"payment_status": "pending"}, Outcome.RETRIED, Reason.PAYMENT_NOT_REFUNDED),
+    ("7 failed", {"payment_status": "failed"}, Outcome.RETRIED, Reason.PAYMENT_NOT_REFUNDED),
+    ("8 purchase active", {"purchase_active": True}, Outcome.REVOKED, None),
+    ("8 pair held", {"pair_held": True}, Outcome.REVOKED, None),
+    ("8 marked", {"mark": Mark("created", PAYMENT)}, Outcome.REVOKED, None),
+    ("8 no purchase", {}, Outcome.REVOKED, None),
+]
+TABLES = {"confirmation": (SOUND, RULES), "refund": (REFUNDED, REFUND_RULES)}
+EACH = [(kind, place) for kind, (_, rules) in TABLES.items() for place in range(len(rules))]
+NAMES = [f"{kind}: {TABLES[kind][1][place][0]}" for kind, place in EACH]
+BOTH = [(kind, *pair) for kind, (_, rules) in TABLES.items() for pair in combinations(range(len(rules)), 2)]
 
 
-@pytest.mark.parametrize(("name", "facts", "outcome", "reason"), RULES, ids=NAMES)
-def test_each_rule_alone(name: str, facts: dict[str, Any], outcome: Outcome, reason: Reason | None) -> None:
-    verdict = decide(Facts(**(SOUND | facts)))
-    assert (verdict.outcome, verdict.reason) == (outcome, reason), name
+@pytest.mark.parametrize(("kind", "place"), EACH, ids=NAMES)
+def test_each_rule_alone(kind: str, place: int) -> None:
+    sound, rules = TABLES[kind]
+    _, facts, outcome, reason = rules[place]
+    verdict = decide(Facts(**(sound | facts)))
+    assert (verdict.outcome, verdict.reason) == (outcome, reason)
 
 
-@pytest.mark.parametrize(("first", "second"), list(combinations(range(len(RULES)), 2)))
-def test_the_earlier_rule_wins(first: int, second: int) -> None:
+@pytest.mark.parametrize(("kind", "first", "second"), BOTH)
+def test_the_earlier_rule_wins(kind: str, first: int, second: int) -> None:
     """Both rules hold; where they speak of the same fact, the earlier one's value is it."""
-    _, facts, outcome, reason = RULES[first]
-    verdict = decide(Facts(**(SOUND | RULES[second][1] | facts)))
-    assert (verdict.outcome, verdict.reason) == (outcome, reason), f"{NAMES[first]} lost to {NAMES[second]}"
+    sound, rules = TABLES[kind]
+    name, facts, outcome, reason = rules[first]
+    verdict = decide(Facts(**(sound | rules[second][1] | facts)))
+    assert (verdict.outcome, verdict.reason) == (outcome, reason), f"{name} lost to {rules[second][0]}"
 
 
-@pytest.mark.parametrize("first", range(len(RULES)), ids=NAMES)
-def test_a_rule_wins_over_all_later_ones_together(first: int) -> None:
-    facts = dict(SOUND)
-    for _, later, _, _ in reversed(RULES[first:]):
+@pytest.mark.parametrize(("kind", "first"), EACH, ids=NAMES)
+def test_a_rule_wins_over_all_later_ones_together(kind: str, first: int) -> None:
+    sound, rules = TABLES[kind]
+    facts = dict(sound)
+    for _, later, _, _ in reversed(rules[first:]):
         facts |= later
     verdict = decide(Facts(**facts))
-    assert (verdict.outcome, verdict.reason) == RULES[first][2:]
+    assert (verdict.outcome, verdict.reason) == rules[first][2:]
 
 
 @pytest.mark.parametrize(
@@ -87,18 +115,29 @@ def test_every_final_outcome_is_judged_as_a_mark() -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "facts", "outcome", "reason"), RULES, ids=NAMES)
-def test_the_last_try_turns_retried_into_dead_and_nothing_else(
-    name: str, facts: dict[str, Any], outcome: Outcome, reason: Reason | None
-) -> None:
-    verdict = decide(Facts(**(SOUND | facts), last_try=True))
+@pytest.mark.parametrize(("kind", "place"), EACH, ids=NAMES)
+def test_the_last_try_turns_retried_into_dead_and_nothing_else(kind: str, place: int) -> None:
+    sound, rules = TABLES[kind]
+    _, facts, outcome, reason = rules[place]
+    verdict = decide(Facts(**(sound | facts), last_try=True))
     expected = Outcome.DEAD if outcome is Outcome.RETRIED else outcome
-    assert (verdict.outcome, verdict.reason) == (expected, reason), name
+    assert (verdict.outcome, verdict.reason) == (expected, reason)
+
+
+@pytest.mark.parametrize(("kind", "place"), EACH, ids=NAMES)
+def test_a_purchase_is_written_for_a_grant_and_for_what_is_not_taken_back_yet(kind: str, place: int) -> None:
+    sound, rules = TABLES[kind]
+    facts = Facts(**(sound | rules[place][1]))
+    verdict = decide(facts)
+    takes_back = verdict.outcome is Outcome.REVOKED and facts.purchase_active is not False
+    assert verdict.writes == (verdict.outcome in GRANTS or takes_back)
 
 
 def test_an_unknown_payment_status_is_no_success() -> None:
     verdict = decide(Facts(payment_id=PAYMENT, payment_status="disputed"))
     assert (verdict.outcome, verdict.reason) == (Outcome.RETRIED, Reason.PAYMENT_NOT_SUCCEEDED)
+    refund = decide(Facts(is_refund=True, payment_id=PAYMENT, payment_status="disputed"))
+    assert (refund.outcome, refund.reason) == (Outcome.RETRIED, Reason.PAYMENT_NOT_REFUNDED)
 
 
 def test_details_name_what_differs() -> None:
@@ -109,7 +148,8 @@ def test_details_name_what_differs() -> None:
 
 def test_no_verdict_of_decide_is_clean() -> None:
     """``clean`` skips the closing of dead letters: only the fast statement has proved that there is none."""
-    assert not any(decide(Facts(**(SOUND | facts))).clean for _, facts, _, _ in RULES)
+    judged = [decide(Facts(**(sound | rule[1]))) for sound, rules in TABLES.values() for rule in rules]
+    assert not any(verdict.clean for verdict in judged)
 
 
 @pytest.mark.parametrize(("last_try", "outcome"), [(False, Outcome.RETRIED), (True, Outcome.DEAD)])

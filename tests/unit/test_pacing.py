@@ -190,6 +190,37 @@ def fails_in_doubt(pacing: Pacing, end: Position | None = END) -> None:
     pacing.in_doubt(end)
 
 
+# --- which type of event
+
+CONFIRMED, REFUNDED = "PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"
+
+
+def test_the_first_events_type_comes_first_and_none_twice_in_a_row() -> None:
+    pacing, chosen = Pacing(1000, 0.5), []
+    for _ in range(4):
+        chosen.append(pacing.choose([REFUNDED, CONFIRMED]))
+        committed(pacing, settled=500)
+    assert chosen == [REFUNDED, CONFIRMED, REFUNDED, CONFIRMED]
+
+
+def test_a_claim_of_one_type_in_between_begins_anew() -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.choose([REFUNDED, CONFIRMED])
+    committed(pacing, settled=500)
+    committed(pacing)
+    assert pacing.choose([REFUNDED, CONFIRMED]) == REFUNDED
+
+
+@pytest.mark.parametrize("what", ["failed", "interrupted"])
+def test_what_is_repeated_keeps_its_turn_and_what_is_given_up_does_not(what: str) -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.choose([REFUNDED, CONFIRMED])
+    getattr(pacing, what)()
+    assert pacing.choose([REFUNDED, CONFIRMED]) == REFUNDED
+    pacing.gave_up()
+    assert pacing.choose([REFUNDED, CONFIRMED]) == CONFIRMED
+
+
 # --- making way
 
 
