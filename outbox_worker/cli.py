@@ -26,7 +26,9 @@ from outbox_worker.errors import (
     WrongUsage,
     classify,
     describe,
+    said,
     sqlstate,
+    trace,
 )
 from outbox_worker.model import DeadLetterState, Guard
 from outbox_worker.moments import parse_duration, parse_moment
@@ -612,7 +614,9 @@ def run_command() -> int:
             raise KeyboardInterrupt from None
         if isinstance(error, DBAPIError):
             return _fail(_in_a_sentence(error))
-        raise
+        if isinstance(error, OSError):
+            raise
+        return _fail_unforeseen(error)
     return 0
 
 
@@ -636,11 +640,17 @@ def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
         case Failure.RECONNECT | Failure.RETRY:
             return unavailable(error)
         case Failure.PAUSE | Failure.UNCLEAR:
-            said = getattr(getattr(error.orig, "diag", None), "message_primary", None) or describe(error)
             remedy = _REMEDIES.get(sqlstate(error) or "", "Look at tables, columns and privileges.")
-            return SchemaError(f"The database refused: {said}. {remedy}".rstrip())
+            return SchemaError(f"The database refused: {said(error)}. {remedy}".rstrip())
         case _:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
+
+
+def _fail_unforeseen(error: Exception) -> int:
+    """Our own error, and where it was raised; a message, or that of a cause, may repeat what a row says."""
+    places = "".join(f"\n  {place}" for place in trace(error))
+    sys.stderr.write(f"outbox-worker: An error of ours, please report it: {describe(error)}{places}\n")
+    return 1
 
 
 def _fail(error: OutboxWorkerError) -> int:

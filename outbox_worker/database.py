@@ -48,6 +48,7 @@ from outbox_worker.errors import (
     SchemaError,
     SettingError,
     classify,
+    said,
     sqlstate,
 )
 from outbox_worker.model import Batch, Column, Window
@@ -263,9 +264,7 @@ def _report_failure(on_failure: Callable[[BaseException, float], None], state: t
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
     """One sentence for a connection that was not made or broke; libpq's own words, without the connection string."""
-    lines = [line.strip() for line in str(getattr(error, "orig", error)).splitlines() if line.strip()]
-    said = lines[0] if lines else type(error).__name__
-    return DatabaseUnavailable(f"No connection to the database: {said}")
+    return DatabaseUnavailable(f"No connection to the database: {said(error)}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ Failures that the database reports are not wrapped: ``classify`` names their cla
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import ClassVar
@@ -155,6 +156,21 @@ def classify(error: BaseException) -> Failure:
     if isinstance(original, CommitLost | DatabaseUnavailable):
         return Failure.RECONNECT
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
+
+
+def said(error: BaseException) -> str:
+    """The first line of what the server or libpq said; only the error's name where a function may have spoken."""
+    original = getattr(error, "orig", None) or error
+    if getattr(getattr(original, "diag", None), "context", None):
+        return describe(error)
+    lines = [line.strip() for line in str(original).splitlines() if line.strip()]
+    return lines[0] if lines else type(original).__name__
+
+
+def trace(error: BaseException) -> list[str]:
+    """Where an error was raised, innermost last; without its message, which may repeat a value."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]
 
 
 def describe(error: BaseException) -> str:

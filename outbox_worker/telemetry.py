@@ -13,6 +13,7 @@ import time
 from bisect import bisect_right
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC
 from decimal import Decimal
@@ -27,7 +28,7 @@ from prometheus_client.utils import floatToGoString
 
 from outbox_worker import __version__
 from outbox_worker.database import unavailable
-from outbox_worker.errors import CommitLost, Failure, classify, describe, sqlstate
+from outbox_worker.errors import CommitLost, Failure, classify, describe, sqlstate, trace
 from outbox_worker.model import (
     PURCHASE_CONFIRMED,
     PURCHASE_REFUNDED,
@@ -187,12 +188,11 @@ class Telemetry:
         named, sentence = describe(cause or error), "the database is in trouble; waiting"
         if failure is Failure.RECONNECT and sqlstate(cause or error) is None:
             named, sentence = str(unavailable(cause or error)), "no connection to the database; waiting"
+        fields = {"failure": str(failure), "error": named, "pause_seconds": round(pause_seconds, 2)}
         if failure is Failure.BUG:
             sentence = "our own error; rolled back, trying again"
-        fields = {"failure": str(failure), "error": named, "pause_seconds": round(pause_seconds, 2)}
-        logger.bind(event="paused", **fields).opt(exception=error if failure is Failure.BUG else None).log(
-            level, sentence
-        )
+            fields["trace"] = trace(error)
+        logger.bind(event="paused", **fields).log(level, sentence)
 
     def schema_problems(self, problems: str) -> None:
         """A table, column or privilege that was there at the start is missing now."""
@@ -344,10 +344,17 @@ def _counted(outcomes: Mapping[str, int]) -> str:
 def configure_logging(level: str, style: Literal["json", "console"] | None) -> None:
     """Send records to stderr: one JSON object a line, or text for people (the default on a terminal)."""
     logger.remove()
-    if (style or ("console" if sys.stderr.isatty() else "json")) == "json":
+    colours = sys.stderr.isatty()
+    if (style or ("console" if colours else "json")) == "json":
         logger.add(_write_json, level=level, format="{message}", backtrace=False, diagnose=False)
     else:
-        logger.add(sys.stderr, level=level, format=_console_line, backtrace=False, diagnose=False)
+        logger.add(_write, level=level, format=_console_line, colorize=colours, backtrace=False, diagnose=False)
+
+
+def _write(line: str) -> None:
+    """A record that cannot be written is lost; loguru would tell so with all errors that are being handled."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(line)
 
 
 def _write_json(message: Message) -> None:
@@ -358,9 +365,7 @@ def _write_json(message: Message) -> None:
         **record["extra"],
         "message": record["message"],
     }
-    if record["exception"] is not None and record["exception"].value is not None:
-        line["error"] = describe(record["exception"].value)
-    sys.stderr.write(json.dumps(line, default=str, ensure_ascii=True) + "\n")
+    _write(json.dumps(line, default=str, ensure_ascii=True) + "\n")
 
 
 def _console_line(record: Record) -> str:

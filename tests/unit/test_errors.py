@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from outbox_worker import errors
-from outbox_worker.errors import Failure, classify, describe, sqlstate
+from outbox_worker.errors import Failure, classify, describe, said, sqlstate, trace
 
 BY_SQLSTATE = {
     # run the transaction again
@@ -154,6 +154,22 @@ def test_describe_names_the_error_and_no_value(wrapped: bool) -> None:
 def test_describe_keeps_every_message_to_itself(error: Exception) -> None:
     assert "hunter2secret" not in describe(error)
     assert type(error).__name__ in describe(error)
+
+
+def test_said_repeats_the_server_and_libpq_but_no_function() -> None:
+    refused = psycopg.OperationalError("connection to server failed: FATAL:  no pg_hba.conf entry\nIs it running?")
+    assert said(refused) == "connection to server failed: FATAL:  no pg_hba.conf entry"
+    assert said(psycopg.OperationalError("")) == "OperationalError"
+    assert said(Told("hunter2secret")) == "Told, SQLSTATE 23503, constraint purchases_student_fkey"
+
+
+def test_trace_names_places_and_no_message() -> None:
+    with pytest.raises(ValueError, match="hunter2secret") as raised:
+        int("hunter2secret")
+    places = trace(raised.value)
+    assert len(places) == 1
+    assert "test_errors.py:" in places[0]
+    assert places[0].endswith("in test_trace_names_places_and_no_message")
 
 
 @pytest.mark.parametrize(
