@@ -52,6 +52,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+duplicates_app = typer.Typer(help="Payments that are owed back.", no_args_is_help=True)
+app.add_typer(duplicates_app, name="duplicates")
 letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
 app.add_typer(letters_app, name="dead-letters")
 
@@ -463,6 +465,35 @@ def _decide(
         console.print_json({"decision": decision, "is_done": is_done, "preview": seen})
     elif is_done:
         reports.print_decided(seen, decision)
+
+
+@duplicates_app.command("list")
+def list_duplicates(
+    config: Config = None,
+    json: AsJson = False,
+    csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print all as CSV, for the accounts.")] = False,
+    limit: Limit = 100,
+) -> None:
+    """List who paid twice for what, oldest first.
+
+    An entry is gone as soon as its payment is refunded.
+    """
+    from outbox_worker import console, reports
+    from outbox_worker.duplicates import Duplicates
+    from outbox_worker.sweep import STATEMENT_SECONDS
+
+    if json and csv:
+        raise WrongUsage("--json or --csv, not both.")
+    _, database, tables = _open(config, deadline_seconds=STATEMENT_SECONDS)
+    duplicates = Duplicates(database, tables)
+    with console.progress("payments", duplicates.estimate) as told:
+        found = duplicates.list(told)
+    if json:
+        console.print_json(reports.duplicates_object(found))
+    elif csv:
+        reports.write_duplicates(found)
+    else:
+        reports.print_duplicates(found, limit)
 
 
 @app.command()

@@ -66,9 +66,11 @@ _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('0001-01-02' AS timesta
 Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 
 
-def page_statement(tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool) -> Select[Any]:
+def page_statement(
+    tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
+) -> Select[Any]:
     """what: the next payments in the order of a key: those that a purchase explains by class and currency, the others
-    by their ids; how many there are and which is the last
+    by their ids; how many there are and which is the last; duplicates one by one where that is asked for
     lock: none · index: the key's; payment_id and the pair's of purchases
     """
     keys = [tables.payments.c[key] for key in order]
@@ -78,13 +80,13 @@ def page_statement(tables: Tables, order: Sequence[str], *, by_index: bool, is_f
         read = read.where(tuple_(*keys) > tuple_(*after))
     page = _materialized(read.order_by(*keys).limit(bindparam("limit", type_=BigInteger)), "page")
     classed = _classed(page, case(*_by_purchase(page, tables, by_index)), tables, by_index).where(_is_judged(page))
-    found = _gathered(_materialized(classed, "classed"), literal(False)).subquery("found")
+    found = _gathered(_materialized(classed, "classed"), literal(False), lists_duplicates).subquery("found")
     last = select(array([cast(page.c[key], Text) for key in order])).offset(func.greatest(_count(page) - 1, 0)).limit(1)
     end = select(_count(page).label("passed"), last.scalar_subquery().label("last")).subquery("end")
     return select(end, found).select_from(end.outerjoin(found, true()))
 
 
-def portion_statement(tables: Tables, *, by_index: bool) -> Select[Any]:
+def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
     """what: given payments by class and currency; the unexplained one by one where ``lists`` says so
     lock: none · index: primary key of payments, those of a page, payment_id of dead_letters; the outbox in one scan
     """
@@ -95,7 +97,8 @@ def portion_statement(tables: Tables, *, by_index: bool) -> Select[Any]:
     flying = _materialized(_in_flight(page, tables), "in_flight")
     equation = _equation(page, tables, flying.c.id.is_not(None), by_index)
     classed = _classed(page, equation, tables, by_index).select_from(page.outerjoin(flying, flying.c.id == page.c.id))
-    return _gathered(_materialized(classed.where(_is_judged(page)), "classed"), bindparam("lists", type_=Boolean))
+    judged = _materialized(classed.where(_is_judged(page)), "classed")
+    return _gathered(judged, bindparam("lists", type_=Boolean), lists_duplicates)
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
@@ -147,11 +150,12 @@ def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: 
     return select(page, kind.label("kind"))
 
 
-def _gathered(classed: CTE, lists: ColumnElement[bool]) -> Select[Any]:
+def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
     """Count and money of each kind and currency; a row of its own for each payment that is listed."""
     kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
     is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
-    is_listed = or_(kind == REFUNDED_BUT_ACTIVE, and_(lists, is_unexplained))
+    is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
+    is_listed = or_(kind == REFUNDED_BUT_ACTIVE, and_(lists, is_unexplained), is_duplicate)
     listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id")}
     listed["created_at"] = case((classed.c.created_at >= _FIRST_MOMENT, classed.c.created_at))
     listed["age_seconds"] = seconds_since(classed.c.created_at)

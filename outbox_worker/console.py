@@ -25,16 +25,17 @@ _PLAIN_WIDTH = 1000
 
 def print_json(value: object) -> None:
     """One object on stdout: money as strings, times as RFC 3339 in UTC."""
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
 
 
-def _plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
+def plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
+    """A value as JSON and CSV have it."""
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return plain(asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     match value:
         case datetime():
             return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

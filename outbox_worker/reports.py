@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,11 @@ from outbox_worker import console
 from outbox_worker.audit import AuditReport
 from outbox_worker.conservation import PaymentClass
 from outbox_worker.dead_letters import Decision, Page, Preview
+from outbox_worker.duplicates import Duplicate
 from outbox_worker.fleet import WorkerRow
 from outbox_worker.model import DeadLetterState, Outcome, PaymentStatus
 from outbox_worker.status import Status, condition
-from outbox_worker.sweep import FoundPayment
+from outbox_worker.sweep import FoundPayment, Value
 
 if TYPE_CHECKING:
     from outbox_worker.bench import BenchReport, Run
@@ -169,6 +172,48 @@ def print_decided(seen: Preview, decision: Decision) -> None:
             console.line(f"{seen.count:,} event(s) are due again; the worker settles them like new ones.", "green")
         case Decision.DISCARD:
             console.line(f"{seen.count:,} dead letter(s) discarded; their payments count as waived.", "green")
+
+
+_OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
+
+
+def duplicates_object(found: Sequence[Duplicate]) -> dict[str, Any]:
+    """The object of ``duplicates list --json``."""
+    owed = Value.of(each.payment for each in found)
+    return {"count": owed.count, "owed_back": owed.money, "duplicates": found}
+
+
+def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
+    """One line a duplicate, and how much is owed back in all."""
+    if not found:
+        console.line("Nobody has paid twice.", "green")
+        return
+    rows = [
+        (
+            each.payment.payment_id,
+            each.payment.student_id,
+            each.payment.course_id,
+            f"{each.payment.amount:.2f} {each.payment.currency}",
+            console.ago(each.payment.age_seconds),
+            each.held_by or "a gift",
+        )
+        for each in found[:limit]
+    ]
+    console.columns("", ["payment", "student", "course", "amount", "age", "held by"], rows, numbers=(3, 4))
+    if len(found) > limit:
+        console.line(f"… and {len(found) - limit:,} more: --limit, or --csv or --json for all.", "dim")
+    owed = Value.of(each.payment for each in found)
+    console.line(f"\n{owed.count:,} payment(s) to be refunded: {money_text(owed.money).replace(chr(10), ', ')}.")
+
+
+def write_duplicates(found: Sequence[Duplicate]) -> None:
+    """All of them as CSV, with a heading; times in UTC."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(_OF_DUPLICATE)
+    for each in found:
+        paid = each.payment
+        row = (paid.payment_id, paid.student_id, paid.course_id, f"{paid.amount:.2f}", paid.currency, paid.created_at)
+        writer.writerow([console.plain(value) for value in (*row, each.held_by, each.held_since)])
 
 
 def print_letters(page: Page, state: DeadLetterState) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 from uuid import UUID
 
@@ -156,6 +157,8 @@ class Sight:
     """The unexplained ones of the last hour of the span."""
     unexplained: list[FoundPayment] = field(default_factory=list)
     """Not all of them, where the sweep was told how many to list."""
+    duplicates: list[FoundPayment] = field(default_factory=list)
+    """Where the sweep was told to list them."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
     unknown_statuses: Counter[str] = field(default_factory=Counter)
 
@@ -172,7 +175,8 @@ class Sight:
             if row.is_recent:
                 self.recent = self.recent + Value(row.payments, {row.currency: row.amount})
             if row.id is not None:
-                self.unexplained.append(_found(row))
+                listed = self.duplicates if row.kind == PaymentClass.DUPLICATE else self.unexplained
+                listed.append(_found(row))
 
     def value(self, kind: PaymentClass) -> Value:
         return Value(self.counts[kind], self.money[kind])
@@ -181,8 +185,9 @@ class Sight:
 class Sweep:
     """One pass over the payments of a span; each statement is a transaction of its own.
 
-    ``lists``: how many unexplained payments are listed, about (None: all); counts and money are of all.
-    ``target_seconds``: what a page should take. ``page_max`` and ``portion``: payments in one statement.
+    ``lists``: how many unexplained payments are listed, about (None: all); ``lists_duplicates``: duplicates are, too.
+    Counts and money are of all. ``target_seconds``: what a page should take. ``page_max`` and ``portion``: payments in
+    one statement.
     """
 
     def __init__(
@@ -195,6 +200,7 @@ class Sweep:
         target_seconds: float = 1.0,
         page_max: int = PAGE_MAX,
         portion: int = PORTION,
+        lists_duplicates: bool = False,
     ) -> None:
         self.sight = Sight()
         self._database, self._tables, self._span = database, tables, judged
@@ -206,9 +212,9 @@ class Sweep:
             by_index = has_index_paths(session, tables.purchases)
             self.order = _order(session, tables)
         self._plans = plans(by_index)
-        self._first = Statement(page_statement(tables, self.order, by_index=by_index, is_first=True))
-        self._next = Statement(page_statement(tables, self.order, by_index=by_index, is_first=False))
-        self._again = Statement(portion_statement(tables, by_index=by_index))
+        pages = partial(page_statement, tables, self.order, by_index=by_index, lists_duplicates=lists_duplicates)
+        self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
+        self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
 
     def place_of(self, payment: FoundPayment) -> Place:
         """Where a sweep is when this payment is the last that it passed."""
