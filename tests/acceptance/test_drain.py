@@ -375,3 +375,29 @@ def test_what_is_not_due_is_left(database_url: str, shop: Shop) -> None:
     shop.paid(due_in="1 hour")
     check_second_drain(database_url, shop)
     assert shop.count("outbox") == 1
+
+
+def test_confirmations_and_refunds_in_turns(both_guards: str, database_url: str, shop: Shop) -> None:
+    """An adopted outbox, which others share: both types are ours; a drain ends, and leaves what is theirs."""
+    shop.rows("COMMENT ON TABLE outbox IS 'the shop''s own'")
+    shop.pay_many(400)
+    refund_every_other(shop)
+    foreign = [shop.confirm(None, event_type=name) for name in ("RECEIPT_SENT", "REFUND_REPORTED")]
+    done = finish("run", "--drain", url=database_url, batch_size=50)
+    assert done.code == 0, done.stderr
+    assert {row.event_id for row in shop.rows("SELECT event_id FROM outbox")} == set(foreign)
+    assert dict(shop.rows("SELECT outcome, count(*) FROM processed_events GROUP BY 1")) == {
+        "created": 200,
+        "revoked": 200,
+    }
+    assert shop.active_pairs().total() == 200
+    assert shop.scalar("SELECT guard FROM workers") == both_guards
+
+
+def refund_every_other(shop: Shop) -> None:
+    """Half of the payments were refunded; in the outbox their refunds and the confirmations of the others alternate."""
+    shop.rows("UPDATE outbox SET event_type = 'PURCHASE_REFUNDED' WHERE id % 2 = 0")
+    shop.rows(
+        "UPDATE payments SET status = 'refunded' FROM outbox"
+        " WHERE event_type = 'PURCHASE_REFUNDED' AND payments.id = CAST(payload ->> 'payment_id' AS uuid)"
+    )

@@ -14,6 +14,8 @@ import psycopg
 import pytest
 from factories import Shop
 from processes import Process, eventually, finish, start
+from refunding import OPS, Pair, tell
+from refunding import check as check_pairs
 
 Connect = Callable[..., psycopg.Connection[Any]]
 BATCH = 100
@@ -63,8 +65,8 @@ def in_a_transaction(shop: Shop) -> bool:
     )
 
 
-def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random) -> int:
-    """Keep two workers running and kill one of them at random moments; return how many held a transaction then."""
+def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random, hands: int = 2) -> int:
+    """Keep workers running and kill one of them at random moments; return how many held a transaction then."""
     caught = 0
     turn = threading.Event()
     with ExitStack() as stack:
@@ -73,7 +75,7 @@ def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random
             # An event that a killed worker had alone is due again soon: the last drain finds it.
             return stack.enter_context(start("run", url=url, batch_size=BATCH, retry_base_seconds=0.1))
 
-        workers = [hire(), hire()]
+        workers = [hire() for _ in range(hands)]
         for worker in workers:
             worker.wait_for("worker_started")
         for _ in range(kills):
@@ -84,7 +86,7 @@ def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random
             if chance.random() < 0.5:
                 eventually(lambda: in_a_transaction(shop), "a transaction", patience=10)
             caught += in_a_transaction(shop)
-            victim = workers.pop(chance.randrange(2))
+            victim = workers.pop(chance.randrange(hands))
             victim.signal(signal.SIGKILL)
             workers.append(spare)
             assert victim.wait() == -signal.SIGKILL, victim.stderr
@@ -129,6 +131,48 @@ def prove(url: str, shop: Shop, connect: Connect, kills: int, guard: str) -> Non
         caught = kill_again_and_again(url, shop, kills, chance)
     assert caught >= kills // 4, "hardly anybody was killed at work; the test proves little"
     check(url, shop, kills)
+
+
+def tell_at_random(shop: Shop, pairs: list[Pair], chance: random.Random) -> None:
+    """New pairs, and of those that are there what was not told yet, and again what was."""
+    pairs += [Pair() for _ in range(10)]
+    some = chance.sample(pairs[-200:], min(len(pairs), BATCH))
+    tellings = [(pair, chance.choice(OPS)) for pair in some]
+    tell(shop, tellings + chance.sample(tellings, len(tellings) // 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hands", [2, 4])
+def test_kills_among_confirmations_and_refunds(
+    both_guards: str, hands: int, database_url: str, shop: Shop, connect: Connect
+) -> None:
+    """Every pair is in the end what the model says, in whatever order its events were told, and whoever was killed."""
+    chance, pairs, kills = random.Random(f"{both_guards} {hands}"), list[Pair](), 20
+    watch_charges(shop)
+    own, over = Shop(connect(autocommit=True)), threading.Event()
+
+    def produce() -> None:
+        while not over.is_set():
+            if own.count("outbox") < 5 * BATCH:
+                tell_at_random(own, pairs, chance)
+            over.wait(0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(produce)
+        try:
+            caught = kill_again_and_again(database_url, shop, kills, random.Random(hands), hands)
+        finally:
+            over.set()
+        running.result()
+    assert caught >= kills // 4, "hardly anybody was killed at work; the test proves little"
+    drained = finish("run", "--drain", url=database_url)
+    assert drained.code == 0, drained.stderr
+    assert shop.count("outbox") == 0
+    assert shop.rows("SELECT * FROM charged") == []
+    check_pairs(shop, pairs)
+    outcomes = dict(shop.rows("SELECT outcome, count(*) FROM processed_events GROUP BY 1"))
+    assert outcomes.keys() >= {"created", "suppressed", "revoked", "duplicate_payment"}
+    assert finish("audit", "--json", url=database_url).object["ok"] is True
 
 
 def test_five_kills(both_guards: str, database_url: str, shop: Shop, connect: Connect) -> None:

@@ -175,9 +175,13 @@ def test_a_refund_delivered_again_changes_nothing(shop: Shop, processor: ProbedP
 
 
 def test_two_refunds_of_one_payment_in_one_batch(shop: Shop, processor: ProbedProcessor) -> None:
+    """One statement cannot write a row twice; they go together all the same, and no savepoint is given up."""
     payment, _ = bought(shop)
     events = [shop.refund(payment) for _ in range(3)]
+    sent: list[str] = []
+    listener.listen(processor.database.engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
     assert settle(processor) == dict.fromkeys(events, Outcome.REVOKED)
+    assert [statement for statement in sent if statement.startswith("ROLLBACK")] == []
     assert [row.is_active for row in shop.purchases(payment)] == [False]
     for event in events:
         assert_marked(shop, event, payment)
