@@ -97,7 +97,8 @@ class Proof:
         return (
             f"Proved: of {sum(counts.values()):,} payments {counts[PaymentClass.ACTIVE]:,} gave their course exactly "
             f"once, {counts[PaymentClass.DUPLICATE]:,} paid for one a second time and {counts[PaymentClass.DEAD]:,} "
-            f"contradict their event (about these a person decides); none was taken for nothing."
+            f"contradict their event (about these a person decides); none was taken for nothing. "
+            f"None of {self.outcomes.get(Outcome.REVOKED, 0):,} refunded payments holds a course."
         )
 
 

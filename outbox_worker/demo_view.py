@@ -127,6 +127,7 @@ _MEANINGS = {
     Outcome.ALREADY_EXISTS: "delivered a second time",
     Outcome.DUPLICATE_PAYMENT: "paid a second time: not granted, told",
     Outcome.SUPPRESSED: "refunded meanwhile: not granted",
+    Outcome.REVOKED: "refunded: taken back, passed on to who paid, too",
     Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
     Reason.INVALID_PAYLOAD: "a payload that is no object: a dead letter",
     Reason.UNSUPPORTED_EVENT_TYPE: "somebody else's event: a dead letter",

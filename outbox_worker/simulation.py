@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID, uuid4
 
 import psycopg
 from psycopg.types.json import Jsonb
 
-from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, PaymentStatus
+from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome, PaymentStatus
 
 _INSERT_PAYMENT = """
     INSERT INTO payments (id, student_id, course_id, amount, currency, status) VALUES (%s, %s, %s, %s, 'EUR', %s)
@@ -23,10 +25,10 @@ _INSERT_EVENT = "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, 
 _INSERT_MARK = """
     INSERT INTO processed_events (event_id, event_type, outcome, payment_id) VALUES (%s, %s, %s, %s)
 """
-_CLEAR = "UPDATE payments SET status = 'succeeded', updated_at = clock_timestamp() WHERE id = %s"
+_CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""How long a payment that is late lets its event wait."""
+"""How long a payment that is late lets its event wait, and a student thinks about a course."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,10 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class _Late:
-    """A payment whose event is out already; it is written, or clears, when ``due`` has come."""
+    """What happens when ``due`` has come."""
 
     due: float
-    payment_id: UUID
-    order: Order
-    is_written: bool
+    act: Callable[[psycopg.Connection], None]
 
 
 class PaymentsService:
@@ -115,13 +115,16 @@ class PaymentsService:
             case 7 | 32:
                 self._deliver_twice(connection, payment_id, order)
             case 12:
-                self._pay_twice(connection, order)
+                self._pay_twice(connection, order, is_noticed=number % 100 < 50)
             case 17:
                 self._deliver_before_clearing(connection, payment_id, order)
             case 22:
                 self._deliver_before_payment(connection, payment_id, order)
             case 27:
-                self._refund(connection, payment_id, order)
+                self._refund_at_once(connection, payment_id, order)
+            case 47:
+                self._confirm(connection, payment_id, order)
+                self._later(partial(self._refund, payment_id, order))
             case 37:
                 self._contradict(connection, payment_id, order)
             case 42:
@@ -138,24 +141,34 @@ class PaymentsService:
         self._confirm(connection, payment_id, order)
         self._tell(connection, _payload(payment_id, order))
 
-    def _pay_twice(self, connection: psycopg.Connection, order: Order) -> None:
+    def _pay_twice(self, connection: psycopg.Connection, order: Order, *, is_noticed: bool) -> None:
+        first = uuid4()
+        self._confirm(connection, first, order)
         self._confirm(connection, uuid4(), order)
-        self._confirm(connection, uuid4(), order)
+        if is_noticed:
+            self._later(partial(self._refund, first, order))
 
     def _deliver_before_clearing(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
         with connection.transaction():
             _pay(connection, payment_id, order, PaymentStatus.PENDING)
             self._tell(connection, _payload(payment_id, order))
-        self._late.append(_Late(time.monotonic() + LATE_SECONDS, payment_id, order, is_written=True))
+        self._later(partial(_change, payment_id=payment_id, status=PaymentStatus.SUCCEEDED))
 
     def _deliver_before_payment(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
         self._tell(connection, _payload(payment_id, order))
-        self._late.append(_Late(time.monotonic() + LATE_SECONDS, payment_id, order, is_written=False))
+        self._later(partial(_pay, payment_id=payment_id, order=order))
 
-    def _refund(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+    def _refund_at_once(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
+        """Before anybody heard of the payment; the refund is told first."""
         with connection.transaction():
             _pay(connection, payment_id, order, PaymentStatus.REFUNDED)
+            self._tell(connection, _payload(payment_id, order), event_type=PURCHASE_REFUNDED)
             self._tell(connection, _payload(payment_id, order))
+
+    def _refund(self, payment_id: UUID, order: Order, connection: psycopg.Connection) -> None:
+        with connection.transaction():
+            _change(connection, payment_id, PaymentStatus.REFUNDED)
+            self._tell(connection, _payload(payment_id, order), event_type=PURCHASE_REFUNDED)
 
     def _contradict(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
         with connection.transaction():
@@ -179,13 +192,12 @@ class PaymentsService:
         connection.execute(_INSERT_EVENT, (event_id or uuid4(), event_type, Jsonb(payload)))
         self.events += 1
 
+    def _later(self, act: Callable[[psycopg.Connection], None]) -> None:
+        self._late.append(_Late(time.monotonic() + LATE_SECONDS, act))
+
     def _deliver_late(self, connection: psycopg.Connection, now: float) -> None:
         while self._late and self._late[0].due <= now:
-            late = self._late.popleft()
-            if late.is_written:
-                connection.execute(_CLEAR, (late.payment_id,))
-            else:
-                _pay(connection, late.payment_id, late.order)
+            self._late.popleft().act(connection)
 
 
 def _payload(payment_id: UUID, order: Order) -> dict[str, str]:
@@ -203,3 +215,7 @@ def _pay(
 ) -> None:
     row = (payment_id, order.student_id, order.course_id, order.amount, status)
     connection.execute(_INSERT_PAYMENT, row)
+
+
+def _change(connection: psycopg.Connection, payment_id: UUID, status: PaymentStatus) -> None:
+    connection.execute(_CHANGE, (status, payment_id))
