@@ -8,36 +8,20 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-from uuid import UUID
+from typing import Annotated
 
 import typer
-from loguru import logger
 from sqlalchemy.exc import DBAPIError
 
 from outbox_worker import __version__
-from outbox_worker.database import Database, unavailable
-from outbox_worker.errors import (
-    Failure,
-    OutboxWorkerError,
-    SchemaError,
-    SettingError,
-    WrongUsage,
-    classify,
-    describe,
-    said,
-    sqlstate,
-    trace,
-)
-from outbox_worker.model import DeadLetterState, Guard
+from outbox_worker.database import Database
+from outbox_worker.errors import OutboxWorkerError, SchemaError, SettingError, describe, sqlstate, trace
+from outbox_worker.invocation import AsJson, Config, Limit, fail, in_a_sentence, open_database, start_logging
+from outbox_worker.model import Guard
 from outbox_worker.moments import parse_duration, parse_moment
-from outbox_worker.schema import Tables, build_tables
-from outbox_worker.settings import Settings, load_settings, unknown_variables
-from outbox_worker.telemetry import configure_logging
-
-if TYPE_CHECKING:
-    from outbox_worker.dead_letters import Selection
+from outbox_worker.schema import Tables
+from outbox_worker.settings import load_settings
+from outbox_worker.worklists import duplicates_app, letters_app
 
 app = typer.Typer(
     name="outbox-worker",
@@ -52,9 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-duplicates_app = typer.Typer(help="Payments that are owed back.", no_args_is_help=True)
 app.add_typer(duplicates_app, name="duplicates")
-letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
 app.add_typer(letters_app, name="dead-letters")
 
 
@@ -66,16 +48,6 @@ class Option(StrEnum):
 
     UNIQUE_INDEX = "unique_index"
     NOTIFY = "notify"
-
-
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="TOML file with settings (also OUTBOX_CONFIG).", show_default=False),
-]
-Limit = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Show so many payments of a list, the oldest; --json shows all.")
-]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
 
 
 @app.command()
@@ -121,7 +93,7 @@ def run(
         log_level=log_level,
         log_format=log_format,
     )
-    _start_logging(settings)
+    start_logging(settings)
     with Signals() as signals:
         worker = Worker(settings)
         status = worker.drain(signals) if drain else worker.run(signals)
@@ -147,13 +119,13 @@ def migrate(
     from outbox_worker import console
     from outbox_worker.migration import upgrade
 
-    settings, database, tables = _open(config, patient=True)
+    settings, database, tables = open_database(config, patient=True)
     try:
         done = upgrade(database, settings, tables, [str(option) for option in with_ or []])
     except DBAPIError as error:
         if sqlstate(error) != "42501":
             raise
-        said = _in_a_sentence(error)
+        said = in_a_sentence(error)
         raise SchemaError(f"{said} migrate runs as the owner of the tables, not as the role of a worker.") from None
     for name in done.created:
         console.line(f"created  {name}")
@@ -186,7 +158,7 @@ def status(
     from outbox_worker import console, reports
     from outbox_worker.status import read_status
 
-    settings, database, tables = _open(config)
+    settings, database, tables = open_database(config)
 
     def show() -> None:
         now = read_status(database, tables, settings.unknown_types)
@@ -206,9 +178,9 @@ def _outlast(show: Callable[[], None]) -> None:
     try:
         show()
     except OutboxWorkerError as error:
-        _fail(error)
+        fail(error)
     except DBAPIError as error:
-        _fail(_in_a_sentence(error))
+        fail(in_a_sentence(error))
 
 
 @app.command()
@@ -225,7 +197,7 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     from outbox_worker.audit import Audit
     from outbox_worker.sweep import STATEMENT_SECONDS
 
-    _, database, tables = _open(config, deadline_seconds=STATEMENT_SECONDS)
+    _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
     audit = Audit(database, tables)
     with console.progress("payments", audit.estimate) as told:
         report = audit.run(told)
@@ -275,7 +247,7 @@ def backfill(
     from outbox_worker.sweep import STATEMENT_SECONDS
 
     request = Request(
-        actor=actor or _user(),
+        actor=actor or current_user(),
         reason=reason,
         since=parse_moment(since, "--since") if since else None,
         until=parse_moment(until, "--until") if until else None,
@@ -284,7 +256,7 @@ def backfill(
         max_rate=max_rate,
         dry_run=dry_run,
     )
-    settings, database, tables = _open(config, deadline_seconds=STATEMENT_SECONDS)
+    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
     work = Backfill(database, tables, settings.retry_policy, request)
     with console.progress("payments", work.estimate) as told:
         owed = work.look(told)
@@ -295,205 +267,6 @@ def backfill(
     else:
         backfill_view.print_backfill(report, request.max_repairs, limit)
     raise typer.Exit(0 if report.ok else 1)
-
-
-EventIds = Annotated[
-    list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Events, by their ids.", show_default=False)
-]
-DeadReason = Annotated[
-    str | None,
-    typer.Option("--dead-reason", metavar="REASON", help="Only those dead of this reason.", show_default=False),
-]
-OfType = Annotated[
-    str | None, typer.Option("--type", metavar="TYPE", help="Only events of this type.", show_default=False)
-]
-OlderThan = Annotated[
-    str | None,
-    typer.Option(metavar="DURATION", help="Only those dead for so long: 90s, 5m, 2h, 1d.", show_default=False),
-]
-AllOfThem = Annotated[bool, typer.Option("--all", metavar="", help="All open dead letters.")]
-Actor = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides.", show_default=False)]
-Why = Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Why; it is kept.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Only show what it would be about.")]
-Token = Annotated[
-    str | None,
-    typer.Option(
-        "--preview", metavar="TOKEN", help="Only if nothing changed since that --dry-run.", show_default=False
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask whether to go on.")]
-
-
-@letters_app.command("list")
-def list_dead_letters(
-    config: Config = None,
-    json: AsJson = False,
-    state: Annotated[
-        DeadLetterState, typer.Option(metavar="STATE", help="open, requeued, discarded or settled.")
-    ] = DeadLetterState.OPEN,
-    reason: Annotated[
-        str | None,
-        typer.Option(
-            "--reason", "--dead-reason", metavar="REASON", help="Only those dead of this reason.", show_default=False
-        ),
-    ] = None,
-    event_type: OfType = None,
-    older_than: OlderThan = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many, oldest first.")] = 100,
-    after: Annotated[
-        str | None, typer.Option(metavar="PLACE", help="Go on behind a page; it says where.", show_default=False)
-    ] = None,
-) -> None:
-    """List dead letters, oldest first."""
-    from outbox_worker import console, reports
-    from outbox_worker.dead_letters import Place, Selection, list_letters
-    from outbox_worker.health import check_schema
-
-    age = parse_duration(older_than, "--older-than") if older_than else None
-    selection = Selection(state=state, reason=reason, event_type=event_type, older_than=age)
-    place = Place.parse(after) if after else None
-    _, database, tables = _open(config)
-    with database.transaction() as session:
-        check_schema(session, tables, {"dead_letters": ("SELECT",)})
-        page = list_letters(session, tables, selection, after=place, limit=limit)
-    if json:
-        console.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})
-        return
-    reports.print_letters(page, state)
-
-
-@letters_app.command("requeue")
-def requeue_dead_letters(
-    events: EventIds = None,
-    *,
-    config: Config = None,
-    json: AsJson = False,
-    all_: AllOfThem = False,
-    dead_reason: DeadReason = None,
-    event_type: OfType = None,
-    older_than: OlderThan = None,
-    actor: Actor = None,
-    why: Why = None,
-    dry_run: DryRun = False,
-    preview: Token = None,
-    yes: Yes = False,
-) -> None:
-    """Try dead events again, as if they came now.
-
-    Those named by their event ids, or all open ones that match. Says first
-    how many they are and how much money they are about.
-    """
-    selection = _select(events, all_, dead_reason, event_type, older_than)
-    _decide(config, "requeue", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
-
-
-@letters_app.command("discard")
-def discard_dead_letters(
-    events: EventIds = None,
-    *,
-    config: Config = None,
-    json: AsJson = False,
-    all_: AllOfThem = False,
-    dead_reason: DeadReason = None,
-    event_type: OfType = None,
-    older_than: OlderThan = None,
-    actor: Actor = None,
-    why: Why = None,
-    dry_run: DryRun = False,
-    preview: Token = None,
-    yes: Yes = False,
-) -> None:
-    """Close dead letters for good: nothing is owed for them.
-
-    The audit counts their payments as waived from then on, by whom and why.
-    """
-    selection = _select(events, all_, dead_reason, event_type, older_than)
-    _decide(config, "discard", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
-
-
-def _select(
-    events: list[UUID] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
-) -> Selection:
-    from outbox_worker.dead_letters import Selection
-
-    chosen = bool(reason or event_type or older_than)
-    if bool(events) == (all_ or chosen):
-        raise WrongUsage("Name events by their ids, or choose open ones: --all, --dead-reason, --type, --older-than.")
-    age = parse_duration(older_than, "--older-than") if older_than else None
-    return Selection(event_ids=events or (), reason=reason, event_type=event_type, older_than=age)
-
-
-def _decide(
-    config: Path | None,
-    verb: str,
-    selection: Selection,
-    *,
-    json: bool,
-    actor: str | None,
-    why: str | None,
-    dry_run: bool,
-    token: str | None,
-    yes: bool,
-) -> None:
-    """Show what a decision is about; ask who and why; carry it out."""
-    from outbox_worker import console, reports
-    from outbox_worker.dead_letters import Decision, check_decidable, decide_letters, preview
-    from outbox_worker.health import DECIDING, check_schema
-
-    decision, is_asked = Decision(verb), sys.stdin.isatty() and sys.stderr.isatty()
-    if not dry_run and not is_asked and not (actor and why):
-        raise WrongUsage("--actor and --reason are required where nobody can be asked.")
-    _, database, tables = _open(config, patient=True)
-    with database.snapshot() as session:
-        tables = check_schema(session, tables, DECIDING)
-        check_decidable(session, tables, selection, decision)
-        seen = preview(session, tables, selection)
-    if not json:
-        reports.print_preview(seen, decision)
-    is_done = bool(seen.count) and not dry_run
-    if is_done:
-        actor = actor or typer.prompt("Who decides?", default=getpass.getuser(), err=True)
-        why = why or typer.prompt("Why?", err=True)
-        if is_asked and not yes:
-            typer.confirm(f"{verb} {seen.count:,} event(s)?", abort=True, err=True)
-        with database.transaction() as session:
-            decide_letters(session, tables, selection, decision, token=token or seen.token, actor=actor, why=why)
-        logger.bind(event="dead_letters_decided", decision=str(decision), count=seen.count, actor=actor).info(
-            "a person has decided on dead letters"
-        )
-    if json:
-        console.print_json({"decision": decision, "is_done": is_done, "preview": seen})
-    elif is_done:
-        reports.print_decided(seen, decision)
-
-
-@duplicates_app.command("list")
-def list_duplicates(
-    config: Config = None,
-    json: AsJson = False,
-    csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print all as CSV, for the accounts.")] = False,
-    limit: Limit = 100,
-) -> None:
-    """List who paid twice for what, oldest first.
-
-    An entry is gone as soon as its payment is refunded.
-    """
-    from outbox_worker import console, reports
-    from outbox_worker.duplicates import Duplicates
-    from outbox_worker.sweep import STATEMENT_SECONDS
-
-    if json and csv:
-        raise WrongUsage("--json or --csv, not both.")
-    _, database, tables = _open(config, deadline_seconds=STATEMENT_SECONDS)
-    duplicates = Duplicates(database, tables)
-    with console.progress("payments", duplicates.estimate) as told:
-        found = duplicates.list(told)
-    if json:
-        console.print_json(reports.duplicates_object(found))
-    elif csv:
-        reports.write_duplicates(found)
-    else:
-        reports.print_duplicates(found, limit)
 
 
 @app.command()
@@ -572,31 +345,11 @@ def psql(
     raise typer.Exit(subprocess.run([program, *flags, *(arguments or [])], check=False).returncode)  # noqa: S603
 
 
-def _open(
-    config: Path | None, *, patient: bool = False, deadline_seconds: float = 0.0
-) -> tuple[Settings, Database, Tables]:
-    """Settings and a database that answers. Its deadline is that of the settings, or ``deadline_seconds`` where that is
-    longer; ``patient``: none."""
-    settings = load_settings(config=config)
-    _start_logging(settings)
-    longest = max(settings.database_deadline_seconds, deadline_seconds)
-    database = Database(settings, deadline_seconds=None if patient else longest)
-    database.check()
-    return settings, database, build_tables(settings)
-
-
-def _start_logging(settings: Settings) -> None:
-    configure_logging(settings.log_level, settings.log_format)
-    for name, near in unknown_variables(os.environ).items():
-        hint = f"; did you mean {near}?" if near else ""
-        logger.bind(event="unknown_setting", variable=name).warning("{} is no setting{}", name, hint)
-
-
 def _seconds(duration: str | None, option: str) -> float | None:
     return None if duration is None else parse_duration(duration, option).total_seconds()
 
 
-def _user() -> str:
+def current_user() -> str:
     """The operating system's name for whoever runs this."""
     try:
         return getpass.getuser()
@@ -637,14 +390,14 @@ def run_command() -> int:
     try:
         app()
     except OutboxWorkerError as error:
-        return _fail(error)
+        return fail(error)
     except SystemExit as ended:
         return int(ended.code or 0)
     except Exception as error:
         if _was_interrupted(error):
             raise KeyboardInterrupt from None
         if isinstance(error, DBAPIError):
-            return _fail(_in_a_sentence(error))
+            return fail(in_a_sentence(error))
         if isinstance(error, OSError):
             raise
         return _fail_unforeseen(error)
@@ -658,32 +411,8 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-_REMEDIES = {
-    "42P01": "Run `outbox-worker migrate`, or name your table in OUTBOX_TABLES.",
-    "3F000": "Run `outbox-worker migrate`, or name your schema in OUTBOX_SCHEMA.",
-    "42703": "Name your column in OUTBOX_COLUMNS.",
-    "42501": "",
-}
-
-
-def _in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
-    match classify(error):
-        case Failure.RECONNECT | Failure.RETRY:
-            return unavailable(error)
-        case Failure.PAUSE | Failure.UNCLEAR:
-            remedy = _REMEDIES.get(sqlstate(error) or "", "Look at tables, columns and privileges.")
-            return SchemaError(f"The database refused: {said(error)}. {remedy}".rstrip())
-        case _:
-            return OutboxWorkerError(f"The database refused: {describe(error)}.")
-
-
 def _fail_unforeseen(error: Exception) -> int:
     """Our own error, and where it was raised; a message, or that of a cause, may repeat what a row says."""
     places = "".join(f"\n  {place}" for place in trace(error))
     sys.stderr.write(f"outbox-worker: An error of ours, please report it: {describe(error)}{places}\n")
     return 1
-
-
-def _fail(error: OutboxWorkerError) -> int:
-    sys.stderr.write(f"outbox-worker: {error}\n")
-    return error.exit_code

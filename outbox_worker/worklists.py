@@ -1,0 +1,221 @@
+"""The commands for what waits for a person: dead letters, and payments that are owed back."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
+
+import typer
+from loguru import logger
+
+from outbox_worker.errors import WrongUsage
+from outbox_worker.invocation import AsJson, Config, Limit, open_database
+from outbox_worker.model import DeadLetterState
+from outbox_worker.moments import parse_duration
+
+if TYPE_CHECKING:
+    from outbox_worker.dead_letters import Selection
+
+duplicates_app = typer.Typer(help="Payments that are owed back.", no_args_is_help=True)
+letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
+
+EventIds = Annotated[
+    list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Events, by their ids.", show_default=False)
+]
+DeadReason = Annotated[
+    str | None,
+    typer.Option("--dead-reason", metavar="REASON", help="Only those dead of this reason.", show_default=False),
+]
+OfType = Annotated[
+    str | None, typer.Option("--type", metavar="TYPE", help="Only events of this type.", show_default=False)
+]
+OlderThan = Annotated[
+    str | None,
+    typer.Option(metavar="DURATION", help="Only those dead for so long: 90s, 5m, 2h, 1d.", show_default=False),
+]
+AllOfThem = Annotated[bool, typer.Option("--all", metavar="", help="All open dead letters.")]
+Actor = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides.", show_default=False)]
+Why = Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Why; it is kept.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Only show what it would be about.")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        "--preview", metavar="TOKEN", help="Only if nothing changed since that --dry-run.", show_default=False
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask whether to go on.")]
+
+
+@letters_app.command("list")
+def list_dead_letters(
+    config: Config = None,
+    json: AsJson = False,
+    state: Annotated[
+        DeadLetterState, typer.Option(metavar="STATE", help="open, requeued, discarded or settled.")
+    ] = DeadLetterState.OPEN,
+    reason: Annotated[
+        str | None,
+        typer.Option(
+            "--reason", "--dead-reason", metavar="REASON", help="Only those dead of this reason.", show_default=False
+        ),
+    ] = None,
+    event_type: OfType = None,
+    older_than: OlderThan = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many, oldest first.")] = 100,
+    after: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="Go on behind a page; it says where.", show_default=False)
+    ] = None,
+) -> None:
+    """List dead letters, oldest first."""
+    from outbox_worker import console, reports
+    from outbox_worker.dead_letters import Place, Selection, list_letters
+    from outbox_worker.health import check_schema
+
+    age = parse_duration(older_than, "--older-than") if older_than else None
+    selection = Selection(state=state, reason=reason, event_type=event_type, older_than=age)
+    place = Place.parse(after) if after else None
+    _, database, tables = open_database(config)
+    with database.transaction() as session:
+        check_schema(session, tables, {"dead_letters": ("SELECT",)})
+        page = list_letters(session, tables, selection, after=place, limit=limit)
+    if json:
+        console.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})
+        return
+    reports.print_letters(page, state)
+
+
+@letters_app.command("requeue")
+def requeue_dead_letters(
+    events: EventIds = None,
+    *,
+    config: Config = None,
+    json: AsJson = False,
+    all_: AllOfThem = False,
+    dead_reason: DeadReason = None,
+    event_type: OfType = None,
+    older_than: OlderThan = None,
+    actor: Actor = None,
+    why: Why = None,
+    dry_run: DryRun = False,
+    preview: Token = None,
+    yes: Yes = False,
+) -> None:
+    """Try dead events again, as if they came now.
+
+    Those named by their event ids, or all open ones that match. Says first
+    how many they are and how much money they are about.
+    """
+    selection = _select(events, all_, dead_reason, event_type, older_than)
+    _decide(config, "requeue", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
+
+
+@letters_app.command("discard")
+def discard_dead_letters(
+    events: EventIds = None,
+    *,
+    config: Config = None,
+    json: AsJson = False,
+    all_: AllOfThem = False,
+    dead_reason: DeadReason = None,
+    event_type: OfType = None,
+    older_than: OlderThan = None,
+    actor: Actor = None,
+    why: Why = None,
+    dry_run: DryRun = False,
+    preview: Token = None,
+    yes: Yes = False,
+) -> None:
+    """Close dead letters for good: nothing is owed for them.
+
+    The audit counts their payments as waived from then on, by whom and why.
+    """
+    selection = _select(events, all_, dead_reason, event_type, older_than)
+    _decide(config, "discard", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
+
+
+def _select(
+    events: list[UUID] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
+) -> Selection:
+    from outbox_worker.dead_letters import Selection
+
+    chosen = bool(reason or event_type or older_than)
+    if bool(events) == (all_ or chosen):
+        raise WrongUsage("Name events by their ids, or choose open ones: --all, --dead-reason, --type, --older-than.")
+    age = parse_duration(older_than, "--older-than") if older_than else None
+    return Selection(event_ids=events or (), reason=reason, event_type=event_type, older_than=age)
+
+
+def _decide(
+    config: Path | None,
+    verb: str,
+    selection: Selection,
+    *,
+    json: bool,
+    actor: str | None,
+    why: str | None,
+    dry_run: bool,
+    token: str | None,
+    yes: bool,
+) -> None:
+    """Show what a decision is about; ask who and why; carry it out."""
+    from outbox_worker import console, reports
+    from outbox_worker.dead_letters import Decision, check_decidable, decide_letters, preview
+    from outbox_worker.health import DECIDING, check_schema
+
+    decision, is_asked = Decision(verb), sys.stdin.isatty() and sys.stderr.isatty()
+    if not dry_run and not is_asked and not (actor and why):
+        raise WrongUsage("--actor and --reason are required where nobody can be asked.")
+    _, database, tables = open_database(config, patient=True)
+    with database.snapshot() as session:
+        tables = check_schema(session, tables, DECIDING)
+        check_decidable(session, tables, selection, decision)
+        seen = preview(session, tables, selection)
+    if not json:
+        reports.print_preview(seen, decision)
+    is_done = bool(seen.count) and not dry_run
+    if is_done:
+        actor = actor or typer.prompt("Who decides?", default=getpass.getuser(), err=True)
+        why = why or typer.prompt("Why?", err=True)
+        if is_asked and not yes:
+            typer.confirm(f"{verb} {seen.count:,} event(s)?", abort=True, err=True)
+        with database.transaction() as session:
+            decide_letters(session, tables, selection, decision, token=token or seen.token, actor=actor, why=why)
+        logger.bind(event="dead_letters_decided", decision=str(decision), count=seen.count, actor=actor).info(
+            "a person has decided on dead letters"
+        )
+    if json:
+        console.print_json({"decision": decision, "is_done": is_done, "preview": seen})
+    elif is_done:
+        reports.print_decided(seen, decision)
+
+
+@duplicates_app.command("list")
+def list_duplicates(
+    config: Config = None,
+    json: AsJson = False,
+    csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print all as CSV, for the accounts.")] = False,
+    limit: Limit = 100,
+) -> None:
+    """List who paid twice for what, oldest first.
+
+    An entry is gone as soon as its payment is refunded.
+    """
+    from outbox_worker import console, reports
+    from outbox_worker.duplicates import Duplicates
+    from outbox_worker.sweep import STATEMENT_SECONDS
+
+    if json and csv:
+        raise WrongUsage("--json or --csv, not both.")
+    _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    duplicates = Duplicates(database, tables)
+    with console.progress("payments", duplicates.estimate) as told:
+        found = duplicates.list(told)
+    if json:
+        console.print_json(reports.duplicates_object(found))
+    elif csv:
+        reports.write_duplicates(found)
+    else:
+        reports.print_duplicates(found, limit)
