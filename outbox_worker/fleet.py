@@ -14,14 +14,14 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, Table, delete, func, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from outbox_worker import __version__
 from outbox_worker.database import seconds_since
 from outbox_worker.model import Guard
-from outbox_worker.schema import Tables
+from outbox_worker.schema import Tables, by_column
 
 KEPT = timedelta(days=1)
 """How long the row of a process that is gone stays visible."""
@@ -82,7 +82,7 @@ class Fleet:
         said = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
         row = insert(self._workers).values(**who, **said)
         session.execute(
-            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=_by_column(self._workers, said))
+            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=by_column(self._workers, said))
         )
 
 
@@ -100,10 +100,6 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return pid != os.getpid()
-
-
-def _by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
-    return {table.c[key]: value for key, value in values.items()}
 
 
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:

@@ -15,12 +15,12 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Row, Select, Table, and_, delete, func, insert, null, or_, select, text, update
+from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, null, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from outbox_worker.database import seconds_since
 from outbox_worker.fleet import is_gone
-from outbox_worker.schema import Tables
+from outbox_worker.schema import Tables, by_column
 from outbox_worker.sweep import Value
 
 SILENT_AFTER_SECONDS = 60.0
@@ -171,7 +171,7 @@ class Runs:
         runs = self._runs
         now_ours = {"host": socket.gethostname(), "pid": os.getpid(), "seen_at": func.clock_timestamp()}
         taken = update(runs).where(runs.c.id == row.id, runs.c.seen_at == row.seen_at, runs.c.finished_at.is_(None))
-        return session.scalar(taken.values(_by_column(runs, now_ours)).returning(runs.c.id)) is not None
+        return session.scalar(taken.values(by_column(runs, now_ours)).returning(runs.c.id)) is not None
 
     def _tidy_up(self, session: Session) -> None:
         """Periodic backfills that died are over; old ones are forgotten, but for the last full one."""
@@ -183,7 +183,7 @@ class Runs:
 
     def _update(self, session: Session, key: UUID, **values: Any) -> None:
         said = {"seen_at": func.clock_timestamp(), **values}
-        session.execute(update(self._runs).where(self._runs.c.id == key).values(_by_column(self._runs, said)))
+        session.execute(update(self._runs).where(self._runs.c.id == key).values(by_column(self._runs, said)))
 
 
 def written_left(left: Value, recent: Value) -> dict[str, Any]:
@@ -194,7 +194,3 @@ def written_left(left: Value, recent: Value) -> dict[str, Any]:
 def _run(row: Row[Any]) -> Run:
     span = Range(row.since, row.until, row.cutoff)
     return Run(row.id, span, row.started_at, row.actor, row.cursor, row.counts)
-
-
-def _by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
-    return {table.c[key]: value for key, value in values.items()}

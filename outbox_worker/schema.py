@@ -5,6 +5,7 @@ A column's key is the name of docs/architecture.md, whatever the database calls 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +111,11 @@ class _Builder:
 
     def table(self, *parts: Any) -> Table:
         return Table(self.naming.table, self.metadata, *parts, schema=self.naming.schema)
+
+
+def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
+    """Values given by the keys of their columns, as INSERT and UPDATE take them."""
+    return {table.c[key]: value for key, value in values.items()}
 
 
 def build_tables(settings: Settings) -> Tables:

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from conftest import MakeProcessor
 from factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
-from refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run
+from refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
 from sqlalchemy.exc import DBAPIError
 from trips import RoundTrips
 
@@ -123,6 +123,22 @@ def test_refusals_are_charged_once_another_purchase_was_written_meanwhile(
     shop.rows("UPDATE outbox SET due_at = clock_timestamp() WHERE id % 2 = 0")
     assert not passes(processor)
     assert shop.scalar("SELECT max(attempts) FROM outbox") == 1, "each time anew"
+
+
+def test_beside_one_in_doubt_what_is_an_events_own_fault_is_charged(shop: Shop, processor: ProbedProcessor) -> None:
+    """Once it is known that the database can write: no purchase of this batch need be the proof."""
+    bad, own = f"NEW.course_id = '{BAD}'", "NEW.amount = 13"
+    raised = "RAISE EXCEPTION 'no' USING ERRCODE ="
+    run(shop, trigger(f"IF {bad} THEN {raised} '42883'; ELSIF {own} THEN {raised} 'P0001'; END IF;"))
+    _, doubted = pay(shop, BAD)
+    assert not passes(processor)
+    shop.rows("UPDATE outbox SET due_at = clock_timestamp() + interval '1 hour'")
+    pay(shop, GOOD)
+    assert passes(processor)
+    shop.make_due()
+    _, refused = shop.paid(amount="13.00")
+    assert passes(processor)
+    assert [shop.event(event).attempts for event in (doubted, refused)] == [1, 1]
 
 
 def test_a_database_that_stops_writing_purchases_charges_nobody(shop: Shop, processor: ProbedProcessor) -> None:
