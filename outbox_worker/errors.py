@@ -98,6 +98,11 @@ class Failure(StrEnum):
     """Ours: roll back, log ERROR, pause."""
 
 
+UNIQUE_VIOLATION = "23505"
+"""Somebody else was first, or a mark is there."""
+NO_ARBITER = ("42P10", "55000")
+"""No index matches ON CONFLICT, or only a deferrable one: the guard ``index`` is not in force."""
+
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
     "40P01": Failure.RETRY,  # deadlock_detected

@@ -18,7 +18,7 @@ from outbox_worker.conservation import PaymentClass, portion_statement
 from outbox_worker.database import INDEX_PLANS, Database, Statement, repeat, set_local
 from outbox_worker.dead_letters import open_confirmations
 from outbox_worker.decision import RetryPolicy, decide
-from outbox_worker.errors import Failure, classify, describe, sqlstate
+from outbox_worker.errors import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
 from outbox_worker.guard import GuardState, GuardWatch
 from outbox_worker.model import GRANTS, PURCHASE_BACKFILLED, Batch, Guard, Outcome, Repeated
 from outbox_worker.outbox import Outbox
@@ -30,8 +30,6 @@ from outbox_worker.sweep import FoundPayment, plans
 CHUNK = 500
 """Payments in one transaction, at most."""
 _ATTEMPTS = 8
-_NO_ARBITER = ("42P10", "55000")
-_UNIQUE_VIOLATION = "23505"
 _OF_PAYMENTS = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR)
 
 
@@ -129,13 +127,13 @@ class Repairs:
         """What to try instead, last first: by the lock, in halves, or once more; nothing where one stands alone."""
         if classify(error) not in _OF_PAYMENTS:
             raise error
-        if sqlstate(error) in _NO_ARBITER and self._guard.state.guard is Guard.INDEX:
+        if sqlstate(error) in NO_ARBITER and self._guard.state.guard is Guard.INDEX:
             self._guard.fall_back()
             return [part]
         if len(part) > 1:
             middle = len(part) // 2
             return [part[middle:], part[:middle]]
-        if sqlstate(error) == _UNIQUE_VIOLATION and part[0].payment_id not in tried:
+        if sqlstate(error) == UNIQUE_VIOLATION and part[0].payment_id not in tried:
             tried.add(part[0].payment_id)
             return [part]  # somebody else was first: look again
         return []

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database import savepoint
 from outbox_worker.decision import RetryPolicy, refused, retry_delay
-from outbox_worker.errors import Failure, Inconsistent, classify, describe, sqlstate
+from outbox_worker.errors import NO_ARBITER, UNIQUE_VIOLATION, Failure, Inconsistent, classify, describe, sqlstate
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
 from outbox_worker.model import Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
@@ -31,8 +31,6 @@ MAX_SAVEPOINTS = 32
 BATCHES_TO_LOOK_AT = 100
 """After a marked event was met among those taken for new: so many batches have their marks looked at first."""
 
-_UNIQUE_VIOLATION = "23505"
-_NO_ARBITER = ("42P10", "55000")
 _NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
 
 # what: makes deferred constraints speak now, inside the savepoint, not at COMMIT · lock: none
@@ -78,7 +76,7 @@ class _Bisection:
         """Halve the part; an event that stands alone is refused."""
         if len(part) > 1:
             self.parts += reversed(_halves(part))
-        elif sqlstate(error) == _UNIQUE_VIOLATION and not self._looked_again & part.keys():
+        elif sqlstate(error) == UNIQUE_VIOLATION and not self._looked_again & part.keys():
             self._looked_again |= part.keys()
             self.parts.append(part)  # somebody else was first: read back
         else:
@@ -153,7 +151,7 @@ class Settlement:
         """All in one savepoint, by the guard in force; the error where an event of the batch makes that impossible."""
         if self._guard.state.guard is Guard.INDEX:
             settled = self._attempt_as_new(session, batch, Footing(self._guard.state), savepoints)
-            if isinstance(settled, dict) or sqlstate(settled) not in _NO_ARBITER:
+            if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
                 return settled
             self._guard.fall_back()
         guard = self._guard.state
@@ -187,7 +185,7 @@ class Settlement:
                 found.verdicts |= self._attempt(session, part, footing, savepoints, checks_deferred=True)
             except DBAPIError as error:
                 self._raise_if_no_events_fault(error)
-                if sqlstate(error) not in _NO_ARBITER or footing.guard.guard is Guard.LOCK:
+                if sqlstate(error) not in NO_ARBITER or footing.guard.guard is Guard.LOCK:
                     found.failed(part, error)
                     continue
                 self._guard.fall_back()
@@ -238,7 +236,7 @@ class Settlement:
         """Marks are not looked at, since nearly all events come once; one that is there shows when it is written."""
         if not self._batches_to_look_at:
             settled = self._attempt_all(session, batch, replace(footing, looks_at_marks=False), savepoints)
-            if isinstance(settled, dict) or sqlstate(settled) != _UNIQUE_VIOLATION:
+            if isinstance(settled, dict) or sqlstate(settled) != UNIQUE_VIOLATION:
                 return settled
             self._batches_to_look_at = BATCHES_TO_LOOK_AT
         self._batches_to_look_at -= 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -14,6 +12,7 @@ import psycopg
 import pytest
 from conftest import MakeDatabase, MakeProcessor
 from factories import Clerk, Payment, ProbedProcessor, Shop, drain_all
+from interleaving import poll
 from refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
 from sqlalchemy import event as listener
 from sqlalchemy.exc import DBAPIError
@@ -402,14 +401,6 @@ def commit_and_hang_up(connection: Any) -> None:
     driver = connection.connection.dbapi_connection
     driver.commit()
     driver.close()
-
-
-def poll(look: Callable[[], Any], what: str) -> Any:
-    deadline, turn = time.monotonic() + PATIENCE_SECONDS, threading.Event()
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s: {what}"
-        turn.wait(0.005)
-    return found
 
 
 def db_now(shop: Shop) -> datetime:
