@@ -21,7 +21,7 @@ from outbox_worker.model import Guard
 from outbox_worker.moments import parse_duration, parse_moment
 from outbox_worker.schema import Tables
 from outbox_worker.settings import load_settings
-from outbox_worker.worklists import duplicates_app, letters_app
+from outbox_worker.worklists import duplicates_app, letters_app, why
 
 app = typer.Typer(
     name="outbox-worker",
@@ -267,6 +267,9 @@ def backfill(
     else:
         backfill_view.print_backfill(report, request.max_repairs, limit)
     raise typer.Exit(0 if report.ok else 1)
+
+
+app.command()(why)
 
 
 @app.command()

@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker import payload
-from outbox_worker.database import Keys, seconds_since
+from outbox_worker.database import Keys, readable, seconds_since
 from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, DeadLetterState, PaymentStatus
 from outbox_worker.schema import Tables
 
@@ -60,8 +60,6 @@ UNKNOWN_STATUS = "unknown_status"
 """What a payment that is not standing can be, for a person to look at."""
 
 _READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
-_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('0001-01-02' AS timestamptz)")
-"""Before it, or never (``-infinity``): clients cannot read such times."""
 
 Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 
@@ -157,7 +155,7 @@ def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) 
     is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
     is_listed = or_(kind == REFUNDED_BUT_ACTIVE, and_(lists, is_unexplained), is_duplicate)
     listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id")}
-    listed["created_at"] = case((classed.c.created_at >= _FIRST_MOMENT, classed.c.created_at))
+    listed["created_at"] = readable(classed.c.created_at)
     listed["age_seconds"] = seconds_since(classed.c.created_at)
     each = select(
         kind,

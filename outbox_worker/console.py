@@ -81,7 +81,7 @@ def columns(
         justify: JustifyMethod = "right" if position in numbers else "left"
         table.add_column(heading, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*map(_shown, row))
     if title:
         line(title, "bold")
     console = output()
@@ -100,8 +100,13 @@ def facts(rows: Sequence[tuple[str, object]]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), str(value))
+        table.add_row(Text(name, style="dim"), _shown(value))
     _print(table)
+
+
+def _shown(value: object) -> Text:
+    """As it is: what others have written is no markup, and nothing in it drives the terminal."""
+    return Text("".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in str(value)))
 
 
 def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
+from uuid import UUID
 
 import psycopg
 import tenacity
@@ -31,12 +32,13 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from outbox_worker import embedded
 from outbox_worker.deadline import GRACE_SECONDS, BoundedConnection, bounded
@@ -58,6 +60,8 @@ T = TypeVar("T")
 
 APPLICATION_NAME = "outbox-worker"
 _LONGEST_SECONDS = 10**9
+_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('0001-01-02' AS timestamptz)")
+_LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestamptz)")
 
 INDEX_PLANS: Mapping[str, str] = {
     "enable_seqscan": "off",
@@ -332,6 +336,16 @@ def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
     """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too. NULL of NULL."""
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
+
+
+def readable(moment: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A moment as clients can read it; NULL where it lies outside their calendar, as ``-infinity`` does."""
+    return case((moment.between(_FIRST_MOMENT, _LAST_MOMENT), moment)).label(moment.key)
+
+
+def ids_as(kind: TypeEngine[Any], ids: Iterable[UUID | str]) -> ColumnElement[Any]:
+    """Ids as an array of this type, UUID or text, for ``= ANY``."""
+    return cast([str(each) for each in ids], ARRAY(Text)).cast(ARRAY(kind))
 
 
 class Statement:

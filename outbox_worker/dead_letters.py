@@ -5,6 +5,7 @@ Burying, and closing the letters of events that are settled after all, are the o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -32,11 +33,16 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
+from outbox_worker.database import ids_as, readable
 from outbox_worker.errors import Inconsistent, Refused, WrongUsage
 from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
 from outbox_worker.schema import Tables
 
+CONTENT_MAX = 10_000
+"""Characters of a payload, or of headers, that are shown."""
 _NAMED_AT_MOST = 3
+_DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
+"""What ``_resolve`` writes: state, actor, moment, reason."""
 
 
 class Decision(StrEnum):
@@ -49,7 +55,7 @@ class Decision(StrEnum):
 
 
 _RESULTS = {Decision.REQUEUE: DeadLetterState.REQUEUED, Decision.DISCARD: DeadLetterState.DISCARDED}
-_DECIDABLE = {
+DECIDABLE = {
     Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
     Decision.DISCARD: (DeadLetterState.OPEN,),
 }
@@ -64,13 +70,21 @@ class DeadLetter:
     attempts: int
     reason: str
     detail: str
-    created_at: datetime
+    created_at: datetime | None
+    """None: no time that a client can read, as ``-infinity`` is."""
     dead_at: datetime
     state: str
     resolved_at: datetime | None
     actor: str | None
     note: str | None
     """What was decided so far, a line each: what, by whom, when, why."""
+
+
+class Content(NamedTuple):
+    """What the event of a letter says, as text and cut to a bound."""
+
+    payload: str
+    headers: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +99,7 @@ class Selection:
 
     def conditions(self, letters: FromClause) -> list[ColumnElement[bool]]:
         if self.event_ids:
-            named = cast([str(each) for each in self.event_ids], postgresql.ARRAY(postgresql.UUID(as_uuid=False)))
-            return [letters.c.event_id == func.any(named)]
+            return [_among(letters, self.event_ids)]
         found: list[ColumnElement[bool]] = [letters.c.state == self.state.value]
         if self.reason is not None:
             found.append(letters.c.reason == self.reason)
@@ -107,6 +120,15 @@ class Preview:
     """Of the payments concerned, each counted once, by currency."""
     token: str
     """Another one as soon as one of the letters, or what its payment's row says, has changed."""
+
+
+class Decided(NamedTuple):
+    """A line of a letter's history."""
+
+    at: datetime
+    state: str
+    actor: str
+    why: str
 
 
 class Place(NamedTuple):
@@ -135,6 +157,12 @@ class Page:
     """None: there are no more."""
 
 
+def history(note: str | None) -> list[Decided]:
+    """What was decided about a letter, the first first; lines that are nobody's decision are passed over."""
+    found = (_DECIDED.fullmatch(line) for line in (note or "").splitlines())
+    return [Decided(datetime.fromisoformat(each[3]), each[1], each[2], each[4]) for each in found if each]
+
+
 def count_open(session: Session, tables: Tables) -> int:
     """How many dead letters wait for a person."""
     letters = tables.dead_letters
@@ -145,8 +173,7 @@ def count_open(session: Session, tables: Tables) -> int:
 def open_confirmations(session: Session, tables: Tables, payment_ids: Collection[str]) -> Sequence[UUID]:
     """The events of open dead letters that confirm one of these payments."""
     letters = tables.dead_letters
-    ids = cast(list(payment_ids), postgresql.ARRAY(postgresql.UUID(as_uuid=False)))
-    of_them = letters.c.payment_id == func.any(ids)
+    of_them = letters.c.payment_id == func.any(ids_as(letters.c.payment_id.type, payment_ids))
     is_open = letters.c.state == DeadLetterState.OPEN.value
     found = select(letters.c.event_id).where(of_them, is_open, letters.c.event_type == PURCHASE_CONFIRMED)
     return session.scalars(found).all()
@@ -165,12 +192,37 @@ def list_letters(
     what: a page · lock: none · index: that of open letters, by (dead_at, event_id)
     """
     letters = tables.dead_letters
-    query = select(*(letters.c[key] for key in DeadLetter.__dataclass_fields__)).where(*selection.conditions(letters))
+    conditions = selection.conditions(letters)
     if after is not None:
-        query = query.where(tuple_(letters.c.dead_at, letters.c.event_id) > after)
-    rows = session.execute(query.order_by(letters.c.dead_at, letters.c.event_id).limit(limit + 1)).all()
-    page = [DeadLetter(*row) for row in rows[:limit]]
-    return Page(page, Place(page[-1].dead_at, page[-1].event_id) if len(rows) > limit else None)
+        conditions.append(tuple_(letters.c.dead_at, letters.c.event_id) > after)
+    found = read_letters(session, tables, *conditions, limit=limit + 1)
+    page = found[:limit]
+    return Page(page, Place(page[-1].dead_at, page[-1].event_id) if len(found) > limit else None)
+
+
+def read_letters(
+    session: Session, tables: Tables, *conditions: ColumnElement[bool], limit: int | None = None
+) -> list[DeadLetter]:
+    """The letters of which all this holds, oldest first."""
+    letters = tables.dead_letters
+    moments = ("created_at", "dead_at", "resolved_at")
+    keys = DeadLetter.__dataclass_fields__
+    columns = [readable(letters.c[key]) if key in moments else letters.c[key] for key in keys]
+    rows = session.execute(
+        select(*columns).where(*conditions).order_by(letters.c.dead_at, letters.c.event_id).limit(limit)
+    )
+    return [DeadLetter(*row) for row in rows]
+
+
+def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadLetter, Content]:
+    """One letter, with what its event says. Raises Refused where there is none."""
+    letters = tables.dead_letters
+    found = read_letters(session, tables, letters.c.event_id == event_id)
+    if not found:
+        raise Refused(f"No dead letter of {event_id}.")
+    texts = (payload.delivered(letters.c.payload, tables.outbox), letters.c.headers)
+    said = select(*(func.left(cast(each, Text), CONTENT_MAX) for each in texts)).where(letters.c.event_id == event_id)
+    return found[0], Content(*session.execute(said).one())
 
 
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
@@ -219,7 +271,7 @@ def check_decidable(session: Session, tables: Tables, selection: Selection, deci
     states = {event_id: state for event_id, state in rows}  # noqa: C416 - rows
     if unknown := [str(each) for each in selection.event_ids if each not in states]:
         raise Refused(f"No dead letter of {_listed(unknown)}.")
-    if closed := [f"{key} is {state}" for key, state in states.items() if state not in _DECIDABLE[decision]]:
+    if closed := [f"{key} is {state}" for key, state in states.items() if state not in DECIDABLE[decision]]:
         raise Refused(f"Nothing to {decision}: the letter of {_listed(closed)}.")
 
 
@@ -266,20 +318,23 @@ def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
 def _resolve(tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> Update:
     """what: letters closed by a person, with a line more in their history · lock: held · index: primary key"""
     letters, state = tables.dead_letters, _RESULTS[decision].value
-    now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SSZ")
-    line = literal(f"{state} by {actor}, ") + now + literal(f": {why}")
+    now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SS.MSZ")
+    line = literal(f"{state} by {_one_line(actor)}, ") + now + literal(f": {_one_line(why)}")
     return (
         update(letters)
         .where(_among(letters, ids))
         .values(
             state=state,
             resolved_at=func.clock_timestamp(),
-            actor=actor,
+            actor=_one_line(actor),
             note=func.concat_ws("\n", letters.c.note, line),
         )
     )
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _among(letters: FromClause, ids: Sequence[UUID]) -> ColumnElement[bool]:
-    array = cast([str(each) for each in ids], postgresql.ARRAY(postgresql.UUID(as_uuid=False)))
-    return letters.c.event_id == func.any(array)
+    return letters.c.event_id == func.any(ids_as(letters.c.event_id.type, ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +10,46 @@ from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, P
 
 CRASHES_MAX = 3
 """Processes that an event may kill, alone, before it is buried."""
+
+_FIRST_RULES: Mapping[int, str] = {
+    1: "its type has no handler",
+    2: "its payload names no payment",
+    3: "its id is marked for another payment",
+}
+RULES: Mapping[int, str] = {
+    **_FIRST_RULES,
+    4: "a purchase of this payment exists",
+    5: "no such payment is visible",
+    6: "event and payment contradict each other",
+    7: "the payment is refunded, or has not succeeded",
+    8: "another purchase holds the pair",
+    9: "nothing of rules 1 to 8: the purchase is made",
+}
+"""Of docs/state-machine.md, for people: what becomes of a confirmation."""
+REFUND_RULES: Mapping[int, str] = {
+    **_FIRST_RULES,
+    4: "its purchase is inactive already",
+    5: RULES[5],
+    6: RULES[6],
+    7: "the payment is not refunded",
+    8: "nothing of rules 1 to 7: the purchase is taken back",
+}
+RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
+    Reason.UNSUPPORTED_EVENT_TYPE: (1,),
+    Reason.INVALID_PAYLOAD: (2,),
+    Reason.EVENT_ID_REUSED: (3,),
+    Outcome.ALREADY_EXISTS: (4,),
+    Outcome.SUPPRESSED: (4, 7),
+    Reason.PAYMENT_NOT_FOUND: (5,),
+    Reason.PAYMENT_MISMATCH: (6,),
+    Reason.PAYMENT_NOT_SUCCEEDED: (7,),
+    Reason.PAYMENT_NOT_REFUNDED: (7,),
+    Outcome.DUPLICATE_PAYMENT: (8,),
+    Outcome.CREATED: (9,),
+    Outcome.RECOVERED: (9,),
+    Outcome.REVOKED: (4, 8),
+}
+"""Which rules can have led to what a mark or a dead letter says; the database's refusals and crashes are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,46 +70,45 @@ def decide(facts: Facts) -> Verdict:
     if facts.crashes >= CRASHES_MAX:
         return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died of it")
     if not facts.handled:  # 1
-        return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type")
+        return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type", rule=1)
     if facts.payment_id is None:  # 2
-        return Verdict(Outcome.DEAD, Reason.INVALID_PAYLOAD, "payment_id is missing or not a UUID string")
+        return Verdict(Outcome.DEAD, Reason.INVALID_PAYLOAD, "payment_id is missing or not a UUID string", rule=2)
     if facts.mark and facts.mark.payment_id not in (None, facts.payment_id):  # 3
-        return Verdict(Outcome.DEAD, Reason.EVENT_ID_REUSED, f"marked for payment {facts.mark.payment_id}")
+        return Verdict(Outcome.DEAD, Reason.EVENT_ID_REUSED, f"marked for payment {facts.mark.payment_id}", rule=3)
     return _decide_refund(facts) if facts.is_refund else _decide_confirmation(facts)
 
 
 def _decide_confirmation(facts: Facts) -> Verdict:
     if facts.purchase_active is not None:  # 4
-        return Verdict(Outcome.ALREADY_EXISTS if facts.purchase_active else Outcome.SUPPRESSED)
+        return Verdict(Outcome.ALREADY_EXISTS if facts.purchase_active else Outcome.SUPPRESSED, rule=4)
     if flaw := _flaw(facts):  # 5, 6
         return flaw
     if facts.payment_status == PaymentStatus.REFUNDED:  # 7
-        return Verdict(Outcome.SUPPRESSED)
+        return Verdict(Outcome.SUPPRESSED, rule=7)
     if facts.payment_status != PaymentStatus.SUCCEEDED:
-        return _not_yet(facts, Reason.PAYMENT_NOT_SUCCEEDED, "the payment has not succeeded")
+        return _not_yet(facts, Reason.PAYMENT_NOT_SUCCEEDED, "the payment has not succeeded", rule=7)
     if facts.pair_held:  # 8
-        return Verdict(Outcome.DUPLICATE_PAYMENT)
-    return Verdict(_grant(facts), writes=True)  # 9
+        return Verdict(Outcome.DUPLICATE_PAYMENT, rule=8)
+    return Verdict(_grant(facts), writes=True, rule=9)  # 9
 
 
 def _decide_refund(facts: Facts) -> Verdict:
     if facts.purchase_active is False:  # 4
-        return Verdict(Outcome.REVOKED)
+        return Verdict(Outcome.REVOKED, rule=4)
     if flaw := _flaw(facts):  # 5, 6
         return flaw
     if facts.payment_status != PaymentStatus.REFUNDED:  # 7
-        return _not_yet(facts, Reason.PAYMENT_NOT_REFUNDED, "the payment is not refunded")
-    return Verdict(Outcome.REVOKED, writes=True)  # 8
+        return _not_yet(facts, Reason.PAYMENT_NOT_REFUNDED, "the payment is not refunded", rule=7)
+    return Verdict(Outcome.REVOKED, writes=True, rule=8)  # 8
 
 
 def _flaw(facts: Facts) -> Verdict | None:
     """Rules 5 and 6: there is no payment, or event and payment contradict each other."""
     if facts.payment_status is None:
-        return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment")
+        return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment", rule=5)
     if facts.mismatches:
-        return Verdict(
-            Outcome.DEAD, Reason.PAYMENT_MISMATCH, f"differs from the payment row: {', '.join(facts.mismatches)}"
-        )
+        detail = f"differs from the payment row: {', '.join(facts.mismatches)}"
+        return Verdict(Outcome.DEAD, Reason.PAYMENT_MISMATCH, detail, rule=6)
     return None
 
 
@@ -78,8 +117,8 @@ def _grant(facts: Facts) -> Outcome:
     return Outcome.RECOVERED if claimed else Outcome.CREATED
 
 
-def _not_yet(facts: Facts, reason: Reason, detail: str) -> Verdict:
-    return Verdict(Outcome.DEAD if facts.last_try else Outcome.RETRIED, reason, detail)
+def _not_yet(facts: Facts, reason: Reason, detail: str, *, rule: int) -> Verdict:
+    return Verdict(Outcome.DEAD if facts.last_try else Outcome.RETRIED, reason, detail, rule=rule)
 
 
 def refused(detail: str, last_try: bool) -> Verdict:

@@ -61,7 +61,7 @@ class Handler(Protocol):
 Handlers = Mapping[str, Handler]
 
 
-_HANDLED_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
+HANDLED_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
 
 UnknownTypes = Literal["bury", "ignore"] | None
 
@@ -72,7 +72,7 @@ def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes)
     An adopted outbox is shared: there, unless told otherwise, events that we do not handle belong to somebody else.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
-    return None if choice == "bury" else _HANDLED_TYPES
+    return None if choice == "bury" else HANDLED_TYPES
 
 
 def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handlers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -249,6 +249,8 @@ class Verdict:
     """Made by the fast statement, whose predicates exclude marks and dead letters: nothing else needs care."""
     passed_to: str | None = None
     """The payment that was granted in place of a refunded one."""
+    rule: int = field(default=0, compare=False)
+    """Of docs/state-machine.md; 0: none of them decided."""
 
 
 Verdicts = dict[int, Verdict]

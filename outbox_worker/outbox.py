@@ -261,18 +261,12 @@ def _keys(outbox: Table) -> Select[Any]:
         outbox.c.id,
         outbox.c.event_id,
         func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
-        _said(outbox),
+        payload.said(outbox),
         outbox.c.attempts,
         outbox.c.crashes,
         seconds_since(outbox.c.due_at).label("lateness"),
         outbox.c.due_at.label("due_at"),
     )
-
-
-def _said(outbox: Table) -> ColumnElement[Any]:
-    if payload.is_document(outbox):
-        return payload.document(outbox).label("document")
-    return payload.payment_id_candidate(outbox).label("candidate")
 
 
 def _gathered(keys: Select[Any]) -> Select[Any]:

@@ -65,6 +65,21 @@ def delivered(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any
     return cast(text, outbox.c.payload.type)
 
 
+def said(outbox: FromClause) -> ColumnElement[Any]:
+    """What a client reads of an event's payload: the ``candidate`` for the payment's id, or the whole ``document``."""
+    return (
+        document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
+    )
+
+
+def read_said(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
+    """What ``said`` has found: the payment's usable id, or None, and what else a document repeats of the payment."""
+    if is_document(outbox):
+        return read_document(found)
+    given = (found or "").lower()
+    return given if _IS_UUID(given) else None, Repeated()
+
+
 def read_document(text: str | None) -> tuple[str | None, Repeated]:
     """The usable ``payment_id`` of a document, in lower case, or None; and what else it repeats of the payment."""
     try:

@@ -98,7 +98,7 @@ def print_audit(report: AuditReport, limit: int) -> None:
             name.replace("_", " "),
             f"{count:,}",
             money_text(report.money[name]),
-            _MEANINGS[name],
+            MEANINGS[name],
         )
         for name, count in report.counts.items()
     ]
@@ -144,7 +144,7 @@ def money_text(money: Mapping[str, Decimal]) -> str:
 
 _STATUSES = ", ".join(PaymentStatus)
 
-_MEANINGS = {
+MEANINGS = {
     PaymentClass.ACTIVE: "the purchase is there",
     PaymentClass.REVOKED: "the purchase was taken back",
     PaymentClass.DUPLICATE: "paid twice: another purchase counts",

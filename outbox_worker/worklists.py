@@ -1,9 +1,12 @@
-"""The commands for what waits for a person: dead letters, and payments that are owed back."""
+"""The commands for what a person looks into: dead letters, payments that are owed back, why something is as it is."""
 
 from __future__ import annotations
 
 import getpass
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
@@ -17,7 +20,11 @@ from outbox_worker.model import DeadLetterState
 from outbox_worker.moments import parse_duration
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from outbox_worker.dead_letters import Selection
+    from outbox_worker.schema import Tables
+    from outbox_worker.why import Explanation
 
 duplicates_app = typer.Typer(help="Payments that are owed back.", no_args_is_help=True)
 letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
@@ -85,6 +92,61 @@ def list_dead_letters(
         console.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})
         return
     reports.print_letters(page, state)
+
+
+@letters_app.command("show")
+def show_dead_letter(
+    event: Annotated[UUID, typer.Argument(metavar="EVENT_ID", help="The event, by its id.", show_default=False)],
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Show one: its event, of what it died, its payment, what would happen now."""
+    from outbox_worker import console, why_view
+    from outbox_worker.dead_letters import read_letter
+
+    with _looking(config) as (session, tables, explain):
+        letter, content = read_letter(session, tables, event)
+        stories = explain(str(event)).stories
+    story = next((each for each in stories if each.payment_id == letter.payment_id), stories[0])
+    if json:
+        console.print_json(why_view.letter_object(letter, content, story))
+    else:
+        why_view.print_letter(letter, content, story)
+
+
+def why(
+    asked: Annotated[str, typer.Argument(metavar="ID", help="An event, a payment or a student.", show_default=False)],
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Tell the story of an event, a payment or a student.
+
+    What is on record, which rule decided, and what would happen now, by the
+    same rules on the same facts as the worker's. Changes nothing.
+    """
+    from outbox_worker import console, why_view
+
+    with _looking(config) as (_, _, explain):
+        found = explain(asked)
+    if json:
+        console.print_json(why_view.explanation_object(found))
+    else:
+        why_view.print_explanation(found)
+
+
+@contextmanager
+def _looking(config: Path | None) -> Iterator[tuple[Session, Tables, Callable[[str], Explanation]]]:
+    """A moment of the database, in which nothing is changed, and who explains it."""
+    from outbox_worker.handlers import claimed_types
+    from outbox_worker.health import READING, check_schema
+    from outbox_worker.sweep import STATEMENT_SECONDS
+    from outbox_worker.why import READ, explain
+
+    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    with database.snapshot() as session:
+        tables = check_schema(session, tables, {role: READING[role] for role in READ})
+        types = claimed_types(session, tables, settings.unknown_types)
+        yield session, tables, partial(explain, session, tables, settings.retry_policy, types)
 
 
 @letters_app.command("requeue")

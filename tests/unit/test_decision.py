@@ -9,7 +9,9 @@ from uuid import UUID
 
 import pytest
 
-from outbox_worker.decision import RetryPolicy, choose_guard, decide, refused, retry_delay
+from outbox_worker.decision import REFUND_RULES as REFUND_RULES_IN_WORDS
+from outbox_worker.decision import RULES as RULES_IN_WORDS
+from outbox_worker.decision import RULES_BEHIND, RetryPolicy, choose_guard, decide, refused, retry_delay
 from outbox_worker.model import FINAL, GRANTS, Facts, Guard, Mark, Outcome, Reason, Verdict
 
 PAYMENT = UUID("00000000-0000-4000-8000-000000000001")
@@ -67,6 +69,18 @@ def test_each_rule_alone(kind: str, place: int) -> None:
     _, facts, outcome, reason = rules[place]
     verdict = decide(Facts(**(sound | facts)))
     assert (verdict.outcome, verdict.reason) == (outcome, reason)
+
+
+@pytest.mark.parametrize(("kind", "place"), EACH, ids=NAMES)
+def test_a_verdict_names_its_rule(kind: str, place: int) -> None:
+    """By its number, of which people are told the meaning; and it can be told from what is kept of the verdict."""
+    sound, rules = TABLES[kind]
+    name, facts, _, _ = rules[place]
+    verdict = decide(Facts(**(sound | facts)))
+    assert verdict.rule == int(name.split()[0])
+    if verdict.rule:
+        assert verdict.rule in (REFUND_RULES_IN_WORDS if kind == "refund" else RULES_IN_WORDS)
+        assert verdict.rule in RULES_BEHIND[verdict.reason or verdict.outcome]
 
 
 @pytest.mark.parametrize(("kind", "first", "second"), BOTH)

@@ -1,0 +1,250 @@
+"""All that is on record about a payment: its row, events, dead letters, marks and purchases. Reads only.
+
+Found by the id of an event, of a payment or of a student. To be read in one snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, Table, Text, and_, cast, func, literal, or_, select, type_coerce
+from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
+from sqlalchemy.types import NullType
+
+from outbox_worker import payload
+from outbox_worker.database import readable, savepoint
+from outbox_worker.dead_letters import DeadLetter, read_letters
+from outbox_worker.schema import Tables
+
+PAYMENTS_MAX = 100
+"""Of one student, the oldest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentRow:
+    id: UUID
+    student_id: Any
+    course_id: Any
+    amount: Decimal
+    currency: str
+    status: str
+    created_at: datetime | None
+    """None, here and below: no time that a client can read, as ``-infinity`` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PurchaseRow:
+    id: Any
+    student_id: Any
+    course_id: Any
+    payment_id: UUID | None
+    """None: a gift."""
+    is_active: bool
+    created_at: datetime | None
+    deactivated_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingEvent:
+    """A row of the outbox."""
+
+    event_id: UUID
+    event_type: str
+    created_at: datetime | None
+    due_at: datetime | None
+    attempts: int
+    crashes: int
+    last_error: str | None
+    is_due: bool
+    payment_id: UUID | None
+    """What the payload names."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRow:
+    event_id: UUID
+    event_type: str
+    outcome: str
+    payment_id: UUID | None
+    processed_at: datetime | None
+    recovered_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dossier:
+    payments: Sequence[PaymentRow] = ()
+    purchases: Sequence[PurchaseRow] = ()
+    """Those of the payments, and those that hold their pairs."""
+    waiting: Sequence[WaitingEvent] = ()
+    letters: Sequence[DeadLetter] = ()
+    marks: Sequence[MarkRow] = ()
+
+    @property
+    def traces(self) -> Sequence[WaitingEvent | DeadLetter | MarkRow]:
+        """Whatever there is of events."""
+        return [*self.waiting, *self.letters, *self.marks]
+
+    @property
+    def event_ids(self) -> list[UUID]:
+        """Of all events on record."""
+        return list(dict.fromkeys(each.event_id for each in self.traces))
+
+    @property
+    def payment_ids(self) -> list[UUID]:
+        """Of all payments that are on record, or that something on record names; those that have a row first."""
+        named = [each.payment_id for each in (*self.traces, *self.purchases)]
+        return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an id names, and what is on record of it."""
+
+    kinds: Sequence[str]
+    """event, payment, student: one of them, mostly; none where the id is unknown."""
+    payment_ids: Sequence[UUID]
+    dossier: Dossier
+    gifts: Sequence[PurchaseRow]
+    """The student's purchases that no payment has paid for."""
+    has_more: bool
+    """The student has more payments than are listed."""
+
+
+def look_up(session: Session, tables: Tables, asked: str) -> Found:
+    """Whatever has this id. Payments that are only named by an event, a mark or a purchase are found, too."""
+    given = _uuid_of(asked)
+    of_event = _read_events(session, tables, events=[given]) if given else Dossier()
+    of_student, gifts = _of_student(session, tables, asked)
+    concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *([given] if given else [])]
+    dossier = read(session, tables, of_event.event_ids, dict.fromkeys(concerned))
+    known = set(dossier.payment_ids)
+    kinds = {"event": bool(of_event.event_ids), "payment": given in known, "student": bool(of_student or gifts)}
+    return Found(
+        [kind for kind, holds in kinds.items() if holds],
+        [each for each in dict.fromkeys(concerned) if each in known],
+        dossier,
+        gifts,
+        len(of_student) > PAYMENTS_MAX,
+    )
+
+
+def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Dossier:
+    """What is on record of these events and payments."""
+    ids = list(payments)
+    of_events = _read_events(session, tables, events, ids)
+    return Dossier(
+        _read_payments(session, tables, ids),
+        _read_purchases(session, tables, _is_of_or_holds_pair_of(tables, ids)),
+        of_events.waiting,
+        of_events.letters,
+        of_events.marks,
+    )
+
+
+def _uuid_of(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+def _of_student(session: Session, tables: Tables, asked: str) -> tuple[Sequence[UUID], Sequence[PurchaseRow]]:
+    """A student's payments, one more than are listed, and gifts, the oldest first; none for what is no student's id."""
+    try:
+        with savepoint(session):
+            payments = session.scalars(_payments_of(tables, asked)).all()
+            own = tables.purchases
+            return payments, _read_purchases(
+                session, tables, _is_as(own.c.student_id, asked), own.c.payment_id.is_(None)
+            )
+    except DataError:
+        return (), ()
+
+
+def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
+    """Whether it is what this text is as a value of the column's own type, whatever that is in this database."""
+    return type_coerce(column, NullType()) == literal(given, NullType())
+
+
+def _payments_of(tables: Tables, student: str) -> Select[Any]:
+    """what: the payments of a student, by rows and purchases · lock: none · index: the pairs', where there is one"""
+    paid, own = tables.payments, tables.purchases
+    of_rows = select(paid.c.id, paid.c.created_at).where(_is_as(paid.c.student_id, student))
+    of_purchases = select(own.c.payment_id, own.c.created_at).where(_is_as(own.c.student_id, student))
+    both = of_rows.union_all(of_purchases.where(own.c.payment_id.is_not(None))).subquery("both")
+    return (
+        select(both.c.id).group_by(both.c.id).order_by(func.min(both.c.created_at), both.c.id).limit(PAYMENTS_MAX + 1)
+    )
+
+
+def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> list[PaymentRow]:
+    """what: payments, the oldest first · lock: none · index: primary key"""
+    paid = tables.payments
+    texts = [cast(paid.c[key], Text) for key in ("currency", "status")]
+    columns = [
+        *(paid.c[key] for key in ("id", "student_id", "course_id", "amount")),
+        *texts,
+        readable(paid.c.created_at),
+    ]
+    found = select(*columns).where(paid.c.id.in_(ids)).order_by(paid.c.created_at, paid.c.id)
+    return [PaymentRow(*row) for row in session.execute(found)]
+
+
+def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement[bool]) -> list[PurchaseRow]:
+    own = tables.purchases
+    columns = [own.c[key] for key in ("id", "student_id", "course_id", "payment_id", "is_active")]
+    moments = [readable(own.c[key]) for key in ("created_at", "deactivated_at")]
+    rows = session.execute(select(*columns, *moments).where(*conditions).order_by(own.c.created_at, own.c.id))
+    return [PurchaseRow(*row) for row in rows]
+
+
+def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
+    """what: the purchases of payments, and those that hold their pairs · lock: none · index: payment_id, the pair's"""
+    own, paid = tables.purchases.alias("own"), tables.payments
+    is_same = [own.c[key] == paid.c[key] for key in ("student_id", "course_id")]
+    holding = select(own.c.id).join(paid, and_(*is_same)).where(paid.c.id.in_(ids), own.c.is_active)
+    return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
+
+
+def _read_events(
+    session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
+) -> Dossier:
+    """The traces of events, named by their own ids or by those of their payments."""
+    letters = tables.dead_letters
+    of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
+    return Dossier(
+        waiting=_read_waiting(session, tables.outbox, events, payments),
+        letters=read_letters(session, tables, of_them),
+        marks=_read_marks(session, tables.processed_events, events, payments),
+    )
+
+
+def _read_waiting(
+    session: Session, outbox: Table, events: Collection[UUID], payments: Collection[UUID]
+) -> list[WaitingEvent]:
+    """what: events in the outbox · lock: none · index: event_id; for those of payments all are read"""
+    named = payload.payment_id_text(outbox)
+    of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
+    columns = [
+        *(outbox.c[key] for key in ("event_id", "event_type")),
+        *(readable(outbox.c[key]) for key in ("created_at", "due_at")),
+        *(outbox.c[key] for key in ("attempts", "crashes", "last_error")),
+        *((outbox.c.due_at <= func.statement_timestamp()).label("is_due"), named.label("payment_id")),
+    ]
+    rows = session.execute(select(*columns).where(of_them).order_by(outbox.c.created_at, outbox.c.id))
+    return [WaitingEvent(**row._asdict() | {"payment_id": _uuid_of(row.payment_id or "")}) for row in rows]
+
+
+def _read_marks(session: Session, marks: Table, events: Collection[UUID], payments: Collection[UUID]) -> list[MarkRow]:
+    """what: marks · lock: none · index: event_id; for those of payments all are read"""
+    columns = [marks.c[key] for key in ("event_id", "event_type", "outcome", "payment_id")]
+    moments = [readable(marks.c[key]) for key in ("processed_at", "recovered_at")]
+    of_them = or_(marks.c.event_id.in_(events), marks.c.payment_id.in_(payments))
+    rows = session.execute(select(*columns, *moments).where(of_them).order_by(marks.c.processed_at, marks.c.event_id))
+    return [MarkRow(*row) for row in rows]
