@@ -143,6 +143,9 @@ _BY_CLASS: Mapping[str, Failure] = {
 }
 
 
+_PLACES_MAX = 100
+
+
 def sqlstate(error: BaseException) -> str | None:
     """The SQLSTATE of a driver's error, also where SQLAlchemy wrapped it."""
     return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
@@ -173,8 +176,11 @@ def said(error: BaseException) -> str:
 
 
 def trace(error: BaseException) -> list[str]:
-    """Where an error was raised, innermost last; without its message, which may repeat a value."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Where an error was raised, innermost last; without its message, which may repeat a value.
+
+    Bounded: the journal breaks a line of 48 kB.
+    """
+    frames = traceback.extract_tb(error.__traceback__, limit=-_PLACES_MAX)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]
 
 

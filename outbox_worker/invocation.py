@@ -13,9 +13,9 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, classify, describe, said, sqlstate
+from outbox_worker.logs import configure_logging
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
-from outbox_worker.telemetry import configure_logging
 
 Config = Annotated[
     Path | None,

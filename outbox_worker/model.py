@@ -34,6 +34,8 @@ GRANTS = frozenset({Outcome.CREATED, Outcome.RECOVERED})
 FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
 """Outcomes that are marked and remove the event."""
 
+_TOLD = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
+
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
 """Marks that never claimed an active purchase; every other mark, an unknown one included, did."""
 
@@ -251,6 +253,13 @@ class Verdict:
     """The payment that was granted in place of a refunded one."""
     rule: int = field(default=0, compare=False)
     """Of docs/state-machine.md; 0: none of them decided."""
+    traceparent: str | None = None
+    """The trace to which its producer says the event belongs."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether its event is one that a person may want to find again."""
+        return self.outcome in _TOLD or self.passed_to is not None
 
 
 Verdicts = dict[int, Verdict]

@@ -6,6 +6,7 @@ outbox holds only what is still owed. Every function takes the session first; th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -51,6 +52,9 @@ from outbox_worker.schema import NOTIFY_TRIGGER, Tables
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+"""As the W3C's Trace Context has it; whatever else stands there is what anybody may have written."""
+_TRACEPARENT_LENGTH = 55
 # what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's own
 _HAS_TRIGGER = text(
     "SELECT EXISTS (SELECT FROM pg_trigger"
@@ -125,6 +129,7 @@ class Outbox:
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
         self._bury = Statement(_bury_statement(tables))
+        self._traceparents = Statement(_traceparents_statement(tables.outbox))
         self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
         self._backlog = _backlog_statement(tables.outbox, self._ours(), self.BACKLOG_BOUND)
 
@@ -195,6 +200,11 @@ class Outbox:
         }
         write(session, self._bury, values, len(letters))
         self.remove(session, batch, letters)
+
+    def traceparents(self, session: Session, batch: Batch, ids: Collection[int]) -> dict[int, str]:
+        """The traces to which producers say that these events belong; nothing else of the headers is ever read."""
+        rows = self._traceparents.execute(session, {"ids": list(ids), **window_of(batch)})
+        return {row.id: row.traceparent for row in rows if _TRACEPARENT.fullmatch(row.traceparent)}
 
     def close_letters(self, session: Session, event_ids: Column) -> None:
         """Close the open dead letters of events that are settled after all."""
@@ -377,6 +387,13 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
     cleared = {letters.c.resolved_at: None}
     return statement.on_conflict_do_update(index_elements=[letters.c.event_id], set_=reopened | cleared)
+
+
+def _traceparents_statement(outbox: Table) -> Select[Any]:
+    """what: traceparents of claimed events, as bounded text · lock: none, theirs are held · index: primary key"""
+    said = func.left(outbox.c.headers["traceparent"].astext, _TRACEPARENT_LENGTH + 1)
+    named = select(outbox.c.id, said.label("traceparent")).where(said.is_not(None))
+    return named.where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
 def _close_letters_statement(letters: Table) -> Update:

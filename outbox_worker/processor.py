@@ -138,7 +138,7 @@ class Processor:
             self._pacing.interrupted()
             if classify(error) is Failure.UNCLEAR and not accused:
                 self._pacing.in_doubt(claim.end if len(claim.batch) >= limit else None)
-            self._telemetry.transaction_failed(error, bool(claim.batch))
+            self._telemetry.transaction_failed(error, len(claim.batch))
             raise
         report = BatchReport(
             batch=claim.batch,
@@ -198,8 +198,7 @@ class Processor:
         batch = claim.batch if accused else claim.batch.without(claim.suspects)
         if accused and accused.crashes >= CRASHES_MAX:
             verdicts = dict.fromkeys(batch, decide(Facts(crashes=accused.crashes)))
-            self._settlement.record(session, batch, verdicts)
-            return verdicts
+            return self._settlement.record(session, batch, verdicts)
         if not batch:
             return {}
         batch = self._of_one_kind(batch)

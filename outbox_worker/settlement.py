@@ -7,7 +7,7 @@ their own, until the events that the database refuses stand alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -162,8 +162,8 @@ class Settlement:
         """In halves, until the events that the database refuses stand alone; those are charged."""
         found = self._bisect(session, batch, savepoints, judges_all)
         verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
-        self.record(session, batch, verdicts)
-        return Settled(found.verdicts | verdicts, is_through=not found.parts)
+        recorded = self.record(session, batch, verdicts)
+        return Settled(found.verdicts | recorded, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
         """The refusals that are the events' own fault. Raises where none is known to be: it may be the database's."""
@@ -223,8 +223,7 @@ class Settlement:
     ) -> Verdicts:
         """Handle and record a batch in one savepoint, so that all of it stands or none."""
         with savepoints.take():
-            verdicts = self._handle(session, batch, footing)
-            self.record(session, batch, verdicts)
+            verdicts = self.record(session, batch, self._handle(session, batch, footing))
             if checks_deferred:
                 session.execute(_CHECK_DEFERRED)
                 session.execute(_DEFER_AGAIN)
@@ -258,8 +257,11 @@ class Settlement:
             verdicts |= handler.apply(session, events, footing) if handler else judge_unhandled(events)
         return verdicts
 
-    def record(self, session: Session, batch: Batch, verdicts: Mapping[int, Verdict]) -> None:
-        """Write what the verdicts mean for mark, event and dead letter."""
+    def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Verdicts:
+        """Write what the verdicts mean for mark, event and dead letter; return them, with the traces of those that are
+        told one by one."""
+        told = [key for key, verdict in verdicts.items() if not verdict.clean and verdict.is_told]
+        traces = self._outbox.traceparents(session, batch, told) if told else {}
         keys = by_outcome(verdicts)
         retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
         for outcome, settled in keys.items():
@@ -275,6 +277,7 @@ class Settlement:
             self._outbox.postpone(session, batch, {key: self._later(batch[key], verdicts[key]) for key in retried})
         if dead:
             self._outbox.bury(session, batch, {key: _epitaph(verdicts[key]) for key in dead})
+        return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
     def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
         return refused(describe(error), self._policy.is_last(event.attempts))

@@ -24,6 +24,7 @@ from outbox_worker.fleet import Fleet
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers, claimed_types
 from outbox_worker.health import check_schema, find_problems, list_problems
+from outbox_worker.horizon import HorizonWatch
 from outbox_worker.listener import Listener
 from outbox_worker.outbox import Outbox
 from outbox_worker.pacing import Frontier, Pacing
@@ -129,6 +130,7 @@ class Worker:
         self._goes_carefully = False
         self._listener: Listener | None = None
         self._runs = Runs(self._tables)
+        self._horizon = HorizonWatch()
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
@@ -259,6 +261,7 @@ class Worker:
                 self.telemetry.observe_backlog(
                     backlog.due, backlog.oldest_due_seconds, count_open(session, self._tables)
                 )
+                self.telemetry.observe_horizon(self._horizon.stood_still_seconds(session))
                 left = Value.read(self._runs.latest_counts(session).get("left"))
                 self.telemetry.observe_unexplained(left.count, left.money)
                 self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -22,12 +24,11 @@ from prometheus_client import generate_latest
 from refusals import run
 from sqlalchemy.exc import DBAPIError
 
+from outbox_worker.logs import Style, configure_logging
 from outbox_worker.model import Outcome
-from outbox_worker.telemetry import configure_logging
 
 SECRET = "hunter2secret"  # noqa: S105 - what must not be found again
 LAST = 9
-Style = Literal["json", "console"]
 Listen = Callable[[Style], Callable[[], str]]
 STYLES: list[Style] = ["json", "console"]
 REFUSALS = {
@@ -149,6 +150,37 @@ def test_a_drain_that_gives_up_does_not_repeat_what_stopped_it(
     assert SECRET not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("said", [SECRET, {SECRET: SECRET}, [SECRET], f"00-{SECRET}", SECRET * 10_000])
+def test_what_headers_say_is_not_repeated(loud: Shop, processor: ProbedProcessor, listen: Listen, said: Any) -> None:
+    """Not even where a trace is looked for."""
+    for _ in STYLES:
+        loud.paid(status="pending")
+        loud.paid(payload="[]")
+    loud.rows("UPDATE outbox SET headers = %s", json.dumps({"traceparent": said, "authorization": SECRET}))
+    for style in STYLES:
+        heard = listen(style)
+        loud.make_due()
+        processor.process_batch()
+        assert_kept(loud, processor, heard(), "event_retried")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("library", ["sqlalchemy.pool.impl.QueuePool", "alembic.runtime", "psycopg", "uvicorn.error"])
+def test_what_libraries_say_of_a_row_is_not_repeated(loud: Shop, listen: Listen, style: Style, library: str) -> None:
+    run(loud, REFUSALS["check"])
+    heard, log = listen(style), partial(logging.getLogger(library).log, logging.ERROR)
+    try:
+        write_loudly(loud)
+    except psycopg.Error as error:
+        log("error ignored in %r: %s", loud.connection, error, exc_info=True)
+        log(error)
+        log("error ignored: %s", {"row": str(error)}, exc_info=DBAPIError("", {}, error))
+    records = heard()
+    assert records.count("library_record") == 3
+    assert records.count("CheckViolation, SQLSTATE 23514") == 4
+    assert SECRET not in records
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_record_that_cannot_be_written_takes_nothing_with_it(
     loud: Shop, processor: ProbedProcessor, listen: Listen, style: Style, monkeypatch: pytest.MonkeyPatch
@@ -208,11 +240,15 @@ def pay_loudly(shop: Shop, **of_event: Any) -> tuple[Payment, UUID]:
 def what_the_server_says(shop: Shop) -> str:
     """Of a purchase like those that the worker is going to write."""
     with pytest.raises(psycopg.Error) as raised:
-        shop.rows(
-            "INSERT INTO purchases (student_id, course_id, amount, currency) VALUES (%s, gen_random_uuid(), 1, %s)",
-            *(SECRET, SECRET),
-        )
+        write_loudly(shop)
     return str(raised.value)
+
+
+def write_loudly(shop: Shop) -> None:
+    shop.rows(
+        "INSERT INTO purchases (student_id, course_id, amount, currency) VALUES (%s, gen_random_uuid(), 1, %s)",
+        *(SECRET, SECRET),
+    )
 
 
 def assert_kept(shop: Shop, processor: ProbedProcessor, records: str, *events: str) -> None:

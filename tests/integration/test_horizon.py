@@ -1,0 +1,60 @@
+"""What holds the vacuum horizon is seen by any role, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+import servers
+from factories import Shop
+from sqlalchemy import text
+
+from outbox_worker.database import Database
+from outbox_worker.horizon import HorizonWatch
+
+HOLDERS = {
+    "a snapshot": ("REPEATABLE READ, READ ONLY", "SELECT 1"),
+    "a write": ("READ COMMITTED", "SELECT pg_current_xact_id()"),
+}
+
+
+@pytest.fixture
+def look(shop: Shop, database: Database) -> Callable[[], float]:
+    """The watch of a role that may see nothing of others; something is written before each look."""
+    watch, role = HorizonWatch(), shop.scalar("SELECT 'watcher_' || replace(gen_random_uuid()::text, '-', '')")
+    shop.rows(f"CREATE ROLE {role}")
+
+    def seconds() -> float:
+        shop.pay_many(1)
+        with database.transaction() as session:
+            session.execute(text(f"SET LOCAL ROLE {role}"))
+            return watch.stood_still_seconds(session)
+
+    return seconds
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_transaction_that_holds_the_horizon_is_seen_until_it_ends(
+    look: Callable[[], float], connect: Callable[..., psycopg.Connection[Any]], holder: str
+) -> None:
+    isolation, statement = HOLDERS[holder]
+    holding = connect(autocommit=True)
+    assert look() == look() == 0, "nothing holds it"
+    holding.execute(f"BEGIN ISOLATION LEVEL {isolation}")
+    holding.execute(statement)
+    assert look() == 0, "seen for the first time"
+    seen = [look(), look()]
+    assert 0 < seen[0] < seen[1]
+    holding.execute("COMMIT")
+    assert look() == look() == 0
+
+
+def test_what_waits_in_another_database_holds_nothing(
+    look: Callable[[], float], make_url: Callable[[str | None], str]
+) -> None:
+    with psycopg.connect(servers.libpq(make_url(None))) as elsewhere:
+        elsewhere.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        elsewhere.execute("SELECT pg_current_xact_id()")
+        assert look() == look() == look() == 0
