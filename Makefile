@@ -98,6 +98,10 @@ reference: $(VENV)/dev ## Write the settings' reference into the README
 		page = pathlib.Path("README.md"); mark = "settings -->\n"; \
 		page.write_text(re.sub(f"(<!-- {mark}).*(\n<!-- /{mark})", lambda m: m[1] + reference() + m[2], page.read_text(), flags=re.S))'
 
+.PHONY: dashboard
+dashboard: $(VENV)/run ## Write deploy/grafana/outbox-worker.json from its source
+	@$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/outbox-worker.json
+
 .PHONY: lock
 lock: ## Resolve requirements/*.txt anew (needs uv)
 	@set -e; compile='uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links'; \
