@@ -63,6 +63,7 @@ def test_each_alert_is_seen_to_fire_and_not_to_fire(alert: str) -> None:
 def test_promtool_agrees() -> None:
     assert_agrees(PROMETHEUS, "check", "rules", RULES.name)
     assert_agrees(PROMETHEUS, "test", "rules", RULE_TESTS.name)
+    assert_agrees(PROMETHEUS, "check", "config", "prometheus.yml")
 
 
 @needs_promtool
