@@ -22,7 +22,7 @@ from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome, 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
 _KNOWN_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
 _OTHER = "other"
-RESULTS = ("commit", "rollback", "unknown")
+_RESULTS = ("commit", "rollback", "unknown")
 """What may become of a transaction."""
 
 
@@ -111,7 +111,7 @@ class Metrics:
             self.events.labels(event_type, outcome)
         for counter, values in (
             (self.dead_letters, Reason),
-            (self.transactions, RESULTS),
+            (self.transactions, _RESULTS),
             (self.database_errors, Failure),
         ):
             for value in values:

@@ -13,6 +13,9 @@ from sqlalchemy import text
 
 from outbox_worker.database import Database
 from outbox_worker.horizon import HorizonWatch
+from outbox_worker.settings import Settings
+from outbox_worker.signals import Signals
+from outbox_worker.worker import Worker
 
 HOLDERS = {
     "a snapshot": ("REPEATABLE READ, READ ONLY", "SELECT 1"),
@@ -58,3 +61,17 @@ def test_what_waits_in_another_database_holds_nothing(
         elsewhere.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         elsewhere.execute("SELECT pg_current_xact_id()")
         assert look() == look() == look() == 0
+
+
+def test_a_worker_looks_with_each_heartbeat(
+    shop: Shop, settings: Settings, connect: Callable[..., psycopg.Connection[Any]]
+) -> None:
+    """The first sees the holder, the last, at the end, for how long it has held."""
+    holding = connect()
+    holding.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    holding.execute("SELECT 1")
+    shop.pay_many(3)
+    worker = Worker(settings)
+    with Signals() as signals:
+        assert worker.drain(signals) == 0
+    assert (worker.telemetry.metrics.registry.get_sample_value("outbox_vacuum_horizon_seconds") or 0) > 0
