@@ -19,6 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from outbox_worker.logs import printable
+
 _PLAIN_WIDTH = 1000
 """Nothing is folded or cut in a pipe."""
 
@@ -106,7 +108,7 @@ def facts(rows: Sequence[tuple[str, object]]) -> None:
 
 def _shown(value: object) -> Text:
     """As it is: what others have written is no markup, and nothing in it drives the terminal."""
-    return Text("".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in str(value)))
+    return Text("\n".join(map(printable, str(value).split("\n"))))
 
 
 def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:

@@ -76,11 +76,11 @@ def _as_text(record: Record, *, coloured: bool) -> str:
     level = record["level"].name
     fields = " ".join(f"{key}={value}" for key, value in record["extra"].items() if value is not None)
     parts = [(f"{record['time']:%H:%M:%S}", _DIM), (f"{level: <7}", _COLOURS[level]), (record["message"], _PLAIN)]
-    painted = [(_printable(part), colour) for part, colour in (*parts, (fields, _DIM)) if part]
+    painted = [(printable(part), colour) for part, colour in (*parts, (fields, _DIM)) if part]
     return " ".join(f"\x1b[{colour}m{part}\x1b[0m" if coloured else part for part, colour in painted)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """On one line, and without what a terminal would obey."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
