@@ -83,9 +83,10 @@ def test_what_others_have_written_does_not_drive_the_terminal(column: str, datab
     event = put(shop, column, payload, f"[bold]{ESCAPE}\nTYPE")
     assert finish("run", "--drain", url=database_url).code == 0
     for command in (["dead-letters", "show", str(event)], ["why", str(event)], ["dead-letters", "list"]):
-        shown = finish_on_terminal(*command, url=database_url)
-        assert "Traceback" not in shown
-        assert "\\x1b[31m" in shown.replace("\n", "").replace("\r", ""), "by its name"
-        assert ESCAPE not in shown
-        assert "[bold]" in shown
+        for columns in (80, 250):
+            shown = finish_on_terminal(*command, url=database_url, columns=columns)
+            assert "Traceback" not in shown
+            assert "\\x1b[31m" in shown.replace("\n", "").replace("\r", ""), "by its name"
+            assert ESCAPE not in shown
+            assert "[bold]" in shown
     assert "[red]" in finish("dead-letters", "show", str(event), url=database_url).stdout

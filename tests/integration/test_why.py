@@ -148,9 +148,24 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     assert only(ask(owed.id)).payment_class is PaymentClass.UNEXPLAINED
     shop.mark(backfill_event_id(twin.id), "created", twin.id, "PURCHASE_BACKFILLED")
     assert [each.verdict.outcome for each in only(ask(twin.id)).prospects] == ["recovered"]
+    shop.purchase(twin)
+    assert only(ask(twin.id)).prospects == [], "nobody delivers what a backfill has marked"
     assert [each.occasion for each in only(ask(waiting.id)).prospects] == [Occasion.DUE]
     assert only(ask(held.id)).prospects == []
     assert only(ask(held.id)).payment_class is PaymentClass.DUPLICATE
+
+
+def test_of_an_event_that_came_again_since_it_died(shop: Shop, ask: Ask, processor: ProbedProcessor) -> None:
+    """What stands in the outbox counts; a letter that is closed is not requeued."""
+    payment = shop.payment()
+    event = shop.dead_letter(payment, payload={"currency": "USD"}, reason="payment_mismatch")
+    assert foretold(ask(event), event).verdict.rule == 6
+    shop.confirm(payment, event)
+    found = foretold(ask(event), event)
+    assert (found.occasion, found.verdict.outcome) == (Occasion.DUE, "created")
+    assert happened(processor) == {event: meant(found.verdict)}
+    assert shop.letter_of(event).state == "settled"
+    assert foretold(ask(event), event).occasion is Occasion.DELIVERED
 
 
 def test_a_suspect_of_crashes_and_one_that_waits(shop: Shop, ask: Ask) -> None:
