@@ -1,10 +1,11 @@
-"""The address of a database, as people write it: the forms of libpq and of SQLAlchemy, with one host or several."""
+"""Addresses as people write them: a database's, in the forms of libpq and of SQLAlchemy; and that of our own HTTP."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import unquote
 
@@ -13,6 +14,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 EMBEDDED = "embedded:"
+_UNIX = "unix:"
 _URL_REMEDY = "expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or embedded:DIRECTORY"
 _AS_LIBPQ = re.compile(
     r"(?P<before>[^/?]*://(?:[^/?]*@)?)(?P<places>[^/?@]*[,%][^/?@]*)(?P<after>(?:[/?].*)?)", re.DOTALL
@@ -91,3 +93,36 @@ def _listed(url: URL, name: Literal["host", "port"]) -> list[str]:
     """The hosts or ports of a URL, wherever they stand; one that is empty means the default."""
     given = url.query.get(name, getattr(url, name))
     return ("" if given is None else str(given)).split(",")
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where HTTP is served: a port of a host (0: any that is free), or a Unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @property
+    def written_host(self) -> str:
+        """As in a URL."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    def __str__(self) -> str:
+        return f"{_UNIX}{self.path}" if self.path else f"{self.written_host}:{self.port}"
+
+
+def parse_listen(text: str) -> Listen | None:
+    """``HOST:PORT``, ``[IP6]:PORT``, ``unix:/path``; None for ``off``. Raises ValueError."""
+    if text == "off":
+        return None
+    if text.startswith(_UNIX):
+        path = text.removeprefix(_UNIX)
+        if not path.startswith("/"):
+            raise ValueError("unix: needs a path from the root, as in unix:/run/outbox-worker/http.sock")
+        return Listen(path=path)
+    found = _PLACE.fullmatch(text)
+    host, port = (found["ip6"] or found["host"], found["port"] or "") if found else ("", "")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("expected HOST:PORT, unix:/path or off")
+    return Listen(host, int(port))

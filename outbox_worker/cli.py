@@ -80,12 +80,15 @@ def run(
 
     Ends cleanly on SIGTERM or Ctrl-C, after the batch at hand; a second one
     does not wait for it. A database that is away is waited for. Any number of
-    workers may run on one database.
+    workers may run on one database. SIGHUP reads log level and limits again.
     """
-    from outbox_worker.signals import Signals
+    import faulthandler
+
+    from outbox_worker.signals import make_signals
     from outbox_worker.worker import Worker
 
-    settings = load_settings(
+    read = partial(
+        load_settings,
         config=config,
         concurrency=concurrency,
         batch_size=batch_size,
@@ -93,11 +96,30 @@ def run(
         log_level=log_level,
         log_format=log_format,
     )
+    settings = read()
     start_logging(settings)
-    with Signals() as signals:
-        worker = Worker(settings)
+    faulthandler.enable()  # a watchdog's SIGABRT tells where each thread was
+    with make_signals() as signals:
+        worker = Worker(settings, read)
         status = worker.drain(signals) if drain else worker.run(signals)
     raise typer.Exit(status)
+
+
+@app.command()
+def healthcheck(
+    config: Config = None,
+    ready: Annotated[bool, typer.Option("--ready", metavar="", help="Ask whether events are being settled.")] = False,
+) -> None:
+    """Ask the daemon of this machine whether it lives.
+
+    Where it answers is OUTBOX_HTTP_LISTEN. Exit code 1 when it says that it
+    does not (or, with --ready, that it settles nothing), 69 when nobody answers.
+    """
+    from outbox_worker.healthcheck import ask
+
+    well, said = ask(load_settings(config=config).listen, "/readyz" if ready else "/livez")
+    typer.echo(said)
+    raise typer.Exit(0 if well else 1)
 
 
 @app.command()

@@ -44,7 +44,12 @@ DAMAGE_SHARE = 0.05
 SETTLE_SECONDS = 60.0
 """How long the workers may take for what is left when the payments service has ended."""
 
-_WORKER_SETTINGS = {"OUTBOX_RETRY_BASE_SECONDS": "0.5", "OUTBOX_LOG_LEVEL": "WARNING", "OUTBOX_LOG_FORMAT": "json"}
+_WORKER_SETTINGS = {
+    "OUTBOX_RETRY_BASE_SECONDS": "0.5",
+    "OUTBOX_LOG_LEVEL": "WARNING",
+    "OUTBOX_LOG_FORMAT": "json",
+    "OUTBOX_HTTP_LISTEN": "off",
+}
 
 _OUTCOMES = """
     SELECT outcome, count(*) FROM processed_events AS mark

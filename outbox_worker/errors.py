@@ -6,6 +6,7 @@
     ├── SchemaError           exit 78   a table, column or privilege is missing (at start; while running: pause)
     ├── DatabaseUnavailable   exit 69   no connection (one-shot commands; the daemon waits)
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
+    ├── NoAnswer              exit 69   no daemon answers by HTTP
     ├── Refused               exit 1    a command looked, found a reason not to act, and did not act
     ├── CommitLost            (reconnect) the answer to a COMMIT was lost, and the transaction did not take effect
     ├── KeyMissing            (pause)   a unique key that an upsert relies on is gone; no matter of the guard's
@@ -57,6 +58,12 @@ class DatabaseUnavailable(OutboxWorkerError):
 
 class EmbeddedServerError(DatabaseUnavailable):
     """The private PostgreSQL could not be started."""
+
+
+class NoAnswer(OutboxWorkerError):
+    """No daemon answers by HTTP, or not in time."""
+
+    exit_code = 69
 
 
 class Refused(OutboxWorkerError):

@@ -67,6 +67,11 @@ class Pacing:
         """What stands first could not be settled several times: it must make way."""
         return self._passes_without_success >= STUCK_PASSES_MAX
 
+    def adopt(self, batch_size: int, target_seconds: float) -> None:
+        """Go by other limits from the next claim on; batches grow to a larger size as they succeed."""
+        self.batch_size, self.target_seconds = batch_size, target_seconds
+        self.limit = min(self.limit, batch_size)
+
     def start(self, now: float) -> Position | None:
         """Behind which event the next claim begins; None: at the beginning. ``now`` in seconds, monotonic."""
         self._turn = self.frontier.turn

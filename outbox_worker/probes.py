@@ -47,9 +47,9 @@ def worker_command(*arguments: str) -> list[str]:
 
 
 def worker_environment(conninfo: str) -> dict[str, str]:
-    """Ours, with no setting of a worker but the database."""
+    """Ours, with no setting of a worker but the database; several run at once, so none serves HTTP."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("OUTBOX_")}
-    return kept | {"OUTBOX_DATABASE_URL": url_of(conninfo)}
+    return kept | {"OUTBOX_DATABASE_URL": url_of(conninfo), "OUTBOX_HTTP_LISTEN": "off"}
 
 
 def wal_bytes(connection: psycopg.Connection) -> int:

@@ -6,7 +6,7 @@ What fails for want of luck is repeated with fewer events; what stands in the wa
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -32,6 +32,10 @@ class RefusedAtCommit(Exception):
     """A constraint that is checked at COMMIT failed: some event of the batch is at fault."""
 
 
+def _nothing() -> None:
+    """Nobody asked to be told."""
+
+
 class Processor:
     """Settles batches on one connection at a time; one processor per claim loop."""
 
@@ -49,10 +53,12 @@ class Processor:
         self._database = database
         self._handlers = handlers
         self._outbox = outbox
+        self._purchases = purchases
         self._guard = guard
         self._telemetry = telemetry
         self._policy = policy
         self._pacing = pacing
+        self._on_failed_try: Callable[[], None] = _nothing
         self._carefully = 0
         self._suspects: list[int] = []
         self._accused: Accused | None = None
@@ -62,6 +68,16 @@ class Processor:
     def go_carefully(self, events: int) -> None:
         """A worker died, and nobody knows of what: take so many events one by one, each written down before."""
         self._carefully = events
+
+    def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
+        """Call this after each try that failed and is repeated: one call of ``process_batch`` may take many."""
+        self._on_failed_try = on_failed_try
+
+    def adopt(self, handlers: Handlers, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
+        """Go by other limits from the next batch on. Guesses about refusals are made anew; what is accused stays so."""
+        self._handlers, self._policy = handlers, policy
+        self._settlement = Settlement(self._outbox, self._purchases, handlers, self._guard, policy)
+        self._pacing.adopt(batch_size, target_seconds)
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
         """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
@@ -121,6 +137,7 @@ class Processor:
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
                 self._pacing.failed()
+                self._on_failed_try()
             raise
 
     def _transact(self, until: datetime | None, careful: bool) -> BatchReport:

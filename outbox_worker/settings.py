@@ -1,4 +1,6 @@
-"""Settings: command line > environment ``OUTBOX_*`` > TOML file > defaults. Frozen, and wrong ones fail together."""
+"""Settings: command line > environment ``OUTBOX_*`` > credentials > TOML file > defaults. Frozen, and wrong ones fail
+together. A credential is a file in ``$CREDENTIALS_DIRECTORY`` with the name of a setting: systemd's LoadCredential=.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,13 @@ from pydantic_settings import (
     InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
 from sqlalchemy.engine import URL
 
-from outbox_worker.address import EMBEDDED, driver_url, expect_usable, libpq_url
+from outbox_worker.address import EMBEDDED, Listen, driver_url, expect_usable, libpq_url, parse_listen
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
@@ -39,6 +42,17 @@ from outbox_worker.model import COLUMNS
 PREFIX = "OUTBOX_"
 OPTIONS = ("config", "backfill_every_seconds", "batch_size", "concurrency", "log_level", "log_format")
 """Settings that commands take as options, too."""
+RELOADABLE = (
+    "log_level",
+    "batch_size",
+    "batch_target_ms",
+    "max_attempts",
+    "retry_base_seconds",
+    "retry_max_seconds",
+    "poll_min_seconds",
+    "poll_max_seconds",
+)
+"""What a running worker takes from the file when it is told to: how much it says, and its limits."""
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
 
 
@@ -102,6 +116,22 @@ def _expect_distinct(names: Mapping[str, str], noun: str) -> None:
 
 def _usable_url(value: SecretStr) -> SecretStr:
     expect_usable(value.get_secret_value())
+    return value
+
+
+def _split_names(value: object) -> object:
+    """``a,b`` as the environment writes a list; a TOML array comes as one already."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _usable_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    if any("*" in host.removeprefix("*.") and host != "*" for host in value):
+        raise ValueError("* stands alone, or before a domain: *.example.com")
+    return value
+
+
+def _usable_listen(value: str) -> str:
+    parse_listen(value)
     return value
 
 
@@ -184,6 +214,16 @@ class Settings(BaseSettings):
     unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
         None, description="events of a type without handler: bury (default on own tables) or ignore (on adopted ones)"
     )
+    http_listen: Annotated[str, AfterValidator(_usable_listen)] = Field(
+        "127.0.0.1:9464",
+        description="where `run` answers /livez, /readyz and /metrics: HOST:PORT (port 0: any), unix:/path, or off",
+    )
+    http_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names), AfterValidator(_usable_hosts)] = (
+        Field(
+            (),
+            description="names under which HTTP answers, besides the loopback's and the host of HTTP_LISTEN; *: any",
+        )
+    )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
         "INFO", description="least severe record written"
     )
@@ -213,14 +253,17 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line, environment, then the file that one of the two names."""
+        """Command line, environment, credentials, then the file that one of the first two names."""
         assert isinstance(init_settings, InitSettingsSource)  # noqa: S101 - narrows the library's type
-        path = _configuration_file(init_settings.init_kwargs)
-        if not path:
-            return init_settings, env_settings
-        if not Path(path).is_file():
-            raise FileNotFoundError("there is no such file")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(path))
+        directory, path = _credentials(), _configuration_file(init_settings.init_kwargs)
+        sources = [init_settings, env_settings]
+        if directory is not None:
+            sources.append(SecretsSettingsSource(settings_cls, directory))
+        if path:
+            if not Path(path).is_file():
+                raise FileNotFoundError("there is no such file")
+            sources.append(TomlConfigSettingsSource(settings_cls, Path(path)))
+        return tuple(sources)
 
     @property
     def retry_policy(self) -> RetryPolicy:
@@ -250,6 +293,11 @@ class Settings(BaseSettings):
     def listen_url(self) -> URL | None:
         """Where to LISTEN, if that is another address."""
         return driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
+
+    @property
+    def listen(self) -> Listen | None:
+        """Where HTTP is served; None: nowhere."""
+        return parse_listen(self.http_listen)
 
     def _required_url(self) -> str:
         if self.database_url is None:
@@ -286,6 +334,12 @@ def _configuration_file(given: Mapping[str, Any]) -> str:
     return str(given.get("config") or os.environ.get(f"{PREFIX}CONFIG") or "")
 
 
+def _credentials() -> Path | None:
+    """Where the service manager puts secrets, if it does."""
+    directory = Path(os.environ.get("CREDENTIALS_DIRECTORY") or os.devnull)
+    return directory if directory.is_dir() else None
+
+
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     """``OUTBOX_*`` variables that no setting reads, each with the nearest name there is."""
     known = [_variable(name) for name in Settings.model_fields]
@@ -304,7 +358,7 @@ def reference() -> str:
 
 
 def _default(value: object) -> str:
-    return "" if value is None or value == {} else f"`{value}`"
+    return "" if value in (None, {}, ()) else f"`{value}`"
 
 
 def _variable(field: str) -> str:
@@ -329,6 +383,7 @@ _SENTENCES = {
     "less_than_equal": "must be {le} or less",
     "literal_error": "must be {expected}",
     "dict_type": "expected NAME=NAME, separated by commas",
+    "tuple_type": "expected names, separated by commas",
 }
 """The library's kinds of error, or how their names begin, in our words."""
 
@@ -359,4 +414,7 @@ def _source(name: str, given: Mapping[str, Any]) -> str:
     is_set = any(value and variable.upper() == _variable(field) for variable, value in os.environ.items())
     if is_set or given.keys() & {name, _key(field)}:
         return _variable(field)
+    directory = _credentials()
+    if directory is not None and (directory / _variable(field).lower()).exists():
+        return f"{_variable(field)} in the credentials"
     return f"{_key(field)} in the configuration file"

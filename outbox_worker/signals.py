@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as something the main thread can wait for.
+"""Signals as something the main thread can wait for: those that end the process, and the one to read settings again.
 
 A handler only sets a flag; the byte that the interpreter writes into a pipe wakes the waiting thread. (Setting a
 ``threading.Event`` inside a handler can deadlock with a thread that is just entering ``wait``.)
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
@@ -19,10 +20,15 @@ _CLOSED = -1
 
 
 class Signals:
-    """Context manager for the main thread. Looks like a ``threading.Event`` that the first signal sets."""
+    """Context manager for the main thread. Looks like a ``threading.Event`` that the first signal to stop sets.
 
-    def __init__(self, *more: signal.Signals) -> None:
-        self._signals = (*STOP_SIGNALS, *more)
+    ``more`` stop, too; ``reload`` only wakes, and is told by ``take_reload``.
+    """
+
+    def __init__(self, *more: signal.Signals, reload: signal.Signals | None = None) -> None:
+        self._signals = (*STOP_SIGNALS, *more, *([reload] if reload else []))
+        self._reload = reload
+        self._is_reload_asked = False
         self._received = 0
         self._reader, self._writer = os.pipe()
 
@@ -43,8 +49,16 @@ class Signals:
         os.close(self._writer)
         self._writer = _CLOSED
 
-    def _receive(self, _number: int, _frame: FrameType | None) -> None:
-        self._received += 1
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == self._reload:
+            self._is_reload_asked = True
+        else:
+            self._received += 1
+
+    def take_reload(self) -> bool:
+        """Whether a reload was asked for since the last call."""
+        asked, self._is_reload_asked = self._is_reload_asked, False
+        return asked
 
     def is_set(self) -> bool:
         """Whether a signal has come."""
@@ -69,3 +83,10 @@ class Signals:
         """End the main thread's wait, from any thread; nothing where nobody waits any more."""
         with suppress(OSError):
             os.write(self._writer, _WAKE)
+
+
+def make_signals() -> Signals:
+    """For the daemon. SIGHUP asks it to read its settings again; on a terminal it says that the terminal is gone."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        return Signals(signal.SIGHUP)
+    return Signals(reload=signal.SIGHUP)

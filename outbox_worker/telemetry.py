@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -68,6 +68,35 @@ class Telemetry:
         logger.bind(event="going_carefully", events=events).warning(
             "a worker before this one died; its events are taken one by one, in case one of them killed it"
         )
+
+    def http_listening(self, address: str) -> None:
+        """The endpoints answer."""
+        logger.bind(event="http_listening", address=address).info("HTTP at {}", address)
+
+    def http_unavailable(self, address: str, error: str) -> None:
+        """The endpoints do not answer; that stops nothing else."""
+        logger.bind(event="http_unavailable", address=address, error=error).error(
+            "no HTTP at {}: {}; trying again, events are settled meanwhile", address, error
+        )
+
+    def watchdog_is_short(self, watchdog_seconds: float, step_seconds: float) -> None:
+        """The service manager may take a slow database for a dead loop."""
+        logger.bind(event="watchdog_short", watchdog_seconds=watchdog_seconds, step_seconds=step_seconds).warning(
+            "WatchdogSec is shorter than a step of a claim loop may take; raise it, or lower "
+            "OUTBOX_DATABASE_DEADLINE_SECONDS"
+        )
+
+    def reloaded(self, changed: Sequence[str], left: Sequence[str]) -> None:
+        """The settings were read again; ``left`` are those that only a restart changes."""
+        logger.bind(event="reloaded", changed=changed).info("the settings were read again")
+        if left:
+            logger.bind(event="restart_needed", settings=left).warning(
+                "changed, and in force only after a restart: {}", ", ".join(left)
+            )
+
+    def reload_refused(self, problems: str) -> None:
+        """The settings cannot be used as they stand now; those before stay in force."""
+        logger.bind(event="reload_refused", problems=problems).error("nothing was reloaded. {}", problems)
 
     def stopping(self) -> None:
         """A signal came."""

@@ -6,37 +6,42 @@ asks the database nothing while they run: a stop does not wait for an answer.
 
 from __future__ import annotations
 
-import random
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from uuid import uuid4
 
 from sqlalchemy import func, select
 
+from outbox_worker.claim_loop import ClaimLoop, LoopThread, all_done
 from outbox_worker.database import Database, outlast
 from outbox_worker.dead_letters import count_open
-from outbox_worker.decision import next_pause
-from outbox_worker.errors import sqlstate
+from outbox_worker.errors import SettingError, sqlstate
 from outbox_worker.fleet import Fleet
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers, claimed_types
 from outbox_worker.health import check_schema, find_problems, list_problems
 from outbox_worker.horizon import HorizonWatch
 from outbox_worker.listener import Listener
-from outbox_worker.outbox import Outbox
+from outbox_worker.logs import configure_logging
+from outbox_worker.model import Guard
+from outbox_worker.outbox import Backlog, Outbox
 from outbox_worker.pacing import Frontier, Pacing
 from outbox_worker.periodic import PeriodicBackfill
 from outbox_worker.processor import Processor
 from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.runs import Runs
 from outbox_worker.schema import build_tables
-from outbox_worker.settings import Settings
+from outbox_worker.settings import RELOADABLE, Settings
 from outbox_worker.signals import Signals
+from outbox_worker.supervision import Pulse, Supervision
 from outbox_worker.sweep import Value
-from outbox_worker.telemetry import BatchReport, Telemetry
+from outbox_worker.systemd import Notifier
+from outbox_worker.telemetry import Telemetry
 
 _NAMES_AND_RIGHTS = ("42", "3F")
 """Classes of SQLSTATE: a table, column, schema or privilege that is not there."""
@@ -44,79 +49,17 @@ CHORE_SECONDS = 5.0
 """Between two heartbeats; also how long a changed guard can stay unnoticed while no batch trips over it."""
 
 
-class ClaimLoop:
-    """One loop that claims and settles, on one connection at a time."""
-
-    def __init__(
-        self,
-        processor: Processor,
-        settings: Settings,
-        stop: threading.Event,
-        on_trouble: Callable[[BaseException, float], None],
-    ) -> None:
-        self._processor = processor
-        self._settings = settings
-        self._stop = stop
-        self._on_trouble = on_trouble
-        self._pause = 0.0
-        self._woken = threading.Event()
-        self.is_resting = False
-
-    def wake(self) -> None:
-        """End the rest at hand; a loop that does not rest will look once more before it does."""
-        self._woken.set()
-
-    def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
-        """Settle one batch, outlasting any trouble of the database (for ``patience`` seconds; None: for ever).
-
-        None when told to stop meanwhile.
-        """
-        return outlast(partial(self._processor.process_batch, until), self._stop, self._on_trouble, patience)
-
-    def run(self) -> bool:
-        """Serve until told to stop."""
-        while not self._stop.is_set():
-            report = self.run_once()
-            if report is not None:
-                self._rest(report)
-        return True
-
-    def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
-        """Settle all that is due by ``until``; False when rows that others hold did not come free in time."""
-        deadline = self._settings.database_deadline_seconds
-        progress = time.monotonic()
-        while not self._stop.is_set():
-            report = self.run_once(until, patience=deadline)
-            if report is not None and report.verdicts:
-                progress = time.monotonic()
-            elif outlast(partial(is_empty, until), self._stop, self._on_trouble, deadline):
-                return True
-            elif time.monotonic() - progress > deadline:
-                return False
-            if report is not None:
-                self._rest(report)
-        return True
-
-    def _rest(self, report: BatchReport) -> None:
-        """No pause while claims come back full; then pauses that double, with jitter, so that workers spread out."""
-        low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
-        if report.verdicts:
-            self._pause = 0.0
-            if report.is_full:
-                return
-        self._pause = next_pause(self._pause, minimum=low, maximum=high)
-        self.is_resting = True
-        self._woken.wait(self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
-        self.is_resting = False
-        self._woken.clear()
-
-
 class Worker:
-    """One process: ``settings.concurrency`` claim loops over one database."""
+    """One process: ``settings.concurrency`` claim loops over one database.
 
-    def __init__(self, settings: Settings) -> None:
+    ``reread`` reads the settings again, when a signal asks for it.
+    """
+
+    def __init__(self, settings: Settings, reread: Callable[[], Settings] | None = None) -> None:
         self.telemetry = Telemetry()
         self._settings = settings
+        self._reread = reread
+        self._supervision = Supervision(settings, self.telemetry, Notifier(os.environ))
         self._tables = build_tables(settings)
         deadline = settings.database_deadline_seconds
         self._database = Database(settings, connections=settings.concurrency + 1, deadline_seconds=deadline)
@@ -134,10 +77,11 @@ class Worker:
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
-        outbox = outlast(partial(self._start, listens=True), signals, self.telemetry.trouble)
-        if outbox is not None:
-            self._loops = self._make_loops(outbox)
-            self._run_loops(signals, [loop.run for loop in self._loops], outbox, self._backfills())
+        with self._answering():
+            outbox = self._outlast_start(signals)
+            if outbox is not None:
+                self._loops = self._make_loops(outbox)
+                self._run_loops(signals, [loop.run for loop in self._loops], outbox, self._backfills())
         self._database.close()
         return 0
 
@@ -153,6 +97,32 @@ class Worker:
         found = self._run_loops(signals, [partial(loop.drain, until, is_empty) for loop in self._loops], outbox)
         self._database.close()
         return 0 if all(found) else 1
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """HTTP is served meanwhile, where it is to be."""
+        endpoints = self._supervision.endpoints(self._settings)
+        if endpoints is None:
+            yield
+            return
+        endpoints.start()
+        try:
+            yield
+        finally:
+            endpoints.stop()
+
+    def _outlast_start(self, signals: Signals) -> Outbox | None:
+        """Until the database was looked at; None when told to stop meanwhile. To wait for it is a loop, too."""
+        (pulse,) = self._supervision.pulses(1, signals)
+        return outlast(partial(self._start, listens=True), pulse, partial(self._meet_trouble_at_start, signals, pulse))
+
+    def _meet_trouble_at_start(
+        self, signals: Signals, pulse: Pulse, error: BaseException, pause_seconds: float
+    ) -> None:
+        pulse.failed(error)
+        self.telemetry.trouble(error, pause_seconds)
+        self._supervision.waits(error)
+        self._reload_if_asked(signals)
 
     def _start(self, *, listens: bool = False) -> Outbox:
         """Look before the first claim: is all there, which guard is in force, whose outbox is it."""
@@ -171,8 +141,8 @@ class Worker:
     def _make_loops(self, outbox: Outbox) -> list[ClaimLoop]:
         frontier = Frontier()
         return [
-            ClaimLoop(self._processor(outbox, frontier), self._settings, self._stop, self._meet_trouble)
-            for _ in range(self._settings.concurrency)
+            ClaimLoop(self._processor(outbox, frontier), self._settings, pulse, self._meet_trouble)
+            for pulse in self._supervision.pulses(self._settings.concurrency, self._stop)
         ]
 
     def _processor(self, outbox: Outbox, frontier: Frontier) -> Processor:
@@ -200,13 +170,15 @@ class Worker:
     ) -> list[bool]:
         """Run the loops in threads, the chores and ``others`` beside them. The first signal stops them after their
         batch; the second does not wait: what is not committed then is rolled back by the server."""
-        loops = [_LoopThread(body, signals) for body in bodies]
+        loops = [LoopThread(body, signals) for body in bodies]
         chores: Callable[[], bool] = partial(self._keep_house, outbox)
-        beside = [_LoopThread(body, signals) for body in (chores, *others)]
+        beside = [LoopThread(body, signals) for body in (chores, *others)]
         for thread in (*beside, *loops):
             thread.start()
-        while not _all_done(loops) and not signals.wait(CHORE_SECONDS):
-            pass
+        self._supervision.serves()
+        while not all_done(loops) and not signals.wait(CHORE_SECONDS):
+            self._reload_if_asked(signals)
+        self._supervision.stops()
         if signals.is_set():
             self.telemetry.stopping()
         self._stop.set()
@@ -217,10 +189,40 @@ class Worker:
         self.telemetry.stopped()
         return [thread.result() for thread in loops]
 
-    def _await(self, threads: Sequence[_LoopThread], signals: Signals) -> None:
+    def _reload_if_asked(self, signals: Signals) -> None:
+        """Read the settings again; where they cannot be used, nothing changes."""
+        if self._reread is None or not signals.take_reload():
+            return
+        self._supervision.reloads()
+        try:
+            self._adopt(self._reread())
+            self._supervision.reloaded("the settings were read again")
+        except SettingError as error:
+            self.telemetry.reload_refused(" ".join(str(error).split()))
+            self._supervision.reloaded("nothing was reloaded: a setting cannot be used")
+
+    def _adopt(self, found: Settings) -> None:
+        """Take the log level and the limits, each loop from its next step on; only a restart changes the rest."""
+        before, level = self._settings, self._settings.log_level
+        changed = [name for name in Settings.model_fields if getattr(found, name) != getattr(before, name)]
+        self._settings = before.model_copy(update={name: getattr(found, name) for name in RELOADABLE})
+        if found.log_level != level:
+            configure_logging(found.log_level, before.log_format)
+        for loop in self._loops:
+            loop.adopt(self._settings, partial(self._adopt_in, self._settings))
+        self.telemetry.reloaded(
+            [name for name in changed if name in RELOADABLE], [name for name in changed if name not in RELOADABLE]
+        )
+
+    def _adopt_in(self, settings: Settings, processor: Processor) -> None:
+        policy = settings.retry_policy
+        handlers = build_handlers(PurchaseRepository(self._tables), policy)
+        processor.adopt(handlers, policy, settings.batch_size, settings.batch_target_ms / 1000)
+
+    def _await(self, threads: Sequence[LoopThread], signals: Signals) -> None:
         """Until all are done; not for longer than the deadline, and not in a hurry."""
         give_up = time.monotonic() + self._settings.database_deadline_seconds
-        while not _all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
+        while not all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
 
     def _keep_house(self, outbox: Outbox) -> bool:
@@ -258,16 +260,18 @@ class Worker:
                 guard = self._guard.probe(session).guard
                 is_told = self._listens and self._listener is None and outbox.tells_of_events(session)
                 backlog = outbox.backlog(session)
-                self.telemetry.observe_backlog(
-                    backlog.due, backlog.oldest_due_seconds, count_open(session, self._tables)
-                )
+                letters = count_open(session, self._tables)
+                self.telemetry.observe_backlog(backlog.due, backlog.oldest_due_seconds, letters)
                 self.telemetry.observe_horizon(self._horizon.stood_still_seconds(session))
                 left = Value.read(self._runs.latest_counts(session).get("left"))
                 self.telemetry.observe_unexplained(left.count, left.money)
-                self._fleet.beat(session, guard, self.telemetry.beat(), stopped=stopped)
+                counted = self.telemetry.beat()
+                self._fleet.beat(session, guard, counted, stopped=stopped)
         except Exception as error:  # noqa: BLE001 - told with its traceback where it is our own mistake
             self._meet_trouble(error, CHORE_SECONDS)
+            self._supervision.looked_in_vain(error)
             return
+        self._supervision.looked(_status(guard, backlog, letters, counted["events_per_second"]))
         if is_told:
             self._start_listening()
 
@@ -295,32 +299,7 @@ class Worker:
         return now
 
 
-class _LoopThread(threading.Thread):
-    """A claim loop in its own thread; its end wakes the main thread."""
-
-    def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
-        super().__init__(daemon=True)
-        self._body = body
-        self._signals = signals
-        self.is_done = False
-        self._result: bool | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._result = self._body()
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by result()
-            self._error = error
-        finally:
-            self.is_done = True
-            self._signals.wake()
-
-    def result(self) -> bool:
-        """What the body returned; True for one that was left behind in a hurry. Raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._result is not False
-
-
-def _all_done(threads: Iterable[_LoopThread]) -> bool:
-    return all(thread.is_done for thread in threads)
+def _status(guard: Guard, backlog: Backlog, letters: int, rate: float) -> str:
+    """One line for ``systemctl status``."""
+    late = f", the oldest for {backlog.oldest_due_seconds:.0f} s" if backlog.due else ""
+    return f"{backlog.due} event(s) due{late}; {rate:.0f} settled/s; {letters} dead letter(s); guard {guard}"

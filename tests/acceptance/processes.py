@@ -27,7 +27,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
 """Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
-_NOT_PASSED_ON = ("OUTBOX_", "PYTHONDONTWRITE", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+_NOT_PASSED_ON = (
+    "OUTBOX_",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_",
+    "CREDENTIALS_DIRECTORY",
+    "PYTHONDONTWRITE",
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "FORCE_COLOR",
+)
 _END = b"\x1e"
 PATIENCE = 30.0
 """Seconds after which something that should have happened did not."""
@@ -44,10 +54,11 @@ def eventually(holds: Callable[[], Any], what: str, patience: float = PATIENCE) 
 
 
 def environment(url: str | None, settings: Mapping[str, object]) -> dict[str, str]:
-    """The caller's environment without its OUTBOX_*; ``batch_size=5`` becomes OUTBOX_BATCH_SIZE."""
+    """The caller's environment without its OUTBOX_*; ``batch_size=5`` becomes OUTBOX_BATCH_SIZE, ``NAME="x"`` NAME."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
     clean["PYTHONPYCACHEPREFIX"] = str(BYTECODE)
-    given = {f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
+    given = {name if name.isupper() else f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
+    clean["OUTBOX_HTTP_LISTEN"] = "off"  # many workers run at once
     return clean | ({} if url is None else {"OUTBOX_DATABASE_URL": url}) | given
 
 
@@ -252,6 +263,7 @@ def _start(
         command,
         env=environment(url, settings),
         cwd=ROOT,
+        stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,

@@ -451,3 +451,34 @@ def test_every_setting_says_what_it_is() -> None:
 def test_settings_are_plain_values() -> None:
     settings = load_settings(database_url="postgresql://h/d", tables="payments=p")
     assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301 - our own bytes
+
+
+# --- credentials
+
+
+def test_a_credential_stands_between_environment_and_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "outbox_database_url").write_text(f"postgresql://u:{SECRET}@db/shop\n")
+    (tmp_path / "outbox_batch_size").write_text("21\n")
+    (tmp_path / "somebody.key").write_text("else's")
+    path = config(tmp_path, 'database_url = "postgresql://u:other@db/shop"\nbatch_size = 11\nconcurrency = 2\n')
+    read = load_settings(config=path)
+    assert (read.url.password, read.batch_size, read.concurrency) == (SECRET, 21, 2)
+    monkeypatch.setenv("OUTBOX_BATCH_SIZE", "31")
+    assert load_settings(config=path).batch_size == 31
+
+
+def test_a_wrong_credential_is_named_and_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "outbox_database_url").write_text(f"mysql://u:{SECRET}@db/shop")
+    said = problems()
+    assert "OUTBOX_DATABASE_URL in the credentials: not a PostgreSQL URL" in said
+    assert SECRET not in said
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "gone"))
+    assert load_settings().database_url is None
+
+
+def test_names_of_hosts(tmp_path: Path) -> None:
+    assert load_settings(config=config(tmp_path, 'http_hosts = ["a.example", "*"]')).http_hosts == ("a.example", "*")
+    assert "* stands alone" in problems(config=config(tmp_path, 'http_hosts = "a*b"'))
+    assert "expected names" in problems(config=config(tmp_path, "http_hosts = 7"))

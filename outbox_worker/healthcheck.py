@@ -1,0 +1,41 @@
+"""Asks a daemon of this machine by HTTP how it is; for containers and scripts without curl."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from dataclasses import replace
+
+from outbox_worker.address import Listen
+from outbox_worker.errors import NoAnswer, SettingError
+
+_PATIENCE_SECONDS = 5.0
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what the daemon listens on, not we
+_LONGEST = 1000
+
+
+def ask(listen: Listen | None, path: str) -> tuple[bool, str]:
+    """Whether the daemon says that all is well, and its sentence. Raises NoAnswer, and SettingError where there is no
+    address to ask."""
+    if listen is None or not (listen.path or listen.port):
+        raise SettingError("OUTBOX_HTTP_LISTEN names no address that could be asked: it is off, or any free port.")
+    where = replace(listen, host=_ANY.get(listen.host, listen.host))
+    connection = http.client.HTTPConnection("localhost", timeout=_PATIENCE_SECONDS)
+    try:
+        connection.sock = _dial(where)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status == http.client.OK, answer.read(_LONGEST).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        raise NoAnswer(f"No answer from {where}: {str(error) or type(error).__name__}.") from None
+    finally:
+        connection.close()
+
+
+def _dial(where: Listen) -> socket.socket:
+    if not where.path:
+        return socket.create_connection((where.host, where.port), _PATIENCE_SECONDS)
+    line = socket.socket(socket.AF_UNIX)
+    line.settimeout(_PATIENCE_SECONDS)
+    line.connect(where.path)
+    return line
