@@ -61,6 +61,37 @@ bench-long: $(VENV)/run ## Measure loops, full tables, a held horizon, idle work
 psql: $(VENV)/run ## Open psql on the private PostgreSQL (ARGS="-c 'select 1'")
 	@$(DATABASE) exec $(BIN)/outbox-worker psql -- $(ARGS)
 
+# ---- as a service of systemd; DESTDIR takes all of it to another root
+
+# of the system, where there is one: a service sees no home
+SERVICE_PYTHON ?= $(firstword $(wildcard /usr/bin/python3.1[1-9] /usr/local/bin/python3.1[1-9]) $(PYTHON))
+SERVICE = $(DESTDIR)/opt/outbox-worker
+SERVICE_PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check --python '$(SERVICE)/bin/python' install
+UNITS = $(DESTDIR)/etc/systemd/system
+CONFIGURATION = $(DESTDIR)/etc/outbox-worker
+RELOAD_UNITS = [ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+
+.PHONY: install-service
+install-service: $(VENV)/run ## Install program and units for systemd (as root; DESTDIR=DIR)
+	@$(SERVICE_PYTHON) -m venv --without-pip '$(SERVICE)'
+	@$(SERVICE_PIP) --require-hashes -r requirements/run.txt
+	@$(SERVICE_PIP) --no-deps --no-build-isolation --force-reinstall .
+	@sed -i '1s|$(DESTDIR)/|/|' '$(SERVICE)/bin/outbox-worker'
+	@install -d '$(UNITS)' '$(CONFIGURATION)'
+	@install -m 644 deploy/outbox-worker.service deploy/outbox-worker@.service '$(UNITS)'
+	@[ -e '$(CONFIGURATION)/outbox-worker.toml' ] || install -m 644 deploy/outbox-worker.toml '$(CONFIGURATION)'
+	@[ -e '$(CONFIGURATION)/database-url' ] || install -m 600 /dev/null '$(CONFIGURATION)/database-url'
+	@$(RELOAD_UNITS)
+	@echo 'Write the URL into $(CONFIGURATION)/database-url, then: systemctl enable --now outbox-worker'
+
+.PHONY: uninstall-service
+uninstall-service: ## Stop and remove them; settings and URL stay in /etc/outbox-worker
+	@[ -n '$(DESTDIR)' ] || [ ! -d /run/systemd/system ] || { \
+		systemctl stop outbox-worker.service 'outbox-worker@*.service'; \
+		systemctl --quiet disable outbox-worker.service outbox-worker@.service; }
+	@rm -rf '$(SERVICE)' '$(UNITS)/outbox-worker.service' '$(UNITS)/outbox-worker@.service'
+	@$(RELOAD_UNITS)
+
 # ---- develop
 
 .PHONY: test

@@ -6,15 +6,13 @@ Its libraries are imported in that thread: the loops do not wait for them, and c
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from prometheus_client import disable_created_metrics
 from prometheus_client.exposition import choose_encoder
@@ -37,7 +35,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Serves until ``stop``. What hinders it, an address in use above all, is told once and tried again."""
+    """Context manager: serves inside. What hinders it, an address in use above all, is told once and tried again."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -47,8 +45,14 @@ class Endpoints(threading.Thread):
         self._server: Server | None = None
         self._is_told = False
 
-    def stop(self) -> None:
-        """End soon; waits for answers under way."""
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End soon; answers under way are waited for."""
         self._is_over.set()
         if self._server is not None:
             self._server.should_exit = True
@@ -79,6 +83,7 @@ class Endpoints(threading.Thread):
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             http="h11",
@@ -140,8 +145,7 @@ def _bind_path(path: str) -> socket.socket:
     """As open as a port of the loopback; the directory decides who gets there. What a dead process left is replaced."""
     line = socket.socket(socket.AF_UNIX)
     try:
-        with suppress(FileNotFoundError):
-            _remove_stale(path)
+        _remove_stale(path)
         line.bind(path)
         Path(path).chmod(0o666)
         line.listen(_BACKLOG)
@@ -153,7 +157,7 @@ def _bind_path(path: str) -> socket.socket:
 
 def _remove_stale(path: str) -> None:
     """Of a socket on which nobody listens any more."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
+    if not Path(path).is_socket():
         return
     with socket.socket(socket.AF_UNIX) as asked:
         try:

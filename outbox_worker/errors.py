@@ -182,6 +182,12 @@ def said(error: BaseException) -> str:
     return lines[0] if lines else type(original).__name__
 
 
+def in_one_line(error: OutboxWorkerError) -> str:
+    """A sentence and the list below it, for a log record."""
+    first, *others = (line.strip() for line in str(error).splitlines())
+    return f"{first} {'; '.join(others)}".rstrip()
+
+
 def trace(error: BaseException) -> list[str]:
     """Where an error was raised, innermost last; without its message, which may repeat a value.
 

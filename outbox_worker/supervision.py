@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from outbox_worker.database import Stop
 from outbox_worker.endpoints import Endpoints
@@ -65,7 +66,7 @@ class Supervision:
     """What one process tells of itself, from its start to its end."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry, notifier: Notifier) -> None:
-        self._telemetry, self._notifier = telemetry, notifier
+        self._settings, self._telemetry, self._notifier = settings, telemetry, notifier
         self._liveness = Liveness(STEP_DEADLINES * settings.database_deadline_seconds)
         watchdog, limit = notifier.watchdog_seconds, self._liveness.limit_seconds
         self._slice_seconds = min(limit, watchdog or limit) / _SLICES
@@ -73,11 +74,11 @@ class Supervision:
         if watchdog is not None and watchdog < limit:
             telemetry.watchdog_is_short(watchdog, limit)
 
-    def endpoints(self, settings: Settings) -> Endpoints | None:
-        """What answers by HTTP; None where that is off."""
-        if settings.listen is None:
-            return None
-        return Endpoints(settings.listen, settings.http_hosts, self._liveness, self._telemetry)
+    def answering(self) -> AbstractContextManager[object]:
+        """HTTP is served inside, unless it is off."""
+        if self._settings.listen is None:
+            return nullcontext()
+        return Endpoints(self._settings.listen, self._settings.http_hosts, self._liveness, self._telemetry)
 
     def pulses(self, loops: int, stop: Stop) -> list[Pulse]:
         """For the loops that run from now on, and end with ``stop``."""

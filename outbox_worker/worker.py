@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from uuid import uuid4
@@ -20,7 +19,7 @@ from sqlalchemy import func, select
 from outbox_worker.claim_loop import ClaimLoop, LoopThread, all_done
 from outbox_worker.database import Database, outlast
 from outbox_worker.dead_letters import count_open
-from outbox_worker.errors import SettingError, sqlstate
+from outbox_worker.errors import SettingError, in_one_line, sqlstate
 from outbox_worker.fleet import Fleet
 from outbox_worker.guard import GuardWatch
 from outbox_worker.handlers import build_handlers, claimed_types
@@ -77,9 +76,11 @@ class Worker:
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
-        with self._answering():
+        with self._supervision.answering():
             outbox = self._outlast_start(signals)
-            if outbox is not None:
+            if outbox is None:
+                self._supervision.stops()
+            else:
                 self._loops = self._make_loops(outbox)
                 self._run_loops(signals, [loop.run for loop in self._loops], outbox, self._backfills())
         self._database.close()
@@ -97,19 +98,6 @@ class Worker:
         found = self._run_loops(signals, [partial(loop.drain, until, is_empty) for loop in self._loops], outbox)
         self._database.close()
         return 0 if all(found) else 1
-
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
-        """HTTP is served meanwhile, where it is to be."""
-        endpoints = self._supervision.endpoints(self._settings)
-        if endpoints is None:
-            yield
-            return
-        endpoints.start()
-        try:
-            yield
-        finally:
-            endpoints.stop()
 
     def _outlast_start(self, signals: Signals) -> Outbox | None:
         """Until the database was looked at; None when told to stop meanwhile. To wait for it is a loop, too."""
@@ -198,7 +186,7 @@ class Worker:
             self._adopt(self._reread())
             self._supervision.reloaded("the settings were read again")
         except SettingError as error:
-            self.telemetry.reload_refused(" ".join(str(error).split()))
+            self.telemetry.reload_refused(in_one_line(error))
             self._supervision.reloaded("nothing was reloaded: a setting cannot be used")
 
     def _adopt(self, found: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -61,10 +62,10 @@ def test_what_cannot_work_never_is_ready(database_url: str, shop: Shop, manager:
 
 
 def test_an_abstract_socket(database_url: str, tmp_path: Path) -> None:
-    with managed(f"@outbox-worker-{tmp_path.name}-{time.monotonic_ns()}") as manager:
-        with start("run", url=database_url, **manager.settings(60)) as process:
-            manager.wait_for_ready()
-            process.end_well()
+    address = f"@outbox-worker-{tmp_path.name}-{time.monotonic_ns()}"
+    with managed(address) as manager, start("run", url=database_url, **manager.settings(60)) as process:
+        manager.wait_for_ready()
+        process.end_well()
 
 
 def test_a_daemon_that_waits_for_its_database_is_ready_and_alive(manager: Manager) -> None:
@@ -72,6 +73,7 @@ def test_a_daemon_that_waits_for_its_database_is_ready_and_alive(manager: Manage
         assert "without database" in manager.wait_for_ready()["STATUS"]
         manager.wait_for_feeds(5)
         process.end_well()
+    assert manager.all("STOPPING") == ["1"]
 
 
 def test_an_outage_longer_than_the_watchdog_starves_nobody(site: Site, manager: Manager) -> None:
@@ -86,7 +88,7 @@ def test_an_outage_longer_than_the_watchdog_starves_nobody(site: Site, manager: 
         eventually_answers(address, "/readyz", 503, "without database")
         eventually(lambda: time.monotonic() - gone > 2 * interval, "an outage of two intervals")
         feeds = [gone, *manager.feeds_since(gone), time.monotonic()]
-        assert max(later - earlier for earlier, later in zip(feeds, feeds[1:], strict=False)) < interval
+        assert max(later - earlier for earlier, later in itertools.pairwise(feeds)) < interval
         eventually_answers(address, "/livez", 200)
         assert any("without database" in status for status in manager.all("STATUS"))
         site.start()
