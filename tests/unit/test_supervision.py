@@ -12,7 +12,9 @@ import psycopg
 import pytest
 
 from outbox_worker.address import Listen, parse_listen
+from outbox_worker.claim_loop import ClaimLoop
 from outbox_worker.liveness import FEED_SECONDS, STOPPING, Liveness
+from outbox_worker.settings import load_settings
 from outbox_worker.signals import Signals, make_signals
 from outbox_worker.supervision import Pulse, reason
 from outbox_worker.systemd import Notifier
@@ -108,6 +110,16 @@ def test_a_short_pause_ends_in_time() -> None:
     flag = Flag(waits=1000)
     assert not Pulse(flag, serving(1), 0, Mock(), slice_seconds=2.0).wait(0)
     assert flag.timeouts == [0.0]
+
+
+def test_a_loop_without_database_beats_through_its_pauses() -> None:
+    """They grow to ten seconds, longer than a watchdog may wait."""
+    flag, feed = Flag(waits=200), Mock()
+    processor = Mock(process_batch=Mock(side_effect=psycopg.OperationalError("gone")))
+    pulse = Pulse(flag, serving(1), 0, feed, slice_seconds=0.01)
+    assert ClaimLoop(processor, load_settings(), pulse, Mock()).run_once() is None
+    assert len(flag.timeouts) > 200
+    assert max(flag.timeouts) <= 0.01
 
 
 def test_reasons_repeat_nothing_that_libpq_says() -> None:
