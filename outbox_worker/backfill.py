@@ -22,7 +22,7 @@ from outbox_worker.database import Database
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import Refused
 from outbox_worker.guard import GuardWatch
-from outbox_worker.health import PRIVILEGES, READING, check_schema
+from outbox_worker.health import BACKFILLING, READING, Privileges, check_schema
 from outbox_worker.repairs import Made, Repairs, choose_owed, left_of
 from outbox_worker.runs import Kind, Range, Run, RunOutcome, Runs, written_left
 from outbox_worker.schema import Tables
@@ -180,10 +180,8 @@ class Backfill:
             payments_per_second=self._rate,
         )
 
-    def _privileges(self) -> Mapping[str, tuple[str, ...]]:
-        if self._request.dry_run:
-            return {role: READING[role] for role in _READ}
-        return {role: PRIVILEGES[role] for role in (*_READ, "backfill_runs")}
+    def _privileges(self) -> Privileges:
+        return {role: READING[role] for role in _READ} if self._request.dry_run else BACKFILLING
 
     def _begin(self, session: Session) -> tuple[Range, UUID | None, Run | None]:
         """What to look at, the row to write to, and the backfill to go on with."""

@@ -18,26 +18,51 @@ from outbox_worker.errors import SchemaError
 from outbox_worker.guard import relation_name
 from outbox_worker.schema import OWNED, Tables
 
-Privileges = Mapping[str, tuple[str, ...]]
+Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""By the table's role, what must be allowed there, and on which columns, by their keys (none: on the table)."""
 
-PRIVILEGES: Privileges = {
-    "payments": ("SELECT",),
-    "outbox": ("SELECT", "UPDATE", "DELETE"),
-    "purchases": ("SELECT", "INSERT", "UPDATE"),
-    "processed_events": ("SELECT", "INSERT", "UPDATE"),
-    "dead_letters": ("SELECT", "INSERT", "UPDATE"),
-    "workers": ("SELECT", "INSERT", "UPDATE", "DELETE"),
-    "backfill_runs": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+_WHOLE: tuple[str, ...] = ()
+_OF_PAYMENTS = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
+_OF_MARKS = ("outcome", "payment_id", "recovered_at")
+_OF_RUNS = ("seen_at", "finished_at", "cursor", "counts", "host", "pid", "outcome")
+_OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "attempts", "reason", "detail", "dead_at")
+_OF_RESOLVED = ("state", "resolved_at")
+
+READING: Privileges = {"payments": {"SELECT": _OF_PAYMENTS}} | {
+    role: {"SELECT": _WHOLE}
+    for role in ("outbox", "purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 }
-"""What the role of a worker must be allowed, by the table's role."""
-READING: Privileges = dict.fromkeys(PRIVILEGES, ("SELECT",))
 """What the role of somebody who only looks must be allowed."""
+PRIVILEGES: Privileges = {
+    "payments": READING["payments"],
+    "outbox": {"SELECT": _WHOLE, "UPDATE": ("due_at", "attempts", "crashes", "last_error"), "DELETE": _WHOLE},
+    "purchases": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": ("is_active", "deactivated_at")},
+    "processed_events": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_MARKS},
+    "dead_letters": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": (*_OF_BURIED, *_OF_RESOLVED)},
+    "workers": {
+        "SELECT": _WHOLE,
+        "INSERT": _WHOLE,
+        "UPDATE": ("seen_at", "stopped_at", "guard", "metrics", "succeeded_at"),
+        "DELETE": _WHOLE,
+    },
+    "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS, "DELETE": _WHOLE},
+}
+"""What the role of a worker must be allowed."""
 DECIDING: Privileges = {
-    "payments": ("SELECT",),
-    "outbox": ("SELECT", "INSERT"),
-    "dead_letters": ("SELECT", "UPDATE"),
+    "payments": READING["payments"],
+    "outbox": {"SELECT": _WHOLE, "INSERT": _WHOLE},
+    "dead_letters": {"SELECT": _WHOLE, "UPDATE": (*_OF_RESOLVED, "actor", "note")},
 }
 """What the role of somebody who requeues and discards must be allowed."""
+BACKFILLING: Privileges = {
+    "payments": READING["payments"],
+    "outbox": {"SELECT": _WHOLE},
+    "purchases": {"SELECT": _WHOLE, "INSERT": _WHOLE},
+    "processed_events": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_MARKS},
+    "dead_letters": {"SELECT": _WHOLE, "UPDATE": _OF_RESOLVED},
+    "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS},
+}
+"""What the role of somebody who backfills by hand must be allowed."""
 
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
@@ -62,6 +87,20 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     String: _TEXTS,
 }
 
+
+# what: whether something is allowed on a table, or, where that may be granted by column, on all of some columns or,
+# where none are named, on any · lock: none · index: the catalogue's own
+_ALLOWED = text(
+    """
+    SELECT CASE
+        WHEN has_table_privilege(to_regclass(:name), :privilege) THEN true
+        WHEN :privilege = 'DELETE' THEN false
+        WHEN cardinality(CAST(:columns AS text[])) = 0 THEN has_any_column_privilege(to_regclass(:name), :privilege)
+        ELSE (SELECT bool_and(has_column_privilege(attrelid, attnum, :privilege)) FROM pg_attribute
+              WHERE attrelid = to_regclass(:name) AND attname = ANY(CAST(:columns AS text[])))
+    END
+    """
+)
 
 # what: those of some schemas that exist and may not be used · lock: none · index: the catalogue's own
 _CLOSED_SCHEMAS = text(
@@ -154,11 +193,18 @@ def _absent_problems(names: Collection[str]) -> Iterator[Problem]:
         yield Problem(f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
 
 
-def _privilege_problems(session: Session, table: Table, needed: Sequence[str]) -> Iterator[Problem]:
+def _privilege_problems(session: Session, table: Table, needed: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
     name = relation_name(table)
-    if lacking := [privilege for privilege in needed if not _may(session, name, privilege)]:
-        listed = ", ".join(lacking)
-        yield Problem(f"no {listed} on {name}", f"as its owner: GRANT {listed} ON {name} TO {_role(session)};")
+    if lacking := [privilege for privilege in needed if not _may(session, table, privilege, needed[privilege])]:
+        granted = ", ".join(_in_grant(table, privilege, needed[privilege]) for privilege in lacking)
+        yield Problem(
+            f"no {', '.join(lacking)} on {name}", f"as its owner: GRANT {granted} ON {name} TO {_role(session)};"
+        )
+
+
+def _in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
+    quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+    return f"{privilege} ({', '.join(quote(table.c[key].name) for key in keys)})" if keys else privilege
 
 
 def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[Problem]:
@@ -201,10 +247,11 @@ def _role(session: Session) -> str:
     return role
 
 
-def _may(session: Session, name: str, privilege: str) -> bool:
-    by_column = "" if privilege == "DELETE" else " OR has_any_column_privilege(:name, :privilege)"
-    asked = text(f"SELECT has_table_privilege(:name, :privilege){by_column}")
-    return bool(session.scalar(asked, {"name": name, "privilege": privilege}))
+def _may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> bool:
+    """Columns that are not there are another finding."""
+    columns = [table.c[key].name for key in keys]
+    asked = {"name": relation_name(table), "privilege": privilege, "columns": columns}
+    return session.scalar(_ALLOWED, asked) is not False
 
 
 def _actual_columns(session: Session, name: str) -> dict[str, _Actual]:

@@ -79,14 +79,14 @@ def list_dead_letters(
     """List dead letters, oldest first."""
     from outbox_worker import console, reports
     from outbox_worker.dead_letters import Place, Selection, list_letters
-    from outbox_worker.health import check_schema
+    from outbox_worker.health import READING, check_schema
 
     age = parse_duration(older_than, "--older-than") if older_than else None
     selection = Selection(state=state, reason=reason, event_type=event_type, older_than=age)
     place = Place.parse(after) if after else None
     _, database, tables = open_database(config)
     with database.transaction() as session:
-        check_schema(session, tables, {"dead_letters": ("SELECT",)})
+        check_schema(session, tables, {"dead_letters": READING["dead_letters"]})
         page = list_letters(session, tables, selection, after=place, limit=limit)
     if json:
         console.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})

@@ -18,7 +18,6 @@ import pytest
 import servers
 from factories import Shop
 from processes import (
-    ROOT,
     Finished,
     eventually,
     finish,
@@ -352,24 +351,6 @@ def test_a_role_without_rights_and_the_remedy_that_helps(role: str, database_url
             shop.rows(re.sub(r"<the worker's role>|CURRENT_USER", f'"{role}"', grant))
     assert done.code == 0, done.stderr
     assert (shop.count("outbox"), shop.count("purchases")) == (0, 1)
-
-
-def test_the_readmes_grants_are_enough(role: str, database_url: str, shop: Shop) -> None:
-    """To settle, to bury, to postpone and to say so; and no less is said to be enough."""
-    readme = (ROOT / "README.md").read_text()
-    for grant in re.findall(r"^GRANT [^;]+;", readme, re.MULTILINE):
-        shop.rows(grant.replace("outbox_worker", f'"{role}"'))
-    shop.paid()
-    shop.paid(status="pending")
-    shop.confirm(shop.payment(), payload="[]")
-    refunded = shop.payment()
-    shop.purchase(refunded)
-    shop.payment("succeeded", *refunded.pair)
-    shop.refund(refunded)
-    done = finish("run", "--drain", url=url_of(database_url, username=role, password="right"))  # noqa: S106
-    assert done.code == 0, done.stderr
-    assert (shop.count("outbox"), shop.count("purchases"), shop.count("dead_letters")) == (1, 3, 1)
-    assert [row.is_active for row in shop.purchases(refunded.pair)] == [False, True]
 
 
 def test_one_privilege_missing(role: str, database_url: str, shop: Shop) -> None:

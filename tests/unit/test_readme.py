@@ -9,7 +9,6 @@ import pytest
 import typer
 
 from outbox_worker.cli import app
-from outbox_worker.health import PRIVILEGES
 from outbox_worker.model import COLUMNS, Outcome, Reason
 from outbox_worker.settings import reference
 
@@ -28,15 +27,6 @@ def test_every_command_is_named() -> None:
     assert isinstance(root, typer.core.TyperGroup)
     for name in root.commands:
         assert f"`outbox-worker {name}" in README
-
-
-def test_the_grants_are_those_that_the_worker_asks_for() -> None:
-    granted: dict[str, set[str]] = {}
-    for privileges, tables in re.findall(
-        r"^GRANT (\w[\w, ]*) ON ((?!SCHEMA)[\w, ]+) TO outbox_worker;", README, re.MULTILINE
-    ):
-        granted |= {table: set(privileges.split(", ")) for table in tables.split(", ")}
-    assert granted == {role: set(privileges) for role, privileges in PRIVILEGES.items()}
 
 
 @pytest.mark.parametrize("table", COLUMNS)

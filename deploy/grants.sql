@@ -1,0 +1,143 @@
+-- Roles and privileges around the purchase outbox worker: who may do what, and nothing else.
+--
+--     psql -d DATABASE -f deploy/grants.sql
+--
+-- Run it before the first `outbox-worker migrate`, and again after each: the first run makes the roles, the second one
+-- grants on the tables that are there by then. Safe to repeat; what was granted to these roles by an older version of
+-- this file is taken back. One transaction: all of it holds, or nothing. Works for a superuser, and for the database's
+-- owner if that role may create roles (CREATEROLE) and may grant on the tables that it did not make.
+--
+-- Passwords are set apart, as with \password outbox_worker.
+--
+-- Names that differ are given as variables, tables as in OUTBOX_TABLES, columns as in OUTBOX_COLUMNS:
+--
+--     psql -d DATABASE -v schema=shop -v worker=shop_worker -v payments=billing.payment \
+--          -v payments_read='id, user_id, product_id, amount, currency, status, created_at' -f deploy/grants.sql
+--
+-- Where our tables exist already, name the role that owns them: -v owner=ROLE. Nobody's ownership is changed.
+
+\set ON_ERROR_STOP on
+\set QUIET on
+
+-- owner: owns the tables, and nobody logs in as it · migrator: migrate, in the owner's name · worker: run, doctor
+-- reader: status, audit, duplicates · operator: dead-letters requeue and discard, backfill
+\if :{?owner}    \else \set owner    outbox_owner    \endif
+\if :{?migrator} \else \set migrator outbox_migrator \endif
+\if :{?worker}   \else \set worker   outbox_worker   \endif
+\if :{?reader}   \else \set reader   outbox_reader   \endif
+\if :{?operator} \else \set operator outbox_operator \endif
+
+-- the tables
+\if :{?schema} \else \set schema public \endif
+SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), false) AS search_path \gset
+\if :{?payments}         \else \set payments         payments         \endif
+\if :{?outbox}           \else \set outbox           outbox           \endif
+\if :{?purchases}        \else \set purchases        purchases        \endif
+\if :{?processed_events} \else \set processed_events processed_events \endif
+\if :{?dead_letters}     \else \set dead_letters     dead_letters     \endif
+\if :{?workers}          \else \set workers          workers          \endif
+\if :{?backfill_runs}    \else \set backfill_runs    backfill_runs    \endif
+
+-- the columns that are read of payments, and those that are ever updated
+\if :{?payments_read} \else
+    \set payments_read 'id, student_id, course_id, amount, currency, status, created_at'
+\endif
+\if :{?outbox_updated} \else \set outbox_updated 'due_at, attempts, crashes, last_error' \endif
+\if :{?purchases_updated} \else \set purchases_updated 'is_active, deactivated_at' \endif
+\if :{?processed_events_updated} \else \set processed_events_updated 'outcome, payment_id, recovered_at' \endif
+\if :{?dead_letters_buried} \else
+    \set dead_letters_buried 'event_type, payload, headers, created_at, payment_id, attempts, reason, detail, dead_at'
+\endif
+\if :{?dead_letters_resolved} \else \set dead_letters_resolved 'state, resolved_at' \endif
+\if :{?dead_letters_decided} \else \set dead_letters_decided 'actor, note' \endif
+\if :{?workers_updated} \else \set workers_updated 'seen_at, stopped_at, guard, metrics, succeeded_at' \endif
+\if :{?backfill_runs_updated} \else
+    \set backfill_runs_updated 'seen_at, finished_at, cursor, counts, host, pid, outcome'
+\endif
+
+BEGIN;
+SET LOCAL client_min_messages = warning;
+
+-- what: the roles that are absent
+SELECT format('CREATE ROLE %I %s', name, kind)
+FROM (VALUES (:'owner', 'NOLOGIN'), (:'migrator', 'LOGIN'), (:'worker', 'LOGIN'), (:'reader', 'LOGIN'),
+             (:'operator', 'LOGIN')) AS wanted (name, kind)
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
+
+-- what: memberships; migrate ends with a look at what a worker may do, on adopted tables, too
+GRANT :"owner" TO :"migrator";
+GRANT :"worker" TO :"owner";
+SELECT format('GRANT %I TO CURRENT_USER', :'owner') WHERE NOT pg_has_role(:'owner', 'USAGE') \gexec
+
+-- what: the database and the schema; temporary tables are for who is granted them
+REVOKE TEMPORARY ON DATABASE :"DBNAME" FROM PUBLIC;
+GRANT CONNECT ON DATABASE :"DBNAME" TO :"migrator", :"worker", :"reader", :"operator";
+CREATE SCHEMA IF NOT EXISTS :"schema";
+REVOKE CREATE ON SCHEMA :"schema" FROM PUBLIC;
+GRANT USAGE, CREATE ON SCHEMA :"schema" TO :"owner";
+GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"reader", :"operator";
+
+-- what: names are looked up where nobody else can put one
+SELECT format('ALTER ROLE %I IN DATABASE %I SET search_path = pg_catalog, %I, pg_temp',
+              name, current_database(), :'schema')
+FROM unnest(ARRAY[:'migrator', :'worker', :'reader', :'operator']) AS name \gexec
+SELECT format('ALTER ROLE %I IN DATABASE %I SET role = %I', :'migrator', current_database(), :'owner') \gexec
+
+-- what: nothing that was granted on the tables before
+SELECT format('REVOKE ALL ON %s FROM %I, %I, %I', to_regclass(name), :'worker', :'reader', :'operator')
+FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
+                  :'backfill_runs']) AS name
+WHERE to_regclass(name) IS NOT NULL \gexec
+
+-- what: the schemas of tables that have one of their own
+SELECT DISTINCT format('GRANT USAGE ON SCHEMA %s TO %I, %I, %I', relnamespace::regnamespace, :'worker', :'reader',
+                       :'operator')
+FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
+                  :'backfill_runs']) AS name
+JOIN pg_class ON pg_class.oid = to_regclass(name)
+WHERE relnamespace::regnamespace::text <> quote_ident(:'schema') \gexec
+
+-- what: who may do what, and where
+SELECT format('GRANT %s ON %s TO %I', privileges, to_regclass(name), grantee)
+FROM (VALUES
+    (:'worker', :'payments', 'SELECT (' || :'payments_read' || ')'),
+    (:'worker', :'outbox', 'SELECT, UPDATE (' || :'outbox_updated' || '), DELETE'),
+    (:'worker', :'purchases', 'SELECT, INSERT, UPDATE (' || :'purchases_updated' || ')'),
+    (:'worker', :'processed_events', 'SELECT, INSERT, UPDATE (' || :'processed_events_updated' || ')'),
+    (:'worker', :'dead_letters',
+     'SELECT, INSERT, UPDATE (' || :'dead_letters_buried' || ', ' || :'dead_letters_resolved' || ')'),
+    (:'worker', :'workers', 'SELECT, INSERT, UPDATE (' || :'workers_updated' || '), DELETE'),
+    (:'worker', :'backfill_runs', 'SELECT, INSERT, UPDATE (' || :'backfill_runs_updated' || '), DELETE'),
+
+    (:'reader', :'payments', 'SELECT (' || :'payments_read' || ')'),
+    (:'reader', :'outbox', 'SELECT'),
+    (:'reader', :'purchases', 'SELECT'),
+    (:'reader', :'processed_events', 'SELECT'),
+    (:'reader', :'dead_letters', 'SELECT'),
+    (:'reader', :'workers', 'SELECT'),
+    (:'reader', :'backfill_runs', 'SELECT'),
+
+    (:'operator', :'payments', 'SELECT (' || :'payments_read' || ')'),
+    (:'operator', :'outbox', 'SELECT, INSERT'),
+    (:'operator', :'purchases', 'SELECT, INSERT'),
+    (:'operator', :'processed_events', 'SELECT, INSERT, UPDATE (' || :'processed_events_updated' || ')'),
+    (:'operator', :'dead_letters',
+     'SELECT, UPDATE (' || :'dead_letters_resolved' || ', ' || :'dead_letters_decided' || ')'),
+    (:'operator', :'workers', 'SELECT'),
+    (:'operator', :'backfill_runs', 'SELECT, INSERT, UPDATE (' || :'backfill_runs_updated' || ')')
+) AS wanted (grantee, name, privileges)
+WHERE to_regclass(name) IS NOT NULL \gexec
+
+-- what: the sequences behind serial columns of adopted tables; identity columns need nothing
+SELECT format('GRANT USAGE ON SEQUENCE %s TO %I', d.objid::regclass, grantee)
+FROM (VALUES (:'worker', :'purchases'), (:'operator', :'purchases'), (:'operator', :'outbox')) AS wanted (grantee, name)
+JOIN pg_depend d ON d.refobjid = to_regclass(name) AND d.refclassid = 'pg_class'::regclass
+                AND d.classid = 'pg_class'::regclass AND d.deptype = 'a'
+JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S' \gexec
+
+COMMIT;
+
+SELECT name AS "table", coalesce(pg_get_userbyid(relowner), 'absent: migrate, then run this file again') AS "owner"
+FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
+                  :'backfill_runs']) WITH ORDINALITY AS given (name, position)
+LEFT JOIN pg_class ON pg_class.oid = to_regclass(name) ORDER BY position;
