@@ -41,6 +41,10 @@ status: $(VENV)/run ## Show backlog, guard, dead letters, workers
 audit: $(VENV)/run ## Prove that nothing is owed
 	@$(DATABASE) exec $(BIN)/outbox-worker audit $(ARGS)
 
+.PHONY: doctor
+doctor: $(VENV)/run ## Look for what is wrong with database and set-up
+	@$(DATABASE) exec $(BIN)/outbox-worker doctor $(ARGS)
+
 .PHONY: backfill
 backfill: $(VENV)/run ## Make what payments prove is owed (ARGS="--dry-run" to look)
 	@$(DATABASE) exec $(BIN)/outbox-worker backfill $(ARGS)

@@ -231,6 +231,28 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
 
 
 @app.command()
+def doctor(config: Config = None, json: AsJson = False) -> None:
+    """Look for what is wrong with database and set-up, and say what to do.
+
+    Changes nothing. To be run as the worker's role, with its settings. What
+    the role may not see is told.
+
+    Exit code 1 when there is a problem; warnings are none.
+    """
+    from outbox_worker import console, doctor_view
+    from outbox_worker.doctor import examine
+
+    settings = load_settings(config=config)
+    start_logging(settings)
+    report = examine(settings)
+    if json:
+        console.print_json(doctor_view.doctor_object(report))
+    else:
+        doctor_view.print_report(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
 def backfill(
     config: Config = None,
     json: AsJson = False,

@@ -96,13 +96,13 @@ def columns(
         _print(table)
 
 
-def facts(rows: Sequence[tuple[str, object]]) -> None:
-    """Print names and values, one a line."""
+def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
+    """Print names and values, one a line; a name may bring its own style."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), _shown(value))
+        table.add_row(Text(name, style="dim") if isinstance(name, str) else name, _shown(value))
     _print(table)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Table, null, select, text
+from sqlalchemy import Connection, Row, Select, Table, func, null, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -79,6 +79,22 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
         if choose_guard(sound, _arbiters(session, purchases, predicate)) is Guard.INDEX:
             return GuardState(Guard.INDEX, predicate, capacity, has_paths)
     return GuardState(Guard.LOCK, "", capacity, has_paths)
+
+
+def guard_in_force(session: Session, purchases: Table) -> Guard:
+    """As a worker finds it; whoever may not insert cannot ask the planner, and goes by the catalogue."""
+    if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
+        return probe_guard(session, purchases).guard
+    return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK
+
+
+def doubled_pairs(session: Session | Connection, purchases: Table, limit: int) -> Sequence[Row[Any]]:
+    """Pairs (``student_id``, ``course_id``) with more than one active purchase, and the ``count``: no unique index can
+    be built over them."""
+    pair = [purchases.c[key].label(key) for key in ("student_id", "course_id")]
+    columns = *pair, func.count().label("count")
+    found: Select[Any] = select(*columns).where(purchases.c.is_active).group_by(*pair)
+    return session.execute(found.having(func.count() > 1).order_by(*pair).limit(limit)).all()
 
 
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sqlalchemy.types import DateTime, TypeEngine
 
 from outbox_worker.errors import SchemaError
 from outbox_worker.guard import relation_name
+from outbox_worker.model import COLUMNS
 from outbox_worker.schema import OWNED, Tables
 
 Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -28,10 +29,9 @@ _OF_RUNS = ("seen_at", "finished_at", "cursor", "counts", "host", "pid", "outcom
 _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "attempts", "reason", "detail", "dead_at")
 _OF_RESOLVED = ("state", "resolved_at")
 
-READING: Privileges = {"payments": {"SELECT": _OF_PAYMENTS}} | {
-    role: {"SELECT": _WHOLE}
-    for role in ("outbox", "purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
-}
+STRUCTURE: Privileges = {role: {} for role in COLUMNS}
+"""For a look at tables and columns alone."""
+READING: Privileges = {role: {"SELECT": _OF_PAYMENTS if role == "payments" else _WHOLE} for role in COLUMNS}
 """What the role of somebody who only looks must be allowed."""
 PRIVILEGES: Privileges = {
     "payments": READING["payments"],
@@ -183,7 +183,7 @@ def is_owned(session: Session | Connection, table: Table) -> bool:
 def _closed_problems(session: Session, schemas: Collection[str]) -> Iterator[Problem]:
     for schema in sorted(schemas):
         yield Problem(
-            f"no USAGE on the schema {schema}", f"as its owner: GRANT USAGE ON SCHEMA {schema} TO {_role(session)};"
+            f"no USAGE on the schema {schema}", f"as its owner: GRANT USAGE ON SCHEMA {schema} TO {role_name(session)};"
         )
 
 
@@ -198,7 +198,7 @@ def _privilege_problems(session: Session, table: Table, needed: Mapping[str, Seq
     if lacking := [privilege for privilege in needed if not _may(session, table, privilege, needed[privilege])]:
         granted = ", ".join(_in_grant(table, privilege, needed[privilege]) for privilege in lacking)
         yield Problem(
-            f"no {', '.join(lacking)} on {name}", f"as its owner: GRANT {granted} ON {name} TO {_role(session)};"
+            f"no {', '.join(lacking)} on {name}", f"as its owner: GRANT {granted} ON {name} TO {role_name(session)};"
         )
 
 
@@ -241,7 +241,7 @@ def _kind(column: _Actual) -> str:
     return next((kind for kind in _KINDS if column.type_name in _KINDS[kind]), column.type_name)
 
 
-def _role(session: Session) -> str:
+def role_name(session: Session) -> str:
     """The role that this session acts as, quoted."""
     role: str = session.scalars(text("SELECT quote_ident(current_user)")).one()
     return role

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Table, func, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import func, select
 
 from outbox_worker.database import Database
 from outbox_worker.dead_letters import count_open
 from outbox_worker.fleet import SILENT_AFTER_SECONDS, WorkerRow, list_workers
-from outbox_worker.guard import pair_indexes, probe_guard, relation_name
+from outbox_worker.guard import guard_in_force
 from outbox_worker.handlers import UnknownTypes, claimed_types
 from outbox_worker.health import READING, check_schema
 from outbox_worker.model import Guard
@@ -55,20 +54,13 @@ def condition(worker: WorkerRow) -> str:
     return "silent" if worker.silent_seconds > SILENT_AFTER_SECONDS else "running"
 
 
-def _guard(session: Session, purchases: Table) -> Guard:
-    """As a worker finds it; whoever may not insert cannot ask the planner, and goes by the catalogue."""
-    if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
-        return probe_guard(session, purchases).guard
-    return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK
-
-
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
     """One look at the database. Raises SchemaError where tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables, READING)
         return Status(
             time=session.scalars(select(func.clock_timestamp())).one(),
-            guard=_guard(session, tables.purchases),
+            guard=guard_in_force(session, tables.purchases),
             backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),

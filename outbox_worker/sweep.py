@@ -210,7 +210,7 @@ class Sweep:
         self._seconds = 0.0
         with database.transaction() as session:
             by_index = has_index_paths(session, tables.purchases)
-            self.order = _order(session, tables)
+            self.order = order_of(session, tables)
         self._plans = plans(by_index)
         pages = partial(page_statement, tables, self.order, by_index=by_index, lists_duplicates=lists_duplicates)
         self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
@@ -291,7 +291,7 @@ def plans(by_index: bool) -> Mapping[str, str]:
     return _BY_INDEX if by_index else _BY_HASH
 
 
-def _order(session: Session, tables: Tables) -> tuple[str, ...]:
+def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
     """By time where an index serves that: then a span costs what it holds. Otherwise by the primary key."""
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
     return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)

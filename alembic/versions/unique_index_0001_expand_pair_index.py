@@ -9,7 +9,7 @@ from alembic import context, op
 from sqlalchemy.exc import IntegrityError
 
 from outbox_worker.errors import Refused
-from outbox_worker.guard import pair_indexes, relation_name
+from outbox_worker.guard import doubled_pairs, pair_indexes, relation_name
 from outbox_worker.health import is_owned
 from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
 
@@ -93,16 +93,7 @@ def _named(bind: sa.Connection, purchases: sa.Table, name: str) -> sa.Row[Any] |
 
 
 def _refuse_duplicates(bind: sa.Connection, purchases: sa.Table) -> None:
-    c = purchases.c
-    query = (
-        sa.select(c.student_id, c.course_id, sa.func.count())
-        .where(c.is_active)
-        .group_by(c.student_id, c.course_id)
-        .having(sa.func.count() > 1)
-        .order_by(c.student_id, c.course_id)
-        .limit(SHOWN + 1)
-    )
-    found = bind.execute(query).all()
+    found = doubled_pairs(bind, purchases, SHOWN + 1)
     if not found:
         return
     lines = [f"  student {student}, course {course}: {count} active purchases" for student, course, count in found]

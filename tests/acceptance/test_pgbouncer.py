@@ -30,7 +30,7 @@ shop = {target}
 unix_socket_dir = {directory}
 listen_port = 6432
 auth_type = any
-pool_mode = transaction
+pool_mode = {mode}
 default_pool_size = {backends}
 """
 BACKENDS = 2
@@ -45,6 +45,7 @@ class Pooler:
 
     target: str
     directory: Path
+    mode: str = "transaction"
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -55,7 +56,7 @@ class Pooler:
     def start(self) -> None:
         given = psycopg.conninfo.conninfo_to_dict(libpq(self.target))
         target = {key: given[key] for key in ("host", "port", "dbname", "user", "password") if key in given}
-        words = {"target": psycopg.conninfo.make_conninfo("", **target), "directory": self.directory}
+        words = {"target": psycopg.conninfo.make_conninfo("", **target), "directory": self.directory, "mode": self.mode}
         config = self.directory / "pgbouncer.ini"
         config.write_text(CONFIG.format(**words, backends=BACKENDS))
         is_root = os.geteuid() == 0  # which it refuses to be
@@ -76,11 +77,12 @@ class Pooler:
 
 
 @pytest.fixture
-def pooler(database_url: str) -> Iterator[Pooler]:
+def pooler(request: pytest.FixtureRequest, database_url: str) -> Iterator[Pooler]:
+    """In transaction mode, unless parametrised (indirectly)."""
     if os.geteuid() == 0 and not namespace_permitted():
         pytest.skip("PgBouncer refuses to run as root, and this machine permits no other name")
     with tempfile.TemporaryDirectory(prefix="bouncer-") as directory:
-        made = Pooler(database_url, Path(directory))
+        made = Pooler(database_url, Path(directory), getattr(request, "param", "transaction"))
         made.start()
         try:
             yield made
@@ -135,3 +137,29 @@ def test_a_daemon_that_listens_past_it(pooler: Pooler, database_url: str, shop: 
         worker.end_well()
     assert worker.told("paused") == []
     expect_exactly_once(shop)
+
+
+def seen_by_the_doctor(behind: Pooler, check: str, **settings: object) -> dict[str, str]:
+    found = finish("doctor", "--json", url=behind.url, **settings).object["checks"]
+    (one,) = [each for each in found if each["name"] == check]
+    return dict(one)
+
+
+def test_the_doctor_knows_it(pooler: Pooler, database_url: str) -> None:
+    """Also where nobody has told, and other clients come and go."""
+    found = seen_by_the_doctor(pooler, "pooler")
+    assert found["verdict"] == "problem"
+    assert "OUTBOX_POOLER=transaction" in found["remedy"]
+    assert seen_by_the_doctor(pooler, "pooler", pooler="transaction")["verdict"] == "ok"
+    assert finish("migrate", "--with", "notify", url=database_url).code == 0
+    assert "behind a pooler" in seen_by_the_doctor(pooler, "notify")["evidence"]
+    assert "nobody hears it" in seen_by_the_doctor(pooler, "notify", pooler="transaction")["evidence"]
+    past = {"pooler": "transaction", "listen_database_url": database_url}
+    assert seen_by_the_doctor(pooler, "notify", **past)["verdict"] == "ok"
+
+
+@pytest.mark.parametrize("pooler", ["session"], indirect=True)
+def test_the_doctor_knows_one_that_leaves_sessions_alone(pooler: Pooler) -> None:
+    found = seen_by_the_doctor(pooler, "pooler")
+    assert found["verdict"] == "ok"
+    assert "session mode" in found["evidence"]
