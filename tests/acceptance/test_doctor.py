@@ -231,9 +231,10 @@ def standby(site: Site, slot: str) -> Iterator[None]:
     """Reads from a slot as a standby does, and says that a query there needs what is as old as now."""
     where = psycopg.conninfo.make_conninfo("", **site.start(), replication="true")
     with closing(psycopg.connect(where, autocommit=True)) as connection, site.connect() as other:
-        asked = "SELECT CAST(CAST(pg_current_xact_id() AS text) AS bigint), CAST(pg_current_wal_lsn() AS text)"
+        asked = "SELECT CAST(CAST(pg_current_xact_id() AS text) AS bigint), CAST(pg_current_wal_flush_lsn() AS text)"
         ((oldest, place),) = other.execute(asked).fetchall()
-        connection.pgconn.exec_(f"START_REPLICATION SLOT {slot} PHYSICAL {place}".encode())
+        begun = connection.pgconn.exec_(f"START_REPLICATION SLOT {slot} PHYSICAL {place}".encode())
+        assert begun.status == psycopg.pq.ExecStatus.COPY_BOTH, begun.error_message
         feedback = struct.pack("!cqIIII", b"h", 0, oldest, 0, 0, 0)
         connection.pgconn.put_copy_data(feedback)
         connection.pgconn.flush()
