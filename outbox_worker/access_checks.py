@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Row, Table, text
 
@@ -90,7 +91,7 @@ def _excess(subject: Subject) -> Iterator[str]:
             yield f"{', '.join(spare)} on all of {relation_name(tables[key])}"
 
 
-def _rights(subject: Subject, table: Table) -> Row[tuple[bool, Sequence[str]]] | None:
+def _rights(subject: Subject, table: Table) -> Row[Any] | None:
     asked = {"relation": relation_name(table), "privileges": list(_ANY_PRIVILEGE)}
     return subject.session.execute(_TABLE, asked).one_or_none()
 
@@ -111,8 +112,8 @@ def row_security(subject: Subject) -> Iterator[Finding]:
 def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
     name, role = relation_name(table), subject.role
     policies = subject.session.execute(_POLICIES, {"relation": name}).all()
-    permitted = {each.command for each in policies if each.is_permissive}
-    barred = [each for each in PRIVILEGES[key] if not permitted & {_COMMANDS[each], "*"}]
+    permissive = [each for each in policies if each.is_permissive]
+    barred = _not_among(permissive, key)
     remedy = f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"
     if barred:
         return problem(
@@ -120,10 +121,17 @@ def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
             "refused; what is not claimed is not told",
             remedy,
         )
-    if partial := [each.name for each in policies if not each.is_for_all_rows]:
+    restrictive = [each.name for each in policies if not (each.is_permissive or each.is_for_all_rows)]
+    if restrictive or _not_among([each for each in permissive if each.is_for_all_rows], key):
         return warning(
-            f"row security on {name} leaves some rows to {role}, by {', '.join(partial)}: what it does not see it does "
-            "not settle",
+            f"row security on {name} leaves to {role} what {', '.join(each.name for each in policies)} let through: "
+            "what it does not see it does not settle",
             f"see that these policies let all rows of the shop through, or: {remedy}",
         )
     return ok(f"row security on {name} lets all rows through")
+
+
+def _not_among(policies: Sequence[Row[Any]], key: str) -> list[str]:
+    """What a worker must do in a table and none of the policies is for."""
+    commands = {each.command for each in policies}
+    return [each for each in PRIVILEGES[key] if not commands & {_COMMANDS[each], "*"}]

@@ -41,18 +41,20 @@ _VACUUMS = text(
     """
 )
 
-# what: other transactions of this database that hold back its vacuums · lock: none · seen of other roles only with
-# pg_read_all_stats
+# what: other transactions of this database that hold back its vacuums · lock: none · since when is seen of other roles
+# only with pg_read_all_stats, by how many transactions is seen by all
 _TRANSACTIONS = text(
     """
     SELECT pid, quote_ident(usename) AS role, application_name AS program, state,
-           date_part('epoch', clock_timestamp() - xact_start) AS seconds
+           date_part('epoch', clock_timestamp() - xact_start) AS seconds,
+           greatest(age(backend_xmin), age(backend_xid)) AS age
     FROM pg_stat_activity a
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type <> 'walsender'
-      AND coalesce(backend_xmin, backend_xid) IS NOT NULL
-      AND xact_start < clock_timestamp() - make_interval(secs => :seconds)
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND usesysid IS NOT NULL
+      AND backend_type IS DISTINCT FROM 'walsender' AND coalesce(backend_xmin, backend_xid) IS NOT NULL
+      AND coalesce(xact_start < clock_timestamp() - make_interval(secs => :seconds),
+                   greatest(age(backend_xmin), age(backend_xid)) > :ids)
       AND NOT EXISTS (SELECT FROM pg_stat_progress_vacuum v WHERE v.pid = a.pid)
-    ORDER BY xact_start LIMIT 5
+    ORDER BY age DESC LIMIT 5
     """
 )
 
@@ -97,8 +99,8 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
     evidence = f"{name}: {row.dead:,} dead rows, {row.size}; vacuumed by itself {row.times:,} times, last {last}"
     if not row.is_on_everywhere:
         yield problem(
-            f"autovacuum is off on this server; {evidence}",
-            "ALTER SYSTEM SET autovacuum = on; and track_counts = on; then SELECT pg_reload_conf();",
+            f"autovacuum, or track_counts without which it does nothing, is off on this server; {evidence}",
+            "ALTER SYSTEM SET autovacuum = on; ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();",
         )
     elif not row.is_on:
         yield problem(f"autovacuum is off for {name}; {evidence}", f"ALTER TABLE {name} RESET (autovacuum_enabled);")
@@ -116,7 +118,7 @@ def horizon(
 ) -> Iterator[Finding]:
     """Who keeps dead rows from being cleared away, each by name."""
     found = [
-        *_open_transactions(subject, seconds),
+        *_open_transactions(subject, seconds, transaction_ids),
         *_prepared_transactions(subject, seconds),
         *_slots(subject, transaction_ids),
         *_standbys(subject, transaction_ids),
@@ -124,18 +126,20 @@ def horizon(
     yield from found
     if not subject.session.scalar(_SEES_ALL):
         yield unseen(
-            "transactions of other roles; prepared ones and replication slots were looked at",
+            "since when transactions of other roles are open; what else holds back the vacuum was looked at",
             f"GRANT pg_read_all_stats TO {subject.role};",
         )
     elif not found:
         yield ok(f"nobody has held back the vacuum for longer than {ago(seconds)}")
 
 
-def _open_transactions(subject: Subject, seconds: float) -> Iterator[Finding]:
-    for row in subject.session.execute(_TRANSACTIONS, {"seconds": seconds}):
+def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -> Iterator[Finding]:
+    for row in subject.session.execute(_TRANSACTIONS, {"seconds": seconds, "ids": transaction_ids}):
+        who = ", ".join(filter(None, (row.role, row.program, row.state)))
+        since = f"for {ago(row.seconds)}" if row.seconds is not None else f"since {row.age:,} transactions ago"
         yield warning(
-            f"process {row.pid} ({row.role}, {row.program or 'no name'}, {row.state}) has a transaction open for "
-            f"{ago(row.seconds)}: nothing that was deleted since is cleared away",
+            f"process {row.pid} ({who}) has a transaction open {since}: nothing that was deleted "
+            "meanwhile is cleared away",
             f"end it, or SELECT pg_terminate_backend({row.pid}); against the next one: ALTER ROLE {row.role} SET "
             "idle_in_transaction_session_timeout = '1min';",
         )

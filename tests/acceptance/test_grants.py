@@ -233,7 +233,15 @@ def test_the_daemon_listens_and_backfills_what_the_operator_left(premises: Premi
 
 def test_the_reader_looks_at_everything(premises: Premises, shop: Shop) -> None:
     write_one_of_everything(shop)
-    for command in ("status", "duplicates list", "dead-letters list", "backfill --dry-run"):
+    letter = shop.rows("SELECT event_id, payment_id FROM dead_letters")[0].event_id
+    for command in (
+        f"dead-letters show {letter}",
+        f"why {shop.payment().id}",
+        "status",
+        "duplicates list",
+        "dead-letters list",
+        "backfill --dry-run",
+    ):
         expect_fine(premises, "reader", *command.split())
     done = finish("audit", "--json", url=premises.url_of("reader"))
     assert (done.code, done.object["ok"]) == (1, False), "what was paid in there is not given yet"
