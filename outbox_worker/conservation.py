@@ -18,6 +18,7 @@ from sqlalchemy import (
     Boolean,
     ColumnElement,
     DateTime,
+    FromClause,
     Interval,
     Select,
     Text,
@@ -37,7 +38,7 @@ from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker import payload
 from outbox_worker.database import Keys, readable, seconds_since
-from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, DeadLetterState, PaymentStatus
+from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, WAIVABLE, DeadLetterState, PaymentStatus
 from outbox_worker.schema import Tables
 
 
@@ -97,6 +98,12 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
     classed = _classed(page, equation, tables, by_index).select_from(page.outerjoin(flying, flying.c.id == page.c.id))
     judged = _materialized(classed.where(_is_judged(page)), "classed")
     return _gathered(judged, bindparam("lists", type_=Boolean), lists_duplicates)
+
+
+def waivable(letters: FromClause) -> ColumnElement[bool]:
+    """Whether a person who discards a letter gives up the purchase of its payment, should that be standing."""
+    reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
+    return and_(letters.c.event_type == PURCHASE_CONFIRMED, reasons)
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
@@ -189,7 +196,8 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
     letters = tables.dead_letters
     contradiction = or_(*(letters.c.reason == reason.value for reason in sorted(CONTRADICTIONS)))
     contradicts = letters.c.state == DeadLetterState.OPEN.value, contradiction
-    waives = letters.c.state == DeadLetterState.DISCARDED.value, letters.c.note.is_not(None)
+    discarded = letters.c.state == DeadLetterState.DISCARDED.value, letters.c.note.is_not(None)
+    waives = *discarded, waivable(letters)
     return [
         (is_in_flight, literal(PaymentClass.IN_FLIGHT.value)),
         (_has_letter(page, tables, *contradicts), literal(PaymentClass.DEAD.value)),

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Text,
     Update,
     cast,
+    exists,
     func,
     literal,
     select,
@@ -33,9 +34,10 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
+from outbox_worker.conservation import waivable
 from outbox_worker.database import ids_as, readable
 from outbox_worker.errors import Inconsistent, Refused, WrongUsage
-from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
+from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, PaymentStatus
 from outbox_worker.schema import Tables
 
 CONTENT_MAX = 10_000
@@ -118,6 +120,8 @@ class Preview:
     reasons: Mapping[str, int]
     money: Mapping[str, Decimal]
     """Of the payments concerned, each counted once, by currency."""
+    waived: Mapping[str, Decimal]
+    """Of those of them that are owed a purchase, which a discard gives up."""
     token: str
     """Another one as soon as one of the letters, or what its payment's row says, has changed."""
 
@@ -229,17 +233,25 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     """Count what was selected, with the money it is about. To be asked in one snapshot."""
     letters, payments = tables.dead_letters, tables.payments
     chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
-    found = select(*chosen).where(*selection.conditions(letters)).cte("found")
+    found = select(*chosen, waivable(letters).label("waivable")).where(*selection.conditions(letters)).cte("found")
     reasons = session.execute(
         select(found.c.reason, func.count()).group_by(found.c.reason).order_by(func.count().desc())
     )
-    of_them = payments.c.id.in_(select(found.c.payment_id).where(found.c.payment_id.is_not(None)))
-    currency = cast(payments.c.currency, Text)
-    money = session.execute(select(currency, func.sum(payments.c.amount)).where(of_them).group_by(currency))
     by_reason = {reason: count for reason, count in reasons}  # noqa: C416 - rows
-    by_currency = {name: amount for name, amount in money}  # noqa: C416 - rows
+    named = select(found.c.payment_id).where(found.c.payment_id.is_not(None))
+    own = tables.purchases
+    is_given = exists().where(own.c.payment_id == payments.c.id)
+    is_owed = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value, ~is_given
+    money = _money(session, payments, payments.c.id.in_(named))
+    waived = _money(session, payments, payments.c.id.in_(named.where(found.c.waivable)), *is_owed)
     token = session.scalars(_token(tables, selection)).one()
-    return Preview(sum(by_reason.values()), by_reason, by_currency, token)
+    return Preview(sum(by_reason.values()), by_reason, money, waived, token)
+
+
+def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) -> dict[str, Decimal]:
+    currency = cast(payments.c.currency, Text)
+    rows = session.execute(select(currency, func.sum(payments.c.amount)).where(*which).group_by(currency))
+    return {name: amount for name, amount in rows}  # noqa: C416 - rows
 
 
 def decide_letters(
@@ -290,8 +302,10 @@ def _lock(tables: Tables, selection: Selection) -> Select[Any]:
 def _token(tables: Tables, selection: Selection) -> Select[Any]:
     """what: a digest of letters and payments, as they are · lock: none · index: open letters, primary keys"""
     letters, payments = tables.dead_letters, tables.payments
-    parts = [letters.c.event_id, letters.c.state, letters.c.dead_at, payments.c.status, payments.c.amount]
-    line = func.concat_ws("|", *(cast(part, Text) for part in parts))
+    of_letter = [letters.c[key] for key in ("event_id", "state", "dead_at", "reason", "attempts")]
+    of_payment = [payments.c[key] for key in ("student_id", "course_id", "amount", "currency", "status")]
+    parts = [func.coalesce(cast(part, Text), "") for part in (*of_letter, *of_payment)]
+    line = func.concat_ws("|", *parts)
     digest = func.md5(func.string_agg(line, aggregate_order_by(literal("\n"), letters.c.event_id)))
     read = letters.outerjoin(payments, payments.c.id == letters.c.payment_id)
     return select(func.coalesce(func.left(digest, 12), "")).select_from(read).where(*selection.conditions(letters))

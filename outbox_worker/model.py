@@ -57,6 +57,11 @@ class Reason(StrEnum):
 CONTRADICTIONS = frozenset({Reason.PAYMENT_MISMATCH, Reason.EVENT_ID_REUSED})
 """Reasons by which event and payment contradict each other: a person decides, nothing is granted meanwhile."""
 
+WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
+"""Reasons of a confirmation's dead letter by whose discarding a person gives up the purchase of a standing payment.
+Other letters die of a payment that is not there, or stands not: whoever discards them does not speak of one that does.
+"""
+
 
 class PaymentStatus(StrEnum):
     PENDING = "pending"

@@ -137,6 +137,10 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
         console.line(f"… and {len(found) - limit:,} more {title}: --limit, or --json for all.", "dim")
 
 
+def _in_a_line(money: Mapping[str, Decimal]) -> str:
+    return ", ".join(f"{amount:,.2f} {currency}" for currency, amount in money.items())
+
+
 def money_text(money: Mapping[str, Decimal]) -> str:
     """One line per currency."""
     return "\n".join(f"{amount:,.2f} {currency}" for currency, amount in money.items())
@@ -160,8 +164,10 @@ def print_preview(seen: Preview, decision: Decision) -> None:
     if not seen.count:
         console.line(f"Nothing to {decision}: no open dead letter matches.")
         return
-    money = ", ".join(f"{amount:,.2f} {currency}" for currency, amount in seen.money.items()) or "no payment known"
+    money = _in_a_line(seen.money) or "no payment known"
     rows: list[tuple[str, object]] = [(f"to {decision}", f"{seen.count:,} event(s)"), ("money", money)]
+    if decision is Decision.DISCARD and seen.waived:
+        rows.append(("never given", f"{_in_a_line(seen.waived)}: paid, no purchase made, and waived by this"))
     console.facts([*rows, *((reason, f"{count:,}") for reason, count in seen.reasons.items()), ("preview", seen.token)])
 
 
@@ -171,7 +177,8 @@ def print_decided(seen: Preview, decision: Decision) -> None:
         case Decision.REQUEUE:
             console.line(f"{seen.count:,} event(s) are due again; the worker settles them like new ones.", "green")
         case Decision.DISCARD:
-            console.line(f"{seen.count:,} dead letter(s) discarded; their payments count as waived.", "green")
+            waived = f"; {_in_a_line(seen.waived)} waived" if seen.waived else "; nothing was owed for them"
+            console.line(f"{seen.count:,} dead letter(s) discarded{waived}.", "green")
 
 
 _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
@@ -203,7 +210,7 @@ def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
     if len(found) > limit:
         console.line(f"… and {len(found) - limit:,} more: --limit, or --csv or --json for all.", "dim")
     owed = Value.of(each.payment for each in found)
-    console.line(f"\n{owed.count:,} payment(s) to be refunded: {money_text(owed.money).replace(chr(10), ', ')}.")
+    console.line(f"\n{owed.count:,} payment(s) to be refunded: {_in_a_line(owed.money)}.")
 
 
 def write_duplicates(found: Sequence[Duplicate]) -> None:

@@ -192,7 +192,8 @@ def discard_dead_letters(
 ) -> None:
     """Close dead letters for good: nothing is owed for them.
 
-    The audit counts their payments as waived from then on, by whom and why.
+    A payment that is owed a purchase by one of them is waived from then on:
+    nothing is given for it. Says first how much money that is.
     """
     selection = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "discard", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)

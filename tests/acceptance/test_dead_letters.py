@@ -66,7 +66,8 @@ def test_discarded_its_payment_is_waived(database_url: str, shop: Shop) -> None:
     payment = shop.payment()
     event = shop.dead_letter(payment, reason="payment_mismatch")
     told = decide(database_url, "discard", str(event), *WHO)
-    assert "49.90 EUR" in told.stdout
+    assert "never given       49.90 EUR" in told.stdout
+    assert "1 dead letter(s) discarded; 49.90 EUR waived." in told.stdout
     audit = finish("audit", "--json", url=database_url)
     assert (audit.code, audit.object["counts"]["waived"]) == (0, 1)
     assert shop.count("outbox") == 0
@@ -74,6 +75,23 @@ def test_discarded_its_payment_is_waived(database_url: str, shop: Shop) -> None:
     assert f"{event} is discarded" in again.stderr
     decide(database_url, "requeue", str(event), *WHO)
     assert states(shop) == {event: "requeued"}
+
+
+def test_where_nothing_is_given_up_by_a_discard_that_is_said(database_url: str, shop: Shop) -> None:
+    """Of five letters one is that of a payment which is owed a purchase by it."""
+    given = shop.payment()
+    shop.purchase(given)
+    for payment, reason in ((given, "payment_mismatch"), (shop.payment("failed"), "payment_not_succeeded")):
+        shop.dead_letter(payment, reason=reason)
+    shop.dead_letter(shop.payment(), reason="unsupported_event_type", event_type="COURSE_VIEWED")
+    seen = decide(database_url, "discard", "--all", "--dry-run", "--json").object["preview"]
+    assert (seen["count"], seen["waived"]) == (3, {})
+    shop.dead_letter(shop.payment(amount="7.00"), reason="payment_mismatch")
+    seen = decide(database_url, "discard", "--all", "--dry-run", "--json").object["preview"]
+    assert (seen["count"], seen["waived"]) == (4, {"EUR": "7.00"})
+    decide(database_url, "discard", "--all", *WHO)
+    counts = finish("audit", "--json", url=database_url).object["counts"]
+    assert (counts["waived"], counts["unexplained"]) == (1, 1)
 
 
 def test_only_those_that_match(database_url: str, shop: Shop) -> None:
@@ -105,6 +123,9 @@ def test_only_those_that_match(database_url: str, shop: Shop) -> None:
     [
         "UPDATE payments SET status = 'refunded'",
         "UPDATE payments SET amount = 1",
+        "UPDATE payments SET currency = 'USD'",
+        "UPDATE payments SET student_id = gen_random_uuid()",
+        "UPDATE dead_letters SET attempts = attempts + 1",
         "UPDATE dead_letters SET state = 'settled' WHERE reason = 'payment_not_found'",
         "UPDATE dead_letters SET dead_at = clock_timestamp()",
         "DELETE FROM dead_letters WHERE reason = 'invalid_payload'",

@@ -100,9 +100,9 @@ def told_under_another_type(shop: Shop) -> Payment:
 OWED = [never_written, deleted, marked_and_lost, duplicate_no_more, in_a_dead_letter, told_under_another_type]
 
 
-def discarded(shop: Shop, note: str | None) -> Payment:
+def discarded(shop: Shop, note: str | None, reason: str = "crashed_worker", **of_letter: Any) -> Payment:
     payment = shop.payment()
-    letter = shop.dead_letter(payment, state="discarded")
+    letter = shop.dead_letter(payment, state="discarded", reason=reason, **of_letter)
     shop.rows("UPDATE dead_letters SET note = %s WHERE event_id = %s", note, letter)
     return payment
 
@@ -181,6 +181,25 @@ def test_what_is_explained_is_left_as_it_is(kind: str, operator: Operator, shop:
     report = operator.run()
     assert (report.counts.owed.count, report.counts.made.count) == (0, 0)
     assert snapshot(shop, "backfill_runs") == before
+
+
+@pytest.mark.parametrize(
+    "letter",
+    [
+        {"reason": "unsupported_event_type", "event_type": "COURSE_VIEWED"},
+        {"reason": "payment_mismatch", "event_type": "PURCHASE_REFUNDED"},
+        {"reason": "payment_not_refunded", "event_type": "PURCHASE_REFUNDED"},
+        {"reason": "payment_not_succeeded"},
+        {"reason": "payment_not_found"},
+    ],
+)
+def test_a_discarded_letter_that_says_nothing_of_this_purchase_explains_nothing(
+    operator: Operator, shop: Shop, letter: dict[str, str]
+) -> None:
+    """Of an event of another type, or of a time when the payment was not there or had not succeeded."""
+    payment = discarded(shop, "not ours", **letter)
+    operator.makes()
+    assert shop.purchases(payment)
 
 
 def test_a_discarded_letter_without_a_reason_explains_nothing(operator: Operator, shop: Shop) -> None:
@@ -357,7 +376,8 @@ def give(shop: Shop, payment: Payment) -> None:
 
 
 def waive(shop: Shop, payment: Payment) -> None:
-    shop.rows("UPDATE dead_letters SET note = 'no' WHERE event_id = %s", shop.dead_letter(payment, state="discarded"))
+    letter = shop.dead_letter(payment, state="discarded", reason="rejected_by_database")
+    shop.rows("UPDATE dead_letters SET note = 'no' WHERE event_id = %s", letter)
 
 
 def contradict(shop: Shop, payment: Payment) -> None:

@@ -271,7 +271,7 @@ def test_who_has_a_story_of_its_own_does_not(shop: Shop, processor: ProbedProces
         case "contradicted" | "reused":
             shop.dead_letter(other, reason="payment_mismatch" if kind == "contradicted" else "event_id_reused")
         case "waived":
-            shop.dead_letter(other, state="discarded")
+            shop.dead_letter(other, state="discarded", reason="rejected_by_database")
             shop.rows("UPDATE dead_letters SET note = 'paid out in cash'")
     shop.refund(first)
     settle(processor)

@@ -48,7 +48,7 @@ def one_of_each(shop: Shop, ago: str = "0 seconds") -> dict[str, Payment]:
     found["duplicate"] = shop.payment(student=found["active"].student_id, course=found["active"].course_id, ago=ago)
     shop.confirm(found["in_flight"], payload={"payment_id": str(found["in_flight"].id).upper()}, due_in="1 hour")
     shop.dead_letter(found["dead"], reason="payment_mismatch")
-    waived = shop.dead_letter(found["waived"], state="discarded")
+    waived = shop.dead_letter(found["waived"], state="discarded", reason="payment_mismatch")
     shop.rows("UPDATE dead_letters SET note = 'a gift' WHERE event_id = %s", waived)
     for status in ("pending", "failed", "refunded"):
         shop.payment(status=status, ago=ago)
