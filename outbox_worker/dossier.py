@@ -1,15 +1,15 @@
 """All that is on record about a payment: its row, events, dead letters, marks and purchases. Reads only.
 
-Found by the id of an event, of a payment or of a student. To be read in one snapshot.
+Found by the id of an event, a payment, a purchase or a student. To be read in one snapshot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Select, Table, Text, and_, cast, func, literal, or_, select, type_coerce
@@ -21,6 +21,8 @@ from outbox_worker import payload
 from outbox_worker.database import readable, savepoint
 from outbox_worker.dead_letters import DeadLetter, read_letters
 from outbox_worker.schema import Tables
+
+_Row = TypeVar("_Row")
 
 PAYMENTS_MAX = 100
 """Of one student, the oldest."""
@@ -107,31 +109,46 @@ class Found:
     """What an id names, and what is on record of it."""
 
     kinds: Sequence[str]
-    """event, payment, student: one of them, mostly; none where the id is unknown."""
+    """event, payment, purchase, student: one of them, mostly; none where the id is unknown."""
     payment_ids: Sequence[UUID]
     dossier: Dossier
     gifts: Sequence[PurchaseRow]
-    """The student's purchases that no payment has paid for."""
+    """Purchases that no payment has paid for: the student's, or the one that was asked for."""
     has_more: bool
     """The student has more payments than are listed."""
 
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
     """Whatever has this id. Payments that are only named by an event, a mark or a purchase are found, too."""
+    asked = asked.encode(errors="replace").decode()  # what came as bytes that are no text
     given = _uuid_of(asked)
     of_event = _read_events(session, tables, events=[given]) if given else Dossier()
-    of_student, gifts = _of_student(session, tables, asked)
-    concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *([given] if given else [])]
+    own = tables.purchases.c
+    bought = _ask(session, lambda: _read_purchases(session, tables, _is_as(own.id, asked)))
+    of_student = _ask(session, lambda: session.scalars(_payments_of(tables, asked)).all())
+    is_gift = _is_as(own.student_id, asked), own.payment_id.is_(None)
+    gifts = _ask(session, lambda: _read_purchases(session, tables, *is_gift))
+    of_purchase = [each.payment_id for each in bought if each.payment_id]
+    concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *of_purchase, *([given] if given else [])]
     dossier = read(session, tables, of_event.event_ids, dict.fromkeys(concerned))
     known = set(dossier.payment_ids)
-    kinds = {"event": bool(of_event.event_ids), "payment": given in known, "student": bool(of_student or gifts)}
+    kinds = {"event": of_event.event_ids, "payment": given in known, "purchase": bought, "student": of_student or gifts}
     return Found(
-        [kind for kind, holds in kinds.items() if holds],
+        [kind for kind, found in kinds.items() if found],
         [each for each in dict.fromkeys(concerned) if each in known],
         dossier,
-        gifts,
+        [*gifts, *(each for each in bought if each.payment_id is None)],
         len(of_student) > PAYMENTS_MAX,
     )
+
+
+def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]:
+    """What is found by what is asked for; nothing where that is no value of the column's type."""
+    try:
+        with savepoint(session):
+            return read()
+    except DataError:
+        return ()
 
 
 def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Dossier:
@@ -152,19 +169,6 @@ def _uuid_of(text: str) -> UUID | None:
         return UUID(text)
     except ValueError:
         return None
-
-
-def _of_student(session: Session, tables: Tables, asked: str) -> tuple[Sequence[UUID], Sequence[PurchaseRow]]:
-    """A student's payments, one more than are listed, and gifts, the oldest first; none for what is no student's id."""
-    try:
-        with savepoint(session):
-            payments = session.scalars(_payments_of(tables, asked)).all()
-            own = tables.purchases
-            return payments, _read_purchases(
-                session, tables, _is_as(own.c.student_id, asked), own.c.payment_id.is_(None)
-            )
-    except DataError:
-        return (), ()
 
 
 def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
@@ -232,9 +236,9 @@ def _read_waiting(
     named = payload.payment_id_text(outbox)
     of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
     columns = [
-        *(outbox.c[key] for key in ("event_id", "event_type")),
+        *(outbox.c[key].label(key) for key in ("event_id", "event_type")),
         *(readable(outbox.c[key]) for key in ("created_at", "due_at")),
-        *(outbox.c[key] for key in ("attempts", "crashes", "last_error")),
+        *(outbox.c[key].label(key) for key in ("attempts", "crashes", "last_error")),
         *((outbox.c.due_at <= func.statement_timestamp()).label("is_due"), named.label("payment_id")),
     ]
     rows = session.execute(select(*columns).where(of_them).order_by(outbox.c.created_at, outbox.c.id))

@@ -51,6 +51,7 @@ PRIVILEGES: Privileges = {
 DECIDING: Privileges = {
     "payments": READING["payments"],
     "outbox": {"SELECT": _WHOLE, "INSERT": _WHOLE},
+    "purchases": READING["purchases"],
     "dead_letters": {"SELECT": _WHOLE, "UPDATE": (*_OF_RESOLVED, "actor", "note")},
 }
 """What the role of somebody who requeues and discards must be allowed."""

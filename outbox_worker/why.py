@@ -18,7 +18,7 @@ from sqlalchemy import CTE, ColumnElement, FromClause, Table, Text, case, cast, 
 from sqlalchemy.orm import Session
 
 from outbox_worker import payload
-from outbox_worker.conservation import PaymentClass, class_among
+from outbox_worker.conservation import REFUNDED_BUT_ACTIVE, PaymentClass, class_among
 from outbox_worker.database import ids_as
 from outbox_worker.dead_letters import DECIDABLE, DeadLetter, Decision, history
 from outbox_worker.decision import RULES_BEHIND, RetryPolicy, decide
@@ -30,6 +30,7 @@ from outbox_worker.model import (
     PURCHASE_CONFIRMED,
     Batch,
     DeadLetterState,
+    Facts,
     PaymentStatus,
     Repeated,
     Verdict,
@@ -37,6 +38,8 @@ from outbox_worker.model import (
 from outbox_worker.purchases import PurchaseRepository, backfill_event_id
 from outbox_worker.schema import Tables
 
+SHOWN = 100
+"""Characters of what was asked for, where nothing has that id."""
 READ = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 """The tables that are read."""
 
@@ -82,8 +85,8 @@ class Story:
     payment_id: UUID | None
     payment: PaymentRow | None
     """None: no row of it is visible."""
-    payment_class: PaymentClass | None
-    """None: it is not standing."""
+    kind: str | None
+    """Its class; ``refunded_but_active``; None: it is not standing."""
     timeline: Sequence[Moment]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     prospects: Sequence[Prospect]
@@ -101,6 +104,22 @@ class Explanation:
     """The student has more payments than are told of."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An event that could be judged again."""
+
+    occasion: Occasion
+    payment_id: UUID | None = None
+    """Of one that has no payload any more, or never had one."""
+    first: UUID | None = None
+    """For a backfill: the payment of its pair that it takes."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Another payment of the pair comes first."""
+        return self.first != self.payment_id and self.first is not None
+
+
 def explain(
     session: Session, tables: Tables, policy: RetryPolicy, claimed_types: Sequence[str] | None, asked: str
 ) -> Explanation:
@@ -110,10 +129,10 @@ def explain(
     """
     found = look_up(session, tables, asked)
     if not found.kinds:
-        raise Refused(f"Nothing is known of {asked}: no event, payment or student has this id.")
+        raise Refused(f"Nothing is known of {asked[:SHOWN]}: no event, payment, purchase or student has this id.")
     classes = _classes(session, tables, [each.id for each in found.dossier.payments])
     owed = [payment_id for payment_id, kind in classes.items() if kind is PaymentClass.UNEXPLAINED]
-    candidates = _candidates(found.dossier, owed, claimed_types)
+    candidates = _candidates(found.dossier, _firsts(session, tables, owed), claimed_types)
     prospects = _judge(session, tables, policy, candidates) if candidates else []
     named: list[UUID | None] = list(found.payment_ids)
     if not named and found.dossier.traces:
@@ -132,19 +151,27 @@ def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID
     return {payment_id: PaymentClass(kind) for payment_id, kind in rows}
 
 
-def _candidates(
-    dossier: Dossier, owed: Sequence[UUID], claimed_types: Sequence[str] | None
-) -> dict[UUID, tuple[Occasion, UUID | None]]:
-    """Each event on record with its occasion, and the one that a backfill would write for each payment that is owed.
+def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
+    """For each payment that is owed the oldest such payment of its pair, which a backfill takes; itself, mostly."""
+    batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
+    standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
+    unexplained = {
+        owed[key]: [each.payment_id for each in found if each.kind is PaymentClass.UNEXPLAINED]
+        for key, found in standing.items()
+    }
+    return {payment_id: UUID(first) for payment_id, (first, *_) in unexplained.items()}
 
-    With the payment of those that have no payload any more, or never had one.
-    """
+
+def _candidates(
+    dossier: Dossier, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
+) -> dict[UUID, _Candidate]:
+    """Each event on record, and the one that a backfill would write for each payment that is owed."""
     events = [mark for mark in dossier.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
-        **{mark.event_id: (Occasion.DELIVERED, mark.payment_id) for mark in events},
-        **{letter.event_id: (_occasion_of_letter(letter), None) for letter in dossier.letters},
-        **{event.event_id: (_occasion_of_event(event, claimed_types), None) for event in dossier.waiting},
-        **{backfill_event_id(payment_id): (Occasion.BACKFILL, payment_id) for payment_id in owed},
+        **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},
+        **{letter.event_id: _Candidate(_occasion_of_letter(letter)) for letter in dossier.letters},
+        **{event.event_id: _Candidate(_occasion_of_event(event, claimed_types)) for event in dossier.waiting},
+        **{backfill_event_id(key): _Candidate(Occasion.BACKFILL, key, first) for key, first in owed.items()},
     }
 
 
@@ -159,7 +186,7 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 
 
 def _judge(
-    session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, tuple[Occasion, UUID | None]]
+    session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
 ) -> list[Prospect]:
     """Read the facts as the worker does, but for the locks, and decide."""
     known = _known(tables, list(candidates))
@@ -168,7 +195,8 @@ def _judge(
     ]
     rows = session.execute(select(*read_of, payload.said(known)).order_by(known.c.id)).all()
     read = [
-        payload.read_said(known, row[-1]) if row.has_payload else _named(candidates[row.event_id][1]) for row in rows
+        payload.read_said(known, row[-1]) if row.has_payload else _only(candidates[row.event_id].payment_id)
+        for row in rows
     ]
     batch = Batch(
         ids=[row.id for row in rows],
@@ -180,16 +208,20 @@ def _judge(
         repeated=[repeated for _, repeated in read],
     )
     seen = PurchaseRepository(tables, partial(_row_of, known)).look(session, batch, policy)
-    facts = (replace(seen[row.id].facts, crashes=row.crashes, handled=row.event_type in HANDLED_TYPES) for row in rows)
-    judged = zip(rows, map(decide, facts), strict=True)
-    return [_prospect(row.event_id, row.event_type, candidates[row.event_id][0], verdict) for row, verdict in judged]
+    return [_prospect(row, candidates[row.event_id], seen[row.id].facts) for row in rows]
 
 
-def _prospect(event_id: UUID, event_type: str, occasion: Occasion, verdict: Verdict) -> Prospect:
-    return Prospect(event_id, PURCHASE_BACKFILLED if occasion is Occasion.BACKFILL else event_type, occasion, verdict)
+def _prospect(row: Any, candidate: _Candidate, facts: Facts) -> Prospect:
+    is_handled = row.event_type in HANDLED_TYPES
+    pair_held = facts.pair_held or candidate.is_behind
+    verdict = decide(replace(facts, crashes=row.crashes, handled=is_handled, pair_held=pair_held))
+    if candidate.is_behind:
+        verdict = replace(verdict, detail=f"payment {candidate.first} of the same pair is older, and owed, too")
+    event_type = PURCHASE_BACKFILLED if candidate.occasion is Occasion.BACKFILL else row.event_type
+    return Prospect(row.event_id, event_type, candidate.occasion, verdict)
 
 
-def _named(payment_id: UUID | None) -> tuple[str | None, Repeated]:
+def _only(payment_id: UUID | None) -> tuple[str | None, Repeated]:
     return None if payment_id is None else str(payment_id), Repeated()
 
 
@@ -241,19 +273,31 @@ def _story(
     traces = [each for each in dossier.traces if each.event_id in events]
     if payment_id is not None:
         events.add(backfill_event_id(payment_id))
+    purchases = _purchases(dossier, payment_id, payment)
     moments = [
         *_of_payment(payment),
         *(moment for each in traces for moment in _of_trace(each)),
-        *(moment for each in _purchases(dossier, payment_id, payment) for moment in _of_purchase(each, payment_id)),
+        *(moment for each in purchases for moment in _of_purchase(each, payment_id)),
     ]
     return Story(
         payment_id,
         payment,
-        classes.get(payment_id) if payment_id else None,
-        sorted(moments, key=lambda moment: moment.at or datetime.min.replace(tzinfo=UTC)),
+        _kind(payment, classes, purchases),
+        sorted(dict.fromkeys(moments), key=lambda moment: moment.at or datetime.min.replace(tzinfo=UTC)),
         traces,
         [each for each in prospects if each.event_id in events],
     )
+
+
+def _kind(
+    payment: PaymentRow | None, classes: Mapping[UUID, PaymentClass], purchases: Sequence[PurchaseRow]
+) -> str | None:
+    if payment is None:
+        return None
+    is_active = any(each.is_active and each.payment_id == payment.id for each in purchases)
+    if payment.status == PaymentStatus.REFUNDED and is_active:
+        return REFUNDED_BUT_ACTIVE
+    return classes.get(payment.id)
 
 
 def _purchases(dossier: Dossier, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from outbox_worker import console
+from outbox_worker.conservation import REFUNDED_BUT_ACTIVE
 from outbox_worker.dead_letters import Content, DeadLetter, history
 from outbox_worker.decision import REFUND_RULES, RULES
 from outbox_worker.dossier import MarkRow, WaitingEvent
@@ -15,6 +16,7 @@ from outbox_worker.model import PURCHASE_REFUNDED
 from outbox_worker.reports import MEANINGS
 from outbox_worker.why import Explanation, Moment, Occasion, Prospect, Story
 
+_MEANINGS = MEANINGS | {REFUNDED_BUT_ACTIVE: "its refund event is missing, or waits"}
 _OCCASIONS = {
     Occasion.DUE: "at its next turn",
     Occasion.POSTPONED: "when it is due again",
@@ -40,7 +42,7 @@ def _story_object(story: Story) -> dict[str, Any]:
     return {
         "payment_id": story.payment_id,
         "payment": story.payment,
-        "class": story.payment_class,
+        "class": story.kind,
         "timeline": story.timeline,
         "events": [{"place": _place(trace)} | asdict(trace) for trace in story.traces],
         "now": [_prospect_object(prospect) for prospect in story.prospects],
@@ -89,6 +91,8 @@ def _print_story(story: Story) -> None:
     console.line("")
     console.facts([(_time(moment.at), _sentence(moment)) for moment in story.timeline])
     _print_prospects(story.prospects)
+    if sum(each.verdict.writes for each in story.prospects) > 1:
+        console.line("\nEach is judged as if it came alone: the first of them makes the purchase.", "dim")
 
 
 def letter_object(letter: DeadLetter, content: Content, story: Story) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def letter_object(letter: DeadLetter, content: Content, story: Story) -> dict[st
         "dead_letter": asdict(letter) | content._asdict(),
         "history": [each._asdict() for each in history(letter.note)],
         "payment": story.payment,
-        "class": story.payment_class,
+        "class": story.kind,
         "now": next((_prospect_object(each) for each in story.prospects if each.event_id == letter.event_id), None),
     }
 
@@ -141,14 +145,20 @@ def _heading(story: Story) -> list[tuple[str, object]]:
         return [("payment", "none is named")]
     if story.payment is None:
         return [("payment", f"{story.payment_id}, of which no row is visible")]
-    paid, kind = story.payment, story.payment_class
+    paid = story.payment
     return [
         ("payment", paid.id),
         ("student", paid.student_id),
         ("course", paid.course_id),
         ("money", f"{paid.amount:.2f} {paid.currency}, {paid.status}"),
-        *([("class", f"{kind.replace('_', ' ')}: {MEANINGS[kind]}")] if kind else []),
+        ("class", _class(story.kind, paid.status)),
     ]
+
+
+def _class(kind: str | None, status: str) -> str:
+    if kind is None:
+        return f"none: a payment that is {status} is owed nothing"
+    return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"
 
 
 def _sentence(moment: Moment) -> str:
@@ -161,8 +171,8 @@ def _outcome(prospect: Prospect) -> str:
     verdict = prospect.verdict
     if prospect.occasion is Occasion.NEVER:
         return "stays as it is"
-    reason = f", {verdict.reason}: {verdict.detail}" if verdict.reason else ""
-    return f"{verdict.outcome}{reason}"
+    named = f"{verdict.outcome}, {verdict.reason}" if verdict.reason else str(verdict.outcome)
+    return f"{named}: {verdict.detail}" if verdict.detail else named
 
 
 def _rule(prospect: Prospect) -> list[tuple[str, object]]:

@@ -198,7 +198,7 @@ def test_a_discarded_letter_that_says_nothing_of_this_purchase_explains_nothing(
 ) -> None:
     """Of an event of another type, or of a time when the payment was not there or had not succeeded."""
     payment = discarded(shop, "not ours", **letter)
-    operator.makes()
+    operator.run()
     assert shop.purchases(payment)
 
 

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import servers
 from factories import ABSENT, Shop, drain_all, make_payments
-from sqlalchemy import insert, select, text
+from sqlalchemy import delete, insert, select, text
 
 from outbox_worker import migration
 from outbox_worker.audit import Audit
@@ -30,6 +30,7 @@ from outbox_worker.purchases import PurchaseRepository
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import load_settings
 from outbox_worker.telemetry import Telemetry
+from outbox_worker.why import Explanation, explain
 
 MAPPINGS: dict[str, dict[str, Any]] = {
     "sample": {
@@ -114,6 +115,10 @@ class Site:
     def audit(self) -> dict[PaymentClass, int]:
         return Audit(self.database, self.tables).run().counts
 
+    def why(self, asked: object) -> Explanation:
+        with self.database.snapshot() as session:
+            return explain(session, self.tables, self.settings.retry_policy, None, str(asked))
+
     def backfill(self) -> Backfill:
         request = Request(actor="somebody", older_than=timedelta(0))
         return Backfill(self.database, self.tables, self.settings.retry_policy, request)
@@ -125,6 +130,12 @@ class Site:
             if rows:
                 with self.database.transaction() as session:
                     session.execute(insert(table).values([{table.c[key]: row[key] for key in row} for row in rows]))
+
+    def forget(self) -> None:
+        """Every row."""
+        for table in self.tables.by_role().values():
+            with self.database.transaction() as session:
+                session.execute(delete(table))
 
     def rows(self, role: str) -> list[dict[str, Any]]:
         table = self.tables.by_role()[role]
@@ -220,6 +231,21 @@ def test_other_names_same_results(settled: tuple[Site, Site, Counter[Outcome], C
     for role in COLUMNS:
         assert after[role] == before[role], role
     assert sum(after["purchases"].values()) > 25
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None:
+    """Of waiting events, of dead letters, of marks."""
+    plain, mapped = make_site(), make_site(**MAPPINGS[name])
+    with psycopg.connect(servers.libpq(plain.settings.url.render_as_string(False)), autocommit=True) as connection:
+        write_the_past(Shop(connection))
+    asked = [row["event_id"] for row in plain.rows("outbox")[::3]]
+    for _ in range(2):
+        mapped.take_over(plain)
+        for event in asked:
+            assert mapped.why(event) == plain.why(event)
+        drain_all(plain.processor())
+        mapped.forget()
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

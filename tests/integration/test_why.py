@@ -145,14 +145,49 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     assert prospect == Prospect(
         backfill_event_id(owed.id), "PURCHASE_BACKFILLED", Occasion.BACKFILL, Verdict(Outcome.CREATED, writes=True)
     )
-    assert only(ask(owed.id)).payment_class is PaymentClass.UNEXPLAINED
+    assert only(ask(owed.id)).kind is PaymentClass.UNEXPLAINED
     shop.mark(backfill_event_id(twin.id), "created", twin.id, "PURCHASE_BACKFILLED")
     assert [each.verdict.outcome for each in only(ask(twin.id)).prospects] == ["recovered"]
     shop.purchase(twin)
     assert only(ask(twin.id)).prospects == [], "nobody delivers what a backfill has marked"
     assert [each.occasion for each in only(ask(waiting.id)).prospects] == [Occasion.DUE]
     assert only(ask(held.id)).prospects == []
-    assert only(ask(held.id)).payment_class is PaymentClass.DUPLICATE
+    assert only(ask(held.id)).kind is PaymentClass.DUPLICATE
+
+
+def test_of_several_that_are_owed_by_one_pair_a_backfill_takes_the_oldest(shop: Shop, ask: Ask) -> None:
+    young = shop.payment(ago="1 hour")
+    old = shop.payment("succeeded", *young.pair, ago="2 hours")
+    (first,), (second,) = only(ask(old.id)).prospects, only(ask(young.id)).prospects
+    assert (first.verdict.outcome, first.verdict.detail) == ("created", "")
+    assert (second.verdict.outcome, second.verdict.rule) == ("duplicate_payment", 8)
+    assert str(old.id) in second.verdict.detail
+
+
+@pytest.mark.parametrize("status", ["pending", "failed", "refunded"])
+def test_payments_that_do_not_stand(status: str, shop: Shop, ask: Ask) -> None:
+    payment = shop.payment(status)
+    assert only(ask(payment.id)).kind is None
+    shop.purchase(payment)
+    assert only(ask(payment.id)).kind == ("refunded_but_active" if status == "refunded" else None)
+
+
+def test_a_purchase_is_asked_for_by_its_id(shop: Shop, ask: Ask) -> None:
+    payment = shop.payment()
+    found = ask(shop.purchase(payment))
+    assert (found.kinds, only(found).payment_id) == (["purchase"], payment.id)
+    gift = shop.purchase(None)
+    assert [each.id for each in ask(gift).gifts] == [gift]
+    assert ask(gift).stories == []
+
+
+def test_what_was_requeued_was_written_once(shop: Shop, ask: Ask, database: Database, tables: Tables) -> None:
+    payment = shop.payment()
+    event = shop.dead_letter(payment, reason="payment_not_found")
+    with database.transaction() as session:
+        token = preview(session, tables, Selection()).token
+        decide_letters(session, tables, Selection(), Decision.REQUEUE, token=token, actor="ann", why="again")
+    assert [each.what for each in only(ask(event)).timeline].count("event written") == 1
 
 
 def test_of_an_event_that_came_again_since_it_died(shop: Shop, ask: Ask, processor: ProbedProcessor) -> None:
@@ -226,7 +261,7 @@ def test_the_story_of_one_who_paid_twice(shop: Shop, ask: Ask, processor: Probed
     happened(processor)
     story = only(ask(event))
     assert story.payment_id == second.id
-    assert story.payment_class is PaymentClass.DUPLICATE
+    assert story.kind is PaymentClass.DUPLICATE
     assert [each.detail for each in story.timeline if each.what == "purchase made"] == [
         f"of payment {first.id}: it holds the pair"
     ]
@@ -235,7 +270,7 @@ def test_the_story_of_one_who_paid_twice(shop: Shop, ask: Ask, processor: Probed
     told = only(ask(first.id)).timeline
     assert [each.what for each in told if each.subject == refund] == ["event settled"]
     assert "purchase taken back" in [each.what for each in told]
-    assert only(ask(second.id)).payment_class is PaymentClass.ACTIVE
+    assert only(ask(second.id)).kind is PaymentClass.ACTIVE
 
 
 def test_a_student_is_all_their_payments_and_gifts(shop: Shop, ask: Ask) -> None:
@@ -265,7 +300,7 @@ def test_students_that_are_known_by_something_else(kind: str, shop: Shop, ask: A
     assert only(ask("7")).payment_id == payment_id
     assert [each.occasion for each in only(ask("7")).prospects] == [Occasion.BACKFILL]
     for unknown in ("8", "seven", uuid4(), "", "\N{SNOWMAN}", "9" * 40):
-        with pytest.raises(Refused, match="no event, payment or student has this id"):
+        with pytest.raises(Refused, match="no event, payment, purchase or student has this id"):
             ask(unknown)
 
 
@@ -320,7 +355,7 @@ def test_a_payment_that_only_an_event_names(shop: Shop, ask: Ask) -> None:
     shop.rows("DELETE FROM payments")
     for asked in (event, payment.id, str(payment.id).upper()):
         story = only(ask(asked))
-        assert (story.payment_id, story.payment, story.payment_class) == (payment.id, None, None)
+        assert (story.payment_id, story.payment, story.kind) == (payment.id, None, None)
         assert [each.verdict.rule for each in story.prospects] == [5]
 
 
