@@ -60,7 +60,7 @@ class Counts:
     duplicates: Value = field(default_factory=Value)
     made: Value = field(default_factory=Value)
     recovered: Value = field(default_factory=Value)
-    """Those of them whose mark claimed that it had been made."""
+    """Those of them that a backfill had marked before."""
     explained: Value = field(default_factory=Value)
     """Owed when they were looked at, and not any more when they were to be made."""
     contended: Value = field(default_factory=Value)
@@ -190,7 +190,7 @@ class Backfill:
         fresh = Range(request.since, request.until, now - request.older_than)
         if request.dry_run:
             return fresh, None, None
-        killed = self._runs.continue_killed(session, request.since, request.until)
+        killed = self._runs.continue_killed(session, request.since, request.until, request.actor)
         if killed is not None:
             return killed.range, killed.id, killed
         run = self._runs.begin(session, Kind.OPERATOR, fresh, request.actor, request.reason)
@@ -202,12 +202,14 @@ class Backfill:
             if owed.count <= most:
                 self._runs.advance(session, run, self._counts.written(), self._cursor)
                 return
-            left = self._left(self._sweep.sight.unexplained)
-            self._runs.finish(session, run, RunOutcome.REFUSED, self._counts.written() | left)
+            if self._continued is None:  # one that was killed stays to be continued, as far as it came
+                left = self._left(self._sweep.sight.unexplained)
+                self._runs.finish(session, run, RunOutcome.REFUSED, self._counts.written() | left)
         money = ", ".join(f"{amount:,.2f} {currency}" for currency, amount in owed.money.items())
+        now = " now" if self._continued else ""
         raise Refused(
             f"{owed.count:,} payments ({money}) are owed a purchase, and at most {most:,} may be made at once. Nothing "
-            f"was made. Look at them with --dry-run; if that is right, say --max-repairs {owed.count}."
+            f"was made{now}. Look at them with --dry-run; if that is right, say --max-repairs {owed.count}."
         )
 
     def _make(self, run: UUID, told: Pace) -> None:

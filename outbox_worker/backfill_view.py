@@ -8,7 +8,7 @@ from typing import Any
 
 from outbox_worker import console
 from outbox_worker.backfill import BackfillReport
-from outbox_worker.reports import money_text, print_payments
+from outbox_worker.reports import money_lines, print_payments
 
 
 def backfill_object(report: BackfillReport) -> dict[str, Any]:
@@ -49,12 +49,12 @@ def print_backfill(report: BackfillReport, max_repairs: int, limit: int) -> None
     console.line(f"\n{_verdict(report, max_repairs)}", "green" if report.ok else "red")
 
 
-def _rows(report: BackfillReport) -> list[tuple[str, str, str, str]]:
+def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
     counts = report.counts
     meanings = {
         "owed": "paid, and no purchase was ever made",
         "made": "the purchase was made now",
-        "recovered": "of these: a mark claimed that it was there",
+        "recovered": "of these: a backfill had made it before, and it was gone",
         "duplicates": "paid again for the same course: not granted",
         "explained": "owed at first, settled meanwhile",
         "contended": "somebody else holds the lock of the pair",
@@ -63,7 +63,7 @@ def _rows(report: BackfillReport) -> list[tuple[str, str, str, str]]:
     shown = {name: getattr(counts, name) for name in meanings}
     always = {"owed"} if report.dry_run else {"owed", "made"}
     return [
-        (name, f"{value.count:,}", money_text(value.money), meanings[name])
+        (name, f"{value.count:,}", money_lines(value.money), meanings[name])
         for name, value in shown.items()
         if value.count or name in always
     ]

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker import __version__
 from outbox_worker.database import Database
-from outbox_worker.errors import OutboxWorkerError, SchemaError, SettingError, describe, sqlstate, trace
+from outbox_worker.errors import OutboxWorkerError, SchemaError, SettingError, WrongUsage, describe, sqlstate, trace
 from outbox_worker.invocation import AsJson, Config, Limit, fail, in_a_sentence, open_database, start_logging
 from outbox_worker.model import Guard
 from outbox_worker.moments import parse_duration, parse_moment
@@ -290,6 +290,8 @@ def backfill(
     from outbox_worker.backfill import Backfill, Request
     from outbox_worker.sweep import STATEMENT_SECONDS
 
+    if since and until and parse_moment(until, "--until") <= parse_moment(since, "--since"):
+        raise WrongUsage("--until must be later than --since: there is nothing between them.")
     request = Request(
         actor=actor or current_user(),
         reason=reason,
@@ -437,18 +439,27 @@ def run_command() -> int:
     try:
         app()
     except OutboxWorkerError as error:
-        return fail(error)
+        return _fail(error)
     except SystemExit as ended:
         return int(ended.code or 0)
     except Exception as error:
         if _was_interrupted(error):
             raise KeyboardInterrupt from None
         if isinstance(error, DBAPIError):
-            return fail(in_a_sentence(error))
+            return _fail(in_a_sentence(error))
         if isinstance(error, OSError):
             raise
         return _fail_unforeseen(error)
     return 0
+
+
+def _fail(error: OutboxWorkerError) -> int:
+    """Whoever asked for an object gets one, also now."""
+    from outbox_worker.console import print_json
+
+    if "--json" in sys.argv[1:]:
+        print_json({"ok": False, "error": str(error)})
+    return fail(error)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

@@ -107,8 +107,8 @@ def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
 
 
 def _shown(value: object) -> Text:
-    """As it is: what others have written is no markup, and nothing in it drives the terminal."""
-    return Text("\n".join(map(printable, str(value).split("\n"))))
+    """As it is: what others have written is no markup, and nothing in it drives the terminal. A list is lines."""
+    return Text("\n".join(printable(str(each)) for each in (value if isinstance(value, list) else [value])))
 
 
 def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
@@ -124,8 +124,8 @@ def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
 
 
 def line(text: str, style: str = "") -> None:
-    """Print one sentence."""
-    output().print(Text(text, style=style))
+    """Print a sentence, or several lines."""
+    output().print(Text("\n".join(map(printable, text.split("\n"))), style=style))
 
 
 @contextmanager

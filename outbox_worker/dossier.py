@@ -120,7 +120,6 @@ class Found:
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
     """Whatever has this id. Payments that are only named by an event, a mark or a purchase are found, too."""
-    asked = asked.encode(errors="replace").decode()  # what came as bytes that are no text
     given = _uuid_of(asked)
     of_event = _read_events(session, tables, events=[given]) if given else Dossier()
     own = tables.purchases.c

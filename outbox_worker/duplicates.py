@@ -1,20 +1,23 @@
 """Who paid twice for what: standing payments whose pair another purchase holds. All of it is looked up.
 
+Owed back is a payment only while the other one stands: who gave both back would have taken the course away.
+
 An entry is gone as soon as its payment is refunded, or the other purchase is taken back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, and_, bindparam, func, select
+from sqlalchemy import Select, Text, and_, bindparam, cast, false, func, select
 
 from outbox_worker.database import Database, Keys, Statement
 from outbox_worker.health import READING, check_schema
+from outbox_worker.model import PaymentStatus
 from outbox_worker.schema import Tables
 from outbox_worker.sweep import FoundPayment, Pace, Span, Sweep
 
@@ -31,6 +34,13 @@ class Duplicate:
     held_by: UUID | None
     """The payment of that purchase; None: a gift."""
     held_since: datetime
+    is_holder_refunded: bool
+    """The payment of that purchase was refunded. Once that is settled, this one gets the pair."""
+
+
+def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
+    """Those to be refunded."""
+    return [each for each in found if not each.is_holder_refunded]
 
 
 class Duplicates:
@@ -60,14 +70,23 @@ class Duplicates:
         """What holds the pair of each payment now; nothing for one whose pair has come free since."""
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
-        return {row.id: (row.purchase_id, row.held_by, row.held_since) for row in rows}
+        return {row.id: (row.purchase_id, row.held_by, row.held_since, row.is_refunded) for row in rows}
 
 
 def _holders(tables: Tables) -> Select[Any]:
     """what: the purchases that hold the pairs of payments · lock: none · index: primary key of payments, the pair's"""
     payments, held = tables.payments, tables.purchases.alias("held")
     is_same = [held.c[key] == payments.c[key] for key in ("student_id", "course_id")]
-    columns = [payments.c.id, held.c.id.label("purchase_id"), held.c.payment_id.label("held_by")]
+    holder = payments.alias("holder")
+    is_refunded = func.coalesce(cast(holder.c.status, Text) == PaymentStatus.REFUNDED.value, false())
+    columns = [
+        payments.c.id,
+        held.c.id.label("purchase_id"),
+        held.c.payment_id.label("held_by"),
+        held.c.created_at.label("held_since"),
+        is_refunded.label("is_refunded"),
+    ]
     ids = bindparam("ids", type_=Keys("uuid"))
-    found = select(*columns, held.c.created_at.label("held_since")).join(held, and_(*is_same, held.c.is_active))
+    rows = payments.join(held, and_(*is_same, held.c.is_active)).outerjoin(holder, holder.c.id == held.c.payment_id)
+    found = select(*columns).select_from(rows)
     return found.where(payments.c.id == func.any(ids), held.c.payment_id.is_distinct_from(payments.c.id))

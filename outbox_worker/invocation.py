@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database import Database, unavailable
 from outbox_worker.errors import Failure, OutboxWorkerError, SchemaError, classify, describe, said, sqlstate
-from outbox_worker.logs import configure_logging
+from outbox_worker.logs import configure_logging, printable
 from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 
@@ -67,5 +67,7 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
 
 
 def fail(error: OutboxWorkerError) -> int:
-    sys.stderr.write(f"outbox-worker: {error}\n")
+    """Say why on stderr; the exit status."""
+    said = "\n".join(map(printable, str(error).split("\n")))
+    sys.stderr.write(f"outbox-worker: {said}\n")
     return error.exit_code

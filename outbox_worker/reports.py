@@ -13,7 +13,7 @@ from outbox_worker import console
 from outbox_worker.audit import AuditReport
 from outbox_worker.conservation import PaymentClass
 from outbox_worker.dead_letters import Decision, Page, Preview
-from outbox_worker.duplicates import Duplicate
+from outbox_worker.duplicates import Duplicate, owed_back
 from outbox_worker.fleet import WorkerRow
 from outbox_worker.model import DeadLetterState, Outcome, PaymentStatus
 from outbox_worker.status import Status, condition
@@ -97,7 +97,7 @@ def print_audit(report: AuditReport, limit: int) -> None:
         (
             name.replace("_", " "),
             f"{count:,}",
-            money_text(report.money[name]),
+            money_lines(report.money[name]),
             MEANINGS[name],
         )
         for name, count in report.counts.items()
@@ -109,6 +109,10 @@ def print_audit(report: AuditReport, limit: int) -> None:
     if report.unknown_statuses:
         listed = ", ".join(f"{status} ({count:,})" for status, count in report.unknown_statuses.items())
         console.line(f"\nNot judged, because their status is none of {_STATUSES}: {listed}.", "yellow")
+    if report.dated_ahead:
+        console.line(
+            f"\nNot judged, because they are dated in the future: {report.dated_ahead:,} payment(s).", "yellow"
+        )
     if report.ok:
         console.line("\nNothing is owed: every standing payment is explained.", "green")
     else:
@@ -138,12 +142,12 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
 
 
 def _in_a_line(money: Mapping[str, Decimal]) -> str:
-    return ", ".join(f"{amount:,.2f} {currency}" for currency, amount in money.items())
+    return ", ".join(money_lines(money))
 
 
-def money_text(money: Mapping[str, Decimal]) -> str:
+def money_lines(money: Mapping[str, Decimal]) -> list[str]:
     """One line per currency."""
-    return "\n".join(f"{amount:,.2f} {currency}" for currency, amount in money.items())
+    return [f"{amount:,.2f} {currency}" for currency, amount in money.items()]
 
 
 _STATUSES = ", ".join(PaymentStatus)
@@ -186,15 +190,28 @@ _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at"
 
 def duplicates_object(found: Sequence[Duplicate]) -> dict[str, Any]:
     """The object of ``duplicates list --json``."""
-    owed = Value.of(each.payment for each in found)
-    return {"count": owed.count, "owed_back": owed.money, "duplicates": found}
+    owed = owed_back(found)
+    value = Value.of(each.payment for each in owed)
+    heirs = [each for each in found if each.is_holder_refunded]
+    return {"count": value.count, "owed_back": value.money, "duplicates": owed, "not_owed_back": heirs}
 
 
 def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
     """One line a duplicate, and how much is owed back in all."""
-    if not found:
+    owed, heirs = owed_back(found), [each for each in found if each.is_holder_refunded]
+    if not owed:
         console.line("Nobody has paid twice.", "green")
-        return
+    else:
+        _print_owed_back(owed, limit)
+    if heirs:
+        console.line(
+            f"\n{len(heirs):,} more not to be refunded: the other payment was, and its refund is not settled yet. "
+            "This one gets the course then. The audit lists the other as refunded but active.",
+            "yellow",
+        )
+
+
+def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
     rows = [
         (
             each.payment.payment_id,
@@ -214,10 +231,10 @@ def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
 
 
 def write_duplicates(found: Sequence[Duplicate]) -> None:
-    """All of them as CSV, with a heading; times in UTC."""
+    """All that are owed back as CSV, with a heading; times in UTC."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(_OF_DUPLICATE)
-    for each in found:
+    for each in owed_back(found):
         paid = each.payment
         row = (paid.payment_id, paid.student_id, paid.course_id, f"{paid.amount:.2f}", paid.currency, paid.created_at)
         writer.writerow([console.plain(value) for value in (*row, each.held_by, each.held_since)])

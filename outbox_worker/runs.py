@@ -96,14 +96,19 @@ class Runs:
         session.execute(insert(self._runs).values(id=key, kind=kind.value, **given, **who))
         return key
 
-    def continue_killed(self, session: Session, since: datetime | None, until: datetime | None) -> Run | None:
-        """Take over an operator's backfill of this range that was killed; None where there is none."""
+    def continue_killed(
+        self, session: Session, since: datetime | None, until: datetime | None, actor: str
+    ) -> Run | None:
+        """Take over an operator's backfill of this range that was killed; None where there is none.
+
+        Whoever goes on with it is written beside who began it.
+        """
         runs = self._runs
         same = [runs.c.since.is_not_distinct_from(since), runs.c.until.is_not_distinct_from(until)]
         recent = runs.c.seen_at > func.clock_timestamp() - CONTINUED_WITHIN
         unfinished = [runs.c.finished_at.is_(None), runs.c.kind == Kind.OPERATOR.value, *same, recent]
         for row in self._rows(session, *unfinished):
-            if self._is_gone(row) and self._take_over(session, row):
+            if self._is_gone(row) and self._take_over(session, row, actor):
                 return _run(row)
         return None
 
@@ -167,9 +172,10 @@ class Runs:
     def _is_gone(self, row: Row[Any]) -> bool:
         return is_gone(row.host, row.pid, row.silent_seconds, SILENT_AFTER_SECONDS)
 
-    def _take_over(self, session: Session, row: Row[Any]) -> bool:
+    def _take_over(self, session: Session, row: Row[Any], actor: str) -> bool:
         runs = self._runs
-        now_ours = {"host": socket.gethostname(), "pid": os.getpid(), "seen_at": func.clock_timestamp()}
+        who = row.actor if actor in row.actor.split(", ") else f"{row.actor}, {actor}"
+        now_ours = {"host": socket.gethostname(), "pid": os.getpid(), "seen_at": func.clock_timestamp(), "actor": who}
         taken = update(runs).where(runs.c.id == row.id, runs.c.seen_at == row.seen_at, runs.c.finished_at.is_(None))
         return session.scalar(taken.values(by_column(runs, now_ours)).returning(runs.c.id)) is not None
 

@@ -16,7 +16,7 @@ from loguru import logger
 
 from outbox_worker.errors import WrongUsage
 from outbox_worker.invocation import AsJson, Config, Limit, open_database
-from outbox_worker.model import DeadLetterState
+from outbox_worker.model import DeadLetterState, Reason
 from outbox_worker.moments import parse_duration
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def list_dead_letters(
     from outbox_worker.health import READING, check_schema
 
     age = parse_duration(older_than, "--older-than") if older_than else None
-    selection = Selection(state=state, reason=reason, event_type=event_type, older_than=age)
+    selection = Selection(state=state, reason=_reason(reason), event_type=event_type, older_than=age)
     place = Place.parse(after) if after else None
     _, database, tables = open_database(config)
     with database.transaction() as session:
@@ -127,7 +127,7 @@ def why(
     from outbox_worker import console, why_view
 
     with _looking(config) as (_, _, explain):
-        found = explain(asked)
+        found = explain(asked.encode(errors="replace").decode())  # it may have come as bytes that are no text
     if json:
         console.print_json(why_view.explanation_object(found))
     else:
@@ -208,7 +208,14 @@ def _select(
     if bool(events) == (all_ or chosen):
         raise WrongUsage("Name events by their ids, or choose open ones: --all, --dead-reason, --type, --older-than.")
     age = parse_duration(older_than, "--older-than") if older_than else None
-    return Selection(event_ids=events or (), reason=reason, event_type=event_type, older_than=age)
+    return Selection(event_ids=events or (), reason=_reason(reason), event_type=event_type, older_than=age)
+
+
+def _reason(given: str | None) -> str | None:
+    """Of which events die. Raises WrongUsage."""
+    if given is not None and given not in set(Reason):
+        raise WrongUsage(f"No event dies of {given}. It is one of: {', '.join(Reason)}.")
+    return given
 
 
 def _decide(

@@ -124,7 +124,35 @@ def test_a_lost_connection_ends_it_with_a_sentence(database_url: str, shop: Shop
 # --- what people see, what scripts read
 
 
-@pytest.mark.parametrize("options", ["--older-than 5x", "--older-than -5m", "--since yesterday", "--until 2026-13-01"])
+def test_the_fuse_leaves_one_that_was_killed_to_be_continued(database_url: str, shop: Shop) -> None:
+    """Who made what stays written; and the next one goes on with it."""
+    owe(shop, 1200)
+    slow_down(shop, 0.002)
+    with start("backfill", "--max-repairs", "1200", "--actor", "ada", url=database_url) as process:
+        eventually(lambda: shop.count("purchases") >= 500, "a first transaction")
+        process.signal(signal.SIGKILL)
+        process.wait()
+    made = shop.count("purchases")
+    hurry_up(shop)
+    refused = finish("backfill", "--max-repairs", "5", "--actor", "cyd", "--json", url=database_url)
+    assert (refused.code, refused.object["ok"]) == (1, False)
+    assert "Nothing was made now" in refused.object["error"]
+    assert shop.count("purchases") == made
+    done = finish("backfill", "--max-repairs", "1200", "--actor", "bob", "--json", url=database_url).object
+    assert (done["continued"]["actor"], done["counts"]["made"]["count"]) == ("ada, cyd", 1200)
+    assert shop.rows("SELECT actor, outcome FROM backfill_runs") == [("ada, cyd, bob", "made")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--older-than 5x",
+        "--older-than -5m",
+        "--since yesterday",
+        "--until 2026-13-01",
+        "--since 2026-02-01 --until 2026-01-01",
+    ],
+)
 def test_a_wrong_option_is_one_sentence(options: str, database_url: str) -> None:
     done = finish("backfill", *options.split(), url=database_url)
     assert done.code == 2

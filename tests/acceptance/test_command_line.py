@@ -44,7 +44,8 @@ def fails(code: int, *said: str, done: Finished) -> str:
         assert re.search(each, sentence), f"{each!r} not in {sentence!r}"
     assert "Traceback" not in done.stderr
     assert PASSWORD not in done.stdout + done.stderr
-    assert done.stdout == ""
+    told = f"outbox-worker: {json.loads(done.stdout)['error']}" if done.stdout else sentence
+    assert sentence == told, "whoever asked for an object is told the same"
     return sentence
 
 
@@ -578,7 +579,15 @@ def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
     done = finish("audit", "--json", url=database_url)
     found = done.object
     assert (done.code, found["ok"]) == (1, False)
-    assert found.keys() == {"ok", "counts", "money", "unexplained", "refunded_but_active", "unknown_statuses"}
+    assert found.keys() == {
+        "ok",
+        "counts",
+        "money",
+        "unexplained",
+        "refunded_but_active",
+        "unknown_statuses",
+        "dated_ahead",
+    }
     counts = {"active": 1, "revoked": 0, "duplicate": 2, "in_flight": 1, "dead": 0, "waived": 0, "unexplained": 1}
     assert found["counts"] == counts
     assert found["money"].keys() == counts.keys()
@@ -601,6 +610,16 @@ def test_payments_of_a_status_that_is_not_known_are_told(database_url: str, shop
         shop.purchase(shop.payment(status=status)) if status == "succeeded" else shop.payment(status=status)
     assert finish("audit", "--json", url=database_url).object["unknown_statuses"] == {"PAID": 2, "captured": 1}
     assert "PAID (2), captured (1)." in finish("audit", url=database_url).stdout
+
+
+def test_payments_of_the_future_are_told(database_url: str, shop: Shop) -> None:
+    for moment in ("infinity", "2999-01-01"):
+        shop.rows("UPDATE payments SET created_at = %s WHERE id = %s", moment, shop.payment().id)
+    assert finish("audit", "--json", url=database_url).object["dated_ahead"] == 2
+    shown = finish("audit", url=database_url).stdout
+    assert "Not judged, because they are dated in the future: 2 payment(s)." in shown
+    shop.rows("UPDATE payments SET status = 'refunded'")
+    assert "future" not in finish("audit", url=database_url).stdout
 
 
 def test_audit_of_a_shop_that_owes_nothing(database_url: str, shop: Shop) -> None:
@@ -635,7 +654,7 @@ def test_dead_letters_as_an_object(database_url: str, shop: Shop) -> None:
     discarded = finish("dead-letters", "list", "--json", "--state", "discarded", url=database_url)
     assert [UUID(letter["event_id"]) for letter in discarded.object["dead_letters"]] == [closed]
     assert len(finish("dead-letters", "list", "--json", "--limit", "1", url=database_url).object["dead_letters"]) == 1
-    assert finish("dead-letters", "list", "--json", "--reason", "nothing", url=database_url).object == {
+    assert finish("dead-letters", "list", "--json", "--reason", "crashed_worker", url=database_url).object == {
         "dead_letters": [],
         "next": None,
     }

@@ -189,6 +189,14 @@ def test_wrong_usage(verb: str, arguments: list[str], said: str, database_url: s
     assert said in decide(database_url, verb, *arguments, code=2).stderr
 
 
+@pytest.mark.parametrize("verb", ["list", "requeue", "discard"])
+def test_a_reason_that_nothing_dies_of(verb: str, database_url: str, shop: Shop) -> None:
+    shop.dead_letter(reason="payment_mismatch")
+    who = [] if verb == "list" else WHO
+    said = decide(database_url, verb, "--dead-reason", "paymentmismatch", *who, code=2).stderr
+    assert "payment_mismatch" in said
+
+
 def test_an_event_without_a_letter(database_url: str) -> None:
     assert "No dead letter of" in decide(database_url, "requeue", str(uuid4()), *WHO, code=1).stderr
 
@@ -213,6 +221,7 @@ def test_pages_go_through_all(database_url: str, shop: Shop) -> None:
     assert finish("dead-letters", "list", "--after", "there", url=database_url).code == 2
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand(database_url: str, shop: Shop) -> None:
     shop.rows(
         "INSERT INTO dead_letters (event_id, event_type, payload, created_at, attempts, reason, detail)"

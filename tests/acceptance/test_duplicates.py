@@ -43,6 +43,24 @@ def test_a_duplicate_is_listed_until_it_is_refunded(database_url: str, shop: Sho
     assert "Nobody has paid twice" in finish("duplicates", "list", url=database_url).stdout
 
 
+def test_who_is_to_get_the_pair_is_not_paid_back(database_url: str, shop: Shop) -> None:
+    """The first payment was refunded, and its event is missing: the second is the one that stands."""
+    first, second = pay_twice(shop)
+    assert finish("run", "--drain", url=database_url).code == 0
+    shop.set_status(first, "refunded")
+    found = finish("duplicates", "list", "--json", url=database_url).object
+    assert (found["count"], found["owed_back"], found["duplicates"]) == (0, {}, [])
+    assert [each["payment"]["payment_id"] for each in found["not_owed_back"]] == [str(second.id)]
+    shown = finish("duplicates", "list", url=database_url).stdout
+    assert "1 more not to be refunded" in shown
+    assert "Nobody has paid twice" in shown
+    assert finish("duplicates", "list", "--csv", url=database_url).stdout.count("\n") == 1
+    shop.refund(first)
+    assert finish("run", "--drain", url=database_url).code == 0
+    assert [row.is_active for row in shop.purchases(second)] == [True]
+    assert finish("duplicates", "list", "--json", url=database_url).object["not_owed_back"] == []
+
+
 def test_a_gift_holds_a_pair_too(database_url: str, shop: Shop) -> None:
     payment = shop.payment()
     shop.purchase(None, *payment.pair)
@@ -80,7 +98,8 @@ def test_as_csv_for_the_accounts(database_url: str, shop: Shop) -> None:
     assert finish("duplicates", "list", "--csv", "--json", url=database_url).code == 2
 
 
-def test_none_one_and_a_hundred_thousand(database_url: str, shop: Shop) -> None:
+@pytest.mark.slow
+def test_none_and_a_hundred_thousand(database_url: str, shop: Shop) -> None:
     assert finish("duplicates", "list", "--csv", url=database_url).stdout.count("\n") == 1
     shop.rows(
         "WITH paid AS (INSERT INTO payments (student_id, course_id, amount, currency, status)"

@@ -57,6 +57,18 @@ def test_nothing_has_this_id(database_url: str) -> None:
     assert "No dead letter of" in done.stderr
 
 
+def test_what_is_asked_for_does_not_drive_the_terminal(database_url: str) -> None:
+    for asked, shown in (
+        (f"{ESCAPE}x", "\\x1b[31mx"),
+        (b"\xff\xfe".decode(errors="surrogateescape"), "?"),
+        ("x" * 9999, "x"),
+    ):
+        done = finish("why", asked, "--json", url=database_url)
+        assert (done.code, done.object["ok"]) == (1, False)
+        assert f"Nothing is known of {shown}" in done.stderr
+        assert len(done.stderr) < 300
+
+
 def test_all_about_a_dead_letter(database_url: str, shop: Shop) -> None:
     payment, event = shop.paid(payload={"currency": "USD", "note": ["kept"]})
     assert finish("run", "--drain", url=database_url).code == 0

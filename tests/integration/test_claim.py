@@ -244,6 +244,7 @@ def kind_of(statement: str) -> str:
         "DELETE FROM public.outbox": "delete",
         "UPDATE public.outbox": "postpone",
         "AS pair_held": "look",
+        "AS traceparent": "trace",
         "AS kind": "standing",
     }
     return next((kind for mark, kind in marks.items() if mark in statement), statement)
@@ -312,7 +313,7 @@ def add_one_of_every_kind(shop: Shop) -> None:
     shop.paid(payload={"payment_id": None}, due_in="-9 days")
 
 
-KINDS = {"claim", "lock", "insert", "mark", "bury", "close letters", "delete", "postpone", "look"}
+KINDS = {"claim", "lock", "insert", "mark", "bury", "close letters", "delete", "postpone", "look", "trace"}
 
 
 @pytest.mark.parametrize("analyzed", ["full", "empty", "never"])
@@ -385,7 +386,7 @@ def test_refunds_walk_indexes_and_read_the_payments_once(
         shop.rows("ANALYZE payments")
     assert processor.watch.state.guard == both_guards
     kinds = plans.by_kind()
-    assert kinds.keys() == {"claim", "lock", "look", "insert", "standing", "mark", "close letters", "delete"}
+    assert kinds.keys() == {"claim", "lock", "look", "insert", "standing", "mark", "close letters", "delete", "trace"}
     once, looked_up = kinds.pop("standing")
     assert executions(once, "payments") == [1]
     assert {node["Node Type"] for node in nodes(once)} & {"Hash Join", "Merge Join"}
