@@ -334,6 +334,16 @@ class Shop:
         """Pairs with more than one active purchase."""
         return sum(count > 1 for count in self.active_pairs().values())
 
+    def waiting(self, statement: str = "") -> int:
+        """How many sessions of this database wait for a lock, with a statement that has this in it."""
+        return int(
+            self.scalar(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND wait_event_type = 'Lock' AND position(%s IN query) > 0",
+                statement,
+            )
+        )
+
     def counted(self, series: str) -> float:
         """What the workers have counted, by their last heartbeats, in all series that begin so."""
         told = [metrics for (metrics,) in self.rows("SELECT metrics FROM workers")]

@@ -119,7 +119,7 @@ def test_alive_but_not_ready_while_stopping(database_url: str, shop: Shop, conne
     with start("run", url=database_url, **ANY) as process:
         address = address_of(process)
         process.wait_for("worker_started")
-        eventually(lambda: shop.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted"), "a batch waits")
+        eventually(shop.waiting, "a batch waits")
         process.signal()
         assert eventually_answers(address, "/readyz", 503, "stopping").body == "stopping\n"
         assert ask(address, "/livez").status == 200

@@ -129,7 +129,8 @@ def test_parts_lock_no_more_pairs_than_a_transaction_may(
     shop.pay_many(100, events=2)
     pay_many(shop, 1, BAD)
     held: list[int] = []
-    locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'"
+    ours = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    locks = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND {ours}"
     listener.listen(database.engine, "commit", lambda _: held.append(shop.scalar(locks)))
     outcomes = drain_all(processor)
     assert outcomes == {Outcome.CREATED: 100, Outcome.ALREADY_EXISTS: 100, Outcome.RETRIED: 1}

@@ -229,8 +229,7 @@ def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(
     first = pool.submit(one.process_batch)
     poll(lambda: waits_for_a_lock(shop), "the first worker is between its rows")
     second = pool.submit(two.process_batch)
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid <> pg_backend_pid()"
-    poll(lambda: second.done() or shop.scalar(waiting) >= 2, "the second waits for the first")
+    poll(lambda: second.done() or shop.waiting() >= 2, "the second waits for the first")
     holder.execute("SELECT pg_advisory_unlock(%s)", [GATE])
     wait([first, second], PATIENCE)
     assert first.result().outcomes() == {Outcome.CREATED: 2}
@@ -261,8 +260,7 @@ def test_a_granted_purchase_is_not_written_behind_later_pairs(
     first = pool.submit(one.process_batch)
     poll(lambda: waits_for_a_lock(shop), "the first worker has written the high pair")
     second = pool.submit(two.process_batch)
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid <> pg_backend_pid()"
-    poll(lambda: second.done() or shop.scalar(waiting) >= 2, "the second has written the low pair and waits")
+    poll(lambda: second.done() or shop.waiting() >= 2, "the second has written the low pair and waits")
     holder.execute("SELECT pg_advisory_unlock(%s)", [GATE])
     wait([first, second], PATIENCE)
     first.result(), second.result()
