@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 from conftest import MakeDatabase
+from sites import Site
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -25,7 +26,6 @@ SCRIPTS: dict[str, tuple[Failure, str]] = {
     "25006": (Failure.RECONNECT, "SET TRANSACTION READ ONLY; INSERT INTO numbers VALUES (1)"),
     "26000": (Failure.RECONNECT, "EXECUTE nothing"),
     "42P05": (Failure.RECONNECT, "PREPARE same AS SELECT 1; PREPARE same AS SELECT 1"),
-    "53200": (Failure.PAUSE, "SELECT pg_advisory_xact_lock(n) FROM generate_series(1, 1000000) AS n"),
     "53400": (Failure.PAUSE, "SET LOCAL temp_file_limit = 1; SET LOCAL work_mem = 64; TABLE many ORDER BY n DESC"),
     "58P01": (Failure.PAUSE, "LOAD 'no_such_library'"),
     "2200H": (Failure.PAUSE, "CREATE SEQUENCE short MAXVALUE 2; SELECT nextval('short') FROM generate_series(1, 3)"),
@@ -100,6 +100,13 @@ def test_what_a_statement_meets(state: str, stage: Database) -> None:
     error = fail(stage, script)
     assert sqlstate(error) in (state, BEFORE_18.get(state))
     assert classify(error) is expected
+
+
+def test_53200_a_full_lock_table(site: Site) -> None:
+    """Of a server of its own: all databases of one share it."""
+    with site.connect() as connection, pytest.raises(psycopg.errors.OutOfMemory) as caught:
+        connection.execute("SELECT pg_advisory_xact_lock(n) FROM generate_series(1, 1000000) AS n")
+    assert (sqlstate(caught.value), classify(caught.value)) == ("53200", Failure.PAUSE)
 
 
 @pytest.mark.parametrize("state", RAISED)
