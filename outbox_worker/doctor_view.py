@@ -33,5 +33,5 @@ def _heading(found: Diagnosis) -> Text:
     return Text(f"{found.verdict:8}{found.name.replace('_', ' ')}", style=_STYLES[found.verdict])
 
 
-def _said(found: Diagnosis) -> str:
-    return f"{found.evidence}\n→ {found.remedy}" if found.remedy else found.evidence
+def _said(found: Diagnosis) -> list[str]:
+    return [*found.evidence.splitlines(), *(f"→ {found.remedy}".splitlines() if found.remedy else [])]

@@ -84,6 +84,7 @@ class Metrics:
         self.unexplained = Gauge(
             "outbox_unexplained_payments", "Standing payments that nothing explains", registry=registry
         )
+        self.unexplained.set(math.nan)  # nobody has looked
         self.at_risk = Gauge("outbox_value_at_risk", "Money of unexplained payments", ["currency"], registry=registry)
         self.build = Gauge("outbox_build_info", "Always 1", ["version"], registry=registry)
         self.since_poll = Gauge(

@@ -173,7 +173,8 @@ def connections(subject: Subject) -> Iterator[Finding]:
     if subject.settings.pooler == "transaction":
         yield ok(f"{evidence}; the pooler shares its own among them")
     elif needed > room:
-        yield problem(f"{evidence}: not enough", "fewer workers or OUTBOX_CONCURRENCY; a pooler; more max_connections")
+        more = "more max_connections" if room == limits[0] else "ALTER ROLE or DATABASE … CONNECTION LIMIT -1;"
+        yield problem(f"{evidence}: not enough", f"fewer workers or OUTBOX_CONCURRENCY; a pooler; {more}")
     elif 2 * needed > room:
         yield warning(f"{evidence}: not enough to start new ones before the old ones end", "more max_connections")
     else:

@@ -55,6 +55,7 @@ class Telemetry:
     _told: Tally[str] = field(default_factory=Tally)
     _told_at: float = field(default_factory=time.monotonic)
     _guard_is_known: bool = False
+    _in_trouble_since: float | None = None
     _currencies: set[str] = field(default_factory=set)
 
     def started(self, concurrency: int, guard: Guard) -> None:
@@ -115,6 +116,8 @@ class Telemetry:
         named, sentence = describe(cause or error), "the database is in trouble; waiting"
         if failure is Failure.RECONNECT and sqlstate(cause or error) is None:
             named, sentence = str(unavailable(cause or error)), "no connection to the database; waiting"
+        if failure is not Failure.RETRY and self._in_trouble_since is None:
+            self._in_trouble_since = time.monotonic()
         places = None
         if failure is Failure.BUG:
             sentence, places = "our own error; rolled back, trying again", trace(error)
@@ -125,6 +128,13 @@ class Telemetry:
             pause_seconds=round(pause_seconds, 2),
             trace=places,
         ).log(level, sentence)
+
+    def _resumed(self) -> None:
+        """A look at the outbox succeeded. After trouble, that is told once."""
+        since, self._in_trouble_since = self._in_trouble_since, None
+        if since is not None:
+            seconds = round(time.monotonic() - since, 1)
+            logger.bind(event="resumed", seconds=seconds).info("the database is back, after {} s", seconds)
 
     def schema_problems(self, problems: str) -> None:
         """A table, column or privilege that was there at the start is missing now."""
@@ -178,6 +188,7 @@ class Telemetry:
     def batch_committed(self, report: BatchReport) -> None:
         """One transaction committed; an empty claim leaves no trace but that we looked."""
         self.metrics.polled()
+        self._resumed()
         if not report.batch:
             return
         self._count(report)

@@ -251,8 +251,9 @@ class Worker:
                 letters = count_open(session, self._tables)
                 self.telemetry.observe_backlog(backlog.due, backlog.oldest_due_seconds, letters)
                 self.telemetry.observe_horizon(self._horizon.stood_still_seconds(session))
-                left = Value.read(self._runs.latest_counts(session).get("left"))
-                self.telemetry.observe_unexplained(left.count, left.money)
+                if looked := self._runs.latest_counts(session):
+                    left = Value.read(looked.get("left"))
+                    self.telemetry.observe_unexplained(left.count, left.money)
                 counted = self.telemetry.beat()
                 self._fleet.beat(session, guard, counted, stopped=stopped)
         except Exception as error:  # noqa: BLE001 - told with its traceback where it is our own mistake

@@ -107,6 +107,7 @@ def test_all_is_well_and_nothing_is_written(durable: Site) -> None:
     assert all(len(line) <= 80 for line in shown.splitlines()), shown
     assert "0 problem(s), 1 warning(s)." in shown
     assert "\n        " in shown, "evidence is folded"
+    assert re.search(r"^ +→ ", shown, re.MULTILINE), "each remedy begins a line"
 
 
 def test_all_problems_are_told_and_the_code_is_1(durable: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import pytest
 from factories import ABSENT, ProbedProcessor, Shop
 from refusals import run
@@ -165,3 +166,19 @@ def test_a_poll_is_one_that_succeeded(shop: Shop, processor: ProbedProcessor) ->
     grown = since()
     assert not processor.process_batch().batch
     assert since() < grown
+
+
+def test_the_end_of_a_trouble_is_told_once(
+    shop: Shop, processor: ProbedProcessor, records: list[dict[str, Any]]
+) -> None:
+    """Whatever the look finds; a transaction that is only repeated was no trouble."""
+    processor.telemetry.trouble(psycopg.errors.DeadlockDetected(), 0.1)
+    processor.process_batch()
+    assert "resumed" not in [record.get("event") for record in records]
+    for _ in range(3):
+        processor.telemetry.trouble(psycopg.errors.AdminShutdown(), 0.1)
+    for _ in range(2):
+        processor.process_batch()
+    (told,) = [record for record in records if record.get("event") == "resumed"]
+    assert told["seconds"] >= 0
+    assert shop.count("outbox") == 0
