@@ -111,7 +111,7 @@ def test_a_write_ahead_log_that_cannot_grow(site: Site, tmp_path: Path) -> None:
     (tmp_path / "contents").mkdir()
     log.rename(tmp_path / "contents" / "log")
     log.symlink_to(site.directory / "small" / "log")
-    with on_small_disk(site, "64m", tmp_path / "contents") as (server, disk):
+    with on_small_disk(site, "192m", tmp_path / "contents") as (server, disk):
         with start("run", url=server.url(ROLE), **PATIENT) as worker:
             worker.wait_for("worker_started")
             settle_some(server)
