@@ -96,10 +96,10 @@ class Story:
 class Explanation:
     asked: str
     kinds: Sequence[str]
-    """What has this id: event, payment, student."""
+    """What has this id: event, payment, purchase, student."""
     stories: Sequence[Story]
     gifts: Sequence[PurchaseRow]
-    """The student's purchases that no payment has paid for."""
+    """Purchases that no payment has paid for: the student's, or the one that was asked for."""
     has_more: bool
     """The student has more payments than are told of."""
 
@@ -123,7 +123,7 @@ class _Candidate:
 def explain(
     session: Session, tables: Tables, policy: RetryPolicy, claimed_types: Sequence[str] | None, asked: str
 ) -> Explanation:
-    """Everything that has to do with an event, a payment or a student. ``claimed_types``: see ``handlers``.
+    """Everything that has to do with an event, a payment, a purchase or a student. ``claimed_types``: see ``handlers``.
 
     Raises Refused where nothing has this id.
     """

@@ -115,11 +115,13 @@ def show_dead_letter(
 
 
 def why(
-    asked: Annotated[str, typer.Argument(metavar="ID", help="An event, a payment or a student.", show_default=False)],
+    asked: Annotated[
+        str, typer.Argument(metavar="ID", help="An event, a payment, a purchase or a student.", show_default=False)
+    ],
     config: Config = None,
     json: AsJson = False,
 ) -> None:
-    """Tell the story of an event, a payment or a student.
+    """Tell the story of an event, payment, purchase or student.
 
     What is on record, which rule decided, and what would happen now, by the
     same rules on the same facts as the worker's. Changes nothing.

@@ -334,15 +334,14 @@ class Shop:
         """Pairs with more than one active purchase."""
         return sum(count > 1 for count in self.active_pairs().values())
 
-    def waiting(self, statement: str = "") -> int:
-        """How many sessions of this database wait for a lock, with a statement that has this in it."""
-        return int(
-            self.scalar(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-                " AND wait_event_type = 'Lock' AND position(%s IN query) > 0",
-                statement,
-            )
-        )
+    def sessions(self, which: str = "true") -> int:
+        """How many sessions our commands have in this database; ``which``: in the words of pg_stat_activity."""
+        ours = "datname = current_database() AND application_name = 'outbox-worker'"
+        return int(self.scalar(f"SELECT count(*) FROM pg_stat_activity WHERE {ours} AND {which}"))
+
+    def waiting(self) -> int:
+        """How many of them wait for a lock."""
+        return self.sessions("wait_event_type = 'Lock'")
 
     def counted(self, series: str) -> float:
         """What the workers have counted, by their last heartbeats, in all series that begin so."""

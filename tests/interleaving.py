@@ -76,7 +76,7 @@ class Steps:
             if meanwhile is not None:
                 meanwhile(made)
             other = self.pool.submit(self.fast.process_batch)
-            poll(lambda f=other: f.done() or waits_for_a_lock(self.shop), "the other worker is done or waits")
+            poll(lambda f=other: f.done() or self.shop.waiting(), "the other worker is done or waits")
             brake.released.set()
             braked.result(PATIENCE), other.result(PATIENCE)
             drain_all(self.fast)
@@ -96,15 +96,6 @@ def poll(holds: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def waits_for_a_lock(shop: Shop) -> bool:
-    return bool(
-        shop.scalar(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-            " AND application_name = 'outbox-worker' AND wait_event_type = 'Lock'"
-        )
-    )
-
-
 def errors(*processors: ProbedProcessor) -> dict[str, float]:
     """Errors of the database that the processors met, by class."""
     total: Counter[str] = Counter()
@@ -119,15 +110,7 @@ def deadlocks(shop: Shop, *databases: Database) -> int:
     """By the server's own count. A session hands in what it counted when it ends."""
     for database in databases:
         database.close()
-    poll(
-        lambda: (
-            not shop.scalar(
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND application_name = 'outbox-worker'"
-            )
-        ),
-        "sessions end",
-    )
+    poll(lambda: not shop.sessions(), "sessions end")
     shop.rows("SELECT pg_stat_clear_snapshot()")
     return int(shop.scalar("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"))
 

@@ -340,15 +340,7 @@ def fill_shop(shop: Shop, payments: int, owed: int) -> set[UUID]:
 
 def pages_touched(shop: Shop) -> int:
     """In this database so far; a session hands in what it counted when it ends."""
-    eventually(
-        lambda: (
-            not shop.scalar(
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND application_name = 'outbox-worker'"
-            )
-        ),
-        "sessions end",
-    )
+    eventually(lambda: not shop.sessions(), "sessions end")
     shop.rows("SELECT pg_stat_clear_snapshot()")
     return int(shop.scalar("SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()"))
 

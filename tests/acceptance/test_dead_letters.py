@@ -250,7 +250,7 @@ def test_two_people_at_once_decide_once(database_url: str, shop: Shop, connect: 
     first = connect()
     first.execute("UPDATE dead_letters SET state = 'discarded', note = 'first' WHERE event_id = %s", [event])
     with start("dead-letters", "requeue", "--all", *WHO, url=database_url) as second:
-        eventually(lambda: shop.waiting("FOR UPDATE"), "the second waits for the first")
+        eventually(shop.waiting, "the second waits for the first")
         first.commit()
         assert second.wait() == 1
         assert "changed since the preview" in second.stderr

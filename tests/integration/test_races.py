@@ -24,7 +24,6 @@ from interleaving import (
     run_together,
     settle_all,
     stop_insert_of,
-    waits_for_a_lock,
 )
 
 from outbox_worker.model import Guard, Outcome
@@ -111,7 +110,7 @@ def test_a_refund_that_comes_between_is_not_lost(
     second, event = shop.paid(student=first.student_id, course=first.course_id)
     processor = make_processor(database=make_database(connections=1))
     settling = pool.submit(processor.process_batch)
-    poll(lambda: settling.done() or waits_for_a_lock(shop), "the worker is done or waits")
+    poll(lambda: settling.done() or shop.waiting(), "the worker is done or waits")
     refunding.commit()
     assert Outcome.DUPLICATE_PAYMENT not in settling.result(PATIENCE).outcomes()
     drain_all(processor)
@@ -227,7 +226,7 @@ def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(
     databases = [make_database(connections=1), make_database(connections=1)]
     one, two = (make_processor(batch_size=2, policy=AT_ONCE, database=database) for database in databases)
     first = pool.submit(one.process_batch)
-    poll(lambda: waits_for_a_lock(shop), "the first worker is between its rows")
+    poll(shop.waiting, "the first worker is between its rows")
     second = pool.submit(two.process_batch)
     poll(lambda: second.done() or shop.waiting() >= 2, "the second waits for the first")
     holder.execute("SELECT pg_advisory_unlock(%s)", [GATE])
@@ -258,7 +257,7 @@ def test_a_granted_purchase_is_not_written_behind_later_pairs(
     one, two = (make_processor(batch_size=2, policy=AT_ONCE, database=database) for database in databases)
     assert one.watch.state.guard is Guard.INDEX
     first = pool.submit(one.process_batch)
-    poll(lambda: waits_for_a_lock(shop), "the first worker has written the high pair")
+    poll(shop.waiting, "the first worker has written the high pair")
     second = pool.submit(two.process_batch)
     poll(lambda: second.done() or shop.waiting() >= 2, "the second has written the low pair and waits")
     holder.execute("SELECT pg_advisory_unlock(%s)", [GATE])
