@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from alembic import context
 from sqlalchemy import Connection
 
-from outbox_worker.database import Database
-from outbox_worker.migration import VERSION_TABLE
+from outbox_worker.database.engine import Database
+from outbox_worker.schema.migrate import VERSION_TABLE
 from outbox_worker.settings import Settings, load_settings
 
 

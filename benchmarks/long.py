@@ -20,8 +20,8 @@ from typing import Any
 
 import psycopg
 
-from outbox_worker import bench
-from outbox_worker.rivals import BARE
+from outbox_worker.bench import run as bench
+from outbox_worker.bench.baselines import BARE
 from outbox_worker.settings import load_settings
 
 ROUNDS = 5

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from factories import Payment, ProbedProcessor, Shop, drain_all
 from sqlalchemy import event as listener
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import Outcome
-from outbox_worker.telemetry import BatchReport
+from outbox_worker.telemetry.reporter import BatchReport
 
 T = TypeVar("T")
 PATIENCE = 20.0

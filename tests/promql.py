@@ -10,7 +10,7 @@ import promql_parser as promql
 import yaml
 
 from outbox_worker.model import Guard
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.telemetry.reporter import Telemetry
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"

@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.dialects import postgresql
 
-from outbox_worker.health import is_owned
-from outbox_worker.schema import OWNED, PAIR_LOOKUP_INDEX, Naming
+from outbox_worker.schema.catalogue import is_owned
+from outbox_worker.schema.tables import OWNED, PAIR_LOOKUP_INDEX, Naming
 
 revision = "core_0001"
 down_revision = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import context, op
 
-from outbox_worker.health import is_owned
-from outbox_worker.schema import build_tables
+from outbox_worker.schema.catalogue import is_owned
+from outbox_worker.schema.tables import build_tables
 
 revision = "core_0002"
 down_revision = "core_0001"

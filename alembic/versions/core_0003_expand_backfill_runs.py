@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.dialects import postgresql
 
-from outbox_worker.health import is_owned
-from outbox_worker.schema import OWNED, Naming
+from outbox_worker.schema.catalogue import is_owned
+from outbox_worker.schema.tables import OWNED, Naming
 
 revision = "core_0003"
 down_revision = "core_0002"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import context, op
 
-from outbox_worker.guard import relation_name
-from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, build_tables
+from outbox_worker.schema.tables import NOTIFY_CHANNEL, NOTIFY_TRIGGER, build_tables, relation_name
 
 revision = "notify_0001"
 down_revision = None

@@ -9,9 +9,9 @@ from alembic import context, op
 from sqlalchemy.exc import IntegrityError
 
 from outbox_worker.errors import Refused
-from outbox_worker.guard import doubled_pairs, pair_indexes, relation_name
-from outbox_worker.health import is_owned
-from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
+from outbox_worker.schema.catalogue import is_owned, pair_indexes
+from outbox_worker.schema.tables import PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables, relation_name
+from outbox_worker.store.guard import doubled_pairs
 
 revision = "unique_index_0001"
 down_revision = None

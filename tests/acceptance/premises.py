@@ -18,7 +18,7 @@ from processes import ROOT, finish
 from psycopg import sql
 from sqlalchemy import make_url
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 
 GRANTS = ROOT / "deploy" / "grants.sql"
 ROLES = ("owner", "migrator", "worker", "reader", "operator")

@@ -17,7 +17,7 @@ from factories import Shop
 from processes import ROOT, Process, eventually
 from sqlalchemy import URL
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 
 TROUBLE_SECONDS = 3.0
 ROLE = "clerk"

@@ -6,7 +6,7 @@ import psycopg
 import servers
 from processes import finish
 
-from outbox_worker.bench import DATABASE
+from outbox_worker.bench.run import DATABASE
 
 SMALL = ("bench", "--events", "2000", "--rounds", "2", "--no-latency")
 

@@ -12,7 +12,7 @@ from processes import Process, eventually, finish, start, start_script
 
 KILLER = """
 import os, sys
-from outbox_worker.handlers import ConfirmedPurchases
+from outbox_worker.settle.handlers import ConfirmedPurchases
 apply = ConfirmedPurchases.apply
 payment = sys.argv.pop(1)
 def deadly(self, session, batch, footing):

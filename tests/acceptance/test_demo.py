@@ -16,10 +16,10 @@ import pytest
 from factories import Shop
 from processes import environment, eventually
 
-from outbox_worker.audit import AuditReport
-from outbox_worker.conservation import PaymentClass
-from outbox_worker.demo import DOUBLED, UNPAID, Proof
+from outbox_worker.demo.run import DOUBLED, UNPAID, Proof
 from outbox_worker.model import Outcome
+from outbox_worker.reconcile.audit import AuditReport
+from outbox_worker.store.payment_classes import PaymentClass
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ from premises import Premises, opened, settle_in
 from processes import eventually, finish, finish_on_terminal, start
 from sites import ROLE, Site
 
-from outbox_worker import embedded
-from outbox_worker.database import Database
-from outbox_worker.doctor import CHECKS
-from outbox_worker.findings import Finding, Subject
-from outbox_worker.schema import build_tables
-from outbox_worker.server_checks import connections_of
+from outbox_worker.database.engine import Database
+from outbox_worker.diagnose.doctor.finding import Finding, Subject
+from outbox_worker.diagnose.doctor.report import CHECKS
+from outbox_worker.diagnose.doctor.server import connections_of
+from outbox_worker.diagnose.doctor.vacuum import horizon
+from outbox_worker.embedded import server as embedded
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.vacuum_checks import horizon
 
 Found = dict[str, list[dict[str, str]]]
 

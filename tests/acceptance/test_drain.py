@@ -20,7 +20,7 @@ from factories import Shop
 from processes import eventually, finish, start
 
 from outbox_worker.model import Outcome
-from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX
+from outbox_worker.schema.tables import PAIR_INDEX, PAIR_LOOKUP_INDEX
 
 Connect = Callable[..., psycopg.Connection[Any]]
 EVENTS = 10_000

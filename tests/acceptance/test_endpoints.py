@@ -16,7 +16,7 @@ from processes import eventually, finish, finish_script, start
 from sites import ROLE, Site
 from watchers import address_of, ask, eventually_answers
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 
 ANY = {"http_listen": "127.0.0.1:0"}
 NAMES = {
@@ -202,7 +202,7 @@ def test_what_serves_no_http_does_not_load_it(database_url: str) -> None:
 import os, sys
 os.environ.update(OUTBOX_DATABASE_URL=sys.argv[1], OUTBOX_HTTP_LISTEN=sys.argv[2])
 sys.argv[1:] = ["run", "--drain"]
-from outbox_worker.cli import run_command
+from outbox_worker.cli.app import run_command
 code = run_command()
 print(code, sorted({"uvicorn", "starlette", "anyio"} & set(sys.modules)))
 """

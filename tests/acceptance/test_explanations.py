@@ -9,7 +9,7 @@ from factories import Shop
 from payloads import TYPES, put, retype
 from processes import finish, finish_on_terminal
 
-from outbox_worker.purchases import backfill_event_id
+from outbox_worker.store.purchases import backfill_event_id
 
 ESCAPE = "\x1b[31m"
 

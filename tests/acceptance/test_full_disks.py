@@ -19,7 +19,7 @@ from factories import Shop
 from processes import eventually, start
 from sites import ROLE, KeptSite, Site, endure, expect_calm, expect_exactly_once, expect_settled, kept, settle_some
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 
 WORLD = ("unshare", "--map-root-user", "--mount", "sh", "-ec")
 MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2"; cp -a "$3/." "$2"; shift 3; exec "$@"'

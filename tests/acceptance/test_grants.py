@@ -15,8 +15,8 @@ from processes import eventually, finish, start
 from psycopg import sql
 from sqlalchemy import make_url
 
-from outbox_worker.health import BACKFILLING, DECIDING, PRIVILEGES, READING, Privileges
 from outbox_worker.model import COLUMNS
+from outbox_worker.schema.privileges import BACKFILLING, DECIDING, PRIVILEGES, READING, Privileges
 
 Granted = set[tuple[str, str, str]]
 """(table, privilege, column), the column empty where the whole table is meant."""

@@ -20,7 +20,7 @@ from servers import libpq
 from sites import endure, expect_calm, expect_exactly_once, expect_settled
 from sqlalchemy import URL
 
-from outbox_worker._embedded_launcher import enter_namespace, namespace_permitted
+from outbox_worker.embedded.launcher import enter_namespace, namespace_permitted
 
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 CONFIG = """

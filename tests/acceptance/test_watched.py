@@ -14,11 +14,11 @@ from processes import Process, eventually, finish, start, start_script
 from sites import ROLE, Site
 from watchers import Manager, address_of, eventually_answers, managed
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 
 WEDGED = """
 import pathlib, sys, threading
-from outbox_worker.processor import Processor
+from outbox_worker.settle.processor import Processor
 process, flag, victims = Processor.process_batch, pathlib.Path(sys.argv.pop(1)), []
 def wedged(self, *given):
     if flag.exists():

@@ -20,7 +20,6 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from outbox_worker.decision import decide
-from outbox_worker.handlers import OutOfOrder
 from outbox_worker.model import (
     FINAL,
     GRANTS,
@@ -34,7 +33,8 @@ from outbox_worker.model import (
     Verdict,
     Verdicts,
 )
-from outbox_worker.settlement import _halves
+from outbox_worker.settle.handlers import OutOfOrder
+from outbox_worker.settle.settlement import _halves
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 

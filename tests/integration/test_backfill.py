@@ -14,17 +14,17 @@ from conftest import MakeProcessor
 from factories import Payment, Shop, drain_all, hold_pair
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker import backfill as by_hand
-from outbox_worker import repairs as making
-from outbox_worker.backfill import Backfill, BackfillReport, Request
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.errors import Refused, SchemaError
-from outbox_worker.guard import GuardWatch
-from outbox_worker.purchases import backfill_event_id
-from outbox_worker.repairs import Repairs
-from outbox_worker.schema import Tables
+from outbox_worker.model import FoundPayment
+from outbox_worker.reconcile import backfill as by_hand
+from outbox_worker.reconcile import owed as making
+from outbox_worker.reconcile.backfill import Backfill, BackfillReport, Request
+from outbox_worker.reconcile.owed import Repairs
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.sweep import FoundPayment
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.purchases import backfill_event_id
 
 Connect = Callable[..., psycopg.Connection[Any]]
 TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "backfill_runs")

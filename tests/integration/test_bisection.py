@@ -13,11 +13,11 @@ from refusals import BAD, GOOD, REFUSALS, pay, pay_many, run, trigger
 from sqlalchemy import event as listener
 from trips import RoundTrips
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.errors import Inconsistent
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.schema import PAIR_INDEX
-from outbox_worker.settlement import MAX_SAVEPOINTS
+from outbox_worker.schema.tables import PAIR_INDEX
+from outbox_worker.settle.settlement import MAX_SAVEPOINTS
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 

@@ -17,10 +17,11 @@ from psycopg import sql
 from sqlalchemy import event as listener
 from sqlalchemy import text
 
-from outbox_worker.database import INDEX_PLANS, Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.planner import INDEX_PLANS
 from outbox_worker.model import Event, Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.schema import Tables
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.outbox import Outbox
 
 Connect = Callable[..., psycopg.Connection[Any]]
 LARGE = 50_000

@@ -16,14 +16,15 @@ from conftest import MakeDatabase
 from factories import Clerk, Shop
 from processes import eventually
 
-from outbox_worker import doctor, server_checks
-from outbox_worker.backfill import Backfill, Request
-from outbox_worker.database import Database
-from outbox_worker.doctor import CHECKS
-from outbox_worker.findings import Finding, Subject, Verdict, ok
-from outbox_worker.migration import upgrade
+from outbox_worker.database.engine import Database
+from outbox_worker.diagnose.doctor import report as doctor
+from outbox_worker.diagnose.doctor import server as server_checks
+from outbox_worker.diagnose.doctor.finding import Finding, Subject, Verdict, ok
+from outbox_worker.diagnose.doctor.report import CHECKS
 from outbox_worker.model import COLUMNS
-from outbox_worker.schema import Tables, build_tables
+from outbox_worker.reconcile.backfill import Backfill, Request
+from outbox_worker.schema.migrate import upgrade
+from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
 
 Connect = Callable[..., psycopg.Connection[Any]]

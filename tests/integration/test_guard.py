@@ -20,12 +20,13 @@ from sqlalchemy import event as listener
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ProgrammingError
 
-from outbox_worker.database import INDEX_PLANS, Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.planner import INDEX_PLANS
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.guard import GuardState, GuardWatch, probe_guard, relation_name
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.schema import PAIR_INDEX, Tables, build_tables
+from outbox_worker.schema.tables import PAIR_INDEX, Tables, build_tables, relation_name
 from outbox_worker.settings import load_settings
+from outbox_worker.store.guard import GuardState, GuardWatch, probe_guard
 
 Connect = Callable[..., psycopg.Connection[Any]]
 

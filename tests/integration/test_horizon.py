@@ -11,11 +11,11 @@ import servers
 from factories import Shop
 from sqlalchemy import text
 
-from outbox_worker.database import Database
-from outbox_worker.horizon import HorizonWatch
+from outbox_worker.daemon.horizon import HorizonWatch
+from outbox_worker.daemon.signals import Signals
+from outbox_worker.daemon.worker import Worker
+from outbox_worker.database.engine import Database
 from outbox_worker.settings import Settings
-from outbox_worker.signals import Signals
-from outbox_worker.worker import Worker
 
 HOLDERS = {
     "a snapshot": ("REPEATABLE READ, READ ONLY", "SELECT 1"),

@@ -18,12 +18,12 @@ from refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, ru
 from sqlalchemy.exc import DBAPIError
 from trips import RoundTrips
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.errors import Failure, classify
 from outbox_worker.model import Outcome
-from outbox_worker.pacing import FEW_IN_DOUBT, STUCK_PASSES_MAX
-from outbox_worker.settlement import MAX_SAVEPOINTS
+from outbox_worker.settle.pacing import FEW_IN_DOUBT, STUCK_PASSES_MAX
+from outbox_worker.settle.settlement import MAX_SAVEPOINTS
 
 Connect = Callable[..., psycopg.Connection[Any]]
 

@@ -21,20 +21,20 @@ from alembic import command
 from alembic.config import Config
 from factories import Shop, drain_all, make_payments
 
-from outbox_worker import migration
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.errors import Refused, SchemaError, SettingError
-from outbox_worker.guard import GuardWatch, probe_guard
-from outbox_worker.handlers import build_handlers
-from outbox_worker.migration import VERSION_TABLE, Migrated
 from outbox_worker.model import COLUMNS, Guard, Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.pacing import Pacing
-from outbox_worker.processor import Processor
-from outbox_worker.purchases import PurchaseRepository
-from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
+from outbox_worker.schema import migrate as migration
+from outbox_worker.schema.migrate import VERSION_TABLE, Migrated
+from outbox_worker.schema.tables import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.pacing import Pacing
+from outbox_worker.settle.processor import Processor
+from outbox_worker.store.guard import GuardWatch, probe_guard
+from outbox_worker.store.outbox import Outbox
+from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.telemetry.reporter import Telemetry
 
 ROOT = Path(__file__).parents[2]
 OWN = {f"public.{role}" for role in COLUMNS}
@@ -674,10 +674,10 @@ def test_all_heads_at_once(empty: Site) -> None:
 PROCESS = """
 import sys
 from outbox_worker import migration
-from outbox_worker.database import Database
-from outbox_worker.schema import build_tables
+from outbox_worker.database.engine import Database
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.telemetry.reporter import Telemetry
 settings = load_settings(database_url=sys.argv[1])
 database = Database(settings, deadline_seconds=None)
 print("ready", flush=True)

@@ -15,10 +15,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from trips import RoundTrips
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome
 from outbox_worker.settings import load_settings
-from outbox_worker.settlement import BATCHES_TO_LOOK_AT
+from outbox_worker.settle.settlement import BATCHES_TO_LOOK_AT
 
 Connect = Callable[..., psycopg.Connection[Any]]
 

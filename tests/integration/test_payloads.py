@@ -20,11 +20,11 @@ from loguru import logger
 from payloads import CANARY, EVERYTHING, NO_OBJECT, TYPES, document, put, retype
 from psycopg.types.string import TextLoader
 
-from outbox_worker.audit import Audit
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome, Reason
-from outbox_worker.payload import LONGEST_DOCUMENT
-from outbox_worker.schema import Tables
+from outbox_worker.reconcile.audit import Audit
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.payload import LONGEST_DOCUMENT
 
 EACH = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 FEW = examples(max_examples=40, derandomize=True, **EACH)  # type: ignore[arg-type]

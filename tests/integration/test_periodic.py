@@ -12,16 +12,19 @@ import pytest
 from factories import Shop
 from loguru import logger
 
-from outbox_worker import periodic, runs, sweep
-from outbox_worker.backfill import Backfill, Request
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardWatch
-from outbox_worker.periodic import PeriodicBackfill
-from outbox_worker.runs import Runs
-from outbox_worker.schema import Tables
+from outbox_worker.database.engine import Database
+from outbox_worker.model import Value
+from outbox_worker.reconcile import periodic
+from outbox_worker.reconcile import scan as sweep
+from outbox_worker.reconcile.backfill import Backfill, Request
+from outbox_worker.reconcile.periodic import PeriodicBackfill
+from outbox_worker.reconcile.scan import Sweep
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.sweep import Sweep, Value
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.store import backfill_runs as runs
+from outbox_worker.store.backfill_runs import Runs
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.telemetry.reporter import Telemetry
 
 MakeWorker = Callable[..., PeriodicBackfill]
 AGO = "1 hour"

@@ -10,7 +10,7 @@ from factories import ABSENT, ProbedProcessor, Shop
 from refusals import run
 from trips import RoundTrips
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

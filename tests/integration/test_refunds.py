@@ -14,11 +14,13 @@ from interleaving import errors
 from sqlalchemy import event as listener
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.database import FREE_PLANS, INDEX_PLANS, Database, planned
-from outbox_worker.errors import Failure, KeyMissing, classify
-from outbox_worker.health import find_problems
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.database.planner import FREE_PLANS, INDEX_PLANS, planned
+from outbox_worker.errors import KeyMissing
 from outbox_worker.model import PURCHASE_REFUNDED, Guard, Outcome, Reason
-from outbox_worker.schema import Tables
+from outbox_worker.schema.requirements import find_problems
+from outbox_worker.schema.tables import Tables
 
 Connect = Callable[..., psycopg.Connection[Any]]
 

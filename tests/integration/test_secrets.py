@@ -24,8 +24,8 @@ from prometheus_client import generate_latest
 from refusals import run
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.logs import Style, configure_logging
 from outbox_worker.model import Outcome
+from outbox_worker.telemetry.logs import Style, configure_logging
 
 SECRET = "hunter2secret"  # noqa: S105 - what must not be found again
 LAST = 9

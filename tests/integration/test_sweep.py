@@ -12,12 +12,13 @@ import pytest
 from conftest import MakeDatabase
 from factories import Payment, Shop
 
-from outbox_worker import sweep
-from outbox_worker.audit import Audit
-from outbox_worker.conservation import PaymentClass, page_statement, portion_statement
-from outbox_worker.database import Database, Statement
-from outbox_worker.schema import Tables
-from outbox_worker.sweep import Span, Sweep, plans
+from outbox_worker.database.engine import Database
+from outbox_worker.database.statements import Statement
+from outbox_worker.reconcile import scan as sweep
+from outbox_worker.reconcile.audit import Audit
+from outbox_worker.reconcile.scan import Span, Sweep, plans
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.payment_classes import PaymentClass, page_statement, portion_statement
 
 BY_TIME = "CREATE INDEX ON payments (created_at, id)"
 

@@ -18,18 +18,19 @@ from payloads import TYPES, retype
 from sqlalchemy.exc import DBAPIError
 from test_agreement import ALONE, FEW, REFUNDS_ALONE, PairCase, write
 
-from outbox_worker import why
-from outbox_worker.conservation import PaymentClass
-from outbox_worker.database import Database
-from outbox_worker.dead_letters import Decision, Selection, decide_letters, preview
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import sqlstate
 from outbox_worker.decision import CRASHES_MAX
-from outbox_worker.errors import Refused, sqlstate
-from outbox_worker.health import check_schema
+from outbox_worker.diagnose import explanation as why
+from outbox_worker.diagnose.explanation import Explanation, Occasion, Prospect, Story
+from outbox_worker.errors import Refused
 from outbox_worker.model import Outcome, Reason, Verdict
-from outbox_worker.purchases import backfill_event_id
-from outbox_worker.schema import Tables
+from outbox_worker.schema.requirements import check_schema
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.why import Explanation, Occasion, Prospect, Story
+from outbox_worker.store.dead_letters import Decision, Selection, decide_letters, preview
+from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.purchases import backfill_event_id
 
 Ask = Callable[..., Explanation]
 SOME = examples(FEW, max_examples=12, phases=[Phase.generate])

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from outbox_worker import errors
-from outbox_worker.errors import Failure, classify, describe, said, sqlstate, trace
+from outbox_worker.database.failures import Failure, classify, describe, said, sqlstate, trace
 
 BY_SQLSTATE = {
     # run the transaction again

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client import generate_latest
 
-from outbox_worker.metrics import Metrics
+from outbox_worker.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -83,7 +83,7 @@ def bound() -> Told:
 
 
 def functions() -> Iterator[ast.FunctionDef]:
-    for path in (ROOT / "outbox_worker").glob("*.py"):
+    for path in (ROOT / "outbox_worker").rglob("*.py"):
         yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from outbox_worker.cli import app
+from outbox_worker.cli.app import app
 from outbox_worker.model import COLUMNS, Outcome, Reason
 from outbox_worker.settings import reference
 
