@@ -38,7 +38,7 @@ GRANTS = frozenset({Outcome.CREATED, Outcome.RECOVERED})
 FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
 """Outcomes that are marked and remove the event."""
 
-_TOLD = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
+_LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
 """Marks that never claimed an active purchase; every other mark, an unknown one included, did."""
@@ -108,14 +108,14 @@ class Position(NamedTuple):
     id: int
 
 
-class Window(NamedTuple):
+class DueWindow(NamedTuple):
     """Two due times, as PostgreSQL writes them; both are inside."""
 
     first: str
     last: str
 
 
-ALWAYS = Window("-infinity", "infinity")
+ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
@@ -143,7 +143,7 @@ class Batch(Mapping[int, Event]):
     lateness: Sequence[float] = ()
     repeated: Sequence[Repeated] = ()
     """What payloads repeat of their payments, where the database cannot be asked: of json and text columns."""
-    window: Window = ALWAYS
+    window: DueWindow = ALWAYS
     """Between which due times they lie."""
 
     def __getitem__(self, key: int) -> Event:
@@ -236,7 +236,7 @@ class Verdict:
     detail: str = ""
     writes: bool = False
     """A purchase is written for it."""
-    clean: bool = False
+    via_fast_path: bool = False
     """Made by the fast statement, whose predicates exclude marks and dead letters: nothing else needs care."""
     passed_to: str | None = None
     """The payment that was granted in place of a refunded one."""
@@ -246,9 +246,9 @@ class Verdict:
     """The trace to which its producer says the event belongs."""
 
     @property
-    def is_told(self) -> bool:
+    def logged_individually(self) -> bool:
         """Whether its event is one that a person may want to find again."""
-        return self.outcome in _TOLD or self.passed_to is not None
+        return self.outcome in _LOGGED_INDIVIDUALLY or self.passed_to is not None
 
 
 Verdicts = dict[int, Verdict]
@@ -328,27 +328,27 @@ class FoundPayment:
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class PaymentTotals:
     """How many payments, and their money by currency."""
 
     count: int = 0
     money: Mapping[str, Decimal] = field(default_factory=dict)
 
-    def __add__(self, other: Value) -> Value:
+    def __add__(self, other: PaymentTotals) -> PaymentTotals:
         keys = dict.fromkeys([*self.money, *other.money])
         sums = {key: self.money.get(key, Decimal(0)) + other.money.get(key, Decimal(0)) for key in keys}
-        return Value(self.count + other.count, sums)
+        return PaymentTotals(self.count + other.count, sums)
 
-    def __sub__(self, other: Value) -> Value:
-        less = self + Value(-other.count, {key: -amount for key, amount in other.money.items()})
-        return Value(less.count, {key: amount for key, amount in less.money.items() if amount})
+    def __sub__(self, other: PaymentTotals) -> PaymentTotals:
+        less = self + PaymentTotals(-other.count, {key: -amount for key, amount in other.money.items()})
+        return PaymentTotals(less.count, {key: amount for key, amount in less.money.items() if amount})
 
     @classmethod
-    def of(cls, payments: Iterable[FoundPayment]) -> Value:
+    def of(cls, payments: Iterable[FoundPayment]) -> PaymentTotals:
         return sum((cls(1, {payment.currency: payment.amount}) for payment in payments), cls())
 
     @classmethod
-    def read(cls, written: Mapping[str, Any] | None) -> Value:
+    def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:
         """As ``written`` wrote it; nothing of None."""
         given = written or {"count": 0, "money": {}}
         return cls(given["count"], {key: Decimal(amount) for key, amount in given["money"].items()})

@@ -111,7 +111,7 @@ def _shown(value: object) -> Text:
     return Text("\n".join(printable(str(each)) for each in (value if isinstance(value, list) else [value])))
 
 
-def repeat(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
+def show_repeatedly(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
     """Show something again and again, until Ctrl-C; ``clears``: on a terminal always in the same place."""
     console = output()
     with suppress(KeyboardInterrupt):

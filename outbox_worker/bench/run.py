@@ -63,7 +63,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class BenchRun:
     """One contestant that drained a full outbox once."""
 
     events: int
@@ -82,14 +82,14 @@ class BenchReport:
     """All runs, by contestant and in their order; latencies in milliseconds by what was in force."""
 
     plan: Plan
-    runs: Mapping[str, Sequence[Run]]
+    runs: Mapping[str, Sequence[BenchRun]]
     statements_per_batch: float = 0.0
     """Round trips, BEGIN and COMMIT among them."""
     start_ups: Sequence[float] = ()
     """Times as long as importing SQLAlchemy and psycopg, until the first claim."""
     latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def median(self, contestant: str, of: Callable[[Run], float | None]) -> float | None:
+    def median(self, contestant: str, of: Callable[[BenchRun], float | None]) -> float | None:
         values = [value for value in map(of, self.runs[contestant]) if value is not None]
         return statistics.median(values) if values else None
 
@@ -115,7 +115,7 @@ def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> Ben
 
 def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
     with own_database(settings, plan) as conninfo, psycopg.connect(conninfo, autocommit=True) as connection:
-        runs: dict[str, list[Run]] = {"worker": [], "bare SQL": [], "one by one": []}
+        runs: dict[str, list[BenchRun]] = {"worker": [], "bare SQL": [], "one by one": []}
         for turn in range(plan.rounds):
             for name in list(runs) if turn % 2 else reversed(list(runs)):
                 run = _measure(connection, conninfo, plan, name)
@@ -173,7 +173,7 @@ def _conninfo(settings: Settings) -> str:
     return settings.conninfo
 
 
-def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> Run:
+def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
     """Fill the outbox and let one contestant drain it. A worker's CPU is counted without that of its start."""
     idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
@@ -190,7 +190,7 @@ def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: st
     after = server_cpu(connection)
     if connection.execute("SELECT count(*) FROM purchases").fetchone() != (events,):
         raise OutboxWorkerError(f"{name}: not every event became a purchase; the figures would be worth nothing.")
-    return Run(
+    return BenchRun(
         events=events,
         seconds=seconds,
         server_cpu_seconds=None if server is None or after is None else after - server,

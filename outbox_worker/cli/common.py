@@ -12,7 +12,7 @@ from loguru import logger
 from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database, unavailable
-from outbox_worker.database.failures import Failure, classify, describe, said, sqlstate
+from outbox_worker.database.failures import Failure, classify, describe, server_message, sqlstate
 from outbox_worker.errors import OutboxWorkerError, SchemaError
 from outbox_worker.escapes import printable
 from outbox_worker.schema.tables import Tables, build_tables
@@ -63,13 +63,13 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
             return unavailable(error)
         case Failure.PAUSE | Failure.UNCLEAR:
             remedy = _REMEDIES.get(sqlstate(error) or "", "Look at tables, columns and privileges.")
-            return SchemaError(f"The database refused: {said(error)}. {remedy}".rstrip())
+            return SchemaError(f"The database refused: {server_message(error)}. {remedy}".rstrip())
         case _:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
 
 
 def fail(error: OutboxWorkerError) -> int:
     """Say why on stderr; the exit status."""
-    said = "\n".join(map(printable, str(error).split("\n")))
-    sys.stderr.write(f"outbox-worker: {said}\n")
+    sentence = "\n".join(map(printable, str(error).split("\n")))
+    sys.stderr.write(f"outbox-worker: {sentence}\n")
     return error.exit_code

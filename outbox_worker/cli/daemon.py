@@ -77,8 +77,8 @@ def healthcheck(
     """
     from outbox_worker.daemon.healthcheck import ask
 
-    well, said = ask(load_settings(config=config).listen, "/readyz" if ready else "/livez")
-    typer.echo(said)
+    well, answer = ask(load_settings(config=config).listen, "/readyz" if ready else "/livez")
+    typer.echo(answer)
     raise typer.Exit(0 if well else 1)
 
 

@@ -74,11 +74,11 @@ def list_dead_letters(
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import READING
     from outbox_worker.schema.requirements import check_schema
-    from outbox_worker.store.dead_letters import Place, Selection, list_letters
+    from outbox_worker.store.dead_letters import LetterCursor, Selection, list_letters
 
     age = parse_duration(older_than, "--older-than") if older_than else None
     selection = Selection(state=state, reason=_reason(reason), event_type=event_type, older_than=age)
-    place = Place.parse(after) if after else None
+    place = LetterCursor.parse(after) if after else None
     _, database, tables = open_database(config)
     with database.transaction() as session:
         check_schema(session, tables, {"dead_letters": READING["dead_letters"]})

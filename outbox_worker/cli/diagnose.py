@@ -48,7 +48,7 @@ def status(
             view.print_status(now)
 
     if watch:
-        terminal.repeat(partial(_outlast, show), WATCH_SECONDS, clears=not json)
+        terminal.show_repeatedly(partial(_outlast, show), WATCH_SECONDS, clears=not json)
     else:
         show()
 

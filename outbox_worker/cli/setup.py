@@ -47,8 +47,8 @@ def migrate(
     except DBAPIError as error:
         if sqlstate(error) != "42501":
             raise
-        said = in_a_sentence(error)
-        raise SchemaError(f"{said} migrate runs as the owner of the tables, not as the role of a worker.") from None
+        sentence = in_a_sentence(error)
+        raise SchemaError(f"{sentence} migrate runs as the owner of the tables, not as the role of a worker.") from None
     for name in done.created:
         terminal.line(f"created  {name}")
     for name in done.named:

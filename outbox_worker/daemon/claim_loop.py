@@ -11,7 +11,7 @@ from functools import partial
 
 from outbox_worker.daemon.signals import Signals
 from outbox_worker.daemon.supervision import Pulse
-from outbox_worker.database.retry import outlast
+from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.decision import next_pause
 from outbox_worker.settings import Settings
 from outbox_worker.settle.processor import Processor
@@ -58,7 +58,9 @@ class ClaimLoop:
         if (adopt := self._adopt) and adopt is not self._adopted:
             adopt(self._processor)
             self._adopted = adopt
-        report = outlast(partial(self._processor.process_batch, until), self._pulse, self._meet_trouble, patience)
+        report = wait_out_outage(
+            partial(self._processor.process_batch, until), self._pulse, self._meet_trouble, patience
+        )
         if report is not None:
             self._pulse.succeeded()
         return report
@@ -79,7 +81,7 @@ class ClaimLoop:
             report = self.run_once(until, patience=deadline)
             if report is not None and report.verdicts:
                 progress = time.monotonic()
-            elif outlast(partial(is_empty, until), self._pulse, self._meet_trouble, deadline):
+            elif wait_out_outage(partial(is_empty, until), self._pulse, self._meet_trouble, deadline):
                 return True
             elif time.monotonic() - progress > deadline:
                 return False

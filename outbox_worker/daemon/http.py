@@ -43,7 +43,7 @@ class Endpoints(threading.Thread):
         self._hosts = [*LOOPBACK, *([listen.written_host] if listen.host else []), *hosts]
         self._is_over = threading.Event()
         self._server: Server | None = None
-        self._is_told = False
+        self._is_failure_logged = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -68,10 +68,10 @@ class Endpoints(threading.Thread):
                 self._meet_trouble(error)
 
     def _meet_trouble(self, error: Exception) -> None:
-        if not self._is_told:
-            said = error.strerror if isinstance(error, OSError) else None
-            self._telemetry.http_unavailable(str(self._listen), said or describe(error))
-        self._is_told = True
+        if not self._is_failure_logged:
+            reason = error.strerror if isinstance(error, OSError) else None
+            self._telemetry.http_unavailable(str(self._listen), reason or describe(error))
+        self._is_failure_logged = True
         self._is_over.wait(_RETRY_SECONDS)
 
     def _serve(self, line: socket.socket) -> None:
@@ -93,7 +93,7 @@ class Endpoints(threading.Thread):
         self._server = Server(config)
         self._server.should_exit = self._is_over.is_set()
         self._telemetry.http_listening(written(line))
-        self._is_told = False
+        self._is_failure_logged = False
         asyncio.run(self._server.serve(sockets=[line]))
         if self._listen.path:
             Path(self._listen.path).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from outbox_worker.database.engine import connect_directly
-from outbox_worker.database.retry import outlast
+from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.schema.tables import NOTIFY_CHANNEL, Tables
 from outbox_worker.settings import Settings
 
@@ -32,17 +32,17 @@ class Listener(threading.Thread):
         self._connect = partial(connect_directly, settings)
         self._payload = f"{tables.outbox.schema}.{tables.outbox.name}"
         self._stop_serving = stop
-        self._ring = ring
+        self._wake_loop = ring
         self._on_trouble = on_trouble
 
     def run(self) -> None:
-        outlast(self._listen, self._stop_serving, self._on_trouble)
+        wait_out_outage(self._listen, self._stop_serving, self._on_trouble)
 
     def _listen(self) -> None:
         with self._connect() as connection:
             connection.execute(f"LISTEN {NOTIFY_CHANNEL}")
-            self._ring()
+            self._wake_loop()
             while not self._stop_serving.is_set():
                 heard = connection.notifies(timeout=_PATIENCE_SECONDS, stop_after=1)
                 if any(notice.payload == self._payload for notice in heard):
-                    self._ring()
+                    self._wake_loop()

@@ -24,9 +24,9 @@ from outbox_worker.daemon.supervision import Pulse, Supervision
 from outbox_worker.daemon.systemd import Notifier
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
-from outbox_worker.database.retry import outlast
+from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.errors import SettingError, in_one_line
-from outbox_worker.model import Guard, Value
+from outbox_worker.model import Guard, PaymentTotals
 from outbox_worker.reconcile.periodic import PeriodicBackfill
 from outbox_worker.schema.catalogue import notifies
 from outbox_worker.schema.requirements import check_schema, find_problems, list_problems
@@ -35,12 +35,12 @@ from outbox_worker.settings import RELOADABLE, Settings
 from outbox_worker.settle.handlers import build_handlers, claimed_types
 from outbox_worker.settle.pacing import Frontier, Pacing
 from outbox_worker.settle.processor import Processor
-from outbox_worker.store.backfill_runs import Runs
+from outbox_worker.store.backfill_runs import BackfillRuns
 from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.store.purchases import PurchaseRepository
-from outbox_worker.store.workers import Fleet
+from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.logs import configure_logging
 from outbox_worker.telemetry.reporter import Telemetry
 
@@ -65,21 +65,21 @@ class Worker:
         deadline = settings.database_deadline_seconds
         self._database = Database(settings, connections=settings.concurrency + 1, deadline_seconds=deadline)
         self._guard = GuardWatch(self._tables.purchases, self.telemetry.guard_changed)
-        self._fleet = Fleet(self._tables, uuid4())
+        self._workers = Workers(self._tables, uuid4())
         self._stop = threading.Event()
         self._is_over = threading.Event()
         self._is_schema_suspect = False
         self._loops: list[ClaimLoop] = []
         self._listens = False
-        self._goes_carefully = False
+        self._isolates_first = False
         self._listener: Listener | None = None
-        self._runs = Runs(self._tables)
+        self._runs = BackfillRuns(self._tables)
         self._horizon = HorizonWatch()
 
     def run(self, signals: Signals) -> int:
         """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
         with self._supervision.answering():
-            outbox = self._outlast_start(signals)
+            outbox = self._wait_for_start(signals)
             if outbox is None:
                 self._supervision.stops()
             else:
@@ -101,10 +101,12 @@ class Worker:
         self._database.close()
         return 0 if all(found) else 1
 
-    def _outlast_start(self, signals: Signals) -> Outbox | None:
+    def _wait_for_start(self, signals: Signals) -> Outbox | None:
         """Until the database was looked at; None when told to stop meanwhile. To wait for it is a loop, too."""
         (pulse,) = self._supervision.pulses(1, signals)
-        return outlast(partial(self._start, listens=True), pulse, partial(self._meet_trouble_at_start, signals, pulse))
+        return wait_out_outage(
+            partial(self._start, listens=True), pulse, partial(self._meet_trouble_at_start, signals, pulse)
+        )
 
     def _meet_trouble_at_start(
         self, signals: Signals, pulse: Pulse, error: BaseException, pause_seconds: float
@@ -119,13 +121,13 @@ class Worker:
         with self._database.transaction() as session:
             self._tables = check_schema(session, self._tables)
             guard = self._guard.probe(session).guard
-            self._goes_carefully = self._fleet.succeed(session)
-            self._fleet.join(session, guard)
+            self._isolates_first = self._workers.take_over_dead_worker(session)
+            self._workers.join(session, guard)
             event_types = claimed_types(session, self._tables, self._settings.unknown_types)
         self._listens = listens and (self._settings.pooler == "none" or self._settings.listen_url is not None)
         self.telemetry.started(self._settings.concurrency, guard)
-        if self._goes_carefully:
-            self.telemetry.going_carefully(self._settings.batch_size)
+        if self._isolates_first:
+            self.telemetry.isolating_after_crash(self._settings.batch_size)
         return Outbox(self._tables, event_types)
 
     def _make_loops(self, outbox: Outbox) -> list[ClaimLoop]:
@@ -147,8 +149,8 @@ class Worker:
             policy,
             Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier),
         )
-        if self._goes_carefully:
-            processor.go_carefully(self._settings.batch_size)
+        if self._isolates_first:
+            processor.isolate_next(self._settings.batch_size)
         return processor
 
     def _run_loops(
@@ -161,7 +163,7 @@ class Worker:
         """Run the loops in threads, the chores and ``others`` beside them. The first signal stops them after their
         batch; the second does not wait: what is not committed then is rolled back by the server."""
         loops = [LoopThread(body, signals) for body in bodies]
-        chores: Callable[[], bool] = partial(self._keep_house, outbox)
+        chores: Callable[[], bool] = partial(self._housekeeping, outbox)
         beside = [LoopThread(body, signals) for body in (chores, *others)]
         for thread in (*beside, *loops):
             thread.start()
@@ -172,7 +174,7 @@ class Worker:
         if signals.is_set():
             self.telemetry.stopping()
         self._stop.set()
-        self._ring()
+        self._wake_loop()
         self._await(loops, signals)
         self._is_over.set()
         self._await(beside, signals)
@@ -215,7 +217,7 @@ class Worker:
         while not all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
 
-    def _keep_house(self, outbox: Outbox) -> bool:
+    def _housekeeping(self, outbox: Outbox) -> bool:
         """The chores, in turns until the loops have ended, and once more to say good-bye."""
         while not self._is_over.is_set():
             self._do_chores(outbox)
@@ -231,10 +233,10 @@ class Worker:
         return [PeriodicBackfill(*given).run]
 
     def _start_listening(self) -> None:
-        self._listener = Listener(self._settings, self._tables, self._stop, self._ring, self._meet_trouble)
+        self._listener = Listener(self._settings, self._tables, self._stop, self._wake_loop, self._meet_trouble)
         self._listener.start()
 
-    def _ring(self) -> None:
+    def _wake_loop(self) -> None:
         """There is something to do: wake a loop that rests; where none does, let all look once more."""
         resting = [loop for loop in self._loops if loop.is_resting]
         for loop in self._loops if self._stop.is_set() else resting[:1] or self._loops:
@@ -248,22 +250,22 @@ class Worker:
                 self._tell_schema_problems()
             with self._database.transaction() as session:
                 guard = self._guard.probe(session).guard
-                is_told = self._listens and self._listener is None and notifies(session, self._tables.outbox)
+                must_listen = self._listens and self._listener is None and notifies(session, self._tables.outbox)
                 backlog = outbox.backlog(session)
                 letters = count_open(session, self._tables)
                 self.telemetry.observe_backlog(backlog.due, backlog.oldest_due_seconds, letters)
                 self.telemetry.observe_horizon(self._horizon.stood_still_seconds(session))
                 if looked := self._runs.latest_counts(session):
-                    left = Value.read(looked.get("left"))
+                    left = PaymentTotals.read(looked.get("left"))
                     self.telemetry.observe_unexplained(left.count, left.money)
                 counted = self.telemetry.beat()
-                self._fleet.beat(session, guard, counted, stopped=stopped)
+                self._workers.beat(session, guard, counted, stopped=stopped)
         except Exception as error:  # noqa: BLE001 - told with its traceback where it is our own mistake
             self._meet_trouble(error, CHORE_SECONDS)
             self._supervision.looked_in_vain(error)
             return
         self._supervision.looked(_status(guard, backlog, letters, counted["events_per_second"]))
-        if is_told:
+        if must_listen:
             self._start_listening()
 
     def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.deadline import GRACE_SECONDS, BoundedConnection, bounded
-from outbox_worker.database.failures import Failure, classify, said
+from outbox_worker.database.failures import Failure, classify, server_message
 from outbox_worker.database.planner import set_local
 from outbox_worker.embedded import server as embedded
 from outbox_worker.errors import DatabaseUnavailable
@@ -105,7 +105,7 @@ class Database:
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
     """One sentence for a connection that was not made or broke; libpq's own words, without the connection string."""
-    return DatabaseUnavailable(f"No connection to the database: {said(error)}")
+    return DatabaseUnavailable(f"No connection to the database: {server_message(error)}")
 
 
 @contextmanager

@@ -99,8 +99,8 @@ def classify(error: BaseException) -> Failure:
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
 
 
-def said(error: BaseException) -> str:
-    """The first line of what the server or libpq said; only the error's name where a function may have spoken."""
+def server_message(error: BaseException) -> str:
+    """The first line of the message of the server or of libpq; the error's name if a function may have raised it."""
     original = getattr(error, "orig", None) or error
     if getattr(getattr(original, "diag", None), "context", None):
         return describe(error)

@@ -22,7 +22,7 @@ class Stop(Protocol):
     def wait(self, timeout: float) -> bool: ...
 
 
-def repeat(work: Callable[[int], T], *, attempts: int) -> T:
+def retry_transaction(work: Callable[[int], T], *, attempts: int) -> T:
     """Run a whole unit of work again while it fails with ``retry``, at most ``attempts`` times in all.
 
     ``work`` is told how often it has failed so far, and raises its last error in the end.
@@ -39,7 +39,7 @@ def repeat(work: Callable[[int], T], *, attempts: int) -> T:
     raise AssertionError("tenacity returns or raises")
 
 
-def outlast(
+def wait_out_outage(
     work: Callable[[], T],
     stop: Stop,
     on_failure: Callable[[BaseException, float], None],

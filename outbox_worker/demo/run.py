@@ -179,11 +179,11 @@ class Crew:
         return victim.pid
 
     def check(self) -> None:
-        """Raise where a worker ended by itself, with what it said last."""
+        """Raise where a worker ended by itself, with what it last_words last."""
         for process in self._processes:
             if process.poll() not in (None, 0):
-                said = self._log.read_text().splitlines()[-1:] or ["nothing"]
-                raise OutboxWorkerError(f"Worker {process.pid} ended with {process.returncode}: {said[0]}")
+                last_words = self._log.read_text().splitlines()[-1:] or ["nothing"]
+                raise OutboxWorkerError(f"Worker {process.pid} ended with {process.returncode}: {last_words[0]}")
 
     def stop(self) -> None:
         """SIGTERM all and wait for them."""

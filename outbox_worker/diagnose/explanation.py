@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import ids_as
 from outbox_worker.decision import RULES_BEHIND, RetryPolicy, decide
-from outbox_worker.diagnose.records import Dossier, MarkRow, PaymentRow, PurchaseRow, WaitingEvent, look_up
+from outbox_worker.diagnose.records import MarkRow, PaymentRow, PurchaseRow, Records, WaitingEvent, look_up
 from outbox_worker.errors import Refused
 from outbox_worker.model import (
     PURCHASE_BACKFILLED,
@@ -57,7 +57,7 @@ class Occasion(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Prospect:
+class Prediction:
     """What would become of an event now."""
 
     event_id: UUID
@@ -67,7 +67,7 @@ class Prospect:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class TimelineEntry:
     """Something that happened, to whatever ``subject`` is the id of."""
 
     at: datetime | None
@@ -79,7 +79,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class PaymentStory:
     """All about one payment, or about events that name none."""
 
     payment_id: UUID | None
@@ -87,9 +87,9 @@ class Story:
     """None: no row of it is visible."""
     kind: str | None
     """Its class; ``refunded_but_active``; None: it is not standing."""
-    timeline: Sequence[Moment]
+    timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
-    prospects: Sequence[Prospect]
+    prospects: Sequence[Prediction]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Explanation:
     asked: str
     kinds: Sequence[str]
     """What has this id: event, payment, purchase, student."""
-    stories: Sequence[Story]
+    stories: Sequence[PaymentStory]
     gifts: Sequence[PurchaseRow]
     """Purchases that no payment has paid for: the student's, or the one that was asked for."""
     has_more: bool
@@ -130,14 +130,14 @@ def explain(
     found = look_up(session, tables, asked)
     if not found.kinds:
         raise Refused(f"Nothing is known of {asked[:SHOWN]}: no event, payment, purchase or student has this id.")
-    classes = _classes(session, tables, [each.id for each in found.dossier.payments])
+    classes = _classes(session, tables, [each.id for each in found.records.payments])
     owed = [payment_id for payment_id, kind in classes.items() if kind is PaymentClass.UNEXPLAINED]
-    candidates = _candidates(found.dossier, _firsts(session, tables, owed), claimed_types)
+    candidates = _candidates(found.records, _firsts(session, tables, owed), claimed_types)
     prospects = _judge(session, tables, policy, candidates) if candidates else []
     named: list[UUID | None] = list(found.payment_ids)
-    if not named and found.dossier.traces:
+    if not named and found.records.traces:
         named.append(None)
-    stories = [_story(found.dossier, key, classes, prospects) for key in named]
+    stories = [_story(found.records, key, classes, prospects) for key in named]
     return Explanation(asked, found.kinds, stories, found.gifts, found.has_more)
 
 
@@ -163,14 +163,14 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
 
 
 def _candidates(
-    dossier: Dossier, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
+    records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
 ) -> dict[UUID, _Candidate]:
     """Each event on record, and the one that a backfill would write for each payment that is owed."""
-    events = [mark for mark in dossier.marks if mark.event_type != PURCHASE_BACKFILLED]
+    events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},
-        **{letter.event_id: _Candidate(_occasion_of_letter(letter)) for letter in dossier.letters},
-        **{event.event_id: _Candidate(_occasion_of_event(event, claimed_types)) for event in dossier.waiting},
+        **{letter.event_id: _Candidate(_occasion_of_letter(letter)) for letter in records.letters},
+        **{event.event_id: _Candidate(_occasion_of_event(event, claimed_types)) for event in records.waiting},
         **{backfill_event_id(key): _Candidate(Occasion.BACKFILL, key, first) for key, first in owed.items()},
     }
 
@@ -187,15 +187,15 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 
 def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
-) -> list[Prospect]:
+) -> list[Prediction]:
     """Read the facts as the worker does, but for the locks, and decide."""
     known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
     ]
-    rows = session.execute(select(*read_of, payload.said(known)).order_by(known.c.id)).all()
+    rows = session.execute(select(*read_of, payload.claim_columns(known)).order_by(known.c.id)).all()
     read = [
-        payload.read_said(known, row[-1]) if row.has_payload else _only(candidates[row.event_id].payment_id)
+        payload.read_claim_columns(known, row[-1]) if row.has_payload else _only(candidates[row.event_id].payment_id)
         for row in rows
     ]
     batch = Batch(
@@ -211,14 +211,14 @@ def _judge(
     return [_prospect(row, candidates[row.event_id], seen[row.id].facts) for row in rows]
 
 
-def _prospect(row: Any, candidate: _Candidate, facts: Facts) -> Prospect:
+def _prospect(row: Any, candidate: _Candidate, facts: Facts) -> Prediction:
     is_handled = row.event_type in HANDLED_TYPES
     pair_held = facts.pair_held or candidate.is_behind
     verdict = decide(replace(facts, crashes=row.crashes, handled=is_handled, pair_held=pair_held))
     if candidate.is_behind:
         verdict = replace(verdict, detail=f"payment {candidate.first} of the same pair is older, and owed, too")
     event_type = PURCHASE_BACKFILLED if candidate.occasion is Occasion.BACKFILL else row.event_type
-    return Prospect(row.event_id, event_type, candidate.occasion, verdict)
+    return Prediction(row.event_id, event_type, candidate.occasion, verdict)
 
 
 def _only(payment_id: UUID | None) -> tuple[str | None, Repeated]:
@@ -235,7 +235,7 @@ def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
     is_waiting = outbox.c.event_id.is_not(None)
     marked = func.nullif(marks.c.event_type, PURCHASE_BACKFILLED)
     types = [outbox.c.event_type, letters.c.event_type, marked, literal(PURCHASE_CONFIRMED)]
-    requeued = payload.delivered(letters.c.payload, outbox)
+    requeued = payload.from_dead_letter(letters.c.payload, outbox)
     written = case((is_waiting, outbox.c.payload), else_=requeued)
     return (
         select(
@@ -262,24 +262,24 @@ def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
 
 
 def _story(
-    dossier: Dossier,
+    records: Records,
     payment_id: UUID | None,
     classes: Mapping[UUID, PaymentClass],
-    prospects: Sequence[Prospect],
-) -> Story:
+    prospects: Sequence[Prediction],
+) -> PaymentStory:
     """What concerns one payment; with None what names no payment."""
-    payment = next((each for each in dossier.payments if each.id == payment_id), None)
-    events = {each.event_id for each in dossier.traces if payment_id in (None, each.payment_id)}
-    traces = [each for each in dossier.traces if each.event_id in events]
+    payment = next((each for each in records.payments if each.id == payment_id), None)
+    events = {each.event_id for each in records.traces if payment_id in (None, each.payment_id)}
+    traces = [each for each in records.traces if each.event_id in events]
     if payment_id is not None:
         events.add(backfill_event_id(payment_id))
-    purchases = _purchases(dossier, payment_id, payment)
+    purchases = _purchases(records, payment_id, payment)
     moments = [
         *_of_payment(payment),
         *(moment for each in traces for moment in _of_trace(each)),
         *(moment for each in purchases for moment in _of_purchase(each, payment_id)),
     ]
-    return Story(
+    return PaymentStory(
         payment_id,
         payment,
         _kind(payment, classes, purchases),
@@ -300,23 +300,23 @@ def _kind(
     return classes.get(payment.id)
 
 
-def _purchases(dossier: Dossier, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:
+def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:
     """The payment's own, and those that hold its pair."""
     pair = payment and (payment.student_id, payment.course_id)
     return [
         each
-        for each in dossier.purchases
+        for each in records.purchases
         if payment_id is not None
         and (each.payment_id == payment_id or (each.is_active and (each.student_id, each.course_id) == pair))
     ]
 
 
-def _of_payment(payment: PaymentRow | None) -> Iterator[Moment]:
+def _of_payment(payment: PaymentRow | None) -> Iterator[TimelineEntry]:
     if payment is not None:
-        yield Moment(payment.created_at, "paid", payment.id, f"{payment.amount:.2f} {payment.currency}")
+        yield TimelineEntry(payment.created_at, "paid", payment.id, f"{payment.amount:.2f} {payment.currency}")
 
 
-def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[Moment]:
+def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[TimelineEntry]:
     match trace:
         case WaitingEvent():
             return _of_event(trace)
@@ -328,40 +328,40 @@ def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[Moment]:
             assert_never(trace)
 
 
-def _of_event(event: WaitingEvent) -> Iterator[Moment]:
-    yield Moment(event.created_at, "event written", event.event_id, event.event_type)
+def _of_event(event: WaitingEvent) -> Iterator[TimelineEntry]:
+    yield TimelineEntry(event.created_at, "event written", event.event_id, event.event_type)
     if event.attempts:
         tries = f"{event.attempts} failed attempt(s), the last: {event.last_error}"
-        yield Moment(event.due_at, "due again", event.event_id, tries)
+        yield TimelineEntry(event.due_at, "due again", event.event_id, tries)
 
 
-def _of_letter(letter: DeadLetter) -> Iterator[Moment]:
+def _of_letter(letter: DeadLetter) -> Iterator[TimelineEntry]:
     key = letter.event_id
-    yield Moment(letter.created_at, "event written", key, letter.event_type)
+    yield TimelineEntry(letter.created_at, "event written", key, letter.event_type)
     died = f"{letter.reason}: {letter.detail} ({letter.attempts} attempt(s))"
-    yield Moment(letter.dead_at, "event buried", key, died, RULES_BEHIND.get(letter.reason, ()))
+    yield TimelineEntry(letter.dead_at, "event buried", key, died, RULES_BEHIND.get(letter.reason, ()))
     for decided in history(letter.note):
-        yield Moment(decided.at, f"dead letter {decided.state}", key, f"by {decided.actor}: {decided.why}")
+        yield TimelineEntry(decided.at, f"dead letter {decided.state}", key, f"by {decided.actor}: {decided.why}")
     if letter.state == DeadLetterState.SETTLED:
-        yield Moment(letter.resolved_at, "dead letter settled", key, "the event succeeded after all")
+        yield TimelineEntry(letter.resolved_at, "dead letter settled", key, "the event succeeded after all")
 
 
-def _of_mark(mark: MarkRow) -> Iterator[Moment]:
+def _of_mark(mark: MarkRow) -> Iterator[TimelineEntry]:
     key, rules = mark.event_id, RULES_BEHIND.get(mark.outcome, ())
     if mark.event_type == PURCHASE_BACKFILLED:
-        yield Moment(mark.processed_at, "backfilled", key, mark.outcome, rules)
+        yield TimelineEntry(mark.processed_at, "backfilled", key, mark.outcome, rules)
     elif mark.recovered_at is None:
-        yield Moment(mark.processed_at, "event settled" if rules else "event marked", key, mark.outcome, rules)
+        yield TimelineEntry(mark.processed_at, "event settled" if rules else "event marked", key, mark.outcome, rules)
     else:
-        yield Moment(mark.processed_at, "event marked", key, "but its purchase was missing later")
-        yield Moment(mark.recovered_at, "event settled", key, mark.outcome, rules)
+        yield TimelineEntry(mark.processed_at, "event marked", key, "but its purchase was missing later")
+        yield TimelineEntry(mark.recovered_at, "event settled", key, mark.outcome, rules)
 
 
-def _of_purchase(purchase: PurchaseRow, payment_id: UUID | None) -> Iterator[Moment]:
+def _of_purchase(purchase: PurchaseRow, payment_id: UUID | None) -> Iterator[TimelineEntry]:
     whose = "" if purchase.payment_id == payment_id else f"of {_owner(purchase)}: it holds the pair"
-    yield Moment(purchase.created_at, "purchase made", purchase.id, whose)
+    yield TimelineEntry(purchase.created_at, "purchase made", purchase.id, whose)
     if not purchase.is_active:
-        yield Moment(purchase.deactivated_at, "purchase taken back", purchase.id, whose)
+        yield TimelineEntry(purchase.deactivated_at, "purchase taken back", purchase.id, whose)
 
 
 def _owner(purchase: PurchaseRow) -> str:

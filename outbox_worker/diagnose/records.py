@@ -80,7 +80,7 @@ class MarkRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Dossier:
+class Records:
     payments: Sequence[PaymentRow] = ()
     purchases: Sequence[PurchaseRow] = ()
     """Those of the payments, and those that hold their pairs."""
@@ -112,7 +112,7 @@ class Found:
     kinds: Sequence[str]
     """event, payment, purchase, student: one of them, mostly; none where the id is unknown."""
     payment_ids: Sequence[UUID]
-    dossier: Dossier
+    records: Records
     gifts: Sequence[PurchaseRow]
     """Purchases that no payment has paid for: the student's, or the one that was asked for."""
     has_more: bool
@@ -122,7 +122,7 @@ class Found:
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
     """Whatever has this id. Payments that are only named by an event, a mark or a purchase are found, too."""
     given = _uuid_of(asked)
-    of_event = _read_events(session, tables, events=[given]) if given else Dossier()
+    of_event = _read_events(session, tables, events=[given]) if given else Records()
     own = tables.purchases.c
     bought = _ask(session, lambda: _read_purchases(session, tables, _is_as(own.id, asked)))
     of_student = _ask(session, lambda: session.scalars(_payments_of(tables, asked)).all())
@@ -130,13 +130,13 @@ def look_up(session: Session, tables: Tables, asked: str) -> Found:
     gifts = _ask(session, lambda: _read_purchases(session, tables, *is_gift))
     of_purchase = [each.payment_id for each in bought if each.payment_id]
     concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *of_purchase, *([given] if given else [])]
-    dossier = read(session, tables, of_event.event_ids, dict.fromkeys(concerned))
-    known = set(dossier.payment_ids)
+    records = read(session, tables, of_event.event_ids, dict.fromkeys(concerned))
+    known = set(records.payment_ids)
     kinds = {"event": of_event.event_ids, "payment": given in known, "purchase": bought, "student": of_student or gifts}
     return Found(
         [kind for kind, found in kinds.items() if found],
         [each for each in dict.fromkeys(concerned) if each in known],
-        dossier,
+        records,
         [*gifts, *(each for each in bought if each.payment_id is None)],
         len(of_student) > PAYMENTS_MAX,
     )
@@ -151,11 +151,11 @@ def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]
         return ()
 
 
-def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Dossier:
+def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Records:
     """What is on record of these events and payments."""
     ids = list(payments)
     of_events = _read_events(session, tables, events, ids)
-    return Dossier(
+    return Records(
         _read_payments(session, tables, ids),
         _read_purchases(session, tables, _is_of_or_holds_pair_of(tables, ids)),
         of_events.waiting,
@@ -218,11 +218,11 @@ def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElem
 
 def _read_events(
     session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
-) -> Dossier:
+) -> Records:
     """The traces of events, named by their own ids or by those of their payments."""
     letters = tables.dead_letters
     of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
-    return Dossier(
+    return Records(
         waiting=_read_waiting(session, tables.outbox, events, payments),
         letters=read_letters(session, tables, of_them),
         marks=_read_marks(session, tables.processed_events, events, payments),

@@ -12,7 +12,7 @@ from sqlalchemy import Select, Text, cast, func, literal, select
 
 from outbox_worker.database.engine import Database
 from outbox_worker.model import FoundPayment, PaymentStatus
-from outbox_worker.reconcile.scan import Pace, Span, Sweep
+from outbox_worker.reconcile.scan import PaymentScan, ScanRange, Throttle
 from outbox_worker.schema.privileges import READING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
@@ -45,22 +45,22 @@ class Audit:
         with database.transaction() as session:
             tables = check_schema(session, tables, {role: READING[role] for role in _READ})
             began, self._ahead = session.execute(_begin(tables)).one()
-        self._sweep = Sweep(database, tables, Span(None, began))
+        self._scan = PaymentScan(database, tables, ScanRange(None, began))
 
     def estimate(self) -> int:
         """About how many payments there are."""
-        return self._sweep.estimate()
+        return self._scan.estimate()
 
-    def run(self, pace: Pace = lambda *_: True) -> AuditReport:
-        """Look at all of them; ``pace`` is told after each statement."""
-        self._sweep.run(pace)
-        sight = self._sweep.sight
+    def run(self, throttle: Throttle = lambda *_: True) -> AuditReport:
+        """Look at all of them; ``throttle`` is told after each statement."""
+        self._scan.run(throttle)
+        totals = self._scan.totals
         return AuditReport(
-            counts=sight.counts,
-            money=sight.money,
-            unexplained=sorted(sight.unexplained, key=lambda payment: payment.age),
-            refunded_but_active=sorted(sight.refunded_but_active, key=lambda payment: payment.age),
-            unknown_statuses=dict(sorted(sight.unknown_statuses.items())),
+            counts=totals.counts,
+            money=totals.money,
+            unexplained=sorted(totals.unexplained, key=lambda payment: payment.age),
+            refunded_but_active=sorted(totals.refunded_but_active, key=lambda payment: payment.age),
+            unknown_statuses=dict(sorted(totals.unknown_statuses.items())),
             dated_ahead=self._ahead,
         )
 

@@ -19,7 +19,7 @@ from outbox_worker.database.arrays import Keys
 from outbox_worker.database.engine import Database
 from outbox_worker.database.statements import Statement
 from outbox_worker.model import FoundPayment, PaymentStatus
-from outbox_worker.reconcile.scan import Pace, Span, Sweep
+from outbox_worker.reconcile.scan import PaymentScan, ScanRange, Throttle
 from outbox_worker.schema.privileges import READING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
@@ -54,17 +54,17 @@ class Duplicates:
             tables = check_schema(session, tables, {role: READING[role] for role in _READ})
             began = session.scalars(select(func.clock_timestamp())).one()
         self._database = database
-        self._sweep = Sweep(database, tables, Span(None, began), lists=0, lists_duplicates=True)
+        self._scan = PaymentScan(database, tables, ScanRange(None, began), lists=0, lists_duplicates=True)
         self._holders = Statement(_holders(tables))
 
     def estimate(self) -> int:
         """About how many payments there are."""
-        return self._sweep.estimate()
+        return self._scan.estimate()
 
-    def list(self, pace: Pace = lambda *_: True) -> Sequence[Duplicate]:
-        """All of them, the oldest first; ``pace`` is told after each statement."""
-        self._sweep.run(pace)
-        found = sorted(self._sweep.sight.duplicates, key=lambda payment: payment.age)
+    def list(self, throttle: Throttle = lambda *_: True) -> Sequence[Duplicate]:
+        """All of them, the oldest first; ``throttle`` is told after each statement."""
+        self._scan.run(throttle)
+        found = sorted(self._scan.totals.duplicates, key=lambda payment: payment.age)
         parts = [found[start : start + _TOGETHER] for start in range(0, len(found), _TOGETHER)]
         holders = {key: holder for part in parts for key, holder in self._look_up(part).items()}
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
 from outbox_worker.database.planner import INDEX_PLANS, set_local
-from outbox_worker.database.retry import repeat
+from outbox_worker.database.retry import retry_transaction
 from outbox_worker.database.statements import Statement
 from outbox_worker.decision import RetryPolicy, decide
 from outbox_worker.model import GRANTS, PURCHASE_BACKFILLED, Batch, FoundPayment, Guard, Outcome, Repeated
@@ -45,7 +45,7 @@ class Refusal:
 
 
 @dataclass
-class Made:
+class BackfillResult:
     """What became of payments that were owed a purchase."""
 
     created: list[FoundPayment] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Made:
     def purchases(self) -> list[FoundPayment]:
         return self.created + self.recovered
 
-    def __iadd__(self, other: Made) -> Made:
+    def __iadd__(self, other: BackfillResult) -> BackfillResult:
         for name in self.__dataclass_fields__:
             getattr(self, name).extend(getattr(other, name))
         return self
@@ -77,17 +77,17 @@ def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment]
     )
 
 
-def left_of(unexplained: Iterable[FoundPayment], made: Made) -> list[FoundPayment]:
+def left_of(unexplained: Iterable[FoundPayment], made: BackfillResult) -> list[FoundPayment]:
     """What stays unexplained after repairs: what was not made, and the duplicates of that."""
     failed = {payment.pair for payment in [*made.contended, *(each.payment for each in made.refused)]}
     return [payment for payment in unexplained if payment.pair in failed]
 
 
-Together = Callable[[Session, Sequence[FoundPayment], Made], None]
+OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
 """Told inside a transaction which payments it took and what it made: what is written then stands or falls with it."""
 
 
-class Repairs:
+class OwedPurchases:
     """Makes purchases on one database."""
 
     def __init__(self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> None:
@@ -101,7 +101,7 @@ class Repairs:
         self._looking = {**_switched_on(writing), **looking}
         self._writing = {**_switched_on(looking), **writing}
 
-    def make(self, owed: Sequence[FoundPayment], together: Together) -> Iterator[Made]:
+    def make(self, owed: Sequence[FoundPayment], together: OnWritten) -> Iterator[BackfillResult]:
         """Make the purchases of payments of different pairs; yields what each transaction did, in their order.
 
         Raises what the database raises when it is in trouble; what was yielded stands.
@@ -113,14 +113,14 @@ class Repairs:
         while parts:
             part = parts.pop()
             try:
-                made = repeat(partial(self._transact, part, together), attempts=_ATTEMPTS)
+                made = retry_transaction(partial(self._transact, part, together), attempts=_ATTEMPTS)
             except DBAPIError as error:
                 if smaller := self._without_fault(part, error, tried):
                     parts += smaller
                     continue
                 if classify(error) is Failure.UNCLEAR and not is_writable:
                     raise  # no purchase could be written at all: that is the database's trouble
-                made = Made(refused=[Refusal(part[0], describe(error))])
+                made = BackfillResult(refused=[Refusal(part[0], describe(error))])
             is_writable = is_writable or bool(made.purchases)
             yield made
 
@@ -141,7 +141,7 @@ class Repairs:
             return [part]  # somebody else was first: look again
         return []
 
-    def _transact(self, part: Sequence[FoundPayment], together: Together, _failed: int) -> Made:
+    def _transact(self, part: Sequence[FoundPayment], together: OnWritten, _failed: int) -> BackfillResult:
         """One transaction: lock, look again, write."""
         batch, guard = _as_batch(part), self._guard.state
         with self._database.transaction(**self._writing) as session:
@@ -166,7 +166,7 @@ class Repairs:
     def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
         """Write purchases and marks of those that ``decide`` grants, and close the letters that asked for them."""
         seen = self._repository.look(session, batch, self._policy)
-        judged = {key: decide(sight.facts).outcome for key, sight in seen.items()}
+        judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
         grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
         made = self._repository.insert_granted(session, grants, guard) if grants else set()
         granted = {key: judged[key] for key in made}
@@ -197,8 +197,8 @@ def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
     )
 
 
-def _sorted_out(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], locks: PairLocks) -> Made:
-    made = Made()
+def _sorted_out(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], locks: PairLocks) -> BackfillResult:
+    made = BackfillResult()
     for key, payment in enumerate(part):
         match granted.get(key):
             case Outcome.CREATED:

@@ -21,14 +21,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.retry import outlast
-from outbox_worker.model import FoundPayment, Value
+from outbox_worker.database.retry import wait_out_outage
+from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.reconcile.backfill import Counts
-from outbox_worker.reconcile.owed import Made, Repairs, choose_owed, left_of
-from outbox_worker.reconcile.scan import Sight, Span, Sweep
+from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
+from outbox_worker.reconcile.scan import PaymentScan, ScanRange, ScanTotals
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.store.backfill_runs import Kind, Range, RunOutcome, Runs, written_left
+from outbox_worker.store.backfill_runs import BackfillRange, BackfillRuns, RunKind, RunOutcome, written_left
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.payment_classes import RECENT, PaymentClass
 from outbox_worker.telemetry.reporter import Telemetry
@@ -52,8 +52,8 @@ class Turn:
     """One look of this worker."""
 
     run: UUID
-    range: Range
-    carried: Value
+    range: BackfillRange
+    carried: PaymentTotals
     """Unexplained payments that the last full look found and this one does not meet."""
     may_make: bool
 
@@ -73,7 +73,7 @@ class PeriodicBackfill:
         self._settings, self._tables, self._guard = settings, tables, guard
         self._stop_serving, self._telemetry, self._on_trouble = stop, telemetry, on_trouble
         self._database = Database(settings, connections=1, deadline_seconds=settings.database_deadline_seconds)
-        self._runs = Runs(tables)
+        self._runs = BackfillRuns(tables)
         self._beaten = 0.0
         self._every = timedelta(seconds=settings.backfill_every_seconds)
 
@@ -81,14 +81,14 @@ class PeriodicBackfill:
         """Serve until told to stop; what fails is told and tried again."""
         asks = min(60.0, self._every.total_seconds() / 10)
         while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
-            outlast(self.run_once, self._stop_serving, self._on_trouble)
+            wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
         self._database.close()
         return True
 
     def run_once(self) -> bool:
         """Look at the payments, if it is this worker's turn; whether it was."""
         with self._database.transaction() as session:
-            turn = self._begin(session) if self._runs.take_turn(session, self._every) else None
+            turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:
             return False
         try:
@@ -103,18 +103,20 @@ class PeriodicBackfill:
         now: datetime = session.scalars(select(func.clock_timestamp())).one()
         base = self._runs.last_full(session)
         if base is None or now - base.started_at > FULL_EVERY:
-            span, carried = Range(None, None, now - OLDER_THAN), Value()
+            span, carried = BackfillRange(None, None, now - OLDER_THAN), PaymentTotals()
         else:
-            span = Range(base.range.before - RECENT, None, now - OLDER_THAN)
-            carried = Value.read(base.counts["carried"])
-        run = self._runs.begin(session, Kind.PERIODIC, span, ACTOR, None)
+            span = BackfillRange(base.range.before - RECENT, None, now - OLDER_THAN)
+            carried = PaymentTotals.read(base.counts["carried"])
+        run = self._runs.begin(session, RunKind.PERIODIC, span, ACTOR, None)
         return Turn(run, span, carried, self._runs.was_made_by_hand(session))
 
     def _look(self, turn: Turn) -> None:
-        span = Span(turn.range.since, turn.range.before)
-        sweep = Sweep(self._database, self._tables, span, lists=FUSE, target_seconds=_TARGET_SECONDS, portion=_PORTION)
-        if sweep.run(lambda _, seconds: self._rest(turn, seconds * (1 / _SHARE - 1))):
-            self._conclude(turn, sweep.sight)
+        span = ScanRange(turn.range.since, turn.range.before)
+        scan = PaymentScan(
+            self._database, self._tables, span, lists=FUSE, target_seconds=_TARGET_SECONDS, portion=_PORTION
+        )
+        if scan.run(lambda _, seconds: self._rest(turn, seconds * (1 / _SHARE - 1))):
+            self._conclude(turn, scan.totals)
         else:
             self._finish(turn, RunOutcome.INTERRUPTED, {})
 
@@ -129,29 +131,29 @@ class PeriodicBackfill:
             self._stop_serving.wait(min(left, _BEAT_SECONDS))
         return False
 
-    def _conclude(self, turn: Turn, sight: Sight) -> None:
+    def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
         """Say what was found; make it, where that is allowed."""
-        unexplained = sight.value(PaymentClass.UNEXPLAINED)
-        owed, others = choose_owed(sight.unexplained)
-        counts = Counts(sight.passed, unexplained, Value.of(owed), Value.of(others))
-        left, recent, outcome = unexplained, sight.recent, RunOutcome.REPORTED
+        unexplained = totals.value(PaymentClass.UNEXPLAINED)
+        owed, others = choose_owed(totals.unexplained)
+        counts = Counts(totals.passed, unexplained, PaymentTotals.of(owed), PaymentTotals.of(others))
+        left, recent, outcome = unexplained, totals.recent, RunOutcome.REPORTED
         if unexplained.count and not turn.may_make:
             self._telemetry.payments_unexplained(unexplained.count, unexplained.money)
-        elif len(owed) > FUSE or len(sight.unexplained) < unexplained.count:
+        elif len(owed) > FUSE or len(totals.unexplained) < unexplained.count:
             outcome = RunOutcome.REFUSED
             self._telemetry.backfill_refused(unexplained.count, unexplained.money, FUSE)
         elif owed:
             made = self._make(owed)
             counts, outcome = counts.with_made(made), RunOutcome.MADE
-            over = left_of(sight.unexplained, made)
-            left = Value.of(over)
-            recent = Value.of(payment for payment in over if payment.is_since(turn.range.before - RECENT))
+            over = left_of(totals.unexplained, made)
+            left = PaymentTotals.of(over)
+            recent = PaymentTotals.of(payment for payment in over if payment.is_since(turn.range.before - RECENT))
         written = written_left(left, recent) | {"left": (left + turn.carried).written()}
         self._finish(turn, outcome, counts.written() | written)
 
-    def _make(self, owed: Sequence[FoundPayment]) -> Made:
-        total = Made()
-        repairs = Repairs(self._database, self._tables, self._settings.retry_policy, self._guard)
+    def _make(self, owed: Sequence[FoundPayment]) -> BackfillResult:
+        total = BackfillResult()
+        repairs = OwedPurchases(self._database, self._tables, self._settings.retry_policy, self._guard)
         for made in repairs.make(owed, lambda *_: None):
             total += made
         self._telemetry.purchases_backfilled(len(total.purchases), len(total.contended), len(total.refused))

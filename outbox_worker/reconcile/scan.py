@@ -25,7 +25,7 @@ from outbox_worker.database.arrays import ArrayText
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
 from outbox_worker.database.statements import Statement
-from outbox_worker.model import FoundPayment, Value
+from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.schema.catalogue import has_index_paths
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store.payment_classes import (
@@ -76,18 +76,18 @@ _LEADS_AN_INDEX = text(
     """
 )
 
-Place = Sequence[str]
+ScanCursor = Sequence[str]
 """How far a sweep has come: the key of a payment, as text."""
 
 
-class Span(NamedTuple):
+class ScanRange(NamedTuple):
     """Which payments are judged: those created at ``since`` or later (None: whenever) and before ``before``."""
 
     since: datetime | None
     before: datetime
 
 
-class Pace(Protocol):
+class Throttle(Protocol):
     """Told after each statement of a sweep; waits as long as it likes."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
@@ -96,13 +96,13 @@ class Pace(Protocol):
 
 
 @dataclass
-class Sight:
+class ScanTotals:
     """What a sweep has found so far."""
 
     passed: int = 0
     counts: dict[PaymentClass, int] = field(default_factory=lambda: dict.fromkeys(PaymentClass, 0))
     money: dict[PaymentClass, dict[str, Decimal]] = field(default_factory=lambda: {each: {} for each in PaymentClass})
-    recent: Value = field(default_factory=Value)
+    recent: PaymentTotals = field(default_factory=PaymentTotals)
     """The unexplained ones of the last hour of the span."""
     unexplained: list[FoundPayment] = field(default_factory=list)
     """Not all of them, where the sweep was told how many to list."""
@@ -122,16 +122,16 @@ class Sight:
             self.counts[_CLASSES[row.kind]] += row.payments
             money[row.currency] = money.get(row.currency, Decimal(0)) + row.amount
             if row.is_recent:
-                self.recent = self.recent + Value(row.payments, {row.currency: row.amount})
+                self.recent = self.recent + PaymentTotals(row.payments, {row.currency: row.amount})
             if row.id is not None:
                 listed = self.duplicates if row.kind == PaymentClass.DUPLICATE else self.unexplained
                 listed.append(_found(row))
 
-    def value(self, kind: PaymentClass) -> Value:
-        return Value(self.counts[kind], self.money[kind])
+    def value(self, kind: PaymentClass) -> PaymentTotals:
+        return PaymentTotals(self.counts[kind], self.money[kind])
 
 
-class Sweep:
+class PaymentScan:
     """One pass over the payments of a span; each statement is a transaction of its own.
 
     ``lists``: how many unexplained payments are listed, about (None: all); ``lists_duplicates``: duplicates are, too.
@@ -143,7 +143,7 @@ class Sweep:
         self,
         database: Database,
         tables: Tables,
-        judged: Span,
+        judged: ScanRange,
         *,
         lists: int | None = None,
         target_seconds: float = 1.0,
@@ -151,7 +151,7 @@ class Sweep:
         portion: int = PORTION,
         lists_duplicates: bool = False,
     ) -> None:
-        self.sight = Sight()
+        self.totals = ScanTotals()
         self._database, self._tables, self._span = database, tables, judged
         self._lists, self._target_seconds, self._page_max = lists, target_seconds, page_max
         self._portion = portion
@@ -165,7 +165,7 @@ class Sweep:
         self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
         self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
 
-    def place_of(self, payment: FoundPayment) -> Place:
+    def cursor_of(self, payment: FoundPayment) -> ScanCursor:
         """Where a sweep is when this payment is the last that it passed."""
         moment = payment.created_at.isoformat() if payment.created_at else "-infinity"
         return [{"id": str(payment.payment_id), "created_at": moment}[key] for key in self.order]
@@ -173,26 +173,26 @@ class Sweep:
     def estimate(self) -> int:
         """About how many payments there are to pass: what the planner believes."""
         asked = select(self._tables.payments.c.id).where(*span(self._tables, self.order))
-        values = dict(zip(Span._fields, self._span, strict=True))
+        values = dict(zip(ScanRange._fields, self._span, strict=True))
         sql = str(asked.params(values).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
         with self._database.transaction() as session:
             plan = session.scalar(text(f"EXPLAIN (FORMAT JSON) {sql}"))
         return int(plan[0]["Plan"]["Plan Rows"]) if plan else 0
 
-    def run(self, pace: Pace, after: Place | None = None) -> bool:
-        """Pass all payments behind ``after``; False where ``pace`` ended the sweep."""
+    def run(self, throttle: Throttle, after: ScanCursor | None = None) -> bool:
+        """Pass all payments behind ``after``; False where ``throttle`` ended the sweep."""
         waiting: list[str] = []
         for unexplained in self._pages(after):
             waiting += unexplained
-            if not pace(self.sight.passed, self._seconds):
+            if not throttle(self.totals.passed, self._seconds):
                 return False
             while len(waiting) >= self._portion:
-                if not self._look_again(waiting[: self._portion], pace):
+                if not self._look_again(waiting[: self._portion], throttle):
                     return False
                 del waiting[: self._portion]
-        return self._look_again(waiting, pace)
+        return self._look_again(waiting, throttle)
 
-    def _pages(self, after: Place | None) -> Iterator[list[str]]:
+    def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
         """For each page the payments that no purchase explains."""
         while True:
             size, statement = self._size, self._first if after is None else self._next
@@ -202,26 +202,26 @@ class Sweep:
             except DBAPIError as error:
                 self._size = _half(size, error)
                 continue
-            self.sight.passed += rows[0].passed
+            self.totals.passed += rows[0].passed
             self._size = _fitting(size, self._target_seconds / self._seconds, self._page_max)
             yield [key for row in rows if row.ids for key in ArrayText(row.ids) if key]
             if rows[0].passed < size:
                 return
             after = rows[0].last
 
-    def _look_again(self, ids: Sequence[str], pace: Pace) -> bool:
+    def _look_again(self, ids: Sequence[str], throttle: Throttle) -> bool:
         """Class payments by the whole equation, those not left out by then; half of them where that takes too long."""
         parts = [ids] if ids else []
         while parts:
             part = parts.pop()
-            lists = self._lists is None or len(self.sight.unexplained) <= self._lists
+            lists = self._lists is None or len(self.totals.unexplained) <= self._lists
             try:
                 self._execute(self._again, {"ids": part, "lists": lists})
             except DBAPIError as error:
                 middle = _half(len(part), error)
                 parts += [part[middle:], part[:middle]]
                 continue
-            if not pace(self.sight.passed, self._seconds):
+            if not throttle(self.totals.passed, self._seconds):
                 return False
         return True
 
@@ -231,7 +231,7 @@ class Sweep:
             rows = statement.execute(session, {"since": self._span.since, "before": self._span.before, **values}).all()
         self._seconds = max(time.monotonic() - began, 1e-6)
         for row in rows:
-            self.sight.add(row)
+            self.totals.add(row)
         return rows
 
 

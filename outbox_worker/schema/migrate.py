@@ -21,7 +21,7 @@ from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
-OPTIONS = ("unique_index", "notify")
+OPTIONAL_BRANCHES = ("unique_index", "notify")
 """The optional branches, each independent of the other and safe on a live database."""
 
 
@@ -138,7 +138,7 @@ def _scripts() -> Path:
 def _alone(connection: Connection) -> Iterator[None]:
     """Let a second migration of the same database wait for this one."""
     key = {"key": VERSION_TABLE}
-    _take_turn(connection, key)
+    _wait_for_turn(connection, key)
     try:
         yield
     finally:
@@ -147,7 +147,7 @@ def _alone(connection: Connection) -> Iterator[None]:
         connection.commit()
 
 
-def _take_turn(connection: Connection, key: dict[str, str]) -> None:
+def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
     """Ask again and again: a statement that waits holds a snapshot, which CREATE INDEX CONCURRENTLY waits for."""
     while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
         connection.commit()

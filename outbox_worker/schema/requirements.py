@@ -52,7 +52,7 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class SchemaProblem:
     finding: str
     remedy: str
 
@@ -71,7 +71,7 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
     return tables.with_documents(kind) if kind else tables
 
 
-def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[Problem]:
+def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
     """Every schema, table, column and privilege that is missing, of the tables that ``privileges`` names."""
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
@@ -89,7 +89,7 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
     ]
 
 
-def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[Problem]:
+def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
     """What the tables that exist (``of_others``: the adopted ones) lack, whoever asks: columns, types, defaults, unique
     keys."""
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
@@ -97,41 +97,43 @@ def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -
     return list(_misfits(session, tables, looked_at))
 
 
-def list_problems(problems: Sequence[Problem]) -> str:
+def list_problems(problems: Sequence[SchemaProblem]) -> str:
     """Each finding with its remedy, for people."""
     return "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
 
 
-def _closed_problems(session: Session, schemas: Collection[str]) -> Iterator[Problem]:
+def _closed_problems(session: Session, schemas: Collection[str]) -> Iterator[SchemaProblem]:
     for schema in sorted(schemas):
-        yield Problem(
+        yield SchemaProblem(
             f"no USAGE on the schema {schema}", f"as its owner: GRANT USAGE ON SCHEMA {schema} TO {role_name(session)};"
         )
 
 
-def _absent_problems(names: Collection[str]) -> Iterator[Problem]:
+def _absent_problems(names: Collection[str]) -> Iterator[SchemaProblem]:
     if names:
         missing = "this table is missing" if len(names) == 1 else "these tables are missing"
-        yield Problem(f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES")
+        yield SchemaProblem(
+            f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES"
+        )
 
 
-def _privilege_problems(session: Session, table: Table, needed: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+def _privilege_problems(session: Session, table: Table, needed: Mapping[str, Sequence[str]]) -> Iterator[SchemaProblem]:
     name = relation_name(table)
     if lacking := [privilege for privilege in needed if not may(session, table, privilege, needed[privilege])]:
         granted = ", ".join(in_grant(table, privilege, needed[privilege]) for privilege in lacking)
-        yield Problem(
+        yield SchemaProblem(
             f"no {', '.join(lacking)} on {name}", f"as its owner: GRANT {granted} ON {name} TO {role_name(session)};"
         )
 
 
-def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[Problem]:
+def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[SchemaProblem]:
     for role, table in present.items():
         yield from _table_misfits(session, role, table)
     if {"payments", "purchases"} <= present.keys():
         yield from _pair_misfits(session, tables)
 
 
-def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Problem]:
+def _table_misfits(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
     name = relation_name(table)
     actual = actual_columns(session, name)
     for column in table.columns:
@@ -140,10 +142,10 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Proble
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):
         column_name = table.c[_UPSERTED_BY[role]].name
-        yield Problem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
+        yield SchemaProblem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
 
 
-def _pair_misfits(session: Session, tables: Tables) -> Iterator[Problem]:
+def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
     """A pair is looked for in ``purchases`` by the values of ``payments``: both must be of one kind."""
     names = [relation_name(table) for table in (tables.payments, tables.purchases)]
     paid, bought = (actual_columns(session, name) for name in names)
@@ -151,7 +153,9 @@ def _pair_misfits(session: Session, tables: Tables) -> Iterator[Problem]:
         one, other = (table.c[key].name for table in (tables.payments, tables.purchases))
         if one in paid and other in bought and _kind(paid[one]) != _kind(bought[other]):
             types = f"{paid[one].type_name} and {names[1]}.{other} is {bought[other].type_name}"
-            yield Problem(f"{names[0]}.{one} is {types}", "convert one of them: a pair is found by comparing them")
+            yield SchemaProblem(
+                f"{names[0]}.{one} is {types}", "convert one of them: a pair is found by comparing them"
+            )
 
 
 def _kind(column: ActualColumn) -> str:
@@ -160,15 +164,15 @@ def _kind(column: ActualColumn) -> str:
 
 def _column_problems(
     name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn]
-) -> Iterator[Problem]:
+) -> Iterator[SchemaProblem]:
     actual = columns.get(column.name)
     if actual is None and role == "payments":
         near = difflib.get_close_matches(column.name, columns, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(columns)}"
-        yield Problem(f"column {name}.{column.name} is missing", f"OUTBOX_COLUMNS, {role}.{column.key}: {hint}")
+        yield SchemaProblem(f"column {name}.{column.name} is missing", f"OUTBOX_COLUMNS, {role}.{column.key}: {hint}")
     elif actual is None:
         ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
-        yield Problem(
+        yield SchemaProblem(
             f"column {name}.{column.name} is missing",
             f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: ALTER TABLE {name} ADD COLUMN {ddl};",
         )
@@ -176,7 +180,7 @@ def _column_problems(
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
         if isinstance(column.type, Numeric) and actual.type_name in _INTEGERS:
             wanted += "; amounts are whole units of the currency, not cents"
-        yield Problem(
+        yield SchemaProblem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
             f"convert it, or name another in OUTBOX_COLUMNS ({role}.{column.key}=…)",
         )
@@ -192,14 +196,14 @@ def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
     return any(isinstance(column.type, kind) and actual.type_name in names for kind, names in _FITTING.items())
 
 
-def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[Problem]:
+def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[SchemaProblem]:
     """Columns that must have a value and that no statement of ours gives one."""
     if role not in _INSERTED_INTO:
         return
     written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}
     for column_name, column in actual.items():
         if column.must_be_written and column_name not in written:
-            yield Problem(
+            yield SchemaProblem(
                 f"column {name}.{column_name} must have a value and has no default",
                 f"ALTER TABLE {name} ALTER COLUMN {column_name} SET DEFAULT …;",
             )

@@ -14,15 +14,15 @@ from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Batch, Fa
 from outbox_worker.schema.catalogue import is_owned
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.guard import GuardState
-from outbox_worker.store.pairs import PairLocks, Sight, Standing
+from outbox_worker.store.pairs import EventFacts, PairLocks, StandingPayment
 from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.purchases import PurchaseRepository
 
-_CLEAN = Verdict(Outcome.CREATED, writes=True, clean=True)
+_VIA_FAST_PATH = Verdict(Outcome.CREATED, writes=True, via_fast_path=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Footing:
+class AttemptPlan:
     """On what footing a batch is handled."""
 
     guard: GuardState
@@ -41,7 +41,7 @@ class OutOfOrder(Exception):
 class Handler(Protocol):
     """Handles claimed events of one type, a batch at a time, inside the session's transaction."""
 
-    def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+    def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         """Do the work and return a verdict per event; an event without one stays in the outbox as it was.
 
         Marks, removal, retries and dead letters are the processor's. An exception rolls all of it back.
@@ -87,26 +87,26 @@ class _UnderLocks(ABC):
         self._policy = policy
 
     @abstractmethod
-    def _choose(self, batch: Batch, seen: Mapping[int, Sight]) -> Batch:
+    def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         """Those of the events that one statement can write; the others are judged again when it has."""
 
     @abstractmethod
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Write the purchases of events that ``decide`` said are written; return those of which one stands."""
 
-    def _lock(self, session: Session, batch: Batch, footing: Footing) -> frozenset[int]:
+    def _lock(self, session: Session, batch: Batch, plan: AttemptPlan) -> frozenset[int]:
         """The keys of the pairs that are locked from now on."""
-        locks = footing.locks or self._repository.lock_pairs(session, batch, footing.guard.lock_capacity)
+        locks = plan.locks or self._repository.lock_pairs(session, batch, plan.guard.lock_capacity)
         return locks.keys
 
-    def _look(self, session: Session, batch: Batch) -> dict[int, Sight]:
+    def _look(self, session: Session, batch: Batch) -> dict[int, EventFacts]:
         return self._repository.look(session, batch, self._policy)
 
     def _judge(
         self,
         session: Session,
         batch: Batch,
-        seen: Mapping[int, Sight],
+        seen: Mapping[int, EventFacts],
         held: frozenset[int],
         guard: GuardState,
         *,
@@ -120,7 +120,9 @@ class _UnderLocks(ABC):
         tried: set[int] = set()
         waiting = batch
         while waiting:
-            judged = {key: decide(sight.facts) for key, sight in seen.items() if _is_locked(sight, held)}
+            judged = {
+                key: decide(event_facts.facts) for key, event_facts in seen.items() if _is_locked(event_facts, held)
+            }
             writing = {key for key, verdict in judged.items() if verdict.writes}
             verdicts |= {key: verdict for key, verdict in judged.items() if key not in writing}
             verdicts |= {key: _unwritable(seen[key]) for key in writing & tried}
@@ -138,22 +140,22 @@ class _UnderLocks(ABC):
 class ConfirmedPurchases(_UnderLocks):
     """Makes the purchase that a confirmed payment is owed."""
 
-    def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+    def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         """One statement for all events that nothing speaks against; the others are judged under their pairs' locks.
 
         Raises OutOfOrder when one of the others is owed a purchase, too: purchases are written in one order, and those
         of later pairs stand already.
         """
-        clean = set() if footing.judges_all else self._insert_clean(session, batch, footing)
-        verdicts = dict.fromkeys(clean, _CLEAN)
-        if len(clean) == len(batch):
+        inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
+        verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
+        if len(inserted) == len(batch):
             return verdicts
-        rest = batch.without(clean)
-        held = self._lock(session, rest, footing)
+        rest = batch.without(inserted)
+        held = self._lock(session, rest, plan)
         seen = self._look(session, rest)
-        return verdicts | self._judge(session, rest, seen, held, footing.guard, may_write=not clean)
+        return verdicts | self._judge(session, rest, seen, held, plan.guard, may_write=not inserted)
 
-    def _insert_clean(self, session: Session, batch: Batch, footing: Footing) -> set[int]:
+    def _insert_clean(self, session: Session, batch: Batch, plan: AttemptPlan) -> set[int]:
         """Offer the first event of each payment, so that a written purchase tells which event made it.
 
         Under the guard ``lock`` its pair must be locked, too: a payment that was not there when the locks were taken
@@ -161,14 +163,14 @@ class ConfirmedPurchases(_UnderLocks):
         """
         firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
         offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))
-        if footing.guard.guard is Guard.LOCK:
-            locked = footing.locks.locked if footing.locks else frozenset()
+        if plan.guard.guard is Guard.LOCK:
+            locked = plan.locks.locked if plan.locks else frozenset()
             offered = offered.only(key for key in offered.ids if key in locked)
         if not offered:
             return set()
-        return self._repository.insert_clean(session, offered, footing.guard, looks_at_marks=footing.looks_at_marks)
+        return self._repository.insert_clean(session, offered, plan.guard, looks_at_marks=plan.looks_at_marks)
 
-    def _choose(self, batch: Batch, seen: Mapping[int, Sight]) -> Batch:
+    def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         return _first_of_each(batch, {key: seen[key].key for key in batch})
 
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
@@ -178,21 +180,23 @@ class ConfirmedPurchases(_UnderLocks):
 class RefundedPurchases(_UnderLocks):
     """Takes the purchase of a refunded payment back, and grants the pair to another that was paid for."""
 
-    def apply(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+    def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         """All refunds by one statement; then, in statements of their own, who else stands, and their purchases."""
-        held = self._lock(session, batch, footing)
+        held = self._lock(session, batch, plan)
         seen = self._look(session, batch)
-        verdicts = self._judge(session, batch, seen, held, footing.guard)
+        verdicts = self._judge(session, batch, seen, held, plan.guard)
         revoked = batch.among({key for key, verdict in verdicts.items() if verdict.outcome is Outcome.REVOKED})
-        return verdicts | self._pass_on(session, revoked, seen, footing.guard)
+        return verdicts | self._grant_next(session, revoked, seen, plan.guard)
 
-    def _choose(self, batch: Batch, seen: Mapping[int, Sight]) -> Batch:
+    def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         return _first_of_each(batch, {key: seen[key].facts.payment_id for key in batch})
 
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:  # noqa: ARG002 - nothing is granted
         return self._repository.revoke(session, batch)
 
-    def _pass_on(self, session: Session, revoked: Batch, seen: Mapping[int, Sight], guard: GuardState) -> Verdicts:
+    def _grant_next(
+        self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], guard: GuardState
+    ) -> Verdicts:
         """Where a pair is free now, grant the oldest payment that is owed it; look again at what was not written.
 
         Which other payments stand is looked for once the refunds are written: nobody is told any more that one of them
@@ -207,31 +211,31 @@ class RefundedPurchases(_UnderLocks):
             owed = {key: payment for key, found in standing.items() if (payment := _owed(found, seen[key]))}
             verdicts |= {key: _unwritable(seen[key]) for key in owed.keys() & tried}
             chosen = waiting.among(owed.keys() - tried)
-            heirs = replace(chosen, payment_ids=[owed[key] for key in chosen])
-            made = self._repository.insert_granted(session, heirs, guard) if chosen else set()
+            next_payments = replace(chosen, payment_ids=[owed[key] for key in chosen])
+            made = self._repository.insert_granted(session, next_payments, guard) if chosen else set()
             verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in made}
             tried |= chosen.keys()
             waiting = chosen.without(made)
         return verdicts
 
 
-def _owed(standing: Sequence[Standing], sight: Sight) -> str | None:
+def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
     """The oldest payment of a pair that nothing explains.
 
     Where the pair was free before the refund, none while the event of another waits in the outbox: another worker may
     be writing its purchase, and must not be waited for. Where the refund freed it, that worker waits for us.
     """
-    is_open = sight.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
+    is_open = event_facts.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)
     return next(unexplained, None) if is_open else None
 
 
-def _unwritable(sight: Sight) -> Verdict:
-    return refused("the purchase was not written, and nothing that explains it is there", sight.facts.last_try)
+def _unwritable(event_facts: EventFacts) -> Verdict:
+    return refused("the purchase was not written, and nothing that explains it is there", event_facts.facts.last_try)
 
 
-def _is_locked(sight: Sight, held: frozenset[int]) -> bool:
-    return sight.key is None or sight.key in held
+def _is_locked(event_facts: EventFacts, held: frozenset[int]) -> bool:
+    return event_facts.key is None or event_facts.key in held
 
 
 def _first_of_each(batch: Batch, belongs_to: Mapping[int, Hashable]) -> Batch:

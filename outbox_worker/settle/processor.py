@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import Failure, classify, describe
 from outbox_worker.database.planner import INDEX_PLANS
-from outbox_worker.database.retry import repeat
+from outbox_worker.database.retry import retry_transaction
 from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Facts, Guard, Verdicts
@@ -26,7 +26,7 @@ from outbox_worker.settle.handlers import Handlers
 from outbox_worker.settle.pacing import STUCK_PASSES_MAX, Pacing
 from outbox_worker.settle.settlement import Settlement
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Accused, Claim, Outbox, Postponement
+from outbox_worker.store.outbox import Claim, IsolatedEvent, Outbox, Postponement
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
@@ -62,15 +62,15 @@ class Processor:
         self._policy = policy
         self._pacing = pacing
         self._on_failed_try: Callable[[], None] = _nothing
-        self._carefully = 0
-        self._suspects: list[int] = []
-        self._accused: Accused | None = None
+        self._to_isolate = 0
+        self._crash_suspects: list[int] = []
+        self._isolated: IsolatedEvent | None = None
         self._failed_alone = 0
         self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
 
-    def go_carefully(self, events: int) -> None:
+    def isolate_next(self, events: int) -> None:
         """A worker died, and nobody knows of what: take so many events one by one, each written down before."""
-        self._carefully = events
+        self._to_isolate = events
 
     def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
         """Call this after each try that failed and is repeated: one call of ``process_batch`` may take many."""
@@ -87,7 +87,7 @@ class Processor:
 
         Raises what the database raises when it is in trouble; then nothing was changed and no event charged.
         """
-        if self._accused or self._suspects or self._carefully:
+        if self._isolated or self._crash_suspects or self._to_isolate:
             return self._process_alone(until)
         return self._process(until)
 
@@ -97,45 +97,45 @@ class Processor:
         What fails otherwise is no crash: the event stays accused, and its work is done again by the next call. Where
         that is in vain, though nothing says that others would fail, it makes way.
         """
-        if self._accused is None:
-            key = self._suspects.pop() if self._suspects else None
+        if self._isolated is None:
+            key = self._crash_suspects.pop() if self._crash_suspects else None
             with self._database.transaction(**self._plans()) as session:
-                self._accused = self._outbox.accuse(session, key, until, self._policy.base)
-            if self._accused is None:
-                self._carefully = 0 if key is None else self._carefully
+                self._isolated = self._outbox.isolate(session, key, until, self._policy.base)
+            if self._isolated is None:
+                self._to_isolate = 0 if key is None else self._to_isolate
                 return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
-            self._carefully = max(0, self._carefully - 1)
+            self._to_isolate = max(0, self._to_isolate - 1)
         if self._failed_alone >= STUCK_PASSES_MAX:
-            return self._let_accused_go(self._accused)
+            return self._postpone_isolated(self._isolated)
         try:
             report = self._process(until)
         except DBAPIError as error:
             self._failed_alone += classify(error) in (Failure.RETRY, Failure.UNCLEAR)
             raise
-        self._accused, self._failed_alone = None, 0
+        self._isolated, self._failed_alone = None, 0
         return report
 
-    def _let_accused_go(self, accused: Accused) -> BatchReport:
+    def _postpone_isolated(self, isolated: IsolatedEvent) -> BatchReport:
         """Cross its crash out and postpone it, uncharged."""
         with self._database.transaction(**self._plans()) as session:
-            batch = self._outbox.claim_accused(session, accused).batch
+            batch = self._outbox.claim_isolated(session, isolated).batch
             self._postpone_uncharged(session, batch)
-        self._accused, self._failed_alone = None, 0
+        self._isolated, self._failed_alone = None, 0
         return self._made_way(batch)
 
     def _process(self, until: datetime | None) -> BatchReport:
         attempts = self._pacing.batch_size.bit_length() + 2
         try:
-            return repeat(partial(self._try, until, False), attempts=attempts)
+            return retry_transaction(partial(self._try, until, False), attempts=attempts)
         except RefusedAtCommit:
-            return repeat(partial(self._try, until, True), attempts=attempts)
+            return retry_transaction(partial(self._try, until, True), attempts=attempts)
         except Exception:
             self._pacing.gave_up()
             raise
 
     def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
         try:
-            makes_way = failed and self._pacing.is_alone and self._accused is None
+            makes_way = failed and self._pacing.is_alone and self._isolated is None
             return self._make_way(until) if makes_way else self._transact(until, careful)
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
@@ -145,32 +145,34 @@ class Processor:
 
     def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
         """One transaction: claim, settle, commit."""
-        claim, limit, accused = Claim(), self._claim_size(), self._accused
+        claim, limit, isolated = Claim(), self._claim_size(), self._isolated
         try:
             with self._database.transaction(**self._plans()) as session:
-                claim = self._outbox.claim_accused(session, accused) if accused else self._claim(session, limit, until)
-                if len(claim.batch) >= limit and not accused:
+                claim = (
+                    self._outbox.claim_isolated(session, isolated) if isolated else self._claim(session, limit, until)
+                )
+                if len(claim.batch) >= limit and not isolated:
                     self._pacing.claimed(claim.end)
                 claimed_at = time.monotonic()
                 verdicts = self._settle(session, claim, careful) if claim.batch else {}
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
-            if classify(error) is Failure.UNCLEAR and not accused:
+            if classify(error) is Failure.UNCLEAR and not isolated:
                 self._pacing.in_doubt(claim.end if len(claim.batch) >= limit else None)
             self._telemetry.transaction_failed(error, len(claim.batch))
             raise
         report = BatchReport(
             batch=claim.batch,
             verdicts=verdicts,
-            limit=1 if accused else limit,
+            limit=1 if isolated else limit,
             guard=self._guard.state.guard,
             seconds=time.monotonic() - claimed_at,
             transaction=result,
         )
         self._settlement.committed(verdicts)
-        if not accused:
-            self._suspects += claim.suspects
+        if not isolated:
+            self._crash_suspects += claim.crash_suspects
             self._pacing.committed(
                 claimed=len(claim.batch), settled=len(verdicts), is_full=report.is_full, seconds=report.seconds
             )
@@ -214,15 +216,15 @@ class Processor:
         return "commit"
 
     def _settle(self, session: Session, claim: Claim, careful: bool) -> Verdicts:
-        accused = self._accused
-        batch = claim.batch if accused else claim.batch.without(claim.suspects)
-        if accused and accused.crashes >= CRASHES_MAX:
-            verdicts = dict.fromkeys(batch, decide(Facts(crashes=accused.crashes)))
+        isolated = self._isolated
+        batch = claim.batch if isolated else claim.batch.without(claim.crash_suspects)
+        if isolated and isolated.crashes >= CRASHES_MAX:
+            verdicts = dict.fromkeys(batch, decide(Facts(crashes=isolated.crashes)))
             return self._settlement.record(session, batch, verdicts)
         if not batch:
             return {}
         batch = self._of_one_kind(batch)
-        if self._pacing.is_stuck and not accused:
+        if self._pacing.is_stuck and not isolated:
             self._postpone_uncharged(session, batch)
             return {}
         verdicts, is_through = self._settlement.settle(session, batch, careful=careful)

@@ -21,7 +21,7 @@ from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failur
 from outbox_worker.decision import RetryPolicy, refused, retry_delay
 from outbox_worker.errors import Inconsistent
 from outbox_worker.model import Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
-from outbox_worker.settle.handlers import Footing, Handlers, OutOfOrder, judge_unhandled
+from outbox_worker.settle.handlers import AttemptPlan, Handlers, OutOfOrder, judge_unhandled
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox, Postponement
 from outbox_worker.store.purchases import PurchaseRepository
@@ -66,7 +66,7 @@ class _Savepoints:
 class _Bisection:
     """What halving a batch found: verdicts, and the errors of the events that the database refuses."""
 
-    footing: Footing
+    plan: AttemptPlan
     parts: list[Batch]
     """Still to be tried, the next one last."""
     verdicts: Verdicts = field(default_factory=dict)
@@ -88,7 +88,7 @@ class _Bisection:
         return batch.only(key for each in (part, *reversed(self.parts)) for key in each)
 
 
-class _Doubts:
+class _UnprovenRefusals:
     """Events that the database refused, be it their fault or its own, while no purchase could be written.
 
     They are charged where it refuses them again although a purchase was written meanwhile.
@@ -131,7 +131,7 @@ class Settlement:
         self._guard = guard
         self._policy = policy
         self._batches_to_look_at = 0
-        self._doubts = _Doubts()
+        self._unproven = _UnprovenRefusals()
 
     def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
         """Settle and record the batch. ``careful``: in savepoints in which deferred constraints speak, too.
@@ -146,18 +146,18 @@ class Settlement:
 
     def committed(self, verdicts: Verdicts) -> None:
         """What was settled stands: where a purchase is among it, the database is not what refuses others."""
-        self._doubts.committed(verdicts)
+        self._unproven.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
         """All in one savepoint, by the guard in force; the error where an event of the batch makes that impossible."""
         if self._guard.state.guard is Guard.INDEX:
-            settled = self._attempt_as_new(session, batch, Footing(self._guard.state), savepoints)
+            settled = self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
                 return settled
             self._guard.fall_back()
         guard = self._guard.state
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
-        return self._attempt_as_new(session, batch.without(locks.contended), Footing(guard, locks), savepoints)
+        return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
     def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
         """In halves, until the events that the database refuses stand alone; those are charged."""
@@ -171,8 +171,8 @@ class Settlement:
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals
-        proven = self._doubts.proven(unclear)
-        self._doubts.add(unclear.keys() - proven)
+        proven = self._unproven.proven(unclear)
+        self._unproven.add(unclear.keys() - proven)
         if not proven:
             raise next(iter(unclear.values()))
         return {key: error for key, error in found.refusals.items() if key in proven or key not in unclear}
@@ -181,23 +181,23 @@ class Settlement:
         found = _Bisection(*self._rearrange(session, batch, judges_all))
         while found.parts and savepoints.left:
             part = found.parts.pop()
-            footing = _share(found.footing, len(part) / len(batch))
+            plan = _share(found.plan, len(part) / len(batch))
             try:
-                found.verdicts |= self._attempt(session, part, footing, savepoints, checks_deferred=True)
+                found.verdicts |= self._attempt(session, part, plan, savepoints, checks_deferred=True)
             except DBAPIError as error:
                 self._raise_if_no_events_fault(error)
-                if sqlstate(error) not in NO_ARBITER or footing.guard.guard is Guard.LOCK:
+                if sqlstate(error) not in NO_ARBITER or plan.guard.guard is Guard.LOCK:
                     found.failed(part, error)
                     continue
                 self._guard.fall_back()
-                found.footing, found.parts = self._rearrange(session, found.rest(batch, part), footing.judges_all)
+                found.plan, found.parts = self._rearrange(session, found.rest(batch, part), plan.judges_all)
             except (Inconsistent, OutOfOrder):
-                if footing.judges_all:
+                if plan.judges_all:
                     raise
-                found.footing, found.parts = self._rearrange(session, found.rest(batch, part), judges_all=True)
+                found.plan, found.parts = self._rearrange(session, found.rest(batch, part), judges_all=True)
         return found
 
-    def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[Footing, list[Batch]]:
+    def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
         """On what footing a batch is settled in parts, and its events in the order in which all workers write.
 
         Under the guard ``index`` nothing needs to be locked beforehand unless every event is to be judged.
@@ -207,7 +207,7 @@ class Settlement:
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity if needs_locks else 0)
         left_out = locks.contended if needs_locks else ()
         free = batch.only(key for key in locks.order if key not in left_out)
-        return Footing(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
+        return AttemptPlan(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
 
     def _raise_if_no_events_fault(self, error: Exception) -> None:
         if isinstance(error, DBAPIError) and classify(error) in _NO_EVENTS_FAULT:
@@ -217,56 +217,56 @@ class Settlement:
         self,
         session: Session,
         batch: Batch,
-        footing: Footing,
+        plan: AttemptPlan,
         savepoints: _Savepoints,
         *,
         checks_deferred: bool = False,
     ) -> Verdicts:
         """Handle and record a batch in one savepoint, so that all of it stands or none."""
         with savepoints.take():
-            verdicts = self.record(session, batch, self._handle(session, batch, footing))
+            verdicts = self.record(session, batch, self._handle(session, batch, plan))
             if checks_deferred:
                 session.execute(_CHECK_DEFERRED)
                 session.execute(_DEFER_AGAIN)
         return verdicts
 
     def _attempt_as_new(
-        self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints
+        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
     ) -> Verdicts | Exception:
         """Marks are not looked at, since nearly all events come once; one that is there shows when it is written."""
         if not self._batches_to_look_at:
-            settled = self._attempt_all(session, batch, replace(footing, looks_at_marks=False), savepoints)
+            settled = self._attempt_all(session, batch, replace(plan, looks_at_marks=False), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) != UNIQUE_VIOLATION:
                 return settled
             self._batches_to_look_at = BATCHES_TO_LOOK_AT
         self._batches_to_look_at -= 1
-        return self._attempt_all(session, batch, footing, savepoints)
+        return self._attempt_all(session, batch, plan, savepoints)
 
     def _attempt_all(
-        self, session: Session, batch: Batch, footing: Footing, savepoints: _Savepoints
+        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
     ) -> Verdicts | Exception:
         try:
-            return self._attempt(session, batch, footing, savepoints)
+            return self._attempt(session, batch, plan, savepoints)
         except (DBAPIError, Inconsistent, OutOfOrder) as error:
             self._raise_if_no_events_fault(error)
             return error
 
-    def _handle(self, session: Session, batch: Batch, footing: Footing) -> Verdicts:
+    def _handle(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         verdicts: Verdicts = {}
         for event_type, events in batch.by_type().items():
             handler = self._handlers.get(event_type)
-            verdicts |= handler.apply(session, events, footing) if handler else judge_unhandled(events)
+            verdicts |= handler.apply(session, events, plan) if handler else judge_unhandled(events)
         return verdicts
 
     def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Verdicts:
         """Write what the verdicts mean for mark, event and dead letter; return them, with the traces of those that are
         told one by one."""
-        told = [key for key, verdict in verdicts.items() if not verdict.clean and verdict.is_told]
+        told = [key for key, verdict in verdicts.items() if not verdict.via_fast_path and verdict.logged_individually]
         traces = self._outbox.traceparents(session, batch, told) if told else {}
         keys = by_outcome(verdicts)
         retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
         for outcome, settled in keys.items():
-            judged = [key for key in settled if not verdicts[key].clean]
+            judged = [key for key in settled if not verdicts[key].via_fast_path]
             if new := batch.among(settled).without(set(judged)):
                 self._purchases.mark_first(session, new, outcome)
             if judged:
@@ -277,7 +277,7 @@ class Settlement:
         if retried:
             self._outbox.postpone(session, batch, {key: self._later(batch[key], verdicts[key]) for key in retried})
         if dead:
-            self._outbox.bury(session, batch, {key: _epitaph(verdicts[key]) for key in dead})
+            self._outbox.bury(session, batch, {key: _dead_letter_reason(verdicts[key]) for key in dead})
         return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
     def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
@@ -292,16 +292,16 @@ def _wrote_purchase(verdicts: Verdicts) -> bool:
     return any(verdict.writes for verdict in verdicts.values())
 
 
-def _epitaph(verdict: Verdict) -> tuple[Reason, str]:
+def _dead_letter_reason(verdict: Verdict) -> tuple[Reason, str]:
     if verdict.reason is None:
         raise Inconsistent(f"a dead event without a reason: {verdict}")
     return verdict.reason, verdict.detail
 
 
-def _share(footing: Footing, share: float) -> Footing:
+def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
     """What a part may lock, so that all parts together take no more locks than one transaction may."""
-    capacity = max(1, int(footing.guard.lock_capacity * share))
-    return replace(footing, guard=replace(footing.guard, lock_capacity=capacity))
+    capacity = max(1, int(plan.guard.lock_capacity * share))
+    return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
 
 
 def _halves(batch: Batch) -> list[Batch]:

@@ -19,13 +19,13 @@ from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, n
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.expressions import seconds_since
-from outbox_worker.model import Value
+from outbox_worker.model import PaymentTotals
 from outbox_worker.schema.tables import Tables, by_column
 from outbox_worker.store.workers import is_gone
 
 SILENT_AFTER_SECONDS = 60.0
 """A backfill that has not been heard of for so long was killed; its statements are shorter."""
-KEPT = timedelta(days=7)
+PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
 """How long the rows of periodic backfills stay."""
 CONTINUED_WITHIN = timedelta(days=1)
 """A backfill that was killed longer ago is not continued: payments have come since that it would leave out."""
@@ -35,7 +35,7 @@ _TURN_KEY = "purchase-outbox-worker: periodic backfill"
 _TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:key, 0))")
 
 
-class Kind(StrEnum):
+class RunKind(StrEnum):
     OPERATOR = "operator"
     PERIODIC = "periodic"
 
@@ -54,7 +54,7 @@ class RunOutcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class BackfillRange:
     """Which payments a backfill looks at: created in [since, until), where given, and before ``cutoff``."""
 
     since: datetime | None
@@ -72,24 +72,24 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BackfillRun:
     """A row of ``backfill_runs``."""
 
     id: UUID
-    range: Range
+    range: BackfillRange
     started_at: datetime
     actor: str
     cursor: Sequence[str] | None
     counts: Mapping[str, Any]
 
 
-class Runs:
+class BackfillRuns:
     """Backfills of one database; this process writes its own."""
 
     def __init__(self, tables: Tables) -> None:
         self._runs = tables.backfill_runs
 
-    def begin(self, session: Session, kind: Kind, span: Range, actor: str, reason: str | None) -> UUID:
+    def begin(self, session: Session, kind: RunKind, span: BackfillRange, actor: str, reason: str | None) -> UUID:
         """Write the row of a backfill that starts now."""
         given = {"since": span.since, "until": span.until, "cutoff": span.cutoff, "is_full": span.is_full}
         key, who = uuid4(), {"host": socket.gethostname(), "pid": os.getpid(), "actor": actor, "reason": reason}
@@ -98,7 +98,7 @@ class Runs:
 
     def continue_killed(
         self, session: Session, since: datetime | None, until: datetime | None, actor: str
-    ) -> Run | None:
+    ) -> BackfillRun | None:
         """Take over an operator's backfill of this range that was killed; None where there is none.
 
         Whoever goes on with it is written beside who began it.
@@ -106,7 +106,7 @@ class Runs:
         runs = self._runs
         same = [runs.c.since.is_not_distinct_from(since), runs.c.until.is_not_distinct_from(until)]
         recent = runs.c.seen_at > func.clock_timestamp() - CONTINUED_WITHIN
-        unfinished = [runs.c.finished_at.is_(None), runs.c.kind == Kind.OPERATOR.value, *same, recent]
+        unfinished = [runs.c.finished_at.is_(None), runs.c.kind == RunKind.OPERATOR.value, *same, recent]
         for row in self._rows(session, *unfinished):
             if self._is_gone(row) and self._take_over(session, row, actor):
                 return _run(row)
@@ -114,8 +114,8 @@ class Runs:
 
     def advance(self, session: Session, key: UUID, counts: Mapping[str, Any], cursor: Sequence[str] | None) -> None:
         """Say how far a backfill has come, in the transaction of what it made."""
-        said = {"counts": dict(counts), "cursor": null() if cursor is None else list(cursor)}
-        self._update(session, key, **said)
+        values = {"counts": dict(counts), "cursor": null() if cursor is None else list(cursor)}
+        self._update(session, key, **values)
 
     def beat(self, session: Session, key: UUID) -> None:
         """Say that a backfill lives."""
@@ -127,7 +127,7 @@ class Runs:
             session, key, finished_at=func.clock_timestamp(), outcome=outcome.value, counts=dict(counts), cursor=null()
         )
 
-    def take_turn(self, session: Session, every: timedelta) -> bool:
+    def take_periodic_turn(self, session: Session, every: timedelta) -> bool:
         """Whether it is this process's turn: nobody looks now, and the last look began that long ago.
 
         Holds other processes off until the transaction, which should write the row of the backfill, ends.
@@ -138,9 +138,9 @@ class Runs:
         runs = self._runs
         fresh = or_(runs.c.finished_at.is_(None), runs.c.started_at > func.clock_timestamp() - every)
         done = or_(runs.c.outcome.is_(None), runs.c.outcome != RunOutcome.INTERRUPTED.value)
-        return not self._rows(session, runs.c.kind == Kind.PERIODIC.value, fresh, done)
+        return not self._rows(session, runs.c.kind == RunKind.PERIODIC.value, fresh, done)
 
-    def last_full(self, session: Session) -> Run | None:
+    def last_full(self, session: Session) -> BackfillRun | None:
         """The last look at all payments that came to its end."""
         row = next(iter(self._rows(session, self._runs.c.is_full, self._has_result())), None)
         return _run(row) if row else None
@@ -148,14 +148,14 @@ class Runs:
     def latest_counts(self, session: Session) -> Mapping[str, Any]:
         """What the last look found that knows of all payments: a periodic one, or a full one of an operator."""
         runs = self._runs
-        whole = or_(runs.c.kind == Kind.PERIODIC.value, runs.c.is_full)
+        whole = or_(runs.c.kind == RunKind.PERIODIC.value, runs.c.is_full)
         found = select(runs.c.counts).where(whole, self._has_result()).order_by(runs.c.finished_at.desc()).limit(1)
         return session.scalar(found) or {}
 
     def was_made_by_hand(self, session: Session) -> bool:
         """Whether an operator has completed a backfill on this database: then periodic ones may make purchases, too."""
         runs = self._runs
-        by_hand = runs.c.kind == Kind.OPERATOR.value, runs.c.outcome == RunOutcome.MADE.value
+        by_hand = runs.c.kind == RunKind.OPERATOR.value, runs.c.outcome == RunOutcome.MADE.value
         return bool(session.scalar(select(select(runs.c.id).where(*by_hand).exists())))
 
     def _has_result(self) -> ColumnElement[bool]:
@@ -181,22 +181,22 @@ class Runs:
 
     def _tidy_up(self, session: Session) -> None:
         """Periodic backfills that died are over; old ones are forgotten, but for the last full one."""
-        runs, ours = self._runs, self._runs.c.kind == Kind.PERIODIC.value
+        runs, ours = self._runs, self._runs.c.kind == RunKind.PERIODIC.value
         for row in self._rows(session, ours, runs.c.finished_at.is_(None)):
             if self._is_gone(row):
                 self.finish(session, row.id, RunOutcome.INTERRUPTED, row.counts)
-        session.execute(delete(runs).where(ours, runs.c.finished_at < func.clock_timestamp() - KEPT))
+        session.execute(delete(runs).where(ours, runs.c.finished_at < func.clock_timestamp() - PERIODIC_RUNS_KEPT_FOR))
 
     def _update(self, session: Session, key: UUID, **values: Any) -> None:
-        said = {"seen_at": func.clock_timestamp(), **values}
-        session.execute(update(self._runs).where(self._runs.c.id == key).values(by_column(self._runs, said)))
+        values = {"seen_at": func.clock_timestamp(), **values}
+        session.execute(update(self._runs).where(self._runs.c.id == key).values(by_column(self._runs, values)))
 
 
-def written_left(left: Value, recent: Value) -> dict[str, Any]:
+def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:
     """What a look leaves unexplained, as ``counts`` hold it; ``recent``: what the next look meets again."""
     return {"left": left.written(), "carried": (left - recent).written()}
 
 
-def _run(row: Row[Any]) -> Run:
-    span = Range(row.since, row.until, row.cutoff)
-    return Run(row.id, span, row.started_at, row.actor, row.cursor, row.counts)
+def _run(row: Row[Any]) -> BackfillRun:
+    span = BackfillRange(row.since, row.until, row.cutoff)
+    return BackfillRun(row.id, span, row.started_at, row.actor, row.cursor, row.counts)

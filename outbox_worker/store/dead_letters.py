@@ -136,7 +136,7 @@ class Decided(NamedTuple):
     why: str
 
 
-class Place(NamedTuple):
+class LetterCursor(NamedTuple):
     """The end of a page: the letter behind which the next one begins."""
 
     dead_at: datetime
@@ -146,7 +146,7 @@ class Place(NamedTuple):
         return f"{self.dead_at.isoformat()}/{self.event_id}"
 
     @classmethod
-    def parse(cls, text: str) -> Place:
+    def parse(cls, text: str) -> LetterCursor:
         """As a page has told it. Raises WrongUsage."""
         moment, _, event_id = text.partition("/")
         try:
@@ -158,7 +158,7 @@ class Place(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Page:
     letters: Sequence[DeadLetter]
-    end: Place | None
+    end: LetterCursor | None
     """None: there are no more."""
 
 
@@ -189,7 +189,7 @@ def list_letters(
     tables: Tables,
     selection: Selection,
     *,
-    after: Place | None = None,
+    after: LetterCursor | None = None,
     limit: int = 100,
 ) -> Page:
     """The letters selected, oldest first, behind the end of the page before.
@@ -202,7 +202,7 @@ def list_letters(
         conditions.append(tuple_(letters.c.dead_at, letters.c.event_id) > after)
     found = read_letters(session, tables, *conditions, limit=limit + 1)
     page = found[:limit]
-    return Page(page, Place(page[-1].dead_at, page[-1].event_id) if len(found) > limit else None)
+    return Page(page, LetterCursor(page[-1].dead_at, page[-1].event_id) if len(found) > limit else None)
 
 
 def read_letters(
@@ -225,9 +225,11 @@ def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadL
     found = read_letters(session, tables, letters.c.event_id == event_id)
     if not found:
         raise Refused(f"No dead letter of {event_id}.")
-    texts = (payload.delivered(letters.c.payload, tables.outbox), letters.c.headers)
-    said = select(*(func.left(cast(each, Text), CONTENT_MAX) for each in texts)).where(letters.c.event_id == event_id)
-    return found[0], Content(*session.execute(said).one())
+    texts = (payload.from_dead_letter(letters.c.payload, tables.outbox), letters.c.headers)
+    content = select(*(func.left(cast(each, Text), CONTENT_MAX) for each in texts)).where(
+        letters.c.event_id == event_id
+    )
+    return found[0], Content(*session.execute(content).one())
 
 
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
@@ -322,7 +324,7 @@ def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
     again = select(
         letters.c.event_id,
         letters.c.event_type,
-        payload.delivered(letters.c.payload, outbox),
+        payload.from_dead_letter(letters.c.payload, outbox),
         letters.c.headers,
         letters.c.created_at,
         func.clock_timestamp(),

@@ -46,7 +46,7 @@ from sqlalchemy.types import TypeEngine
 from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.database.statements import Statement, write
-from outbox_worker.model import Batch, DeadLetterState, Position, Reason, Repeated, Window
+from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.queue import event_of, window_of, within
@@ -71,13 +71,13 @@ class Claim:
     """For ``pg_xact_status``, should the answer to COMMIT be lost."""
     end: Position | None = None
     """The last of them."""
-    suspects: Sequence[int] = ()
+    crash_suspects: Sequence[int] = ()
     """Those of them that a process died of before: they are taken alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Accused:
-    """An event to be taken alone. Its crash is written down before the work, and crossed out by ``claim_accused``."""
+class IsolatedEvent:
+    """An event to be taken alone. Its crash is written down before the work, and crossed out by ``claim_isolated``."""
 
     id: int
     crashes: int
@@ -117,10 +117,12 @@ class Outbox:
         self._tables = tables
         self._event_types = None if event_types is None else sorted(event_types)
         self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
-        self._claim_accused = Statement(_claim_accused_statement(tables.outbox))
-        self._accuse_first = Statement(_accuse_statement(tables.outbox, self._ours()))
-        self._accuse = Statement(_accuse_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)]))
-        self._acquit = Statement(_acquit_statement(tables.outbox))
+        self._claim_isolated = Statement(_claim_isolated_statement(tables.outbox))
+        self._isolate_first = Statement(_isolate_statement(tables.outbox, self._ours()))
+        self._isolate = Statement(
+            _isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)])
+        )
+        self._clear_crash = Statement(_clear_crash_statement(tables.outbox))
         self._due = _due_statement(tables.outbox, ours=self._ours())
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
@@ -145,25 +147,27 @@ class Outbox:
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
         return _claim_of(self._claim.execute(session, values).one())
 
-    def accuse(self, session: Session, key: int | None, until: datetime | None, delay: timedelta) -> Accused | None:
+    def isolate(
+        self, session: Session, key: int | None, until: datetime | None, delay: timedelta
+    ) -> IsolatedEvent | None:
         """Write down a crash of one due event, ``key`` or the first that nobody holds, and make it due later.
 
         To be committed before the event is worked on: should it kill the process, the next one knows, after ``delay``.
         """
         values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
-        statement = self._accuse_first if key is None else self._accuse
+        statement = self._isolate_first if key is None else self._isolate
         row = statement.execute(session, values).one_or_none()
-        return None if row is None else Accused(row.id, row.crashes, row.due_at)
+        return None if row is None else IsolatedEvent(row.id, row.crashes, row.due_at)
 
-    def claim_accused(self, session: Session, accused: Accused) -> Claim:
+    def claim_isolated(self, session: Session, isolated: IsolatedEvent) -> Claim:
         """Lock the event again, waiting for whoever holds it, and cross the crash out, which a crash would undo.
 
         Empty where the event is gone.
         """
-        claim = _claim_of(self._claim_accused.execute(session, {"id": accused.id}).one())
+        claim = _claim_of(self._claim_isolated.execute(session, {"id": isolated.id}).one())
         if claim.batch:
-            write(session, self._acquit, {"id": accused.id, "due_at": accused.due_at}, 1)
-        return replace(claim, batch=replace(claim.batch, window=Window(accused.due_at, accused.due_at)))
+            write(session, self._clear_crash, {"id": isolated.id, "due_at": isolated.due_at}, 1)
+        return replace(claim, batch=replace(claim.batch, window=DueWindow(isolated.due_at, isolated.due_at)))
 
     def has_due(self, session: Session, until: datetime) -> bool:
         """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
@@ -217,10 +221,10 @@ def _claim_of(row: Row[Any]) -> Claim:
         return Claim()
     types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
     payment_ids, repeated = _read(row)
-    window = Window(row.first_due_at, row.end_due_at)
+    window = DueWindow(row.first_due_at, row.end_due_at)
     event_ids, attempts = ArrayText(row.event_ids), ArrayText(row.attempts)
     batch = Batch(row.ids, event_ids, types, payment_ids, attempts, row.lateness, repeated, window)
-    return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.suspects or ())
+    return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.crash_suspects or ())
 
 
 def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
@@ -248,7 +252,7 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
     )
 
 
-def _claim_accused_statement(outbox: Table) -> Select[Any]:
+def _claim_isolated_statement(outbox: Table) -> Select[Any]:
     """what: the keys of one event, as a claim returns them · lock: FOR UPDATE, waited for · index: primary key"""
     return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
 
@@ -263,7 +267,7 @@ def _keys(outbox: Table) -> Select[Any]:
         outbox.c.id,
         outbox.c.event_id,
         func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
-        payload.said(outbox),
+        payload.claim_columns(outbox),
         outbox.c.attempts,
         outbox.c.crashes,
         seconds_since(outbox.c.due_at).label("lateness"),
@@ -285,7 +289,7 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
         else _text_of_all(claimed.c.candidate).label("candidates"),
         _text_of_all(claimed.c.attempts).label("attempts"),
         func.array_agg(claimed.c.lateness).label("lateness"),
-        func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("suspects"),
+        func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("crash_suspects"),
     ]
     gathered.append(cast(func.min(claimed.c.due_at), Text).label("first_due_at"))
     end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
@@ -299,7 +303,7 @@ def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
     return cast(func.array_agg(column), Text)
 
 
-def _accuse_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
+def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
     """what: one more crash of the first due event, which is due later from now on
     lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key where ``ours`` names the event
     """
@@ -313,11 +317,11 @@ def _accuse_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
         .prefix_with("MATERIALIZED")
     )
     later = func.clock_timestamp() + bindparam("delay", type_=Interval())
-    accused = update(outbox).where(outbox.c.id == first.c.id).values(crashes=first.c.crashes + 1, due_at=later)
-    return accused.returning(outbox.c.id, first.c.crashes, first.c.due_at)
+    isolated = update(outbox).where(outbox.c.id == first.c.id).values(crashes=first.c.crashes + 1, due_at=later)
+    return isolated.returning(outbox.c.id, first.c.crashes, first.c.due_at)
 
 
-def _acquit_statement(outbox: Table) -> Update:
+def _clear_crash_statement(outbox: Table) -> Update:
     """what: an event as it was before it was accused, without any crash · lock: held · index: primary key"""
     given = cast(bindparam("due_at", type_=Text), DateTime(timezone=True))
     return update(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).values(crashes=0, due_at=given)
@@ -366,7 +370,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     outbox = event_of(given, tables.outbox)
     copied = {key: outbox.c[key] for key in ("event_id", "event_type", "headers", "created_at")}
     written = copied | {
-        "payload": payload.kept(outbox),
+        "payload": payload.to_dead_letter(outbox),
         "payment_id": given.c.payment_id,
         "attempts": outbox.c.attempts + 1,
         "reason": given.c.reason,
@@ -383,8 +387,8 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 
 def _traceparents_statement(outbox: Table) -> Select[Any]:
     """what: traceparents of claimed events, as bounded text · lock: none, theirs are held · index: primary key"""
-    said = func.left(outbox.c.headers["traceparent"].astext, _TRACEPARENT_LENGTH + 1)
-    named = select(outbox.c.id, said.label("traceparent")).where(said.is_not(None))
+    traceparent = func.left(outbox.c.headers["traceparent"].astext, _TRACEPARENT_LENGTH + 1)
+    named = select(outbox.c.id, traceparent.label("traceparent")).where(traceparent.is_not(None))
     return named.where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 

@@ -55,7 +55,7 @@ class PairLocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class EventFacts:
     """What one look found about one event."""
 
     facts: Facts
@@ -63,7 +63,7 @@ class Sight:
     """The lock key of its pair; None where no payment and no purchase names a pair."""
 
 
-class Standing(NamedTuple):
+class StandingPayment(NamedTuple):
     """A standing payment of a pair."""
 
     payment_id: str
@@ -89,7 +89,7 @@ def claimed_keys(outbox: Table) -> FromClause:
     return func.unnest(ids, payments, *texts).table_valued("id", "payment_id", *read).render_derived(name="claimed")
 
 
-def said_by(claimed: FromClause, event: FromClause) -> FromClause:
+def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
     """Where the optional keys of a payload are to be read."""
     return claimed if "amount" in claimed.c else event
 
@@ -173,7 +173,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
             marks.c.payment_id.label("marked_payment_id"),
             active.label("purchase_active"),
             cast(payments.c.status, Text).label("payment_status"),
-            payload.mismatched_keys(said_by(claimed, outbox), payments).label("mismatches"),
+            payload.mismatched_keys(payload_source(claimed, outbox), payments).label("mismatches"),
             exists().where(holds_pair(held, payments)).label("pair_held"),
             pair_key(*pair).label("key"),
         )
@@ -190,7 +190,7 @@ def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[An
     return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
 
 
-def sight_of(row: Row[Any], event_type: str, *, last_try: bool) -> Sight:
+def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFacts:
     """What ``look_statement`` found about an event of this type."""
     facts = Facts(
         is_refund=event_type == PURCHASE_REFUNDED,
@@ -202,7 +202,7 @@ def sight_of(row: Row[Any], event_type: str, *, last_try: bool) -> Sight:
         pair_held=row.pair_held,
         last_try=last_try,
     )
-    return Sight(facts, row.key)
+    return EventFacts(facts, row.key)
 
 
 def standing_statement(tables: Tables) -> Select[Any]:

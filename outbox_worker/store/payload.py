@@ -51,14 +51,14 @@ def document(outbox: FromClause) -> ColumnElement[Any]:
     return case((func.octet_length(written) <= LONGEST_DOCUMENT, written))
 
 
-def kept(outbox: FromClause) -> ColumnElement[Any]:
+def to_dead_letter(outbox: FromClause) -> ColumnElement[Any]:
     """The payload as its dead letter keeps it, a jsonb: itself, or a document as one string, as it was written."""
     if not is_document(outbox):
         return outbox.c.payload
     return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
 
 
-def delivered(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any]:
+def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any]:
     """What a dead letter keeps, as a payload of the outbox again."""
     if not is_document(outbox):
         return kept
@@ -67,15 +67,15 @@ def delivered(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any
     return cast(text, outbox.c.payload.type)
 
 
-def said(outbox: FromClause) -> ColumnElement[Any]:
+def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
     """What a client reads of an event's payload: the ``candidate`` for the payment's id, or the whole ``document``."""
     return (
         document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
     )
 
 
-def read_said(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
-    """What ``said`` has found: the payment's usable id, or None, and what else a document repeats of the payment."""
+def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
+    """Read a value of ``claim_columns``: the payment's usable id, or None, and the optional keys of a document."""
     if is_document(outbox):
         return read_document(found)
     given = (found or "").lower()
@@ -132,16 +132,16 @@ def _text_of(value: Any) -> str | None:
             return _NEVER_EQUAL
 
 
-def _written(said: FromClause, key: str) -> ColumnElement[Any]:
+def _written(source: FromClause, key: str) -> ColumnElement[Any]:
     """The text of a key, by the row of an event, or by a relation that holds what was read of documents."""
-    if "payload" not in said.c:
-        return said.c[key]
-    return said.c.payload.op("->>", return_type=Text())(key)
+    if "payload" not in source.c:
+        return source.c[key]
+    return source.c.payload.op("->>", return_type=Text())(key)
 
 
-def key_text(said: FromClause, key: str) -> ColumnElement[Any]:
+def key_text(source: FromClause, key: str) -> ColumnElement[Any]:
     """The text of one payload key, cut to a bound; NULL where it is absent, null, or the payload is no object."""
-    return func.left(_written(said, key), _LONGEST)
+    return func.left(_written(source, key), _LONGEST)
 
 
 def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
@@ -173,29 +173,29 @@ def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
     return func.lower(key_text(outbox, "payment_id"))
 
 
-def mismatches(said: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
+def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """For each optional key: whether the payload repeats it and it differs from the payment row.
 
-    ``said``: the event's row, or a relation with the keys of its document. Written in the row's own form, as most
+    ``source``: the event's row, or a relation with the keys of its document. Written in the row's own form, as most
     producers do, it is settled by one comparison.
     """
     rules = {
-        "student_id": _id_differs(key_text(said, "student_id"), payments.c.student_id),
-        "course_id": _id_differs(key_text(said, "course_id"), payments.c.course_id),
-        "amount": _amount_differs(key_text(said, "amount"), payments.c.amount),
-        "currency": _differs(key_text(said, "currency"), cast(payments.c.currency, Text)),
+        "student_id": _id_differs(key_text(source, "student_id"), payments.c.student_id),
+        "course_id": _id_differs(key_text(source, "course_id"), payments.c.course_id),
+        "amount": _amount_differs(key_text(source, "amount"), payments.c.amount),
+        "currency": _differs(key_text(source, "currency"), cast(payments.c.currency, Text)),
     }
-    return {key: case((_is_repeated(said, payments, key), false()), else_=rule) for key, rule in rules.items()}
+    return {key: case((_is_repeated(source, payments, key), false()), else_=rule) for key, rule in rules.items()}
 
 
-def mismatched_keys(said: FromClause, payments: FromClause) -> ColumnElement[Any]:
+def mismatched_keys(source: FromClause, payments: FromClause) -> ColumnElement[Any]:
     """The names of the keys that differ, as text[]; {} where there is no payment row to differ from."""
-    names = [case((differs, key)) for key, differs in mismatches(said, payments).items()]
+    names = [case((differs, key)) for key, differs in mismatches(source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 
 
-def _is_repeated(said: FromClause, payments: FromClause, key: str) -> ColumnElement[bool]:
-    return cast(payments.c[key], Text) == _written(said, key)
+def _is_repeated(source: FromClause, payments: FromClause, key: str) -> ColumnElement[bool]:
+    return cast(payments.c[key], Text) == _written(source, key)
 
 
 def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:

@@ -47,18 +47,18 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.guard import GuardState, on_active_pair
 from outbox_worker.store.pairs import (
+    EventFacts,
     EventOf,
     PairLocks,
-    Sight,
-    Standing,
+    StandingPayment,
     claimed_keys,
+    event_facts_of,
     holds_pair,
     keys_of,
     lock_statement,
     look_statement,
+    payload_source,
     payment_of,
-    said_by,
-    sight_of,
     standing_statement,
 )
 from outbox_worker.store.payment_classes import PaymentClass
@@ -91,7 +91,7 @@ class PurchaseRepository:
         The events are of different payments; under the guard ``lock`` the caller holds the locks of all their pairs.
         Without ``looks_at_marks`` a mark that is there is left to ``mark_first``.
         """
-        statement = self._insert(guard.guard, guard.predicate, clean=True, looks_at_marks=looks_at_marks)
+        statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
         return self._run_insert(session, batch, statement)
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
@@ -112,12 +112,13 @@ class PurchaseRepository:
             order=tuple(row.id for row in sorted(rows, key=lambda row: row.position)),
         )
 
-    def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, Sight]:
+    def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, EventFacts]:
         """Read the facts of every event of the batch, by a snapshot taken after the locks."""
         rows = self._look.execute(session, keys_of(batch))
         events = ((row, batch[row.id]) for row in rows)
         return {
-            row.id: sight_of(row, event.event_type, last_try=policy.is_last(event.attempts)) for row, event in events
+            row.id: event_facts_of(row, event.event_type, last_try=policy.is_last(event.attempts))
+            for row, event in events
         }
 
     def revoke(self, session: Session, batch: Batch) -> set[int]:
@@ -129,15 +130,15 @@ class PurchaseRepository:
         with relying_on_a_key():
             return self._run_insert(session, batch, self._revoke)
 
-    def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[Standing]]:
+    def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
         """The standing payments of the events' pairs, oldest first.
 
         The payments are the shop's, and may have no index on the pair: the planner has the choice of reading them once.
         """
-        found: dict[int, list[Standing]] = {}
+        found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
             for row in self._standing.execute(session, keys_of(batch)):
-                found.setdefault(row.id, []).append(Standing(row.payment_id, PaymentClass(row.kind)))
+                found.setdefault(row.id, []).append(StandingPayment(row.payment_id, PaymentClass(row.kind)))
         return found
 
     def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
@@ -161,9 +162,11 @@ class PurchaseRepository:
         return {by_payment[payment_id] for payment_id in made}
 
     def _build_insert(
-        self, guard: Guard, predicate: str, *, clean: bool = False, looks_at_marks: bool = False
+        self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
     ) -> Statement:
-        statement = _insert_statement(self._tables, self._event_of, guard, clean=clean, looks_at_marks=looks_at_marks)
+        statement = _insert_statement(
+            self._tables, self._event_of, guard, nothing_against=nothing_against, looks_at_marks=looks_at_marks
+        )
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         return Statement(_offered(statement, self._tables))
@@ -177,13 +180,13 @@ def backfill_event_id(payment_id: UUID) -> UUID:
 def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
     """The event that a payment without one would have: it says nothing but the payment's id."""
     named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
-    said = select(
+    event = select(
         keys.c.id,
         cast(named, postgresql.UUID(as_uuid=True)).label("event_id"),
         literal_column("CAST('-infinity' AS timestamptz)").label("due_at"),
         cast(null(), outbox.c.payload.type).label("payload"),
     )
-    return said.correlate(keys).lateral("event")
+    return event.correlate(keys).lateral("event")
 
 
 def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
@@ -195,7 +198,7 @@ def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
 
 
 def _insert_statement(
-    tables: Tables, event_of: EventOf, guard: Guard, *, clean: bool, looks_at_marks: bool
+    tables: Tables, event_of: EventOf, guard: Guard, *, nothing_against: bool, looks_at_marks: bool
 ) -> postgresql.Insert:
     """what: purchases of claimed events, from their payment rows, in the order every worker keeps
     lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
@@ -211,8 +214,8 @@ def _insert_statement(
         .where(~exists().where(purchases.c.payment_id == payments.c.id))
         .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
     )
-    if clean:
-        source = source.where(*_nothing_speaks_against(tables, outbox, said_by(claimed, outbox), payments))
+    if nothing_against:
+        source = source.where(*_nothing_speaks_against(tables, outbox, payload_source(claimed, outbox), payments))
     if looks_at_marks:
         marks = tables.processed_events
         source = source.where(~exists().where(marks.c.event_id == outbox.c.event_id))
@@ -228,7 +231,7 @@ def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
 
 
 def _nothing_speaks_against(
-    tables: Tables, outbox: FromClause, said: FromClause, payments: FromClause
+    tables: Tables, outbox: FromClause, source: FromClause, payments: FromClause
 ) -> list[ColumnElement[bool]]:
     """The predicates of a clean insert of an event that is not marked: rules 4 to 7 all pass, no dead letter is open.
 
@@ -238,7 +241,7 @@ def _nothing_speaks_against(
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
         cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
-        *(not_(differs) for differs in payload.mismatches(said, payments).values()),
+        *(not_(differs) for differs in payload.mismatches(source, payments).values()),
         state.is_distinct_from(DeadLetterState.OPEN.value),
     ]
 

@@ -16,7 +16,7 @@ from sqlalchemy import (
     select,
 )
 
-from outbox_worker.model import Batch, Window
+from outbox_worker.model import Batch, DueWindow
 
 
 def within(moment: ColumnElement[Any]) -> ColumnElement[bool]:
@@ -25,7 +25,7 @@ def within(moment: ColumnElement[Any]) -> ColumnElement[bool]:
     What names an event by its id names its window, too. Of a queue that was empty when its statistics were gathered
     the planner believes that every index finds one row: it may look an id up in the index ``(due_at, id)``, end to end.
     """
-    first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in Window._fields)
+    first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in DueWindow._fields)
     return moment.between(first, last)
 
 

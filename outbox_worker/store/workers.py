@@ -23,7 +23,7 @@ from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import Guard
 from outbox_worker.schema.tables import Tables, by_column
 
-KEPT = timedelta(days=1)
+ROWS_KEPT_FOR = timedelta(days=1)
 """How long the row of a process that is gone stays visible."""
 
 
@@ -46,7 +46,7 @@ class WorkerRow:
     metrics: Mapping[str, float]
 
 
-class Fleet:
+class Workers:
     """This process's row among its peers."""
 
     def __init__(self, tables: Tables, worker_id: UUID) -> None:
@@ -57,10 +57,10 @@ class Fleet:
         """Write our row; forget processes that have been gone for a day."""
         workers = self._workers
         last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
-        session.execute(delete(workers).where(last_seen < func.clock_timestamp() - KEPT))
+        session.execute(delete(workers).where(last_seen < func.clock_timestamp() - ROWS_KEPT_FOR))
         self.beat(session, guard, {})
 
-    def succeed(self, session: Session) -> bool:
+    def take_over_dead_worker(self, session: Session) -> bool:
         """Take the place of one worker that died and that nobody has succeeded yet; False where there is none.
 
         Dead is who said no good-bye and is silent, or was on this host under a process id that is gone.
@@ -79,10 +79,10 @@ class Fleet:
         """Say that we live, and what we have counted; ``stopped``: for the last time."""
         now = func.clock_timestamp()
         who = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
-        said = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
-        row = insert(self._workers).values(**who, **said)
+        seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
+        row = insert(self._workers).values(**who, **seen)
         session.execute(
-            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=by_column(self._workers, said))
+            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=by_column(self._workers, seen))
         )
 
 

@@ -65,7 +65,7 @@ class Telemetry:
             "ready; {} claim loop(s)", concurrency
         )
 
-    def going_carefully(self, events: int) -> None:
+    def isolating_after_crash(self, events: int) -> None:
         """A worker before us died: what it had in hand may have killed it."""
         logger.bind(event="going_carefully", events=events).warning(
             "a worker before this one died; its events are taken one by one, in case one of them killed it"
@@ -205,7 +205,7 @@ class Telemetry:
         if report.verdicts and report.guard is Guard.LOCK:
             logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug("batch settled by the lock guard")
         for key, verdict in report.verdicts.items():
-            if not verdict.clean:
+            if not verdict.via_fast_path:
                 self._tell(report, key, verdict)
 
     def _count(self, report: BatchReport) -> None:

@@ -260,7 +260,7 @@ def test_what_one_process_holds(premises: Premises) -> None:
     """The formula counts what a real worker opens."""
     url = premises.url_of("worker")
     settings: dict[str, Any] = {"concurrency": 3, "backfill_every_seconds": 1, "poll_max_seconds": 0.1}
-    expected = sum(connections_of(load_settings(database_url=url, **settings), is_told=True).values())
+    expected = sum(connections_of(load_settings(database_url=url, **settings), has_notify=True).values())
     counted = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
     with start("run", url=url, **settings) as worker, premises.shop() as shop:
         worker.wait_for("worker_started")

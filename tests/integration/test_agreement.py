@@ -171,8 +171,8 @@ def make_parts(processor: ProbedProcessor) -> None:
     rearrange = settlement._rearrange
 
     def halved(*given: Any, **named: Any) -> Any:
-        footing, parts = rearrange(*given, **named)
-        return footing, [half for part in parts for half in _halves(part) if half]
+        plan, parts = rearrange(*given, **named)
+        return plan, [half for part in parts for half in _halves(part) if half]
 
     settlement._settle_fast = lambda *_: None  # type: ignore[method-assign]
     settlement._rearrange = halved  # type: ignore[method-assign]
@@ -300,8 +300,8 @@ def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
     owed = [(one, verdict) for one, verdict in judged if verdict.outcome in GRANTS]
     fast = way is not Way.JUDGED and all(is_clean(one, verdict) for one, verdict in owed)
     if fast or way is not Way.IN_PARTS:
-        assert [verdict.clean for _, verdict in owed] == [fast] * len(owed)
-    assert not any(verdict.clean for _, verdict in judged if verdict.outcome not in GRANTS)
+        assert [verdict.via_fast_path for _, verdict in owed] == [fast] * len(owed)
+    assert not any(verdict.via_fast_path for _, verdict in judged if verdict.outcome not in GRANTS)
 
 
 def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:

@@ -20,7 +20,7 @@ from outbox_worker.model import FoundPayment
 from outbox_worker.reconcile import backfill as by_hand
 from outbox_worker.reconcile import owed as making
 from outbox_worker.reconcile.backfill import Backfill, BackfillReport, Request
-from outbox_worker.reconcile.owed import Repairs
+from outbox_worker.reconcile.owed import OwedPurchases
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 from outbox_worker.store.guard import GuardWatch
@@ -515,7 +515,7 @@ def found(payment: Payment) -> FoundPayment:
 
 def test_the_index_may_vanish_on_the_way(database: Database, tables: Tables, settings: Settings, shop: Shop) -> None:
     owed = [found(shop.payment()) for _ in range(3)]
-    repairs = Repairs(database, tables, settings.retry_policy, GuardWatch(tables.purchases, lambda _: None))
+    repairs = OwedPurchases(database, tables, settings.retry_policy, GuardWatch(tables.purchases, lambda _: None))
     shop.rows("DROP INDEX purchases_active_student_course_key")
     (made,) = repairs.make(owed, lambda *_: None)
     assert len(made.created) == 3

@@ -346,7 +346,7 @@ def test_every_statement_of_a_batch_walks_indexes(
     assert not [node for node in nodes(claim_plan) if "Sort" in node["Node Type"]]
 
 
-def add_refunds(shop: Shop, count: int, heirs: int) -> None:
+def add_refunds(shop: Shop, count: int, next_payments: int) -> None:
     """At the head of the queue: refunds of active purchases; of so many pairs another payment stands."""
     shop.rows(
         "WITH oldest AS (SELECT id, CAST(payload ->> 'payment_id' AS uuid) AS payment_id FROM outbox ORDER BY id"
@@ -360,7 +360,7 @@ def add_refunds(shop: Shop, count: int, heirs: int) -> None:
     shop.rows(
         "INSERT INTO payments (student_id, course_id, amount, currency, status)"
         " SELECT student_id, course_id, 1, 'EUR', 'succeeded' FROM payments WHERE status = 'refunded' LIMIT %s",
-        heirs,
+        next_payments,
     )
 
 

@@ -178,7 +178,7 @@ def test_what_is_taken_alone_in_vain_makes_way(shop: Shop, make_processor: MakeP
     _, bad = pay(shop, BAD)
     _, good = pay(shop, GOOD)
     processor = make_processor(batch_size=1)
-    processor.go_carefully(2)
+    processor.isolate_next(2)
     assert any(shop.outcome_of(good) for _ in tries(processor, STUCK_PASSES_MAX + 2))
     left = shop.event(bad)
     assert (left.attempts, left.crashes, left.last_error) == (0, 0, None)

@@ -376,14 +376,14 @@ def test_an_archived_payment_passes_its_pair_on(shop: Shop, processor: ProbedPro
 def test_the_index_vanishes_before_a_pair_is_passed_on(shop: Shop, processor: ProbedProcessor, has_heirs: bool) -> None:
     """42P10 of the grant is the guard's matter: the same batch is settled by the lock. Taking back needs no guard."""
     refunded = [bought(shop)[0] for _ in range(5)]
-    heirs = [shop.payment("succeeded", *payment.pair) for payment in refunded] if has_heirs else []
+    next_payments = [shop.payment("succeeded", *payment.pair) for payment in refunded] if has_heirs else []
     events = [shop.refund(payment) for payment in refunded]
     shop.rows(f"DROP INDEX {PAIR_INDEX}")
     assert settle(processor) == dict.fromkeys(events, Outcome.REVOKED)
     assert processor.watch.state.guard is (Guard.LOCK if has_heirs else Guard.INDEX)
     assert metric(processor, "outbox_constraint_fallback_total") == has_heirs
     assert {row.payment_id for row in shop.rows("SELECT payment_id FROM purchases WHERE is_active")} == {
-        heir.id for heir in heirs
+        heir.id for heir in next_payments
     }
 
 
@@ -642,19 +642,19 @@ def test_thirty_refunds_one_by_one_on_one_connection(
 ) -> None:
     """A statement that is prepared after a while, with a generic plan after another, still finds its key."""
     payments = [bought(shop)[0] for _ in range(30)]
-    heirs = [shop.payment("succeeded", *payment.pair) for payment in payments]
+    next_payments = [shop.payment("succeeded", *payment.pair) for payment in payments]
     for payment in payments:
         shop.refund(payment)
     processor = make_processor(batch_size=1, database=make_database(connections=1))
     assert drain_all(processor) == {Outcome.REVOKED: 30}
-    assert {row.payment_id for row in shop.purchases() if row.is_active} == {heir.id for heir in heirs}
+    assert {row.payment_id for row in shop.purchases() if row.is_active} == {heir.id for heir in next_payments}
     assert errors(processor) == {}
 
 
 # --- what it costs
 
 
-def refunds(shop: Shop, count: int, heirs: int) -> None:
+def refunds(shop: Shop, count: int, next_payments: int) -> None:
     """So many refunds of active purchases, due now; of so many pairs another payment stands."""
     shop.pay_many(count)
     shop.rows(
@@ -666,24 +666,24 @@ def refunds(shop: Shop, count: int, heirs: int) -> None:
     shop.rows(
         "INSERT INTO payments (student_id, course_id, amount, currency, status)"
         " SELECT student_id, course_id, 1, 'EUR', 'succeeded' FROM payments LIMIT %s",
-        heirs,
+        next_payments,
     )
 
 
 @pytest.mark.parametrize("heirs", [0, 100])
 @pytest.mark.parametrize("size", [1, 10, 500])
 def test_a_batch_of_refunds_takes_the_same_statements_however_large(
-    size: int, heirs: int, shop: Shop, database: Database, make_processor: MakeProcessor
+    size: int, next_payments: int, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    refunds(shop, size, min(heirs, size))
+    refunds(shop, size, min(next_payments, size))
     processor = make_processor()
     sent: list[str] = []
     listener.listen(database.engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
     assert processor.process_batch().outcomes() == {Outcome.REVOKED: size}
     # limits, claim, savepoint, lock, look, take back, switches, who stands, switches, mark, letters, remove
     # and where somebody gets the pair instead: grant, traces
-    assert len(sent) == (14 if heirs else 12), sent
-    assert len(shop.rows("SELECT id FROM purchases WHERE is_active")) == min(heirs, size)
+    assert len(sent) == (14 if next_payments else 12), sent
+    assert len(shop.rows("SELECT id FROM purchases WHERE is_active")) == min(next_payments, size)
 
 
 def test_a_thousand_refunds(shop: Shop, processor: ProbedProcessor) -> None:

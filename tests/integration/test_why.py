@@ -22,7 +22,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
 from outbox_worker.decision import CRASHES_MAX
 from outbox_worker.diagnose import explanation as why
-from outbox_worker.diagnose.explanation import Explanation, Occasion, Prospect, Story
+from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction
 from outbox_worker.errors import Refused
 from outbox_worker.model import Outcome, Reason, Verdict
 from outbox_worker.schema.requirements import check_schema
@@ -46,12 +46,12 @@ def ask(database: Database, tables: Tables, settings: Settings) -> Ask:
     return about
 
 
-def only(found: Explanation) -> Story:
+def only(found: Explanation) -> PaymentStory:
     (story,) = found.stories
     return story
 
 
-def foretold(found: Explanation, event_id: UUID) -> Prospect:
+def foretold(found: Explanation, event_id: UUID) -> Prediction:
     """What is foretold of an event, the same wherever it is told."""
     prospects = [each for story in found.stories for each in story.prospects if each.event_id == event_id]
     assert prospects, found
@@ -143,7 +143,7 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     owed, twin, waiting, held = shop.payment(ago="2 hours"), shop.payment(), shop.paid()[0], shop.payment()
     shop.purchase(None, *held.pair)
     (prospect,) = only(ask(owed.id)).prospects
-    assert prospect == Prospect(
+    assert prospect == Prediction(
         backfill_event_id(owed.id), "PURCHASE_BACKFILLED", Occasion.BACKFILL, Verdict(Outcome.CREATED, writes=True)
     )
     assert only(ask(owed.id)).kind is PaymentClass.UNEXPLAINED

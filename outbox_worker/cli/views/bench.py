@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from outbox_worker import terminal
 
 if TYPE_CHECKING:
-    from outbox_worker.bench.run import BenchReport, Run
+    from outbox_worker.bench.run import BenchReport, BenchRun
 
 
 def bench_object(report: BenchReport) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def print_bench(report: BenchReport) -> None:
         )
 
 
-def _per_10k(run: Run, seconds: float | None) -> float | None:
+def _per_10k(run: BenchRun, seconds: float | None) -> float | None:
     return None if seconds is None else seconds / run.events * 10_000
 
 

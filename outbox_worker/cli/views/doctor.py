@@ -7,10 +7,10 @@ from typing import Any
 from rich.text import Text
 
 from outbox_worker import terminal
-from outbox_worker.diagnose.doctor.finding import Verdict
+from outbox_worker.diagnose.doctor.finding import Severity
 from outbox_worker.diagnose.doctor.report import Diagnosis, Report
 
-_STYLES = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red", Verdict.UNSEEN: "magenta"}
+_STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "red", Severity.UNSEEN: "magenta"}
 
 
 def doctor_object(report: Report) -> dict[str, Any]:
@@ -21,10 +21,10 @@ def doctor_object(report: Report) -> dict[str, Any]:
 def print_report(report: Report) -> None:
     """A line or more for each finding, its remedy below, and the result in one sentence."""
     terminal.facts([(_heading(each), _said(each)) for each in report.checks])
-    counts = {verdict: report.count(verdict) for verdict in Verdict}
-    unseen = f", {counts[Verdict.UNSEEN]} could not be looked at" if counts[Verdict.UNSEEN] else ""
+    counts = {verdict: report.count(verdict) for verdict in Severity}
+    unseen = f", {counts[Severity.UNSEEN]} could not be looked at" if counts[Severity.UNSEEN] else ""
     terminal.line(
-        f"\n{counts[Verdict.PROBLEM]} problem(s), {counts[Verdict.WARNING]} warning(s){unseen}.",
+        f"\n{counts[Severity.PROBLEM]} problem(s), {counts[Severity.WARNING]} warning(s){unseen}.",
         "green" if report.ok else "red",
     )
 

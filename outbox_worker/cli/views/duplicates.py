@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outbox_worker import terminal
 from outbox_worker.durations import ago
-from outbox_worker.model import Value
+from outbox_worker.model import PaymentTotals
 from outbox_worker.reconcile.duplicates import Duplicate, owed_back
 
 if TYPE_CHECKING:
@@ -22,22 +22,22 @@ _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at"
 def duplicates_object(found: Sequence[Duplicate]) -> dict[str, Any]:
     """The object of ``duplicates list --json``."""
     owed = owed_back(found)
-    value = Value.of(each.payment for each in owed)
-    heirs = [each for each in found if each.is_holder_refunded]
-    return {"count": value.count, "owed_back": value.money, "duplicates": owed, "not_owed_back": heirs}
+    value = PaymentTotals.of(each.payment for each in owed)
+    next_payments = [each for each in found if each.is_holder_refunded]
+    return {"count": value.count, "owed_back": value.money, "duplicates": owed, "not_owed_back": next_payments}
 
 
 def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
     """One line a duplicate, and how much is owed back in all."""
-    owed, heirs = owed_back(found), [each for each in found if each.is_holder_refunded]
+    owed, next_payments = owed_back(found), [each for each in found if each.is_holder_refunded]
     if not owed:
         terminal.line("Nobody has paid twice.", "green")
     else:
         _print_owed_back(owed, limit)
-    if heirs:
+    if next_payments:
         terminal.line(
-            f"\n{len(heirs):,} more not to be refunded: the other payment was, and its refund is not settled yet. "
-            "This one gets the course then. The audit lists the other as refunded but active.",
+            f"\n{len(next_payments):,} more are not to be refunded: the other payment was refunded, and that "
+            "refund is not settled yet. This one gets the course then. `audit` lists the other as refunded but active.",
             "yellow",
         )
 
@@ -57,7 +57,7 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
     terminal.columns("", ["payment", "student", "course", "amount", "age", "held by"], rows, numbers=(3, 4))
     if len(found) > limit:
         terminal.line(f"… and {len(found) - limit:,} more: --limit, or --csv or --json for all.", "dim")
-    owed = Value.of(each.payment for each in found)
+    owed = PaymentTotals.of(each.payment for each in found)
     terminal.line(f"\n{owed.count:,} payment(s) to be refunded: {money_line(owed.money)}.")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from outbox_worker import terminal
 from outbox_worker.cli.views.audit import MEANINGS
 from outbox_worker.decision import REFUND_RULES, RULES
-from outbox_worker.diagnose.explanation import Explanation, Moment, Occasion, Prospect, Story
+from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
 from outbox_worker.diagnose.records import MarkRow, WaitingEvent
 from outbox_worker.model import PURCHASE_REFUNDED
 from outbox_worker.store.dead_letters import Content, DeadLetter, history
@@ -38,7 +38,7 @@ def explanation_object(found: Explanation) -> dict[str, Any]:
     }
 
 
-def _story_object(story: Story) -> dict[str, Any]:
+def _story_object(story: PaymentStory) -> dict[str, Any]:
     return {
         "payment_id": story.payment_id,
         "payment": story.payment,
@@ -49,7 +49,7 @@ def _story_object(story: Story) -> dict[str, Any]:
     }
 
 
-def _prospect_object(prospect: Prospect) -> dict[str, Any]:
+def _prospect_object(prospect: Prediction) -> dict[str, Any]:
     verdict = prospect.verdict
     return {
         "event_id": prospect.event_id,
@@ -86,7 +86,7 @@ def print_explanation(found: Explanation) -> None:
         terminal.line("The student has more payments: ask for one of them by its id.", "yellow")
 
 
-def _print_story(story: Story) -> None:
+def _print_story(story: PaymentStory) -> None:
     terminal.facts(_heading(story))
     terminal.line("")
     terminal.facts([(_time(moment.at), _sentence(moment)) for moment in story.timeline])
@@ -95,7 +95,7 @@ def _print_story(story: Story) -> None:
         terminal.line("\nEach is judged as if it came alone: the first of them makes the purchase.", "dim")
 
 
-def letter_object(letter: DeadLetter, content: Content, story: Story) -> dict[str, Any]:
+def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> dict[str, Any]:
     """The object of ``dead-letters show --json``."""
     return {
         "dead_letter": asdict(letter) | content._asdict(),
@@ -106,7 +106,7 @@ def letter_object(letter: DeadLetter, content: Content, story: Story) -> dict[st
     }
 
 
-def print_letter(letter: DeadLetter, content: Content, story: Story) -> None:
+def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> None:
     """The event, of what it died, its payment, what was decided so far, and what would happen now."""
     terminal.facts(
         [
@@ -128,7 +128,7 @@ def print_letter(letter: DeadLetter, content: Content, story: Story) -> None:
     _print_prospects([each for each in story.prospects if each.event_id == letter.event_id])
 
 
-def _print_prospects(prospects: Sequence[Prospect]) -> None:
+def _print_prospects(prospects: Sequence[Prediction]) -> None:
     for prospect in prospects:
         terminal.line(f"\nnow, {_OCCASIONS[prospect.occasion]}", "bold")
         terminal.facts(
@@ -140,7 +140,7 @@ def _print_prospects(prospects: Sequence[Prospect]) -> None:
         )
 
 
-def _heading(story: Story) -> list[tuple[str, object]]:
+def _heading(story: PaymentStory) -> list[tuple[str, object]]:
     if story.payment_id is None:
         return [("payment", "none is named")]
     if story.payment is None:
@@ -161,13 +161,13 @@ def _class(kind: str | None, status: str) -> str:
     return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"
 
 
-def _sentence(moment: Moment) -> str:
-    said = f"{moment.what} {moment.subject}" if moment.what != "paid" else moment.what
+def _sentence(moment: TimelineEntry) -> str:
+    entry = f"{moment.what} {moment.subject}" if moment.what != "paid" else moment.what
     rules = " or ".join(map(str, moment.rules))
-    return said + (f": {moment.detail}" if moment.detail else "") + (f" (rule {rules})" if rules else "")
+    return entry + (f": {moment.detail}" if moment.detail else "") + (f" (rule {rules})" if rules else "")
 
 
-def _outcome(prospect: Prospect) -> str:
+def _outcome(prospect: Prediction) -> str:
     verdict = prospect.verdict
     if prospect.occasion is Occasion.NEVER:
         return "stays as it is"
@@ -175,7 +175,7 @@ def _outcome(prospect: Prospect) -> str:
     return f"{named}: {verdict.detail}" if verdict.detail else named
 
 
-def _rule(prospect: Prospect) -> list[tuple[str, object]]:
+def _rule(prospect: Prediction) -> list[tuple[str, object]]:
     rules = REFUND_RULES if prospect.event_type == PURCHASE_REFUNDED else RULES
     number = prospect.verdict.rule
     return [(f"rule {number}", rules[number])] if number else []

@@ -14,7 +14,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     OK = "ok"
     WARNING = "warning"
     """It works, and somebody should know."""
@@ -26,7 +26,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    verdict: Verdict
+    verdict: Severity
     evidence: str
     remedy: str = ""
 
@@ -51,16 +51,16 @@ class Subject:
 
 
 def ok(evidence: str) -> Finding:
-    return Finding(Verdict.OK, evidence)
+    return Finding(Severity.OK, evidence)
 
 
 def warning(evidence: str, remedy: str) -> Finding:
-    return Finding(Verdict.WARNING, evidence, remedy)
+    return Finding(Severity.WARNING, evidence, remedy)
 
 
 def problem(evidence: str, remedy: str) -> Finding:
-    return Finding(Verdict.PROBLEM, evidence, remedy)
+    return Finding(Severity.PROBLEM, evidence, remedy)
 
 
 def unseen(evidence: str, remedy: str) -> Finding:
-    return Finding(Verdict.UNSEEN, evidence, remedy)
+    return Finding(Severity.UNSEEN, evidence, remedy)

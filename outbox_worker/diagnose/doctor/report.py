@@ -9,12 +9,12 @@ from functools import partial
 from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import said
+from outbox_worker.database.failures import server_message
 from outbox_worker.diagnose.doctor import access as access_checks
 from outbox_worker.diagnose.doctor import server as server_checks
 from outbox_worker.diagnose.doctor import setup as setup_checks
 from outbox_worker.diagnose.doctor import vacuum as vacuum_checks
-from outbox_worker.diagnose.doctor.finding import Finding, Subject, Verdict, unseen
+from outbox_worker.diagnose.doctor.finding import Finding, Severity, Subject, unseen
 from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 from outbox_worker.schema.catalogue import exists
 from outbox_worker.schema.tables import build_tables, relation_name
@@ -57,7 +57,7 @@ class Diagnosis:
     """A finding, and the check that it is of."""
 
     name: str
-    verdict: Verdict
+    verdict: Severity
     evidence: str
     remedy: str
 
@@ -68,9 +68,9 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return not self.count(Verdict.PROBLEM)
+        return not self.count(Severity.PROBLEM)
 
-    def count(self, verdict: Verdict) -> int:
+    def count(self, verdict: Severity) -> int:
         return sum(each.verdict is verdict for each in self.checks)
 
 
@@ -105,4 +105,4 @@ def _look(database: Database, settings: Settings, check: Check) -> Sequence[Find
             return list(check.look(Subject(session, settings, tables, database)))
     except DBAPIError as error:
         database.check()
-        return [unseen(said(error), "see tables and grants")]
+        return [unseen(server_message(error), "see tables and grants")]

@@ -146,9 +146,9 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
     return there - (before + after) / 2, (after - before) / 2
 
 
-def connections_of(settings: Settings, *, is_told: bool) -> dict[str, int]:
-    """What one worker process holds at once, at most; ``is_told``: there is a trigger to listen to."""
-    listens = is_told and (settings.pooler == "none" or settings.listen_url is not None)
+def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
+    """What one worker process holds at once, at most; ``has_notify``: there is a trigger to listen to."""
+    listens = has_notify and (settings.pooler == "none" or settings.listen_url is not None)
     return {
         "for claims": settings.concurrency,
         "for chores": 1,
@@ -161,7 +161,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
     """Whether the workers, and as many again while they are replaced, find room beside everybody else."""
     row = subject.session.execute(_CONNECTIONS, {"name": APPLICATION_NAME}).one()
     workers = max(1, sum(condition(each) == "running" for each in list_workers(subject.session, subject.tables)))
-    of_one = connections_of(subject.settings, is_told=notifies(subject.session, subject.tables.outbox))
+    of_one = connections_of(subject.settings, has_notify=notifies(subject.session, subject.tables.outbox))
     needed = workers * sum(of_one.values())
     limits = [row.most - row.reserved - row.others, *(limit for limit in (row.of_database, row.of_role) if limit >= 0)]
     room = min(limits)

@@ -10,7 +10,7 @@ from sqlalchemy import Table, text
 from sqlalchemy.dialects import postgresql
 
 from outbox_worker.database.engine import connect_directly
-from outbox_worker.database.failures import said
+from outbox_worker.database.failures import server_message
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
@@ -18,7 +18,7 @@ from outbox_worker.schema.catalogue import is_owned, notifies, pair_indexes
 from outbox_worker.schema.privileges import STRUCTURE
 from outbox_worker.schema.requirements import find_problems
 from outbox_worker.schema.tables import PAIR_INDEX, relation_name
-from outbox_worker.store.backfill_runs import Runs
+from outbox_worker.store.backfill_runs import BackfillRuns
 from outbox_worker.store.guard import doubled_pairs, guard_in_force
 
 _SHOWN = 5
@@ -188,7 +188,7 @@ def _hears(subject: Subject) -> Finding:
             pid, relation = connection.execute(_LISTENER, [outbox]).fetchall()[0]
             is_direct = pid == connection.info.backend_pid
     except psycopg.Error as error:
-        return warning(f"{what} there is no connection to listen on: {said(error)}", elsewhere)
+        return warning(f"{what} there is no connection to listen on: {server_message(error)}", elsewhere)
     if relation is None:
         return warning(f"{what} workers listen on another database", elsewhere)
     if not is_direct:
@@ -198,7 +198,7 @@ def _hears(subject: Subject) -> Finding:
 
 def backfill(subject: Subject) -> Iterator[Finding]:
     """The periodic one only tells until a person has completed one (docs/decisions/018)."""
-    if Runs(subject.tables).was_made_by_hand(subject.session):
+    if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
         yield ok("one was completed by hand: periodic ones may make what is owed")
     elif not subject.settings.backfill_every_seconds:
         yield ok("periodic ones are switched off")
