@@ -117,11 +117,13 @@ test-majors: $(VENV)/dev ## Run the tests on every PostgreSQL major found on thi
 	[ -n "$$found" ] || echo 'No PostgreSQL is installed here: only the embedded one was tried.'
 
 .PHONY: check
-check: $(VENV)/dev ## Check format, lint, types and import layers
+check: $(VENV)/dev ## Check format, lint, types, import layers and migrations
 	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: run `make format`.'; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@MYPYPATH=alembic $(BIN)/mypy alembic/*.py alembic/versions/*.py
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@$(BIN)/python tests/check_migrations.py
 
 .PHONY: format
 format: $(VENV)/dev ## Format the code and mend what lint can
