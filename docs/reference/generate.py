@@ -54,13 +54,19 @@ CODES: Mapping[str, Mapping[int, str]] = {
     },
     "why": {0: "found", 1: "no event, payment, purchase or student has this id"},
     "demo": {0: "proved, or interrupted", 1: "a payment stayed unexplained, or a purchase was made twice"},
-    "bench": {0: "measured"},
+    "bench": {0: "measured", 1: "the benchmark's database holds tables of somebody else"},
     "psql": {0: "psql ended well; otherwise the exit code is psql's own"},
     "duplicates list": {0: "listed, also when the list is empty"},
     "dead-letters list": {0: "listed, also when the list is empty"},
     "dead-letters show": {0: "found", 1: "no dead letter has this id"},
-    "dead-letters requeue": {0: "done", 1: "something has changed since the preview; nothing was done"},
-    "dead-letters discard": {0: "done", 1: "something has changed since the preview; nothing was done"},
+    "dead-letters requeue": {
+        0: "done",
+        1: "no such dead letter, one that is decided already, or a change since the preview; nothing was done",
+    },
+    "dead-letters discard": {
+        0: "done",
+        1: "no such dead letter, one that is decided already, or a change since the preview; nothing was done",
+    },
 }
 """What the exit codes of each command mean beyond those that all share."""
 
@@ -207,8 +213,8 @@ def _argument(argument: Any) -> str:
 def _option(option: Any) -> list[str]:
     names = ", ".join(f"`{each}`" for each in [*option.opts, *option.secondary_opts])
     metavar = "" if option.is_flag else f" {_placeholder(option)}"
-    default = option.default
-    shown = "" if default in (None, False, (), []) or callable(default) else f"`{getattr(default, 'value', default)}`"
+    default = option.opts[0] if option.default is True else option.default
+    shown = "" if default in (None, False) else f"`{getattr(default, 'value', default)}`"
     return [names + metavar, shown, _with_choices(option)]
 
 
@@ -254,7 +260,7 @@ def settings() -> str:
         "error (exit code 78); an unknown `OUTBOX_*` variable is a warning with the nearest name.",
         "URLs may begin with `postgres://`, `postgresql://` or `postgresql+psycopg://`; all mean psycopg 3.\n"
         "They may name several hosts (`postgresql://USER:PASSWORD@A:5432,B:5432/DATABASE`): the worker uses the one\n"
-        "that takes writes, and moves to another if that one is promoted. Percent-encode `@`, `/` and `#` in passwords.\n"
+        "that takes writes, and moves to another if that one is promoted. In passwords percent-encode `@`, `/`, `#`.\n"
         "A directory of sockets is written `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
         _table(["variable", "default", "limits", "reload", "meaning"], rows),
         "*reload*: SIGHUP takes the new value from the file "
@@ -334,7 +340,8 @@ def tables() -> str:
         "| made by | name | what |\n| --- | --- | --- |\n"
         "| `core` | `purchases_active_student_course_idx` | `(student_id, course_id) WHERE is_active`, not unique; "
         "dropped when the unique one is built |\n"
-        "| `migrate --with unique_index` | `purchases_active_student_course_key` | the same, unique: the guard `index` |\n"
+        "| `migrate --with unique_index` | `purchases_active_student_course_key` | the same, unique: the guard "
+        "`index` |\n"
         "| `migrate --with notify` | `outbox_worker_notify` | a statement-level trigger and its function: producers' "
         "COMMIT wakes a worker |",
     )

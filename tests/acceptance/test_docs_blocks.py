@@ -34,11 +34,11 @@ from processes import ROOT, environment, eventually, finish
 from outbox_worker import embedded
 from outbox_worker.settings import load_settings
 
-PAGES = sorted(
-    str(path.relative_to(ROOT))
-    for path in [ROOT / "README.md", ROOT / "docs/runbook.md", ROOT / "docs/contract.md", *ROOT.glob("docs/how-to/*.md")]
+_HOW_TO = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/how-to/*.md"))
+PAGES = ["README.md", "docs/runbook.md", "docs/contract.md", *_HOW_TO]
+_BLOCK = re.compile(
+    r"(?P<comment><!-- [^\n]* -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-_BLOCK = re.compile(r"(?P<comment><!-- [^\n]* -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 _OUTPUT = re.compile(r"<!-- output of: (?:outbox-worker|make) \S.* -->")
 _BACKGROUND = "<!-- in the background -->"
@@ -131,9 +131,8 @@ class Terminal:
         self.running.clear()
 
     def expect_fine(self, command: list[str]) -> None:
-        done = subprocess.run(
-            command, cwd=self.directory, env=self.environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
+        options = {"cwd": self.directory, "env": self.environment(), "timeout": PATIENCE}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
 
     def environment(self) -> dict[str, str]:
@@ -236,11 +235,12 @@ BEFORE: Mapping[str, Callable[[Terminal], None]] = {
 }
 AFTER: Mapping[str, str] = {
     "README.md": "SELECT count(*) = 1 FROM purchases",
-    "docs/how-to/adopt-a-database.md": "SELECT to_regclass('purchases') IS NOT NULL AND to_regclass('payments') IS NULL",
+    "docs/how-to/adopt-a-database.md": "SELECT to_regclass('purchases') IS NOT NULL"
+    " AND to_regclass('payments') IS NULL",
     "docs/how-to/backfill.md": "SELECT count(*) = 1 FROM processed_events WHERE event_type = 'PURCHASE_BACKFILLED'",
     "docs/how-to/dead-letters.md": "SELECT array_agg(state ORDER BY state) = '{discarded,requeued}' FROM dead_letters",
     "docs/how-to/duplicates-and-refunds.md": "SELECT count(*) = 1 FROM processed_events WHERE outcome = 'revoked'",
-    "docs/how-to/roles.md": "SELECT count(*) = 5 FROM pg_roles WHERE rolname ~ '^(outbox|shop)_(worker|reader|operator)$'",
+    "docs/how-to/roles.md": "SELECT count(*) = 7 FROM pg_roles WHERE rolname ~ '^(outbox|shop)_'",
     "docs/how-to/unique-index.md": "SELECT count(*) = 2 FROM pg_index WHERE indrelid = 'purchases'::regclass"
     " AND indisunique AND indpred IS NOT NULL",
     "docs/how-to/write-events.md": "SELECT array_agg(event_type ORDER BY id) = '{PURCHASE_CONFIRMED,PURCHASE_REFUNDED}'"
