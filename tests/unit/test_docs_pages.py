@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PATHS = re.compile(r"`((?:cli|daemon|diagnose|reconcile|settle|store|schema|telemetry|database)/\w+)")
+packaged = pytest.mark.skipif(not (ROOT / "outbox_worker/settle").is_dir(), reason="modules are not in packages yet")
 
 
 def text_of(page: str) -> str:
@@ -59,9 +60,21 @@ def test_a_succeeded_payment_is_called_so(page: str) -> None:
         assert "standing payment" not in text_of(page).lower()
 
 
-@pytest.mark.skipif(not (ROOT / "outbox_worker/settle").is_dir(), reason="the modules are not in packages yet")
+@packaged
 def test_the_files_that_the_architecture_names_are_there() -> None:
     named = set(PATHS.findall(text_of("docs/explanation/architecture.md")))
     assert len(named) > 15
     missing = {name for name in named if not list((ROOT / "outbox_worker").glob(f"{name}*"))}
     assert missing == set()
+
+
+@packaged
+def test_the_pages_that_the_code_names_are_there() -> None:
+    """In what it prints and in its docstrings; of a decision the number suffices, of a section its title."""
+    sources = [*ROOT.glob("outbox_worker/**/*.py"), *ROOT.glob("deploy/**/*.*ml"), ROOT / "Dockerfile"]
+    assert len(sources) > 60
+    for source in sources:
+        for page, title in re.findall(r"(docs/[\w/.-]*\w)(?:, \"([^\"]+)\")?", source.read_text()):
+            found = list(ROOT.glob(f"{page}*"))
+            assert found, f"{source.name}: {page}"
+            assert not title or f"# {title}\n" in found[0].read_text(), f"{source.name}: {title}"
