@@ -43,7 +43,7 @@ _NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 _OUTPUT = re.compile(r"<!-- output of: (?:outbox-worker|make) \S.* -->")
 _BACKGROUND = "<!-- in the background -->"
 _URL = re.compile(r"postgresql://(\w+):PASSWORD@HOST/DATABASE")
-PATIENCE = 120.0
+PATIENCE = 180.0
 
 
 class Block(NamedTuple):
