@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from enum import EnumType
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -234,7 +234,7 @@ def _with_choices(option: Any) -> str:
 def _values(kind: Any) -> list[str]:
     """Of an enumeration, or of a list of its values."""
     kind = next(iter(get_args(kind)), kind)
-    return [str(each.value) for each in kind] if isinstance(kind, EnumType) else []
+    return [str(value) for value in kind] if isinstance(kind, type) and issubclass(kind, StrEnum) else []
 
 
 # --- settings

@@ -131,8 +131,15 @@ class Terminal:
         self.running.clear()
 
     def expect_fine(self, command: list[str]) -> None:
-        options = {"cwd": self.directory, "env": self.environment(), "timeout": PATIENCE}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        done = subprocess.run(
+            command,
+            cwd=self.directory,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
 
     def environment(self) -> dict[str, str]:

@@ -67,6 +67,7 @@ def bound() -> Told:
                 given |= bases.get(base.value.id, {})
             name = given.pop("event")
             assert isinstance(name, ast.Constant), f"an event's name is written out: {ast.unparse(call)}"
+            assert isinstance(name.value, str)
             levels, fields = told.setdefault(name.value, (set(), set()))
             levels.update(levels_of(call, function))
             fields.update(given)
