@@ -130,10 +130,8 @@ format: $(VENV)/dev ## Format the code and mend what lint can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 
 .PHONY: reference
-reference: $(VENV)/dev ## Write the settings' reference into the README
-	@$(BIN)/python -c 'import re, pathlib; from outbox_worker.settings import reference; \
-		page = pathlib.Path("README.md"); mark = "settings -->\n"; \
-		page.write_text(re.sub(f"(<!-- {mark}).*(\n<!-- /{mark})", lambda m: m[1] + reference() + m[2], page.read_text(), flags=re.S))'
+reference: $(VENV)/dev ## Write docs/reference from the code
+	@$(BIN)/python docs/reference/generate.py
 
 .PHONY: dashboard
 dashboard: $(VENV)/run ## Write deploy/grafana/outbox-worker.json from its source

@@ -1,4 +1,6 @@
-"""The long figures of docs/performance.md: python benchmarks/long.py SCENE [SCENE ...]; URL in OUTBOX_DATABASE_URL.
+"""The long figures of docs/explanation/performance.md; URL in OUTBOX_DATABASE_URL.
+
+    python benchmarks/long.py SCENE [SCENE ...]
 
 Everything happens in the benchmark's own database. Scenes: loops, history, backlog, horizon, pages, idle.
 """

@@ -241,7 +241,7 @@ class Verdict:
     passed_to: str | None = None
     """The payment that was granted in place of a refunded one."""
     rule: int = field(default=0, compare=False)
-    """Of docs/state-machine.md; 0: none of them decided."""
+    """Of docs/explanation/state-machine.md; 0: none of them decided."""
     traceparent: str | None = None
     """The trace to which its producer says the event belongs."""
 

@@ -75,7 +75,7 @@ class TimelineEntry:
     subject: Any
     detail: str = ""
     rules: tuple[int, ...] = ()
-    """Which of docs/state-machine.md can have decided it."""
+    """Which of docs/explanation/state-machine.md can have decided it."""
 
 
 @dataclass(frozen=True, slots=True)

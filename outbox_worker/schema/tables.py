@@ -1,6 +1,6 @@
 """The seven tables as SQLAlchemy sees them, under the names that settings give them.
 
-A column's key is the name of docs/architecture.md, whatever the database calls it: ``tables.payments.c.student_id``.
+A column's key is the name of docs/reference/tables.md, for example ``tables.payments.c.student_id``.
 """
 
 from __future__ import annotations

@@ -678,7 +678,7 @@ def test_all_heads_at_once(empty: Site) -> None:
 
 PROCESS = """
 import sys
-from outbox_worker import migration
+from outbox_worker.schema import migrate as migration
 from outbox_worker.database.engine import Database
 from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings

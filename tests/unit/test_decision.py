@@ -24,7 +24,7 @@ REFUNDED: dict[str, Any] = {"is_refund": True, "payment_id": PAYMENT, "payment_s
 
 Rule = tuple[str, dict[str, Any], Outcome, Reason | None]
 
-# The rules of docs/state-machine.md in their order: what makes each hold, and its verdict.
+# The rules of docs/explanation/state-machine.md in their order: what makes each hold, and its verdict.
 FIRST_RULES: list[Rule] = [
     ("0 three crashes", {"crashes": 3}, Outcome.DEAD, Reason.CRASHED_WORKER),
     ("1 no handler", {"handled": False}, Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE),

@@ -46,7 +46,7 @@ def print_audit(report: AuditReport, limit: int) -> None:
     else:
         unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
         terminal.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
-        terminal.line('What to do: docs/operations.md, "The audit found something".')
+        terminal.line('What to do: docs/runbook.md, "The audit found something".')
 
 
 _STATUSES = ", ".join(PaymentStatus)

@@ -89,7 +89,7 @@ def durability(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Off is safe for a worker's role and nobody else's (docs/decisions/010)."""
+    """Off is safe for a worker's role and nobody else's (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.value != "off":
         yield ok(found.value)
@@ -98,7 +98,7 @@ def synchronous_commit(subject: Subject) -> Iterator[Finding]:
     else:
         yield problem(
             f"off for everybody (source: {found.source}): a crash can take back payments that were acknowledged",
-            "set it on for server and database; off is safe for the worker's role alone (docs/decisions/010)",
+            "set it on for server and database; off is safe for the worker's role (docs/explanation/decisions/010)",
         )
 
 

@@ -197,7 +197,7 @@ def _hears(subject: Subject) -> Finding:
 
 
 def backfill(subject: Subject) -> Iterator[Finding]:
-    """The periodic one only tells until a person has completed one (docs/decisions/018)."""
+    """The periodic one only tells until a person has completed one (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
         yield ok("one was completed by hand: periodic ones may make what is owed")
     elif not subject.settings.backfill_every_seconds:
