@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import psycopg
 
 from outbox_worker.database import Database
 from outbox_worker.decision import RetryPolicy
@@ -21,3 +24,6 @@ class MakeProcessor(Protocol):
 
 class MakeDatabase(Protocol):
     def __call__(self, *, connections: int = 4, deadline_seconds: float | None = 10) -> Database: ...
+
+
+Connect = Callable[..., psycopg.Connection[Any]]

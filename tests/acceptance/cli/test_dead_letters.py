@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
 from uuid import UUID, uuid4
 
-import psycopg
 import pytest
 
 from tests.support.factories import Shop
+from tests.support.makers import Connect
 from tests.support.payloads import document, put, retype
 from tests.support.processes import Finished, eventually, finish, finish_on_terminal, start
 
-Connect = Callable[..., psycopg.Connection[Any]]
 WHO = ("--actor", "ann", "--reason", "the producer is mended")
 
 

@@ -9,10 +9,8 @@ import contextlib
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
 
 import psycopg
 import pytest
@@ -20,9 +18,9 @@ import pytest
 from outbox_worker.model import Outcome
 from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX
 from tests.support.factories import Shop
+from tests.support.makers import Connect
 from tests.support.processes import eventually, finish, start
 
-Connect = Callable[..., psycopg.Connection[Any]]
 EVENTS = 10_000
 TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-import psycopg
 import pytest
 
 from tests.support.factories import Shop
+from tests.support.makers import Connect
 from tests.support.processes import Process, eventually, finish, start
 from tests.support.refunding import OPS, Pair, tell
 from tests.support.refunding import check as check_pairs
 from tests.support.sites import watch_charges
 
-Connect = Callable[..., psycopg.Connection[Any]]
 BATCH = 100
 
 

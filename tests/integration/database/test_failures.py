@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -15,10 +14,8 @@ from sqlalchemy.orm import Session
 from outbox_worker.database import Database
 from outbox_worker.errors import Failure, classify, sqlstate
 from outbox_worker.settings import load_settings
-from tests.support.makers import MakeDatabase
+from tests.support.makers import Connect, MakeDatabase
 from tests.support.sites import Site
-
-Connect = Callable[..., psycopg.Connection[Any]]
 
 SCRIPTS: dict[str, tuple[Failure, str]] = {
     "57014": (Failure.RETRY, "SET LOCAL statement_timeout = '20ms'; SELECT pg_sleep(5)"),

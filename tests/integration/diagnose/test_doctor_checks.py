@@ -23,11 +23,8 @@ from outbox_worker.schema import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
 from tests.support import servers
 from tests.support.factories import Clerk, Shop
-from tests.support.makers import MakeDatabase
+from tests.support.makers import Connect, MakeDatabase
 from tests.support.processes import eventually
-
-Connect = Callable[..., psycopg.Connection[Any]]
-
 
 A_PURCHASE = (
     "INSERT INTO purchases (student_id, course_id, amount, currency) SELECT a, a, 1, 'EUR' FROM gen_random_uuid() AS a"

@@ -5,12 +5,10 @@ A good event is one whose purchase can be written. What stands before it here ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-import psycopg
 import pytest
 from sqlalchemy.exc import DBAPIError
 
@@ -21,11 +19,9 @@ from outbox_worker.model import Outcome
 from outbox_worker.pacing import FEW_IN_DOUBT, STUCK_PASSES_MAX
 from outbox_worker.settlement import MAX_SAVEPOINTS
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
-from tests.support.makers import MakeProcessor
+from tests.support.makers import Connect, MakeProcessor
 from tests.support.refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
 from tests.support.trips import RoundTrips
-
-Connect = Callable[..., psycopg.Connection[Any]]
 
 AT_ONCE = timedelta(milliseconds=1)
 FOR_EVER = RetryPolicy(max_attempts=10**6, base=AT_ONCE, maximum=AT_ONCE)

@@ -6,10 +6,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
 from uuid import UUID
 
-import psycopg
 import pytest
 
 from outbox_worker.model import Guard, Outcome
@@ -26,10 +24,7 @@ from tests.support.interleaving import (
     settle_all,
     stop_insert_of,
 )
-from tests.support.makers import MakeDatabase, MakeProcessor
-
-Connect = Callable[..., psycopg.Connection[Any]]
-
+from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 
 # --- the same pair in two events, one worker stopped before every statement in turn
 

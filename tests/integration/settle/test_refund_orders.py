@@ -10,10 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from uuid import UUID
 
-import psycopg
 import pytest
 
 from outbox_worker.errors import KeyMissing
@@ -32,11 +30,8 @@ from tests.support.interleaving import (
     waits_at,
     waits_beside,
 )
-from tests.support.makers import MakeDatabase, MakeProcessor
+from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 from tests.support.refunding import CONFIRM_A, CONFIRM_B, OPS, REFUND_A, REFUND_B, Op, Pair, check, tell
-
-Connect = Callable[..., psycopg.Connection[Any]]
-
 
 ORDERS = list(itertools.permutations(OPS))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
@@ -20,11 +19,9 @@ from outbox_worker.settings import Settings
 from outbox_worker.settlement import MAX_SAVEPOINTS
 from tests.support.factories import Clerk, Payment, ProbedProcessor, Shop, drain_all
 from tests.support.interleaving import poll
-from tests.support.makers import MakeDatabase, MakeProcessor
+from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 from tests.support.refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
 from tests.support.trips import RoundTrips
-
-Connect = Callable[..., psycopg.Connection[Any]]
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 

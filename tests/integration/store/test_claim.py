@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-import psycopg
 import pytest
 from psycopg import sql
 from sqlalchemy import event as listener
@@ -20,9 +19,8 @@ from outbox_worker.model import Event, Outcome
 from outbox_worker.outbox import Outbox
 from outbox_worker.schema import Tables
 from tests.support.factories import Shop, drain_all
-from tests.support.makers import MakeDatabase, MakeProcessor
+from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 
-Connect = Callable[..., psycopg.Connection[Any]]
 LARGE = 50_000
 
 

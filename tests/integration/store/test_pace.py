@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-import psycopg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -16,11 +14,9 @@ from outbox_worker.model import Outcome
 from outbox_worker.settings import load_settings
 from outbox_worker.settlement import BATCHES_TO_LOOK_AT
 from tests.support.factories import Shop, drain_all, hold_pair, open_payment
-from tests.support.makers import MakeProcessor
+from tests.support.makers import Connect, MakeProcessor
 from tests.support.refusals import NO_TRIGGER, raising, run
 from tests.support.trips import RoundTrips
-
-Connect = Callable[..., psycopg.Connection[Any]]
 
 
 @pytest.mark.parametrize("size", [1, 10, 1000])
