@@ -123,7 +123,7 @@ check: $(VENV)/dev ## Check format, lint, types, import layers and migrations
 	@$(BIN)/mypy
 	@MYPYPATH=alembic $(BIN)/mypy alembic/*.py alembic/versions/*.py
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
-	@$(BIN)/python tests/check_migrations.py
+	@$(BIN)/python tests/support/check_migrations.py
 
 .PHONY: format
 format: $(VENV)/dev ## Format the code and mend what lint can

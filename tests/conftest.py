@@ -16,14 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import psycopg
 import pytest
-import servers
-from factories import Clerk, ProbedProcessor, Shop, drain_all
 from loguru import logger
-from sites import ROLE, Site
 
 from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
@@ -41,23 +38,13 @@ from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import Telemetry
+from tests.support import servers
+from tests.support.factories import Clerk, ProbedProcessor, Shop, drain_all
+from tests.support.makers import MakeDatabase, MakeProcessor
+from tests.support.sites import ROLE, Site
 
 _HOLDER = pytest.StashKey[servers.Holder]()
 _count = itertools.count(1)
-
-
-class MakeProcessor(Protocol):
-    def __call__(
-        self,
-        batch_size: int = 1000,
-        unknown_types: Literal["bury", "ignore"] = "bury",
-        policy: RetryPolicy | None = None,
-        database: Database | None = None,
-    ) -> ProbedProcessor: ...
-
-
-class MakeDatabase(Protocol):
-    def __call__(self, *, connections: int = 4, deadline_seconds: float | None = 10) -> Database: ...
 
 
 def pytest_configure(config: pytest.Config) -> None:

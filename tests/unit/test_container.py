@@ -6,7 +6,9 @@ import re
 
 import pytest
 import yaml
-from promql import PROMETHEUS, ROOT
+
+from tests.support import ROOT
+from tests.support.promql import PROMETHEUS
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 IGNORED = (ROOT / ".dockerignore").read_text().splitlines()

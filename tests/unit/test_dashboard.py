@@ -7,7 +7,9 @@ import runpy
 from typing import Any
 
 import pytest
-from promql import ROOT, exported, problems, recorded
+
+from tests.support import ROOT
+from tests.support.promql import exported, problems, recorded
 
 DIRECTORY = ROOT / "deploy" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((DIRECTORY / "outbox-worker.json").read_text())

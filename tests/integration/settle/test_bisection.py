@@ -1,0 +1,185 @@
+"""Refused events among many good ones: what finding them costs, in savepoints, round trips and transactions."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from math import ceil, log2
+from typing import Any
+
+import pytest
+from sqlalchemy import event as listener
+
+from outbox_worker.database.engine import Database
+from outbox_worker.errors import Inconsistent
+from outbox_worker.model import Guard, Outcome
+from outbox_worker.schema.tables import PAIR_INDEX
+from outbox_worker.settle.settlement import MAX_SAVEPOINTS
+from tests.support.factories import ProbedProcessor, Shop, drain_all
+from tests.support.refusals import BAD, GOOD, REFUSALS, pay, pay_many, run, trigger
+from tests.support.trips import RoundTrips
+
+pytestmark = pytest.mark.usefixtures("both_guards")
+
+THOUSAND = 1000
+AT_COMMIT = "at COMMIT"
+PATIENCE_SECONDS = 20.0
+KINDS = ["foreign key", "check", "trigger", "overflow", "trigger at COMMIT", "foreign key at COMMIT"]
+
+
+# --- one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_refused_among_a_thousand_costs_one_pass(
+    both_guards: str, kind: str, shop: Shop, database: Database, processor: ProbedProcessor
+) -> None:
+    """One attempt at all, then two per halving: 2 + 2 log2(n) savepoints, and none more.
+
+    An attempt that fails takes 3 round trips (6 where it fails by its deferred constraints), one that succeeds 6; one
+    more reads the trace of the refused event. Under the guard ``lock`` a batch is what one transaction may lock.
+    """
+    many, locks = size_of_a_batch(processor), both_guards == "lock"
+    run(shop, REFUSALS[kind].schema)
+    pay_many(shop, many // 3, GOOD)
+    _, bad = pay(shop, BAD)
+    pay_many(shop, many - many // 3 - 1, GOOD)
+    trips = RoundTrips(database)
+    report = processor.process_batch()
+    assert report.outcomes() == {Outcome.CREATED: many - 1, Outcome.RETRIED: 1}
+    assert (shop.count("purchases"), shop.count("processed_events")) == (many - 1, many - 1)
+    assert shop.rows("SELECT event_id, attempts FROM outbox") == [(bad, 1)]
+    *fast, found = zip(trips.savepoints(), map(len, trips.transactions()), strict=True)
+    least, most = int(log2(many)), ceil(log2(many))
+    if AT_COMMIT in kind:
+        assert fast == [(1, 8 + locks)]
+        assert found in [(1 + 2 * depth, 13 + 12 * depth) for depth in (least, most)]
+    else:
+        assert fast == []
+        assert found in [(2 + 2 * depth, 13 + locks + 9 * depth) for depth in (least, most)]
+    assert 2 + 2 * most <= MAX_SAVEPOINTS == 32
+
+
+def test_a_constraint_that_looks_at_the_end_of_the_transaction_refuses_no_neighbour(
+    shop: Shop, processor: ProbedProcessor
+) -> None:
+    """Each part is checked at its own end, as COMMIT would check it: when the purchase has its mark."""
+    unmarked = "(SELECT FROM processed_events WHERE payment_id = NEW.payment_id)"
+    run(
+        shop,
+        trigger(
+            f"IF NEW.course_id = '{BAD}' OR NOT EXISTS {unmarked} THEN RAISE EXCEPTION 'no'; END IF;",
+            "CONSTRAINT TRIGGER refuse AFTER",
+        ),
+    )
+    pay_many(shop, 20, GOOD)
+    pay_many(shop, 1, BAD)
+    pay_many(shop, 20, GOOD)
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 40, Outcome.RETRIED: 1}
+
+
+# --- many
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "most"),
+    [
+        (950, 50, 20),
+        (0, 60, 6 + 60 // 15),
+        pytest.param(500, 500, 70, marks=pytest.mark.slow),
+        pytest.param(0, 1000, 6 + 1000 // 15, marks=pytest.mark.slow),
+    ],
+)
+def test_many_refused_are_found_step_by_step(
+    shop: Shop, database: Database, processor: ProbedProcessor, good: int, bad: int, most: int
+) -> None:
+    """Every transaction settles or postpones something; each refused event is charged once, and no good one ever.
+
+    To go through n events that are all refused takes 2n attempts: after log2(1000 / 15) halvings of the batch each
+    transaction goes through 15 of them or more. Where few are refused, the halves that hold one are at most
+    2 * bad * (1 + log2(n / bad)), and a transaction tries 20 of them besides finding its way down to the first: 27
+    transactions for 50 among 1,000. Measured: 17, 6, 63 and 68.
+    """
+    run(shop, REFUSALS["check"].schema)
+    pay_many(shop, bad, BAD)
+    pay_many(shop, good, GOOD)
+    shuffle(shop)
+    shop.rows("ANALYZE")
+    trips = RoundTrips(database)
+    reports = []
+    while (report := processor.process_batch()).batch:
+        assert len(report.verdicts) >= min(len(report.batch), (MAX_SAVEPOINTS - 2 - ceil(log2(report.limit))) // 2)
+        reports.append(report)
+    assert max(trips.savepoints()) <= MAX_SAVEPOINTS
+    assert len(trips.transactions()) == len(reports) + 1, "none was rolled back"
+    assert len(reports) <= most
+    assert shop.count("purchases") == shop.count("processed_events") == good
+    assert shop.rows("SELECT attempts, count(*) FROM outbox GROUP BY 1") == [(1, bad)]
+
+
+# --- on another footing
+
+
+def test_parts_lock_no_more_pairs_than_a_transaction_may(
+    shop: Shop, database: Database, processor: ProbedProcessor
+) -> None:
+    """Also where each of many parts has events to judge."""
+    processor.watch.state = replace(processor.watch.state, lock_capacity=20)
+    run(shop, REFUSALS["check"].schema)
+    shop.pay_many(100, events=2)
+    pay_many(shop, 1, BAD)
+    held: list[int] = []
+    ours = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    locks = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND {ours}"
+    listener.listen(database.engine, "commit", lambda _: held.append(shop.scalar(locks)))
+    outcomes = drain_all(processor)
+    assert outcomes == {Outcome.CREATED: 100, Outcome.ALREADY_EXISTS: 100, Outcome.RETRIED: 1}
+    assert 10 < max(held) <= 20 + 2
+
+
+@pytest.mark.parametrize("both_guards", ["index"], indirect=True)
+def test_the_index_goes_while_the_refused_event_is_looked_for(
+    shop: Shop, database: Database, processor: ProbedProcessor
+) -> None:
+    """What is left is settled by the lock, with all its pairs locked first."""
+    run(shop, REFUSALS["check"].schema)
+    pay_many(shop, 20, GOOD)
+    pay_many(shop, 1, BAD)
+    drop = threading.Thread(target=shop.rows, args=[f"DROP INDEX CONCURRENTLY {PAIR_INDEX}"])
+
+    def lose_index(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        """The first attempt has failed; what it had locked is free."""
+        if statement.startswith("ROLLBACK TO") and not drop.ident:
+            drop.start()
+            drop.join(PATIENCE_SECONDS)
+
+    listener.listen(database.engine, "after_cursor_execute", lose_index)
+    report = processor.process_batch()
+    assert report.outcomes() == {Outcome.CREATED: 20, Outcome.RETRIED: 1}
+    assert report.guard is Guard.LOCK
+
+
+def test_rows_that_vanish_are_no_events_fault(shop: Shop, processor: ProbedProcessor) -> None:
+    """A statement that touched fewer rows than it must is our error, however few events it is tried with."""
+    run(
+        shop,
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER swallow BEFORE INSERT ON processed_events FOR EACH ROW EXECUTE FUNCTION swallow()",
+    )
+    pay_many(shop, 5, GOOD)
+    was = shop.rows("SELECT * FROM outbox ORDER BY id")
+    with pytest.raises(Inconsistent):
+        processor.process_batch()
+    assert shop.rows("SELECT * FROM outbox ORDER BY id") == was
+    assert shop.purchases() == []
+
+
+def size_of_a_batch(processor: ProbedProcessor) -> int:
+    state = processor.watch.state
+    return min(THOUSAND, state.lock_capacity) if state.guard is Guard.LOCK else THOUSAND
+
+
+def shuffle(shop: Shop) -> None:
+    """Let the events be due in an order that has nothing to do with their pairs, the same in every run."""
+    some = "CAST(CAST('x' || left(md5(CAST(id AS text)), 7) AS bit(28)) AS int)"
+    shop.rows(f"UPDATE outbox SET due_at = due_at - interval '1 ms' * {some}")

@@ -1,0 +1,224 @@
+"""Round trips per batch, and the low-water mark: where a claim begins loses nothing and delays nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from outbox_worker.database.engine import Database
+from outbox_worker.model import Outcome
+from outbox_worker.settings import load_settings
+from outbox_worker.settle.settlement import BATCHES_TO_LOOK_AT
+from tests.support.factories import Shop, drain_all, hold_pair, open_payment
+from tests.support.makers import Connect, MakeProcessor
+from tests.support.refusals import NO_TRIGGER, raising, run
+from tests.support.trips import RoundTrips
+
+
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_a_batch_takes_eight_round_trips_however_large(
+    size: int, shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    """The happy path stays in the database: four statements, set-wise; the rest is the transaction's frame."""
+    shop.pay_many(size)
+    processor = make_processor(batch_size=1000)
+    trips = RoundTrips(database)
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: size}
+    frame, work = ["begin", "set", "claim", "savepoint"], ["insert", "mark", "delete"]
+    assert trips.sent == [*frame, *work, "commit"]
+
+
+def test_an_empty_look_takes_four_round_trips(database: Database, make_processor: MakeProcessor) -> None:
+    processor = make_processor()
+    trips = RoundTrips(database)
+    assert not processor.process_batch().batch
+    assert trips.sent == ["begin", "set", "claim", "commit"]
+
+
+def test_marks_are_looked_at_only_after_one_was_met(
+    shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    """Events are taken for new; where one is not, its mark speaks up when it is written, and the batch begins again."""
+    shop.pay_many(10)
+    recovered, event = shop.paid(due_in="-1 hour")
+    shop.mark(event, "created", recovered.id)
+    processor = make_processor(batch_size=2)
+    trips = RoundTrips(database)
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 1, Outcome.RECOVERED: 1}
+    assert trips.sent.count("savepoint") == 3, "as new; with a look; carefully"
+    del trips.sent[:]
+    assert drain_all(processor) == {Outcome.CREATED: 9}
+    inserts = [sent for sent in trips.statements if "INTO public.purchases" in sent]
+    assert [("public.processed_events.event_id" in sent) for sent in inserts[-5:]] == [True] * 5
+
+
+def test_after_a_hundred_batches_events_are_taken_for_new_again(
+    shop: Shop, database: Database, make_processor: MakeProcessor
+) -> None:
+    recovered, event = shop.paid(due_in="-1 hour")
+    shop.mark(event, "created", recovered.id)
+    shop.pay_many(BATCHES_TO_LOOK_AT + 2)
+    processor = make_processor(batch_size=1)
+    trips = RoundTrips(database)
+    assert drain_all(processor) == {Outcome.RECOVERED: 1, Outcome.CREATED: BATCHES_TO_LOOK_AT + 2}
+    looked = [
+        "public.processed_events.event_id" in sent for sent in trips.statements if "INTO public.purchases" in sent
+    ]
+    assert looked.count(True) >= BATCHES_TO_LOOK_AT
+    assert looked[-1] is False
+
+
+def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, make_processor: MakeProcessor) -> None:
+    """Planning each time would cost a batch as much as a round trip."""
+    shop.pay_many(120)
+    database = make_database(connections=1)
+    processor = make_processor(batch_size=10, database=database)
+    assert drain_all(processor) == {Outcome.CREATED: 120}
+    with database.transaction() as session:
+        kept = "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement NOT LIKE '%set_config%'"
+        plans = session.execute(text(kept)).all()
+    assert sum(generic for generic, _ in plans) > 20
+    assert [custom for _, custom in plans] == [0] * len(plans)
+
+
+def test_behind_a_pooler_nothing_is_prepared(database_url: str, shop: Shop, make_processor: MakeProcessor) -> None:
+    """The next transaction may meet another backend, which knows nothing of what this one prepared."""
+    shop.pay_many(120)
+    database = Database(load_settings(database_url=database_url, pooler="transaction"), deadline_seconds=10)
+    processor = make_processor(batch_size=10, database=database)
+    assert drain_all(processor) == {Outcome.CREATED: 120}
+    with database.transaction() as session:
+        assert session.scalar(text("SELECT count(*) FROM pg_prepared_statements")) == 0
+    database.close()
+
+
+def test_no_row_travels_on_the_happy_path(shop: Shop, make_processor: MakeProcessor) -> None:
+    """Keys do; a payload of a megabyte that is nobody's business stays where it is."""
+    shop.paid(payload={"note": "x" * 2**20})
+    report = make_processor().process_batch()
+    assert report.outcomes() == {Outcome.CREATED: 1}
+    assert len(repr(report.batch)) < 1000
+
+
+# --- the low-water mark
+
+
+def test_a_claim_begins_where_the_last_one_ended_and_short_claims_at_the_beginning(
+    shop: Shop, make_processor: MakeProcessor
+) -> None:
+    shop.pay_many(25)
+    processor = make_processor(batch_size=10)
+    starts = watch_starts(processor)
+    assert drain_all(processor) == {Outcome.CREATED: 25}
+    assert starts[0] is None
+    assert [start is None for start in starts[3:]] == [True] * len(starts[3:]), "after the short claim"
+    assert sum(start is None for start in starts[1:3]) <= 1, "a sweep may come between"
+
+
+def watch_starts(processor: Any) -> list[Any]:
+    starts: list[Any] = []
+    claim = processor.outbox.claim
+
+    def watched(session: Any, limit: int, until: Any = None, start: Any = None) -> Any:
+        starts.append(start)
+        return claim(session, limit, until, start)
+
+    processor.outbox.claim = watched
+    return starts
+
+
+def never_sweep(processor: Any) -> None:
+    """The next sweep is far away: what is found now is found by the other rules."""
+    processor._pacing.swept = lambda *_: None
+    processor._pacing.frontier.sweep_due = float("inf")
+
+
+def test_what_is_behind_the_mark_waits_for_a_sweep_and_no_longer(
+    shop: Shop, connect: Connect, make_processor: MakeProcessor
+) -> None:
+    """A producer whose transaction stays open while later events are settled: its event is older than the mark."""
+    late = connect()
+    event = open_payment(late)
+    shop.pay_many(500)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    settled: Counter[Outcome] = Counter()
+    for turn in range(40):
+        if turn == 20:
+            late.commit()
+        settled += processor.process_batch().outcomes()
+        assert shop.outcome_of(event) is None
+    processor._pacing.frontier.sweep_due = 0.0
+    settled += processor.process_batch().outcomes()
+    assert shop.outcome_of(event) == "created", "the first look from the beginning finds it, before the backlog's rest"
+    settled += drain_all(processor)
+    assert settled == {Outcome.CREATED: 501}
+
+
+def test_sweeps_come_by_themselves_while_the_backlog_lasts(
+    shop: Shop, connect: Connect, make_processor: MakeProcessor
+) -> None:
+    """A late bulk commit: all of it is settled long before a backlog that stood behind it."""
+    late = connect()
+    events = [open_payment(late) for _ in range(15)]
+    shop.pay_many(20_000)
+    processor = make_processor(batch_size=20)
+    for _ in range(10):
+        processor.process_batch()
+    late.commit()
+    while any(shop.outcome_of(event) is None for event in events):
+        assert processor.process_batch().batch
+    assert shop.count("outbox") > 10_000, "the backlog was not drained first"
+
+
+def test_a_step_back_of_the_servers_clock_loses_nothing(shop: Shop, make_processor: MakeProcessor) -> None:
+    """Events that are written later and due earlier than what was claimed already."""
+    shop.pay_many(100)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    for _ in range(5):
+        processor.process_batch()
+    for _ in range(30):
+        shop.paid(due_in="-1 hour")
+    assert drain_all(processor)[Outcome.CREATED] == 80
+    assert shop.count("outbox") == 0
+
+
+def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make_processor: MakeProcessor) -> None:
+    """A pair that somebody holds stays in the outbox; the mark does not pass it."""
+    held, event = shop.paid(due_in="-1 hour")
+    shop.purchase(student=held.student_id, course=held.course_id)
+    shop.pay_many(50)
+    holder = connect()
+    hold_pair(holder, held)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    starts = watch_starts(processor)
+    for _ in range(3):
+        processor.process_batch()
+    assert starts == [None] * 3
+    holder.rollback()
+    assert drain_all(processor)[Outcome.DUPLICATE_PAYMENT] == 1
+    assert shop.outcome_of(event) == "duplicate_payment"
+
+
+def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
+    shop: Shop, make_processor: MakeProcessor
+) -> None:
+    shop.pay_many(50)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    starts = watch_starts(processor)
+    processor.process_batch()
+    run(shop, raising("53100", only_bad=False))
+    with pytest.raises(DBAPIError):
+        processor.process_batch()
+    run(shop, NO_TRIGGER)
+    assert starts[-1] is not None
+    processor.process_batch()
+    assert starts[-1] is None
+    assert drain_all(processor) == {Outcome.CREATED: 30}

@@ -1,0 +1,166 @@
+"""Two workers, step by step: one stands still before a statement of its own while the other does what it can."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import event as listener
+
+from outbox_worker.database.engine import Database
+from outbox_worker.decision import RetryPolicy
+from outbox_worker.model import Outcome
+from outbox_worker.telemetry.reporter import BatchReport
+from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all
+
+T = TypeVar("T")
+PATIENCE = 20.0
+
+AT_ONCE = RetryPolicy(max_attempts=10, base=timedelta(milliseconds=1), maximum=timedelta(milliseconds=1))
+"""An event that makes way for others is due again at once."""
+
+
+class Brake:
+    """Stops one worker just before its n-th statement from the claim on (COMMIT counts as one), until released."""
+
+    def __init__(self, database: Database, step: int) -> None:
+        self._step, self._seen = step, 0
+        self.reached, self.released = threading.Event(), threading.Event()
+        self.statement = ""
+        listener.listen(database.engine, "before_cursor_execute", self._before)
+        listener.listen(database.engine, "commit", self._before_commit)
+
+    def _before(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "set_config" not in statement and "SAVEPOINT" not in statement:
+            self._count(statement)
+
+    def _before_commit(self, _connection: Any) -> None:
+        self._count("COMMIT")
+
+    def _count(self, statement: str) -> None:
+        self._seen += 1
+        if self._seen == self._step:
+            self.statement = statement
+            self.reached.set()
+            assert self.released.wait(PATIENCE), "never released"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One worker stands still before its 1st, 2nd, … statement while the other does what it can."""
+
+    shop: Shop
+    fast: ProbedProcessor
+    make_slow: Callable[[], ProbedProcessor]
+    """A processor on a database of its own, which is closed after its step."""
+    pool: ThreadPoolExecutor
+
+    def through(
+        self, prepare: Callable[[], T], meanwhile: Callable[[T], None] | None = None
+    ) -> Iterator[tuple[T, str]]:
+        """What ``prepare`` made and before which statement the slow worker stood ("": it was not stopped any more).
+
+        ``meanwhile`` happens while it stands. When both have done a batch, the rest is drained; then the caller looks.
+        """
+        for step in range(1, 40):
+            made, slow = prepare(), self.make_slow()
+            brake = Brake(slow.database, step)
+            braked = self.pool.submit(slow.process_batch)
+            poll(lambda b=brake, f=braked: b.reached.is_set() or f.done(), "the statement, or the end")
+            if meanwhile is not None:
+                meanwhile(made)
+            other = self.pool.submit(self.fast.process_batch)
+            poll(lambda f=other: f.done() or self.shop.waiting(), "the other worker is done or waits")
+            brake.released.set()
+            braked.result(PATIENCE), other.result(PATIENCE)
+            drain_all(self.fast)
+            yield made, brake.statement
+            assert errors(slow) == {}, brake.statement
+            slow.database.close()
+            if not brake.reached.is_set():
+                return
+        raise AssertionError("a batch without end")
+
+
+def poll(holds: Callable[[], Any], what: str) -> Any:
+    deadline, turn = time.monotonic() + PATIENCE, threading.Event()
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
+        turn.wait(0.005)
+    return found
+
+
+def errors(*processors: ProbedProcessor) -> dict[str, float]:
+    """Errors of the database that the processors met, by class."""
+    total: Counter[str] = Counter()
+    for processor in processors:
+        for name, value in processor.telemetry.metrics.snapshot().items():
+            if name.startswith("outbox_database_errors_total") and value:
+                total[name] += int(value)
+    return dict(total)
+
+
+def deadlocks(shop: Shop, *databases: Database) -> int:
+    """By the server's own count. A session hands in what it counted when it ends."""
+    for database in databases:
+        database.close()
+    poll(lambda: not shop.sessions(), "sessions end")
+    shop.rows("SELECT pg_stat_clear_snapshot()")
+    return int(shop.scalar("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"))
+
+
+def settle_all(processor: ProbedProcessor, shop_is_empty: Callable[[], bool]) -> Counter[Outcome]:
+    """Like a claim loop: on and on until the outbox is empty; rows and pairs that others hold are met again."""
+    outcomes: Counter[Outcome] = Counter()
+    deadline = time.monotonic() + PATIENCE
+    while not shop_is_empty():
+        outcomes += processor.process_batch().outcomes()
+        assert time.monotonic() < deadline, outcomes
+    return outcomes
+
+
+def run_together(pool: ThreadPoolExecutor, *processors: ProbedProcessor) -> list[BatchReport]:
+    """One batch each: all have claimed before one goes on."""
+    meeting = threading.Barrier(len(processors), timeout=PATIENCE)
+    for processor in processors:
+        processor.meeting = meeting
+    batches = [pool.submit(processor.process_batch) for processor in processors]
+    return [future.result(PATIENCE) for future in batches]
+
+
+GATE = 4242
+
+
+def stop_insert_of(shop: Shop, payment: Payment, moment: str, *, is_active: bool = True, gate: int = GATE) -> None:
+    """The insert of this payment's purchase waits for the advisory lock ``gate``: BEFORE the row, or AFTER all rows."""
+    shop.rows(
+        f"""
+        CREATE FUNCTION wait_at_{gate}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.payment_id = '{payment.id}' AND NEW.is_active = {is_active} THEN
+                PERFORM pg_advisory_xact_lock({gate});
+            END IF;
+            RETURN NEW;
+        END $$
+        """
+    )
+    shop.rows(f"CREATE TRIGGER gate_{gate} {moment} INSERT ON purchases FOR EACH ROW EXECUTE FUNCTION wait_at_{gate}()")
+
+
+def waits_at(shop: Shop, gate: int) -> bool:
+    """Somebody waits for this advisory lock."""
+    return bool(shop.scalar(f"SELECT count(*) FROM pg_locks WHERE {_OF_US} AND objid = %s", gate))
+
+
+def waits_beside(shop: Shop, gate: int) -> bool:
+    """Somebody waits for something else than this advisory lock."""
+    beside = "(locktype <> 'advisory' OR objid <> %s)"
+    return bool(shop.scalar(f"SELECT count(*) FROM pg_locks WHERE {_OF_US} AND {beside}", gate))
+
+
+_OF_US = "NOT granted AND pid IN (SELECT pid FROM pg_stat_activity WHERE datname = current_database())"

@@ -1,0 +1,280 @@
+"""The real command as a process: settings in, exit code and JSON records out; one waits for a record, not for a time.
+
+``finish`` runs a command to its end; ``start`` returns a running ``Process`` whose records can be waited for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support import ROOT
+
+BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
+"""Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
+_NOT_PASSED_ON = (
+    "OUTBOX_",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_",
+    "CREDENTIALS_DIRECTORY",
+    "PYTHONDONTWRITE",
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "FORCE_COLOR",
+)
+_END = b"\x1e"
+PATIENCE = 30.0
+"""Seconds after which something that should have happened did not."""
+
+
+def eventually(holds: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Poll until ``holds`` returns something true, and return that."""
+    deadline = time.monotonic() + patience
+    turn = threading.Event()
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"not within {patience} s: {what}"
+        turn.wait(0.01)
+    return found
+
+
+def environment(url: str | None, settings: Mapping[str, object]) -> dict[str, str]:
+    """The caller's environment without its OUTBOX_*; ``batch_size=5`` becomes OUTBOX_BATCH_SIZE, ``NAME="x"`` NAME."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
+    clean["PYTHONPYCACHEPREFIX"] = str(BYTECODE)
+    given = {name if name.isupper() else f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
+    clean["OUTBOX_HTTP_LISTEN"] = "off"  # many workers run at once
+    return clean | ({} if url is None else {"OUTBOX_DATABASE_URL": url}) | given
+
+
+def parse_records(text: str) -> list[dict[str, Any]]:
+    """The JSON records among the lines of stderr."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return parse_records(self.stderr)
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """What ``--json`` printed: exactly one object on one line."""
+        assert self.stdout.count("\n") == 1, self.stdout
+        found: dict[str, Any] = json.loads(self.stdout)
+        return found
+
+    def sentences(self) -> str:
+        """What a person reads on stderr: all that is no record."""
+        return "\n".join(line for line in self.stderr.splitlines() if not line.startswith("{"))
+
+    def record(self, event: str) -> dict[str, Any]:
+        found = [record for record in self.records if record.get("event") == event]
+        assert len(found) == 1, f"{event}: {found}\n{self.stderr}"
+        return found[0]
+
+
+def finish(*arguments: str, url: str | None = None, patience: float = 2 * PATIENCE, **settings: object) -> Finished:
+    """Run ``outbox-worker ARGUMENTS`` to its end."""
+    return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, patience, settings)
+
+
+def finish_in_shell(line: str, url: str | None = None) -> Finished:
+    """Run a line of ``sh`` in which ``$WORKER`` is the command."""
+    return _finish(["/bin/sh", "-c", line], url, PATIENCE, {}, WORKER=f"{sys.executable} -m outbox_worker")
+
+
+def finish_unread(*arguments: str, url: str | None = None) -> Finished:
+    """Run ``outbox-worker ARGUMENTS`` into a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=writer)
+    finally:
+        os.close(writer)
+
+
+def finish_on_terminal(*arguments: str, url: str, columns: int = 80, typed: str | None = None) -> str:
+    """Run ``outbox-worker ARGUMENTS`` on a terminal; what it shows, without colours. ``typed``: what one answers."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    shown, reader = bytearray(), threading.Thread(target=lambda: shown.extend(_read_terminal(leader)))
+    reader.start()
+    if typed is not None:
+        os.write(leader, typed.encode())
+    ends = {"stdout": follower} if typed is None else {"stdin": follower, "stdout": follower, "stderr": follower}
+    try:
+        _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, **ends, TERM="xterm")
+    finally:
+        os.write(follower, _END)
+        reader.join(PATIENCE)
+        os.close(follower)
+        os.close(leader)
+    text = shown.removesuffix(_END).decode()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
+
+
+def _read_terminal(leader: int) -> bytes:
+    """All that is written up to our own last word: what is under way when the last writer closes may be lost."""
+    found = b""
+    while not found.endswith(_END):
+        found += os.read(leader, 65536)
+    return found
+
+
+def finish_script(script: str, *arguments: str) -> Finished:
+    """Run a Python script to its end."""
+    return _finish([sys.executable, "-c", script, *arguments], None, PATIENCE, {})
+
+
+def _finish(
+    command: list[str],
+    url: str | None,
+    patience: float,
+    settings: Mapping[str, object],
+    *,
+    stdin: int | None = None,
+    stdout: int = subprocess.PIPE,
+    stderr: int = subprocess.PIPE,
+    **more: str,
+) -> Finished:
+    done = subprocess.run(
+        command,
+        env=environment(url, settings) | more,
+        cwd=ROOT,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        timeout=patience,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout or "", done.stderr or "")
+
+
+@dataclass
+class Process:
+    """A running command. Its stderr is read as it comes, so that it never fills the pipe."""
+
+    popen: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    news: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            with self.news:
+                self.lines.append(line)
+                self.records += parse_records(line)
+                self.news.notify_all()
+        with self.news:
+            self.news.notify_all()
+
+    @property
+    def stderr(self) -> str:
+        with self.news:
+            return "".join(self.lines)
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """All records of ``event`` so far."""
+        with self.news:
+            return [record for record in self.records if record.get("event") == event]
+
+    def wait_for(self, event: str, patience: float = PATIENCE, **fields: object) -> dict[str, Any]:
+        """The first record of ``event`` with these fields."""
+        deadline, seen = time.monotonic() + patience, 0
+        while True:
+            with self.news:
+                for record in self.records[seen:]:
+                    if record.get("event") == event and all(record.get(key) == fields[key] for key in fields):
+                        return record
+                seen, left, last = len(self.records), deadline - time.monotonic(), "".join(self.lines[-20:])
+                assert left > 0, f"no record {event} {fields} within {patience} s:\n{last}"
+                assert self.popen.poll() is None or self._reader.is_alive(), f"ended first:\n{last}"
+                self.news.wait(min(left, 0.2))
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.popen.send_signal(number)
+
+    def end_well(self) -> None:
+        """SIGTERM, and wait until it has ended as it should."""
+        self.signal()
+        assert self.wait() == 0, self.stderr
+        assert "Traceback" not in self.stderr
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.popen.kill()
+        self.popen.wait(PATIENCE)
+
+    def wait(self, patience: float = PATIENCE) -> int:
+        """The exit code; all of stderr has been read then."""
+        code = self.popen.wait(patience)
+        self._reader.join(PATIENCE)
+        return code
+
+
+@contextmanager
+def start(
+    *arguments: str, url: str | None = None, stdout: int = subprocess.DEVNULL, **settings: object
+) -> Iterator[Process]:
+    """Start ``outbox-worker ARGUMENTS``; whatever is left of it at the end is killed."""
+    with _start([sys.executable, "-m", "outbox_worker", *arguments], url, settings, stdout) as process:
+        yield process
+
+
+@contextmanager
+def start_script(script: str, *arguments: str, url: str, **settings: object) -> Iterator[Process]:
+    """The same for a Python script."""
+    with _start([sys.executable, "-c", script, *arguments], url, settings) as process:
+        yield process
+
+
+@contextmanager
+def _start(
+    command: list[str], url: str | None, settings: Mapping[str, object], stdout: int = subprocess.DEVNULL
+) -> Iterator[Process]:
+    popen = subprocess.Popen(
+        command,
+        env=environment(url, settings),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process = Process(popen)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process._reader.join(PATIENCE)
+        for pipe in (popen.stdout, popen.stderr):
+            if pipe is not None:
+                pipe.close()

@@ -1,0 +1,83 @@
+"""Payments of a pair that are confirmed and refunded, by a small model: what was told, and who may hold the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from uuid import UUID, uuid4
+
+from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED
+from tests.support.factories import Payment, Shop, payload_text
+
+
+class Op(NamedTuple):
+    """The payments service pays or refunds a payment, and tells so."""
+
+    event_type: str
+    payment: str
+
+
+CONFIRM_A, CONFIRM_B = Op(PURCHASE_CONFIRMED, "A"), Op(PURCHASE_CONFIRMED, "B")
+REFUND_A, REFUND_B = Op(PURCHASE_REFUNDED, "A"), Op(PURCHASE_REFUNDED, "B")
+OPS = (CONFIRM_A, CONFIRM_B, REFUND_A, REFUND_B)
+
+
+def standing(told: Iterable[Op]) -> set[str]:
+    """The model: of a pair's payments those that were confirmed and not refunded. One of them holds the pair."""
+    told = set(told)
+    return {name for name in "AB" if Op(PURCHASE_CONFIRMED, name) in told and Op(PURCHASE_REFUNDED, name) not in told}
+
+
+class Pair:
+    """Two payments of one student for one course, and what was told of them so far."""
+
+    def __init__(self) -> None:
+        self.key = (uuid4(), uuid4())
+        self.payments = {name: Payment(uuid4(), *self.key, "49.90", "EUR") for name in "AB"}
+        self.events = {op: uuid4() for op in OPS}
+        self.told: list[Op] = []
+
+
+Telling = tuple[Pair, Op]
+
+
+def tell(shop: Shop, tellings: Sequence[Telling]) -> None:
+    """Payment and event of each, in this order; an event that is in the outbox still is not told again.
+
+    A refund that is told first is all that is known of its payment.
+    """
+    payments, events = [], []
+    for pair, op in tellings:
+        payment = pair.payments[op.payment]
+        payments.append((*payment, "refunded" if op.event_type == PURCHASE_REFUNDED else "succeeded"))
+        events.append((pair.events[op], op.event_type, payload_text(payment)))
+        pair.told.append(op)
+    with shop.connection.transaction(), shop.connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO payments (id, student_id, course_id, amount, currency, status) VALUES (%s, %s, %s, %s, %s, %s)"
+            " ON CONFLICT (id) DO UPDATE SET status = 'refunded' WHERE excluded.status = 'refunded'",
+            payments,
+        )
+        cursor.executemany(
+            "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, %s, %s) ON CONFLICT (event_id) DO NOTHING",
+            events,
+        )
+
+
+def check(shop: Shop, pairs: Iterable[Pair], why: object = "") -> None:
+    """The active pairs are those of the model, each held by a standing payment; refunded payments are taken back."""
+    rows = shop.rows("SELECT student_id, course_id, payment_id, is_active, deactivated_at FROM purchases")
+    active: dict[tuple[UUID, UUID], list[UUID]] = {}
+    for row in rows:
+        assert row.is_active == (row.deactivated_at is None)
+        if row.is_active:
+            active.setdefault((row.student_id, row.course_id), []).append(row.payment_id)
+    taken_back = {row.payment_id for row in rows if not row.is_active}
+    for pair in pairs:
+        holders, expected = active.pop(pair.key, []), {pair.payments[name].id for name in standing(pair.told)}
+        assert len(holders) == bool(expected), (pair.told, why)
+        assert set(holders) <= expected, (pair.told, why)
+        refunded = {pair.payments[op.payment].id for op in pair.told if op.event_type == PURCHASE_REFUNDED}
+        assert refunded <= taken_back, (pair.told, why)
+    assert active == {}
+    assert (shop.owed(), shop.count("dead_letters")) == (0, 0)

@@ -1,0 +1,71 @@
+"""One batch, and what became of its events."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, Reason
+from tests.support.factories import Payment, ProbedProcessor, Shop
+
+STRANGER = UUID("0f0f0f0f-1111-4222-8333-444455556666")
+LAST = 9
+"""An event that was tried so often has one try left."""
+
+
+def settle(processor: ProbedProcessor) -> dict[UUID, Outcome]:
+    """One batch: the outcome of each event that has one, in the order of the claim."""
+    report = processor.process_batch()
+    return {
+        event.event_id: report.verdicts[key].outcome for key, event in report.batch.items() if key in report.verdicts
+    }
+
+
+def metric(processor: ProbedProcessor, name: str, **labels: str) -> float:
+    return processor.telemetry.metrics.registry.get_sample_value(name, labels) or 0
+
+
+def assert_marked(shop: Shop, event: UUID, outcome: Outcome, payment: Payment) -> None:
+    """Settled for good: marked for its payment, gone from the outbox, and nobody's work any more."""
+    mark = shop.mark_of(event)
+    assert (mark.event_type, mark.outcome, mark.payment_id) == (PURCHASE_CONFIRMED, outcome, payment.id)
+    assert (mark.recovered_at is not None) == (outcome is Outcome.RECOVERED)
+    assert (shop.event(event), shop.letter_of(event)) == (None, None)
+
+
+def assert_one_purchase(shop: Shop, payment: Payment) -> None:
+    """The payment's, as the payment row says, and the only active one of the pair."""
+    (made,) = shop.purchases(payment)
+    assert (made.student_id, made.course_id) == payment.pair
+    assert (str(made.amount), made.currency) == (payment.amount, payment.currency)
+    assert (made.is_active, made.deactivated_at) == (True, None)
+    assert shop.active_pairs()[payment.pair] == 1
+
+
+def assert_buried(
+    shop: Shop, event: UUID, reason: Reason, payload: str, attempts: int = 1, marked: bool = False
+) -> Any:
+    """Dead: out of the outbox, kept whole in an open letter, and not marked by us."""
+    letter = shop.letter_of(event)
+    assert (letter.reason, letter.attempts, letter.state) == (reason, attempts, "open")
+    assert (letter.resolved_at, letter.actor, letter.note) == (None, None, None)
+    kept = "SELECT payload = CAST(%s AS jsonb) FROM dead_letters WHERE event_id = %s"
+    assert shop.scalar(kept, payload, event), "the payload was not kept as it was"
+    assert letter.detail
+    assert letter.created_at < letter.dead_at
+    assert shop.event(event) is None
+    assert (shop.mark_of(event) is not None) == marked
+    return letter
+
+
+def bought(shop: Shop, **of_payment: Any) -> tuple[Payment, UUID]:
+    """A payment with its active purchase."""
+    payment = shop.payment(**of_payment)
+    return payment, shop.purchase(payment)
+
+
+def holder(shop: Shop, payment: Payment) -> UUID | None:
+    """The payment whose purchase holds the pair."""
+    held = [row.payment_id for row in shop.purchases(payment.pair) if row.is_active]
+    assert len(held) <= 1
+    return held[0] if held else None
