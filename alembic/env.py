@@ -79,20 +79,20 @@ class Comparison:
         }
 
     def _is_read(self, name: str | None, kind: str, parents: Mapping[str, str | None]) -> bool:
-        """Tables of other names are somebody else's. Alembic calls the default schema None."""
+        """Tables with other names belong to somebody else. Alembic calls the default schema None."""
         if kind == "schema":
             return (name or self._default_schema) in {schema for schema, _ in self._ours}
         return kind != "table" or (parents["schema_name"] or self._default_schema, name) in self._ours
 
     def _is_compared(self, item: SchemaItem, name: str | None, _kind: str, _reflected: bool, _other: object) -> bool:
-        """Adopted tables are as they are; which index finds a pair depends on the branch ``unique_index``."""
+        """Adopted tables are not compared; which index finds a pair depends on the branch ``unique_index``."""
         if isinstance(item, sa.Table):
             return _name(item) not in self._adopted
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
 
     def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *_types: object) -> bool | None:
-        """Where payments are adopted, purchases have taken over the types of their students and courses; all else is
-        left to alembic (None)."""
+        """If payments are adopted, purchases have the types of their students and courses; everything else is left to
+        alembic (None)."""
         follows = expected.table is self._purchases and expected.key in ("student_id", "course_id")
         return False if follows and _name(self._payments) in self._adopted else None
 
@@ -106,7 +106,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Alembic refuses to compare while a head is missing; heads of optional branches that nobody began may be."""
+    """Alembic refuses to compare while a head is missing; this counts an optional branch that nobody began as present."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)

@@ -1,4 +1,4 @@
-"""Note beside a worker that fell silent that its successor went carefully over what it may have died of."""
+"""Record in a dead worker's row that another worker has taken over its events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """An adopted table is left as it is; where the column is missing, ``migrate`` says so."""
+    """Leave an adopted table as it is; ``migrate`` reports a missing column."""
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     column = naming.column("succeeded_at")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
@@ -26,4 +26,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """The column stays, nullable and in nobody's way; ``core_0001`` drops the table where it is empty."""
+    """Keep the column, which is nullable; ``core_0001`` drops the table if it is empty."""

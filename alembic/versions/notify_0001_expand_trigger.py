@@ -1,4 +1,4 @@
-"""Tell listening workers of new events at the producers' COMMIT: a statement-level trigger, always optional."""
+"""Notify listening workers when a producer commits new events: an optional statement-level trigger."""
 
 from __future__ import annotations
 
