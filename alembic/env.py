@@ -106,7 +106,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Alembic refuses to compare while a head is missing; this counts an optional branch that nobody began as present."""
+    """Count an optional branch that nobody began as present: alembic compares only if no head is missing."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)

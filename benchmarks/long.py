@@ -105,7 +105,7 @@ def rate_of_bare(conninfo: str) -> float:
 
 
 def ratio(conninfo: str, rounds: int = ROUNDS) -> float:
-    """The worker's rate divided by the bare statement's, in turn on the same tables; the outbox must hold enough for both."""
+    """The worker's rate divided by the bare statement's, in turn on the same tables; both need enough events."""
     found = []
     for turn in range(rounds):
         rates = {}
