@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 from datetime import datetime
 from uuid import UUID
 
@@ -76,15 +75,15 @@ def test_status_as_an_object(both_guards: str, database_url: str, shop: Shop) ->
 
 
 def test_status_is_watched_through_an_outage_until_ctrl_c(database_url: str, shop: Shop) -> None:
-    with start("status", "--watch", "--json", url=database_url, stdout=subprocess.PIPE) as watching:
-        assert watching.popen.stdout is not None
-        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 0
+    with start("status", "--watch", "--json", url=database_url, piped=True) as watching:
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["backlog"]["due"] == 0
         shop.pay_many(3)
-        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 3
+        assert json.loads(watching.stdout.readline())["backlog"]["due"] == 3
         shop.rows("ALTER TABLE workers RENAME TO elsewhere")
         eventually(lambda: "public.workers" in watching.stderr, "told")
         shop.rows("ALTER TABLE elsewhere RENAME TO workers")
-        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 3
+        assert json.loads(watching.stdout.readline())["backlog"]["due"] == 3
         watching.signal(signal.SIGINT)
         assert watching.wait() == 0
         assert "Traceback" not in watching.stderr
