@@ -117,21 +117,21 @@ test-majors: $(VENV)/dev ## Run the tests on every PostgreSQL major found on thi
 	[ -n "$$found" ] || echo 'No PostgreSQL is installed here: only the embedded one was tried.'
 
 .PHONY: check
-check: $(VENV)/dev ## Check format, lint, types and import layers
+check: $(VENV)/dev ## Check format, lint, types, import layers and migrations
 	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: run `make format`.'; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@MYPYPATH=alembic $(BIN)/mypy alembic/*.py alembic/versions/*.py
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@$(BIN)/python tests/support/check_migrations.py
 
 .PHONY: format
 format: $(VENV)/dev ## Format the code and mend what lint can
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
 
 .PHONY: reference
-reference: $(VENV)/dev ## Write the settings' reference into the README
-	@$(BIN)/python -c 'import re, pathlib; from outbox_worker.settings import reference; \
-		page = pathlib.Path("README.md"); mark = "settings -->\n"; \
-		page.write_text(re.sub(f"(<!-- {mark}).*(\n<!-- /{mark})", lambda m: m[1] + reference() + m[2], page.read_text(), flags=re.S))'
+reference: $(VENV)/dev ## Write docs/reference from the code
+	@$(BIN)/python docs/reference/generate.py
 
 .PHONY: dashboard
 dashboard: $(VENV)/run ## Write deploy/grafana/outbox-worker.json from its source

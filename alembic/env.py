@@ -1,27 +1,119 @@
-"""Runs the migrations. The command `outbox-worker migrate` hands over a connection; plain `alembic` makes its own."""
+"""Runs the migrations. The command `outbox-worker migrate` hands over a connection; plain `alembic` makes its own.
+
+`alembic check` compares the tables that our migrations made with those that the program expects. Optional branches may
+be there or not. Tables of other applications are not looked at, and neither are those that we adopted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import context
+from alembic.runtime.migration import MigrationContext
+from alembic.util import load_python_file
 from sqlalchemy import Connection
+from sqlalchemy.schema import SchemaItem
 
-from outbox_worker.database import Database
-from outbox_worker.migration import VERSION_TABLE
+from outbox_worker.database.engine import Database
+from outbox_worker.errors import Refused
+from outbox_worker.schema.catalogue import is_owned
+from outbox_worker.schema.migrate import VERSION_TABLE
+from outbox_worker.schema.tables import OWNED, PAIR_INDEX, PAIR_LOOKUP_INDEX, Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
+
+naming = load_python_file(str(Path(__file__).parent), "naming.py")
 
 
 def run(connection: Connection, settings: Settings) -> None:
+    tables = build_tables(settings)
     _create_schema(connection, settings.schema_name)
-    connection.rollback()  # only on a connection at rest does alembic manage the transactions itself
-    context.configure(
+    context.config.attributes["naming"] = naming.Naming(settings.schema_name, {**settings.tables}, {**settings.columns})
+    configure = partial(
+        context.configure,
         connection=connection,
         version_table=VERSION_TABLE,
         version_table_schema=settings.schema_name,
         transaction_per_migration=True,
+        target_metadata=tables.metadata,
     )
-    with context.begin_transaction():
-        context.run_migrations()
+    connection.rollback()  # only on a connection at rest does alembic manage the transactions itself
+    configure()
+    if "revision_context" in (given := context.get_context().opts):
+        comparison = Comparison(connection, tables)
+        connection.rollback()
+        configure(fn=partial(_compare, given["fn"]), **comparison.options())
+    try:
+        with context.begin_transaction():
+            context.run_migrations()
+    except naming.RevisionRefused as refusal:
+        raise Refused(str(refusal)) from refusal
+
+
+class Comparison:
+    """What alembic compares: our own tables, without what depends on the optional branches."""
+
+    def __init__(self, connection: Connection, tables: Tables) -> None:
+        inspector = sa.inspect(connection)
+        self._default_schema = inspector.default_schema_name
+        self._purchases, self._payments = tables.purchases, tables.payments
+        self._ours = {_name(table) for table in tables.metadata.tables.values()}
+        self._adopted = {
+            _name(table)
+            for table in tables.metadata.tables.values()
+            if inspector.has_table(table.name, schema=table.schema) and not is_owned(connection, table)
+        }
+        for table in tables.metadata.tables.values():
+            table.comment = OWNED
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "include_schemas": True,
+            "include_name": self._is_read,
+            "include_object": self._is_compared,
+            "compare_type": self._is_of_other_type,
+            "compare_server_default": True,
+        }
+
+    def _is_read(self, name: str | None, kind: str, parents: Mapping[str, str | None]) -> bool:
+        """Tables of other names are somebody else's. Alembic calls the default schema None."""
+        if kind == "schema":
+            return (name or self._default_schema) in {schema for schema, _ in self._ours}
+        return kind != "table" or (parents["schema_name"] or self._default_schema, name) in self._ours
+
+    def _is_compared(self, item: SchemaItem, name: str | None, _kind: str, _reflected: bool, _other: object) -> bool:
+        """Adopted tables are as they are; which index finds a pair depends on the branch ``unique_index``."""
+        if isinstance(item, sa.Table):
+            return _name(item) not in self._adopted
+        return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
+
+    def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *_types: object) -> bool | None:
+        """Where payments are adopted, purchases have taken over the types of their students and courses; all else is
+        left to alembic (None)."""
+        follows = expected.table is self._purchases and expected.key in ("student_id", "course_id")
+        return False if follows and _name(self._payments) in self._adopted else None
+
+
+def _name(table: sa.Table) -> tuple[str | None, str]:
+    return table.schema, table.name
+
+
+def _compare(
+    compare: Callable[[tuple[str, ...], MigrationContext], Iterable[Any]],
+    revisions: tuple[str, ...],
+    migration: MigrationContext,
+) -> Iterable[Any]:
+    """Alembic refuses to compare while a head is missing; heads of optional branches that nobody began may be."""
+    begun = {"core", *_labels(revisions)}
+    not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
+    return compare((*revisions, *not_begun), migration)
+
+
+def _labels(revisions: Iterable[str]) -> set[str]:
+    return {label for revision in revisions for label in context.script.get_revision(revision).branch_labels}
 
 
 def _create_schema(connection: Connection, name: str) -> None:
@@ -39,7 +131,6 @@ def main() -> None:
         run(given["connection"], given["settings"])
         return
     settings = load_settings()
-    given["settings"] = settings
     database = Database(settings, deadline_seconds=None)
     try:
         with database.engine.connect() as connection:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from alembic import op
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+from alembic import context, op
+
+if TYPE_CHECKING:
+    from naming import TableNaming
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -11,6 +17,7 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
+    """Take every name from ``context.config.attributes["naming"].of(role)``, and alter no table that is not owned."""
     ${upgrades if upgrades else "raise NotImplementedError"}
 
 

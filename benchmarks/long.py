@@ -1,4 +1,6 @@
-"""The long figures of docs/performance.md: python benchmarks/long.py SCENE [SCENE ...]; URL in OUTBOX_DATABASE_URL.
+"""The long figures of docs/explanation/performance.md; URL in OUTBOX_DATABASE_URL.
+
+    python benchmarks/long.py SCENE [SCENE ...]
 
 Everything happens in the benchmark's own database. Scenes: loops, history, backlog, horizon, pages, idle.
 """
@@ -20,8 +22,8 @@ from typing import Any
 
 import psycopg
 
-from outbox_worker import bench
-from outbox_worker.rivals import BARE
+from outbox_worker.bench import run as bench
+from outbox_worker.bench.baselines import BARE
 from outbox_worker.settings import load_settings
 
 ROUNDS = 5

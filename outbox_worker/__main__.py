@@ -30,7 +30,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        from outbox_worker.cli import run_command  # noqa: PLC0415 - takes a while, in which a signal may come
+        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - takes a while, in which a signal may come
 
         status = run_command()
         sys.stdout.flush()

@@ -25,7 +25,7 @@ RULES: Mapping[int, str] = {
     8: "another purchase holds the pair",
     9: "nothing of rules 1 to 8: the purchase is made",
 }
-"""Of docs/state-machine.md, for people: what becomes of a confirmation."""
+"""Of docs/explanation/state-machine.md, for people: what becomes of a confirmation."""
 REFUND_RULES: Mapping[int, str] = {
     **_FIRST_RULES,
     4: "its purchase is inactive already",
@@ -66,7 +66,7 @@ class RetryPolicy:
 
 
 def decide(facts: Facts) -> Verdict:
-    """Judge an event. The numbers are the rules of docs/state-machine.md; the first that holds wins."""
+    """Judge an event. The numbers are the rules of docs/explanation/state-machine.md; the first that holds wins."""
     if facts.crashes >= CRASHES_MAX:
         return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died of it")
     if not facts.handled:  # 1

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
 
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
+
 PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
 """The type of the marks of a backfill: there was no event."""
+
 PURCHASE_REFUNDED = "PURCHASE_REFUNDED"
 
 
@@ -34,7 +38,7 @@ GRANTS = frozenset({Outcome.CREATED, Outcome.RECOVERED})
 FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
 """Outcomes that are marked and remove the event."""
 
-_TOLD = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
+_LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
 """Marks that never claimed an active purchase; every other mark, an unknown one included, did."""
@@ -104,17 +108,14 @@ class Position(NamedTuple):
     id: int
 
 
-class Window(NamedTuple):
+class DueWindow(NamedTuple):
     """Two due times, as PostgreSQL writes them; both are inside."""
 
     first: str
     last: str
 
 
-ALWAYS = Window("-infinity", "infinity")
-
-Column = Sequence[Any] | str
-"""Values of one kind, one per event; or, as long as nobody asks for one, PostgreSQL's text of the whole array."""
+ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
@@ -135,24 +136,24 @@ class Batch(Mapping[int, Event]):
     """
 
     ids: Sequence[int] = ()
-    event_ids: Column = ()
+    event_ids: Sequence[str] = ()
     event_types: Sequence[str] = ()
-    payment_ids: Column = ()
-    attempts: Column = ()
+    payment_ids: Sequence[str | None] = ()
+    attempts: Sequence[int | str] = ()
     lateness: Sequence[float] = ()
     repeated: Sequence[Repeated] = ()
     """What payloads repeat of their payments, where the database cannot be asked: of json and text columns."""
-    window: Window = ALWAYS
+    window: DueWindow = ALWAYS
     """Between which due times they lie."""
 
     def __getitem__(self, key: int) -> Event:
         at = self._positions[key]
         return Event(
             id=key,
-            event_id=UUID(self._list("event_ids")[at]),
+            event_id=UUID(self.event_ids[at]),
             event_type=self.event_types[at],
-            payment_id=self._list("payment_ids")[at],
-            attempts=int(self._list("attempts")[at]),
+            payment_id=self.payment_ids[at],
+            attempts=int(self.attempts[at]),
             lateness=self.lateness[at],
         )
 
@@ -186,33 +187,16 @@ class Batch(Mapping[int, Event]):
 
     def payments(self) -> Sequence[str | None]:
         """The payment of each event."""
-        return self._list("payment_ids")
+        return self.payment_ids
 
     def _take(self, positions: Sequence[int]) -> Batch:
-        columns = {each.name: self._list(each.name) for each in fields(self) if each.name != "window"}
+        columns = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "window"}
         taken = {name: [column[at] for at in positions] for name, column in columns.items() if column}
         return Batch(**taken, window=self.window)
 
     @cached_property
     def _positions(self) -> dict[int, int]:
         return {key: at for at, key in enumerate(self.ids)}
-
-    @cached_property
-    def _known(self) -> dict[str, Sequence[Any]]:
-        return {}
-
-    def _list(self, name: str) -> Sequence[Any]:
-        """A column's values; a text is split when it is asked for first."""
-        if name not in self._known:
-            column: Column = getattr(self, name)
-            self._known[name] = split_array(column) if isinstance(column, str) else column
-        return self._known[name]
-
-
-def split_array(text: str) -> list[str | None]:
-    """The elements of an array in PostgreSQL's text form, where none needs quotes: numbers, UUIDs, names, NULL."""
-    inner = text[1:-1]
-    return [None if each == "NULL" else each for each in inner.split(",")] if inner else []
 
 
 class Mark(NamedTuple):
@@ -252,19 +236,19 @@ class Verdict:
     detail: str = ""
     writes: bool = False
     """A purchase is written for it."""
-    clean: bool = False
+    via_fast_path: bool = False
     """Made by the fast statement, whose predicates exclude marks and dead letters: nothing else needs care."""
     passed_to: str | None = None
     """The payment that was granted in place of a refunded one."""
     rule: int = field(default=0, compare=False)
-    """Of docs/state-machine.md; 0: none of them decided."""
+    """Of docs/explanation/state-machine.md; 0: none of them decided."""
     traceparent: str | None = None
     """The trace to which its producer says the event belongs."""
 
     @property
-    def is_told(self) -> bool:
+    def logged_individually(self) -> bool:
         """Whether its event is one that a person may want to find again."""
-        return self.outcome in _TOLD or self.passed_to is not None
+        return self.outcome in _LOGGED_INDIVIDUALLY or self.passed_to is not None
 
 
 Verdicts = dict[int, Verdict]
@@ -315,3 +299,60 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Tables and columns by the names that code and docs use; settings map them to the names of the user's database."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPayment:
+    """A payment that a person should look at, or that is owed a purchase."""
+
+    payment_id: UUID
+    student_id: Any
+    course_id: Any
+    amount: Decimal
+    currency: str
+    created_at: datetime | None
+    """None: before the year 1, as ``-infinity`` is."""
+    age_seconds: float
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        return self.student_id, self.course_id
+
+    def is_since(self, moment: datetime) -> bool:
+        return self.created_at is not None and self.created_at >= moment
+
+    @property
+    def age(self) -> tuple[datetime, int]:
+        """To sort by: the oldest first."""
+        return self.created_at or datetime.min.replace(tzinfo=UTC), self.payment_id.int
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentTotals:
+    """How many payments, and their money by currency."""
+
+    count: int = 0
+    money: Mapping[str, Decimal] = field(default_factory=dict)
+
+    def __add__(self, other: PaymentTotals) -> PaymentTotals:
+        keys = dict.fromkeys([*self.money, *other.money])
+        sums = {key: self.money.get(key, Decimal(0)) + other.money.get(key, Decimal(0)) for key in keys}
+        return PaymentTotals(self.count + other.count, sums)
+
+    def __sub__(self, other: PaymentTotals) -> PaymentTotals:
+        less = self + PaymentTotals(-other.count, {key: -amount for key, amount in other.money.items()})
+        return PaymentTotals(less.count, {key: amount for key, amount in less.money.items() if amount})
+
+    @classmethod
+    def of(cls, payments: Iterable[FoundPayment]) -> PaymentTotals:
+        return sum((cls(1, {payment.currency: payment.amount}) for payment in payments), cls())
+
+    @classmethod
+    def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:
+        """As ``written`` wrote it; nothing of None."""
+        given = written or {"count": 0, "money": {}}
+        return cls(given["count"], {key: Decimal(amount) for key, amount in given["money"].items()})
+
+    def written(self) -> dict[str, Any]:
+        """For a JSON column."""
+        return {"count": self.count, "money": {key: f"{amount:.2f}" for key, amount in self.money.items()}}

@@ -348,19 +348,6 @@ def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
     return {name: next(iter(difflib.get_close_matches(name.upper(), known, 1)), None) for name in strangers}
 
 
-def reference() -> str:
-    """The settings as a Markdown table, for the README."""
-    rows = [
-        f"| `{_variable(name)}` | {_default(field.default)} | {field.description} |"
-        for name, field in Settings.model_fields.items()
-    ]
-    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows])
-
-
-def _default(value: object) -> str:
-    return "" if value in (None, {}, ()) else f"`{value}`"
-
-
 def _variable(field: str) -> str:
     return str(Settings.model_fields[field].validation_alias or PREFIX + field.upper())
 

@@ -22,21 +22,22 @@ import psycopg
 import pytest
 from loguru import logger
 
-from outbox_worker import embedded, migration
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
+from outbox_worker.embedded import server as embedded
 from outbox_worker.errors import OutboxWorkerError
-from outbox_worker.guard import GuardWatch
-from outbox_worker.handlers import build_handlers
-from outbox_worker.health import check_schema
 from outbox_worker.model import Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.pacing import Pacing
-from outbox_worker.processor import Processor
-from outbox_worker.purchases import PurchaseRepository
-from outbox_worker.schema import Tables, build_tables
+from outbox_worker.schema import migrate as migration
+from outbox_worker.schema.requirements import check_schema
+from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.pacing import Pacing
+from outbox_worker.settle.processor import Processor
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.outbox import Outbox
+from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import servers
 from tests.support.factories import Clerk, ProbedProcessor, Shop, drain_all
 from tests.support.makers import MakeDatabase, MakeProcessor

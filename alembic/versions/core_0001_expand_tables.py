@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.dialects import postgresql
 
-from outbox_worker.health import is_owned
-from outbox_worker.schema import OWNED, PAIR_LOOKUP_INDEX, Naming
+if TYPE_CHECKING:
+    from naming import TableNaming
 
 revision = "core_0001"
 down_revision = None
@@ -26,7 +26,7 @@ RANDOM_ID = sa.text("gen_random_uuid()")
 def upgrade() -> None:
     _create_schemas()
     for role, make in MAKERS.items():
-        naming = Naming(context.config.attributes["settings"], role)
+        naming: TableNaming = context.config.attributes["naming"].of(role)
         if not sa.inspect(op.get_bind()).has_table(naming.table, schema=naming.schema):
             make(naming)
 
@@ -34,19 +34,19 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop what we made and nobody filled."""
     for role in reversed(MAKERS):
-        naming = Naming(context.config.attributes["settings"], role)
-        table = sa.Table(naming.table, sa.MetaData(), schema=naming.schema)
-        if is_owned(op.get_bind(), table) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):
+        naming: TableNaming = context.config.attributes["naming"].of(role)
+        table = sa.table(naming.table, schema=naming.schema)
+        if naming.is_owned(op.get_bind()) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):
             op.drop_table(naming.table, schema=naming.schema)
 
 
 def _create_schemas() -> None:
-    wanted = {Naming(context.config.attributes["settings"], role).schema for role in MAKERS}
+    wanted = {context.config.attributes["naming"].of(role).schema for role in MAKERS}
     for schema in sorted(wanted - set(sa.inspect(op.get_bind()).get_schema_names())):
         op.execute(sa.schema.CreateSchema(schema))
 
 
-def _create(naming: Naming, *columns: sa.Column[Any], **checks: tuple[str, ...]) -> None:
+def _create(naming: TableNaming, *columns: sa.Column[Any], **checks: tuple[str, ...]) -> None:
     constraints = [
         sa.CheckConstraint(
             sa.column(naming.column(key)).in_([sa.literal_column(f"'{value}'") for value in values]),
@@ -54,10 +54,10 @@ def _create(naming: Naming, *columns: sa.Column[Any], **checks: tuple[str, ...])
         )
         for key, values in checks.items()
     ]
-    op.create_table(naming.table, *columns, *constraints, schema=naming.schema, comment=OWNED)
+    op.create_table(naming.table, *columns, *constraints, schema=naming.schema, comment=naming.owned)
 
 
-def _index(naming: Naming, suffix: str, *keys: str, where: sa.ColumnElement[bool] | None = None) -> None:
+def _index(naming: TableNaming, suffix: str, *keys: str, where: sa.ColumnElement[bool] | None = None) -> None:
     op.create_index(
         f"{naming.table}_{suffix}",
         naming.table,
@@ -67,7 +67,7 @@ def _index(naming: Naming, suffix: str, *keys: str, where: sa.ColumnElement[bool
     )
 
 
-def _payments(naming: Naming) -> None:
+def _payments(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
@@ -83,7 +83,7 @@ def _payments(naming: Naming) -> None:
     )
 
 
-def _outbox(naming: Naming) -> None:
+def _outbox(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
@@ -101,7 +101,7 @@ def _outbox(naming: Naming) -> None:
     _index(naming, "due_idx", "due_at", "id")
 
 
-def _purchases(naming: Naming) -> None:
+def _purchases(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
@@ -116,7 +116,7 @@ def _purchases(naming: Naming) -> None:
         sa.Column(c("deactivated_at"), TIME),
     )
     op.create_index(
-        PAIR_LOOKUP_INDEX,
+        naming.pair_lookup_index,
         naming.table,
         [c("student_id"), c("course_id")],
         schema=naming.schema,
@@ -126,12 +126,12 @@ def _purchases(naming: Naming) -> None:
 
 def _type_in_payments(key: str) -> sa.types.TypeEngine[Any]:
     """A pair is found by comparing the two tables; adopted payments may number their students."""
-    naming = Naming(context.config.attributes["settings"], "payments")
+    naming: TableNaming = context.config.attributes["naming"].of("payments")
     columns = sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)
     return next(column["type"] for column in columns if column["name"] == naming.column(key))
 
 
-def _processed_events(naming: Naming) -> None:
+def _processed_events(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
@@ -144,7 +144,7 @@ def _processed_events(naming: Naming) -> None:
     )
 
 
-def _dead_letters(naming: Naming) -> None:
+def _dead_letters(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
@@ -168,7 +168,7 @@ def _dead_letters(naming: Naming) -> None:
     _index(naming, "payment_idx", "payment_id")
 
 
-def _workers(naming: Naming) -> None:
+def _workers(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import sqlalchemy as sa
 from alembic import context, op
 
-from outbox_worker.health import is_owned
-from outbox_worker.schema import build_tables
+if TYPE_CHECKING:
+    from naming import TableNaming
 
 revision = "core_0002"
 down_revision = "core_0001"
@@ -16,11 +18,11 @@ depends_on = None
 
 def upgrade() -> None:
     """An adopted table is left as it is; where the column is missing, ``migrate`` says so."""
-    workers = build_tables(context.config.attributes["settings"]).workers
-    column = workers.c.succeeded_at.name
-    present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(workers.name, schema=workers.schema)}
-    if is_owned(op.get_bind(), workers) and column not in present:
-        op.add_column(workers.name, sa.Column(column, sa.DateTime(timezone=True)), schema=workers.schema)
+    naming: TableNaming = context.config.attributes["naming"].of("workers")
+    column = naming.column("succeeded_at")
+    present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
+    if naming.is_owned(op.get_bind()) and column not in present:
+        op.add_column(naming.table, sa.Column(column, sa.DateTime(timezone=True)), schema=naming.schema)
 
 
 def downgrade() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.dialects import postgresql
 
-from outbox_worker.health import is_owned
-from outbox_worker.schema import OWNED, Naming
+if TYPE_CHECKING:
+    from naming import TableNaming
 
 revision = "core_0003"
 down_revision = "core_0002"
@@ -20,13 +22,13 @@ NOW = sa.text("clock_timestamp()")
 
 def upgrade() -> None:
     """Made where it is absent; one that is there is left as it is."""
-    naming = Naming(context.config.attributes["settings"], "backfill_runs")
+    naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
     c, inspector = naming.column, sa.inspect(op.get_bind())
     if inspector.has_table(naming.table, schema=naming.schema):
         return
     if naming.schema not in inspector.get_schema_names():
         op.execute(sa.schema.CreateSchema(naming.schema))
-    kinds = [sa.literal_column("'operator'"), sa.literal_column("'periodic'")]
+    kinds: list[Any] = [sa.literal_column("'operator'"), sa.literal_column("'periodic'")]
     op.create_table(
         naming.table,
         sa.Column(c("id"), postgresql.UUID(), primary_key=True),
@@ -47,13 +49,13 @@ def upgrade() -> None:
         sa.Column(c("outcome"), sa.Text),
         sa.CheckConstraint(sa.column(c("kind")).in_(kinds), name=f"{naming.table}_kind_check"),
         schema=naming.schema,
-        comment=OWNED,
+        comment=naming.owned,
     )
 
 
 def downgrade() -> None:
     """Drop what we made and nobody filled."""
-    naming = Naming(context.config.attributes["settings"], "backfill_runs")
-    table = sa.Table(naming.table, sa.MetaData(), schema=naming.schema)
-    if is_owned(op.get_bind(), table) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):
+    naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
+    table = sa.table(naming.table, schema=naming.schema)
+    if naming.is_owned(op.get_bind()) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):
         op.drop_table(naming.table, schema=naming.schema)

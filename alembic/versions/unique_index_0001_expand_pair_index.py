@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.exc import IntegrityError
 
-from outbox_worker.errors import Refused
-from outbox_worker.guard import doubled_pairs, pair_indexes, relation_name
-from outbox_worker.health import is_owned
-from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX, build_tables
+if TYPE_CHECKING:
+    from naming import TableNaming
 
 revision = "unique_index_0001"
 down_revision = None
@@ -30,56 +29,87 @@ NAMED = sa.text(
     """
 )
 
+# what: whether some unique, valid, immediate index over exactly the pair holds for the active purchases and no others
+# lock: none · index: the catalogue's own
+HAS_PAIR_INDEX = sa.text(
+    """
+    SELECT EXISTS (
+        SELECT FROM pg_index i
+        WHERE i.indrelid = to_regclass(:relation)
+          AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
+          AND i.indexprs IS NULL AND i.indnkeyatts = 2
+          AND pg_get_expr(i.indpred, i.indrelid) = ANY(CAST(:predicates AS text[]))
+          AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
+               WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
+            = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)
+    )
+    """
+)
+
 
 def upgrade() -> None:
-    purchases = build_tables(context.config.attributes["settings"]).purchases
+    purchases: TableNaming = context.config.attributes["naming"].of("purchases")
     with op.get_context().autocommit_block():
         bind = op.get_bind()
-        if not pair_indexes(bind, purchases):
+        if not _has_pair_index(bind, purchases):
             _refuse_duplicates(bind, purchases)
             _build(bind, purchases)
-        if is_owned(bind, purchases):
-            _drop(bind, purchases, PAIR_LOOKUP_INDEX)
+        if purchases.is_owned(bind):
+            _drop(bind, purchases, purchases.pair_lookup_index)
 
 
 def downgrade() -> None:
-    purchases = build_tables(context.config.attributes["settings"]).purchases
+    purchases: TableNaming = context.config.attributes["naming"].of("purchases")
     with op.get_context().autocommit_block():
         bind = op.get_bind()
-        if is_owned(bind, purchases):
+        if purchases.is_owned(bind):
             bind.execute(
-                sa.text(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {PAIR_LOOKUP_INDEX} {_on_pair(bind, purchases)}")
+                sa.text(
+                    f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {purchases.pair_lookup_index} {_on_pair(bind, purchases)}"
+                )
             )
-        _drop(bind, purchases, PAIR_INDEX)
+        _drop(bind, purchases, purchases.pair_index)
 
 
-def _build(bind: sa.Connection, purchases: sa.Table) -> None:
+def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
+    """Whether some index can be the guard already; the predicates are those that mean "active", as PostgreSQL prints
+    them."""
+    active = bind.dialect.identifier_preparer.quote(purchases.column("is_active"))
+    sought = {
+        "relation": purchases.relation,
+        "columns": [purchases.column(key) for key in ("student_id", "course_id")],
+        "predicates": [active, f"({active} = true)", f"({active} IS TRUE)"],
+    }
+    return bool(bind.scalar(HAS_PAIR_INDEX, sought))
+
+
+def _build(bind: sa.Connection, purchases: TableNaming) -> None:
     """Without time-outs: one that strikes leaves an INVALID index, which enforces already but is no guard."""
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))
     _make_room(bind, purchases)
     try:
-        bind.execute(sa.text(f"CREATE UNIQUE INDEX CONCURRENTLY {PAIR_INDEX} {_on_pair(bind, purchases)}"))
+        bind.execute(sa.text(f"CREATE UNIQUE INDEX CONCURRENTLY {purchases.pair_index} {_on_pair(bind, purchases)}"))
     except IntegrityError:
-        _drop(bind, purchases, PAIR_INDEX)
+        _drop(bind, purchases, purchases.pair_index)
         _refuse_duplicates(bind, purchases)
         raise
 
 
-def _make_room(bind: sa.Connection, purchases: sa.Table) -> None:
+def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
     """Drop an INVALID leftover of ours; what else has our name is somebody's, and stays."""
-    named = _named(bind, purchases, PAIR_INDEX)
+    named = _named(bind, purchases, purchases.pair_index)
     if named is None:
         return
-    if not named.is_on_ours or (named.is_valid and not is_owned(bind, purchases)):
-        raise Refused(
-            f"{PAIR_INDEX} exists and is another index, on {named.table}. Rename it, then run migrate "
+    if not named.is_on_ours or (named.is_valid and not purchases.is_owned(bind)):
+        purchases.refuse(
+            f"{purchases.pair_index} exists and is another index, on {named.table}. Rename it, then run migrate "
             "--with unique_index again. Nothing was changed."
         )
-    _drop(bind, purchases, PAIR_INDEX)
+    _drop(bind, purchases, purchases.pair_index)
 
 
-def _drop(bind: sa.Connection, purchases: sa.Table, name: str) -> None:
+def _drop(bind: sa.Connection, purchases: TableNaming, name: str) -> None:
     """Drop an index by its name where it is one of our table."""
     named = _named(bind, purchases, name)
     if named is not None and named.is_on_ours:
@@ -87,25 +117,35 @@ def _drop(bind: sa.Connection, purchases: sa.Table, name: str) -> None:
         bind.execute(sa.text(f"DROP INDEX CONCURRENTLY {schema}.{name}"))
 
 
-def _named(bind: sa.Connection, purchases: sa.Table, name: str) -> sa.Row[Any] | None:
-    sought = {"schema": purchases.schema, "name": name, "relation": relation_name(purchases)}
+def _named(bind: sa.Connection, purchases: TableNaming, name: str) -> sa.Row[Any] | None:
+    sought = {"schema": purchases.schema, "name": name, "relation": purchases.relation}
     return bind.execute(NAMED, sought).one_or_none()
 
 
-def _refuse_duplicates(bind: sa.Connection, purchases: sa.Table) -> None:
-    found = doubled_pairs(bind, purchases, SHOWN + 1)
+def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
+    found = _doubled_pairs(bind, purchases)
     if not found:
         return
     lines = [f"  student {student}, course {course}: {count} active purchases" for student, course, count in found]
     more = ["  … and more"] if len(lines) > SHOWN else []
-    raise Refused(
-        f"The unique index cannot be built: {relation_name(purchases)} holds more than one active purchase for\n"
+    purchases.refuse(
+        f"The unique index cannot be built: {purchases.relation} holds more than one active purchase for\n"
         + "\n".join([*lines[:SHOWN], *more])
         + "\nDeactivate all but one of each pair, then run migrate --with unique_index again. Nothing was changed."
     )
 
 
-def _on_pair(bind: sa.Connection, purchases: sa.Table) -> str:
+def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
+    """Pairs with more than one active purchase, and how many: one pair more than are shown."""
+    table = sa.table(purchases.table, schema=purchases.schema)
+    student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))
+    active = sa.column(purchases.column("is_active"), sa.Boolean())
+    found = sa.select(student, course, sa.func.count()).select_from(table).where(active).group_by(student, course)
+    doubled = found.having(sa.func.count() > 1).order_by(student, course).limit(SHOWN + 1)
+    return bind.execute(doubled).all()
+
+
+def _on_pair(bind: sa.Connection, purchases: TableNaming) -> str:
     quote = bind.dialect.identifier_preparer.quote
-    student, course, active = (quote(purchases.c[key].name) for key in ("student_id", "course_id", "is_active"))
-    return f"ON {relation_name(purchases)} ({student}, {course}) WHERE {active}"
+    student, course, active = (quote(purchases.column(key)) for key in ("student_id", "course_id", "is_active"))
+    return f"ON {purchases.relation} ({student}, {course}) WHERE {active}"

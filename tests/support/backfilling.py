@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from outbox_worker.backfill import Backfill, BackfillReport, Request
-from outbox_worker.database import Database
-from outbox_worker.schema import Tables
+from outbox_worker.database.engine import Database
+from outbox_worker.reconcile.backfill import Backfill, BackfillReport, Request
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 from tests.support.factories import Payment, Shop
 

@@ -19,15 +19,15 @@ from psycopg.rows import namedtuple_row
 from sqlalchemy import make_url
 from sqlalchemy.schema import CreateSchema
 
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardWatch
+from outbox_worker.database.engine import Database
 from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome
-from outbox_worker.outbox import Claim, Outbox
-from outbox_worker.processor import Processor
-from outbox_worker.purchases import PurchaseRepository
-from outbox_worker.schema import Tables
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.settle.processor import Processor
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.outbox import Claim, Outbox
+from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.telemetry.reporter import Telemetry
 
 ABSENT = object()
 """In a payload override: leave the key out. None writes a JSON null."""

@@ -9,9 +9,9 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardState, probe_guard
-from outbox_worker.schema import Tables
+from outbox_worker.database.engine import Database
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.guard import GuardState, probe_guard
 from tests.support.factories import Payment, ProbedProcessor, Shop
 from tests.support.makers import Connect
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,23 +10,57 @@ import psycopg
 from alembic import command
 from alembic.config import Config
 
-from outbox_worker import migration
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardWatch, probe_guard
-from outbox_worker.handlers import build_handlers
-from outbox_worker.migration import VERSION_TABLE, Migrated
+from outbox_worker.database.engine import Database
 from outbox_worker.model import COLUMNS, Guard, Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.pacing import Pacing
-from outbox_worker.processor import Processor
-from outbox_worker.purchases import PurchaseRepository
-from outbox_worker.schema import build_tables
+from outbox_worker.schema import migrate as migration
+from outbox_worker.schema.migrate import VERSION_TABLE, Migrated
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.pacing import Pacing
+from outbox_worker.settle.processor import Processor
+from outbox_worker.store.guard import GuardWatch, probe_guard
+from outbox_worker.store.outbox import Outbox
+from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import ROOT, catalogue
 from tests.support.factories import drain_all, make_payments
 
 OWN = {f"public.{role}" for role in COLUMNS}
+
+SHOPS_PURCHASES = """
+    CREATE TABLE purchases (
+        id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+        student_id uuid NOT NULL,
+        course_id uuid NOT NULL,
+        payment_id uuid CONSTRAINT one_per_payment UNIQUE,
+        amount numeric(10,2) NOT NULL,
+        currency char(3) NOT NULL DEFAULT 'USD',
+        is_active boolean NOT NULL DEFAULT true,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        deactivated_at timestamptz,
+        sales_channel varchar(20) NOT NULL DEFAULT 'web' CHECK (sales_channel <> ''),
+        tenant int NOT NULL DEFAULT 1
+    );
+    CREATE INDEX shop_by_course ON purchases (course_id, created_at DESC) WHERE is_active;
+    COMMENT ON TABLE purchases IS 'the shop''s own';
+    CREATE FUNCTION shop_touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+    CREATE TRIGGER touch BEFORE UPDATE ON purchases FOR EACH ROW EXECUTE FUNCTION shop_touch();
+    INSERT INTO purchases (student_id, course_id, payment_id, amount)
+    SELECT gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 9.90 FROM generate_series(1, 3);
+"""
+
+SHOPS_PAYMENTS = """
+    CREATE TABLE payments (
+        id uuid PRIMARY KEY,
+        user_id bigint NOT NULL,
+        course_id text NOT NULL,
+        amount numeric(10,2) NOT NULL,
+        currency char(3) NOT NULL,
+        status text NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now()
+    )
+"""
 
 
 class Installation:
@@ -44,17 +79,19 @@ class Installation:
         finally:
             database.close()
 
-    def alembic(self, run: Callable[[Config, str], None], revision: str) -> None:
-        """Plain alembic's command in this process."""
+    def alembic(self, run: Callable[..., object], *arguments: str) -> str:
+        """Run a command of plain alembic in this process; return what it prints."""
+        printed = io.StringIO()
         settings = load_settings(database_url=self.url, **self.settings)
         database = Database(settings, deadline_seconds=None)
         try:
             with database.engine.connect() as connection:
-                config = Config(ROOT / "alembic.ini")
+                config = Config(ROOT / "alembic.ini", stdout=printed)
                 config.attributes.update(connection=connection, settings=settings)
-                run(config, revision)
+                run(config, *arguments)
         finally:
             database.close()
+        return printed.getvalue()
 
     def downgrade(self, branch: str) -> None:
         self.alembic(command.downgrade, f"{branch}@base")

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy import event as listener
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import Outcome
-from outbox_worker.telemetry import BatchReport
+from outbox_worker.telemetry.reporter import BatchReport
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import psycopg
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
 from tests.support.factories import ProbedProcessor
 

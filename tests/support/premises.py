@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 from tests.support import ROOT, servers
 from tests.support.factories import Shop
 from tests.support.processes import finish

@@ -9,7 +9,7 @@ import promql_parser as promql
 import yaml
 
 from outbox_worker.model import Guard
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import ROOT
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"

@@ -23,9 +23,10 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import URL, make_url
 
-from outbox_worker import embedded, migration
-from outbox_worker.database import Database
-from outbox_worker.schema import build_tables
+from outbox_worker.database.engine import Database
+from outbox_worker.embedded import server as embedded
+from outbox_worker.schema import migrate as migration
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
 from tests.support.factories import Shop
 

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import URL
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 from tests.support import ROOT
 from tests.support.factories import Shop
 from tests.support.processes import Process, eventually

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import event as listener
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 
 
 class RoundTrips:

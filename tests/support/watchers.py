@@ -16,7 +16,7 @@ from tests.support.processes import PATIENCE, Process, eventually
 Told = dict[str, str]
 WEDGED = """
 import pathlib, sys, threading
-from outbox_worker.processor import Processor
+from outbox_worker.settle.processor import Processor
 process, flag, victims = Processor.process_batch, pathlib.Path(sys.argv.pop(1)), []
 def wedged(self, *given):
     if flag.exists():

@@ -24,7 +24,7 @@ REFUNDED: dict[str, Any] = {"is_refund": True, "payment_id": PAYMENT, "payment_s
 
 Rule = tuple[str, dict[str, Any], Outcome, Reason | None]
 
-# The rules of docs/state-machine.md in their order: what makes each hold, and its verdict.
+# The rules of docs/explanation/state-machine.md in their order: what makes each hold, and its verdict.
 FIRST_RULES: list[Rule] = [
     ("0 three crashes", {"crashes": 3}, Outcome.DEAD, Reason.CRASHED_WORKER),
     ("1 no handler", {"handled": False}, Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE),
@@ -163,7 +163,7 @@ def test_details_name_what_differs() -> None:
 def test_no_verdict_of_decide_is_clean() -> None:
     """``clean`` skips the closing of dead letters: only the fast statement has proved that there is none."""
     judged = [decide(Facts(**(sound | rule[1]))) for sound, rules in TABLES.values() for rule in rules]
-    assert not any(verdict.clean for verdict in judged)
+    assert not any(verdict.via_fast_path for verdict in judged)
 
 
 @pytest.mark.parametrize(("last_try", "outcome"), [(False, Outcome.RETRIED), (True, Outcome.DEAD)])

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from outbox_worker import errors
-from outbox_worker.errors import Failure, classify, describe, said, sqlstate, trace
+from outbox_worker.database.failures import Failure, classify, describe, server_message, sqlstate, trace
 
 BY_SQLSTATE = {
     # run the transaction again
@@ -158,9 +158,9 @@ def test_describe_keeps_every_message_to_itself(error: Exception) -> None:
 
 def test_said_repeats_the_server_and_libpq_but_no_function() -> None:
     refused = psycopg.OperationalError("connection to server failed: FATAL:  no pg_hba.conf entry\nIs it running?")
-    assert said(refused) == "connection to server failed: FATAL:  no pg_hba.conf entry"
-    assert said(psycopg.OperationalError("")) == "OperationalError"
-    assert said(Told("hunter2secret")) == "Told, SQLSTATE 23503, constraint purchases_student_fkey"
+    assert server_message(refused) == "connection to server failed: FATAL:  no pg_hba.conf entry"
+    assert server_message(psycopg.OperationalError("")) == "OperationalError"
+    assert server_message(Told("hunter2secret")) == "Told, SQLSTATE 23503, constraint purchases_student_fkey"
 
 
 def test_trace_names_places_and_no_message() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from outbox_worker.logs import Style, configure_logging
+from outbox_worker.telemetry.logs import Style, configure_logging
 
 STYLES: list[Style] = ["json", "console"]
 LEVELS = {"ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}

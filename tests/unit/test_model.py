@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from outbox_worker.model import COLUMNS, FINAL, GRANTS, MARKS_WITHOUT_PURCHASE, DeadLetterState, Outcome
-from outbox_worker.schema import build_tables
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
 
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from outbox_worker.durations import parse_duration, parse_moment
 from outbox_worker.errors import WrongUsage
-from outbox_worker.moments import parse_duration, parse_moment
 
 
 @pytest.fixture

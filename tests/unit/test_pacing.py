@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from outbox_worker.model import Position
-from outbox_worker.pacing import FEW_IN_DOUBT, FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Frontier, Pacing
+from outbox_worker.settle.pacing import FEW_IN_DOUBT, FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Frontier, Pacing
 
 END = Position("2026-01-01 00:00:00+00", 1000)
 LATER = Position("2026-01-01 00:00:01+00", 2000)

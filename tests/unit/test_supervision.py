@@ -12,12 +12,12 @@ import psycopg
 import pytest
 
 from outbox_worker.address import Listen, parse_listen
-from outbox_worker.claim_loop import ClaimLoop
-from outbox_worker.liveness import FEED_SECONDS, STOPPING, Liveness
+from outbox_worker.daemon.claim_loop import ClaimLoop
+from outbox_worker.daemon.liveness import FEED_SECONDS, STOPPING, Liveness
+from outbox_worker.daemon.signals import Signals, make_signals
+from outbox_worker.daemon.supervision import Pulse, reason
+from outbox_worker.daemon.systemd import Notifier
 from outbox_worker.settings import load_settings
-from outbox_worker.signals import Signals, make_signals
-from outbox_worker.supervision import Pulse, reason
-from outbox_worker.systemd import Notifier
 
 LIMIT = 60.0
 

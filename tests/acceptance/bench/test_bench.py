@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from outbox_worker.bench import DATABASE
+from outbox_worker.bench.run import DATABASE
 from tests.support import servers
 from tests.support.processes import finish
 

@@ -11,14 +11,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox_worker import embedded
-from outbox_worker.database import Database
-from outbox_worker.doctor import CHECKS
-from outbox_worker.findings import Finding, Subject
-from outbox_worker.schema import build_tables
-from outbox_worker.server_checks import connections_of
+from outbox_worker.database.engine import Database
+from outbox_worker.diagnose.doctor.finding import Finding, Subject
+from outbox_worker.diagnose.doctor.report import CHECKS
+from outbox_worker.diagnose.doctor.server import connections_of
+from outbox_worker.diagnose.doctor.vacuum import horizon
+from outbox_worker.embedded import server as embedded
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.vacuum_checks import horizon
 from tests.support import servers
 from tests.support.factories import Shop
 from tests.support.premises import Premises, opened, settle_in
@@ -260,7 +260,7 @@ def test_what_one_process_holds(premises: Premises) -> None:
     """The formula counts what a real worker opens."""
     url = premises.url_of("worker")
     settings: dict[str, Any] = {"concurrency": 3, "backfill_every_seconds": 1, "poll_max_seconds": 0.1}
-    expected = sum(connections_of(load_settings(database_url=url, **settings), is_told=True).values())
+    expected = sum(connections_of(load_settings(database_url=url, **settings), has_notify=True).values())
     counted = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
     with start("run", url=url, **settings) as worker, premises.shop() as shop:
         worker.wait_for("worker_started")

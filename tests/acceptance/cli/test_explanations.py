@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from outbox_worker.purchases import backfill_event_id
+from outbox_worker.store.purchases import backfill_event_id
 from tests.support.factories import Shop
 from tests.support.payloads import TYPES, put, retype
 from tests.support.processes import finish, finish_on_terminal

@@ -13,7 +13,7 @@ from tests.support.processes import Process, eventually, finish, start, start_sc
 
 KILLER = """
 import os, sys
-from outbox_worker.handlers import ConfirmedPurchases
+from outbox_worker.settle.handlers import ConfirmedPurchases
 apply = ConfirmedPurchases.apply
 payment = sys.argv.pop(1)
 def deadly(self, session, batch, footing):

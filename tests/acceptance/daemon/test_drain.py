@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from outbox_worker.model import Outcome
-from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX
+from outbox_worker.schema.tables import PAIR_INDEX, PAIR_LOOKUP_INDEX
 from tests.support.factories import Shop
 from tests.support.makers import Connect
 from tests.support.processes import eventually, finish, start

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 from tests.support.factories import Shop
 from tests.support.processes import eventually, finish, finish_script, start
 from tests.support.sites import ROLE, Site
@@ -202,7 +202,7 @@ def test_what_serves_no_http_does_not_load_it(database_url: str) -> None:
 import os, sys
 os.environ.update(OUTBOX_DATABASE_URL=sys.argv[1], OUTBOX_HTTP_LISTEN=sys.argv[2])
 sys.argv[1:] = ["run", "--drain"]
-from outbox_worker.cli import run_command
+from outbox_worker.cli.app import run_command
 code = run_command()
 print(code, sorted({"uvicorn", "starlette", "anyio"} & set(sys.modules)))
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 from tests.support.factories import Shop
 from tests.support.processes import eventually, start
 from tests.support.sites import (

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from sqlalchemy import URL
 
-from outbox_worker._embedded_launcher import enter_namespace, namespace_permitted
+from outbox_worker.embedded.launcher import enter_namespace, namespace_permitted
 from tests.support.factories import Shop
 from tests.support.processes import eventually, finish, start
 from tests.support.servers import libpq

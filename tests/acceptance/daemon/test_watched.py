@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 from tests.support.factories import Shop
 from tests.support.processes import Process, eventually, finish, start, start_script
 from tests.support.sites import ROLE, Site

@@ -14,10 +14,10 @@ from unittest.mock import ANY
 
 import pytest
 
-from outbox_worker.audit import AuditReport
-from outbox_worker.conservation import PaymentClass
-from outbox_worker.demo import DOUBLED, UNPAID, Proof
+from outbox_worker.demo.run import DOUBLED, UNPAID, Proof
 from outbox_worker.model import Outcome
+from outbox_worker.reconcile.audit import AuditReport
+from outbox_worker.store.payment_classes import PaymentClass
 from tests.support.factories import Shop
 from tests.support.processes import environment, eventually
 

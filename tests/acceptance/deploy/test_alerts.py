@@ -14,7 +14,7 @@ from tests.support import ROOT
 from tests.support.promql import PROMETHEUS, RULE_TESTS, RULES, alerts, exported, problems, recorded, rules
 
 PROMTOOL = shutil.which("promtool")
-RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed here (Debian: prometheus)")
 
 
@@ -39,7 +39,7 @@ def test_each_alert_says_how_bad_it_is_and_what_to_do(alert: str) -> None:
     assert rule["labels"]["severity"] in {"warning", "critical"}
     assert rule["annotations"]["summary"]
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
-    assert page == "docs/operations.md"
+    assert page == "docs/runbook.md"
     titles = re.findall(r"^#+ (.*)", RUNBOOK, re.MULTILINE)
     assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
     text = RUNBOOK.partition(f"\n### {alert}\n")[2].partition("\n##")[0]

@@ -11,8 +11,8 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
-from outbox_worker.health import BACKFILLING, DECIDING, PRIVILEGES, READING, Privileges
 from outbox_worker.model import COLUMNS
+from outbox_worker.schema.privileges import BACKFILLING, DECIDING, PRIVILEGES, READING, Privileges
 from tests.support import servers
 from tests.support.factories import Shop
 from tests.support.premises import PASSWORD, Premises, opened, settle_in

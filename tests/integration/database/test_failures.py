@@ -11,8 +11,8 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.database import Database
-from outbox_worker.errors import Failure, classify, sqlstate
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify, sqlstate
 from outbox_worker.settings import load_settings
 from tests.support.makers import Connect, MakeDatabase
 from tests.support.sites import Site

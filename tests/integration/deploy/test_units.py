@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from outbox_worker.daemon.supervision import STEP_DEADLINES
 from outbox_worker.settings import Settings, load_settings
-from outbox_worker.supervision import STEP_DEADLINES
 from tests.support import ROOT
 
 DEPLOY = ROOT / "deploy"

@@ -9,11 +9,11 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from outbox_worker.database import Database
-from outbox_worker.horizon import HorizonWatch
+from outbox_worker.daemon.horizon import HorizonWatch
+from outbox_worker.daemon.signals import Signals
+from outbox_worker.daemon.worker import Worker
+from outbox_worker.database.engine import Database
 from outbox_worker.settings import Settings
-from outbox_worker.signals import Signals
-from outbox_worker.worker import Worker
 from tests.support import servers
 from tests.support.factories import Shop
 

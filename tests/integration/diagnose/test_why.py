@@ -14,18 +14,19 @@ from hypothesis import Phase, given
 from hypothesis import settings as examples
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker import why
-from outbox_worker.conservation import PaymentClass
-from outbox_worker.database import Database
-from outbox_worker.dead_letters import Decision, Selection, decide_letters, preview
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import sqlstate
 from outbox_worker.decision import CRASHES_MAX
-from outbox_worker.errors import Refused, sqlstate
-from outbox_worker.health import check_schema
+from outbox_worker.diagnose import explanation as why
+from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction
+from outbox_worker.errors import Refused
 from outbox_worker.model import Outcome, Reason, Verdict
-from outbox_worker.purchases import backfill_event_id
-from outbox_worker.schema import Tables
+from outbox_worker.schema.requirements import check_schema
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.why import Explanation, Occasion, Prospect, Story
+from outbox_worker.store.dead_letters import Decision, Selection, decide_letters, preview
+from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.purchases import backfill_event_id
 from tests.support.factories import ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
 from tests.support.payloads import TYPES, retype
@@ -45,12 +46,12 @@ def ask(database: Database, tables: Tables, settings: Settings) -> Ask:
     return about
 
 
-def only(found: Explanation) -> Story:
+def only(found: Explanation) -> PaymentStory:
     (story,) = found.stories
     return story
 
 
-def foretold(found: Explanation, event_id: UUID) -> Prospect:
+def foretold(found: Explanation, event_id: UUID) -> Prediction:
     """What is foretold of an event, the same wherever it is told."""
     prospects = [each for story in found.stories for each in story.prospects if each.event_id == event_id]
     assert prospects, found
@@ -142,7 +143,7 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     owed, twin, waiting, held = shop.payment(ago="2 hours"), shop.payment(), shop.paid()[0], shop.payment()
     shop.purchase(None, *held.pair)
     (prospect,) = only(ask(owed.id)).prospects
-    assert prospect == Prospect(
+    assert prospect == Prediction(
         backfill_event_id(owed.id), "PURCHASE_BACKFILLED", Occasion.BACKFILL, Verdict(Outcome.CREATED, writes=True)
     )
     assert only(ask(owed.id)).kind is PaymentClass.UNEXPLAINED

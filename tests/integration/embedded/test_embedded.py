@@ -20,15 +20,16 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from outbox_worker import _embedded_launcher, embedded
-from outbox_worker.embedded import ensure_server, find_binaries, stop_server
+from outbox_worker.embedded import launcher as _embedded_launcher
+from outbox_worker.embedded import server as embedded
+from outbox_worker.embedded.server import ensure_server, find_binaries, stop_server
 from outbox_worker.errors import EmbeddedServerError, SettingError
 from tests.support import ROOT
 
 NOBODY = 65534
 OWNER = """
 import sys, pathlib
-from outbox_worker.embedded import ensure_server
+from outbox_worker.embedded.server import ensure_server
 directory, binaries = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
 sys.stdin.readline()
 print(ensure_server(directory, durable=False, bin_dir=binaries)["host"], flush=True)
@@ -459,7 +460,7 @@ def test_as_an_ordinary_user(public_directory: Path) -> None:
 
 
 def may_run_the_project(python: str) -> bool:
-    version = f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]!r}; import outbox_worker.embedded"
+    version = f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]!r}; import outbox_worker.embedded.server"
     same = f"{version}; assert sys.version_info[:2] == {tuple(sys.version_info[:2])}"
     return within_reach(python, "-c", same) and within_reach(str(find_binaries() / "postgres"), "--version")
 

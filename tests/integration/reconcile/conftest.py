@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from outbox_worker.database import Database
-from outbox_worker.schema import Tables
+from outbox_worker.database.engine import Database
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 from tests.support.backfilling import Operator
 from tests.support.factories import Shop

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from outbox_worker.errors import Refused, SchemaError
-from outbox_worker.purchases import backfill_event_id
+from outbox_worker.store.purchases import backfill_event_id
 from tests.support.backfilling import Operator, discarded
 from tests.support.factories import Payment, Shop
 

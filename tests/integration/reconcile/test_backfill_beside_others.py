@@ -10,16 +10,16 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker import backfill as by_hand
-from outbox_worker import repairs as making
-from outbox_worker.backfill import BackfillReport
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardWatch
-from outbox_worker.purchases import backfill_event_id
-from outbox_worker.repairs import Repairs
-from outbox_worker.schema import Tables
+from outbox_worker.database.engine import Database
+from outbox_worker.model import FoundPayment
+from outbox_worker.reconcile import backfill as by_hand
+from outbox_worker.reconcile import owed as making
+from outbox_worker.reconcile.backfill import BackfillReport
+from outbox_worker.reconcile.owed import OwedPurchases
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.sweep import FoundPayment
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.purchases import backfill_event_id
 from tests.support.backfilling import Operator, always
 from tests.support.factories import Payment, Shop, drain_all, hold_pair
 from tests.support.makers import Connect, MakeProcessor
@@ -179,7 +179,7 @@ def found(payment: Payment) -> FoundPayment:
 
 def test_the_index_may_vanish_on_the_way(database: Database, tables: Tables, settings: Settings, shop: Shop) -> None:
     owed = [found(shop.payment()) for _ in range(3)]
-    repairs = Repairs(database, tables, settings.retry_policy, GuardWatch(tables.purchases, lambda _: None))
+    repairs = OwedPurchases(database, tables, settings.retry_policy, GuardWatch(tables.purchases, lambda _: None))
     shop.rows("DROP INDEX purchases_active_student_course_key")
     (made,) = repairs.make(owed, lambda *_: None)
     assert len(made.created) == 3

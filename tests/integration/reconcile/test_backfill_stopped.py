@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from outbox_worker import repairs as making
+from outbox_worker.reconcile import owed as making
 from tests.support.backfilling import Operator, always
 from tests.support.factories import Shop, hold_pair
 from tests.support.makers import Connect

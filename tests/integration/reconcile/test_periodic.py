@@ -11,16 +11,18 @@ import psycopg
 import pytest
 from loguru import logger
 
-from outbox_worker import periodic, runs, sweep
-from outbox_worker.backfill import Backfill, Request
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardWatch
-from outbox_worker.periodic import PeriodicBackfill
-from outbox_worker.runs import Runs
-from outbox_worker.schema import Tables
+from outbox_worker.database.engine import Database
+from outbox_worker.model import PaymentTotals
+from outbox_worker.reconcile import periodic, scan
+from outbox_worker.reconcile.backfill import Backfill, Request
+from outbox_worker.reconcile.periodic import PeriodicBackfill
+from outbox_worker.reconcile.scan import PaymentScan
+from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
-from outbox_worker.sweep import Sweep, Value
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.store import backfill_runs as runs
+from outbox_worker.store.backfill_runs import BackfillRuns
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.telemetry.reporter import Telemetry
 from tests.support.factories import Shop
 
 MakeWorker = Callable[..., PeriodicBackfill]
@@ -73,16 +75,16 @@ def pass_time(shop: Shop, interval: str) -> None:
 
 def gauge(database: Database, tables: Tables) -> dict[str, Any]:
     with database.transaction() as session:
-        return Value.read(Runs(tables).latest_counts(session).get("left")).written()
+        return PaymentTotals.read(BackfillRuns(tables).latest_counts(session).get("left")).written()
 
 
-def took_half_a_second(self: Sweep, *given: Any) -> Any:
+def took_half_a_second(self: PaymentScan, *given: Any) -> Any:
     rows = execute(self, *given)
     self._seconds = 0.5
     return rows
 
 
-execute = Sweep._execute
+execute = PaymentScan._execute
 
 
 @pytest.mark.usefixtures("both_guards")
@@ -160,7 +162,7 @@ def test_far_more_than_the_fuse_is_counted_not_listed(
     """Pairs that were paid often: a list that was cut looks as if less was owed."""
     monkeypatch.setattr(periodic, "FUSE", 2)
     monkeypatch.setattr(periodic, "_PORTION", 2)
-    monkeypatch.setattr(sweep, "PAGE_FIRST", 2)
+    monkeypatch.setattr(scan, "PAGE_FIRST", 2)
     backfill_by_hand(database, tables, settings)
     like = shop.payment(ago="30 minutes")
     for _ in range(9):
@@ -251,7 +253,7 @@ def test_it_works_a_tenth_of_the_time(make_worker: MakeWorker, shop: Shop, monke
         stop.set()
 
     monkeypatch.setattr(stop, "wait", wait)
-    monkeypatch.setattr(Sweep, "_execute", took_half_a_second)
+    monkeypatch.setattr(PaymentScan, "_execute", took_half_a_second)
     shop.payment(ago=AGO)
     assert make_worker(stop=stop).run_once()
     (rest,) = waited

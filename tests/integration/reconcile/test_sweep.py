@@ -10,12 +10,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox_worker import sweep
-from outbox_worker.audit import Audit
-from outbox_worker.conservation import PaymentClass, page_statement, portion_statement
-from outbox_worker.database import Database, Statement
-from outbox_worker.schema import Tables
-from outbox_worker.sweep import Span, Sweep, plans
+from outbox_worker.database.engine import Database
+from outbox_worker.database.statements import Statement
+from outbox_worker.reconcile import scan
+from outbox_worker.reconcile.audit import Audit
+from outbox_worker.reconcile.scan import PaymentScan, ScanRange, plans
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.payment_classes import PaymentClass, page_statement, portion_statement
 from tests.support.factories import Payment, Shop
 from tests.support.makers import MakeDatabase
 
@@ -59,13 +60,13 @@ def one_of_each(shop: Shop, ago: str = "0 seconds") -> dict[str, Payment]:
 def test_each_is_of_its_class(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     """One by one, ten of each, in pages of two: nothing is left out at an edge, nothing counted twice."""
     kinds = [one_of_each(shop, ago="0 seconds" if turn % 2 else "2 hours") for turn in range(10)]
-    looked = Sweep(database, tables, Span(None, far_away()), page_max=2)
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=2)
     assert looked.order == (("id",) if order == "id" else ("created_at", "id"))
     assert looked.run(always)
-    assert looked.sight.counts == dict.fromkeys(PaymentClass, 10)
-    assert {str(money) for each in looked.sight.money.values() for money in each.values()} == {"499.00"}
-    assert looked.sight.passed == shop.count("payments") == 100
-    assert {each.payment_id for each in looked.sight.unexplained} == {each["unexplained"].id for each in kinds}
+    assert looked.totals.counts == dict.fromkeys(PaymentClass, 10)
+    assert {str(money) for each in looked.totals.money.values() for money in each.values()} == {"499.00"}
+    assert looked.totals.passed == shop.count("payments") == 100
+    assert {each.payment_id for each in looked.totals.unexplained} == {each["unexplained"].id for each in kinds}
 
 
 @pytest.mark.parametrize("payments", [0, 1, 2, 3, 4, 5])
@@ -77,44 +78,44 @@ def test_pages_fit_together(
     for _ in range(payments):
         shop.payment()
     shop.rows("UPDATE payments SET created_at = '2026-01-01'")
-    looked = Sweep(database, tables, Span(None, far_away()), page_max=page)
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=page)
     assert (looked.run(always), looked.order[0]) == (True, order)
-    assert (looked.sight.passed, looked.sight.counts[PaymentClass.UNEXPLAINED]) == (payments, payments)
-    assert len({each.payment_id for each in looked.sight.unexplained}) == payments
+    assert (looked.totals.passed, looked.totals.counts[PaymentClass.UNEXPLAINED]) == (payments, payments)
+    assert len({each.payment_id for each in looked.totals.unexplained}) == payments
 
 
 def test_a_sweep_goes_on_behind_a_place(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     for turn in range(9):
         shop.payment(ago=f"{turn} hours")
-    span = Span(None, far_away())
-    whole = Sweep(database, tables, span)
+    span = ScanRange(None, far_away())
+    whole = PaymentScan(database, tables, span)
     whole.run(always)
-    found = sorted(whole.sight.unexplained, key=whole.place_of)
+    found = sorted(whole.totals.unexplained, key=whole.cursor_of)
     if order == "created_at":
         assert found == sorted(found, key=lambda each: each.age)
-    rest = Sweep(database, tables, span, page_max=2)
-    rest.run(always, whole.place_of(found[3]))
-    assert {each.payment_id for each in rest.sight.unexplained} == {each.payment_id for each in found[4:]}
+    rest = PaymentScan(database, tables, span, page_max=2)
+    rest.run(always, whole.cursor_of(found[3]))
+    assert {each.payment_id for each in rest.totals.unexplained} == {each.payment_id for each in found[4:]}
 
 
 def test_a_span_begins_with_since_and_ends_before(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     for moment in ("09:59:59.999999", "10:00:00", "10:59:59.999999", "11:00:00"):
         shop.rows("UPDATE payments SET created_at = %s WHERE id = %s", f"2026-05-01 {moment}+00", shop.payment().id)
     at = datetime(2026, 5, 1, 10, tzinfo=UTC)
-    looked = Sweep(database, tables, Span(at, at + timedelta(hours=1)))
+    looked = PaymentScan(database, tables, ScanRange(at, at + timedelta(hours=1)))
     looked.run(always)
-    assert sorted(each.created_at.microsecond for each in looked.sight.unexplained if each.created_at) == [0, 999999]
-    assert looked.sight.recent.count == 2
-    assert looked.sight.passed == (4 if order == "id" else 2), "an index on the time spares the others"
+    assert sorted(each.created_at.microsecond for each in looked.totals.unexplained if each.created_at) == [0, 999999]
+    assert looked.totals.recent.count == 2
+    assert looked.totals.passed == (4 if order == "id" else 2), "an index on the time spares the others"
 
 
 def test_times_that_no_client_reads(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     for moment in ("-infinity", "4000-01-01 BC", "infinity"):
         shop.rows("UPDATE payments SET created_at = %s WHERE id = %s", moment, shop.payment().id)
-    looked = Sweep(database, tables, Span(None, far_away()), page_max=1)
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=1)
     looked.run(always)
     assert looked.order[0] == order
-    assert [each.created_at for each in looked.sight.unexplained] == [None, None]
+    assert [each.created_at for each in looked.totals.unexplained] == [None, None]
 
 
 def test_payments_that_come_later_are_not_judged(database: Database, tables: Tables, shop: Shop) -> None:
@@ -136,12 +137,12 @@ def test_an_explained_page_does_not_touch_the_outbox(
     )
     other = connect()
     other.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
-    looked = Sweep(database, tables, Span(None, far_away()))
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()))
     assert looked.run(always)
-    assert looked.sight.counts[PaymentClass.ACTIVE] == 300
+    assert looked.totals.counts[PaymentClass.ACTIVE] == 300
     shop.payment()
     with pytest.raises(Exception, match="lock timeout"):
-        Sweep(database, tables, Span(None, far_away())).run(always)
+        PaymentScan(database, tables, ScanRange(None, far_away())).run(always)
 
 
 # --- plans
@@ -228,9 +229,9 @@ def test_without_indexes_tables_are_hashed_not_read_per_payment(
     statement = Statement(page_statement(tables, ("id",), by_index=False, is_first=True))
     found = executed(make_database(deadline_seconds=60), statement, {"limit": 3_000}, by_index=False)
     assert all(node["Actual Loops"] == 1 for node in scans(found, "purchases"))
-    looked = Sweep(make_database(deadline_seconds=60), tables, Span(None, far_away()))
+    looked = PaymentScan(make_database(deadline_seconds=60), tables, ScanRange(None, far_away()))
     looked.run(always)
-    assert (looked.sight.counts[PaymentClass.ACTIVE], looked.sight.counts[PaymentClass.IN_FLIGHT]) == (1000, 2000)
+    assert (looked.totals.counts[PaymentClass.ACTIVE], looked.totals.counts[PaymentClass.IN_FLIGHT]) == (1000, 2000)
 
 
 # --- time
@@ -254,38 +255,38 @@ def test_a_statement_that_takes_too_long_is_repeated_with_half_as_much(
 ) -> None:
     shop.pay_many(300)
     make_slow(shop, 5)
-    looked = Sweep(make_database(deadline_seconds=0.8), tables, Span(None, far_away()))
+    looked = PaymentScan(make_database(deadline_seconds=0.8), tables, ScanRange(None, far_away()))
     sizes: list[int] = []
     assert looked.run(lambda passed, _: not sizes.append(passed))  # type: ignore[func-returns-value]
-    assert looked.sight.counts[PaymentClass.IN_FLIGHT] == 300
-    assert looked.sight.passed == 300
+    assert looked.totals.counts[PaymentClass.IN_FLIGHT] == 300
+    assert looked.totals.passed == 300
     assert len(sizes) > 4
 
 
 def test_what_is_too_slow_alone_is_an_error(
     make_database: MakeDatabase, tables: Tables, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "LEAST", 2)
+    monkeypatch.setattr(scan, "LEAST", 2)
     shop.pay_many(5)
     make_slow(shop, 500)
     with pytest.raises(Exception, match="statement timeout"):
-        Sweep(make_database(deadline_seconds=0.3), tables, Span(None, far_away()), page_max=4).run(always)
+        PaymentScan(make_database(deadline_seconds=0.3), tables, ScanRange(None, far_away()), page_max=4).run(always)
 
 
 def test_a_page_follows_its_time() -> None:
-    grown = sweep._fitting(1000, 100.0, 50_000)
+    grown = scan._fitting(1000, 100.0, 50_000)
     assert grown == 2000
-    assert sweep._fitting(1000, 0.5, 50_000) == 500
-    assert sweep._fitting(1000, 0.0001, 50_000) == sweep.LEAST
-    assert sweep._fitting(40_000, 10.0, 50_000) == 50_000
-    assert sweep._fitting(3, 10.0, 4) == 4
+    assert scan._fitting(1000, 0.5, 50_000) == 500
+    assert scan._fitting(1000, 0.0001, 50_000) == scan.LEAST
+    assert scan._fitting(40_000, 10.0, 50_000) == 50_000
+    assert scan._fitting(3, 10.0, 4) == 4
 
 
 def test_a_sweep_ends_when_it_is_told_to(database: Database, tables: Tables, shop: Shop) -> None:
     shop.pay_many(10)
-    looked = Sweep(database, tables, Span(None, far_away()), page_max=2)
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=2)
     assert not looked.run(lambda passed, _: passed < 4)
-    assert looked.sight.passed == 4
+    assert looked.totals.passed == 4
 
 
 def test_the_list_is_bounded_where_that_is_wished(
@@ -293,17 +294,17 @@ def test_the_list_is_bounded_where_that_is_wished(
 ) -> None:
     for _ in range(30):
         shop.payment()
-    monkeypatch.setattr(sweep, "PAGE_FIRST", 5)
-    looked = Sweep(database, tables, Span(None, far_away()), lists=7, page_max=5, portion=5)
+    monkeypatch.setattr(scan, "PAGE_FIRST", 5)
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()), lists=7, page_max=5, portion=5)
     looked.run(always)
-    assert looked.sight.counts[PaymentClass.UNEXPLAINED] == 30
-    assert 7 < len(looked.sight.unexplained) < 30
-    assert looked.sight.value(PaymentClass.UNEXPLAINED).written() == {"count": 30, "money": {"EUR": "1497.00"}}
+    assert looked.totals.counts[PaymentClass.UNEXPLAINED] == 30
+    assert 7 < len(looked.totals.unexplained) < 30
+    assert looked.totals.value(PaymentClass.UNEXPLAINED).written() == {"count": 30, "money": {"EUR": "1497.00"}}
 
 
 def test_the_estimate_is_about_right(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     shop.pay_many(1000)
     shop.rows("ANALYZE payments")
-    looked = Sweep(database, tables, Span(None, far_away()))
+    looked = PaymentScan(database, tables, ScanRange(None, far_away()))
     assert looked.order[0] == order
     assert looked.estimate() == pytest.approx(1000, rel=0.1)

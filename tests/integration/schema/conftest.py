@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import servers
 from tests.support.factories import Shop
-from tests.support.installations import Installation
+from tests.support.installations import SHOPS_PURCHASES, Installation
 
 
 @pytest.fixture
@@ -41,3 +41,10 @@ def migrated(make_site: Callable[[str | None], Installation]) -> Installation:
 def stock(migrated: Installation) -> Shop:
     """Rows for the migrated database."""
     return Shop(migrated.connection)
+
+
+@pytest.fixture
+def adopting(empty: Installation) -> Installation:
+    """A database in which another application made ``purchases``."""
+    empty.execute(SHOPS_PURCHASES)
+    return empty

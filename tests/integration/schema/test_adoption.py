@@ -5,43 +5,13 @@ from __future__ import annotations
 import pytest
 
 from outbox_worker.errors import Refused, SchemaError
-from outbox_worker.migration import VERSION_TABLE
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.schema import PAIR_INDEX, PAIR_LOOKUP_INDEX
+from outbox_worker.schema.migrate import VERSION_TABLE
+from outbox_worker.schema.tables import PAIR_INDEX, PAIR_LOOKUP_INDEX
 from tests.support.factories import Shop
-from tests.support.installations import OWN, Installation
+from tests.support.installations import OWN, SHOPS_PAYMENTS, Installation
 
 # --- adoption
-
-
-SHOPS_PURCHASES = """
-    CREATE TABLE purchases (
-        id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
-        student_id uuid NOT NULL,
-        course_id uuid NOT NULL,
-        payment_id uuid CONSTRAINT one_per_payment UNIQUE,
-        amount numeric(10,2) NOT NULL,
-        currency char(3) NOT NULL DEFAULT 'USD',
-        is_active boolean NOT NULL DEFAULT true,
-        created_at timestamptz NOT NULL DEFAULT now(),
-        deactivated_at timestamptz,
-        sales_channel varchar(20) NOT NULL DEFAULT 'web' CHECK (sales_channel <> ''),
-        tenant int NOT NULL DEFAULT 1
-    );
-    CREATE INDEX shop_by_course ON purchases (course_id, created_at DESC) WHERE is_active;
-    COMMENT ON TABLE purchases IS 'the shop''s own';
-    CREATE FUNCTION shop_touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
-    CREATE TRIGGER touch BEFORE UPDATE ON purchases FOR EACH ROW EXECUTE FUNCTION shop_touch();
-    INSERT INTO purchases (student_id, course_id, payment_id, amount)
-    SELECT gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 9.90 FROM generate_series(1, 3);
-"""
-
-
-@pytest.fixture
-def adopting(empty: Installation) -> Installation:
-    """A database in which another application made ``purchases``."""
-    empty.execute(SHOPS_PURCHASES)
-    return empty
 
 
 def test_an_adopted_table_stays_as_it_was(adopting: Installation) -> None:
@@ -85,19 +55,6 @@ def test_the_worker_can_settle_into_an_adopted_table(adopting: Installation) -> 
     payment = shop.payment()
     shop.purchase(payment)
     assert shop.scalar("SELECT sales_channel FROM purchases WHERE payment_id = %s", payment.id) == "web"
-
-
-SHOPS_PAYMENTS = """
-    CREATE TABLE payments (
-        id uuid PRIMARY KEY,
-        user_id bigint NOT NULL,
-        course_id text NOT NULL,
-        amount numeric(10,2) NOT NULL,
-        currency char(3) NOT NULL,
-        status text NOT NULL,
-        created_at timestamptz NOT NULL DEFAULT now()
-    )
-"""
 
 
 @pytest.mark.parametrize("options", [(), ("unique_index",)], ids=["lock", "index"])

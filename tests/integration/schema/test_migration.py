@@ -16,9 +16,9 @@ from alembic import command
 from alembic.config import Config
 
 from outbox_worker.errors import SchemaError, SettingError
-from outbox_worker.migration import VERSION_TABLE
 from outbox_worker.model import COLUMNS, Guard
-from outbox_worker.schema import PAIR_INDEX
+from outbox_worker.schema.migrate import VERSION_TABLE
+from outbox_worker.schema.tables import PAIR_INDEX
 from tests.support import ROOT, servers
 from tests.support.factories import Shop
 from tests.support.installations import OWN, Installation
@@ -136,11 +136,11 @@ def test_down_keeps_just_the_table_that_holds_a_row(migrated: Installation, stoc
 
 PROCESS = """
 import sys
-from outbox_worker import migration
-from outbox_worker.database import Database
-from outbox_worker.schema import build_tables
+from outbox_worker.schema import migrate as migration
+from outbox_worker.database.engine import Database
+from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.telemetry import Telemetry
+from outbox_worker.telemetry.reporter import Telemetry
 settings = load_settings(database_url=sys.argv[1])
 database = Database(settings, deadline_seconds=None)
 print("ready", flush=True)

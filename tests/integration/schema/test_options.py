@@ -12,7 +12,7 @@ from alembic import command
 
 from outbox_worker.errors import Refused
 from outbox_worker.model import Guard
-from outbox_worker.schema import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX
+from outbox_worker.schema.tables import NOTIFY_CHANNEL, NOTIFY_TRIGGER, PAIR_INDEX, PAIR_LOOKUP_INDEX
 from tests.support import catalogue, servers
 from tests.support.factories import Shop
 from tests.support.installations import OWN, Installation

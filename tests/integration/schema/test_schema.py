@@ -13,11 +13,10 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.schema import CreateSchema
 
-from outbox_worker import migration
-from outbox_worker.database import Database
-from outbox_worker.guard import relation_name
+from outbox_worker.database.engine import Database
 from outbox_worker.model import COLUMNS
-from outbox_worker.schema import PAIR_LOOKUP_INDEX, build_tables
+from outbox_worker.schema import migrate as migration
+from outbox_worker.schema.tables import PAIR_LOOKUP_INDEX, build_tables, relation_name
 from outbox_worker.settings import load_settings
 from tests.support import catalogue, servers
 

@@ -13,22 +13,22 @@ import psycopg
 import pytest
 from sqlalchemy import delete, insert, select, text
 
-from outbox_worker import migration
-from outbox_worker.audit import Audit
-from outbox_worker.backfill import Backfill, Request
-from outbox_worker.conservation import PaymentClass
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardWatch
-from outbox_worker.handlers import build_handlers
+from outbox_worker.database.engine import Database
+from outbox_worker.diagnose.explanation import Explanation, explain
 from outbox_worker.model import COLUMNS, Guard, Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.pacing import Pacing
-from outbox_worker.processor import Processor
-from outbox_worker.purchases import PurchaseRepository
-from outbox_worker.schema import Tables, build_tables
+from outbox_worker.reconcile.audit import Audit
+from outbox_worker.reconcile.backfill import Backfill, Request
+from outbox_worker.schema import migrate as migration
+from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.telemetry import Telemetry
-from outbox_worker.why import Explanation, explain
+from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.pacing import Pacing
+from outbox_worker.settle.processor import Processor
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.outbox import Outbox
+from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import servers
 from tests.support.factories import ABSENT, Shop, drain_all, make_payments
 

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import settings as examples
 
 from outbox_worker.decision import decide
-from outbox_worker.handlers import OutOfOrder
 from outbox_worker.model import (
     GRANTS,
     PURCHASE_CONFIRMED,
@@ -29,7 +28,8 @@ from outbox_worker.model import (
     Verdict,
     Verdicts,
 )
-from outbox_worker.settlement import _halves
+from outbox_worker.settle.handlers import OutOfOrder
+from outbox_worker.settle.settlement import _halves
 from tests.support.factories import ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
 from tests.support.worlds import (
@@ -81,8 +81,8 @@ def make_parts(processor: ProbedProcessor) -> None:
     rearrange = settlement._rearrange
 
     def halved(*given: Any, **named: Any) -> Any:
-        footing, parts = rearrange(*given, **named)
-        return footing, [half for part in parts for half in _halves(part) if half]
+        plan, parts = rearrange(*given, **named)
+        return plan, [half for part in parts for half in _halves(part) if half]
 
     settlement._settle_fast = lambda *_: None  # type: ignore[method-assign]
     settlement._rearrange = halved  # type: ignore[method-assign]
@@ -168,8 +168,8 @@ def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
     owed = [(one, verdict) for one, verdict in judged if verdict.outcome in GRANTS]
     fast = way is not Way.JUDGED and all(is_clean(one, verdict) for one, verdict in owed)
     if fast or way is not Way.IN_PARTS:
-        assert [verdict.clean for _, verdict in owed] == [fast] * len(owed)
-    assert not any(verdict.clean for _, verdict in judged if verdict.outcome not in GRANTS)
+        assert [verdict.via_fast_path for _, verdict in owed] == [fast] * len(owed)
+    assert not any(verdict.via_fast_path for _, verdict in judged if verdict.outcome not in GRANTS)
 
 
 def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:

@@ -18,14 +18,14 @@ def crashes(shop: Shop) -> list[int]:
     return [count for (count,) in shop.rows("SELECT crashes FROM outbox ORDER BY id")]
 
 
-def accuse(shop: Shop, event: Any, times: int) -> None:
+def isolate(shop: Shop, event: Any, times: int) -> None:
     shop.rows("UPDATE outbox SET crashes = %s WHERE event_id = %s", times, event)
 
 
 def test_a_suspect_is_left_out_of_the_batch_and_then_taken_alone(shop: Shop, make_processor: MakeProcessor) -> None:
     _, suspect = shop.paid(due_in="-1 hour")
     shop.pay_many(5)
-    accuse(shop, suspect, 1)
+    isolate(shop, suspect, 1)
     processor = make_processor()
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 5}
     assert shop.outcome_of(suspect) is None
@@ -36,7 +36,7 @@ def test_a_suspect_is_left_out_of_the_batch_and_then_taken_alone(shop: Shop, mak
 
 def test_three_crashes_bury_without_another_try(shop: Shop, processor: ProbedProcessor) -> None:
     payment, event = shop.paid()
-    accuse(shop, event, 3)
+    isolate(shop, event, 3)
     assert drain_all(processor) == {Outcome.DEAD: 1}
     letter = shop.letter_of(event)
     assert (letter.reason, letter.attempts, letter.payment_id) == ("crashed_worker", 1, payment.id)
@@ -48,7 +48,7 @@ def test_the_accusation_stands_in_the_database_while_the_work_goes_on(
 ) -> None:
     """And the event is due later, so that no other worker takes it."""
     shop.pay_many(3)
-    processor.go_carefully(2)
+    processor.isolate_next(2)
     seen: list[list[Any]] = []
     insert = processor.repository.insert_clean
 
@@ -65,7 +65,7 @@ def test_the_accusation_stands_in_the_database_while_the_work_goes_on(
 
 def test_an_event_that_survives_alone_is_acquitted_whatever_its_outcome(shop: Shop, processor: ProbedProcessor) -> None:
     _, pending = shop.paid(status="pending", due_in="-1 hour")
-    accuse(shop, pending, 2)
+    isolate(shop, pending, 2)
     assert drain_all(processor) == {Outcome.RETRIED: 1}
     assert shop.rows("SELECT crashes, attempts FROM outbox") == [(0, 1)]
 
@@ -74,7 +74,7 @@ def test_trouble_of_the_database_is_no_crash(shop: Shop, processor: ProbedProces
     """The process lives: it does the work again, and the event is as it was."""
     _, event = shop.paid()
     due = shop.scalar("SELECT due_at FROM outbox")
-    processor.go_carefully(1)
+    processor.isolate_next(1)
     shop.rows("ALTER TABLE processed_events RENAME TO elsewhere")
     for _ in range(4):
         with pytest.raises(DBAPIError, match="processed_events"):
@@ -94,18 +94,18 @@ def test_an_accused_event_that_somebody_holds_is_waited_for(
     """Skipped, it would keep a crash that never was."""
     shop.paid()
     processor = make_processor(database=make_database(deadline_seconds=1))
-    processor.go_carefully(1)
+    processor.isolate_next(1)
     holder: psycopg.Connection[Any] = connect()
-    claim = processor.outbox.claim_accused
+    claim = processor.outbox.claim_isolated
 
-    def held(session: Any, accused: Any) -> Any:
+    def held(session: Any, isolated: Any) -> Any:
         holder.execute("SELECT FROM outbox FOR UPDATE")
-        return claim(session, accused)
+        return claim(session, isolated)
 
-    processor.outbox.claim_accused = held
+    processor.outbox.claim_isolated = held
     with pytest.raises(DBAPIError, match="lock timeout"):
         processor.process_batch()
     holder.rollback()
-    processor.outbox.claim_accused = claim
+    processor.outbox.claim_isolated = claim
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 1}
     assert shop.count("outbox") == 0

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy import event as listener
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.errors import Inconsistent
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.schema import PAIR_INDEX
-from outbox_worker.settlement import MAX_SAVEPOINTS
+from outbox_worker.schema.tables import PAIR_INDEX
+from outbox_worker.settle.settlement import MAX_SAVEPOINTS
 from tests.support.factories import ProbedProcessor, Shop, drain_all
 from tests.support.refusals import BAD, GOOD, REFUSALS, pay, pay_many, run, trigger
 from tests.support.trips import RoundTrips

@@ -12,12 +12,12 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.errors import Failure, classify
 from outbox_worker.model import Outcome
-from outbox_worker.pacing import FEW_IN_DOUBT, STUCK_PASSES_MAX
-from outbox_worker.settlement import MAX_SAVEPOINTS
+from outbox_worker.settle.pacing import FEW_IN_DOUBT, STUCK_PASSES_MAX
+from outbox_worker.settle.settlement import MAX_SAVEPOINTS
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
 from tests.support.makers import Connect, MakeProcessor
 from tests.support.refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
@@ -174,7 +174,7 @@ def test_what_is_taken_alone_in_vain_makes_way(shop: Shop, make_processor: MakeP
     _, bad = pay(shop, BAD)
     _, good = pay(shop, GOOD)
     processor = make_processor(batch_size=1)
-    processor.go_carefully(2)
+    processor.isolate_next(2)
     assert any(shop.outcome_of(good) for _ in tries(processor, STUCK_PASSES_MAX + 2))
     left = shop.event(bad)
     assert (left.attempts, left.crashes, left.last_error) == (0, 0, None)

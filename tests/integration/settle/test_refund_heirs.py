@@ -173,14 +173,14 @@ def test_an_archived_payment_passes_its_pair_on(shop: Shop, processor: ProbedPro
 def test_the_index_vanishes_before_a_pair_is_passed_on(shop: Shop, processor: ProbedProcessor, has_heirs: bool) -> None:
     """42P10 of the grant is the guard's matter: the same batch is settled by the lock. Taking back needs no guard."""
     refunded = [bought(shop)[0] for _ in range(5)]
-    heirs = [shop.payment("succeeded", *payment.pair) for payment in refunded] if has_heirs else []
+    next_payments = [shop.payment("succeeded", *payment.pair) for payment in refunded] if has_heirs else []
     events = [shop.refund(payment) for payment in refunded]
     shop.rows(f"DROP INDEX {PAIR_INDEX}")
     assert settle(processor) == dict.fromkeys(events, Outcome.REVOKED)
     assert processor.watch.state.guard is (Guard.LOCK if has_heirs else Guard.INDEX)
     assert metric(processor, "outbox_constraint_fallback_total") == has_heirs
     assert {row.payment_id for row in shop.rows("SELECT payment_id FROM purchases WHERE is_active")} == {
-        heir.id for heir in heirs
+        heir.id for heir in next_payments
     }
 
 

@@ -7,7 +7,8 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import event as listener
 
-from outbox_worker.database import FREE_PLANS, INDEX_PLANS, Database, planned
+from outbox_worker.database.engine import Database
+from outbox_worker.database.planner import FREE_PLANS, INDEX_PLANS, planned
 from outbox_worker.model import PURCHASE_REFUNDED, Outcome, Reason
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all
 from tests.support.makers import MakeProcessor
@@ -208,7 +209,7 @@ def test_a_settled_refund_closes_its_dead_letter(shop: Shop, processor: ProbedPr
 # --- what it costs
 
 
-def refunds(shop: Shop, count: int, heirs: int) -> None:
+def refunds(shop: Shop, count: int, next_payments: int) -> None:
     """So many refunds of active purchases, due now; of so many pairs another payment stands."""
     shop.pay_many(count)
     shop.rows(
@@ -220,24 +221,24 @@ def refunds(shop: Shop, count: int, heirs: int) -> None:
     shop.rows(
         "INSERT INTO payments (student_id, course_id, amount, currency, status)"
         " SELECT student_id, course_id, 1, 'EUR', 'succeeded' FROM payments LIMIT %s",
-        heirs,
+        next_payments,
     )
 
 
-@pytest.mark.parametrize("heirs", [0, 100])
+@pytest.mark.parametrize("next_payments", [0, 100])
 @pytest.mark.parametrize("size", [1, 10, 500])
 def test_a_batch_of_refunds_takes_the_same_statements_however_large(
-    size: int, heirs: int, shop: Shop, database: Database, make_processor: MakeProcessor
+    size: int, next_payments: int, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    refunds(shop, size, min(heirs, size))
+    refunds(shop, size, min(next_payments, size))
     processor = make_processor()
     sent: list[str] = []
     listener.listen(database.engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
     assert processor.process_batch().outcomes() == {Outcome.REVOKED: size}
     # limits, claim, savepoint, lock, look, take back, switches, who stands, switches, mark, letters, remove
     # and where somebody gets the pair instead: grant, traces
-    assert len(sent) == (14 if heirs else 12), sent
-    assert len(shop.rows("SELECT id FROM purchases WHERE is_active")) == min(heirs, size)
+    assert len(sent) == (14 if next_payments else 12), sent
+    assert len(shop.rows("SELECT id FROM purchases WHERE is_active")) == min(next_payments, size)
 
 
 def test_a_thousand_refunds(shop: Shop, processor: ProbedProcessor) -> None:

@@ -12,11 +12,12 @@ import pytest
 from sqlalchemy import event as listener
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.database import Database
-from outbox_worker.errors import CommitLost, Failure, classify, sqlstate
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify, sqlstate
+from outbox_worker.errors import CommitLost
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, Reason
 from outbox_worker.settings import Settings
-from outbox_worker.settlement import MAX_SAVEPOINTS
+from outbox_worker.settle.settlement import MAX_SAVEPOINTS
 from tests.support.factories import Clerk, Payment, ProbedProcessor, Shop, drain_all
 from tests.support.interleaving import poll
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor

@@ -8,11 +8,12 @@ from uuid import UUID
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.database import Database
-from outbox_worker.errors import Failure, KeyMissing, classify
-from outbox_worker.health import find_problems
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.errors import KeyMissing
 from outbox_worker.model import PURCHASE_REFUNDED, Outcome, Reason
-from outbox_worker.schema import Tables
+from outbox_worker.schema.requirements import find_problems
+from outbox_worker.schema.tables import Tables
 from tests.support.factories import Clerk, ProbedProcessor, Shop, drain_all, hold_pair
 from tests.support.interleaving import errors
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
@@ -279,10 +280,10 @@ def test_thirty_refunds_one_by_one_on_one_connection(
 ) -> None:
     """A statement that is prepared after a while, with a generic plan after another, still finds its key."""
     payments = [bought(shop)[0] for _ in range(30)]
-    heirs = [shop.payment("succeeded", *payment.pair) for payment in payments]
+    next_payments = [shop.payment("succeeded", *payment.pair) for payment in payments]
     for payment in payments:
         shop.refund(payment)
     processor = make_processor(batch_size=1, database=make_database(connections=1))
     assert drain_all(processor) == {Outcome.REVOKED: 30}
-    assert {row.payment_id for row in shop.purchases() if row.is_active} == {heir.id for heir in heirs}
+    assert {row.payment_id for row in shop.purchases() if row.is_active} == {heir.id for heir in next_payments}
     assert errors(processor) == {}

@@ -1,4 +1,4 @@
-"""The claim: what it takes, in which order, by which clock; and that every hot statement walks an index."""
+"""The claim: what it takes, in which order, by which clock."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from uuid import UUID
 import pytest
 from sqlalchemy import event as listener
 
-from outbox_worker.database import INDEX_PLANS, Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.planner import INDEX_PLANS
 from outbox_worker.model import Event, Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.schema import Tables
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.outbox import Outbox
 from tests.support.factories import Shop, drain_all
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 

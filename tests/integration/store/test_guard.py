@@ -10,10 +10,10 @@ import psycopg
 import pytest
 from sqlalchemy import event as listener
 
-from outbox_worker.database import Database
-from outbox_worker.guard import GuardState, GuardWatch
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.schema import PAIR_INDEX, Tables
+from outbox_worker.schema.tables import PAIR_INDEX, Tables
+from outbox_worker.store.guard import GuardState, GuardWatch
 from tests.support.factories import Shop, drain_all
 from tests.support.guarding import (
     DEFERRABLE,

@@ -10,10 +10,9 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ProgrammingError
 
-from outbox_worker.database import Database
-from outbox_worker.guard import relation_name
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard, Outcome
-from outbox_worker.schema import Tables, build_tables
+from outbox_worker.schema.tables import Tables, build_tables, relation_name
 from outbox_worker.settings import load_settings
 from tests.support.factories import Shop, drain_all
 from tests.support.guarding import (

@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome
 from outbox_worker.settings import load_settings
-from outbox_worker.settlement import BATCHES_TO_LOOK_AT
+from outbox_worker.settle.settlement import BATCHES_TO_LOOK_AT
 from tests.support.factories import Shop, drain_all, hold_pair, open_payment
 from tests.support.makers import Connect, MakeProcessor
 from tests.support.refusals import NO_TRIGGER, raising, run

@@ -9,10 +9,11 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import text
 
-from outbox_worker.database import INDEX_PLANS, Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.planner import INDEX_PLANS
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import Outcome
-from outbox_worker.schema import PAIR_INDEX
+from outbox_worker.schema.tables import PAIR_INDEX
 from tests.support.factories import ProbedProcessor, Shop, drain_all, hold_pair
 from tests.support.guarding import without_index
 from tests.support.makers import Connect, MakeProcessor

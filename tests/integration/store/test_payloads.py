@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from loguru import logger
 from psycopg.types.string import TextLoader
 
-from outbox_worker.audit import Audit
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome, Reason
-from outbox_worker.payload import LONGEST_DOCUMENT
-from outbox_worker.schema import Tables
+from outbox_worker.reconcile.audit import Audit
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.payload import LONGEST_DOCUMENT
 from tests.support.factories import ProbedProcessor, Shop, drain_all
 from tests.support.makers import MakeProcessor
 from tests.support.payloads import CANARY, EVERYTHING, NO_OBJECT, TYPES, document, put, retype

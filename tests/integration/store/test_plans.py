@@ -12,10 +12,11 @@ from psycopg import sql
 from sqlalchemy import event as listener
 from sqlalchemy import text
 
-from outbox_worker.database import INDEX_PLANS, Database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.planner import INDEX_PLANS
 from outbox_worker.model import Outcome
-from outbox_worker.outbox import Outbox
-from outbox_worker.schema import Tables
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.outbox import Outbox
 from tests.support import servers
 from tests.support.factories import Shop
 from tests.support.makers import MakeDatabase, MakeProcessor
@@ -177,7 +178,7 @@ def test_every_statement_of_a_batch_walks_indexes(
     assert not [node for node in nodes(claim_plan) if "Sort" in node["Node Type"]]
 
 
-def add_refunds(shop: Shop, count: int, heirs: int) -> None:
+def add_refunds(shop: Shop, count: int, next_payments: int) -> None:
     """At the head of the queue: refunds of active purchases; of so many pairs another payment stands."""
     shop.rows(
         "WITH oldest AS (SELECT id, CAST(payload ->> 'payment_id' AS uuid) AS payment_id FROM outbox ORDER BY id"
@@ -191,7 +192,7 @@ def add_refunds(shop: Shop, count: int, heirs: int) -> None:
     shop.rows(
         "INSERT INTO payments (student_id, course_id, amount, currency, status)"
         " SELECT student_id, course_id, 1, 'EUR', 'succeeded' FROM payments WHERE status = 'refunded' LIMIT %s",
-        heirs,
+        next_payments,
     )
 
 

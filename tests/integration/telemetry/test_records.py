@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox_worker.database import Database
+from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome
 from tests.support.factories import ABSENT, ProbedProcessor, Shop
 from tests.support.refusals import run

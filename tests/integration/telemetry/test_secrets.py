@@ -21,8 +21,8 @@ from loguru import logger
 from prometheus_client import generate_latest
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.logs import Style, configure_logging
 from outbox_worker.model import Outcome
+from outbox_worker.telemetry.logs import Style, configure_logging
 from tests.support.factories import ABSENT, Payment, ProbedProcessor, Shop
 from tests.support.processes import finish
 from tests.support.refusals import run

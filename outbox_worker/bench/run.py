@@ -1,0 +1,238 @@
+"""The benchmark: the worker as it is run, beside the bare SQL that does the same work, in turn, on one server.
+
+Absolute figures tell of the machine; the ratios tell of the worker. Everything happens in a database of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import psycopg
+from psycopg import sql
+
+from outbox_worker.bench.baselines import FILL, drain_bare, drain_one_by_one
+from outbox_worker.bench.measurements import (
+    commits,
+    latencies,
+    server_cpu,
+    start_ups,
+    statements_per_batch,
+    url_of,
+    wal_bytes,
+    worker_command,
+    worker_environment,
+)
+from outbox_worker.database.engine import Database, unavailable
+from outbox_worker.embedded import server as embedded
+from outbox_worker.errors import OutboxWorkerError, Refused
+from outbox_worker.schema.migrate import VERSION_TABLE, upgrade
+from outbox_worker.schema.tables import OWNED, build_tables
+from outbox_worker.settings import Settings, load_settings
+
+DATABASE = "outbox_worker_bench"
+"""Made for the benchmark on the server of OUTBOX_DATABASE_URL, and dropped after it."""
+ONE_BY_ONE_SHARE = 0.04
+"""Of the events, for the worker that takes them one by one: it needs as long for them."""
+_CHUNK = 10_000
+_TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
+
+# what: tables in which somebody else's rows may be · lock: none · index: the catalogue's own
+_STRANGERS = """
+    SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind IN ('r', 'p', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+      AND n.nspname NOT LIKE 'pg_toast%%' AND c.relname <> %s AND obj_description(c.oid, 'pg_class') IS DISTINCT FROM %s
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be measured."""
+
+    events: int = 50_000
+    rounds: int = 3
+    concurrency: int = 1
+    guard: str = "index"
+    latency: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRun:
+    """One contestant that drained a full outbox once."""
+
+    events: int
+    seconds: float
+    server_cpu_seconds: float | None
+    wal_bytes: int
+    client_cpu_seconds: float | None = None
+
+    @property
+    def rate(self) -> float:
+        return self.events / self.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """All runs, by contestant and in their order; latencies in milliseconds by what was in force."""
+
+    plan: Plan
+    runs: Mapping[str, Sequence[BenchRun]]
+    statements_per_batch: float = 0.0
+    """Round trips, BEGIN and COMMIT among them."""
+    start_ups: Sequence[float] = ()
+    """Times as long as importing SQLAlchemy and psycopg, until the first claim."""
+    latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def median(self, contestant: str, of: Callable[[BenchRun], float | None]) -> float | None:
+        values = [value for value in map(of, self.runs[contestant]) if value is not None]
+        return statistics.median(values) if values else None
+
+    def ratio(self, contestant: str) -> float:
+        """To the bare statement of the same round; the median of the rounds."""
+        pairs = zip(self.runs[contestant], self.runs["bare SQL"], strict=True)
+        return statistics.median(mine.rate / limit.rate for mine, limit in pairs)
+
+
+def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
+    """Measure, telling ``say`` of each step.
+
+    Raises Refused where the benchmark's database holds somebody's tables, DatabaseUnavailable without a connection, and
+    OutboxWorkerError where the database refuses.
+    """
+    try:
+        return _run(settings, plan, say)
+    except psycopg.Error as error:
+        if error.sqlstate is None and isinstance(error, psycopg.OperationalError):
+            raise unavailable(error) from None
+        raise OutboxWorkerError(f"The database refused: {str(error).splitlines()[0]}.") from None
+
+
+def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
+    with own_database(settings, plan) as conninfo, psycopg.connect(conninfo, autocommit=True) as connection:
+        runs: dict[str, list[BenchRun]] = {"worker": [], "bare SQL": [], "one by one": []}
+        for turn in range(plan.rounds):
+            for name in list(runs) if turn % 2 else reversed(list(runs)):
+                run = _measure(connection, conninfo, plan, name)
+                runs[name].append(run)
+                say(f"round {turn + 1} of {plan.rounds}: {name} {run.rate:,.0f} events/s")
+        batches = 10 * load_settings(database_url=url_of(conninfo)).batch_size
+        fill(connection, batches)
+        return BenchReport(
+            plan=plan,
+            runs=runs,
+            statements_per_batch=statements_per_batch(conninfo, batches),
+            start_ups=start_ups(conninfo, plan.rounds),
+            latencies=_measure_latencies(connection, conninfo, say) if plan.latency else {},
+        )
+
+
+@contextmanager
+def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
+    """A migrated database that nobody else has tables in; its connection string."""
+    server = _conninfo(settings)
+    with psycopg.connect(server, autocommit=True) as connection:
+        own = psycopg.conninfo.make_conninfo(server, dbname=DATABASE)
+        if connection.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,)).rowcount:
+            _expect_no_strangers(own)
+            _drop(connection)
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
+        try:
+            mine = load_settings(database_url=url_of(own))
+            database = Database(mine, deadline_seconds=None)
+            upgrade(database, mine, build_tables(mine), ["unique_index"] if plan.guard == "index" else [])
+            database.close()
+            yield own
+        finally:
+            _drop(connection)
+
+
+def _drop(connection: psycopg.Connection) -> None:
+    connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(DATABASE)))
+
+
+def _expect_no_strangers(conninfo: str) -> None:
+    with psycopg.connect(conninfo) as connection:
+        found = [name for (name,) in connection.execute(_STRANGERS, (VERSION_TABLE, OWNED))]
+    if found:
+        raise Refused(
+            f"The database {DATABASE} holds tables that are not the benchmark's: {', '.join(found)}. "
+            "Rename or drop it. Nothing was changed."
+        )
+
+
+def _conninfo(settings: Settings) -> str:
+    directory = settings.embedded_directory
+    if directory is not None:
+        return psycopg.conninfo.make_conninfo(**embedded.ensure_server(directory, bin_dir=settings.embedded_bin_dir))
+    return settings.conninfo
+
+
+def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
+    """Fill the outbox and let one contestant drain it. A worker's CPU is counted without that of its start."""
+    idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
+    events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
+    fill(connection, events)
+    server, wal, client = server_cpu(connection), wal_bytes(connection), None
+    match name:
+        case "worker":
+            seconds, used = _drain_by_worker(conninfo, plan)
+            client = max(0.0, used - idle)
+        case "bare SQL":
+            seconds = drain_bare(conninfo, plan.concurrency)
+        case _:
+            seconds = drain_one_by_one(conninfo)
+    after = server_cpu(connection)
+    if connection.execute("SELECT count(*) FROM purchases").fetchone() != (events,):
+        raise OutboxWorkerError(f"{name}: not every event became a purchase; the figures would be worth nothing.")
+    return BenchRun(
+        events=events,
+        seconds=seconds,
+        server_cpu_seconds=None if server is None or after is None else after - server,
+        wal_bytes=wal_bytes(connection) - wal,
+        client_cpu_seconds=client,
+    )
+
+
+def fill(connection: psycopg.Connection, events: int) -> None:
+    connection.execute(f"TRUNCATE {', '.join(_TABLES)}")
+    for begin in range(0, events, _CHUNK):
+        connection.execute(FILL, (min(_CHUNK, events - begin),))
+    connection.execute("VACUUM ANALYZE")
+    connection.execute("CHECKPOINT")
+
+
+def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
+    """The real command, as an operator runs it: seconds between its first and last word, and its CPU seconds."""
+    command = worker_command("--drain", "--concurrency", str(plan.concurrency))
+    process = subprocess.Popen(command, env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
+    assert process.stderr is not None  # noqa: S101 - asked for above
+    lines = process.stderr.read().splitlines()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise OutboxWorkerError(f"The worker ended with {process.returncode}: {lines[-1] if lines else 'silently'}")
+    times = {record["event"]: datetime.fromisoformat(record["time"]) for record in map(json.loads, lines)}
+    return (times["worker_stopped"] - times["worker_started"]).total_seconds(), usage.ru_utime + usage.ru_stime
+
+
+def _measure_latencies(
+    connection: psycopg.Connection, conninfo: str, say: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Milliseconds from a producer's COMMIT to the purchase; and what one durable commit takes."""
+    fill(connection, 1)
+    found = {"one commit": commits(connection)}
+    mine = load_settings(database_url=url_of(conninfo))
+    for name, option in (("by polling", None), ("by notify", "notify")):
+        if option:
+            database = Database(mine, deadline_seconds=None)
+            upgrade(database, mine, build_tables(mine), [option])
+            database.close()
+        found[name] = latencies(conninfo)
+        say(f"latency {name}: median {statistics.median(found[name]):.1f} ms")
+    return found

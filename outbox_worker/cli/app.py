@@ -1,0 +1,101 @@
+"""The command line: every command by its name, and how the program ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from sqlalchemy.exc import DBAPIError
+
+from outbox_worker import __version__
+from outbox_worker.cli import daemon, dead_letters, diagnose, reconcile, setup, showcase
+from outbox_worker.cli.common import fail, in_a_sentence
+from outbox_worker.database.failures import describe, trace
+from outbox_worker.errors import OutboxWorkerError
+
+app = typer.Typer(
+    name="outbox-worker",
+    help="Turns every paid outbox event into exactly one purchase.\n\n"
+    "The purchase is the truth, the mark only evidence: what was paid and never given is given, whatever a mark says.",
+    epilog="Every command reads OUTBOX_DATABASE_URL: postgresql://USER:PASSWORD@HOST/DATABASE, or embedded:DIR for a "
+    "private PostgreSQL in DIR. Exit codes: 0 fine · 1 something was found · 2 wrong usage · 69 no connection · "
+    "78 a setting, table or privilege is wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None if not sys.stdout.isatty() else "rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(daemon.run)
+app.command()(daemon.healthcheck)
+app.command()(setup.migrate)
+app.command()(diagnose.status)
+app.command()(reconcile.audit)
+app.command()(diagnose.doctor)
+app.command()(reconcile.backfill)
+app.command()(diagnose.why)
+app.command()(showcase.demo)
+app.command()(showcase.bench)
+app.command(context_settings={"ignore_unknown_options": True})(setup.psql)
+app.add_typer(reconcile.duplicates_app, name="duplicates")
+app.add_typer(dead_letters.letters_app, name="dead-letters")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"outbox-worker {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar="", callback=_show_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    pass
+
+
+def run_command() -> int:
+    """Run the command line and return its exit status; every foreseen failure is one sentence on stderr."""
+    try:
+        app()
+    except OutboxWorkerError as error:
+        return _fail(error)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from None
+        if isinstance(error, DBAPIError):
+            return _fail(in_a_sentence(error))
+        if isinstance(error, OSError):
+            raise
+        return _fail_unforeseen(error)
+    return 0
+
+
+def _fail(error: OutboxWorkerError) -> int:
+    """Whoever asked for an object gets one, also now."""
+    from outbox_worker.terminal import print_json
+
+    if "--json" in sys.argv[1:]:
+        print_json({"ok": False, "error": str(error)})
+    return fail(error)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is only what a signal left behind: libraries clean up, and fail at that."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _fail_unforeseen(error: Exception) -> int:
+    """Our own error, and where it was raised; a message, or that of a cause, may repeat what a row says."""
+    places = "".join(f"\n  {place}" for place in trace(error))
+    sys.stderr.write(f"outbox-worker: An error of ours, please report it: {describe(error)}{places}\n")
+    return 1

@@ -1,0 +1,86 @@
+"""The daemon's commands: `run` and `healthcheck`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from outbox_worker.cli.common import Config, start_logging
+from outbox_worker.durations import parse_duration
+from outbox_worker.settings import load_settings
+
+
+def run(
+    config: Config = None,
+    drain: Annotated[bool, typer.Option("--drain", metavar="", help="Settle what is due now, then end.")] = False,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Claim loops in this process (OUTBOX_CONCURRENCY, default 1).", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Events per transaction (OUTBOX_BATCH_SIZE, default 1000).", show_default=False)
+    ] = None,
+    backfill_every: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Look for payments without a purchase (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
+            show_default=False,
+        ),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR (OUTBOX_LOG_LEVEL).", show_default=False)
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="json or console (OUTBOX_LOG_FORMAT).", show_default=False)
+    ] = None,
+) -> None:
+    """Settle events: the daemon.
+
+    Ends cleanly on SIGTERM or Ctrl-C, after the batch at hand; a second one
+    does not wait for it. A database that is away is waited for. Any number of
+    workers may run on one database. SIGHUP reads log level and limits again.
+    """
+    import faulthandler
+
+    from outbox_worker.daemon.signals import make_signals
+    from outbox_worker.daemon.worker import Worker
+
+    read = partial(
+        load_settings,
+        config=config,
+        concurrency=concurrency,
+        batch_size=batch_size,
+        backfill_every_seconds=_seconds(backfill_every, "--backfill-every"),
+        log_level=log_level,
+        log_format=log_format,
+    )
+    settings = read()
+    start_logging(settings)
+    faulthandler.enable()  # a watchdog's SIGABRT tells where each thread was
+    with make_signals() as signals:
+        worker = Worker(settings, read)
+        status = worker.drain(signals) if drain else worker.run(signals)
+    raise typer.Exit(status)
+
+
+def healthcheck(
+    config: Config = None,
+    ready: Annotated[bool, typer.Option("--ready", metavar="", help="Ask whether events are being settled.")] = False,
+) -> None:
+    """Ask the daemon of this machine whether it lives.
+
+    Where it answers is OUTBOX_HTTP_LISTEN. Exit code 1 when it says that it
+    does not (or, with --ready, that it settles nothing), 69 when nobody answers.
+    """
+    from outbox_worker.daemon.healthcheck import ask
+
+    well, answer = ask(load_settings(config=config).listen, "/readyz" if ready else "/livez")
+    typer.echo(answer)
+    raise typer.Exit(0 if well else 1)
+
+
+def _seconds(duration: str | None, option: str) -> float | None:
+    return None if duration is None else parse_duration(duration, option).total_seconds()

@@ -1,0 +1,124 @@
+"""Commands that only look: `status`, `doctor`, `why`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from sqlalchemy.exc import DBAPIError
+
+from outbox_worker.cli.common import AsJson, Config, fail, in_a_sentence, open_database, start_logging
+from outbox_worker.errors import OutboxWorkerError
+from outbox_worker.schema.tables import Tables
+from outbox_worker.settings import load_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from outbox_worker.diagnose.explanation import Explanation
+    from outbox_worker.schema.tables import Tables
+
+
+WATCH_SECONDS = 2.0
+
+
+def status(
+    config: Config = None,
+    json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", metavar="", help="Again every two seconds, until Ctrl-C; outlasts outages.")
+    ] = False,
+) -> None:
+    """Show backlog, guard, dead letters and workers."""
+    from outbox_worker import terminal
+    from outbox_worker.cli.views import status as view
+    from outbox_worker.diagnose.status import read_status
+
+    settings, database, tables = open_database(config)
+
+    def show() -> None:
+        now = read_status(database, tables, settings.unknown_types)
+        if json:
+            terminal.print_json(view.status_object(now))
+        else:
+            view.print_status(now)
+
+    if watch:
+        terminal.show_repeatedly(partial(_outlast, show), WATCH_SECONDS, clears=not json)
+    else:
+        show()
+
+
+def _outlast(show: Callable[[], None]) -> None:
+    """What cannot be shown now is told, and tried again."""
+    try:
+        show()
+    except OutboxWorkerError as error:
+        fail(error)
+    except DBAPIError as error:
+        fail(in_a_sentence(error))
+
+
+def doctor(config: Config = None, json: AsJson = False) -> None:
+    """Look for what is wrong with database and set-up, and say what to do.
+
+    Changes nothing. To be run as the worker's role, with its settings. What
+    the role may not see is told.
+
+    Exit code 1 when there is a problem; warnings are none.
+    """
+    from outbox_worker import terminal
+    from outbox_worker.cli.views import doctor as view
+    from outbox_worker.diagnose.doctor.report import examine
+
+    settings = load_settings(config=config)
+    start_logging(settings)
+    report = examine(settings)
+    if json:
+        terminal.print_json(view.doctor_object(report))
+    else:
+        view.print_report(report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def why(
+    asked: Annotated[
+        str, typer.Argument(metavar="ID", help="An event, a payment, a purchase or a student.", show_default=False)
+    ],
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Tell the story of an event, payment, purchase or student.
+
+    What is on record, which rule decided, and what would happen now, by the
+    same rules on the same facts as the worker's. Changes nothing.
+    """
+    from outbox_worker import terminal
+    from outbox_worker.cli.views import explanation
+
+    with looking(config) as (_, _, explain):
+        found = explain(asked.encode(errors="replace").decode())  # it may have come as bytes that are no text
+    if json:
+        terminal.print_json(explanation.explanation_object(found))
+    else:
+        explanation.print_explanation(found)
+
+
+@contextmanager
+def looking(config: Path | None) -> Iterator[tuple[Session, Tables, Callable[[str], Explanation]]]:
+    """A moment of the database, in which nothing is changed, and who explains it."""
+    from outbox_worker.diagnose.explanation import READ, explain
+    from outbox_worker.reconcile.scan import STATEMENT_SECONDS
+    from outbox_worker.schema.privileges import READING
+    from outbox_worker.schema.requirements import check_schema
+    from outbox_worker.settle.handlers import claimed_types
+
+    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    with database.snapshot() as session:
+        tables = check_schema(session, tables, {role: READING[role] for role in READ})
+        types = claimed_types(session, tables, settings.unknown_types)
+        yield session, tables, partial(explain, session, tables, settings.retry_policy, types)

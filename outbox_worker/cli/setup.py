@@ -1,0 +1,101 @@
+"""Commands that set up a database: `migrate`, and `psql` on the private one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from sqlalchemy.exc import DBAPIError
+
+from outbox_worker.cli.common import Config, in_a_sentence, open_database
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import sqlstate
+from outbox_worker.errors import SchemaError, SettingError
+from outbox_worker.schema.tables import Tables
+from outbox_worker.settings import load_settings
+
+
+class Option(StrEnum):
+    """The optional branches of migrations."""
+
+    UNIQUE_INDEX = "unique_index"
+    NOTIFY = "notify"
+
+
+def migrate(
+    config: Config = None,
+    with_: Annotated[
+        list[Option] | None,
+        typer.Option(
+            "--with",
+            help="Also: unique_index (the guard `index`, built without blocking writers) or notify (lower latency).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Create the tables that are absent.
+
+    Tables that exist are adopted and left as they are. Safe to repeat, and on a live database.
+    """
+    from outbox_worker import terminal
+    from outbox_worker.schema.migrate import upgrade
+
+    settings, database, tables = open_database(config, patient=True)
+    try:
+        done = upgrade(database, settings, tables, [str(option) for option in with_ or []])
+    except DBAPIError as error:
+        if sqlstate(error) != "42501":
+            raise
+        sentence = in_a_sentence(error)
+        raise SchemaError(f"{sentence} migrate runs as the owner of the tables, not as the role of a worker.") from None
+    for name in done.created:
+        terminal.line(f"created  {name}")
+    for name in done.named:
+        terminal.line(
+            f"  CHECK  {name} is new and empty. If you meant a table that exists, drop this one and mend its name.",
+            "red",
+        )
+    for name in done.adopted:
+        terminal.line(f"adopted  {name} (left as it is)")
+    for name in done.built:
+        terminal.line(f"built    {name}")
+    for name in done.found:
+        terminal.line(f"found    {name} (was in force already)")
+    if _say_what_is_missing(database, tables):
+        raise typer.Exit(SchemaError.exit_code)
+    if not done.created and not done.built:
+        terminal.line("Everything was in place.")
+
+
+def _say_what_is_missing(database: Database, tables: Tables) -> bool:
+    """An adopted table can lack what the worker needs; migrate does not alter it, but says so."""
+    from outbox_worker import terminal
+    from outbox_worker.schema.requirements import find_problems
+
+    with database.transaction() as session:
+        problems = find_problems(session, tables)
+    for problem in problems:
+        terminal.line(f"problem  {problem.finding}\n         {problem.remedy}", "yellow")
+    return bool(problems)
+
+
+def psql(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Arguments for psql, after `--`.", show_default=False)
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Open psql on the private PostgreSQL of embedded:DIR."""
+    import subprocess
+
+    from outbox_worker.embedded.server import ensure_server, find_binaries
+
+    settings = load_settings(config=config)
+    directory = settings.embedded_directory
+    if directory is None:
+        raise SettingError("OUTBOX_DATABASE_URL is a server of your own: connect to it with your own psql.")
+    where = ensure_server(directory, bin_dir=settings.embedded_bin_dir)
+    program = find_binaries(settings.embedded_bin_dir) / "psql"
+    flags = [f"--{key}={where[name]}" for key, name in (("host", "host"), ("username", "user"), ("dbname", "dbname"))]
+    raise typer.Exit(subprocess.run([program, *flags, *(arguments or [])], check=False).returncode)  # noqa: S603

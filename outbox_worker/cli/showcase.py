@@ -1,0 +1,65 @@
+"""Commands that show the worker at work: `demo` and `bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from outbox_worker.cli.common import AsJson, Config
+from outbox_worker.model import Guard
+from outbox_worker.settings import load_settings
+
+
+def demo(
+    payments: Annotated[int, typer.Option(min=50, max=1_000_000, help="How many payments to make.")] = 2000,
+) -> None:
+    """See it work: payments, troubles, a killed worker, the proof.
+
+    Everything is real and runs on a private PostgreSQL of its own:
+    OUTBOX_DATABASE_URL is ignored. Exit code 1 when a payment stayed
+    unexplained or a purchase was made twice.
+    """
+    from outbox_worker import terminal
+    from outbox_worker.cli.views import audit as view
+    from outbox_worker.demo.run import run_demo
+    from outbox_worker.demo.view import print_events, print_sentence
+
+    proof = run_demo(payments)
+    if proof is None:
+        terminal.line("Interrupted; nothing was proved, and nothing is left running.")
+        return
+    print_events(proof.outcomes)
+    view.print_audit(proof.audit, 100)
+    print_sentence(proof.sentence(), "bold green" if proof.holds else "bold red")
+    raise typer.Exit(0 if proof.holds else 1)
+
+
+def bench(
+    config: Config = None,
+    json: AsJson = False,
+    events: Annotated[int, typer.Option(min=1000, max=10_000_000, help="Events to drain in each round.")] = 50_000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often each contestant drains them.")] = 3,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Claim loops, and bare connections.")] = 1,
+    guard: Annotated[Guard, typer.Option(metavar="GUARD", help="index or lock.")] = Guard.INDEX,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Also from a producer's COMMIT to the purchase.")
+    ] = True,
+) -> None:
+    """Measure this machine and database: the worker beside the bare SQL.
+
+    Runs in a database of its own, outbox_worker_bench, on the server of
+    OUTBOX_DATABASE_URL, and drops it afterwards. The role must be allowed to
+    create databases.
+    """
+    from outbox_worker import terminal
+    from outbox_worker.bench.run import Plan, run_bench
+    from outbox_worker.cli.views import bench as view
+
+    settings = load_settings(config=config)
+    plan = Plan(events=events, rounds=rounds, concurrency=concurrency, guard=guard, latency=latency)
+    report = run_bench(settings, plan, say=lambda step: typer.echo(step, err=True))
+    if json:
+        terminal.print_json(view.bench_object(report))
+    else:
+        view.print_bench(report)

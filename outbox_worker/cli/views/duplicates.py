@@ -1,0 +1,71 @@
+"""What `duplicates list` shows, also as CSV."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from outbox_worker import terminal
+from outbox_worker.durations import ago
+from outbox_worker.model import PaymentTotals
+from outbox_worker.reconcile.duplicates import Duplicate, owed_back
+
+if TYPE_CHECKING:
+    pass
+from outbox_worker.cli.views.payments import money_line
+
+_OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
+
+
+def duplicates_object(found: Sequence[Duplicate]) -> dict[str, Any]:
+    """The object of ``duplicates list --json``."""
+    owed = owed_back(found)
+    value = PaymentTotals.of(each.payment for each in owed)
+    next_payments = [each for each in found if each.is_holder_refunded]
+    return {"count": value.count, "owed_back": value.money, "duplicates": owed, "not_owed_back": next_payments}
+
+
+def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
+    """One line a duplicate, and how much is owed back in all."""
+    owed, next_payments = owed_back(found), [each for each in found if each.is_holder_refunded]
+    if not owed:
+        terminal.line("Nobody has paid twice.", "green")
+    else:
+        _print_owed_back(owed, limit)
+    if next_payments:
+        terminal.line(
+            f"\n{len(next_payments):,} more are not to be refunded: the other payment was refunded, and that "
+            "refund is not settled yet. This one gets the course then. `audit` lists the other as refunded but active.",
+            "yellow",
+        )
+
+
+def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
+    rows = [
+        (
+            each.payment.payment_id,
+            each.payment.student_id,
+            each.payment.course_id,
+            f"{each.payment.amount:.2f} {each.payment.currency}",
+            ago(each.payment.age_seconds),
+            each.held_by or "a gift",
+        )
+        for each in found[:limit]
+    ]
+    terminal.columns("", ["payment", "student", "course", "amount", "age", "held by"], rows, numbers=(3, 4))
+    if len(found) > limit:
+        terminal.line(f"… and {len(found) - limit:,} more: --limit, or --csv or --json for all.", "dim")
+    owed = PaymentTotals.of(each.payment for each in found)
+    terminal.line(f"\n{owed.count:,} payment(s) to be refunded: {money_line(owed.money)}.")
+
+
+def write_duplicates(found: Sequence[Duplicate]) -> None:
+    """All that are owed back as CSV, with a heading; times in UTC."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(_OF_DUPLICATE)
+    for each in owed_back(found):
+        paid = each.payment
+        row = (paid.payment_id, paid.student_id, paid.course_id, f"{paid.amount:.2f}", paid.currency, paid.created_at)
+        writer.writerow([terminal.plain(value) for value in (*row, each.held_by, each.held_since)])

@@ -1,0 +1,185 @@
+"""What the story of a payment looks like to people, and as the object that scripts read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from outbox_worker import terminal
+from outbox_worker.cli.views.audit import MEANINGS
+from outbox_worker.decision import REFUND_RULES, RULES
+from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
+from outbox_worker.diagnose.records import MarkRow, WaitingEvent
+from outbox_worker.model import PURCHASE_REFUNDED
+from outbox_worker.store.dead_letters import Content, DeadLetter, history
+from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE
+
+_MEANINGS = MEANINGS | {REFUNDED_BUT_ACTIVE: "its refund event is missing, or waits"}
+_OCCASIONS = {
+    Occasion.DUE: "at its next turn",
+    Occasion.POSTPONED: "when it is due again",
+    Occasion.REQUEUED: "if it is requeued",
+    Occasion.DELIVERED: "if it is delivered again",
+    Occasion.BACKFILL: "by a backfill",
+    Occasion.NEVER: "and later: events of this type are left to others",
+}
+
+
+def explanation_object(found: Explanation) -> dict[str, Any]:
+    """The object of ``why --json``."""
+    return {
+        "id": found.asked,
+        "found_as": found.kinds,
+        "payments": [_story_object(story) for story in found.stories],
+        "gifts": found.gifts,
+        "has_more": found.has_more,
+    }
+
+
+def _story_object(story: PaymentStory) -> dict[str, Any]:
+    return {
+        "payment_id": story.payment_id,
+        "payment": story.payment,
+        "class": story.kind,
+        "timeline": story.timeline,
+        "events": [{"place": _place(trace)} | asdict(trace) for trace in story.traces],
+        "now": [_prospect_object(prospect) for prospect in story.prospects],
+    }
+
+
+def _prospect_object(prospect: Prediction) -> dict[str, Any]:
+    verdict = prospect.verdict
+    return {
+        "event_id": prospect.event_id,
+        "event_type": prospect.event_type,
+        "occasion": prospect.occasion,
+        "outcome": verdict.outcome,
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "rule": verdict.rule,
+        "writes_purchase": verdict.writes,
+    }
+
+
+def _place(trace: object) -> str:
+    match trace:
+        case WaitingEvent():
+            return "outbox"
+        case MarkRow():
+            return "mark"
+        case _:
+            return "dead_letter"
+
+
+def print_explanation(found: Explanation) -> None:
+    """Payment by payment: what it is, what happened, what would happen now."""
+    for story in found.stories:
+        _print_story(story)
+        terminal.line("")
+    for gift in found.gifts:
+        state = "active" if gift.is_active else "taken back"
+        terminal.facts([("gift", f"{gift.id}, {state}"), ("course", gift.course_id), ("since", _time(gift.created_at))])
+        terminal.line("")
+    if found.has_more:
+        terminal.line("The student has more payments: ask for one of them by its id.", "yellow")
+
+
+def _print_story(story: PaymentStory) -> None:
+    terminal.facts(_heading(story))
+    terminal.line("")
+    terminal.facts([(_time(moment.at), _sentence(moment)) for moment in story.timeline])
+    _print_prospects(story.prospects)
+    if sum(each.verdict.writes for each in story.prospects) > 1:
+        terminal.line("\nEach is judged as if it came alone: the first of them makes the purchase.", "dim")
+
+
+def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> dict[str, Any]:
+    """The object of ``dead-letters show --json``."""
+    return {
+        "dead_letter": asdict(letter) | content._asdict(),
+        "history": [each._asdict() for each in history(letter.note)],
+        "payment": story.payment,
+        "class": story.kind,
+        "now": next((_prospect_object(each) for each in story.prospects if each.event_id == letter.event_id), None),
+    }
+
+
+def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> None:
+    """The event, of what it died, its payment, what was decided so far, and what would happen now."""
+    terminal.facts(
+        [
+            ("event", f"{letter.event_id} ({letter.event_type})"),
+            ("state", letter.state),
+            ("reason", f"{letter.reason}: {letter.detail}"),
+            ("attempts", letter.attempts),
+            ("written", _time(letter.created_at)),
+            ("dead since", _time(letter.dead_at)),
+            ("payload", content.payload),
+            *([("headers", content.headers)] if content.headers else []),
+        ]
+    )
+    terminal.line("")
+    terminal.facts(_heading(story))
+    if decided := history(letter.note):
+        terminal.line("")
+        terminal.facts([(_time(each.at), f"{each.state} by {each.actor}: {each.why}") for each in decided])
+    _print_prospects([each for each in story.prospects if each.event_id == letter.event_id])
+
+
+def _print_prospects(prospects: Sequence[Prediction]) -> None:
+    for prospect in prospects:
+        terminal.line(f"\nnow, {_OCCASIONS[prospect.occasion]}", "bold")
+        terminal.facts(
+            [
+                ("event", f"{prospect.event_id} ({prospect.event_type})"),
+                ("outcome", _outcome(prospect)),
+                *_rule(prospect),
+            ]
+        )
+
+
+def _heading(story: PaymentStory) -> list[tuple[str, object]]:
+    if story.payment_id is None:
+        return [("payment", "none is named")]
+    if story.payment is None:
+        return [("payment", f"{story.payment_id}, of which no row is visible")]
+    paid = story.payment
+    return [
+        ("payment", paid.id),
+        ("student", paid.student_id),
+        ("course", paid.course_id),
+        ("money", f"{paid.amount:.2f} {paid.currency}, {paid.status}"),
+        ("class", _class(story.kind, paid.status)),
+    ]
+
+
+def _class(kind: str | None, status: str) -> str:
+    if kind is None:
+        return f"none: a payment that is {status} is owed nothing"
+    return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"
+
+
+def _sentence(moment: TimelineEntry) -> str:
+    entry = f"{moment.what} {moment.subject}" if moment.what != "paid" else moment.what
+    rules = " or ".join(map(str, moment.rules))
+    return entry + (f": {moment.detail}" if moment.detail else "") + (f" (rule {rules})" if rules else "")
+
+
+def _outcome(prospect: Prediction) -> str:
+    verdict = prospect.verdict
+    if prospect.occasion is Occasion.NEVER:
+        return "stays as it is"
+    named = f"{verdict.outcome}, {verdict.reason}" if verdict.reason else str(verdict.outcome)
+    return f"{named}: {verdict.detail}" if verdict.detail else named
+
+
+def _rule(prospect: Prediction) -> list[tuple[str, object]]:
+    rules = REFUND_RULES if prospect.event_type == PURCHASE_REFUNDED else RULES
+    number = prospect.verdict.rule
+    return [(f"rule {number}", rules[number])] if number else []
+
+
+def _time(moment: datetime | None) -> str:
+    return "?" if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"

@@ -1,0 +1,43 @@
+"""Lists of payments and sums of money, as several commands show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from outbox_worker import terminal
+from outbox_worker.durations import ago
+from outbox_worker.model import FoundPayment
+
+if TYPE_CHECKING:
+    pass
+
+
+def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
+    """The first ``limit`` of a list of payments, and how many more there are."""
+    if not found:
+        return
+    rows = [
+        (
+            each.payment_id,
+            each.student_id,
+            each.course_id,
+            f"{each.amount:.2f} {each.currency}",
+            ago(each.age_seconds),
+        )
+        for each in found[:limit]
+    ]
+    if rows:
+        terminal.columns(f"\n{title}", ["payment", "student", "course", "amount", "age"], rows, numbers=(3, 4))
+    if len(found) > limit:
+        terminal.line(f"… and {len(found) - limit:,} more {title}: --limit, or --json for all.", "dim")
+
+
+def money_line(money: Mapping[str, Decimal]) -> str:
+    return ", ".join(money_lines(money))
+
+
+def money_lines(money: Mapping[str, Decimal]) -> list[str]:
+    """One line per currency."""
+    return [f"{amount:,.2f} {currency}" for currency, amount in money.items()]

@@ -1,0 +1,77 @@
+"""What `status` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outbox_worker import terminal
+from outbox_worker.diagnose.status import Status, condition
+from outbox_worker.durations import ago
+from outbox_worker.model import Outcome
+from outbox_worker.store.workers import WorkerRow
+
+if TYPE_CHECKING:
+    pass
+
+
+def print_status(now: Status) -> None:
+    """Facts, then the workers."""
+    backlog = now.backlog
+    terminal.facts(
+        [
+            ("guard", now.guard),
+            ("due", f"{backlog.due:,} (oldest for {ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
+            ("postponed", f"{backlog.waiting:,}"),
+            ("open dead letters", f"{now.open_letters:,}"),
+            ("settled per second", f"{now.events_per_second():,.1f}"),
+        ],
+    )
+    if now.workers:
+        terminal.columns(
+            "\nworkers of the last day",
+            ["host", "pid", "state", "last heard", "guard", "settled"],
+            [
+                (
+                    row.host,
+                    row.pid,
+                    condition(row),
+                    f"{ago(row.silent_seconds)} ago",
+                    row.guard,
+                    f"{_settled(row):,}",
+                )
+                for row in now.workers
+            ],
+            numbers=(1, 5),
+        )
+
+
+def status_object(now: Status) -> dict[str, Any]:
+    """The object of ``status --json``."""
+    return {
+        "time": now.time,
+        "guard": now.guard,
+        "backlog": now.backlog,
+        "dead_letters": {"open": now.open_letters},
+        "events_per_second": now.events_per_second(),
+        "workers": [
+            {
+                "id": row.id,
+                "host": row.host,
+                "pid": row.pid,
+                "version": row.version,
+                "state": condition(row),
+                "started_at": row.started_at,
+                "silent_seconds": row.silent_seconds,
+                "guard": row.guard,
+                "settled": _settled(row),
+            }
+            for row in now.workers
+        ],
+        "metrics": now.metrics(),
+    }
+
+
+def _settled(row: WorkerRow) -> int:
+    """Events that this process brought to an end: all outcomes but ``retried``."""
+    counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
+    return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))

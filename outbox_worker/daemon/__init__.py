@@ -1,0 +1,4 @@
+"""The process that ``outbox-worker run`` starts: threads, signals, systemd, HTTP, heartbeat, and their orderly end.
+
+``Worker`` is the door: start, serve, drain. Do not settle events here: ``settle`` does that, one batch per call.
+"""

@@ -1,0 +1,138 @@
+"""One loop that claims and settles, and threads for such loops. ``run`` is a loop over ``run_once``."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from functools import partial
+
+from outbox_worker.daemon.signals import Signals
+from outbox_worker.daemon.supervision import Pulse
+from outbox_worker.database.retry import wait_out_outage
+from outbox_worker.decision import next_pause
+from outbox_worker.settings import Settings
+from outbox_worker.settle.processor import Processor
+from outbox_worker.telemetry.reporter import BatchReport
+
+
+class ClaimLoop:
+    """Claims and settles, on one connection at a time, until its pulse's ``stop`` is set.
+
+    Its pulse beats after every step, every try of one that failed, and every part of a pause.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        settings: Settings,
+        pulse: Pulse,
+        on_trouble: Callable[[BaseException, float], None],
+    ) -> None:
+        self._processor = processor
+        self._settings = settings
+        self._pulse = pulse
+        self._on_trouble = on_trouble
+        self._pause = 0.0
+        self._woken = threading.Event()
+        self._adopt: Callable[[Processor], None] | None = None
+        self._adopted: Callable[[Processor], None] | None = None
+        self.is_resting = False
+        processor.tell_of_tries(pulse.beat)
+
+    def wake(self) -> None:
+        """End the rest at hand; a loop that does not rest will look once more before it does."""
+        self._woken.set()
+
+    def adopt(self, settings: Settings, adopt: Callable[[Processor], None]) -> None:
+        """Go by other limits from the next step on; ``adopt`` is called in the loop's own thread."""
+        self._settings, self._adopt = settings, adopt
+
+    def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
+        """Settle one batch, outlasting any trouble of the database (for ``patience`` seconds; None: for ever).
+
+        None when told to stop meanwhile.
+        """
+        if (adopt := self._adopt) and adopt is not self._adopted:
+            adopt(self._processor)
+            self._adopted = adopt
+        report = wait_out_outage(
+            partial(self._processor.process_batch, until), self._pulse, self._meet_trouble, patience
+        )
+        if report is not None:
+            self._pulse.succeeded()
+        return report
+
+    def run(self) -> bool:
+        """Serve until told to stop."""
+        while not self._pulse.is_set():
+            report = self.run_once()
+            if report is not None:
+                self._rest(report)
+        return True
+
+    def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
+        """Settle all that is due by ``until``; False when rows that others hold did not come free in time."""
+        deadline = self._settings.database_deadline_seconds
+        progress = time.monotonic()
+        while not self._pulse.is_set():
+            report = self.run_once(until, patience=deadline)
+            if report is not None and report.verdicts:
+                progress = time.monotonic()
+            elif wait_out_outage(partial(is_empty, until), self._pulse, self._meet_trouble, deadline):
+                return True
+            elif time.monotonic() - progress > deadline:
+                return False
+            if report is not None:
+                self._rest(report)
+        return True
+
+    def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
+        self._pulse.failed(error)
+        self._on_trouble(error, pause_seconds)
+
+    def _rest(self, report: BatchReport) -> None:
+        """No pause while claims come back full; then pauses that double, with jitter, so that workers spread out."""
+        low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
+        if report.verdicts:
+            self._pause = 0.0
+            if report.is_full:
+                return
+        self._pause = next_pause(self._pause, minimum=low, maximum=high)
+        self.is_resting = True
+        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
+        self.is_resting = False
+        self._woken.clear()
+
+
+class LoopThread(threading.Thread):
+    """A loop in its own thread; its end wakes the main thread."""
+
+    def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
+        super().__init__(daemon=True)
+        self._body = body
+        self._signals = signals
+        self.is_done = False
+        self._result: bool | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._result = self._body()
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread, by result()
+            self._error = error
+        finally:
+            self.is_done = True
+            self._signals.wake()
+
+    def result(self) -> bool:
+        """What the body returned; True for one that was left behind in a hurry. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result is not False
+
+
+def all_done(threads: Iterable[LoopThread]) -> bool:
+    return all(thread.is_done for thread in threads)

@@ -1,0 +1,48 @@
+"""LISTEN: hears of new events at the producers' COMMIT. Always optional; polling finds all of them without it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from outbox_worker.database.engine import connect_directly
+from outbox_worker.database.retry import wait_out_outage
+from outbox_worker.schema.tables import NOTIFY_CHANNEL, Tables
+from outbox_worker.settings import Settings
+
+_PATIENCE_SECONDS = 1.0
+
+
+class Listener(threading.Thread):
+    """Rings for every batch of notifications, on a direct connection of its own.
+
+    A connection that is lost says nothing: after each LISTEN it rings once, for what came meanwhile.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tables: Tables,
+        stop: threading.Event,
+        ring: Callable[[], None],
+        on_trouble: Callable[[BaseException, float], None],
+    ) -> None:
+        super().__init__(daemon=True)
+        self._connect = partial(connect_directly, settings)
+        self._payload = f"{tables.outbox.schema}.{tables.outbox.name}"
+        self._stop_serving = stop
+        self._wake_loop = ring
+        self._on_trouble = on_trouble
+
+    def run(self) -> None:
+        wait_out_outage(self._listen, self._stop_serving, self._on_trouble)
+
+    def _listen(self) -> None:
+        with self._connect() as connection:
+            connection.execute(f"LISTEN {NOTIFY_CHANNEL}")
+            self._wake_loop()
+            while not self._stop_serving.is_set():
+                heard = connection.notifies(timeout=_PATIENCE_SECONDS, stop_after=1)
+                if any(notice.payload == self._payload for notice in heard):
+                    self._wake_loop()

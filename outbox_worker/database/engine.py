@@ -1,0 +1,179 @@
+"""Connections, transactions and outages. tenacity repeats transactions and waits out outages here, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import psycopg
+import tenacity
+from sqlalchemy import (
+    URL,
+    Engine,
+    create_engine,
+    event,
+    text,
+)
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.deadline import GRACE_SECONDS, BoundedConnection, bounded
+from outbox_worker.database.failures import Failure, classify, server_message
+from outbox_worker.database.planner import set_local
+from outbox_worker.embedded import server as embedded
+from outbox_worker.errors import DatabaseUnavailable
+from outbox_worker.settings import Settings
+
+APPLICATION_NAME = "outbox-worker"
+
+_KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
+
+
+class Database:
+    """One database: an engine, and transactions whose limits are set inside them (safe behind a pooler).
+
+    ``deadline_seconds`` bounds a connection attempt, every statement and every answer; None: statements may take their
+    time (migrate).
+    """
+
+    def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
+        self._deadline_seconds = deadline_seconds
+        self.engine = _create_engine(settings, connections, deadline_seconds)
+
+    @contextmanager
+    def transaction(self, **parameters: str) -> Iterator[Session]:
+        """A READ COMMITTED transaction, committed at the end; ``parameters`` hold inside it only."""
+        with Session(self.engine) as session:
+            set_local(session, self._limits() | parameters)
+            yield session
+            session.commit()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """A REPEATABLE READ, READ ONLY transaction: every statement in it sees the same moment."""
+        engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        with Session(engine) as session:
+            set_local(session, self._limits())
+            yield session
+
+    def was_committed(self, transaction_id: str) -> bool | None:
+        """What became of a transaction whose COMMIT was never answered; None: not to be known any more.
+
+        Source: ``pg_xact_status``. A transaction still in progress is asked about again until it is decided.
+        """
+        decided = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda status: status == "in progress"),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1),
+            stop=tenacity.stop_after_delay(self._deadline_seconds or 10),
+            retry_error_callback=lambda _: None,
+        )
+        status = decided(self._transaction_status, transaction_id)
+        return None if status is None else status == "committed"
+
+    def _transaction_status(self, transaction_id: str) -> str | None:
+        with self.engine.connect() as connection:
+            asked = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
+            status: str | None = connection.scalar(asked, {"id": transaction_id})
+        return status
+
+    def check(self) -> None:
+        """Connect once. Raises DatabaseUnavailable with one sentence."""
+        try:
+            with self.engine.connect():
+                pass
+        except DBAPIError as error:
+            raise unavailable(error) from None
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _limits(self) -> dict[str, str]:
+        if self._deadline_seconds is None:
+            return {"statement_timeout": "0", "lock_timeout": "0"}
+        milliseconds = max(1, round(self._deadline_seconds * 1000))
+        return {
+            "datestyle": "ISO",  # due times travel as text, and other styles write the zone by an ambiguous name
+            "statement_timeout": str(milliseconds),
+            "lock_timeout": str(max(1, milliseconds // 5)),
+            "idle_in_transaction_session_timeout": str(milliseconds),
+        }
+
+
+def unavailable(error: BaseException) -> DatabaseUnavailable:
+    """One sentence for a connection that was not made or broke; libpq's own words, without the connection string."""
+    return DatabaseUnavailable(f"No connection to the database: {server_message(error)}")
+
+
+@contextmanager
+def savepoint(session: Session) -> Iterator[None]:
+    """All that is done inside stands, or none of it. Not to be nested.
+
+    Plain statements: what SQLAlchemy does around a nested transaction costs a batch as much as a statement. It is not
+    released: COMMIT does that, or the next one of the same name hides it.
+    """
+    connection = session.connection()
+    connection.exec_driver_sql("SAVEPOINT attempt")
+    try:
+        yield
+    except BaseException:
+        if not connection.invalidated:
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT attempt")
+        raise
+
+
+def connect_directly(settings: Settings) -> psycopg.Connection:
+    """An autocommit connection past any pooler, for LISTEN. Raises psycopg.OperationalError."""
+    where = _where(settings, settings.listen_url)
+    return psycopg.connect(**{**where, **_connect_arguments(settings.database_deadline_seconds), "autocommit": True})
+
+
+def _where(settings: Settings, url: URL | None = None) -> dict[str, Any]:
+    """The address, as psycopg takes it. Whoever finds the embedded server gone starts it again."""
+    if url is None and settings.embedded_directory is not None:
+        return embedded.ensure_server(settings.embedded_directory, bin_dir=settings.embedded_bin_dir)
+    given: dict[str, Any] = PGDialect_psycopg().create_connect_args(url or settings.url)[1]  # type: ignore[no-untyped-call]
+    return given
+
+
+def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
+    return {
+        "connect_timeout": max(2, round(deadline_seconds)),
+        "application_name": APPLICATION_NAME,
+        "target_session_attrs": "read-write",
+        "tcp_user_timeout": round(deadline_seconds * 1000),
+        **_KEEPALIVE,
+    }
+
+
+def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnection:
+    """A connection of the pool, cut when an answer takes longer than that; None: statements may take their time."""
+    arguments = _connect_arguments(settings.database_deadline_seconds)
+    connection = BoundedConnection.connect(**{**_where(settings), **arguments})
+    if settings.pooler == "transaction":
+        connection.prepare_threshold = None  # the next transaction may meet another backend
+    return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
+
+
+def _create_engine(settings: Settings, connections: int, deadline_seconds: float | None) -> Engine:
+    engine = create_engine(
+        "postgresql+psycopg://",
+        creator=partial(_connect, settings, deadline_seconds),
+        pool_size=connections,
+        max_overflow=1,
+        pool_timeout=deadline_seconds or settings.database_deadline_seconds,
+        pool_use_lifo=True,
+        isolation_level="READ COMMITTED",
+        hide_parameters=True,
+    )
+    event.listen(engine, "handle_error", _drop_lost_connections)
+    return engine
+
+
+def _drop_lost_connections(context: ExceptionContext) -> None:
+    """A read-only node answers politely for ever and a stale plan stays stale: treat both as a lost connection."""
+    if classify(context.original_exception) is Failure.RECONNECT:
+        context.is_disconnect = True

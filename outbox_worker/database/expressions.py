@@ -1,0 +1,31 @@
+"""SQL expressions about moments, safe for every timestamp that PostgreSQL knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    case,
+    cast,
+    func,
+    literal_column,
+)
+
+_LONGEST_SECONDS = 10**9
+
+_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('0001-01-02' AS timestamptz)")
+
+_LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestamptz)")
+
+
+def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
+    """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too. NULL of NULL."""
+    elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
+    return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
+
+
+def readable(moment: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A moment as clients can read it; NULL where it lies outside their calendar, as ``-infinity`` does."""
+    return case((moment.between(_FIRST_MOMENT, _LAST_MOMENT), moment)).label(moment.key)

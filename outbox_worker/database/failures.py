@@ -1,0 +1,130 @@
+"""What a failure of the database means: its SQLSTATE, its class, and how logs name it without repeating a row."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from enum import StrEnum
+
+import psycopg
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, SchemaError
+
+
+class Failure(StrEnum):
+    """What a failure means for the events of the batch in which it was met."""
+
+    RETRY = "retry"
+    """Run the transaction again, with half the batch; nobody's fault."""
+    RECONNECT = "reconnect"
+    """Drop the connection, make a new one; nobody's fault."""
+    PAUSE = "pause"
+    """The database is in trouble: wait, charge no event, say it loudly."""
+    EVENT = "event"
+    """The database refuses an event: find it, charge it, settle its neighbours."""
+    GUARD = "guard"
+    """The guard is another than believed, or somebody else was first: look again."""
+    UNCLEAR = "unclear"
+    """An event's fault or the database's: bisect. If all events fail, pause; if some do, those."""
+    BUG = "bug"
+    """Ours: roll back, log ERROR, pause."""
+
+
+UNIQUE_VIOLATION = "23505"
+"""Somebody else was first, or a mark is there."""
+
+NO_ARBITER = ("42P10", "55000")
+"""No index matches ON CONFLICT, or only a deferrable one: the guard ``index`` is not in force."""
+
+_BY_SQLSTATE: Mapping[str, Failure] = {
+    "40001": Failure.RETRY,  # serialization_failure
+    "40P01": Failure.RETRY,  # deadlock_detected
+    "55P03": Failure.RETRY,  # lock_not_available
+    "57014": Failure.RETRY,  # query_canceled, statement_timeout
+    "57P01": Failure.RECONNECT,  # admin_shutdown
+    "57P02": Failure.RECONNECT,  # crash_shutdown
+    "57P03": Failure.RECONNECT,  # cannot_connect_now
+    "57P05": Failure.RECONNECT,  # idle_session_timeout
+    "25P03": Failure.RECONNECT,  # idle_in_transaction_session_timeout
+    "25006": Failure.RECONNECT,  # read_only_sql_transaction: the node was demoted
+    "0A000": Failure.RECONNECT,  # cached plan must not change result type
+    "26000": Failure.RECONNECT,  # invalid_sql_statement_name: a pooler lost the prepared statement
+    "42P05": Failure.RECONNECT,  # duplicate_prepared_statement
+    "3D000": Failure.PAUSE,  # invalid_catalog_name
+    "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
+    "23001": Failure.EVENT,  # restrict_violation
+    "23502": Failure.EVENT,  # not_null_violation
+    "23503": Failure.EVENT,  # foreign_key_violation
+    "23514": Failure.EVENT,  # check_violation
+    "23P01": Failure.EVENT,  # exclusion_violation
+    "44000": Failure.EVENT,  # with_check_option_violation
+    "P0001": Failure.EVENT,  # raise_exception, a trigger's
+    "54000": Failure.EVENT,  # program_limit_exceeded
+    "54001": Failure.EVENT,  # statement_too_complex
+    "42P10": Failure.GUARD,  # invalid_column_reference: no index matches ON CONFLICT
+    "23505": Failure.GUARD,  # unique_violation
+    "55000": Failure.GUARD,  # object_not_in_prerequisite_state: a deferrable index
+}
+
+_BY_CLASS: Mapping[str, Failure] = {
+    "08": Failure.RECONNECT,  # connection exception
+    "22": Failure.EVENT,  # data exception
+    "28": Failure.PAUSE,  # invalid authorization
+    "53": Failure.PAUSE,  # insufficient resources
+    "58": Failure.PAUSE,  # system error
+    "XX": Failure.PAUSE,  # internal error
+}
+
+_PLACES_MAX = 100
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The SQLSTATE of a driver's error, also where SQLAlchemy wrapped it."""
+    return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
+
+
+def classify(error: BaseException) -> Failure:
+    """Name the class of a failure met while settling. Outside the settle savepoint ``unclear`` means ``pause``."""
+    if isinstance(error, KeyMissing):
+        return Failure.PAUSE
+    state = sqlstate(error)
+    if state:
+        return _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
+    original = getattr(error, "orig", None) or error
+    if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
+        return Failure.RECONNECT  # no SQLSTATE: the connection broke, or was never made
+    if isinstance(original, CommitLost | DatabaseUnavailable):
+        return Failure.RECONNECT
+    return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
+
+
+def server_message(error: BaseException) -> str:
+    """The first line of the message of the server or of libpq; the error's name if a function may have raised it."""
+    original = getattr(error, "orig", None) or error
+    if getattr(getattr(original, "diag", None), "context", None):
+        return describe(error)
+    lines = [line.strip() for line in str(original).splitlines() if line.strip()]
+    return lines[0] if lines else type(original).__name__
+
+
+def trace(error: BaseException) -> list[str]:
+    """Where an error was raised, innermost last; without its message, which may repeat a value.
+
+    Bounded: the journal breaks a line of 48 kB.
+    """
+    frames = traceback.extract_tb(error.__traceback__, limit=-_PLACES_MAX)
+    return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]
+
+
+def describe(error: BaseException) -> str:
+    """Name an error for logs and dead letters: its class and SQLSTATE, never a value of the row."""
+    original = getattr(error, "orig", None) or error
+    state = sqlstate(error)
+    constraint = getattr(getattr(original, "diag", None), "constraint_name", None)
+    parts = [
+        type(original).__name__,
+        f"SQLSTATE {state}" if state else "",
+        f"constraint {constraint}" if constraint else "",
+    ]
+    return ", ".join(part for part in parts if part)

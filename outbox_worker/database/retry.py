@@ -1,0 +1,94 @@
+"""Retries: run a transaction again, or wait until the database is back. tenacity is used here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
+
+import tenacity
+
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.errors import SchemaError, SettingError
+
+T = TypeVar("T")
+
+
+class Stop(Protocol):
+    """A flag that can be waited for: a ``threading.Event``, or the main thread's ``Signals``."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float) -> bool: ...
+
+
+def retry_transaction(work: Callable[[int], T], *, attempts: int) -> T:
+    """Run a whole unit of work again while it fails with ``retry``, at most ``attempts`` times in all.
+
+    ``work`` is told how often it has failed so far, and raises its last error in the end.
+    """
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_worth_repeating),
+        wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5),
+        stop=tenacity.stop_after_attempt(attempts),
+        reraise=True,
+    )
+    for attempt in again:
+        with attempt:
+            return work(attempt.retry_state.attempt_number - 1)
+    raise AssertionError("tenacity returns or raises")
+
+
+def wait_out_outage(
+    work: Callable[[], T],
+    stop: Stop,
+    on_failure: Callable[[BaseException, float], None],
+    seconds: float | None = None,
+) -> T | None:
+    """Run ``work`` until it returns, however long the trouble lasts; None when ``stop`` was set meanwhile.
+
+    ``on_failure(error, pause_seconds)`` is called before each pause; pauses grow with jitter to ten seconds. A
+    SchemaError and a SettingError are raised at once; with ``seconds`` the last error is raised when so much time has
+    passed.
+    """
+    given_up = _StopWhenSet(stop)
+    patient = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_worth_waiting_for),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
+        sleep=partial(_sleep, stop),
+        stop=given_up if seconds is None else given_up | tenacity.stop_after_delay(seconds),
+        before_sleep=partial(_report_failure, on_failure),
+        retry_error_callback=partial(_give_up, stop),
+    )
+    return patient(work)
+
+
+class _StopWhenSet(tenacity.stop.stop_base):
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:  # noqa: ARG002 - tenacity's signature
+        return self._stop.is_set()
+
+
+def _sleep(stop: Stop, seconds: float) -> None:
+    stop.wait(seconds)
+
+
+def _is_worth_waiting_for(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, SchemaError | SettingError)
+
+
+def _give_up(stop: Stop, state: tenacity.RetryCallState) -> None:
+    if not stop.is_set() and state.outcome is not None:
+        state.outcome.result()  # raises the last error
+
+
+def _is_worth_repeating(error: BaseException) -> bool:
+    return classify(error) is Failure.RETRY
+
+
+def _report_failure(on_failure: Callable[[BaseException, float], None], state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    if error is not None:
+        on_failure(error, state.upcoming_sleep)

@@ -1,0 +1,138 @@
+"""What the role may do: all that it must, nothing that it need not, and on every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Row, Table, text
+
+from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
+from outbox_worker.schema.privileges import PRIVILEGES, STRUCTURE
+from outbox_worker.schema.requirements import find_problems
+from outbox_worker.schema.tables import relation_name
+
+_GRANTS = "deploy/grants.sql makes a role that may do what it needs, and nothing else"
+
+# what: what the role may do beyond any table · lock: none · index: the catalogue's own
+_ROLE = text(
+    """
+    SELECT rolsuper AS is_superuser,
+           array_remove(ARRAY[
+               CASE WHEN rolcreaterole THEN 'CREATEROLE' END, CASE WHEN rolcreatedb THEN 'CREATEDB' END,
+               CASE WHEN rolreplication THEN 'REPLICATION' END, CASE WHEN rolbypassrls THEN 'BYPASSRLS' END,
+               CASE WHEN has_database_privilege(current_database(), 'CREATE') THEN 'CREATE on the database' END,
+               CASE WHEN has_database_privilege(current_database(), 'TEMPORARY')
+                    THEN 'TEMPORARY on the database' END], NULL)
+           || ARRAY(SELECT 'CREATE on the schema ' || quote_ident(nspname) FROM pg_namespace
+                    WHERE nspname = ANY(CAST(:schemas AS text[])) AND has_schema_privilege(oid, 'CREATE')
+                    ORDER BY nspname) AS may
+    FROM pg_roles WHERE rolname = current_user
+    """
+)
+
+# what: whether the role owns a table, and what it may do on all of its columns · lock: none · index: the catalogue's
+_TABLE = text(
+    """
+    SELECT pg_has_role(relowner, 'USAGE') AS is_owner,
+           ARRAY(SELECT privilege FROM unnest(CAST(:privileges AS text[])) WITH ORDINALITY AS p (privilege, position)
+                 WHERE has_table_privilege(pg_class.oid, privilege) ORDER BY position) AS may
+    FROM pg_class WHERE oid = to_regclass(:relation)
+    """
+)
+
+# what: the policies of a table that apply to the role · lock: none · index: the catalogue's own
+_POLICIES = text(
+    """
+    SELECT CAST(polname AS text) AS name, CAST(polcmd AS text) AS command, polpermissive AS is_permissive,
+           coalesce(pg_get_expr(polqual, polrelid), 'true') = 'true'
+           AND coalesce(pg_get_expr(polwithcheck, polrelid), 'true') = 'true' AS is_for_all_rows
+    FROM pg_policy
+    WHERE polrelid = to_regclass(:relation)
+      AND EXISTS (SELECT FROM unnest(polroles) AS r (oid)
+                  WHERE CASE WHEN r.oid = 0 THEN true ELSE pg_has_role(r.oid, 'USAGE') END)
+    ORDER BY polname
+    """
+)
+
+_ANY_PRIVILEGE = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER")
+_COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DELETE": "d"}
+"""As ``pg_policy`` writes them; ``*`` is all of them."""
+
+
+def grants(subject: Subject) -> Iterator[Finding]:
+    """What the role of a worker lacks, and what it has too much."""
+    session, tables = subject.session, subject.tables
+    elsewhere = find_problems(session, tables, STRUCTURE)
+    lacking = [each for each in find_problems(session, tables) if each not in elsewhere]
+    yield from (problem(each.finding, each.remedy) for each in lacking)
+    role = subject.role
+    if subject.settings.embedded_directory is not None:
+        yield ok("the private PostgreSQL knows one role, which may do everything")
+    elif excess := list(_excess(subject)):
+        yield warning(f"the role {role} has more than it needs: {'; '.join(excess)}", _GRANTS)
+    elif not lacking:
+        yield ok(f"the role {role} may do what it needs, and nothing else")
+
+
+def _excess(subject: Subject) -> Iterator[str]:
+    tables = subject.tables.by_role()
+    schemas = sorted({str(table.schema) for table in tables.values()})
+    role = subject.session.execute(_ROLE, {"schemas": schemas}).one()
+    if role.is_superuser:
+        yield "it is a superuser"
+        return
+    yield from role.may
+    found = {key: row for key, table in tables.items() if (row := _rights(subject, table)) is not None}
+    if owned := [relation_name(tables[key]) for key, row in found.items() if row.is_owner]:
+        yield f"it owns {', '.join(owned)}"
+    for key, row in found.items():
+        spare = [each for each in row.may if PRIVILEGES[key].get(each, ("",)) != ()]
+        if spare and not row.is_owner:
+            yield f"{', '.join(spare)} on all of {relation_name(tables[key])}"
+
+
+def _rights(subject: Subject, table: Table) -> Row[Any] | None:
+    asked = {"relation": relation_name(table), "privileges": list(_ANY_PRIVILEGE)}
+    return subject.session.execute(_TABLE, asked).one_or_none()
+
+
+def row_security(subject: Subject) -> Iterator[Finding]:
+    """Rows that a policy hides are never claimed, and no error tells so."""
+    active = [
+        (key, table)
+        for key, table in subject.present().items()
+        if subject.session.scalar(text("SELECT row_security_active(:name)"), {"name": relation_name(table)})
+    ]
+    if not active:
+        yield ok("none that applies to the role")
+    for key, table in active:
+        yield _through_policies(subject, key, table)
+
+
+def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
+    name, role = relation_name(table), subject.role
+    policies = subject.session.execute(_POLICIES, {"relation": name}).all()
+    permissive = [each for each in policies if each.is_permissive]
+    barred = _not_among(permissive, key)
+    remedy = f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"
+    if barred:
+        return problem(
+            f"row security on {name} has no policy for {', '.join(barred)} by {role}: such rows are passed over or "
+            "refused; what is not claimed is not told",
+            remedy,
+        )
+    restrictive = [each.name for each in policies if not (each.is_permissive or each.is_for_all_rows)]
+    if restrictive or _not_among([each for each in permissive if each.is_for_all_rows], key):
+        return warning(
+            f"row security on {name} leaves to {role} what {', '.join(each.name for each in policies)} let through: "
+            "what it does not see it does not settle",
+            f"see that these policies let all rows of the shop through, or: {remedy}",
+        )
+    return ok(f"row security on {name} lets all rows through")
+
+
+def _not_among(policies: Sequence[Row[Any]], key: str) -> list[str]:
+    """What a worker must do in a table and none of the policies is for."""
+    commands = {each.command for each in policies}
+    return [each for each in PRIVILEGES[key] if not commands & {_COMMANDS[each], "*"}]

@@ -1,0 +1,66 @@
+"""What a look at the database ends with: a verdict, its evidence, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sqlalchemy import Table
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.engine import Database
+from outbox_worker.schema.catalogue import exists, role_name
+from outbox_worker.schema.tables import Tables
+from outbox_worker.settings import Settings
+
+
+class Severity(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    """It works, and somebody should know."""
+    PROBLEM = "problem"
+    """It does not work, or what was paid for is in danger."""
+    UNSEEN = "unseen"
+    """It could not be looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    verdict: Severity
+    evidence: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at: one READ ONLY transaction, and the settings of a worker of this database."""
+
+    session: Session
+    settings: Settings
+    tables: Tables
+    database: Database
+
+    def present(self) -> dict[str, Table]:
+        """The tables that are there, by their roles."""
+        return {key: table for key, table in self.tables.by_role().items() if exists(self.session, table)}
+
+    @property
+    def role(self) -> str:
+        """Whom the database takes us for, quoted."""
+        return role_name(self.session)
+
+
+def ok(evidence: str) -> Finding:
+    return Finding(Severity.OK, evidence)
+
+
+def warning(evidence: str, remedy: str) -> Finding:
+    return Finding(Severity.WARNING, evidence, remedy)
+
+
+def problem(evidence: str, remedy: str) -> Finding:
+    return Finding(Severity.PROBLEM, evidence, remedy)
+
+
+def unseen(evidence: str, remedy: str) -> Finding:
+    return Finding(Severity.UNSEEN, evidence, remedy)

@@ -1,0 +1,174 @@
+"""Whether what the worker deletes is cleared away: claims walk past every dead entry until then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy import text
+
+from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, unseen, warning
+from outbox_worker.durations import ago
+from outbox_worker.schema.tables import relation_name
+
+_PATIENCE_SECONDS = 60.0
+"""A transaction that is open for so long slows claims down."""
+_PATIENCE_IDS = 100_000
+"""The same for what is known by its age in transactions only."""
+_OVERDUE = 10
+"""So many times the dead rows at which a vacuum is due."""
+_OVERDUE_SECONDS = 3600.0
+
+# what: what is known of a table's vacuums, and by which rules they come · lock: none · index: the catalogue's own
+_VACUUMS = text(
+    """
+    WITH rules AS (
+        SELECT c.oid, c.reltuples,
+               coalesce((SELECT option_value FROM pg_options_to_table(c.reloptions)
+                         WHERE option_name = 'autovacuum_enabled'), 'true') IN ('true', 'on', 'yes', '1') AS is_on,
+               coalesce((SELECT option_value FROM pg_options_to_table(c.reloptions)
+                         WHERE option_name = 'autovacuum_vacuum_threshold'),
+                        current_setting('autovacuum_vacuum_threshold')) AS threshold,
+               coalesce((SELECT option_value FROM pg_options_to_table(c.reloptions)
+                         WHERE option_name = 'autovacuum_vacuum_scale_factor'),
+                        current_setting('autovacuum_vacuum_scale_factor')) AS scale
+        FROM pg_class c WHERE c.oid = to_regclass(:relation))
+    SELECT is_on, CAST(current_setting('autovacuum') AS bool) AND CAST(current_setting('track_counts') AS bool)
+           AS is_on_everywhere, coalesce(n_dead_tup, 0) AS dead, coalesce(autovacuum_count, 0) AS times,
+           CAST(threshold AS float) + CAST(scale AS float) * greatest(reltuples, 0) AS due_at,
+           date_part('epoch', clock_timestamp() - last_autovacuum) AS seconds,
+           pg_size_pretty(pg_total_relation_size(oid)) AS size
+    FROM rules LEFT JOIN pg_stat_all_tables ON relid = oid
+    """
+)
+
+# what: other transactions of this database that hold back its vacuums · lock: none · since when is seen of other roles
+# only with pg_read_all_stats, by how many transactions is seen by all
+_TRANSACTIONS = text(
+    """
+    SELECT pid, quote_ident(usename) AS role, application_name AS program, state,
+           date_part('epoch', clock_timestamp() - xact_start) AS seconds,
+           greatest(age(backend_xmin), age(backend_xid)) AS age
+    FROM pg_stat_activity a
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND usesysid IS NOT NULL
+      AND backend_type IS DISTINCT FROM 'walsender' AND coalesce(backend_xmin, backend_xid) IS NOT NULL
+      AND coalesce(xact_start < clock_timestamp() - make_interval(secs => :seconds),
+                   greatest(age(backend_xmin), age(backend_xid)) > :ids)
+      AND NOT EXISTS (SELECT FROM pg_stat_progress_vacuum v WHERE v.pid = a.pid)
+    ORDER BY age DESC LIMIT 5
+    """
+)
+
+_SEES_ALL = text("SELECT pg_has_role('pg_read_all_stats', 'USAGE')")
+
+# what: transactions of this database that were prepared and never ended · lock: none
+_PREPARED = text(
+    """
+    SELECT quote_literal(gid) AS gid, quote_ident(owner) AS role,
+           date_part('epoch', clock_timestamp() - prepared) AS seconds
+    FROM pg_prepared_xacts
+    WHERE database = current_database() AND prepared < clock_timestamp() - make_interval(secs => :seconds)
+    ORDER BY prepared LIMIT 5
+    """
+)
+
+# what: replication slots that hold back vacuums, or that nobody reads from · lock: none
+_SLOTS = text(
+    """
+    SELECT quote_literal(slot_name) AS name, active, age(xmin) AS age,
+           pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) AS kept
+    FROM pg_replication_slots
+    WHERE age(xmin) > :ids OR NOT active AND restart_lsn IS NOT NULL
+    ORDER BY slot_name LIMIT 5
+    """
+)
+
+# what: standbys whose queries hold back vacuums, without a slot · lock: none · seen with pg_read_all_stats
+_STANDBYS = text(
+    """
+    SELECT pid, application_name AS name, age(backend_xmin) AS age FROM pg_stat_replication
+    WHERE age(backend_xmin) > :ids ORDER BY age(backend_xmin) DESC LIMIT 5
+    """
+)
+
+
+def autovacuum(subject: Subject) -> Iterator[Finding]:
+    """Of the outbox: is it on, and does it come?"""
+    name = relation_name(subject.tables.outbox)
+    row = subject.session.execute(_VACUUMS, {"relation": name}).one()
+    last = f"{ago(row.seconds)} ago" if row.seconds is not None else "never"
+    evidence = f"{name}: {row.dead:,} dead rows, {row.size}; vacuumed by itself {row.times:,} times, last {last}"
+    if not row.is_on_everywhere:
+        yield problem(
+            f"autovacuum, or track_counts without which it does nothing, is off on this server; {evidence}",
+            "ALTER SYSTEM SET autovacuum = on; ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();",
+        )
+    elif not row.is_on:
+        yield problem(f"autovacuum is off for {name}; {evidence}", f"ALTER TABLE {name} RESET (autovacuum_enabled);")
+    elif row.dead > _OVERDUE * row.due_at and (row.seconds is None or row.seconds > _OVERDUE_SECONDS):
+        yield warning(
+            f"autovacuum is far behind, or clears nothing away; {evidence}",
+            f"see what holds it back (horizon); VACUUM {name}; more autovacuum_max_workers",
+        )
+    else:
+        yield ok(evidence)
+
+
+def horizon(
+    subject: Subject, seconds: float = _PATIENCE_SECONDS, transaction_ids: int = _PATIENCE_IDS
+) -> Iterator[Finding]:
+    """Who keeps dead rows from being cleared away, each by name."""
+    found = [
+        *_open_transactions(subject, seconds, transaction_ids),
+        *_prepared_transactions(subject, seconds),
+        *_slots(subject, transaction_ids),
+        *_standbys(subject, transaction_ids),
+    ]
+    yield from found
+    if not subject.session.scalar(_SEES_ALL):
+        yield unseen(
+            "since when transactions of other roles are open; what else holds back the vacuum was looked at",
+            f"GRANT pg_read_all_stats TO {subject.role};",
+        )
+    elif not found:
+        yield ok(f"nobody has held back the vacuum for longer than {ago(seconds)}")
+
+
+def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -> Iterator[Finding]:
+    for row in subject.session.execute(_TRANSACTIONS, {"seconds": seconds, "ids": transaction_ids}):
+        who = ", ".join(filter(None, (row.role, row.program, row.state)))
+        since = f"for {ago(row.seconds)}" if row.seconds is not None else f"since {row.age:,} transactions ago"
+        yield warning(
+            f"process {row.pid} ({who}) has a transaction open {since}: nothing that was deleted "
+            "meanwhile is cleared away",
+            f"end it, or SELECT pg_terminate_backend({row.pid}); against the next one: ALTER ROLE {row.role} SET "
+            "idle_in_transaction_session_timeout = '1min';",
+        )
+
+
+def _prepared_transactions(subject: Subject, seconds: float) -> Iterator[Finding]:
+    for row in subject.session.execute(_PREPARED, {"seconds": seconds}):
+        yield problem(
+            f"the transaction {row.gid} of {row.role} was prepared {ago(row.seconds)} ago and never ended: nothing "
+            "that was deleted since is cleared away, also after a restart",
+            f"COMMIT PREPARED {row.gid}; or ROLLBACK PREPARED {row.gid};",
+        )
+
+
+def _slots(subject: Subject, transaction_ids: int) -> Iterator[Finding]:
+    for row in subject.session.execute(_SLOTS, {"ids": transaction_ids}):
+        held = f"holds back the vacuum by {row.age:,} transactions" if (row.age or 0) > transaction_ids else ""
+        idle = (
+            "" if row.active else f"is read by nobody and keeps {row.kept} of write-ahead log, until the disk is full"
+        )
+        yield warning(
+            f"the replication slot {row.name} {' and '.join(filter(None, (held, idle)))}",
+            f"start its standby or subscriber; if that is gone: SELECT pg_drop_replication_slot({row.name});",
+        )
+
+
+def _standbys(subject: Subject, transaction_ids: int) -> Iterator[Finding]:
+    for row in subject.session.execute(_STANDBYS, {"ids": transaction_ids}):
+        yield warning(
+            f"a query on the standby {row.name or row.pid} holds back the vacuum by {row.age:,} transactions",
+            "end it there, or hot_standby_feedback = off on that standby",
+        )

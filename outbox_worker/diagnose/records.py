@@ -1,0 +1,254 @@
+"""All that is on record about a payment: its row, events, dead letters, marks and purchases. Reads only.
+
+Found by the id of an event, a payment, a purchase or a student. To be read in one snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, TypeVar
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, Table, Text, and_, cast, func, literal, or_, select, type_coerce
+from sqlalchemy.exc import DataError
+from sqlalchemy.orm import Session
+from sqlalchemy.types import NullType
+
+from outbox_worker.database.engine import savepoint
+from outbox_worker.database.expressions import readable
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store import payload
+from outbox_worker.store.dead_letters import DeadLetter, read_letters
+
+_Row = TypeVar("_Row")
+
+PAYMENTS_MAX = 100
+"""Of one student, the oldest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentRow:
+    id: UUID
+    student_id: Any
+    course_id: Any
+    amount: Decimal
+    currency: str
+    status: str
+    created_at: datetime | None
+    """None, here and below: no time that a client can read, as ``-infinity`` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PurchaseRow:
+    id: Any
+    student_id: Any
+    course_id: Any
+    payment_id: UUID | None
+    """None: a gift."""
+    is_active: bool
+    created_at: datetime | None
+    deactivated_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingEvent:
+    """A row of the outbox."""
+
+    event_id: UUID
+    event_type: str
+    created_at: datetime | None
+    due_at: datetime | None
+    attempts: int
+    crashes: int
+    last_error: str | None
+    is_due: bool
+    payment_id: UUID | None
+    """What the payload names."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRow:
+    event_id: UUID
+    event_type: str
+    outcome: str
+    payment_id: UUID | None
+    processed_at: datetime | None
+    recovered_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    payments: Sequence[PaymentRow] = ()
+    purchases: Sequence[PurchaseRow] = ()
+    """Those of the payments, and those that hold their pairs."""
+    waiting: Sequence[WaitingEvent] = ()
+    letters: Sequence[DeadLetter] = ()
+    marks: Sequence[MarkRow] = ()
+
+    @property
+    def traces(self) -> Sequence[WaitingEvent | DeadLetter | MarkRow]:
+        """Whatever there is of events."""
+        return [*self.waiting, *self.letters, *self.marks]
+
+    @property
+    def event_ids(self) -> list[UUID]:
+        """Of all events on record."""
+        return list(dict.fromkeys(each.event_id for each in self.traces))
+
+    @property
+    def payment_ids(self) -> list[UUID]:
+        """Of all payments that are on record, or that something on record names; those that have a row first."""
+        named = [each.payment_id for each in (*self.traces, *self.purchases)]
+        return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an id names, and what is on record of it."""
+
+    kinds: Sequence[str]
+    """event, payment, purchase, student: one of them, mostly; none where the id is unknown."""
+    payment_ids: Sequence[UUID]
+    records: Records
+    gifts: Sequence[PurchaseRow]
+    """Purchases that no payment has paid for: the student's, or the one that was asked for."""
+    has_more: bool
+    """The student has more payments than are listed."""
+
+
+def look_up(session: Session, tables: Tables, asked: str) -> Found:
+    """Whatever has this id. Payments that are only named by an event, a mark or a purchase are found, too."""
+    given = _uuid_of(asked)
+    of_event = _read_events(session, tables, events=[given]) if given else Records()
+    own = tables.purchases.c
+    bought = _ask(session, lambda: _read_purchases(session, tables, _is_as(own.id, asked)))
+    of_student = _ask(session, lambda: session.scalars(_payments_of(tables, asked)).all())
+    is_gift = _is_as(own.student_id, asked), own.payment_id.is_(None)
+    gifts = _ask(session, lambda: _read_purchases(session, tables, *is_gift))
+    of_purchase = [each.payment_id for each in bought if each.payment_id]
+    concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *of_purchase, *([given] if given else [])]
+    records = read(session, tables, of_event.event_ids, dict.fromkeys(concerned))
+    known = set(records.payment_ids)
+    kinds = {"event": of_event.event_ids, "payment": given in known, "purchase": bought, "student": of_student or gifts}
+    return Found(
+        [kind for kind, found in kinds.items() if found],
+        [each for each in dict.fromkeys(concerned) if each in known],
+        records,
+        [*gifts, *(each for each in bought if each.payment_id is None)],
+        len(of_student) > PAYMENTS_MAX,
+    )
+
+
+def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]:
+    """What is found by what is asked for; nothing where that is no value of the column's type."""
+    try:
+        with savepoint(session):
+            return read()
+    except DataError:
+        return ()
+
+
+def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Records:
+    """What is on record of these events and payments."""
+    ids = list(payments)
+    of_events = _read_events(session, tables, events, ids)
+    return Records(
+        _read_payments(session, tables, ids),
+        _read_purchases(session, tables, _is_of_or_holds_pair_of(tables, ids)),
+        of_events.waiting,
+        of_events.letters,
+        of_events.marks,
+    )
+
+
+def _uuid_of(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
+    """Whether it is what this text is as a value of the column's own type, whatever that is in this database."""
+    return type_coerce(column, NullType()) == literal(given, NullType())
+
+
+def _payments_of(tables: Tables, student: str) -> Select[Any]:
+    """what: the payments of a student, by rows and purchases · lock: none · index: the pairs', where there is one"""
+    paid, own = tables.payments, tables.purchases
+    of_rows = select(paid.c.id, paid.c.created_at).where(_is_as(paid.c.student_id, student))
+    of_purchases = select(own.c.payment_id, own.c.created_at).where(_is_as(own.c.student_id, student))
+    both = of_rows.union_all(of_purchases.where(own.c.payment_id.is_not(None))).subquery("both")
+    return (
+        select(both.c.id).group_by(both.c.id).order_by(func.min(both.c.created_at), both.c.id).limit(PAYMENTS_MAX + 1)
+    )
+
+
+def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> list[PaymentRow]:
+    """what: payments, the oldest first · lock: none · index: primary key"""
+    paid = tables.payments
+    texts = [cast(paid.c[key], Text) for key in ("currency", "status")]
+    columns = [
+        *(paid.c[key] for key in ("id", "student_id", "course_id", "amount")),
+        *texts,
+        readable(paid.c.created_at),
+    ]
+    found = select(*columns).where(paid.c.id.in_(ids)).order_by(paid.c.created_at, paid.c.id)
+    return [PaymentRow(*row) for row in session.execute(found)]
+
+
+def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement[bool]) -> list[PurchaseRow]:
+    own = tables.purchases
+    columns = [own.c[key] for key in ("id", "student_id", "course_id", "payment_id", "is_active")]
+    moments = [readable(own.c[key]) for key in ("created_at", "deactivated_at")]
+    rows = session.execute(select(*columns, *moments).where(*conditions).order_by(own.c.created_at, own.c.id))
+    return [PurchaseRow(*row) for row in rows]
+
+
+def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
+    """what: the purchases of payments, and those that hold their pairs · lock: none · index: payment_id, the pair's"""
+    own, paid = tables.purchases.alias("own"), tables.payments
+    is_same = [own.c[key] == paid.c[key] for key in ("student_id", "course_id")]
+    holding = select(own.c.id).join(paid, and_(*is_same)).where(paid.c.id.in_(ids), own.c.is_active)
+    return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
+
+
+def _read_events(
+    session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
+) -> Records:
+    """The traces of events, named by their own ids or by those of their payments."""
+    letters = tables.dead_letters
+    of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
+    return Records(
+        waiting=_read_waiting(session, tables.outbox, events, payments),
+        letters=read_letters(session, tables, of_them),
+        marks=_read_marks(session, tables.processed_events, events, payments),
+    )
+
+
+def _read_waiting(
+    session: Session, outbox: Table, events: Collection[UUID], payments: Collection[UUID]
+) -> list[WaitingEvent]:
+    """what: events in the outbox · lock: none · index: event_id; for those of payments all are read"""
+    named = payload.payment_id_text(outbox)
+    of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
+    columns = [
+        *(outbox.c[key].label(key) for key in ("event_id", "event_type")),
+        *(readable(outbox.c[key]) for key in ("created_at", "due_at")),
+        *(outbox.c[key].label(key) for key in ("attempts", "crashes", "last_error")),
+        *((outbox.c.due_at <= func.statement_timestamp()).label("is_due"), named.label("payment_id")),
+    ]
+    rows = session.execute(select(*columns).where(of_them).order_by(outbox.c.created_at, outbox.c.id))
+    return [WaitingEvent(**row._asdict() | {"payment_id": _uuid_of(row.payment_id or "")}) for row in rows]
+
+
+def _read_marks(session: Session, marks: Table, events: Collection[UUID], payments: Collection[UUID]) -> list[MarkRow]:
+    """what: marks · lock: none · index: event_id; for those of payments all are read"""
+    columns = [marks.c[key] for key in ("event_id", "event_type", "outcome", "payment_id")]
+    moments = [readable(marks.c[key]) for key in ("processed_at", "recovered_at")]
+    of_them = or_(marks.c.event_id.in_(events), marks.c.payment_id.in_(payments))
+    rows = session.execute(select(*columns, *moments).where(of_them).order_by(marks.c.processed_at, marks.c.event_id))
+    return [MarkRow(*row) for row in rows]

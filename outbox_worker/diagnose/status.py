@@ -1,0 +1,68 @@
+"""What is going on: backlog, guard, dead letters, workers and what they have counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import func, select
+
+from outbox_worker.database.engine import Database
+from outbox_worker.model import Guard
+from outbox_worker.schema.privileges import READING
+from outbox_worker.schema.requirements import check_schema
+from outbox_worker.schema.tables import Tables
+from outbox_worker.settle.handlers import UnknownTypes, claimed_types
+from outbox_worker.store.dead_letters import count_open
+from outbox_worker.store.guard import guard_in_force
+from outbox_worker.store.outbox import Backlog, Outbox
+from outbox_worker.store.workers import SILENT_AFTER_SECONDS, WorkerRow, list_workers
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    time: datetime
+    guard: Guard
+    backlog: Backlog
+    open_letters: int
+    workers: Sequence[WorkerRow]
+
+    def metrics(self) -> dict[str, float]:
+        """The counters of all processes of the last day added up, and the gauges as of now."""
+        total: Counter[str] = Counter()
+        for worker in self.workers:
+            total.update({name: value for name, value in worker.metrics.items() if name != "events_per_second"})
+        gauges: dict[str, float] = {
+            "outbox_due_events": self.backlog.due,
+            "outbox_oldest_due_seconds": self.backlog.oldest_due_seconds,
+            "outbox_open_dead_letters": self.open_letters,
+        }
+        return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
+
+    def events_per_second(self) -> float:
+        """Settled by the living workers, over their last heartbeat."""
+        return sum(
+            worker.metrics.get("events_per_second", 0) for worker in self.workers if condition(worker) == "running"
+        )
+
+
+def condition(worker: WorkerRow) -> str:
+    """``running``, ``stopped`` (said good-bye) or ``silent`` (did not)."""
+    if worker.stopped_at is not None:
+        return "stopped"
+    return "silent" if worker.silent_seconds > SILENT_AFTER_SECONDS else "running"
+
+
+def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
+    """One look at the database. Raises SchemaError where tables or privileges are missing."""
+    with database.transaction() as session:
+        check_schema(session, tables, READING)
+        return Status(
+            time=session.scalars(select(func.clock_timestamp())).one(),
+            guard=guard_in_force(session, tables.purchases),
+            backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
+            open_letters=count_open(session, tables),
+            workers=list_workers(session, tables),
+        )

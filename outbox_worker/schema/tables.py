@@ -1,0 +1,258 @@
+"""The seven tables as SQLAlchemy sees them, under the names that settings give them.
+
+A column's key is the name of docs/reference/tables.md, for example ``tables.payments.c.student_id``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Numeric,
+    Table,
+    Text,
+    column,
+    literal_column,
+    text,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
+from sqlalchemy.types import TypeEngine
+
+from outbox_worker.model import COLUMNS
+from outbox_worker.settings import Settings
+
+PAIR_INDEX = "purchases_active_student_course_key"
+"""The unique index behind the guard ``index``; the optional migration branch ``unique_index`` makes it."""
+
+PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
+"""Finds a pair's purchase while that unique index is not there."""
+
+OWNED = "purchase-outbox-worker: created by its migrations"
+"""Comment on the tables that our migrations made. A table without it is adopted: never altered, never dropped."""
+
+NOTIFY_CHANNEL = "outbox_worker"
+"""Where the optional branch ``notify`` tells of new events; the payload is the outbox table's schema and name."""
+
+NOTIFY_TRIGGER = "outbox_worker_notify"
+"""The trigger of that branch, and its function."""
+
+_ID = UUID(as_uuid=True)
+_TIME = DateTime(timezone=True)
+_MONEY = Numeric(12, 2)
+_NOW = text("clock_timestamp()")
+_RANDOM_ID = text("gen_random_uuid()")
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The tables of one database, by their roles."""
+
+    metadata: MetaData
+    payments: Table
+    outbox: Table
+    purchases: Table
+    processed_events: Table
+    dead_letters: Table
+    workers: Table
+    backfill_runs: Table
+
+    def with_documents(self, kind: TypeEngine[Any]) -> Tables:
+        """The same with ``outbox.payload`` of type json or text."""
+        outbox = self.outbox.to_metadata(MetaData())
+        outbox.c.payload.type = kind
+        return replace(self, outbox=outbox)
+
+    def by_role(self) -> dict[str, Table]:
+        return {role: getattr(self, role) for role in COLUMNS}
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What the user's database calls the tables and columns of a role."""
+
+    settings: Settings
+    role: str
+
+    @property
+    def table(self) -> str:
+        return self.settings.tables.get(self.role, self.role).rpartition(".")[2]
+
+    @property
+    def schema(self) -> str:
+        """A configured table name may bring its own schema: ``billing.payment``."""
+        return self.settings.tables.get(self.role, "").rpartition(".")[0] or self.settings.schema_name
+
+    def column(self, key: str) -> str:
+        return self.settings.columns.get(f"{self.role}.{key}", key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    metadata: MetaData
+    naming: Naming
+
+    def column(self, key: str, *type_and_more: Any, nullable: bool = False, **options: Any) -> Column[Any]:
+        return Column(self.naming.column(key), *type_and_more, key=key, nullable=nullable, **options)
+
+    def one_of(self, key: str, *values: str) -> CheckConstraint:
+        listed: list[Any] = [literal_column(f"'{value}'") for value in values]
+        return CheckConstraint(column(self.naming.column(key)).in_(listed), name=f"{self.naming.table}_{key}_check")
+
+    def table(self, *parts: Any) -> Table:
+        return Table(self.naming.table, self.metadata, *parts, schema=self.naming.schema)
+
+
+def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
+    """Values given by the keys of their columns, as INSERT and UPDATE take them."""
+    return {table.c[key]: value for key, value in values.items()}
+
+
+def build_tables(settings: Settings) -> Tables:
+    """The tables under the names of ``settings``; nothing is asked of a database."""
+    metadata = MetaData()
+    builders = {role: _Builder(metadata, Naming(settings, role)) for role in COLUMNS}
+    return Tables(
+        metadata,
+        payments=_payments(builders["payments"]),
+        outbox=_outbox(builders["outbox"]),
+        purchases=_purchases(builders["purchases"]),
+        processed_events=_processed_events(builders["processed_events"]),
+        dead_letters=_dead_letters(builders["dead_letters"]),
+        workers=_workers(builders["workers"]),
+        backfill_runs=_backfill_runs(builders["backfill_runs"]),
+    )
+
+
+def _payments(b: _Builder) -> Table:
+    return b.table(
+        b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
+        b.column("student_id", _ID),
+        b.column("course_id", _ID),
+        b.column("amount", _MONEY),
+        b.column("currency", CHAR(3)),
+        b.column("status", Text),
+        b.column("created_at", _TIME, server_default=_NOW),
+        b.column("updated_at", _TIME, server_default=_NOW),
+        b.one_of("status", "pending", "succeeded", "failed", "refunded"),
+    )
+
+
+def _outbox(b: _Builder) -> Table:
+    table = b.table(
+        b.column("id", BigInteger, Identity(), primary_key=True),
+        b.column("event_id", _ID, unique=True),
+        b.column("event_type", Text),
+        b.column("payload", JSONB),
+        b.column("headers", JSONB, nullable=True),
+        b.column("created_at", _TIME, server_default=_NOW),
+        b.column("due_at", _TIME, server_default=_NOW),
+        b.column("attempts", Integer, server_default=text("0")),
+        b.column("crashes", Integer, server_default=text("0")),
+        b.column("last_error", Text, nullable=True),
+    )
+    Index(f"{table.name}_due_idx", table.c.due_at, table.c.id)
+    return table
+
+
+def _purchases(b: _Builder) -> Table:
+    """Without the pair's index: which one there is, unique or not, is a matter of the branch ``unique_index``."""
+    return b.table(
+        b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
+        b.column("student_id", _ID),
+        b.column("course_id", _ID),
+        b.column("payment_id", _ID, nullable=True, unique=True),
+        b.column("amount", _MONEY),
+        b.column("currency", CHAR(3)),
+        b.column("is_active", Boolean, server_default=text("true")),
+        b.column("created_at", _TIME, server_default=_NOW),
+        b.column("deactivated_at", _TIME, nullable=True),
+    )
+
+
+def _processed_events(b: _Builder) -> Table:
+    return b.table(
+        b.column("event_id", _ID, primary_key=True),
+        b.column("event_type", Text),
+        b.column("outcome", Text),
+        b.column("payment_id", _ID, nullable=True),
+        b.column("processed_at", _TIME, server_default=_NOW),
+        b.column("recovered_at", _TIME, nullable=True),
+    )
+
+
+def _dead_letters(b: _Builder) -> Table:
+    table = b.table(
+        b.column("event_id", _ID, primary_key=True),
+        b.column("event_type", Text),
+        b.column("payload", JSONB),
+        b.column("headers", JSONB, nullable=True),
+        b.column("created_at", _TIME),
+        b.column("payment_id", _ID, nullable=True),
+        b.column("attempts", Integer),
+        b.column("reason", Text),
+        b.column("detail", Text),
+        b.column("dead_at", _TIME, server_default=_NOW),
+        b.column("state", Text, server_default=text("'open'")),
+        b.column("resolved_at", _TIME, nullable=True),
+        b.column("actor", Text, nullable=True),
+        b.column("note", Text, nullable=True),
+        b.one_of("state", "open", "requeued", "discarded", "settled"),
+    )
+    is_open = table.c.state == literal_column("'open'")
+    Index(f"{table.name}_open_idx", table.c.dead_at, table.c.event_id, postgresql_where=is_open)
+    Index(f"{table.name}_payment_idx", table.c.payment_id)
+    return table
+
+
+def _workers(b: _Builder) -> Table:
+    return b.table(
+        b.column("id", _ID, primary_key=True),
+        b.column("host", Text),
+        b.column("pid", Integer),
+        b.column("version", Text),
+        b.column("started_at", _TIME, server_default=_NOW),
+        b.column("seen_at", _TIME, server_default=_NOW),
+        b.column("stopped_at", _TIME, nullable=True),
+        b.column("guard", Text),
+        b.column("metrics", JSONB, server_default=text("'{}'")),
+        b.column("succeeded_at", _TIME, nullable=True),
+    )
+
+
+def _backfill_runs(b: _Builder) -> Table:
+    return b.table(
+        b.column("id", _ID, primary_key=True),
+        b.column("kind", Text),
+        b.column("started_at", _TIME, server_default=_NOW),
+        b.column("seen_at", _TIME, server_default=_NOW),
+        b.column("finished_at", _TIME, nullable=True),
+        b.column("since", _TIME, nullable=True),
+        b.column("until", _TIME, nullable=True),
+        b.column("cutoff", _TIME),
+        b.column("is_full", Boolean),
+        b.column("cursor", JSONB, nullable=True),
+        b.column("counts", JSONB, server_default=text("'{}'")),
+        b.column("host", Text),
+        b.column("pid", Integer),
+        b.column("actor", Text),
+        b.column("reason", Text, nullable=True),
+        b.column("outcome", Text, nullable=True),
+        b.one_of("kind", "operator", "periodic"),
+    )
+
+
+def relation_name(table: Table) -> str:
+    """A table's quoted, qualified name, as ``to_regclass`` takes it."""
+    return postgresql.dialect().identifier_preparer.format_table(table)  # type: ignore[no-untyped-call]

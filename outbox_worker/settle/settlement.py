@@ -1,0 +1,309 @@
+"""What becomes of a claimed batch before its COMMIT: settled at once or in parts, and recorded.
+
+The fast way settles a whole batch in one savepoint. What fails there is repeated in parts, halves in savepoints of
+their own, until the events that the database refuses stand alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.engine import savepoint
+from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
+from outbox_worker.decision import RetryPolicy, refused, retry_delay
+from outbox_worker.errors import Inconsistent
+from outbox_worker.model import Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
+from outbox_worker.settle.handlers import AttemptPlan, Handlers, OutOfOrder, judge_unhandled
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.outbox import Outbox, Postponement
+from outbox_worker.store.purchases import PurchaseRepository
+
+MAX_SAVEPOINTS = 32
+"""In one transaction; beyond 64 subtransactions PostgreSQL's look-ups spill."""
+
+BATCHES_TO_LOOK_AT = 100
+"""After a marked event was met among those taken for new: so many batches have their marks looked at first."""
+
+_NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
+
+# what: makes deferred constraints speak now, inside the savepoint, not at COMMIT · lock: none
+_CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
+# what: lets them wait for the end of the next part, as they would for COMMIT · lock: none
+_DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
+
+
+class Settled(NamedTuple):
+    """What became of a batch."""
+
+    verdicts: Verdicts
+    is_through: bool = True
+    """Otherwise the savepoints did not suffice; events that were not tried have no verdict."""
+
+
+@dataclass
+class _Savepoints:
+    """The savepoints that one transaction may still take."""
+
+    session: Session
+    left: int = MAX_SAVEPOINTS
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        self.left -= 1
+        with savepoint(self.session):
+            yield
+
+
+@dataclass
+class _Bisection:
+    """What halving a batch found: verdicts, and the errors of the events that the database refuses."""
+
+    plan: AttemptPlan
+    parts: list[Batch]
+    """Still to be tried, the next one last."""
+    verdicts: Verdicts = field(default_factory=dict)
+    refusals: dict[int, DBAPIError] = field(default_factory=dict)
+    _looked_again: set[int] = field(default_factory=set)
+
+    def failed(self, part: Batch, error: DBAPIError) -> None:
+        """Halve the part; an event that stands alone is refused."""
+        if len(part) > 1:
+            self.parts += reversed(_halves(part))
+        elif sqlstate(error) == UNIQUE_VIOLATION and not self._looked_again & part.keys():
+            self._looked_again |= part.keys()
+            self.parts.append(part)  # somebody else was first: read back
+        else:
+            self.refusals |= dict.fromkeys(part, error)
+
+    def rest(self, batch: Batch, part: Batch) -> Batch:
+        """This part and those that are still to be tried."""
+        return batch.only(key for each in (part, *reversed(self.parts)) for key in each)
+
+
+class _UnprovenRefusals:
+    """Events that the database refused, be it their fault or its own, while no purchase could be written.
+
+    They are charged where it refuses them again although a purchase was written meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._proven: set[int] = set()
+
+    def add(self, keys: Iterable[int]) -> None:
+        self._recent.update(keys)
+
+    def proven(self, keys: Iterable[int]) -> set[int]:
+        """Those of them that are at fault themselves."""
+        return self._proven.intersection(keys)
+
+    def committed(self, verdicts: Verdicts) -> None:
+        if self._recent or self._proven:
+            self._recent -= verdicts.keys()
+            self._proven -= verdicts.keys()
+            if _wrote_purchase(verdicts):
+                self._proven |= self._recent
+                self._recent.clear()
+
+
+class Settlement:
+    """Settles claimed events inside the session's transaction; one per claim loop."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        purchases: PurchaseRepository,
+        handlers: Handlers,
+        guard: GuardWatch,
+        policy: RetryPolicy,
+    ) -> None:
+        self._outbox = outbox
+        self._purchases = purchases
+        self._handlers = handlers
+        self._guard = guard
+        self._policy = policy
+        self._batches_to_look_at = 0
+        self._unproven = _UnprovenRefusals()
+
+    def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
+        """Settle and record the batch. ``careful``: in savepoints in which deferred constraints speak, too.
+
+        Raises what the database raises where no event is known to be at fault.
+        """
+        savepoints = _Savepoints(session)
+        settled = None if careful else self._settle_fast(session, batch, savepoints)
+        if isinstance(settled, dict):
+            return Settled(settled)
+        return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
+
+    def committed(self, verdicts: Verdicts) -> None:
+        """What was settled stands: where a purchase is among it, the database is not what refuses others."""
+        self._unproven.committed(verdicts)
+
+    def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
+        """All in one savepoint, by the guard in force; the error where an event of the batch makes that impossible."""
+        if self._guard.state.guard is Guard.INDEX:
+            settled = self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
+            if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
+                return settled
+            self._guard.fall_back()
+        guard = self._guard.state
+        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
+        return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
+
+    def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
+        """In halves, until the events that the database refuses stand alone; those are charged."""
+        found = self._bisect(session, batch, savepoints, judges_all)
+        verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
+        recorded = self.record(session, batch, verdicts)
+        return Settled(found.verdicts | recorded, is_through=not found.parts)
+
+    def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
+        """The refusals that are the events' own fault. Raises where none is known to be: it may be the database's."""
+        unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
+        if not unclear or _wrote_purchase(found.verdicts):
+            return found.refusals
+        proven = self._unproven.proven(unclear)
+        self._unproven.add(unclear.keys() - proven)
+        if not proven:
+            raise next(iter(unclear.values()))
+        return {key: error for key, error in found.refusals.items() if key in proven or key not in unclear}
+
+    def _bisect(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> _Bisection:
+        found = _Bisection(*self._rearrange(session, batch, judges_all))
+        while found.parts and savepoints.left:
+            part = found.parts.pop()
+            plan = _share(found.plan, len(part) / len(batch))
+            try:
+                found.verdicts |= self._attempt(session, part, plan, savepoints, checks_deferred=True)
+            except DBAPIError as error:
+                self._raise_if_no_events_fault(error)
+                if sqlstate(error) not in NO_ARBITER or plan.guard.guard is Guard.LOCK:
+                    found.failed(part, error)
+                    continue
+                self._guard.fall_back()
+                found.plan, found.parts = self._rearrange(session, found.rest(batch, part), plan.judges_all)
+            except (Inconsistent, OutOfOrder):
+                if plan.judges_all:
+                    raise
+                found.plan, found.parts = self._rearrange(session, found.rest(batch, part), judges_all=True)
+        return found
+
+    def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
+        """On what footing a batch is settled in parts, and its events in the order in which all workers write.
+
+        Under the guard ``index`` nothing needs to be locked beforehand unless every event is to be judged.
+        """
+        guard = self._guard.state
+        needs_locks = judges_all or guard.guard is Guard.LOCK
+        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity if needs_locks else 0)
+        left_out = locks.contended if needs_locks else ()
+        free = batch.only(key for key in locks.order if key not in left_out)
+        return AttemptPlan(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
+
+    def _raise_if_no_events_fault(self, error: Exception) -> None:
+        if isinstance(error, DBAPIError) and classify(error) in _NO_EVENTS_FAULT:
+            raise error
+
+    def _attempt(
+        self,
+        session: Session,
+        batch: Batch,
+        plan: AttemptPlan,
+        savepoints: _Savepoints,
+        *,
+        checks_deferred: bool = False,
+    ) -> Verdicts:
+        """Handle and record a batch in one savepoint, so that all of it stands or none."""
+        with savepoints.take():
+            verdicts = self.record(session, batch, self._handle(session, batch, plan))
+            if checks_deferred:
+                session.execute(_CHECK_DEFERRED)
+                session.execute(_DEFER_AGAIN)
+        return verdicts
+
+    def _attempt_as_new(
+        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
+    ) -> Verdicts | Exception:
+        """Marks are not looked at, since nearly all events come once; one that is there shows when it is written."""
+        if not self._batches_to_look_at:
+            settled = self._attempt_all(session, batch, replace(plan, looks_at_marks=False), savepoints)
+            if isinstance(settled, dict) or sqlstate(settled) != UNIQUE_VIOLATION:
+                return settled
+            self._batches_to_look_at = BATCHES_TO_LOOK_AT
+        self._batches_to_look_at -= 1
+        return self._attempt_all(session, batch, plan, savepoints)
+
+    def _attempt_all(
+        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
+    ) -> Verdicts | Exception:
+        try:
+            return self._attempt(session, batch, plan, savepoints)
+        except (DBAPIError, Inconsistent, OutOfOrder) as error:
+            self._raise_if_no_events_fault(error)
+            return error
+
+    def _handle(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
+        verdicts: Verdicts = {}
+        for event_type, events in batch.by_type().items():
+            handler = self._handlers.get(event_type)
+            verdicts |= handler.apply(session, events, plan) if handler else judge_unhandled(events)
+        return verdicts
+
+    def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Verdicts:
+        """Write what the verdicts mean for mark, event and dead letter; return them, with the traces of those that are
+        told one by one."""
+        told = [key for key, verdict in verdicts.items() if not verdict.via_fast_path and verdict.logged_individually]
+        traces = self._outbox.traceparents(session, batch, told) if told else {}
+        keys = by_outcome(verdicts)
+        retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
+        for outcome, settled in keys.items():
+            judged = [key for key in settled if not verdicts[key].via_fast_path]
+            if new := batch.among(settled).without(set(judged)):
+                self._purchases.mark_first(session, new, outcome)
+            if judged:
+                self._purchases.mark(session, batch.among(judged), outcome)
+                self._outbox.close_letters(session, batch.among(judged).event_ids)
+        if keys:
+            self._outbox.remove(session, batch, [key for settled in keys.values() for key in settled])
+        if retried:
+            self._outbox.postpone(session, batch, {key: self._later(batch[key], verdicts[key]) for key in retried})
+        if dead:
+            self._outbox.bury(session, batch, {key: _dead_letter_reason(verdicts[key]) for key in dead})
+        return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
+
+    def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
+        return refused(describe(error), self._policy.is_last(event.attempts))
+
+    def _later(self, event: Event, verdict: Verdict) -> Postponement:
+        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spread, not secrecy
+        return Postponement(delay, charged=True, error=f"{verdict.reason}: {verdict.detail}")
+
+
+def _wrote_purchase(verdicts: Verdicts) -> bool:
+    return any(verdict.writes for verdict in verdicts.values())
+
+
+def _dead_letter_reason(verdict: Verdict) -> tuple[Reason, str]:
+    if verdict.reason is None:
+        raise Inconsistent(f"a dead event without a reason: {verdict}")
+    return verdict.reason, verdict.detail
+
+
+def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
+    """What a part may lock, so that all parts together take no more locks than one transaction may."""
+    capacity = max(1, int(plan.guard.lock_capacity * share))
+    return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    middle = len(batch) // 2
+    return [batch.only(batch.ids[:middle]), batch.only(batch.ids[middle:])]

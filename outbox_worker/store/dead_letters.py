@@ -1,0 +1,357 @@
+"""The operators' side of ``dead_letters``: what waits for a person, and what that person decides.
+
+Burying, and closing the letters of events that are settled after all, are the outbox's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Interval,
+    Select,
+    Text,
+    Update,
+    cast,
+    exists,
+    func,
+    literal,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.arrays import ids_as
+from outbox_worker.database.expressions import readable
+from outbox_worker.errors import Inconsistent, Refused, WrongUsage
+from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, PaymentStatus
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store import payload
+from outbox_worker.store.payment_classes import waivable
+
+CONTENT_MAX = 10_000
+"""Characters of a payload, or of headers, that are shown."""
+_NAMED_AT_MOST = 3
+_DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
+"""What ``_resolve`` writes: state, actor, moment, reason."""
+
+
+class Decision(StrEnum):
+    """What a person decides about dead letters."""
+
+    REQUEUE = "requeue"
+    """Try the event again, like a new one: through the same queue and guard."""
+    DISCARD = "discard"
+    """Nothing is owed for it, and here is why."""
+
+
+_RESULTS = {Decision.REQUEUE: DeadLetterState.REQUEUED, Decision.DISCARD: DeadLetterState.DISCARDED}
+DECIDABLE = {
+    Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
+    Decision.DISCARD: (DeadLetterState.OPEN,),
+}
+"""In which states a letter that is named by its event may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    event_id: UUID
+    event_type: str
+    payment_id: UUID | None
+    attempts: int
+    reason: str
+    detail: str
+    created_at: datetime | None
+    """None: no time that a client can read, as ``-infinity`` is."""
+    dead_at: datetime
+    state: str
+    resolved_at: datetime | None
+    actor: str | None
+    note: str | None
+    """What was decided so far, a line each: what, by whom, when, why."""
+
+
+class Content(NamedTuple):
+    """What the event of a letter says, as text and cut to a bound."""
+
+    payload: str
+    headers: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which letters: those of the events named, or all in a state that match the rest."""
+
+    event_ids: Sequence[UUID] = ()
+    state: DeadLetterState = DeadLetterState.OPEN
+    reason: str | None = None
+    event_type: str | None = None
+    older_than: timedelta | None = None
+
+    def conditions(self, letters: FromClause) -> list[ColumnElement[bool]]:
+        if self.event_ids:
+            return [_among(letters, self.event_ids)]
+        found: list[ColumnElement[bool]] = [letters.c.state == self.state.value]
+        if self.reason is not None:
+            found.append(letters.c.reason == self.reason)
+        if self.event_type is not None:
+            found.append(letters.c.event_type == self.event_type)
+        if self.older_than is not None:
+            found.append(letters.c.dead_at <= func.statement_timestamp() - cast(self.older_than, Interval))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a decision would be about."""
+
+    count: int
+    reasons: Mapping[str, int]
+    money: Mapping[str, Decimal]
+    """Of the payments concerned, each counted once, by currency."""
+    waived: Mapping[str, Decimal]
+    """Of those of them that are owed a purchase, which a discard gives up."""
+    token: str
+    """Another one as soon as one of the letters, or what its payment's row says, has changed."""
+
+
+class Decided(NamedTuple):
+    """A line of a letter's history."""
+
+    at: datetime
+    state: str
+    actor: str
+    why: str
+
+
+class LetterCursor(NamedTuple):
+    """The end of a page: the letter behind which the next one begins."""
+
+    dead_at: datetime
+    event_id: UUID
+
+    def __str__(self) -> str:
+        return f"{self.dead_at.isoformat()}/{self.event_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> LetterCursor:
+        """As a page has told it. Raises WrongUsage."""
+        moment, _, event_id = text.partition("/")
+        try:
+            return cls(datetime.fromisoformat(moment), UUID(event_id))
+        except ValueError:
+            raise WrongUsage("--after: what the page before said is expected.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    letters: Sequence[DeadLetter]
+    end: LetterCursor | None
+    """None: there are no more."""
+
+
+def history(note: str | None) -> list[Decided]:
+    """What was decided about a letter, the first first; lines that are nobody's decision are passed over."""
+    found = (_DECIDED.fullmatch(line) for line in (note or "").splitlines())
+    return [Decided(datetime.fromisoformat(each[3]), each[1], each[2], each[4]) for each in found if each]
+
+
+def count_open(session: Session, tables: Tables) -> int:
+    """How many dead letters wait for a person."""
+    letters = tables.dead_letters
+    counted = select(func.count()).select_from(letters).where(letters.c.state == DeadLetterState.OPEN.value)
+    return session.scalars(counted).one()
+
+
+def open_confirmations(session: Session, tables: Tables, payment_ids: Collection[str]) -> Sequence[UUID]:
+    """The events of open dead letters that confirm one of these payments."""
+    letters = tables.dead_letters
+    of_them = letters.c.payment_id == func.any(ids_as(letters.c.payment_id.type, payment_ids))
+    is_open = letters.c.state == DeadLetterState.OPEN.value
+    found = select(letters.c.event_id).where(of_them, is_open, letters.c.event_type == PURCHASE_CONFIRMED)
+    return session.scalars(found).all()
+
+
+def list_letters(
+    session: Session,
+    tables: Tables,
+    selection: Selection,
+    *,
+    after: LetterCursor | None = None,
+    limit: int = 100,
+) -> Page:
+    """The letters selected, oldest first, behind the end of the page before.
+
+    what: a page · lock: none · index: that of open letters, by (dead_at, event_id)
+    """
+    letters = tables.dead_letters
+    conditions = selection.conditions(letters)
+    if after is not None:
+        conditions.append(tuple_(letters.c.dead_at, letters.c.event_id) > after)
+    found = read_letters(session, tables, *conditions, limit=limit + 1)
+    page = found[:limit]
+    return Page(page, LetterCursor(page[-1].dead_at, page[-1].event_id) if len(found) > limit else None)
+
+
+def read_letters(
+    session: Session, tables: Tables, *conditions: ColumnElement[bool], limit: int | None = None
+) -> list[DeadLetter]:
+    """The letters of which all this holds, oldest first."""
+    letters = tables.dead_letters
+    moments = ("created_at", "dead_at", "resolved_at")
+    keys = DeadLetter.__dataclass_fields__
+    columns = [readable(letters.c[key]) if key in moments else letters.c[key] for key in keys]
+    rows = session.execute(
+        select(*columns).where(*conditions).order_by(letters.c.dead_at, letters.c.event_id).limit(limit)
+    )
+    return [DeadLetter(*row) for row in rows]
+
+
+def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadLetter, Content]:
+    """One letter, with what its event says. Raises Refused where there is none."""
+    letters = tables.dead_letters
+    found = read_letters(session, tables, letters.c.event_id == event_id)
+    if not found:
+        raise Refused(f"No dead letter of {event_id}.")
+    texts = (payload.from_dead_letter(letters.c.payload, tables.outbox), letters.c.headers)
+    content = select(*(func.left(cast(each, Text), CONTENT_MAX) for each in texts)).where(
+        letters.c.event_id == event_id
+    )
+    return found[0], Content(*session.execute(content).one())
+
+
+def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
+    """Count what was selected, with the money it is about. To be asked in one snapshot."""
+    letters, payments = tables.dead_letters, tables.payments
+    chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
+    found = select(*chosen, waivable(letters).label("waivable")).where(*selection.conditions(letters)).cte("found")
+    reasons = session.execute(
+        select(found.c.reason, func.count()).group_by(found.c.reason).order_by(func.count().desc())
+    )
+    by_reason = {reason: count for reason, count in reasons}  # noqa: C416 - rows
+    named = select(found.c.payment_id).where(found.c.payment_id.is_not(None))
+    own = tables.purchases
+    is_given = exists().where(own.c.payment_id == payments.c.id)
+    is_owed = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value, ~is_given
+    money = _money(session, payments, payments.c.id.in_(named))
+    waived = _money(session, payments, payments.c.id.in_(named.where(found.c.waivable)), *is_owed)
+    token = session.scalars(_token(tables, selection)).one()
+    return Preview(sum(by_reason.values()), by_reason, money, waived, token)
+
+
+def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) -> dict[str, Decimal]:
+    currency = cast(payments.c.currency, Text)
+    rows = session.execute(select(currency, func.sum(payments.c.amount)).where(*which).group_by(currency))
+    return {name: amount for name, amount in rows}  # noqa: C416 - rows
+
+
+def decide_letters(
+    session: Session, tables: Tables, selection: Selection, decision: Decision, *, token: str, actor: str, why: str
+) -> int:
+    """Carry out a decision on the letters of a preview; how many they were. Once decided, it is written in each.
+
+    Raises Refused where the world has changed since the preview, and where a letter that is named cannot be decided.
+    """
+    ids = session.scalars(_lock(tables, selection)).all()
+    if session.scalars(_token(tables, selection)).one() != token:
+        raise Refused(
+            "The dead letters, or their payments, have changed since the preview. Nothing was done: look again."
+        )
+    if decision is Decision.REQUEUE:
+        session.execute(_requeue(tables, ids))
+    touched = session.execute(_resolve(tables, ids, decision, actor, why))
+    if touched.rowcount != len(ids):  # type: ignore[attr-defined]
+        raise Inconsistent(f"{decision} touched another number of dead letters than {len(ids)}")
+    return len(ids)
+
+
+def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
+    """Raise Refused where an event that is named has no letter, or one in which nothing is to be decided any more."""
+    if not selection.event_ids:
+        return
+    letters = tables.dead_letters
+    rows = session.execute(select(letters.c.event_id, letters.c.state).where(*selection.conditions(letters)))
+    states = {event_id: state for event_id, state in rows}  # noqa: C416 - rows
+    if unknown := [str(each) for each in selection.event_ids if each not in states]:
+        raise Refused(f"No dead letter of {_listed(unknown)}.")
+    if closed := [f"{key} is {state}" for key, state in states.items() if state not in DECIDABLE[decision]]:
+        raise Refused(f"Nothing to {decision}: the letter of {_listed(closed)}.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _lock(tables: Tables, selection: Selection) -> Select[Any]:
+    """what: the events of the letters selected · lock: FOR UPDATE in the order of event ids · index: open letters"""
+    letters = tables.dead_letters
+    chosen = select(letters.c.event_id).where(*selection.conditions(letters))
+    return chosen.order_by(letters.c.event_id).with_for_update()
+
+
+def _token(tables: Tables, selection: Selection) -> Select[Any]:
+    """what: a digest of letters and payments, as they are · lock: none · index: open letters, primary keys"""
+    letters, payments = tables.dead_letters, tables.payments
+    of_letter = [letters.c[key] for key in ("event_id", "state", "dead_at", "reason", "attempts")]
+    of_payment = [payments.c[key] for key in ("student_id", "course_id", "amount", "currency", "status")]
+    parts = [func.coalesce(cast(part, Text), "") for part in (*of_letter, *of_payment)]
+    line = func.concat_ws("|", *parts)
+    digest = func.md5(func.string_agg(line, aggregate_order_by(literal("\n"), letters.c.event_id)))
+    read = letters.outerjoin(payments, payments.c.id == letters.c.payment_id)
+    return select(func.coalesce(func.left(digest, 12), "")).select_from(read).where(*selection.conditions(letters))
+
+
+def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
+    """what: the events of letters, due now, as new ones · lock: theirs, held · index: primary key of dead_letters
+
+    An event that the producer has delivered again meanwhile stays as it is.
+    """
+    letters, outbox = tables.dead_letters, tables.outbox
+    columns = ["event_id", "event_type", "payload", "headers", "created_at", "due_at"]
+    again = select(
+        letters.c.event_id,
+        letters.c.event_type,
+        payload.from_dead_letter(letters.c.payload, outbox),
+        letters.c.headers,
+        letters.c.created_at,
+        func.clock_timestamp(),
+    ).where(_among(letters, ids), letters.c.event_id.not_in(select(outbox.c.event_id)))
+    return postgresql.insert(outbox).from_select(columns, again, include_defaults=False).on_conflict_do_nothing()
+
+
+def _resolve(tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> Update:
+    """what: letters closed by a person, with a line more in their history · lock: held · index: primary key"""
+    letters, state = tables.dead_letters, _RESULTS[decision].value
+    now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SS.MSZ")
+    line = literal(f"{state} by {_one_line(actor)}, ") + now + literal(f": {_one_line(why)}")
+    return (
+        update(letters)
+        .where(_among(letters, ids))
+        .values(
+            state=state,
+            resolved_at=func.clock_timestamp(),
+            actor=_one_line(actor),
+            note=func.concat_ws("\n", letters.c.note, line),
+        )
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _among(letters: FromClause, ids: Sequence[UUID]) -> ColumnElement[bool]:
+    return letters.c.event_id == func.any(ids_as(letters.c.event_id.type, ids))

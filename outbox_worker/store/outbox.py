@@ -1,0 +1,414 @@
+"""The door to ``outbox``; buries events in ``dead_letters`` and closes the letters of settled ones.
+
+A claim takes due events under row locks; the lock is the lease. Settling deletes the row in the same transaction: the
+outbox holds only what is still owed. Every function takes the session first; the caller owns the transaction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Delete,
+    FromClause,
+    Interval,
+    Row,
+    Select,
+    Table,
+    Text,
+    Update,
+    bindparam,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    literal_column,
+    select,
+    true,
+    tuple_,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import ARRAY, array
+from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeEngine
+
+from outbox_worker.database.arrays import ArrayText, Keys
+from outbox_worker.database.expressions import seconds_since
+from outbox_worker.database.statements import Statement, write
+from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason, Repeated
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store import payload
+from outbox_worker.store.queue import event_of, window_of, within
+
+_IDS = bindparam("ids", type_=Keys("bigint"))
+_LONGEST_TYPE = 200
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+"""As the W3C's Trace Context has it; whatever else stands there is what anybody may have written."""
+_TRACEPARENT_LENGTH = 55
+
+_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
+_FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
+"""Before every place in the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Events locked by this transaction, in the order ``(due_at, id)``."""
+
+    batch: Batch = field(default_factory=Batch)
+    transaction_id: str | None = None
+    """For ``pg_xact_status``, should the answer to COMMIT be lost."""
+    end: Position | None = None
+    """The last of them."""
+    crash_suspects: Sequence[int] = ()
+    """Those of them that a process died of before: they are taken alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class IsolatedEvent:
+    """An event to be taken alone. Its crash is written down before the work, and crossed out by ``claim_isolated``."""
+
+    id: int
+    crashes: int
+    """How many processes died of it before."""
+    due_at: str
+    """As PostgreSQL writes it; meanwhile the event is due later, so that nobody else takes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postponement:
+    """A later try of one event."""
+
+    delay: timedelta
+    charged: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """How much is owed. Counts stop at ``Outbox.BACKLOG_BOUND``."""
+
+    due: int
+    waiting: int
+    """Postponed: due later."""
+    oldest_due_seconds: float
+
+
+class Outbox:
+    """The queue and its dead letters. Holds statements, no state.
+
+    ``event_types``: claim only these (an outbox that other consumers share); None: claim all.
+    """
+
+    BACKLOG_BOUND = 100_000
+
+    def __init__(self, tables: Tables, event_types: Collection[str] | None) -> None:
+        self._tables = tables
+        self._event_types = None if event_types is None else sorted(event_types)
+        self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
+        self._claim_isolated = Statement(_claim_isolated_statement(tables.outbox))
+        self._isolate_first = Statement(_isolate_statement(tables.outbox, self._ours()))
+        self._isolate = Statement(
+            _isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)])
+        )
+        self._clear_crash = Statement(_clear_crash_statement(tables.outbox))
+        self._due = _due_statement(tables.outbox, ours=self._ours())
+        self._remove = Statement(_remove_statement(tables.outbox))
+        self._postpone = Statement(_postpone_statement(tables.outbox))
+        self._bury = Statement(_bury_statement(tables))
+        self._traceparents = Statement(_traceparents_statement(tables.outbox))
+        self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
+        self._backlog = _backlog_statement(tables.outbox, self._ours(), self.BACKLOG_BOUND)
+
+    def _ours(self) -> list[ColumnElement[bool]]:
+        if self._event_types is None:
+            return []
+        return [self._tables.outbox.c.event_type == func.any(literal(self._event_types, ARRAY(Text)))]
+
+    def claim(
+        self, session: Session, limit: int, until: datetime | None = None, start: Position | None = None
+    ) -> Claim:
+        """Lock up to ``limit`` due events that nobody else has locked, in the order ``(due_at, id)``.
+
+        ``until``: due by then; None: by now. ``start``: behind this place; None: from the beginning.
+        """
+        due_at, key = start or (None, None)
+        values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
+        return _claim_of(self._claim.execute(session, values).one())
+
+    def isolate(
+        self, session: Session, key: int | None, until: datetime | None, delay: timedelta
+    ) -> IsolatedEvent | None:
+        """Write down a crash of one due event, ``key`` or the first that nobody holds, and make it due later.
+
+        To be committed before the event is worked on: should it kill the process, the next one knows, after ``delay``.
+        """
+        values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
+        statement = self._isolate_first if key is None else self._isolate
+        row = statement.execute(session, values).one_or_none()
+        return None if row is None else IsolatedEvent(row.id, row.crashes, row.due_at)
+
+    def claim_isolated(self, session: Session, isolated: IsolatedEvent) -> Claim:
+        """Lock the event again, waiting for whoever holds it, and cross the crash out, which a crash would undo.
+
+        Empty where the event is gone.
+        """
+        claim = _claim_of(self._claim_isolated.execute(session, {"id": isolated.id}).one())
+        if claim.batch:
+            write(session, self._clear_crash, {"id": isolated.id, "due_at": isolated.due_at}, 1)
+        return replace(claim, batch=replace(claim.batch, window=DueWindow(isolated.due_at, isolated.due_at)))
+
+    def has_due(self, session: Session, until: datetime) -> bool:
+        """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
+        return bool(session.scalar(self._due, {"until": until}))
+
+    def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
+        """Delete events that reached an end; the caller has marked or buried them in this transaction."""
+        write(session, self._remove, {"ids": list(ids), **window_of(batch)}, len(ids))
+
+    def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
+        """Make events due later, by the database's clock; ``charged`` ones count as a failed try."""
+        given = postponements.values()
+        values = {
+            "ids": list(postponements),
+            "delays": [postponement.delay for postponement in given],
+            "charges": [int(postponement.charged) for postponement in given],
+            "errors": [postponement.error for postponement in given],
+            **window_of(batch),
+        }
+        write(session, self._postpone, values, len(postponements))
+
+    def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
+        """Move events to the dead letters; a letter that was closed before is opened again."""
+        values = {
+            "ids": list(letters),
+            "payment_ids": [batch[key].payment_id for key in letters],
+            "reasons": [reason.value for reason, _ in letters.values()],
+            "details": [detail for _, detail in letters.values()],
+            **window_of(batch),
+        }
+        write(session, self._bury, values, len(letters))
+        self.remove(session, batch, letters)
+
+    def traceparents(self, session: Session, batch: Batch, ids: Collection[int]) -> dict[int, str]:
+        """The traces to which producers say that these events belong; nothing else of the headers is ever read."""
+        rows = self._traceparents.execute(session, {"ids": list(ids), **window_of(batch)})
+        return {row.id: row.traceparent for row in rows if _TRACEPARENT.fullmatch(row.traceparent)}
+
+    def close_letters(self, session: Session, event_ids: Sequence[UUID | str]) -> None:
+        """Close the open dead letters of events that are settled after all."""
+        self._close_letters.execute(session, {"event_ids": event_ids})
+
+    def backlog(self, session: Session) -> Backlog:
+        """How many events are due and how late the oldest is; bounded work however long the queue."""
+        due, waiting, oldest = session.execute(self._backlog).one()
+        return Backlog(due, waiting, oldest or 0.0)
+
+
+def _claim_of(row: Row[Any]) -> Claim:
+    if row.ids is None:
+        return Claim()
+    types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
+    payment_ids, repeated = _read(row)
+    window = DueWindow(row.first_due_at, row.end_due_at)
+    event_ids, attempts = ArrayText(row.event_ids), ArrayText(row.attempts)
+    batch = Batch(row.ids, event_ids, types, payment_ids, attempts, row.lateness, repeated, window)
+    return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.crash_suspects or ())
+
+
+def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
+    """The payments that the payloads name, and what documents repeat of them."""
+    if "documents" not in row._fields:
+        return payload.usable_payment_ids(row.candidates), ()
+    found = [payload.read_document(document) for document in row.documents]
+    return [payment_id for payment_id, _ in found], [repeated for _, repeated in found]
+
+
+def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: due events behind a place, oldest first, with the keys that their settling needs, as one row of arrays
+    lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
+    """
+    start = tuple_(
+        func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT),
+        func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID),
+    )
+    return _gathered(
+        _keys(outbox)
+        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *ours)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(bindparam("limit", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _claim_isolated_statement(outbox: Table) -> Select[Any]:
+    """what: the keys of one event, as a claim returns them · lock: FOR UPDATE, waited for · index: primary key"""
+    return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
+
+
+def _due_by() -> ColumnElement[Any]:
+    return func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
+
+
+def _keys(outbox: Table) -> Select[Any]:
+    """What settling needs to know of each event."""
+    return select(
+        outbox.c.id,
+        outbox.c.event_id,
+        func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
+        payload.claim_columns(outbox),
+        outbox.c.attempts,
+        outbox.c.crashes,
+        seconds_since(outbox.c.due_at).label("lateness"),
+        outbox.c.due_at.label("due_at"),
+    )
+
+
+def _gathered(keys: Select[Any]) -> Select[Any]:
+    """Locked rows as one row of arrays."""
+    claimed = keys.cte("claimed").prefix_with("MATERIALIZED")
+    first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
+    one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
+    gathered: list[ColumnElement[Any]] = [
+        func.array_agg(claimed.c.id).label("ids"),
+        _text_of_all(claimed.c.event_id).label("event_ids"),
+        one_for_all.label("event_types"),
+        func.array_agg(claimed.c.document).label("documents")
+        if "document" in claimed.c
+        else _text_of_all(claimed.c.candidate).label("candidates"),
+        _text_of_all(claimed.c.attempts).label("attempts"),
+        func.array_agg(claimed.c.lateness).label("lateness"),
+        func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("crash_suspects"),
+    ]
+    gathered.append(cast(func.min(claimed.c.due_at), Text).label("first_due_at"))
+    end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
+    return select(
+        *gathered, end, cast(func.pg_current_xact_id_if_assigned(), Text).label("transaction_id")
+    ).select_from(claimed)
+
+
+def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The array of a column's values as one text: nobody may ask for a single one."""
+    return cast(func.array_agg(column), Text)
+
+
+def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
+    """what: one more crash of the first due event, which is due later from now on
+    lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key where ``ours`` names the event
+    """
+    first = (
+        select(outbox.c.id, outbox.c.crashes, cast(outbox.c.due_at, Text).label("due_at"))
+        .where(outbox.c.due_at <= _due_by(), *ours)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .cte("first")
+        .prefix_with("MATERIALIZED")
+    )
+    later = func.clock_timestamp() + bindparam("delay", type_=Interval())
+    isolated = update(outbox).where(outbox.c.id == first.c.id).values(crashes=first.c.crashes + 1, due_at=later)
+    return isolated.returning(outbox.c.id, first.c.crashes, first.c.due_at)
+
+
+def _clear_crash_statement(outbox: Table) -> Update:
+    """what: an event as it was before it was accused, without any crash · lock: held · index: primary key"""
+    given = cast(bindparam("due_at", type_=Text), DateTime(timezone=True))
+    return update(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).values(crashes=0, due_at=given)
+
+
+def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: whether anything is due · lock: none · index: (due_at, id)"""
+    due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))
+    return select(select(outbox.c.id).where(due, *ours).exists())
+
+
+def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
+    """what: bounded counts of due and postponed events, age of the oldest due · lock: none · index: (due_at, id)"""
+    now = func.statement_timestamp()
+    due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
+    later = select(outbox.c.id).where(outbox.c.due_at > now, *ours).limit(bound).subquery()
+    waiting = select(func.count()).select_from(later).scalar_subquery()
+    return select(func.count(), waiting, seconds_since(func.min(due.c.due_at))).select_from(due)
+
+
+def _remove_statement(outbox: Table) -> Delete:
+    """what: events that reached an end · lock: theirs, held since the claim · index: primary key or (due_at, id)"""
+    return delete(outbox).where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
+
+
+def _postpone_statement(outbox: Table) -> Update:
+    """what: a later due time, and a failed try where charged · lock: held since the claim · index: primary key"""
+    given = _arrays(delay=Interval(), charge=BigInteger(), error=Text())
+    return (
+        update(outbox)
+        .where(outbox.c.id == given.c.id, outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
+        .values(
+            due_at=func.clock_timestamp() + type_coerce(given.c.delay, Interval()),
+            attempts=outbox.c.attempts + given.c.charge,
+            last_error=func.coalesce(given.c.error, outbox.c.last_error),
+        )
+    )
+
+
+def _bury_statement(tables: Tables) -> postgresql.Insert:
+    """what: dead letters of claimed events; one that exists is written anew and opened again, its history kept
+    lock: held since the claim · index: primary keys
+    """
+    letters = tables.dead_letters
+    given = _arrays(payment_id=postgresql.UUID(as_uuid=False), reason=Text(), detail=Text())
+    outbox = event_of(given, tables.outbox)
+    copied = {key: outbox.c[key] for key in ("event_id", "event_type", "headers", "created_at")}
+    written = copied | {
+        "payload": payload.to_dead_letter(outbox),
+        "payment_id": given.c.payment_id,
+        "attempts": outbox.c.attempts + 1,
+        "reason": given.c.reason,
+        "detail": given.c.detail,
+        "dead_at": func.clock_timestamp(),
+        "state": literal(DeadLetterState.OPEN.value),
+    }
+    source = select(*written.values()).select_from(given).join(outbox, true())
+    statement = postgresql.insert(letters).from_select(list(written), source, include_defaults=False)
+    reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
+    cleared = {letters.c.resolved_at: None}
+    return statement.on_conflict_do_update(index_elements=[letters.c.event_id], set_=reopened | cleared)
+
+
+def _traceparents_statement(outbox: Table) -> Select[Any]:
+    """what: traceparents of claimed events, as bounded text · lock: none, theirs are held · index: primary key"""
+    traceparent = func.left(outbox.c.headers["traceparent"].astext, _TRACEPARENT_LENGTH + 1)
+    named = select(outbox.c.id, traceparent.label("traceparent")).where(traceparent.is_not(None))
+    return named.where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
+
+
+def _close_letters_statement(letters: Table) -> Update:
+    """what: open dead letters of settled events · lock: taken in the order of event ids · index: primary key"""
+    event_ids = bindparam("event_ids", type_=Keys("uuid"))
+    found = (
+        select(letters.c.event_id, letters.c.state)
+        .where(letters.c.event_id == func.any(event_ids))
+        .order_by(letters.c.event_id)
+        .with_for_update()
+        .cte("found")
+        .prefix_with("MATERIALIZED")
+    )
+    is_open = found.c.state == DeadLetterState.OPEN.value
+    settled = {"state": DeadLetterState.SETTLED.value, "resolved_at": func.clock_timestamp()}
+    return update(letters).where(letters.c.event_id == found.c.event_id, is_open).values(settled)
+
+
+def _arrays(**columns: TypeEngine[Any]) -> FromClause:
+    """A relation (id, …) out of one array parameter per column; the parameters are named in the plural."""
+    parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
+    return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

@@ -1,0 +1,231 @@
+"""Pairs (student, course): their locks, what is known of claimed events under them, and who else has paid for them.
+
+The pair's lock is public: ``hashtextextended(student_id::text || ':' || course_id::text, 0)``, transaction-scoped. Any
+verdict but a clean insert, and every refund, is reached under it, in both guards, each step a statement of its own:
+lock, look, write. The statements are run by ``PurchaseRepository``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    Row,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    exists,
+    false,
+    func,
+    literal_column,
+    select,
+    true,
+    type_coerce,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, UUID
+
+from outbox_worker.database.arrays import Keys
+from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, PaymentStatus, Repeated
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store import payload
+from outbox_worker.store.payment_classes import PaymentClass, class_among
+from outbox_worker.store.queue import window_of
+
+
+@dataclass(frozen=True, slots=True)
+class PairLocks:
+    """Which pairs of a batch this transaction has locked."""
+
+    keys: frozenset[int]
+    locked: frozenset[int]
+    """Events (``outbox.id``) whose pair is locked. An event without a pair is in neither set."""
+    contended: frozenset[int]
+    """Events whose pair somebody else has locked, or that exceed what one transaction may lock."""
+    order: tuple[int, ...]
+    """All events in the order in which every statement writes purchases."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventFacts:
+    """What one look found about one event."""
+
+    facts: Facts
+    key: int | None
+    """The lock key of its pair; None where no payment and no purchase names a pair."""
+
+
+class StandingPayment(NamedTuple):
+    """A standing payment of a pair."""
+
+    payment_id: str
+    kind: PaymentClass
+
+
+EventOf = Callable[[FromClause, Table], FromClause]
+"""The events of a relation of keys: ``database.event_of``, or what stands for them where there are none."""
+
+
+def keys_of(batch: Batch) -> dict[str, Any]:
+    """The values of the parameters of ``claimed_keys``."""
+    read = Repeated._fields if batch.repeated else ()
+    texts = {f"given_{key}": [getattr(each, key) for each in batch.repeated] for key in read}
+    return {"ids": batch.ids, "payment_ids": batch.payment_ids, **texts, **window_of(batch)}
+
+
+def claimed_keys(outbox: Table) -> FromClause:
+    """The keys of a batch as a relation (id, payment_id), with what was read of documents where payloads are such."""
+    ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
+    read = Repeated._fields if payload.is_document(outbox) else ()
+    texts = [bindparam(f"given_{key}", type_=ARRAY(Text)) for key in read]
+    return func.unnest(ids, payments, *texts).table_valued("id", "payment_id", *read).render_derived(name="claimed")
+
+
+def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
+    """Where the optional keys of a payload are to be read."""
+    return claimed if "amount" in claimed.c else event
+
+
+def payment_of(claimed: FromClause, payments: Table) -> FromClause:
+    """What is read of a claimed event's payment, found by its id, as ``event_of`` finds the event."""
+    read = (payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "status"))
+    row = select(*read).where(payments.c.id == claimed.c.payment_id)
+    return row.offset(literal_column("0")).lateral("payment")
+
+
+def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
+    """The pair of a claimed event's purchase, found in the same way."""
+    row = select(purchases.c.student_id, purchases.c.course_id).where(purchases.c.payment_id == claimed.c.payment_id)
+    return row.offset(literal_column("0")).lateral("purchase")
+
+
+def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The public key of a pair's advisory lock, a bigint."""
+    return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
+
+
+def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
+    """Another purchase holds the payment's pair active; its payment may be NULL: a gift."""
+    return and_(
+        purchases.c.student_id == payments.c.student_id,
+        purchases.c.course_id == payments.c.course_id,
+        purchases.c.is_active,
+        purchases.c.payment_id.is_distinct_from(payments.c.id),
+    )
+
+
+def _pair_of(payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
+    """The payment's pair; where its row is archived, its purchase's."""
+    return [func.coalesce(payments.c[key], purchases.c[key]) for key in ("student_id", "course_id")]
+
+
+def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
+    """what: advisory locks on the pairs of claimed events, in ascending key order, tried and never waited for
+    lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
+    """
+    claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
+    outbox = event_of(claimed, tables.outbox)
+    student, course = _pair_of(payments, purchases)
+    ordered = func.row_number().over(order_by=(student, course, outbox.c.due_at, outbox.c.id))
+    pairs = (
+        select(claimed.c.id, pair_key(student, course).label("key"), ordered.label("position"))
+        .select_from(claimed)
+        .join(outbox, true())
+        .outerjoin(payments, payments.c.id == claimed.c.payment_id)
+        .outerjoin(purchases, purchases.c.payment_id == claimed.c.payment_id)
+        .cte("pairs")
+    )
+    rank = func.dense_rank().over(order_by=pairs.c.key).label("rank")
+    ranked = select(pairs, rank).order_by(pairs.c.key).cte("ranked").prefix_with("MATERIALIZED")
+    within = ranked.c.rank <= bindparam("capacity", type_=BigInteger)
+    taken = case((within, func.pg_try_advisory_xact_lock(ranked.c.key)), else_=false())
+    return select(ranked.c.id, ranked.c.key, ranked.c.position, func.coalesce(taken, false()).label("held"))
+
+
+def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
+    """what: the facts about claimed events, all in one snapshot
+    lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
+    """
+    claimed, payments, purchases, marks = (
+        claimed_keys(tables.outbox),
+        tables.payments,
+        tables.purchases,
+        tables.processed_events,
+    )
+    outbox = event_of(claimed, tables.outbox)
+    own, held = purchases.alias("own"), purchases.alias("held")
+    active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
+    pair = [func.coalesce(payments.c[key], _of_own(purchases, claimed, key)) for key in ("student_id", "course_id")]
+    return (
+        select(
+            claimed.c.id,
+            type_coerce(claimed.c.payment_id, UUID(as_uuid=True)).label("payment_id"),
+            marks.c.event_id.is_not(None).label("is_marked"),
+            marks.c.outcome.label("marked_outcome"),
+            marks.c.payment_id.label("marked_payment_id"),
+            active.label("purchase_active"),
+            cast(payments.c.status, Text).label("payment_status"),
+            payload.mismatched_keys(payload_source(claimed, outbox), payments).label("mismatches"),
+            exists().where(holds_pair(held, payments)).label("pair_held"),
+            pair_key(*pair).label("key"),
+        )
+        .select_from(claimed)
+        .join(outbox, true())
+        .outerjoin(payments, payments.c.id == claimed.c.payment_id)
+        .outerjoin(marks, marks.c.event_id == outbox.c.event_id)
+    )
+
+
+def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[Any]:
+    """A column of the payment's own purchase: names the pair when the payment row is archived."""
+    own = purchases.alias()
+    return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
+
+
+def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFacts:
+    """What ``look_statement`` found about an event of this type."""
+    facts = Facts(
+        is_refund=event_type == PURCHASE_REFUNDED,
+        payment_id=row.payment_id,
+        mark=Mark(row.marked_outcome, row.marked_payment_id) if row.is_marked else None,
+        purchase_active=row.purchase_active,
+        payment_status=row.payment_status,
+        mismatches=tuple(row.mismatches),
+        pair_held=row.pair_held,
+        last_try=last_try,
+    )
+    return EventFacts(facts, row.key)
+
+
+def standing_statement(tables: Tables) -> Select[Any]:
+    """what: the standing payments of the pairs of claimed events, oldest first, each with its class
+    lock: none (the pairs' locks are held) · index: the payments' on the pair; where there is none, they are read once,
+    as is the outbox where a payment is met that nothing else explains
+    """
+    claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
+    refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)
+    student, course = _pair_of(refunded, own)
+    pairs = (
+        select(claimed.c.id, student.label("student_id"), course.label("course_id"))
+        .select_from(claimed)
+        .outerjoin(refunded, true())
+        .outerjoin(own, true())
+        .cte("pairs")
+        .prefix_with("MATERIALIZED")
+    )
+    is_of_pair = and_(payments.c.student_id == pairs.c.student_id, payments.c.course_id == pairs.c.course_id)
+    read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
+    is_standing = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value
+    stands = select(pairs.c.id.label("event"), *read).join(payments, is_of_pair).where(is_standing)
+    standing = stands.cte("standing").prefix_with("MATERIALIZED")
+    kind = class_among(standing, tables).label("kind")
+    found = select(standing.c.event.label("id"), cast(standing.c.id, Text).label("payment_id"), kind)
+    return found.order_by(standing.c.created_at, standing.c.id)

@@ -1,0 +1,241 @@
+"""The conservation equation: every standing payment is exactly one of seven things.
+
+One SQL CASE, used wherever the question is asked: what is owed, what is proved, why. It is asked of many payments at a
+time: of a page of all there are (``page_statement``), most of which a purchase explains, and of given ones, that none
+does (``portion_statement``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    DateTime,
+    FromClause,
+    Interval,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    true,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import array
+
+from outbox_worker.database.arrays import Keys
+from outbox_worker.database.expressions import readable, seconds_since
+from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, WAIVABLE, DeadLetterState, PaymentStatus
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store import payload
+
+
+class PaymentClass(StrEnum):
+    """What explains a standing payment; the first that holds."""
+
+    ACTIVE = "active"
+    REVOKED = "revoked"
+    DUPLICATE = "duplicate"
+    IN_FLIGHT = "in_flight"
+    DEAD = "dead"
+    WAIVED = "waived"
+    UNEXPLAINED = "unexplained"
+
+
+RECENT = timedelta(hours=1)
+"""Before the end of a span: what is created there may have become visible after a sweep has passed."""
+REFUNDED_BUT_ACTIVE = "refunded_but_active"
+UNKNOWN_STATUS = "unknown_status"
+"""What a payment that is not standing can be, for a person to look at."""
+
+_READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
+
+Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
+
+
+def page_statement(
+    tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
+) -> Select[Any]:
+    """what: the next payments in the order of a key: those that a purchase explains by class and currency, the others
+    by their ids; how many there are and which is the last; duplicates one by one where that is asked for
+    lock: none · index: the key's; payment_id and the pair's of purchases
+    """
+    keys = [tables.payments.c[key] for key in order]
+    read = select(*(tables.payments.c[key] for key in _READ)).where(*span(tables, order))
+    if not is_first:
+        after = [cast(bindparam(f"after_{each.key}", type_=Text), each.type) for each in keys]
+        read = read.where(tuple_(*keys) > tuple_(*after))
+    page = _materialized(read.order_by(*keys).limit(bindparam("limit", type_=BigInteger)), "page")
+    classed = _classed(page, case(*_by_purchase(page, tables, by_index)), tables, by_index).where(_is_judged(page))
+    found = _gathered(_materialized(classed, "classed"), literal(False), lists_duplicates).subquery("found")
+    last = select(array([cast(page.c[key], Text) for key in order])).offset(func.greatest(_count(page) - 1, 0)).limit(1)
+    end = select(_count(page).label("passed"), last.scalar_subquery().label("last")).subquery("end")
+    return select(end, found).select_from(end.outerjoin(found, true()))
+
+
+def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
+    """what: given payments by class and currency; the unexplained one by one where ``lists`` says so
+    lock: none · index: primary key of payments, those of a page, payment_id of dead_letters; the outbox in one scan
+    """
+    ids = func.unnest(bindparam("ids", type_=Keys("uuid"))).table_valued("id").render_derived(name="given")
+    rows = select(*(tables.payments.c[key] for key in _READ)).where(tables.payments.c.id == ids.c.id)
+    row = rows.offset(literal_column("0")).lateral("row")
+    page = _materialized(select(row).select_from(ids.join(row, true())), "page")
+    flying = _materialized(_in_flight(page, tables), "in_flight")
+    equation = _equation(page, tables, flying.c.id.is_not(None), by_index)
+    classed = _classed(page, equation, tables, by_index).select_from(page.outerjoin(flying, flying.c.id == page.c.id))
+    judged = _materialized(classed.where(_is_judged(page)), "classed")
+    return _gathered(judged, bindparam("lists", type_=Boolean), lists_duplicates)
+
+
+def waivable(letters: FromClause) -> ColumnElement[bool]:
+    """Whether a person who discards a letter gives up the purchase of its payment, should that be standing."""
+    reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
+    return and_(letters.c.event_type == PURCHASE_CONFIRMED, reasons)
+
+
+def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
+    """The class of each of a few standing payments, given as (id, student_id, course_id).
+
+    CASE keeps the planner from a join with the outbox, which is read once at most, whatever it expects to find there.
+    """
+    outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
+    told = select(named).where(outbox.c.event_type == PURCHASE_CONFIRMED, case((named.in_(ids), true())))
+    return _equation(few, tables, cast(few.c.id, Text).in_(told), by_index=False)
+
+
+def span(tables: Tables, order: Sequence[str]) -> list[ColumnElement[bool]]:
+    """The bounds of a sweep in the order of ``created_at``; in any other every payment is passed, if not judged."""
+    if order[0] != "created_at":
+        return []
+    created_at = tables.payments.c.created_at
+    earliest: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
+    return [created_at >= func.coalesce(_moment("since"), earliest), created_at < _moment("before")]
+
+
+def _is_judged(page: CTE) -> ColumnElement[bool]:
+    is_early, is_late = page.c.created_at < _moment("since"), page.c.created_at >= _moment("before")
+    return and_(is_early.is_not(true()), is_late.is_not(true()))
+
+
+def _moment(name: str) -> ColumnElement[Any]:
+    return bindparam(name, type_=DateTime(timezone=True))
+
+
+def _count(rows: CTE) -> ColumnElement[int]:
+    return select(func.count()).select_from(rows).scalar_subquery()
+
+
+def _materialized(rows: Select[Any], name: str) -> CTE:
+    return rows.cte(name).prefix_with("MATERIALIZED")
+
+
+def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: bool) -> Select[Any]:
+    """The page with the ``kind`` of each payment: its class, where it is standing."""
+    status = cast(page.c.status, Text)
+    is_refunded = status == PaymentStatus.REFUNDED.value
+    kind = case(
+        (status == PaymentStatus.SUCCEEDED.value, equation),
+        (and_(is_refunded, _has_purchase(page, tables, by_index, tables.purchases.c.is_active)), REFUNDED_BUT_ACTIVE),
+        (or_(*(status == known.value for known in PaymentStatus)), "not_standing"),
+        else_=UNKNOWN_STATUS,
+    )
+    return select(page, kind.label("kind"))
+
+
+def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
+    """Count and money of each kind and currency; a row of its own for each payment that is listed."""
+    kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
+    is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
+    is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
+    is_listed = or_(kind == REFUNDED_BUT_ACTIVE, and_(lists, is_unexplained), is_duplicate)
+    listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id")}
+    listed["created_at"] = readable(classed.c.created_at)
+    listed["age_seconds"] = seconds_since(classed.c.created_at)
+    each = select(
+        kind,
+        cast(classed.c.currency, Text).label("currency"),
+        case((kind == UNKNOWN_STATUS, cast(classed.c.status, Text))).label("status"),
+        and_(is_unexplained, is_recent).label("is_recent"),
+        *(case((is_listed, value)).label(name) for name, value in listed.items()),
+        classed.c.amount.label("money"),
+        case((kind.is_(None), classed.c.id)).label("unclear_id"),
+    ).subquery("each")
+    keys = [each.c[key] for key in ("kind", "currency", "status", "is_recent", *listed)]
+    ids = func.array_agg(each.c.unclear_id).filter(each.c.unclear_id.is_not(None))
+    sums = [func.count().label("payments"), func.sum(each.c.money).label("amount"), cast(ids, Text).label("ids")]
+    return select(*keys, *sums).group_by(*keys)
+
+
+def _equation(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool], by_index: bool) -> ColumnElement[str]:
+    whens = [*_by_purchase(page, tables, by_index), *_otherwise(page, tables, is_in_flight)]
+    return case(*whens, else_=literal(PaymentClass.UNEXPLAINED.value))
+
+
+def _by_purchase(page: CTE, tables: Tables, by_index: bool) -> Whens:
+    return [
+        (_has_purchase(page, tables, by_index, tables.purchases.c.is_active), literal(PaymentClass.ACTIVE.value)),
+        (_has_purchase(page, tables, by_index), literal(PaymentClass.REVOKED.value)),
+        (_pair_is_held(page, tables, by_index), literal(PaymentClass.DUPLICATE.value)),
+    ]
+
+
+def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> Whens:
+    letters = tables.dead_letters
+    contradiction = or_(*(letters.c.reason == reason.value for reason in sorted(CONTRADICTIONS)))
+    contradicts = letters.c.state == DeadLetterState.OPEN.value, contradiction
+    discarded = letters.c.state == DeadLetterState.DISCARDED.value, letters.c.note.is_not(None)
+    waives = *discarded, waivable(letters)
+    return [
+        (is_in_flight, literal(PaymentClass.IN_FLIGHT.value)),
+        (_has_letter(page, tables, *contradicts), literal(PaymentClass.DEAD.value)),
+        (_has_letter(page, tables, *waives), literal(PaymentClass.WAIVED.value)),
+    ]
+
+
+def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
+    """Whose confirmation waits in the outbox; events of other types grant nothing and explain nothing."""
+    outbox = tables.outbox
+    is_named = _named(tables) == cast(page.c.id, Text)
+    of_ours = outbox.c.event_type == PURCHASE_CONFIRMED
+    return select(page.c.id).select_from(page.join(outbox, is_named)).where(of_ours).distinct()
+
+
+def _named(tables: Tables) -> ColumnElement[Any]:
+    """The payment that an event names, to be compared with one's text."""
+    return payload.payment_id_text(tables.outbox)
+
+
+def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElement[bool]) -> ColumnElement[bool]:
+    own = tables.purchases
+    return _exists(select(own.c.payment_id).where(own.c.payment_id == page.c.id, *more), by_index)
+
+
+def _pair_is_held(page: CTE, tables: Tables, by_index: bool) -> ColumnElement[bool]:
+    held = tables.purchases.alias("held")
+    is_same = [held.c[key] == page.c[key] for key in ("student_id", "course_id")]
+    return _exists(select(held.c.payment_id).where(*is_same, held.c.is_active), by_index)
+
+
+def _has_letter(page: CTE, tables: Tables, *which: ColumnElement[bool]) -> ColumnElement[bool]:
+    letters = tables.dead_letters
+    return _exists(select(letters.c.payment_id).where(letters.c.payment_id == page.c.id, *which), by_index=False)
+
+
+def _exists(rows: Select[Any], by_index: bool) -> ColumnElement[bool]:
+    """With OFFSET 0 it is asked row by row, through an index; without, the planner may read the table into a hash, and
+    does so for every page, be the table ever so large."""
+    return (rows.offset(literal_column("0")) if by_index else rows).exists()

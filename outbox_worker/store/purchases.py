@@ -1,0 +1,302 @@
+"""The door to ``purchases`` and ``processed_events`` (and, to read, ``payments``).
+
+``PurchaseRepository`` makes the purchase and marks the event. Every method takes the session first; the caller owns the
+transaction. Claimed events come as keys and are joined to their rows by ``unnest``: on the happy path no row travels.
+
+Every statement that writes purchases does so in the order (student_id, course_id, due_at, id).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    case,
+    cast,
+    exists,
+    false,
+    func,
+    literal,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.arrays import Keys
+from outbox_worker.database.planner import FREE_PLANS, planned
+from outbox_worker.database.statements import Statement, relying_on_a_key, write
+from outbox_worker.decision import RetryPolicy
+from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome, PaymentStatus
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store import payload
+from outbox_worker.store.guard import GuardState, on_active_pair
+from outbox_worker.store.pairs import (
+    EventFacts,
+    EventOf,
+    PairLocks,
+    StandingPayment,
+    claimed_keys,
+    event_facts_of,
+    holds_pair,
+    keys_of,
+    lock_statement,
+    look_statement,
+    payload_source,
+    payment_of,
+    standing_statement,
+)
+from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.queue import event_of
+
+BACKFILL_NAMESPACE = "purchase-outbox-worker:"
+"""Before a payment's id, in what the id of its backfill's mark is the MD5 of."""
+
+
+class PurchaseRepository:
+    """Purchases and marks of one set of tables. Holds statements, no state.
+
+    ``event_of``: what the keys of a batch name, rows of the outbox or payments whose event was never written.
+    """
+
+    def __init__(self, tables: Tables, event_of: EventOf = event_of) -> None:
+        self._tables = tables
+        self._event_of = event_of
+        self._insert = lru_cache(maxsize=16)(self._build_insert)
+        self._lock = Statement(lock_statement(tables, event_of))
+        self._look = Statement(look_statement(tables, event_of))
+        self._standing = Statement(standing_statement(tables))
+        self._revoke = Statement(_offered(_revoke_statement(tables), tables))
+        self._mark_first = Statement(_mark_statement(tables))
+        self._mark = Statement(_remark_statement(tables))
+
+    def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
+        """Insert the purchases of all events that nothing speaks against; return those events (``outbox.id``).
+
+        The events are of different payments; under the guard ``lock`` the caller holds the locks of all their pairs.
+        Without ``looks_at_marks`` a mark that is there is left to ``mark_first``.
+        """
+        statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
+        return self._run_insert(session, batch, statement)
+
+    def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        """Insert the purchases of events that ``decide`` granted, under their pairs' locks; return those written."""
+        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
+
+    def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
+        """Lock the pairs of a batch in ascending key order, without waiting, at most ``capacity`` of them.
+
+        Not waiting is what keeps two workers that both hold fresh purchases from a deadlock; an event whose pair is
+        taken stays in the outbox for the next look.
+        """
+        rows = self._lock.execute(session, {**keys_of(batch), "capacity": capacity}).all()
+        return PairLocks(
+            keys=frozenset(row.key for row in rows if row.held),
+            locked=frozenset(row.id for row in rows if row.held),
+            contended=frozenset(row.id for row in rows if row.key is not None and not row.held),
+            order=tuple(row.id for row in sorted(rows, key=lambda row: row.position)),
+        )
+
+    def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, EventFacts]:
+        """Read the facts of every event of the batch, by a snapshot taken after the locks."""
+        rows = self._look.execute(session, keys_of(batch))
+        events = ((row, batch[row.id]) for row in rows)
+        return {
+            row.id: event_facts_of(row, event.event_type, last_try=policy.is_last(event.attempts))
+            for row, event in events
+        }
+
+    def revoke(self, session: Session, batch: Batch) -> set[int]:
+        """Make the purchases of refunded payments inactive, under their pairs' locks; return the events it wrote for.
+
+        The events are of different payments. A purchase that was never made is left inactive, so that a confirmation
+        that comes later does not make it.
+        """
+        with relying_on_a_key():
+            return self._run_insert(session, batch, self._revoke)
+
+    def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
+        """The standing payments of the events' pairs, oldest first.
+
+        The payments are the shop's, and may have no index on the pair: the planner has the choice of reading them once.
+        """
+        found: dict[int, list[StandingPayment]] = {}
+        with planned(session, **FREE_PLANS):
+            for row in self._standing.execute(session, keys_of(batch)):
+                found.setdefault(row.id, []).append(StandingPayment(row.payment_id, PaymentClass(row.kind)))
+        return found
+
+    def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
+        """Mark events that have no mark yet. Raises IntegrityError (23505) where one has."""
+        self._run_mark(session, batch, outcome, self._mark_first)
+
+    def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
+        """Mark events with their final outcome. A mark is written once; only a grant rewrites it."""
+        self._run_mark(session, batch, outcome, self._mark)
+
+    def _run_mark(self, session: Session, batch: Batch, outcome: Outcome, statement: Statement) -> None:
+        for event_type, events in batch.by_type().items():
+            keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
+            write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
+
+    def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
+        made: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
+        if made is None:
+            return set(batch.ids)
+        by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
+        return {by_payment[payment_id] for payment_id in made}
+
+    def _build_insert(
+        self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
+    ) -> Statement:
+        statement = _insert_statement(
+            self._tables, self._event_of, guard, nothing_against=nothing_against, looks_at_marks=looks_at_marks
+        )
+        if guard is Guard.INDEX:
+            statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
+        return Statement(_offered(statement, self._tables))
+
+
+def backfill_event_id(payment_id: UUID) -> UUID:
+    """The event id under which a backfill marks a payment: always the same, and computable in SQL."""
+    return UUID(hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest())
+
+
+def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
+    """The event that a payment without one would have: it says nothing but the payment's id."""
+    named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
+    event = select(
+        keys.c.id,
+        cast(named, postgresql.UUID(as_uuid=True)).label("event_id"),
+        literal_column("CAST('-infinity' AS timestamptz)").label("due_at"),
+        cast(null(), outbox.c.payload.type).label("payload"),
+    )
+    return event.correlate(keys).lateral("event")
+
+
+def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
+    """The payments whose purchases the statement wrote; NULL where it wrote all that were offered."""
+    made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
+    none = cast(array([]), ARRAY(Text))
+    written = func.coalesce(func.array_agg(made.c.payment_id), none)
+    return select(case((func.count() < bindparam("offered", type_=BigInteger), written)))
+
+
+def _insert_statement(
+    tables: Tables, event_of: EventOf, guard: Guard, *, nothing_against: bool, looks_at_marks: bool
+) -> postgresql.Insert:
+    """what: purchases of claimed events, from their payment rows, in the order every worker keeps
+    lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
+    guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
+    """
+    claimed, purchases = claimed_keys(tables.outbox), tables.purchases
+    outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
+    source = (
+        select(*_copied_columns(payments), true(), func.clock_timestamp())
+        .select_from(claimed)
+        .join(outbox, true())
+        .join(payments, true())
+        .where(~exists().where(purchases.c.payment_id == payments.c.id))
+        .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
+    )
+    if nothing_against:
+        source = source.where(*_nothing_speaks_against(tables, outbox, payload_source(claimed, outbox), payments))
+    if looks_at_marks:
+        marks = tables.processed_events
+        source = source.where(~exists().where(marks.c.event_id == outbox.c.event_id))
+    if guard is Guard.LOCK:
+        source = source.ext(distinct_on(payments.c.student_id, payments.c.course_id))
+        source = source.where(~exists().where(holds_pair(purchases, payments)))
+    columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
+    return postgresql.insert(purchases).from_select(columns, source, include_defaults=False)
+
+
+def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
+    return [payments.c.student_id, payments.c.course_id, payments.c.id, payments.c.amount, payments.c.currency]
+
+
+def _nothing_speaks_against(
+    tables: Tables, outbox: FromClause, source: FromClause, payments: FromClause
+) -> list[ColumnElement[bool]]:
+    """The predicates of a clean insert of an event that is not marked: rules 4 to 7 all pass, no dead letter is open.
+
+    The letter's state is asked for by its event alone: an index of open letters would be read from end to end.
+    """
+    letters = tables.dead_letters
+    state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
+    return [
+        cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
+        *(not_(differs) for differs in payload.mismatches(source, payments).values()),
+        state.is_distinct_from(DeadLetterState.OPEN.value),
+    ]
+
+
+def _revoke_statement(tables: Tables) -> postgresql.Insert:
+    """what: the purchases of refunded payments inactive, or, where there is none, an inactive one, in the same order
+    lock: their pairs' (held), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
+    """
+    claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
+    outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
+    source = (
+        select(*_copied_columns(payments), false(), now, now)
+        .select_from(claimed)
+        .join(outbox, true())
+        .join(payments, true())
+        .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
+    )
+    columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
+    statement = postgresql.insert(purchases).from_select([*columns, "deactivated_at"], source, include_defaults=False)
+    return statement.on_conflict_do_update(
+        index_elements=[purchases.c.payment_id],
+        index_where=purchases.c.payment_id.is_not(None),
+        set_={
+            purchases.c.is_active: false(),
+            purchases.c.deactivated_at: case((purchases.c.is_active, now), else_=purchases.c.deactivated_at),
+        },
+    )
+
+
+def _mark_statement(tables: Tables) -> postgresql.Insert:
+    """what: marks of settled events · lock: the claimed rows' (held) · index: primary key of processed_events"""
+    marks, given = tables.processed_events, bindparam("outcome", type_=Text)
+    arrays = [bindparam(name, type_=Keys("uuid")) for name in ("event_ids", "payment_ids")]
+    settled = func.unnest(*arrays).table_valued("event_id", "payment_id").render_derived(name="settled")
+    source = select(
+        *(settled.c.event_id, bindparam("event_type", type_=Text), given, settled.c.payment_id),
+        func.clock_timestamp(),
+        case((given == Outcome.RECOVERED.value, func.clock_timestamp())),
+    )
+    columns = ["event_id", "event_type", "outcome", "payment_id", "processed_at", "recovered_at"]
+    return postgresql.insert(marks).from_select(columns, source, include_defaults=False)
+
+
+def _remark_statement(tables: Tables) -> postgresql.Insert:
+    """what: the same; an existing mark keeps its outcome unless a purchase was granted now
+    lock: the claimed rows' (held) · index: primary key of processed_events
+    """
+    marks, statement = tables.processed_events, _mark_statement(tables)
+    new = statement.excluded
+    granted = or_(*(new.outcome == outcome.value for outcome in sorted(GRANTS)))
+    return statement.on_conflict_do_update(
+        index_elements=[marks.c.event_id],
+        set_={
+            marks.c.outcome: case((granted, new.outcome), else_=marks.c.outcome),
+            marks.c.recovered_at: func.coalesce(new.recovered_at, marks.c.recovered_at),
+            marks.c.payment_id: func.coalesce(marks.c.payment_id, new.payment_id),
+        },
+    )

@@ -1,0 +1,112 @@
+"""The door to ``workers``: which processes run, and what they have counted so far.
+
+A row is written at start, again at every heartbeat, and closed at a clean stop. One that fell silent without being
+closed is a worker that died.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from outbox_worker import __version__
+from outbox_worker.database.expressions import seconds_since
+from outbox_worker.model import Guard
+from outbox_worker.schema.tables import Tables, by_column
+
+ROWS_KEPT_FOR = timedelta(days=1)
+"""How long the row of a process that is gone stays visible."""
+
+
+SILENT_AFTER_SECONDS = 30.0
+"""A worker that has not been heard of for so long, and has not said good-bye, is taken for dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """One process, as ``workers`` shows it; times in seconds by the database's clock."""
+
+    id: UUID
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    silent_seconds: float
+    stopped_at: datetime | None
+    guard: str
+    metrics: Mapping[str, float]
+
+
+class Workers:
+    """This process's row among its peers."""
+
+    def __init__(self, tables: Tables, worker_id: UUID) -> None:
+        self._workers = tables.workers
+        self._id = worker_id
+
+    def join(self, session: Session, guard: Guard) -> None:
+        """Write our row; forget processes that have been gone for a day."""
+        workers = self._workers
+        last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
+        session.execute(delete(workers).where(last_seen < func.clock_timestamp() - ROWS_KEPT_FOR))
+        self.beat(session, guard, {})
+
+    def take_over_dead_worker(self, session: Session) -> bool:
+        """Take the place of one worker that died and that nobody has succeeded yet; False where there is none.
+
+        Dead is who said no good-bye and is silent, or was on this host under a process id that is gone.
+        """
+        workers = self._workers
+        fallen = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
+        columns = workers.c.id, workers.c.host, workers.c.pid, seconds_since(workers.c.seen_at)
+        for key, host, pid, seconds in session.execute(select(*columns).where(*fallen)).all():
+            if is_gone(host, pid, seconds, SILENT_AFTER_SECONDS):
+                taken = update(workers).where(workers.c.id == key, *fallen).values(succeeded_at=func.clock_timestamp())
+                if session.scalar(taken.returning(workers.c.id)):
+                    return True
+        return False
+
+    def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
+        """Say that we live, and what we have counted; ``stopped``: for the last time."""
+        now = func.clock_timestamp()
+        who = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
+        row = insert(self._workers).values(**who, **seen)
+        session.execute(
+            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=by_column(self._workers, seen))
+        )
+
+
+def is_gone(host: str, pid: int, silent_seconds: float, patience_seconds: float) -> bool:
+    """Whether a process that said no good-bye is dead: silent for too long, or of this host and not there."""
+    return silent_seconds > patience_seconds or (host == socket.gethostname() and not _is_running(pid))
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process of this host has the id; ours was given to us, so its owner before is gone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
+    """All processes of the last day, running ones first."""
+    workers = tables.workers
+    silent = seconds_since(workers.c.seen_at)
+    columns = [workers.c[key] for key in ("id", "host", "pid", "version", "started_at")]
+    query: Select[Any] = select(*columns, silent, workers.c.stopped_at, workers.c.guard, workers.c.metrics)
+    rows = session.execute(query.order_by(workers.c.stopped_at.is_not(None), workers.c.started_at)).all()
+    return [WorkerRow(*row) for row in rows]

@@ -1,0 +1,96 @@
+"""What docs/reference/log-records.md says is what the code does."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "reference" / "log-records.md").read_text()
+LEVELS = {"debug", "info", "warning", "error"}
+COUNTS = "counts"
+"""What the code calls fields whose names come from ``Metrics.totals``, and what the page does."""
+Told = dict[str, tuple[set[str], set[str]]]
+"""By event: levels and fields."""
+
+
+def test_the_page_lists_the_records_that_the_code_writes() -> None:
+    assert len(bound()) > 25
+    assert documented() == bound()
+
+
+def test_every_record_has_a_name() -> None:
+    """``logger`` is only ever bound; what is bound has an event, or adds to what has one."""
+    for function in functions():
+        for call in calls(function):
+            if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "logger":
+                assert call.func.attr in {"bind", "add", "remove", "disable", "enable"}, ast.unparse(call)
+
+
+# --- helpers
+
+
+def section(title: str) -> str:
+    return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def documented() -> Told:
+    rows = [line.split("|")[1:4] for line in section("Records").splitlines() if line.startswith("| `")]
+    told: Told = {}
+    for names, levels, fields in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            given = set(re.findall(r"`(\w+)`", fields)) | ({COUNTS} if COUNTS in fields else set())
+            told[name] = ({level.strip().lower() for level in levels.split(",")}, given)
+    return told
+
+
+def bound() -> Told:
+    """From the source: each ``bind(event="…", …)``, with the fields of what it adds to, and how it is told."""
+    told: Told = {}
+    for function in functions():
+        bases = {
+            target.id: keywords(node.value)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for call in calls(function):
+            if not (isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call)):
+                continue
+            given, base = keywords(call.func.value), call.func.value.func
+            if "event" not in given:
+                continue
+            if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name):
+                given |= bases.get(base.value.id, {})
+            name = given.pop("event")
+            assert isinstance(name, ast.Constant), f"an event's name is written out: {ast.unparse(call)}"
+            assert isinstance(name.value, str)
+            levels, fields = told.setdefault(name.value, (set(), set()))
+            levels.update(levels_of(call, function))
+            fields.update(given)
+    return told
+
+
+def functions() -> Iterator[ast.FunctionDef]:
+    for path in (ROOT / "outbox_worker").rglob("*.py"):
+        yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+
+
+def calls(function: ast.FunctionDef) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(function) if isinstance(node, ast.Call))
+
+
+def keywords(call: ast.Call) -> dict[str, ast.expr]:
+    return {keyword.arg or ast.unparse(keyword.value): keyword.value for keyword in call.keywords}
+
+
+def levels_of(call: ast.Call, function: ast.FunctionDef) -> set[str]:
+    """The method's name; for ``log(level, …)`` those that the function names."""
+    assert isinstance(call.func, ast.Attribute)
+    if call.func.attr in LEVELS:
+        return {call.func.attr}
+    named = (node.value for node in ast.walk(function) if isinstance(node, ast.Constant))
+    return {word.lower() for word in named if isinstance(word, str) and word.lower() in LEVELS}
