@@ -21,7 +21,7 @@ from tests.support import servers
 from tests.support.factories import Shop
 from tests.support.makers import MakeDatabase, MakeProcessor
 
-LARGE = 20_000
+LARGE = 50_000
 
 PLANNED = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 
@@ -105,12 +105,12 @@ def fill(shop: Shop) -> None:
     shop.rows(
         "INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)"
         " SELECT gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), 1, 'EUR' FROM generate_series(1, %s)",
-        LARGE,
+        LARGE // 2,
     )
     shop.rows(
         "INSERT INTO processed_events (event_id, event_type, outcome, payment_id)"
         " SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED', 'created', gen_random_uuid() FROM generate_series(1, %s)",
-        LARGE,
+        LARGE // 2,
     )
     shop.rows(
         "INSERT INTO dead_letters (event_id, event_type, payload, created_at, attempts, reason, detail)"
