@@ -126,12 +126,13 @@ def serve(line: socket.socket) -> dict[str, Any] | None:
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, _wake_up)
     reports: dict[int, int] = {}
+    asked = line.fileno()
     while True:
-        ready, _, _ = select.select([line, woken], [], [])
+        ready, _, _ = select.select([asked, woken], [], [])
         if woken in ready:
             os.read(woken, 4096)
             _report_the_ended(reports)
-        if line in ready:
+        if asked in ready:
             length, fds, _, _ = socket.recv_fds(line, _LENGTH.size, _FDS)
             if not length:
                 return None

@@ -40,7 +40,7 @@ class Premises:
         """Run the file as it is delivered, with psql; what it prints."""
         given = [f"--set={name}={value}" for name, value in {**self.names, **variables}.items()]
         where = servers.libpq(url or self.url)
-        command = [find_psql(), "--no-psqlrc", f"--dbname={where}", *given, f"--file={GRANTS}"]
+        command = [str(find_psql()), "--no-psqlrc", f"--dbname={where}", *given, f"--file={GRANTS}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout
@@ -61,7 +61,7 @@ class Premises:
 
     def drop_roles(self) -> None:
         """Once the database is gone."""
-        for name in reversed(self.names.values()):
+        for name in reversed([*self.names.values()]):
             self.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(name)))
 
 

@@ -43,6 +43,8 @@ _NOT_PASSED_ON = (
     "FORCE_COLOR",
 )
 _END = b"\x1e"
+Given = dict[str, Any]
+"""Settings for a process, by their names."""
 PATIENCE = 30.0
 """Seconds after which something that should have happened did not."""
 
@@ -135,9 +137,10 @@ def finish_on_terminal(*arguments: str, url: str, columns: int = 80, typed: str 
     reader.start()
     if typed is not None:
         os.write(leader, typed.encode())
-    ends = {"stdout": follower} if typed is None else {"stdin": follower, "stdout": follower, "stderr": follower}
+    others = None if typed is None else follower
     try:
-        _finish(["-m", "outbox_worker", *arguments], url, PATIENCE, {}, **ends, TERM="xterm")
+        command = ["-m", "outbox_worker", *arguments]
+        _finish(command, url, PATIENCE, {}, stdin=others, stdout=follower, stderr=others, TERM="xterm")
     finally:
         os.write(follower, _END)
         reader.join(PATIENCE)

@@ -64,7 +64,7 @@ def test_status_as_an_object(both_guards: str, database_url: str, shop: Shop) ->
     assert found["dead_letters"] == {"open": 1}
     assert isinstance(found["events_per_second"], int | float)
     (worker,) = found["workers"]
-    assert UUID(worker["id"])
+    assert str(UUID(worker["id"])) == worker["id"]
     assert isinstance(worker["pid"], int)
     assert (worker["state"], worker["guard"], worker["settled"]) == ("stopped", both_guards, 0)
     assert is_moment(worker["started_at"])
@@ -165,7 +165,7 @@ def test_dead_letters_as_an_object(database_url: str, shop: Shop) -> None:
     letters = listed.object["dead_letters"]
     assert {letter["reason"] for letter in letters} == {"payment_mismatch", "invalid_payload"}
     (mismatch,) = [letter for letter in letters if letter["reason"] == "payment_mismatch"]
-    assert UUID(mismatch["event_id"])
+    assert str(UUID(mismatch["event_id"])) == mismatch["event_id"]
     assert UUID(mismatch["payment_id"]) == payment.id
     assert (mismatch["attempts"], mismatch["state"], mismatch["event_type"]) == (1, "open", "PURCHASE_CONFIRMED")
     assert "currency" in mismatch["detail"]

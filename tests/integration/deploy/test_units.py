@@ -98,9 +98,10 @@ def test_the_service_waits_longer_than_a_step_may_take() -> None:
 def test_the_sample_of_settings_can_be_used(tmp_path: Path) -> None:
     sample = (DEPLOY / "outbox-worker.toml").read_text()
     path = tmp_path / "worker.toml"
-    for text in (sample, re.sub(r"^# (?=[a-z_]+ =|\[)", "", sample, flags=re.MULTILINE)):
-        path.write_text(text)
-        read = load_settings(config=path)
+    path.write_text(sample)
+    load_settings(config=path)
+    path.write_text(re.sub(r"^# (?=[a-z_]+ =|\[)", "", sample, flags=re.MULTILINE))
+    read = load_settings(config=path)
     assert read.tables == {"payments": "billing.payment"}
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     assert all(getattr(read, name) == defaults[name] for name in read.model_fields_set - {"config", "tables"})

@@ -84,7 +84,7 @@ def make_parts(processor: ProbedProcessor) -> None:
         plan, parts = rearrange(*given, **named)
         return plan, [half for part in parts for half in _halves(part) if half]
 
-    settlement._settle_fast = lambda *_: None  # type: ignore[method-assign]
+    settlement._settle_fast = lambda *_: None  # type: ignore[method-assign, assignment]
     settlement._rearrange = halved  # type: ignore[method-assign]
 
 
