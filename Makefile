@@ -15,7 +15,7 @@ JOBS ?= 2
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n%s\n%s\n' 'Arguments go in ARGS: make run ARGS="--concurrency 2". The database is OUTBOX_DATABASE_URL,' \
 		'or, where that is not set, a private PostgreSQL in ./.outbox that needs no installation.'
 
@@ -122,7 +122,7 @@ check: $(VENV)/dev ## Check format, lint, types, import layers and migrations
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@MYPYPATH=alembic $(BIN)/mypy alembic/*.py alembic/versions/*.py
-	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo >/dev/null 2>&1 || $(BIN)/lint-imports --no-logo
 	@$(BIN)/python tests/support/check_migrations.py
 
 .PHONY: format

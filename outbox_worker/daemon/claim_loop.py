@@ -1,4 +1,4 @@
-"""One loop that claims and settles, and threads for such loops. ``run`` is a loop over ``run_once``."""
+"""The claim loop, and the threads that loops run in. ``run`` is a loop over ``run_once``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from outbox_worker.telemetry.reporter import BatchReport
 
 
 class ClaimLoop:
-    """Claims and settles, on one connection at a time, until its pulse's ``stop`` is set.
+    """Claims and settles, on one connection at a time, until ``pulse`` is set.
 
-    Its pulse beats after every step, every try of one that failed, and every part of a pause.
+    The pulse beats after every step, every failed try and every part of a pause.
     """
 
     def __init__(
@@ -37,27 +37,26 @@ class ClaimLoop:
         self._on_trouble = on_trouble
         self._pause = 0.0
         self._woken = threading.Event()
-        self._adopt: Callable[[Processor], None] | None = None
-        self._adopted: Callable[[Processor], None] | None = None
+        self._adopted = settings
         self.is_resting = False
         processor.tell_of_tries(pulse.beat)
 
     def wake(self) -> None:
-        """End the rest at hand; a loop that does not rest will look once more before it does."""
+        """End the current rest; a loop that does not rest looks once more before its next rest."""
         self._woken.set()
 
-    def adopt(self, settings: Settings, adopt: Callable[[Processor], None]) -> None:
-        """Go by other limits from the next step on; ``adopt`` is called in the loop's own thread."""
-        self._settings, self._adopt = settings, adopt
+    def adopt(self, settings: Settings) -> None:
+        """Go by other limits from the next step on; may be called from any thread."""
+        self._settings = settings
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
-        """Settle one batch, outlasting any trouble of the database (for ``patience`` seconds; None: for ever).
+        """Settle one batch; while the database is in trouble, try again (for ``patience`` seconds; None: for ever).
 
-        None when told to stop meanwhile.
+        Returns None if told to stop meanwhile.
         """
-        if (adopt := self._adopt) and adopt is not self._adopted:
-            adopt(self._processor)
-            self._adopted = adopt
+        if (settings := self._settings) is not self._adopted:
+            self._processor.adopt(settings.retry_policy, settings.batch_size, settings.batch_target_ms / 1000)
+            self._adopted = settings
         report = wait_out_outage(
             partial(self._processor.process_batch, until), self._pulse, self._meet_trouble, patience
         )
@@ -74,7 +73,7 @@ class ClaimLoop:
         return True
 
     def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
-        """Settle all that is due by ``until``; False when rows that others hold did not come free in time."""
+        """Settle all that is due by ``until``; return False if rows that others hold did not come free in time."""
         deadline = self._settings.database_deadline_seconds
         progress = time.monotonic()
         while not self._pulse.is_set():
@@ -94,7 +93,7 @@ class ClaimLoop:
         self._on_trouble(error, pause_seconds)
 
     def _rest(self, report: BatchReport) -> None:
-        """No pause while claims come back full; then pauses that double, with jitter, so that workers spread out."""
+        """Rest unless the claim was full; pauses double while nothing comes, with jitter to spread workers."""
         low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
         if report.verdicts:
             self._pause = 0.0
@@ -108,7 +107,7 @@ class ClaimLoop:
 
 
 class LoopThread(threading.Thread):
-    """A loop in its own thread; its end wakes the main thread."""
+    """A thread for one loop; its end wakes the main thread."""
 
     def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
         super().__init__(daemon=True)
@@ -128,7 +127,7 @@ class LoopThread(threading.Thread):
             self._signals.wake()
 
     def result(self) -> bool:
-        """What the body returned; True for one that was left behind in a hurry. Raises what it raised."""
+        """What the body returned; True if the process did not wait for it. Raises what the body raised."""
         if self._error is not None:
             raise self._error
         return self._result is not False

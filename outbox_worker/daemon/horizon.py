@@ -1,4 +1,4 @@
-"""How long the vacuum horizon has stood still: rows that died since then stay, and claims walk over them."""
+"""Measures how long the vacuum horizon has stood still: rows that died since then stay, and claims walk over them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers since when the oldest transaction is the same. When it began is not for every role to see."""
+    """Remembers since when the oldest transaction is the same: not every role may see when it began."""
 
     def __init__(self) -> None:
         self._oldest: str | None = None
         self._since = 0.0
 
     def stood_still_seconds(self, session: Session) -> float:
-        """By our own clock, and since our own first look at most; 0 where nothing holds it."""
+        """Seconds by this process's clock, at most since its first look; 0 if nothing holds the horizon."""
         oldest, now = session.scalar(_OLDEST), time.monotonic()
         if oldest is None or oldest != self._oldest:
             self._oldest, self._since = oldest, now

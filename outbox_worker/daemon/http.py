@@ -1,6 +1,6 @@
-"""What answers by HTTP: /livez, /readyz, /metrics. In a thread of its own, asking nothing of the database.
+"""Serves /livez, /readyz and /metrics by HTTP, in a thread of its own that never asks the database.
 
-Its libraries are imported in that thread: the loops do not wait for them, and commands without HTTP never load them.
+The thread imports the HTTP libraries itself: the claim loops do not wait for them, and other commands never load them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager: serves inside. What hinders it, an address in use above all, is told once and tried again."""
+    """Context manager that serves inside. If the address is in use, it logs that once and keeps trying."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -52,7 +52,7 @@ class Endpoints(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End soon; answers under way are waited for."""
+        """Stop serving, after the answers under way."""
         self._is_over.set()
         if self._server is not None:
             self._server.should_exit = True
@@ -64,7 +64,7 @@ class Endpoints(threading.Thread):
             try:
                 with bind(self._listen) as line:
                     self._serve(line)
-            except Exception as error:  # noqa: BLE001 - told; events are settled without HTTP, too
+            except Exception as error:  # noqa: BLE001 - logged; events are settled without HTTP, too
                 self._meet_trouble(error)
 
     def _meet_trouble(self, error: Exception) -> None:
@@ -111,11 +111,11 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """Whether every loop returns from its steps; also while the database is away, also while stopping."""
+        """200 while every loop returns from its steps, also if the database is down, also while stopping."""
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:
-        """Whether events are being settled."""
+        """200 while events are being settled."""
         return _verdict(self._liveness.why_not_ready(time.monotonic()), "ready")
 
     async def metrics(self, request: Request) -> Response:
@@ -142,7 +142,7 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def _bind_path(path: str) -> socket.socket:
-    """As open as a port of the loopback; the directory decides who gets there. What a dead process left is replaced."""
+    """A socket that every user may connect to; the directory's mode decides who reaches it. A stale one is replaced."""
     line = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)
@@ -156,7 +156,7 @@ def _bind_path(path: str) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Of a socket on which nobody listens any more."""
+    """Remove a socket file on which nobody listens any more."""
     if not Path(path).is_socket():
         return
     with socket.socket(socket.AF_UNIX) as asked:

@@ -1,4 +1,4 @@
-"""LISTEN: hears of new events at the producers' COMMIT. Always optional; polling finds all of them without it."""
+"""LISTEN: wakes the claim loops when a producer commits. Optional: without it, polling finds every event."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PATIENCE_SECONDS = 1.0
 
 
 class Listener(threading.Thread):
-    """Rings for every batch of notifications, on a direct connection of its own.
+    """Calls ``wake`` for every batch of notifications, on a direct connection of its own.
 
-    A connection that is lost says nothing: after each LISTEN it rings once, for what came meanwhile.
+    A lost connection misses notifications: after each LISTEN it calls ``wake`` once, for events that came meanwhile.
     """
 
     def __init__(
@@ -25,14 +25,14 @@ class Listener(threading.Thread):
         settings: Settings,
         tables: Tables,
         stop: threading.Event,
-        ring: Callable[[], None],
+        wake: Callable[[], None],
         on_trouble: Callable[[BaseException, float], None],
     ) -> None:
         super().__init__(daemon=True)
         self._connect = partial(connect_directly, settings)
         self._payload = f"{tables.outbox.schema}.{tables.outbox.name}"
         self._stop_serving = stop
-        self._wake_loop = ring
+        self._wake = wake
         self._on_trouble = on_trouble
 
     def run(self) -> None:
@@ -41,8 +41,8 @@ class Listener(threading.Thread):
     def _listen(self) -> None:
         with self._connect() as connection:
             connection.execute(f"LISTEN {NOTIFY_CHANNEL}")
-            self._wake_loop()
+            self._wake()
             while not self._stop_serving.is_set():
                 heard = connection.notifies(timeout=_PATIENCE_SECONDS, stop_after=1)
                 if any(notice.payload == self._payload for notice in heard):
-                    self._wake_loop()
+                    self._wake()

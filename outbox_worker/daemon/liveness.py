@@ -1,6 +1,6 @@
-"""Whether the claim loops live, and whether they get on with their work. Pure: the caller brings the clock.
+"""Decides whether the claim loops are alive and whether they settle events. Pure: the caller passes the time.
 
-A loop lives while its steps return, whatever they return with: the database away is no reason to restart anything.
+A loop is alive while its steps return, even with errors: a database that is down is no reason to restart the worker.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 STARTING = "starting: the database was not looked at yet"
 STOPPING = "stopping"
 FEED_SECONDS = 0.1
-"""Between two feeds of the watchdog, at least: steps can be as short as a round trip."""
+"""Shortest time between two feeds of the watchdog: a step can be as short as one round trip."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _Loop:
 
 
 class Liveness:
-    """When each loop last returned from a step, and with what. ``limit_seconds``: so long may a step take."""
+    """Remembers when each loop last returned from a step, and how it ended. ``limit_seconds``: the longest step."""
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
@@ -35,7 +35,7 @@ class Liveness:
         self._fed = float("-inf")
 
     def expect(self, loops: int, now: float) -> None:
-        """So many loops are to return from their steps from now on."""
+        """Expect this number of loops to return from their steps from now on."""
         with self._lock:
             self._loops = [_Loop(now) for _ in range(loops)]
 
@@ -44,8 +44,10 @@ class Liveness:
         self._phase = phase
 
     def returned(self, loop: int, now: float) -> bool:
-        """A step, a try or a part of a rest is over; True where the watchdog is to be fed: every loop has returned
-        since it last was."""
+        """Record that a step, a try or a part of a rest is over.
+
+        Return True if the watchdog is to be fed: every loop has returned since it last was.
+        """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True
             if now - self._fed < FEED_SECONDS or not all(each.has_returned for each in self._loops):
@@ -56,15 +58,15 @@ class Liveness:
             return True
 
     def told(self, loop: int, trouble: str | None) -> None:
-        """Why the last step of a loop failed; None: it did not."""
+        """Record why the last step of a loop failed; None: it did not."""
         self._loops[loop].trouble = trouble
 
     def reached(self, trouble: str | None) -> None:
-        """Why others than the loops do not reach the database; None: they do. Loops may rest for an hour."""
+        """Record why the chores do not reach the database; None: they do. The loops may rest for an hour."""
         self._unreachable = trouble
 
     def why_not_alive(self, now: float) -> str | None:
-        """The slowest loop that is late, in one line; None where each returned within the limit."""
+        """The slowest loop that is late, in one line; None if each returned within the limit."""
         with self._lock:
             loop, since = min(
                 enumerate(each.returned for each in self._loops), key=lambda pair: pair[1], default=(0, now)
@@ -74,7 +76,7 @@ class Liveness:
         return f"claim loop {loop + 1}: no step has returned for {now - since:.0f} s (limit {self.limit_seconds:.0f} s)"
 
     def why_not_ready(self, now: float) -> str | None:
-        """Why no event is being settled, in one line; None where they are."""
+        """Why no event is being settled, in one line; None if events are settled."""
         trouble = next((each.trouble for each in self._loops if each.trouble), None) or self._unreachable
         if self._phase == STARTING and trouble:
             return f"starting: {trouble}"

@@ -1,6 +1,6 @@
-"""What those are told who watch over the process: systemd, its watchdog, and whoever asks by HTTP.
+"""Reports the state of the process to systemd, to its watchdog, and to readers of /livez and /readyz.
 
-The watchdog is fed by the claim loops alone, as they return from their steps; a timer would live on beside a dead loop.
+Only claim loops feed the watchdog, when they return from a step: a timer would feed it even if a loop hung.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
 STEP_DEADLINES = 6
-"""A step is a transaction of a few statements, each of which may take a deadline, on a connection that takes one."""
+"""Deadlines that one step may take: a connection attempt and a few statements, one deadline each."""
 _SLICES = 3
-"""A rest is cut into parts of a third of what would be too long."""
+"""A rest is cut into parts; each is at most a third of the limit."""
 
 
 class Pulse:
-    """The steps of one loop, as they return. Looks like the ``stop`` that it was made with: whoever waits for that
-    beats meanwhile."""
+    """Records the steps of one loop, as they return.
+
+    Can stand in for the ``stop`` flag it was made with; waiting for it beats meanwhile.
+    """
 
     def __init__(
         self, stop: Stop, liveness: Liveness, loop: int, feed: Callable[[], None], slice_seconds: float
@@ -40,7 +42,7 @@ class Pulse:
         return self.rest(self._stop, timeout)
 
     def beat(self) -> None:
-        """A step or a try is over, however it ended."""
+        """Record that a step or a try is over, however it ended."""
         if self._liveness.returned(self._loop, time.monotonic()):
             self._feed()
 
@@ -53,7 +55,7 @@ class Pulse:
         self.beat()
 
     def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait for a flag in parts, with a beat after each; whether it was set."""
+        """Wait for a flag in parts, with a beat after each; return whether it was set."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()
@@ -63,7 +65,7 @@ class Pulse:
 
 
 class Supervision:
-    """What one process tells of itself, from its start to its end."""
+    """Reports the state of one process, from its start to its end."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry, notifier: Notifier) -> None:
         self._settings, self._telemetry, self._notifier = settings, telemetry, notifier
@@ -75,44 +77,44 @@ class Supervision:
             telemetry.watchdog_is_short(watchdog, limit)
 
     def answering(self) -> AbstractContextManager[object]:
-        """HTTP is served inside, unless it is off."""
+        """Serve HTTP inside the ``with`` block, unless it is off."""
         if self._settings.listen is None:
             return nullcontext()
         return Endpoints(self._settings.listen, self._settings.http_hosts, self._liveness, self._telemetry)
 
     def pulses(self, loops: int, stop: Stop) -> list[Pulse]:
-        """For the loops that run from now on, and end with ``stop``."""
+        """One pulse for each of the loops that run from now on and end with ``stop``."""
         self._liveness.expect(loops, time.monotonic())
         return [Pulse(stop, self._liveness, loop, self._feed, self._slice_seconds) for loop in range(loops)]
 
     def waits(self, error: BaseException) -> None:
-        """The database was not there when it was asked first. To wait for it is the work of a daemon that is up."""
+        """Report that the first look failed. A daemon that waits for its database is up, so it is READY to systemd."""
         self._say_ready(f"{reason(error)}; waiting")
 
     def serves(self) -> None:
-        """The loops run."""
+        """Report that the loops run."""
         self._liveness.enter(None)
         self._say_ready("serving")
 
     def stops(self) -> None:
-        """A signal came, or all is drained."""
+        """Report that the loops end: a signal came, or everything due is settled."""
         self._liveness.enter(STOPPING)
         self._notifier.tell(STOPPING=1, STATUS="stopping after the batch at hand")
 
     def reloads(self) -> None:
-        """Until ``reloaded``."""
+        """Report that the settings are being read again, until ``reloaded``."""
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
     def reloaded(self, status: str) -> None:
         self._notifier.tell(READY=1, STATUS=status)
 
     def looked(self, status: str) -> None:
-        """The chores reached the database and found ``status``; a loop may be in trouble all the same."""
+        """Report ``status``, which the chores found, unless a loop is in trouble."""
         self._liveness.reached(None)
         self._notifier.tell(STATUS=self._liveness.why_not_ready(time.monotonic()) or status)
 
     def looked_in_vain(self, error: BaseException) -> None:
-        """The chores failed."""
+        """Report that the chores failed."""
         self._liveness.reached(reason(error) if classify(error) is Failure.RECONNECT else None)
         self._notifier.tell(STATUS=reason(error))
 
@@ -126,7 +128,7 @@ class Supervision:
 
 
 def reason(error: BaseException) -> str:
-    """Why nothing is settled, for a person who asks; never what a row, a URL or libpq says."""
+    """Why nothing is settled, in one line; never repeats a row, a URL or a message of libpq."""
     if classify(error) is Failure.RECONNECT:
         return "without database: no usable connection"
     return f"paused: {describe(error)}"

@@ -1,4 +1,4 @@
-"""What systemd is told: datagrams of NAME=VALUE lines on ``NOTIFY_SOCKET``, as in sd_notify(3).
+"""Messages to systemd: datagrams of NAME=VALUE lines on ``NOTIFY_SOCKET``, as in sd_notify(3).
 
 The protocol is stable and these few lines are all of it; bindings to libsystemd would have to be built on each machine.
 """
@@ -11,13 +11,13 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 
 _PATIENCE_SECONDS = 1.0
-"""A manager that does not read must not hold up a claim loop."""
+"""A manager that does not read its socket holds up a claim loop no longer than this."""
 
 
 class Notifier:
-    """Tells the service manager that started this process; nothing where none did.
+    """Sends messages to the service manager that started this process; sends nothing if there is none.
 
-    Takes the variables out of the environment: a child of ours is not the service.
+    Removes its variables from the environment, so that child processes do not speak for the service.
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
@@ -26,7 +26,7 @@ class Notifier:
         self.watchdog_seconds = _watchdog_seconds(environment) if address else None
 
     def tell(self, **fields: object) -> None:
-        """One datagram: ``tell(READY=1, STATUS="…")``. What cannot be told is lost."""
+        """Send one datagram: ``tell(READY=1, STATUS="…")``. A message that cannot be sent is lost."""
         if not self._address:
             return
         lines = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
@@ -36,7 +36,7 @@ class Notifier:
 
 
 def _watchdog_seconds(environment: MutableMapping[str, str]) -> float | None:
-    """After so much silence we are restarted; None where nobody watches this process."""
+    """The silence after which systemd restarts this process; None if it does not watch it."""
     microseconds, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
     is_meant = pid in ("", str(os.getpid()))
     return int(microseconds) / 1e6 if is_meant and microseconds.isdecimal() and int(microseconds) else None

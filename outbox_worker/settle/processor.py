@@ -22,7 +22,7 @@ from outbox_worker.database.retry import retry_transaction
 from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Facts, Guard, Verdicts
-from outbox_worker.settle.handlers import Handlers
+from outbox_worker.settle.handlers import Handlers, build_handlers
 from outbox_worker.settle.pacing import STUCK_PASSES_MAX, Pacing
 from outbox_worker.settle.settlement import Settlement
 from outbox_worker.store.guard import GuardWatch
@@ -76,10 +76,10 @@ class Processor:
         """Call this after each try that failed and is repeated: one call of ``process_batch`` may take many."""
         self._on_failed_try = on_failed_try
 
-    def adopt(self, handlers: Handlers, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
+    def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
         """Go by other limits from the next batch on. Guesses about refusals are made anew; what is accused stays so."""
-        self._handlers, self._policy = handlers, policy
-        self._settlement = Settlement(self._outbox, self._purchases, handlers, self._guard, policy)
+        self._handlers, self._policy = build_handlers(self._purchases, policy), policy
+        self._settlement = Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy)
         self._pacing.adopt(batch_size, target_seconds)
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:

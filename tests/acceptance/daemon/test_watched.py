@@ -32,7 +32,7 @@ def test_ready_when_the_loops_run_and_stopping_when_told_to(database_url: str, s
         manager.wait_for_ready()
         process.wait_for("worker_started")
         assert process.told("watchdog_short") == []
-        manager.wait_for(lambda told: told.get("STATUS", "").startswith("0 event(s) due;"), "what is due")
+        manager.wait_for(lambda told: told.get("STATUS", "").startswith("due: 0;"), "what is due")
         process.end_well()
     assert manager.all("READY") == ["1"]
     assert manager.all("STOPPING") == ["1"]
@@ -83,7 +83,7 @@ def test_an_outage_longer_than_the_watchdog_starves_nobody(site: Site, manager: 
 
 def test_a_rest_longer_than_the_watchdog_starves_nobody(database_url: str, manager: Manager) -> None:
     with start("run", url=database_url, **RESTS, **manager.settings(3)) as process:
-        manager.wait_for(lambda told: "0 event(s) due" in told.get("STATUS", ""), "all rest")
+        manager.wait_for(lambda told: "due: 0" in told.get("STATUS", ""), "all rest")
         manager.wait_for_feeds(4)
         process.end_well()
 

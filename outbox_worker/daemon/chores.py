@@ -1,0 +1,126 @@
+"""What a worker does beside settling: heartbeat, gauges, a look at the guard, and starting to listen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from outbox_worker.daemon.horizon import HorizonWatch
+from outbox_worker.daemon.supervision import Supervision
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import sqlstate
+from outbox_worker.model import Guard, PaymentTotals
+from outbox_worker.schema.catalogue import notifies
+from outbox_worker.schema.requirements import find_problems, list_problems
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.backfill_runs import BackfillRuns
+from outbox_worker.store.dead_letters import count_open
+from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.outbox import Backlog, Outbox
+from outbox_worker.store.workers import Workers
+from outbox_worker.telemetry.reporter import Telemetry
+
+CHORE_SECONDS = 5.0
+"""Between two heartbeats. A changed guard is noticed within this time even if no batch fails because of it."""
+_NAMES_AND_RIGHTS = ("42", "3F")
+"""Classes of SQLSTATE for a table, column, schema or privilege that is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one round of chores found."""
+
+    guard: Guard
+    backlog: Backlog
+    open_letters: int
+    has_notify: bool
+    counted: dict[str, float]
+
+    def status(self) -> str:
+        """One line for ``systemctl status``."""
+        late = f", the oldest for {self.backlog.oldest_due_seconds:.0f} s" if self.backlog.due else ""
+        return (
+            f"due: {self.backlog.due}{late}; settled per second: {self.counted['events_per_second']:.0f}; "
+            f"dead letters: {self.open_letters}; guard: {self.guard}"
+        )
+
+
+class Chores:
+    """The chores of one process, run in a thread of their own, one round every ``CHORE_SECONDS``.
+
+    A round that fails is reported and repeated at the next turn. ``start_listening`` is called once, when the option
+    ``notify`` is first seen in force; None: never listen.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        tables: Tables,
+        outbox: Outbox,
+        guard: GuardWatch,
+        workers: Workers,
+        telemetry: Telemetry,
+        supervision: Supervision,
+        start_listening: Callable[[], None] | None,
+    ) -> None:
+        self._database, self._tables, self._outbox = database, tables, outbox
+        self._guard, self._workers = guard, workers
+        self._telemetry, self._supervision = telemetry, supervision
+        self._start_listening = start_listening
+        self._runs = BackfillRuns(tables)
+        self._horizon = HorizonWatch()
+        self._is_schema_suspect = False
+
+    def run(self, is_over: threading.Event) -> bool:
+        """Do the chores until ``is_over``; then once more, to record that the process stopped."""
+        while not is_over.is_set():
+            self.do_round()
+            is_over.wait(CHORE_SECONDS)
+        self.do_round(stopped=True)
+        return True
+
+    def do_round(self, *, stopped: bool = False) -> None:
+        """Look, report and beat; ``stopped``: for the last time."""
+        try:
+            self._check_schema_if_suspect()
+            look = self._look(stopped)
+        except Exception as error:  # noqa: BLE001 - reported, with its traceback if it is our own mistake
+            self.meet_trouble(error, CHORE_SECONDS)
+            self._supervision.looked_in_vain(error)
+            return
+        self._supervision.looked(look.status())
+        if look.has_notify and self._start_listening is not None:
+            self._start_listening()
+            self._start_listening = None
+
+    def meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
+        """Report a failed step of any thread; if a table or privilege may be missing, look for it at the next round."""
+        self._telemetry.trouble(error, pause_seconds)
+        if (sqlstate(error) or "").startswith(_NAMES_AND_RIGHTS):
+            self._is_schema_suspect = True
+
+    def _look(self, stopped: bool) -> _Look:
+        with self._database.transaction() as session:
+            guard = self._guard.probe(session).guard
+            has_notify = self._start_listening is not None and notifies(session, self._tables.outbox)
+            backlog = self._outbox.backlog(session)
+            letters = count_open(session, self._tables)
+            self._telemetry.observe_backlog(backlog.due, backlog.oldest_due_seconds, letters)
+            self._telemetry.observe_horizon(self._horizon.stood_still_seconds(session))
+            if found := self._runs.latest_counts(session):
+                left = PaymentTotals.read(found.get("left"))
+                self._telemetry.observe_unexplained(left.count, left.money)
+            counted = self._telemetry.beat()
+            self._workers.beat(session, guard, counted, stopped=stopped)
+        return _Look(guard, backlog, letters, has_notify, counted)
+
+    def _check_schema_if_suspect(self) -> None:
+        """Report what was there at the start and is missing now, each with its remedy."""
+        if not self._is_schema_suspect:
+            return
+        with self._database.transaction() as session:
+            problems = find_problems(session, self._tables)
+        if problems:
+            self._telemetry.schema_problems(list_problems(problems))
+        self._is_schema_suspect = False
