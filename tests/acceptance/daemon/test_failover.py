@@ -15,6 +15,7 @@ import psycopg
 import pytest
 
 from tests.support.factories import Shop
+from tests.support.premises import find_program
 from tests.support.processes import Given, Process, eventually, finish, start
 from tests.support.sites import ROLE, Site, endure, expect_calm, expect_exactly_once, kept, settle_some, url_of
 
@@ -31,7 +32,7 @@ def standby(site: Site, tmp_path: Path) -> Iterator[Site]:
     where = site.start()
     words = ["--pgdata", str(copy.directory / "data"), "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
     address = ["--host", where["host"], "--port", where["port"], "--username", where["user"]]
-    subprocess.run([site.binaries / "pg_basebackup", *words, *address], check=True, capture_output=True)
+    subprocess.run([find_program("pg_basebackup"), *words, *address], check=True, capture_output=True)
     with kept(copy) as running:
         running.start()
         yield running
