@@ -107,14 +107,8 @@ test-slow: $(VENV)/dev ## Run the long proofs: kill loops, large queues
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 .PHONY: test-majors
-test-majors: $(VENV)/dev ## Run the tests on every PostgreSQL major found on this machine
-	@found=; for bin in /usr/lib/postgresql/*/bin /usr/pgsql-*/bin; do \
-		[ -x "$$bin/initdb" ] || continue; found=yes; "$$bin/postgres" --version; \
-		OUTBOX_TEST_PG=embedded OUTBOX_TEST_PG_BIN="$$bin" \
-			$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(ARGS) || exit 1; \
-	done; \
-	OUTBOX_TEST_PG=embedded $(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(ARGS) || exit 1; \
-	[ -n "$$found" ] || echo 'No PostgreSQL is installed here: only the embedded one was tried.'
+test-majors: $(VENV)/dev ## Run the tests on PostgreSQL 15 to 18; what is not installed is fetched
+	@$(BIN)/python -m tests.support.majors -q -n $(JOBS) -m 'not slow' $(ARGS)
 
 .PHONY: check
 check: $(VENV)/dev ## Check format, lint, types, import layers and migrations

@@ -7,6 +7,8 @@ may break.
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import os
 import shutil
@@ -45,6 +47,9 @@ from tests.support.sites import ROLE, Site
 
 _HOLDER = pytest.StashKey[servers.Holder]()
 _count = itertools.count(1)
+_repository = functools.lru_cache(maxsize=4)(PurchaseRepository)
+_outbox = functools.lru_cache(maxsize=4)(Outbox)
+"""Both hold statements and no state: rendering them took a quarter of most tests. A processor gets a copy."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,9 +135,10 @@ def settings(database_url: str) -> Settings:
     return load_settings(database_url=database_url)
 
 
-@pytest.fixture
-def tables(settings: Settings) -> Tables:
-    return build_tables(settings)
+@pytest.fixture(scope="session")
+def tables() -> Tables:
+    """Under their own names; they hold no state."""
+    return build_tables(Settings())
 
 
 @pytest.fixture
@@ -222,9 +228,9 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         default_database.close()  # its pool: what the processor does with its connections is seen undisturbed
         with used.transaction() as session:
             watch.probe(session)
-        repository = PurchaseRepository(found)
+        repository = copy.copy(_repository(found))
         handlers = build_handlers(repository, policy)
-        outbox = Outbox(found, None if unknown_types == "bury" else handlers)
+        outbox = copy.copy(_outbox(found, None if unknown_types == "bury" else tuple(handlers)))
         made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, Pacing(batch_size, 60))
         made.database, made.telemetry, made.watch = used, telemetry, watch
         made.outbox, made.repository = outbox, repository

@@ -345,7 +345,7 @@ class Shop:
 
     def counted(self, series: str) -> float:
         """What the workers have counted, by their last heartbeats, in all series that begin so."""
-        told = [metrics for (metrics,) in self.rows("SELECT metrics FROM workers")]
+        told: list[dict[str, float]] = [metrics for (metrics,) in self.rows("SELECT metrics FROM workers")]
         return sum(value for metrics in told for name, value in metrics.items() if name.startswith(series))
 
     def count(self, table: str) -> int:

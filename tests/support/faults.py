@@ -12,7 +12,7 @@ from functools import partial
 import psycopg
 
 from tests.support.factories import Shop
-from tests.support.processes import eventually
+from tests.support.processes import Given, eventually
 from tests.support.sites import ROLE, Site
 
 DEADLINE = 2
@@ -21,7 +21,7 @@ DEADLINE = 2
 NO_PLACE = "too many clients|slots are reserved"
 
 
-PATIENT = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2, "retry_base_seconds": 0.5}
+PATIENT: Given = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2, "retry_base_seconds": 0.5}
 
 
 # --- faults: entered, they are there; left, they are mended

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import event as listener
@@ -72,11 +73,11 @@ class Steps:
             made, slow = prepare(), self.make_slow()
             brake = Brake(slow.database, step)
             braked = self.pool.submit(slow.process_batch)
-            poll(lambda b=brake, f=braked: b.reached.is_set() or f.done(), "the statement, or the end")
+            poll(partial(_any_of, brake.reached.is_set, braked.done), "the statement, or the end")
             if meanwhile is not None:
                 meanwhile(made)
             other = self.pool.submit(self.fast.process_batch)
-            poll(lambda f=other: f.done() or self.shop.waiting(), "the other worker is done or waits")
+            poll(partial(_any_of, other.done, self.shop.waiting), "the other worker is done or waits")
             brake.released.set()
             braked.result(PATIENCE), other.result(PATIENCE)
             drain_all(self.fast)
@@ -86,6 +87,10 @@ class Steps:
             if not brake.reached.is_set():
                 return
         raise AssertionError("a batch without end")
+
+
+def _any_of(*hold: Callable[[], object]) -> bool:
+    return any(holds() for holds in hold)
 
 
 def poll(holds: Callable[[], Any], what: str) -> Any:

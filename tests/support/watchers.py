@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.support.processes import PATIENCE, Process, eventually
+from tests.support.processes import PATIENCE, Given, Process, eventually
 
 Told = dict[str, str]
 WEDGED = """
@@ -61,7 +61,7 @@ class Manager:
     def feeds_since(self, moment: float) -> list[float]:
         return [at for at, fields in list(self.told) if "WATCHDOG" in fields and at > moment]
 
-    def settings(self, watchdog_seconds: float) -> dict[str, str]:
+    def settings(self, watchdog_seconds: float) -> Given:
         """What a manager puts into the environment."""
         return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": str(round(watchdog_seconds * 1_000_000))}
 

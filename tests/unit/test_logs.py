@@ -99,7 +99,7 @@ def test_of_an_error_in_a_librarys_record_only_its_name_and_places_are_kept(caps
     configure_logging("DEBUG", "json")
     library = logging.getLogger("asyncio")
     try:
-        {}["hunter2"]
+        dict[str, str]()["hunter2"]
     except KeyError as error:
         library.exception("never retrieved: %s\nfuture: hunter2", error)
         library.error(error)

@@ -16,7 +16,7 @@ LATER = Position("2026-01-01 00:00:01+00", 2000)
 def committed(pacing: Pacing, **changes: Any) -> None:
     """A full batch that was claimed and settled at once, but for the changes."""
     full = {"claimed": pacing.limit, "settled": pacing.limit, "is_full": True, "seconds": 0.02, "end": END}
-    given = full | changes
+    given: dict[str, Any] = full | changes
     pacing.start(0.0)
     end = given.pop("end")
     if given["is_full"]:

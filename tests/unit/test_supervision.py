@@ -100,7 +100,13 @@ class Flag:
 def test_a_long_pause_is_waited_in_parts_with_a_beat_after_each() -> None:
     liveness, feed, flag = serving(1), Mock(), Flag(waits=4)
     beats: list[float] = []
-    liveness.returned = lambda _, now: beats.append(now) is None  # type: ignore[method-assign]
+
+    def beat(loop: int, now: float) -> bool:
+        assert loop == 0
+        beats.append(now)
+        return True
+
+    liveness.returned = beat  # type: ignore[method-assign]
     assert Pulse(flag, liveness, 0, feed, slice_seconds=2.0).wait(3600)
     assert max(flag.timeouts) == 2.0
     assert len(beats) == feed.call_count == 4

@@ -207,7 +207,7 @@ def test_nothing_to_decide(database_url: str) -> None:
 def test_pages_go_through_all(database_url: str, shop: Shop) -> None:
     made = [shop.dead_letter(reason="invalid_payload") for _ in range(7)]
     shop.rows("UPDATE dead_letters SET dead_at = '2026-01-01' WHERE event_id = ANY(%s)", made[:4])
-    found, after = [], []
+    found, after = [], list[str]()
     while True:
         page = finish("dead-letters", "list", "--json", "--limit", "3", *after, url=database_url).object
         found += [UUID(letter["event_id"]) for letter in page["dead_letters"]]

@@ -28,7 +28,7 @@ from tests.support.sites import ROLE, Site
 Found = dict[str, list[dict[str, str]]]
 
 
-def examined(url: str, **settings: object) -> Found:
+def examined(url: str, **settings: Any) -> Found:
     """What the doctor finds, by its checks."""
     done = finish("doctor", "--json", url=url, **settings)
     assert done.code in (0, 1), done
@@ -141,7 +141,7 @@ def test_an_empty_database(durable: Site) -> None:
         (78, "no url", {}),
     ],
 )
-def test_how_it_ends_where_it_cannot_look(code: int, url: str | None, settings: dict[str, str]) -> None:
+def test_how_it_ends_where_it_cannot_look(code: int, url: str | None, settings: dict[str, Any]) -> None:
     done = finish("doctor", "--json", url=url, **settings)
     assert (done.code, done.object["ok"]) == (code, False), done
     assert done.object["error"] in done.stderr
@@ -192,7 +192,7 @@ def test_autovacuum_of_the_server(durable: Site) -> None:
     assert not re.search("by itself 0 times|never", found["evidence"])
 
 
-def horizon_of(site: Site, **patience: float) -> list[Finding]:
+def horizon_of(site: Site, **patience: Any) -> list[Finding]:
     """Who holds back the vacuum, also for a moment only."""
     settings = load_settings(database_url=site.url("postgres"))
     database = Database(settings, deadline_seconds=10)
@@ -270,7 +270,7 @@ def test_what_one_process_holds(premises: Premises) -> None:
             nonlocal seen
             shop.pay_many(50)
             seen = max(seen, shop.scalar(counted, premises.names["worker"]))
-            return seen >= expected
+            return bool(seen >= expected)
 
         eventually(grown, "as many as the formula says")
         for _ in range(20):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 from datetime import datetime
 from uuid import UUID
 
@@ -65,7 +64,7 @@ def test_status_as_an_object(both_guards: str, database_url: str, shop: Shop) ->
     assert found["dead_letters"] == {"open": 1}
     assert isinstance(found["events_per_second"], int | float)
     (worker,) = found["workers"]
-    assert UUID(worker["id"])
+    assert str(UUID(worker["id"])) == worker["id"]
     assert isinstance(worker["pid"], int)
     assert (worker["state"], worker["guard"], worker["settled"]) == ("stopped", both_guards, 0)
     assert is_moment(worker["started_at"])
@@ -76,15 +75,15 @@ def test_status_as_an_object(both_guards: str, database_url: str, shop: Shop) ->
 
 
 def test_status_is_watched_through_an_outage_until_ctrl_c(database_url: str, shop: Shop) -> None:
-    with start("status", "--watch", "--json", url=database_url, stdout=subprocess.PIPE) as watching:
-        assert watching.popen.stdout is not None
-        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 0
+    with start("status", "--watch", "--json", url=database_url, piped=True) as watching:
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["backlog"]["due"] == 0
         shop.pay_many(3)
-        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 3
+        assert json.loads(watching.stdout.readline())["backlog"]["due"] == 3
         shop.rows("ALTER TABLE workers RENAME TO elsewhere")
         eventually(lambda: "public.workers" in watching.stderr, "told")
         shop.rows("ALTER TABLE elsewhere RENAME TO workers")
-        assert json.loads(watching.popen.stdout.readline())["backlog"]["due"] == 3
+        assert json.loads(watching.stdout.readline())["backlog"]["due"] == 3
         watching.signal(signal.SIGINT)
         assert watching.wait() == 0
         assert "Traceback" not in watching.stderr
@@ -166,7 +165,7 @@ def test_dead_letters_as_an_object(database_url: str, shop: Shop) -> None:
     letters = listed.object["dead_letters"]
     assert {letter["reason"] for letter in letters} == {"payment_mismatch", "invalid_payload"}
     (mismatch,) = [letter for letter in letters if letter["reason"] == "payment_mismatch"]
-    assert UUID(mismatch["event_id"])
+    assert str(UUID(mismatch["event_id"])) == mismatch["event_id"]
     assert UUID(mismatch["payment_id"]) == payment.id
     assert (mismatch["attempts"], mismatch["state"], mismatch["event_type"]) == (1, "open", "PURCHASE_CONFIRMED")
     assert "currency" in mismatch["detail"]

@@ -14,11 +14,11 @@ import pytest
 
 from outbox_worker.embedded import server as embedded
 from tests.support.factories import Shop
-from tests.support.processes import eventually, finish, finish_script, start
+from tests.support.processes import Given, eventually, finish, finish_script, start
 from tests.support.sites import ROLE, Site
 from tests.support.watchers import address_of, ask, eventually_answers
 
-ANY = {"http_listen": "127.0.0.1:0"}
+ANY: Given = {"http_listen": "127.0.0.1:0"}
 NAMES = {
     "outbox_events_total",
     "outbox_dead_letters_total",
@@ -83,7 +83,7 @@ def test_alive_but_not_ready_without_database(site: Site) -> None:
 
 
 def test_the_database_is_missed_by_loops_that_rest_for_an_hour(site: Site) -> None:
-    rests = {"poll_min_seconds": 60, "poll_max_seconds": 3600}
+    rests: Given = {"poll_min_seconds": 60, "poll_max_seconds": 3600}
     with start("run", url=site.url(ROLE), **ANY, **rests, database_deadline_seconds=2) as process:
         address = address_of(process)
         eventually_answers(address, "/readyz", 200)
@@ -148,7 +148,7 @@ def test_an_address_in_use_hinders_nothing(database_url: str, shop: Shop) -> Non
 def test_a_unix_socket(database_url: str, tmp_path: Path) -> None:
     """What a killed worker left is replaced; what a stopped one leaves is nothing. Two do not share one."""
     path = tmp_path / "http.sock"
-    listen = {"http_listen": f"unix:{path}"}
+    listen: Given = {"http_listen": f"unix:{path}"}
     with start("run", url=database_url, **listen) as fallen:
         address_of(fallen)
         fallen.kill()

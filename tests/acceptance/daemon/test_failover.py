@@ -15,11 +15,12 @@ import psycopg
 import pytest
 
 from tests.support.factories import Shop
-from tests.support.processes import Process, eventually, finish, start
+from tests.support.premises import find_program
+from tests.support.processes import Given, Process, eventually, finish, start
 from tests.support.sites import ROLE, Site, endure, expect_calm, expect_exactly_once, kept, settle_some, url_of
 
 DEADLINE = 2
-PATIENT = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2}
+PATIENT: Given = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2}
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def standby(site: Site, tmp_path: Path) -> Iterator[Site]:
     copy.directory.mkdir()
     (copy.directory / "lock").touch()
     where = site.start()
-    words = ["--pgdata", copy.directory / "data", "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+    words = ["--pgdata", str(copy.directory / "data"), "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
     address = ["--host", where["host"], "--port", where["port"], "--username", where["user"]]
-    subprocess.run([site.binaries / "pg_basebackup", *words, *address], check=True, capture_output=True)
+    subprocess.run([find_program("pg_basebackup"), *words, *address], check=True, capture_output=True)
     with kept(copy) as running:
         running.start()
         yield running

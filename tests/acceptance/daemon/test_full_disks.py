@@ -18,7 +18,7 @@ import pytest
 
 from outbox_worker.embedded import server as embedded
 from tests.support.factories import Shop
-from tests.support.processes import eventually, start
+from tests.support.processes import Given, eventually, start
 from tests.support.sites import (
     ROLE,
     KeptSite,
@@ -33,7 +33,7 @@ from tests.support.sites import (
 
 WORLD = ("unshare", "--map-root-user", "--mount", "sh", "-ec")
 MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2"; cp -a "$3/." "$2"; shift 3; exec "$@"'
-PATIENT = {"database_deadline_seconds": 2, "poll_max_seconds": 0.2}
+PATIENT: Given = {"database_deadline_seconds": 2, "poll_max_seconds": 0.2}
 
 
 @dataclass

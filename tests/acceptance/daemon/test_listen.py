@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import make_url
 
 from tests.support.factories import Shop
-from tests.support.processes import eventually, finish, start
+from tests.support.processes import Given, eventually, finish, start
 from tests.support.sites import endure, expect_calm
 
-RARELY = {"poll_min_seconds": 60, "poll_max_seconds": 60}
+RARELY: Given = {"poll_min_seconds": 60, "poll_max_seconds": 60}
 """Polling alone would find nothing before a test has given up."""
 SOON = 20.0
 LISTENERS = """

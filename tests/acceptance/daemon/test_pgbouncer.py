@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -18,7 +19,7 @@ from sqlalchemy import URL
 
 from outbox_worker.embedded.launcher import enter_namespace, namespace_permitted
 from tests.support.factories import Shop
-from tests.support.processes import eventually, finish, start
+from tests.support.processes import Given, eventually, finish, start
 from tests.support.servers import libpq
 from tests.support.sites import endure, expect_calm, expect_exactly_once, expect_settled
 
@@ -126,7 +127,7 @@ def test_a_daemon_that_polls(pooler: Pooler, shop: Shop) -> None:
 def test_a_daemon_that_listens_past_it(pooler: Pooler, database_url: str, shop: Shop) -> None:
     """It polls once in a minute, so whatever is settled sooner was heard of."""
     assert finish("migrate", "--with", "notify", url=database_url).code == 0
-    rarely = {"poll_min_seconds": 60, "poll_max_seconds": 60}
+    rarely: Given = {"poll_min_seconds": 60, "poll_max_seconds": 60}
     listens = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%%'"
     with start("run", url=pooler.url, listen_database_url=database_url, pooler="transaction", **rarely) as worker:
         worker.wait_for("worker_started")
@@ -139,7 +140,7 @@ def test_a_daemon_that_listens_past_it(pooler: Pooler, database_url: str, shop: 
     expect_exactly_once(shop)
 
 
-def seen_by_the_doctor(behind: Pooler, check: str, **settings: object) -> dict[str, str]:
+def seen_by_the_doctor(behind: Pooler, check: str, **settings: Any) -> dict[str, str]:
     found = finish("doctor", "--json", url=behind.url, **settings).object["checks"]
     (one,) = [each for each in found if each["name"] == check]
     return dict(one)
@@ -154,7 +155,7 @@ def test_the_doctor_knows_it(pooler: Pooler, database_url: str) -> None:
     assert finish("migrate", "--with", "notify", url=database_url).code == 0
     assert "behind a pooler" in seen_by_the_doctor(pooler, "notify")["evidence"]
     assert "nobody hears it" in seen_by_the_doctor(pooler, "notify", pooler="transaction")["evidence"]
-    past = {"pooler": "transaction", "listen_database_url": database_url}
+    past: Given = {"pooler": "transaction", "listen_database_url": database_url}
     assert seen_by_the_doctor(pooler, "notify", **past)["verdict"] == "ok"
 
 

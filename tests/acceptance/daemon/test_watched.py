@@ -12,12 +12,12 @@ import pytest
 
 from outbox_worker.embedded import server as embedded
 from tests.support.factories import Shop
-from tests.support.processes import Process, eventually, finish, start, start_script
+from tests.support.processes import Given, Process, eventually, finish, start, start_script
 from tests.support.sites import ROLE, Site
 from tests.support.watchers import WEDGED, Manager, address_of, eventually_answers, managed
 
 NOWHERE = "postgresql://nobody@127.0.0.1:1/nowhere"
-RESTS = {"poll_min_seconds": 60, "poll_max_seconds": 60}
+RESTS: Given = {"poll_min_seconds": 60, "poll_max_seconds": 60}
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_daemon_that_waits_for_its_database_is_ready_and_alive(manager: Manage
 
 def test_an_outage_longer_than_the_watchdog_starves_nobody(site: Site, manager: Manager) -> None:
     interval = 6.0
-    settings = {"concurrency": 2, "database_deadline_seconds": 1, "http_listen": "127.0.0.1:0"}
+    settings: Given = {"concurrency": 2, "database_deadline_seconds": 1, "http_listen": "127.0.0.1:0"}
     with start("run", url=site.url(ROLE), **settings, **manager.settings(interval)) as process:
         process.wait_for("worker_started")
         embedded.stop_server(site.directory)
@@ -93,7 +93,7 @@ def test_one_wedged_loop_of_two_starves_the_watchdog_and_is_named(
 ) -> None:
     """The other one works on; nobody vouches for the wedged one."""
     flag, interval = tmp_path / "wedge", 8.0
-    settings = {"concurrency": 2, "database_deadline_seconds": 1, "http_listen": f"unix:{tmp_path}/http"}
+    settings: Given = {"concurrency": 2, "database_deadline_seconds": 1, "http_listen": f"unix:{tmp_path}/http"}
     with start_script(WEDGED, str(flag), "run", url=database_url, **settings, **manager.settings(interval)) as process:
         process.wait_for("worker_started")
         manager.wait_for_feeds(3)
@@ -110,7 +110,7 @@ def test_one_wedged_loop_of_two_starves_the_watchdog_and_is_named(
 
 
 def test_a_stopped_process_is_noticed(database_url: str, manager: Manager, tmp_path: Path) -> None:
-    settings = {"http_listen": f"unix:{tmp_path}/http"}
+    settings: Given = {"http_listen": f"unix:{tmp_path}/http"}
     with start("run", url=database_url, **settings, **manager.settings(2)) as process:
         process.wait_for("worker_started")
         address_of(process)

@@ -30,9 +30,10 @@ import pytest
 
 from outbox_worker.embedded import server as embedded
 from outbox_worker.settings import load_settings
+from tests.support import ROOT
 from tests.support.factories import Shop
 from tests.support.premises import find_psql
-from tests.support.processes import ROOT, environment, eventually, finish
+from tests.support.processes import environment, eventually, finish
 
 _HOW_TO = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/how-to/*.md"))
 PAGES = ["README.md", "docs/runbook.md", "docs/contract.md", *_HOW_TO]

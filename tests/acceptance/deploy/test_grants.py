@@ -16,7 +16,7 @@ from outbox_worker.schema.privileges import BACKFILLING, DECIDING, PRIVILEGES, R
 from tests.support import servers
 from tests.support.factories import Shop
 from tests.support.premises import PASSWORD, Premises, opened, settle_in
-from tests.support.processes import eventually, finish, start
+from tests.support.processes import Given, eventually, finish, start
 
 Granted = set[tuple[str, str, str]]
 """(table, privilege, column), the column empty where the whole table is meant."""
@@ -119,7 +119,7 @@ def test_tables_of_others_under_their_own_names(empty: Premises) -> None:
         empty.execute(statement)
     names = {"schema": "shop", "payments": "billing.payment"}
     read = "id, user_id, product_id, amount, currency, status, created_at"
-    settings = {
+    settings: Given = {
         "schema": "shop",
         "tables": "payments=billing.payment",
         "columns": "payments.student_id=user_id,payments.course_id=product_id",

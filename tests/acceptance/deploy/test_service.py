@@ -42,7 +42,7 @@ def test_install_and_uninstall_in_another_root(tmp_path: Path) -> None:
         assert (root / "etc/systemd/system" / name).read_text() == (ROOT / "deploy" / name).read_text()
     program = root / "opt/outbox-worker/bin/outbox-worker"
     assert program.read_text().startswith("#!/opt/outbox-worker/bin/python\n"), "where it will stand"
-    command = [program.parent / "python", program, "--version"]
+    command = [str(program.parent / "python"), str(program), "--version"]
     version = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     assert version.startswith("outbox-worker ")
     for name in ("database-url", "outbox-worker.toml"):

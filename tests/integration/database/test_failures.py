@@ -145,8 +145,8 @@ def test_40p01_two_orders_of_two_locks(stage: Database, connect: Connect) -> Non
         crossing.append(error)
     other.rollback()
     thread.join()
-    (error,) = crossing
-    assert (sqlstate(error), classify(error)) == ("40P01", Failure.RETRY)
+    (deadlock,) = crossing
+    assert (sqlstate(deadlock), classify(deadlock)) == ("40P01", Failure.RETRY)
 
 
 @pytest.mark.usefixtures("stage")

@@ -196,8 +196,8 @@ def test_indexes_that_would_help(look: Look, shop: Shop) -> None:
     shop.dead_letter(shop.payment())
     shop.purchase(shop.payment())
     only(look("indexes"), Severity.OK)  # small tables are read at once
-    found = look("indexes", small_bytes=0)
-    said = {re.search(r"ON public\.(\w+ \(.*\));", each.remedy)[1] for each in found}  # type: ignore[index]
+    listed = look("indexes", small_bytes=0)
+    said = {re.search(r"ON public\.(\w+ \(.*\));", each.remedy)[1] for each in listed}  # type: ignore[index]
     assert said == {
         "payments (id)",
         "payments (student_id, course_id)",
@@ -205,7 +205,7 @@ def test_indexes_that_would_help(look: Look, shop: Shop) -> None:
         "purchases (student_id, course_id)",
         "dead_letters (payment_id)",
     }
-    for statement in remedies(found):
+    for statement in remedies(listed):
         shop.rows(statement)
     only(look("indexes", small_bytes=0), Severity.OK)
 

@@ -90,7 +90,7 @@ def test_a_sweep_goes_on_behind_a_place(order: str, database: Database, tables: 
     span = ScanRange(None, far_away())
     whole = PaymentScan(database, tables, span)
     whole.run(always)
-    found = sorted(whole.totals.unexplained, key=whole.cursor_of)
+    found = sorted(whole.totals.unexplained, key=lambda each: tuple(whole.cursor_of(each)))
     if order == "created_at":
         assert found == sorted(found, key=lambda each: each.age)
     rest = PaymentScan(database, tables, span, page_max=2)
@@ -162,7 +162,8 @@ def executed(database: Database, statement: Statement, values: dict[str, Any], b
     explain._sql = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"
     with database.transaction(**plans(by_index)) as session:
         found = explain.execute(session, given).scalar()
-    return list(nodes((json.loads(found) if isinstance(found, str) else found)[0]["Plan"]))
+    (plan,) = json.loads(found) if isinstance(found, str) else found or []
+    return list(nodes(plan["Plan"]))
 
 
 def scans(found: list[Any], relation: str) -> list[Any]:

@@ -7,7 +7,7 @@ way, with ids of its own each time. What must come of it is worked out from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -84,7 +84,7 @@ def make_parts(processor: ProbedProcessor) -> None:
         plan, parts = rearrange(*given, **named)
         return plan, [half for part in parts for half in _halves(part) if half]
 
-    settlement._settle_fast = lambda *_: None  # type: ignore[method-assign]
+    settlement._settle_fast = lambda *_: None  # type: ignore[method-assign, assignment]
     settlement._rearrange = halved  # type: ignore[method-assign]
 
 
@@ -139,6 +139,21 @@ def test_events_of_one_payment_and_payments_of_one_pair_many(
     settle_in_each_way(world)
 
 
+@pytest.mark.slow
+@MANY
+@given(world=REFUNDS_ALONE)
+def test_each_refund_alone_many(world: list[PairCase], settle_in_each_way: SettleInEachWay) -> None:
+    fast, in_parts, judged = settle_in_each_way(world)
+    assert fast == in_parts == judged
+
+
+@pytest.mark.slow
+@MANY
+@given(world=REFUNDS_TOGETHER)
+def test_refunds_of_one_payment_many(world: list[PairCase], settle_in_each_way: SettleInEachWay) -> None:
+    settle_in_each_way(world)
+
+
 # --- what must come of it
 
 
@@ -148,7 +163,8 @@ def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCas
     ids = {event.event_id: key for key, event in report.batch.items()}
     assert ids.keys() == {one.event_id for one in told}
     verdicts: Verdicts = {key: report.verdicts[key] for key in ids.values()}
-    after = {pair: shop.purchases(pair) for pair in {one.payment.pair for one in told}}
+    after = purchases_of(shop, told)
+    found = rows_of(shop, told)
     judged = [(one, verdicts[ids[one.event_id]]) for one in told]
     check_grants(judged, after)
     check_revocations(judged, after)
@@ -157,10 +173,10 @@ def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCas
         assert said(verdict) in (said(before), said(later)), one
         if len(one.pair.payments) == len(one.of.events) == 1:
             assert said(verdict) == said(before), one
-        assert rows_of(shop, one) == rows_expected(one, verdict), one
+        assert found[one.event_id] == rows_expected(one, verdict), one
     if all(len(pair.payments) == len(pair.payments[0].events) == 1 for pair in world):
         check_way(judged, way)
-    return [(said(verdict), rows_of(shop, one), owners(one, after)) for one, verdict in judged]
+    return [(said(verdict), found[one.event_id], owners(one, after)) for one, verdict in judged]
 
 
 def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
@@ -254,15 +270,39 @@ class Rows(NamedTuple):
     """State, reason, failed tries, whose payment, whether resolved."""
 
 
-def rows_of(shop: Shop, one: Told) -> Rows:
-    whose = {one.payment.id: "own", STRANGER: "stranger", None: None}
-    event, mark, letter = shop.event(one.event_id), shop.mark_of(one.event_id), shop.letter_of(one.event_id)
-    return Rows(
-        event and (event.attempts, event.last_error),
-        mark and (mark.outcome, whose[mark.payment_id], mark.recovered_at is not None),
-        letter
-        and (letter.state, letter.reason, letter.attempts, whose[letter.payment_id], letter.resolved_at is not None),
+def rows_of(shop: Shop, told: Sequence[Told]) -> dict[UUID, Rows]:
+    """Of each event: at most one row in each table, by their keys."""
+    events = [one.event_id for one in told]
+    outbox, marks, letters = (
+        {row.event_id: row for row in shop.rows(f"SELECT * FROM {table} WHERE event_id = ANY(%s)", events)}
+        for table in ("outbox", "processed_events", "dead_letters")
     )
+    found = {}
+    for one in told:
+        whose = {one.payment.id: "own", STRANGER: "stranger", None: None}
+        event, mark, letter = (rows.get(one.event_id) for rows in (outbox, marks, letters))
+        found[one.event_id] = Rows(
+            event and (event.attempts, event.last_error),
+            mark and (mark.outcome, whose[mark.payment_id], mark.recovered_at is not None),
+            letter
+            and (
+                letter.state,
+                letter.reason,
+                letter.attempts,
+                whose[letter.payment_id],
+                letter.resolved_at is not None,
+            ),
+        )
+    return found
+
+
+def purchases_of(shop: Shop, told: Sequence[Told]) -> dict[tuple[UUID, UUID], list[Any]]:
+    """Of each pair, the oldest first."""
+    found: dict[tuple[UUID, UUID], list[Any]] = {one.payment.pair: [] for one in told}
+    students = [student for student, _ in found]
+    for row in shop.rows("SELECT * FROM purchases WHERE student_id = ANY(%s) ORDER BY created_at", students):
+        found[row.student_id, row.course_id].append(row)
+    return found
 
 
 def rows_expected(one: Told, verdict: Verdict) -> Rows:

@@ -102,10 +102,10 @@ def test_an_accused_event_that_somebody_holds_is_waited_for(
         holder.execute("SELECT FROM outbox FOR UPDATE")
         return claim(session, isolated)
 
-    processor.outbox.claim_isolated = held
+    processor.outbox.claim_isolated = held  # type: ignore[method-assign]
     with pytest.raises(DBAPIError, match="lock timeout"):
         processor.process_batch()
     holder.rollback()
-    processor.outbox.claim_isolated = claim
+    processor.outbox.claim_isolated = claim  # type: ignore[method-assign]
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 1}
     assert shop.count("outbox") == 0

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -258,7 +259,7 @@ def two(shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor) 
     return Two(shop, make_database, make_processor)
 
 
-def active(shop: Shop, **of_pair: UUID) -> Payment:
+def active(shop: Shop, **of_pair: Any) -> Payment:
     payment = shop.payment(**of_pair)
     shop.purchase(payment)
     return payment

@@ -234,7 +234,7 @@ def raise_loudly(shop: Shop, state: str, on: str = "TRIGGER refuse BEFORE INSERT
 
 
 def pay_loudly(shop: Shop, **of_event: Any) -> tuple[Payment, UUID]:
-    return shop.paid(student=f"{SECRET} {uuid4()}", currency=SECRET, **of_event)  # type: ignore[arg-type]
+    return shop.paid(student=f"{SECRET} {uuid4()}", currency=SECRET, **of_event)
 
 
 def what_the_server_says(shop: Shop) -> str:
@@ -258,5 +258,5 @@ def assert_kept(shop: Shop, processor: ProbedProcessor, records: str, *events: s
     told += shop.rows("SELECT event_id, payment_id, reason, detail, actor, note FROM dead_letters")
     told += shop.rows("SELECT * FROM processed_events WHERE outcome <> %s", SECRET)
     metrics = processor.telemetry.metrics
-    assert SECRET not in f"{told} {generate_latest(metrics.registry)} {metrics.snapshot()}"
+    assert SECRET not in f"{told} {generate_latest(metrics.registry).decode()} {metrics.snapshot()}"
     assert SECRET not in records
