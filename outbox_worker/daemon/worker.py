@@ -14,8 +14,6 @@ from datetime import datetime
 from functools import partial
 from uuid import uuid4
 
-from sqlalchemy import func, select
-
 from outbox_worker.daemon.claim_loop import ClaimLoop, LoopThread, all_done
 from outbox_worker.daemon.horizon import HorizonWatch
 from outbox_worker.daemon.listener import Listener
@@ -40,6 +38,7 @@ from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.store.queries import database_time
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.logs import configure_logging
 from outbox_worker.telemetry.reporter import Telemetry
@@ -288,8 +287,7 @@ class Worker:
     def _now(self) -> datetime:
         """The database's clock: only it says what is due."""
         with self._database.transaction() as session:
-            now: datetime = session.scalars(select(func.clock_timestamp())).one()
-        return now
+            return database_time(session)
 
 
 def _status(guard: Guard, backlog: Backlog, letters: int, rate: float) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, assert_never
 from uuid import UUID
 
-from sqlalchemy import CTE, ColumnElement, FromClause, Table, Text, case, cast, func, literal, or_, select
+from sqlalchemy import CTE, ColumnElement, FromClause, Table, case, func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import ids_as
@@ -37,11 +37,10 @@ from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DECIDABLE, DeadLetter, Decision, history
 from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass, class_among
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id
+from outbox_worker.store.queries import is_succeeded
 
 SHOWN = 100
 """Characters of what was asked for, where nothing has that id."""
-READ = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
-"""The tables that are read."""
 
 
 class Occasion(StrEnum):
@@ -144,9 +143,8 @@ def explain(
 def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID, PaymentClass]:
     """what: the classes of the standing ones among payments · lock: none · index: primary keys; see ``class_among``"""
     payments = tables.payments
-    is_standing = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value
     columns = [payments.c[key] for key in ("id", "student_id", "course_id")]
-    few = select(*columns).where(payments.c.id.in_(ids), is_standing).cte("few")
+    few = select(*columns).where(payments.c.id.in_(ids), is_succeeded(payments)).cte("few")
     rows = session.execute(select(few.c.id, class_among(few, tables)))
     return {payment_id: PaymentClass(kind) for payment_id, kind in rows}
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Table, Text, and_, cast, func, literal, or_, select, type_coerce
+from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, literal, or_, select, type_coerce
 from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
@@ -22,6 +22,7 @@ from outbox_worker.database.expressions import readable
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DeadLetter, read_letters
+from outbox_worker.store.queries import same_pair
 
 _Row = TypeVar("_Row")
 
@@ -211,8 +212,7 @@ def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
     """what: the purchases of payments, and those that hold their pairs · lock: none · index: payment_id, the pair's"""
     own, paid = tables.purchases.alias("own"), tables.payments
-    is_same = [own.c[key] == paid.c[key] for key in ("student_id", "course_id")]
-    holding = select(own.c.id).join(paid, and_(*is_same)).where(paid.c.id.in_(ids), own.c.is_active)
+    holding = select(own.c.id).join(paid, same_pair(own, paid)).where(paid.c.id.in_(ids), own.c.is_active)
     return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import func, select
-
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard
 from outbox_worker.schema.privileges import READING
@@ -18,7 +16,9 @@ from outbox_worker.settle.handlers import UnknownTypes, claimed_types
 from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import guard_in_force
 from outbox_worker.store.outbox import Backlog, Outbox
-from outbox_worker.store.workers import SILENT_AFTER_SECONDS, WorkerRow, list_workers
+from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS
+from outbox_worker.store.queries import database_time
+from outbox_worker.store.workers import WorkerRow, list_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def condition(worker: WorkerRow) -> str:
     """``running``, ``stopped`` (said good-bye) or ``silent`` (did not)."""
     if worker.stopped_at is not None:
         return "stopped"
-    return "silent" if worker.silent_seconds > SILENT_AFTER_SECONDS else "running"
+    return "silent" if worker.silent_seconds > WORKER_SILENT_AFTER_SECONDS else "running"
 
 
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
@@ -60,7 +60,7 @@ def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes)
     with database.transaction() as session:
         check_schema(session, tables, READING)
         return Status(
-            time=session.scalars(select(func.clock_timestamp())).one(),
+            time=database_time(session),
             guard=guard_in_force(session, tables.purchases),
             backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
             open_letters=count_open(session, tables),

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
@@ -22,8 +21,8 @@ from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import Refused
 from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
-from outbox_worker.reconcile.scan import PAGE_MAX, PaymentScan, ScanCursor, ScanRange, Throttle
-from outbox_worker.schema.privileges import BACKFILLING, READING, Privileges
+from outbox_worker.reconcile.scan import PAGE_MAX, PaymentScan, ScanCursor, ScanLimits, ScanPaths, ScanRange, Throttle
+from outbox_worker.schema.privileges import BACKFILLING, EXPLAINING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.backfill_runs import (
@@ -36,12 +35,12 @@ from outbox_worker.store.backfill_runs import (
 )
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.payment_classes import RECENT, PaymentClass
+from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
 """How often payments whose pair somebody else holds are tried again, at the end."""
 _ROUND_SECONDS = 0.5
 _BEAT_SECONDS = 5.0
-_READ = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,29 +118,53 @@ class BackfillReport:
         return self.dry_run or not (self.made.contended or self.made.refused)
 
 
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a backfill found when it began."""
+
+    range: BackfillRange
+    paths: ScanPaths
+    run: UUID | None = None
+    """Its row in ``backfill_runs``; None: a dry run."""
+    continued: BackfillRun | None = None
+    """The killed backfill that it continues."""
+
+
 class Backfill:
     """One backfill: ``look``, then ``make``."""
 
-    def __init__(self, database: Database, tables: Tables, policy: RetryPolicy, request: Request) -> None:
+    def __init__(
+        self, database: Database, tables: Tables, policy: RetryPolicy, request: Request, beginning: Beginning
+    ) -> None:
         self._database, self._tables, self._policy, self._request = database, tables, policy, request
         self._runs = BackfillRuns(tables)
         self._began = self._beaten = time.monotonic()
-        with database.transaction() as session:
-            tables = self._tables = check_schema(session, tables, self._privileges())
-            self.range, self._run, self._continued = self._begin(session)
+        self.range, self._run, self._continued = beginning.range, beginning.run, beginning.continued
         known = Counts.read(self._continued.counts if self._continued else {})
         self._counts = replace(known, contended=PaymentTotals())  # they are met again
         self._cursor: ScanCursor | None = self._continued.cursor if self._continued else None
         self._is_held_up = False
         rate = request.max_rate
         page_max = PAGE_MAX if rate is None else max(1, min(PAGE_MAX, int(rate)))
-        self._scan = PaymentScan(database, tables, ScanRange(request.since, self.range.before), page_max=page_max)
+        span = ScanRange(request.since, self.range.before)
+        self._scan = PaymentScan(database, tables, beginning.paths, span, limits=ScanLimits(page_max=page_max))
         if self._cursor is not None and len(self._cursor) != len(self._scan.order):
-            self._cursor = None  # the index that it was a place in came or went
+            self._cursor = None  # the index in whose order it was written came or went meanwhile
         self._owed: list[FoundPayment] = []
         self._duplicates: list[FoundPayment] = []
         self._made = BackfillResult()
         self._rate = 0.0
+
+    @classmethod
+    def start(cls, database: Database, tables: Tables, policy: RetryPolicy, request: Request) -> Backfill:
+        """Check tables and privileges, and write the row of this backfill, unless it is a dry run. Raises SchemaError.
+
+        An operator's backfill of the same range that was killed is continued instead.
+        """
+        with database.transaction() as session:
+            tables = check_schema(session, tables, EXPLAINING if request.dry_run else BACKFILLING)
+            beginning = _begin(session, tables, request)
+        return cls(database, tables, policy, request, beginning)
 
     def estimate(self) -> int:
         """About how many payments there are to look at."""
@@ -189,22 +212,6 @@ class Backfill:
             payments_per_second=self._rate,
         )
 
-    def _privileges(self) -> Privileges:
-        return {role: READING[role] for role in _READ} if self._request.dry_run else BACKFILLING
-
-    def _begin(self, session: Session) -> tuple[BackfillRange, UUID | None, BackfillRun | None]:
-        """What to look at, the row to write to, and the backfill to go on with."""
-        request = self._request
-        now: datetime = session.scalars(select(func.clock_timestamp())).one()
-        fresh = BackfillRange(request.since, request.until, now - request.older_than)
-        if request.dry_run:
-            return fresh, None, None
-        killed = self._runs.continue_killed(session, request.since, request.until, request.actor)
-        if killed is not None:
-            return killed.range, killed.id, killed
-        run = self._runs.begin(session, RunKind.OPERATOR, fresh, request.actor, request.reason)
-        return fresh, run, None
-
     def _check_fuse(self, run: UUID) -> None:
         owed, most = PaymentTotals.of(self._owed), self._request.max_repairs
         with self._database.transaction() as session:
@@ -223,11 +230,11 @@ class Backfill:
 
     def _make(self, run: UUID, told: Throttle) -> None:
         guard = GuardWatch(self._tables.purchases, lambda _: None)
-        repairs = OwedPurchases(self._database, self._tables, self._policy, guard)
+        purchases = OwedPurchases.start(self._database, self._tables, self._policy, guard)
         waiting, total = self._owed, self._made
         for turn in range(ROUNDS + 1):
-            for made in repairs.make(waiting, partial(self._advance, run)):
-                total += made
+            for result in purchases.make(waiting, partial(self._advance, run)):
+                total += result
                 told(len(self._owed) - len(total.contended), 0.0)
             if not total.contended or turn == ROUNDS:
                 return
@@ -269,3 +276,13 @@ class Backfill:
             self._beaten = time.monotonic()
             with self._database.transaction() as session:
                 self._runs.beat(session, self._run)
+
+
+def _begin(session: Session, tables: Tables, request: Request) -> Beginning:
+    runs, paths = BackfillRuns(tables), ScanPaths.read(session, tables)
+    fresh = BackfillRange(request.since, request.until, database_time(session) - request.older_than)
+    if request.dry_run:
+        return Beginning(fresh, paths)
+    if killed := runs.continue_killed(session, request.since, request.until, request.actor):
+        return Beginning(killed.range, paths, killed.id, killed)
+    return Beginning(fresh, paths, runs.begin(session, RunKind.OPERATOR, fresh, request.actor, request.reason))

@@ -90,16 +90,23 @@ OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
 class OwedPurchases:
     """Makes purchases on one database."""
 
-    def __init__(self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> None:
+    def __init__(
+        self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch, *, by_index: bool
+    ) -> None:
         self._database, self._tables, self._policy, self._guard = database, tables, policy, guard
         self._repository = PurchaseRepository(tables, backfill_event_of)
         self._outbox = Outbox(tables, None)
-        with database.transaction() as session:
-            by_index = guard.probe(session).has_index_paths
         self._classes = Statement(portion_statement(tables, by_index=by_index))
         looking, writing = plans(by_index), INDEX_PLANS if by_index else {}
         self._looking = {**_switched_on(writing), **looking}
         self._writing = {**_switched_on(looking), **writing}
+
+    @classmethod
+    def start(cls, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> OwedPurchases:
+        """Probe the guard, and see whether indexes find purchases."""
+        with database.transaction() as session:
+            state = guard.probe(session)
+        return cls(database, tables, policy, guard, by_index=state.has_index_paths)
 
     def make(self, owed: Sequence[FoundPayment], together: OnWritten) -> Iterator[BackfillResult]:
         """Make the purchases of payments of different pairs; yields what each transaction did, in their order.

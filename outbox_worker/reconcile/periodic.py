@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -25,12 +24,13 @@ from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.reconcile.backfill import Counts
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
-from outbox_worker.reconcile.scan import PaymentScan, ScanRange, ScanTotals
+from outbox_worker.reconcile.scan import PaymentScan, ScanLimits, ScanPaths, ScanRange, ScanTotals
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 from outbox_worker.store.backfill_runs import BackfillRange, BackfillRuns, RunKind, RunOutcome, written_left
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.payment_classes import RECENT, PaymentClass
+from outbox_worker.store.queries import database_time
 from outbox_worker.telemetry.reporter import Telemetry
 
 OLDER_THAN = timedelta(minutes=5)
@@ -42,8 +42,7 @@ FUSE = 100
 _SHARE = 0.1
 """Of the time, at most, goes into statements."""
 ACTOR = "outbox-worker run"
-_TARGET_SECONDS = 0.25
-_PORTION = 20_000
+_LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
 
 
@@ -53,6 +52,7 @@ class Turn:
 
     run: UUID
     range: BackfillRange
+    paths: ScanPaths
     carried: PaymentTotals
     """Unexplained payments that the last full look found and this one does not meet."""
     may_make: bool
@@ -100,7 +100,7 @@ class PeriodicBackfill:
         return True
 
     def _begin(self, session: Session) -> Turn:
-        now: datetime = session.scalars(select(func.clock_timestamp())).one()
+        now = database_time(session)
         base = self._runs.last_full(session)
         if base is None or now - base.started_at > FULL_EVERY:
             span, carried = BackfillRange(None, None, now - OLDER_THAN), PaymentTotals()
@@ -108,12 +108,18 @@ class PeriodicBackfill:
             span = BackfillRange(base.range.before - RECENT, None, now - OLDER_THAN)
             carried = PaymentTotals.read(base.counts["carried"])
         run = self._runs.begin(session, RunKind.PERIODIC, span, ACTOR, None)
-        return Turn(run, span, carried, self._runs.was_made_by_hand(session))
+        paths = ScanPaths.read(session, self._tables)
+        return Turn(run, span, paths, carried, self._runs.was_made_by_hand(session))
 
     def _look(self, turn: Turn) -> None:
         span = ScanRange(turn.range.since, turn.range.before)
         scan = PaymentScan(
-            self._database, self._tables, span, lists=FUSE, target_seconds=_TARGET_SECONDS, portion=_PORTION
+            self._database,
+            self._tables,
+            turn.paths,
+            span,
+            limits=_LIMITS,
+            lists=FUSE,
         )
         if scan.run(lambda _, seconds: self._rest(turn, seconds * (1 / _SHARE - 1))):
             self._conclude(turn, scan.totals)
@@ -153,9 +159,9 @@ class PeriodicBackfill:
 
     def _make(self, owed: Sequence[FoundPayment]) -> BackfillResult:
         total = BackfillResult()
-        repairs = OwedPurchases(self._database, self._tables, self._settings.retry_policy, self._guard)
-        for made in repairs.make(owed, lambda *_: None):
-            total += made
+        purchases = OwedPurchases.start(self._database, self._tables, self._settings.retry_policy, self._guard)
+        for result in purchases.make(owed, lambda *_: None):
+            total += result
         self._telemetry.purchases_backfilled(len(total.purchases), len(total.contended), len(total.refused))
         return total
 

@@ -87,6 +87,33 @@ class ScanRange(NamedTuple):
     before: datetime
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanLimits:
+    """How much one statement of a scan takes on."""
+
+    target_seconds: float = 1.0
+    """Pages grow and shrink to take about as long."""
+    page_max: int = PAGE_MAX
+    """Most payments of a page."""
+    portion: int = PORTION
+    """Most payments without a purchase that are classed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanPaths:
+    """How the rows of this database are found."""
+
+    order: tuple[str, ...]
+    """The key in whose order payments are passed: ``created_at, id``, or ``id`` alone."""
+    by_index: bool
+    """Whether indexes find a purchase by its payment and by its pair; otherwise purchases are read into a hash."""
+
+    @classmethod
+    def read(cls, session: Session, tables: Tables) -> ScanPaths:
+        """Ask the catalogue."""
+        return cls(order_of(session, tables), has_index_paths(session, tables.purchases))
+
+
 class Throttle(Protocol):
     """Told after each statement of a sweep; waits as long as it likes."""
 
@@ -143,23 +170,19 @@ class PaymentScan:
         self,
         database: Database,
         tables: Tables,
+        paths: ScanPaths,
         judged: ScanRange,
         *,
+        limits: ScanLimits = ScanLimits(),
         lists: int | None = None,
-        target_seconds: float = 1.0,
-        page_max: int = PAGE_MAX,
-        portion: int = PORTION,
         lists_duplicates: bool = False,
     ) -> None:
         self.totals = ScanTotals()
         self._database, self._tables, self._span = database, tables, judged
-        self._lists, self._target_seconds, self._page_max = lists, target_seconds, page_max
-        self._portion = portion
-        self._size = min(PAGE_FIRST, page_max)
+        self._limits, self._lists = limits, lists
+        self._size = min(PAGE_FIRST, limits.page_max)
         self._seconds = 0.0
-        with database.transaction() as session:
-            by_index = has_index_paths(session, tables.purchases)
-            self.order = order_of(session, tables)
+        self.order, by_index = paths.order, paths.by_index
         self._plans = plans(by_index)
         pages = partial(page_statement, tables, self.order, by_index=by_index, lists_duplicates=lists_duplicates)
         self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
@@ -186,10 +209,11 @@ class PaymentScan:
             waiting += unexplained
             if not throttle(self.totals.passed, self._seconds):
                 return False
-            while len(waiting) >= self._portion:
-                if not self._look_again(waiting[: self._portion], throttle):
+            portion = self._limits.portion
+            while len(waiting) >= portion:
+                if not self._look_again(waiting[:portion], throttle):
                     return False
-                del waiting[: self._portion]
+                del waiting[:portion]
         return self._look_again(waiting, throttle)
 
     def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
@@ -203,7 +227,7 @@ class PaymentScan:
                 self._size = _half(size, error)
                 continue
             self.totals.passed += rows[0].passed
-            self._size = _fitting(size, self._target_seconds / self._seconds, self._page_max)
+            self._size = _fitting(size, self._limits.target_seconds / self._seconds, self._limits.page_max)
             yield [key for row in rows if row.ids for key in ArrayText(row.ids) if key]
             if rows[0].passed < size:
                 return

@@ -29,8 +29,17 @@ _OF_RESOLVED = ("state", "resolved_at")
 STRUCTURE: Privileges = {role: {} for role in COLUMNS}
 """For a look at tables and columns alone."""
 
-READING: Privileges = {role: {"SELECT": _OF_PAYMENTS if role == "payments" else _WHOLE} for role in COLUMNS}
-"""What the role of somebody who only looks must be allowed."""
+
+def reading(*roles: str) -> Privileges:
+    """What it takes to read these tables."""
+    return {role: {"SELECT": _OF_PAYMENTS if role == "payments" else _WHOLE} for role in roles}
+
+
+READING: Privileges = reading(*COLUMNS)
+"""What a role that reads all tables needs: `status`."""
+
+EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters")
+"""What a role needs to class and explain payments: `audit`, `why`, `backfill --dry-run`."""
 
 PRIVILEGES: Privileges = {
     "payments": READING["payments"],

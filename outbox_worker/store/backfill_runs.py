@@ -6,8 +6,6 @@ been heard of lately was killed: the next one with the same range goes on from i
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,10 +19,8 @@ from sqlalchemy.orm import Session
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import PaymentTotals
 from outbox_worker.schema.tables import Tables, by_column
-from outbox_worker.store.workers import is_gone
+from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone, this_process
 
-SILENT_AFTER_SECONDS = 60.0
-"""A backfill that has not been heard of for so long was killed; its statements are shorter."""
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
 """How long the rows of periodic backfills stay."""
 CONTINUED_WITHIN = timedelta(days=1)
@@ -92,8 +88,8 @@ class BackfillRuns:
     def begin(self, session: Session, kind: RunKind, span: BackfillRange, actor: str, reason: str | None) -> UUID:
         """Write the row of a backfill that starts now."""
         given = {"since": span.since, "until": span.until, "cutoff": span.cutoff, "is_full": span.is_full}
-        key, who = uuid4(), {"host": socket.gethostname(), "pid": os.getpid(), "actor": actor, "reason": reason}
-        session.execute(insert(self._runs).values(id=key, kind=kind.value, **given, **who))
+        key, who = uuid4(), {"actor": actor, "reason": reason}
+        session.execute(insert(self._runs).values(id=key, kind=kind.value, **given, **who, **this_process()))
         return key
 
     def continue_killed(
@@ -170,12 +166,12 @@ class BackfillRuns:
         return session.execute(found).all()
 
     def _is_gone(self, row: Row[Any]) -> bool:
-        return is_gone(row.host, row.pid, row.silent_seconds, SILENT_AFTER_SECONDS)
+        return is_gone(row.host, row.pid, row.silent_seconds, BACKFILL_SILENT_AFTER_SECONDS)
 
     def _take_over(self, session: Session, row: Row[Any], actor: str) -> bool:
         runs = self._runs
         who = row.actor if actor in row.actor.split(", ") else f"{row.actor}, {actor}"
-        now_ours = {"host": socket.gethostname(), "pid": os.getpid(), "seen_at": func.clock_timestamp(), "actor": who}
+        now_ours = {"seen_at": func.clock_timestamp(), "actor": who, **this_process()}
         taken = update(runs).where(runs.c.id == row.id, runs.c.seen_at == row.seen_at, runs.c.finished_at.is_(None))
         return session.scalar(taken.values(by_column(runs, now_ours)).returning(runs.c.id)) is not None
 

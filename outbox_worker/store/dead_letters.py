@@ -36,10 +36,11 @@ from sqlalchemy.orm import Session
 from outbox_worker.database.arrays import ids_as
 from outbox_worker.database.expressions import readable
 from outbox_worker.errors import Inconsistent, Refused, WrongUsage
-from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, PaymentStatus
+from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.payment_classes import waivable
+from outbox_worker.store.queries import is_succeeded
 
 CONTENT_MAX = 10_000
 """Characters of a payload, or of headers, that are shown."""
@@ -244,7 +245,7 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     named = select(found.c.payment_id).where(found.c.payment_id.is_not(None))
     own = tables.purchases
     is_given = exists().where(own.c.payment_id == payments.c.id)
-    is_owed = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value, ~is_given
+    is_owed = is_succeeded(payments), ~is_given
     money = _money(session, payments, payments.c.id.in_(named))
     waived = _money(session, payments, payments.c.id.in_(named.where(found.c.waivable)), *is_owed)
     token = session.scalars(_token(tables, selection)).one()

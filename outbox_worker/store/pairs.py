@@ -34,10 +34,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, UUID
 
 from outbox_worker.database.arrays import Keys
-from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, PaymentStatus, Repeated
+from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.payment_classes import PaymentClass, class_among
+from outbox_worker.store.queries import is_succeeded, same_pair
 from outbox_worker.store.queue import window_of
 
 
@@ -114,12 +115,8 @@ def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> C
 
 def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
     """Another purchase holds the payment's pair active; its payment may be NULL: a gift."""
-    return and_(
-        purchases.c.student_id == payments.c.student_id,
-        purchases.c.course_id == payments.c.course_id,
-        purchases.c.is_active,
-        purchases.c.payment_id.is_distinct_from(payments.c.id),
-    )
+    is_other = purchases.c.payment_id.is_distinct_from(payments.c.id)
+    return and_(same_pair(purchases, payments), purchases.c.is_active, is_other)
 
 
 def _pair_of(payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
@@ -221,11 +218,9 @@ def standing_statement(tables: Tables) -> Select[Any]:
         .cte("pairs")
         .prefix_with("MATERIALIZED")
     )
-    is_of_pair = and_(payments.c.student_id == pairs.c.student_id, payments.c.course_id == pairs.c.course_id)
     read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
-    is_standing = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value
-    stands = select(pairs.c.id.label("event"), *read).join(payments, is_of_pair).where(is_standing)
-    standing = stands.cte("standing").prefix_with("MATERIALIZED")
+    stands = select(pairs.c.id.label("event"), *read).join(payments, same_pair(payments, pairs))
+    standing = stands.where(is_succeeded(payments)).cte("standing").prefix_with("MATERIALIZED")
     kind = class_among(standing, tables).label("kind")
     found = select(standing.c.event.label("id"), cast(standing.c.id, Text).label("payment_id"), kind)
     return found.order_by(standing.c.created_at, standing.c.id)

@@ -41,6 +41,7 @@ from outbox_worker.database.expressions import readable, seconds_since
 from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, WAIVABLE, DeadLetterState, PaymentStatus
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
+from outbox_worker.store.queries import has_status, is_succeeded, same_pair
 
 
 class PaymentClass(StrEnum):
@@ -145,12 +146,11 @@ def _materialized(rows: Select[Any], name: str) -> CTE:
 
 def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: bool) -> Select[Any]:
     """The page with the ``kind`` of each payment: its class, where it is standing."""
-    status = cast(page.c.status, Text)
-    is_refunded = status == PaymentStatus.REFUNDED.value
+    is_active = _has_purchase(page, tables, by_index, tables.purchases.c.is_active)
     kind = case(
-        (status == PaymentStatus.SUCCEEDED.value, equation),
-        (and_(is_refunded, _has_purchase(page, tables, by_index, tables.purchases.c.is_active)), REFUNDED_BUT_ACTIVE),
-        (or_(*(status == known.value for known in PaymentStatus)), "not_standing"),
+        (is_succeeded(page), equation),
+        (and_(has_status(page, PaymentStatus.REFUNDED), is_active), REFUNDED_BUT_ACTIVE),
+        (or_(*(has_status(page, known) for known in PaymentStatus)), "not_standing"),
         else_=UNKNOWN_STATUS,
     )
     return select(page, kind.label("kind"))
@@ -226,8 +226,7 @@ def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElemen
 
 def _pair_is_held(page: CTE, tables: Tables, by_index: bool) -> ColumnElement[bool]:
     held = tables.purchases.alias("held")
-    is_same = [held.c[key] == page.c[key] for key in ("student_id", "course_id")]
-    return _exists(select(held.c.payment_id).where(*is_same, held.c.is_active), by_index)
+    return _exists(select(held.c.payment_id).where(same_pair(held, page), held.c.is_active), by_index)
 
 
 def _has_letter(page: CTE, tables: Tables, *which: ColumnElement[bool]) -> ColumnElement[bool]:

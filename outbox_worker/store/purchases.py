@@ -42,7 +42,7 @@ from outbox_worker.database.arrays import Keys
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome, PaymentStatus
+from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.guard import GuardState, on_active_pair
@@ -62,6 +62,7 @@ from outbox_worker.store.pairs import (
     standing_statement,
 )
 from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.queries import is_succeeded
 from outbox_worker.store.queue import event_of
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
@@ -240,7 +241,7 @@ def _nothing_speaks_against(
     letters = tables.dead_letters
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
-        cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
+        is_succeeded(payments),
         *(not_(differs) for differs in payload.mismatches(source, payments).values()),
         state.is_distinct_from(DeadLetterState.OPEN.value),
     ]

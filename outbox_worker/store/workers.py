@@ -6,8 +6,6 @@ closed is a worker that died.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,13 +20,10 @@ from outbox_worker import __version__
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import Guard
 from outbox_worker.schema.tables import Tables, by_column
+from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS, is_gone, this_process
 
 ROWS_KEPT_FOR = timedelta(days=1)
 """How long the row of a process that is gone stays visible."""
-
-
-SILENT_AFTER_SECONDS = 30.0
-"""A worker that has not been heard of for so long, and has not said good-bye, is taken for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,7 @@ class Workers:
         fallen = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
         columns = workers.c.id, workers.c.host, workers.c.pid, seconds_since(workers.c.seen_at)
         for key, host, pid, seconds in session.execute(select(*columns).where(*fallen)).all():
-            if is_gone(host, pid, seconds, SILENT_AFTER_SECONDS):
+            if is_gone(host, pid, seconds, WORKER_SILENT_AFTER_SECONDS):
                 taken = update(workers).where(workers.c.id == key, *fallen).values(succeeded_at=func.clock_timestamp())
                 if session.scalar(taken.returning(workers.c.id)):
                     return True
@@ -78,28 +73,12 @@ class Workers:
     def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
         """Say that we live, and what we have counted; ``stopped``: for the last time."""
         now = func.clock_timestamp()
-        who = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        who = {"id": self._id, "version": __version__, **this_process()}
         seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
         row = insert(self._workers).values(**who, **seen)
         session.execute(
             row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=by_column(self._workers, seen))
         )
-
-
-def is_gone(host: str, pid: int, silent_seconds: float, patience_seconds: float) -> bool:
-    """Whether a process that said no good-bye is dead: silent for too long, or of this host and not there."""
-    return silent_seconds > patience_seconds or (host == socket.gethostname() and not _is_running(pid))
-
-
-def _is_running(pid: int) -> bool:
-    """Whether another process of this host has the id; ours was given to us, so its owner before is gone."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
 
 
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:

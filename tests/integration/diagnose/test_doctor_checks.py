@@ -244,7 +244,7 @@ def test_a_backfill_by_hand(look: Look, database: Database, tables: Tables, sett
     found = only(look("backfill"), Severity.WARNING, "none was completed")
     assert "backfill --dry-run" in found.remedy
     only(look("backfill", with_settings={"backfill_every_seconds": 0}), Severity.OK, "switched off")
-    work = Backfill(database, tables, settings.retry_policy, Request(actor="ann"))
+    work = Backfill.start(database, tables, settings.retry_policy, Request(actor="ann"))
     work.look(lambda *_: True)
     work.make(lambda *_: True)
     only(look("backfill"), Severity.OK, "by hand")
