@@ -120,7 +120,7 @@ def _first_level(text: str) -> str:
 
 
 def _text_of(value: Any) -> str | None:
-    """The value as ``->>`` writes it, bounded; a text that equals no column's if it is no scalar or cannot be stored."""
+    """The value as ``->>`` writes it, bounded; a text that equals none if it is no scalar or cannot be stored."""
     match value:
         case None:
             return None
