@@ -1,4 +1,4 @@
-"""What is going on: backlog, guard, dead letters, workers and what they have counted."""
+"""The present state: backlog, guard, dead letters, workers and their counters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Status:
     workers: Sequence[WorkerRow]
 
     def metrics(self) -> dict[str, float]:
-        """The counters of all processes of the last day added up, and the gauges as of now."""
+        """The sum of the counters of all processes of the last day, and the gauges as of now."""
         total: Counter[str] = Counter()
         for worker in self.workers:
             total.update({name: value for name, value in worker.metrics.items() if name != "events_per_second"})
@@ -42,21 +42,21 @@ class Status:
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
     def events_per_second(self) -> float:
-        """Settled by the living workers, over their last heartbeat."""
+        """Events that the running workers settled per second, at their last heartbeat."""
         return sum(
             worker.metrics.get("events_per_second", 0) for worker in self.workers if condition(worker) == "running"
         )
 
 
 def condition(worker: WorkerRow) -> str:
-    """``running``, ``stopped`` (said good-bye) or ``silent`` (did not)."""
+    """``running``, ``stopped`` (it closed its row) or ``silent`` (it did not, and is taken for dead)."""
     if worker.stopped_at is not None:
         return "stopped"
     return "silent" if worker.silent_seconds > WORKER_SILENT_AFTER_SECONDS else "running"
 
 
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
-    """One look at the database. Raises SchemaError where tables or privileges are missing."""
+    """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables, READING)
         return Status(

@@ -1,7 +1,7 @@
-"""The backfill of the daemon: now and then one worker of the fleet looks at the payments, and says what is owed.
+"""The daemon's backfill: now and then one of the workers looks for payments that nothing explains, and reports them.
 
-It makes purchases only on a database where an operator has completed a backfill by hand: the first start on adopted
-tables must not grant years of history. It works a tenth of the time at most, on a connection of its own.
+It makes purchases only if an operator has completed a backfill on this database by hand: otherwise the first start on
+adopted tables would grant years of history. It works a tenth of the time at most, on a connection of its own.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from outbox_worker.telemetry.reporter import Telemetry
 OLDER_THAN = timedelta(minutes=5)
 """Younger payments are left to the claim loops."""
 FULL_EVERY = timedelta(days=1)
-"""Between two looks at all payments; the others begin where the last full one ended, less an overlap."""
+"""The time between two scans of all payments; other scans begin where the last full one ended, with an overlap."""
 FUSE = 100
-"""More than that many owed purchases are no accident: a person must look first."""
+"""If more purchases are owed, none is made: a person must look first."""
 _SHARE = 0.1
-"""Of the time, at most, goes into statements."""
+"""Largest share of the time spent in statements."""
 ACTOR = "outbox-worker run"
 _LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
@@ -48,18 +48,19 @@ _BEAT_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One look of this worker."""
+    """One periodic backfill by this worker."""
 
     run: UUID
     range: BackfillRange
     paths: ScanPaths
     carried: PaymentTotals
-    """Unexplained payments that the last full look found and this one does not meet."""
+    """Unexplained payments that the last full scan found and this one does not look at."""
     may_make: bool
+    """Whether it may make purchases, or only report."""
 
 
 class PeriodicBackfill:
-    """Takes its turn every ``settings.backfill_every_seconds``, until told to stop."""
+    """Runs every ``settings.backfill_every_seconds``, in one of the workers, until told to stop."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class PeriodicBackfill:
         self._every = timedelta(seconds=settings.backfill_every_seconds)
 
     def run(self) -> bool:
-        """Serve until told to stop; what fails is told and tried again."""
+        """Run until told to stop; a failure is reported and tried again."""
         asks = min(60.0, self._every.total_seconds() / 10)
         while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
             wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
@@ -86,7 +87,7 @@ class PeriodicBackfill:
         return True
 
     def run_once(self) -> bool:
-        """Look at the payments, if it is this worker's turn; whether it was."""
+        """Look at the payments if it is this worker's turn; return whether it was."""
         with self._database.transaction() as session:
             turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:
@@ -127,7 +128,7 @@ class PeriodicBackfill:
             self._finish(turn, RunOutcome.INTERRUPTED, {})
 
     def _rest(self, turn: Turn, seconds: float) -> bool:
-        """Leave the time to the claim loops, heard of by other workers; False where we are to stop."""
+        """Wait, and write heartbeats meanwhile; False if the daemon is to stop."""
         over = time.monotonic() + seconds
         while not self._stop_serving.is_set():
             if time.monotonic() - self._beaten > _BEAT_SECONDS:
@@ -138,7 +139,7 @@ class PeriodicBackfill:
         return False
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
-        """Say what was found; make it, where that is allowed."""
+        """Report what was found, and make the purchases if that is allowed."""
         unexplained = totals.value(PaymentClass.UNEXPLAINED)
         owed, others = choose_owed(totals.unexplained)
         counts = Counts(totals.passed, unexplained, PaymentTotals.of(owed), PaymentTotals.of(others))
@@ -149,11 +150,11 @@ class PeriodicBackfill:
             outcome = RunOutcome.REFUSED
             self._telemetry.backfill_refused(unexplained.count, unexplained.money, FUSE)
         elif owed:
-            made = self._make(owed)
-            counts, outcome = counts.with_made(made), RunOutcome.MADE
-            over = left_of(totals.unexplained, made)
-            left = PaymentTotals.of(over)
-            recent = PaymentTotals.of(payment for payment in over if payment.is_since(turn.range.before - RECENT))
+            result = self._make(owed)
+            counts, outcome = counts.plus(result), RunOutcome.MADE
+            remaining = left_of(totals.unexplained, result)
+            left = PaymentTotals.of(remaining)
+            recent = PaymentTotals.of(each for each in remaining if each.is_since(turn.range.before - RECENT))
         written = written_left(left, recent) | {"left": (left + turn.carried).written()}
         self._finish(turn, outcome, counts.written() | written)
 
