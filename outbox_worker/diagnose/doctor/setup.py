@@ -94,12 +94,10 @@ def invalid_indexes(subject: Subject) -> Iterator[Finding]:
                 yield ok(f"{row.name} is being built")
                 continue
             say = problem if row.indisunique else warning
-            is_pair_index = row.relname == PAIR_INDEX
+            rebuild = f"REINDEX INDEX CONCURRENTLY {row.name}; or: DROP INDEX CONCURRENTLY {row.name};"
             yield say(
                 f"{row.name} is INVALID: building it failed, no query uses it, and every write updates it",
-                _MIGRATE
-                if is_pair_index
-                else f"REINDEX INDEX CONCURRENTLY {row.name}; or: DROP INDEX CONCURRENTLY {row.name};",
+                _MIGRATE if row.relname == PAIR_INDEX else rebuild,
             )
     if clean:
         yield ok("none")
