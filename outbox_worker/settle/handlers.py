@@ -130,8 +130,8 @@ class _UnderLocks(ABC):
             if writing and not may_write:
                 raise OutOfOrder("a purchase is owed, but purchases of later pairs are already written")
             chosen = self._choose(batch.among(writing - tried), seen)
-            made = self._write(session, chosen, guard) if chosen else set()
-            verdicts |= {key: judged[key] for key in made}
+            written = self._write(session, chosen, guard) if chosen else set()
+            verdicts |= {key: judged[key] for key in written}
             tried |= chosen.keys()
             waiting = batch.among(writing - verdicts.keys())
             seen = self._look(session, waiting) if waiting else {}
@@ -213,10 +213,10 @@ class RefundedPurchases(_UnderLocks):
             verdicts |= {key: _unwritable(seen[key]) for key in owed.keys() & tried}
             chosen = waiting.among(owed.keys() - tried)
             next_payments = replace(chosen, payment_ids=[owed[key] for key in chosen])
-            made = self._repository.insert_granted(session, next_payments, guard) if chosen else set()
-            verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in made}
+            written = self._repository.insert_granted(session, next_payments, guard) if chosen else set()
+            verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in written}
             tried |= chosen.keys()
-            waiting = chosen.without(made)
+            waiting = chosen.without(written)
         return verdicts
 
 

@@ -95,7 +95,7 @@ class Processor:
         """Handle one event alone. Its crash is counted and committed before the work, and reset together with the work.
 
         If the work raises an error, the process did not crash: the event stays isolated, and the next call repeats it.
-        If it fails ``STUCK_PASSES_MAX`` times in a way that other events may not, it is postponed.
+        After ``STUCK_PASSES_MAX`` errors that say nothing about other events, it is postponed.
         """
         if self._isolated is None:
             key = self._crash_suspects.pop() if self._crash_suspects else None

@@ -156,11 +156,11 @@ class PurchaseRepository:
             write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
-        made: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
-        if made is None:
+        written: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
+        if written is None:
             return set(batch.ids)
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
-        return {by_payment[payment_id] for payment_id in made}
+        return {by_payment[payment_id] for payment_id in written}
 
     def _build_insert(
         self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
