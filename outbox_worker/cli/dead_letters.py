@@ -72,7 +72,7 @@ def list_dead_letters(
     """List dead letters, oldest first."""
     from outbox_worker import terminal
     from outbox_worker.cli.views import dead_letters as view
-    from outbox_worker.schema.privileges import READING
+    from outbox_worker.schema.privileges import reading
     from outbox_worker.schema.requirements import check_schema
     from outbox_worker.store.dead_letters import LetterCursor, Selection, list_letters
 
@@ -81,7 +81,7 @@ def list_dead_letters(
     place = LetterCursor.parse(after) if after else None
     _, database, tables = open_database(config)
     with database.transaction() as session:
-        check_schema(session, tables, {"dead_letters": READING["dead_letters"]})
+        check_schema(session, tables, reading("dead_letters"))
         page = list_letters(session, tables, selection, after=place, limit=limit)
     if json:
         terminal.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})

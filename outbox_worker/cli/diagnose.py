@@ -111,14 +111,14 @@ def why(
 @contextmanager
 def looking(config: Path | None) -> Iterator[tuple[Session, Tables, Callable[[str], Explanation]]]:
     """A moment of the database, in which nothing is changed, and who explains it."""
-    from outbox_worker.diagnose.explanation import READ, explain
+    from outbox_worker.diagnose.explanation import explain
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
-    from outbox_worker.schema.privileges import READING
+    from outbox_worker.schema.privileges import EXPLAINING
     from outbox_worker.schema.requirements import check_schema
     from outbox_worker.settle.handlers import claimed_types
 
     settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
     with database.snapshot() as session:
-        tables = check_schema(session, tables, {role: READING[role] for role in READ})
+        tables = check_schema(session, tables, EXPLAINING)
         types = claimed_types(session, tables, settings.unknown_types)
         yield session, tables, partial(explain, session, tables, settings.retry_policy, types)

@@ -34,7 +34,7 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 
     _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
-    audit = Audit(database, tables)
+    audit = Audit.start(database, tables)
     with terminal.progress("payments", audit.estimate) as told:
         report = audit.run(told)
     if json:
@@ -95,7 +95,7 @@ def backfill(
         dry_run=dry_run,
     )
     settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
-    work = Backfill(database, tables, settings.retry_policy, request)
+    work = Backfill.start(database, tables, settings.retry_policy, request)
     with terminal.progress("payments", work.estimate) as told:
         owed = work.look(told)
     with terminal.progress("purchases", lambda: owed) as told:
@@ -134,7 +134,7 @@ def list_duplicates(
     if json and csv:
         raise WrongUsage("--json or --csv, not both.")
     _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
-    duplicates = Duplicates(database, tables)
+    duplicates = Duplicates.start(database, tables)
     with terminal.progress("payments", duplicates.estimate) as told:
         found = duplicates.list(told)
     if json:

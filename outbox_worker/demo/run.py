@@ -270,7 +270,7 @@ class Demo:
     def _proof(self) -> Proof:
         database = Database(self._settings, deadline_seconds=None)
         try:
-            report = Audit(database, build_tables(self._settings)).run()
+            report = Audit.start(database, build_tables(self._settings)).run()
             outcomes = self._tally(_OUTCOMES) + self._tally(_OPEN_LETTERS)
             lost = self._service.events - outcomes.total()
             return Proof(report, self._count(DOUBLED), self._count(UNPAID), lost, outcomes)

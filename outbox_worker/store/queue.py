@@ -1,4 +1,4 @@
-"""How statements find claimed events again: by id and by the window of their due times."""
+"""How statements find claimed events again: by id, and by the due times between which they lie."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from sqlalchemy import (
 from outbox_worker.model import Batch, DueWindow
 
 
-def within(moment: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Inside the window of a batch: parameters ``window_first`` and ``window_last``.
+def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
+    """The due time is in the window of the batch: parameters ``window_first`` and ``window_last``.
 
-    What names an event by its id names its window, too. Of a queue that was empty when its statistics were gathered
-    the planner believes that every index finds one row: it may look an id up in the index ``(due_at, id)``, end to end.
+    Every statement that finds an event by its id names the window, too. If the queue was empty when its statistics were
+    gathered, the planner takes all indexes for equally good, and may search the whole index ``(due_at, id)`` for an id.
     """
     first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in DueWindow._fields)
-    return moment.between(first, last)
+    return due_at.between(first, last)
 
 
 def event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """The row of each event that ``keys`` name by their ``id``, for a join on nothing else.
+    """The row of each event, found by the ``id`` of ``keys``; join it ON true.
 
-    OFFSET 0 keeps the planner from turning the join round, with a queue in front that it believes to be empty.
+    OFFSET 0 keeps the planner from starting the join at the outbox, which it may take for empty.
     """
     row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at))
     return row.offset(literal_column("0")).lateral("event")
 
 
 def window_of(batch: Batch) -> dict[str, str]:
-    """The values of the parameters of ``within``."""
-    return {f"window_{end}": moment for end, moment in batch.window._asdict().items()}
+    """The parameters of ``within``."""
+    return {f"window_{end}": due_at for end, due_at in batch.window._asdict().items()}

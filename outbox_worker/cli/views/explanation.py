@@ -45,7 +45,7 @@ def _story_object(story: PaymentStory) -> dict[str, Any]:
         "class": story.kind,
         "timeline": story.timeline,
         "events": [{"place": _place(trace)} | asdict(trace) for trace in story.traces],
-        "now": [_prospect_object(prospect) for prospect in story.prospects],
+        "now": [_prospect_object(prospect) for prospect in story.predictions],
     }
 
 
@@ -90,8 +90,8 @@ def _print_story(story: PaymentStory) -> None:
     terminal.facts(_heading(story))
     terminal.line("")
     terminal.facts([(_time(moment.at), _sentence(moment)) for moment in story.timeline])
-    _print_prospects(story.prospects)
-    if sum(each.verdict.writes for each in story.prospects) > 1:
+    _print_prospects(story.predictions)
+    if sum(each.verdict.writes for each in story.predictions) > 1:
         terminal.line("\nEach is judged as if it came alone: the first of them makes the purchase.", "dim")
 
 
@@ -102,7 +102,7 @@ def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> 
         "history": [each._asdict() for each in history(letter.note)],
         "payment": story.payment,
         "class": story.kind,
-        "now": next((_prospect_object(each) for each in story.prospects if each.event_id == letter.event_id), None),
+        "now": next((_prospect_object(each) for each in story.predictions if each.event_id == letter.event_id), None),
     }
 
 
@@ -125,7 +125,7 @@ def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> N
     if decided := history(letter.note):
         terminal.line("")
         terminal.facts([(_time(each.at), f"{each.state} by {each.actor}: {each.why}") for each in decided])
-    _print_prospects([each for each in story.prospects if each.event_id == letter.event_id])
+    _print_prospects([each for each in story.predictions if each.event_id == letter.event_id])
 
 
 def _print_prospects(prospects: Sequence[Prediction]) -> None:

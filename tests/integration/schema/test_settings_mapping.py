@@ -113,7 +113,7 @@ class Site:
         )
 
     def audit(self) -> dict[PaymentClass, int]:
-        return Audit(self.database, self.tables).run().counts
+        return Audit.start(self.database, self.tables).run().counts
 
     def why(self, asked: object) -> Explanation:
         with self.database.snapshot() as session:
@@ -121,7 +121,7 @@ class Site:
 
     def backfill(self) -> Backfill:
         request = Request(actor="somebody", older_than=timedelta(0))
-        return Backfill(self.database, self.tables, self.settings.retry_policy, request)
+        return Backfill.start(self.database, self.tables, self.settings.retry_policy, request)
 
     def take_over(self, other: Site) -> None:
         """Copy every row of another site."""
