@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import getpass
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from outbox_worker.cli.common import AsJson, Config, Limit, open_database
 from outbox_worker.durations import parse_duration, parse_moment
 from outbox_worker.errors import WrongUsage
-
-if TYPE_CHECKING:
-    pass
-
 
 duplicates_app = typer.Typer(help="Payments that are owed back.", no_args_is_help=True)
 

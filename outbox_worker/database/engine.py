@@ -1,4 +1,4 @@
-"""Connections, transactions and outages. tenacity repeats transactions and waits out outages here, nowhere else."""
+"""Connections and transactions of one database, and what became of a COMMIT whose answer was lost."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ from outbox_worker.database.statements import Statement, write
 from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
-from outbox_worker.store.queue import event_of, window_of, within
+from outbox_worker.store.claimed import event_of, window_of, within
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200

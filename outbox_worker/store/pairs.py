@@ -37,9 +37,9 @@ from outbox_worker.database.arrays import Keys
 from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
+from outbox_worker.store.claimed import window_of
 from outbox_worker.store.payment_classes import PaymentClass, class_among
 from outbox_worker.store.queries import is_succeeded, same_pair
-from outbox_worker.store.queue import window_of
 
 
 @dataclass(frozen=True, slots=True)

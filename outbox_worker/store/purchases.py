@@ -45,6 +45,7 @@ from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
+from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, on_active_pair
 from outbox_worker.store.pairs import (
     EventFacts,
@@ -63,7 +64,6 @@ from outbox_worker.store.pairs import (
 )
 from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import is_succeeded
-from outbox_worker.store.queue import event_of
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
 """The event id of a backfill's mark is the MD5 of this text and the payment's id."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outbox_worker import terminal
+from outbox_worker.cli.views.payments import money_lines, print_payments
 from outbox_worker.model import PaymentStatus
 from outbox_worker.reconcile.audit import AuditReport
 from outbox_worker.store.payment_classes import PaymentClass
-
-if TYPE_CHECKING:
-    pass
-from outbox_worker.cli.views.payments import money_lines, print_payments
 
 
 def audit_object(report: AuditReport) -> dict[str, Any]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from outbox_worker import terminal
+from outbox_worker.cli.views.payments import money_line
 from outbox_worker.model import DeadLetterState
 from outbox_worker.store.dead_letters import Decision, Page, Preview
-
-if TYPE_CHECKING:
-    pass
-from outbox_worker.cli.views.payments import money_line
 
 
 def print_preview(seen: Preview, decision: Decision) -> None:

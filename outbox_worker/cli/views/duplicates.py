@@ -5,16 +5,13 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outbox_worker import terminal
+from outbox_worker.cli.views.payments import money_line
 from outbox_worker.durations import ago
 from outbox_worker.model import PaymentTotals
 from outbox_worker.reconcile.duplicates import Duplicate, owed_back
-
-if TYPE_CHECKING:
-    pass
-from outbox_worker.cli.views.payments import money_line
 
 _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
 

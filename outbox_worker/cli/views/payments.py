@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 from outbox_worker import terminal
 from outbox_worker.durations import ago
 from outbox_worker.model import FoundPayment
-
-if TYPE_CHECKING:
-    pass
 
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:

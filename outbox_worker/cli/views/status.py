@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.diagnose.status import Status, condition
 from outbox_worker.durations import ago
 from outbox_worker.model import Outcome
 from outbox_worker.store.workers import WorkerRow
-
-if TYPE_CHECKING:
-    pass
 
 
 def print_status(now: Status) -> None:
