@@ -1,4 +1,4 @@
-"""What the story of a payment looks like to people, and as the object that scripts read."""
+"""What `why` and `dead-letters show` show."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from outbox_worker.cli.views.audit import MEANINGS
 from outbox_worker.decision import REFUND_RULES, RULES
 from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
 from outbox_worker.diagnose.records import MarkRow, WaitingEvent
-from outbox_worker.model import PURCHASE_REFUNDED
-from outbox_worker.store.dead_letters import Content, DeadLetter, history
-from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE
+from outbox_worker.model import PURCHASE_REFUNDED, DeadLetterState
+from outbox_worker.store.dead_letters import DECIDABLE, Content, DeadLetter, history
+from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass
 
-_MEANINGS = MEANINGS | {REFUNDED_BUT_ACTIVE: "its refund event is missing, or waits"}
+_MEANINGS = MEANINGS | {REFUNDED_BUT_ACTIVE: "its refund event is missing or not settled yet"}
 _OCCASIONS = {
-    Occasion.DUE: "at its next turn",
+    Occasion.DUE: "when a worker claims it",
     Occasion.POSTPONED: "when it is due again",
     Occasion.REQUEUED: "if it is requeued",
     Occasion.DELIVERED: "if it is delivered again",
     Occasion.BACKFILL: "by a backfill",
-    Occasion.NEVER: "and later: events of this type are left to others",
+    Occasion.NEVER: "and later: workers leave events of this type to other consumers",
 }
 
 
 def explanation_object(found: Explanation) -> dict[str, Any]:
-    """The object of ``why --json``."""
+    """Return the object of ``why --json``."""
     return {
         "id": found.asked,
         "found_as": found.kinds,
@@ -74,7 +74,7 @@ def _place(trace: object) -> str:
 
 
 def print_explanation(found: Explanation) -> None:
-    """Payment by payment: what it is, what happened, what would happen now."""
+    """Print for each payment what it is, what happened, and what would happen now."""
     for story in found.stories:
         _print_story(story)
         terminal.line("")
@@ -83,7 +83,7 @@ def print_explanation(found: Explanation) -> None:
         terminal.facts([("gift", f"{gift.id}, {state}"), ("course", gift.course_id), ("since", _time(gift.created_at))])
         terminal.line("")
     if found.has_more:
-        terminal.line("The student has more payments: ask for one of them by its id.", "yellow")
+        terminal.line("The student has more payments. Ask for one of them by its id.", "yellow")
 
 
 def _print_story(story: PaymentStory) -> None:
@@ -92,11 +92,28 @@ def _print_story(story: PaymentStory) -> None:
     terminal.facts([(_time(moment.at), _sentence(moment)) for moment in story.timeline])
     _print_prospects(story.prospects)
     if sum(each.verdict.writes for each in story.prospects) > 1:
-        terminal.line("\nEach is judged as if it came alone: the first of them makes the purchase.", "dim")
+        terminal.line(
+            "\nEach event is judged as if it came alone: the first one that is settled makes the purchase.", "dim"
+        )
+
+
+def next_steps(found: Explanation) -> list[list[str]]:
+    """Return the commands that follow from the class of the payments and their dead letters."""
+    steps = [["backfill", "--dry-run"]] if any(s.kind == PaymentClass.UNEXPLAINED for s in found.stories) else []
+    letters = [each for s in found.stories for each in s.traces if isinstance(each, DeadLetter)]
+    opened = [each for each in letters if each.state == DeadLetterState.OPEN]
+    return [*steps, *(["dead-letters", "show", str(each.event_id)] for each in opened[:1])]
+
+
+def next_steps_of(letter: DeadLetter) -> list[list[str]]:
+    """Return the decisions that are possible for a letter, and the command that explains its payment."""
+    verbs = [str(decision) for decision, states in DECIDABLE.items() if letter.state in states]
+    about = [["why", str(letter.payment_id)]] if letter.payment_id else []
+    return [*about, *(["dead-letters", verb, str(letter.event_id), "--dry-run"] for verb in verbs)]
 
 
 def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> dict[str, Any]:
-    """The object of ``dead-letters show --json``."""
+    """Return the object of ``dead-letters show --json``."""
     return {
         "dead_letter": asdict(letter) | content._asdict(),
         "history": [each._asdict() for each in history(letter.note)],
@@ -107,7 +124,7 @@ def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> 
 
 
 def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> None:
-    """The event, of what it died, its payment, what was decided so far, and what would happen now."""
+    """Print the event, why it died, its payment, the decisions so far, and what would happen now."""
     terminal.facts(
         [
             ("event", f"{letter.event_id} ({letter.event_type})"),
@@ -142,9 +159,9 @@ def _print_prospects(prospects: Sequence[Prediction]) -> None:
 
 def _heading(story: PaymentStory) -> list[tuple[str, object]]:
     if story.payment_id is None:
-        return [("payment", "none is named")]
+        return [("payment", "the event names none")]
     if story.payment is None:
-        return [("payment", f"{story.payment_id}, of which no row is visible")]
+        return [("payment", f"{story.payment_id} (no such row in payments)")]
     paid = story.payment
     return [
         ("payment", paid.id),
@@ -157,7 +174,7 @@ def _heading(story: PaymentStory) -> list[tuple[str, object]]:
 
 def _class(kind: str | None, status: str) -> str:
     if kind is None:
-        return f"none: a payment that is {status} is owed nothing"
+        return f"none: a {status} payment is owed no purchase"
     return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"
 
 
