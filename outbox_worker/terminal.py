@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from rich.text import Text
 from outbox_worker.escapes import printable
 
 _GAP = "  "
+_WORD = re.compile(r"\s*\S+")
+_INDENT = re.compile(r"\s*(?:→ )?")
 _LEAST_PROSE = 20
 """The last column of a table wraps its text if at least so many characters are left for it."""
 
@@ -66,11 +69,13 @@ def line(text: str, style: str = "") -> None:
             _print(Text(part, style=style))
 
 
-def next_commands(commands: Sequence[str]) -> None:
-    """Name the commands to run next, each whole on a line of its own, ready to be pasted."""
-    for position, each in enumerate(commands):
+def next_commands(commands: Sequence[Sequence[str]]) -> None:
+    """Name the commands to run next, given as their words, ready to be pasted into a shell."""
+    for position, words in enumerate(commands):
         label = "\nNext: " if position == 0 else "      "
-        _print(Text.assemble((label, "dim"), (printable(each), "bold")))
+        quoted = [printable(shlex.quote(word)) for word in words]
+        parts = _fitted([quoted[0], *(f" {word}" for word in quoted[1:])], _width() - len("Next:  \\"))
+        _print(Text.assemble((label, "dim"), (" \\\n        ".join(parts), "bold")))
 
 
 def columns(
@@ -134,11 +139,23 @@ def _width() -> int:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Break a text at spaces into lines of at most ``width``; a longer word stays whole on a line of its own."""
-    lines = [""]
-    for word in re.findall(r"\s*\S+", text):
-        if lines[-1] and cell_len(lines[-1] + word) > width:
+    """Break a text at spaces into lines of at most ``width``, all of them indented as the first one is."""
+    mark = _INDENT.match(text)
+    indent = mark.end() if mark else 0
+    first, *others = _fitted(_WORD.findall(text), width, indent)
+    return [first, *(" " * indent + each for each in others)]
+
+
+def _fitted(words: Sequence[str], width: int, indent: int = 0) -> list[str]:
+    """Put words, each with the spaces before it, into lines; a word that is too long stays whole on a line of its own.
+
+    ``indent``: how many spaces go before each line but the first.
+    """
+    lines, room = [""], width
+    for word in words:
+        if lines[-1].strip() and cell_len(lines[-1] + word) > room:
             lines.append(word.lstrip())
+            room = width - indent
         else:
             lines[-1] += word
     return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +57,7 @@ def suggest(config: Path | None, *commands: Sequence[str]) -> None:
     from outbox_worker import terminal
 
     ending = ["--config", str(config)] if config else []
-    terminal.next_commands([shlex.join(["outbox-worker", *command, *ending]) for command in commands])
+    terminal.next_commands([["outbox-worker", *command, *ending] for command in commands])
 
 
 _REMEDIES = {

@@ -28,7 +28,7 @@ def run(
         str | None,
         typer.Option(
             metavar="DURATION",
-            help="How often to look for payments without a purchase (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
+            help="How often to look for lost purchases (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
             show_default=False,
         ),
     ] = None,

@@ -69,7 +69,7 @@ _STATUSES = ", ".join(PaymentStatus)
 MEANINGS = {
     PaymentClass.ACTIVE: "the purchase is there",
     PaymentClass.REVOKED: "the purchase was taken back",
-    PaymentClass.DUPLICATE: "paid a second time: to be refunded",
+    PaymentClass.DUPLICATE: "paid a second time; to be refunded",
     PaymentClass.IN_FLIGHT: "its event waits in the outbox",
     PaymentClass.DEAD: "contradicts its event: a dead letter",
     PaymentClass.WAIVED: "a person decided, with a reason",

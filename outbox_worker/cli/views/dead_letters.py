@@ -41,7 +41,7 @@ def _waived(seen: Preview) -> str:
     if seen.waived:
         return f"{money_line(seen.waived)} waived: nothing is given for it."
     if not seen.money:
-        return "No payment of them is known, so nothing can be said about money."
+        return "No payment is known, so nothing can be said about money."
     return "No payment is waived: a purchase that is owed stays owed."
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.cli.views.audit import MEANINGS
 from outbox_worker.decision import REFUND_RULES, RULES
 from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
-from outbox_worker.diagnose.records import MarkRow, WaitingEvent
+from outbox_worker.diagnose.records import MarkRow, PurchaseRow, WaitingEvent
 from outbox_worker.model import PURCHASE_REFUNDED, DeadLetterState
 from outbox_worker.store.dead_letters import DECIDABLE, Content, DeadLetter, history
 from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass
@@ -75,15 +76,21 @@ def _place(trace: object) -> str:
 
 def print_explanation(found: Explanation) -> None:
     """Print for each payment what it is, what happened, and what would happen now."""
-    for story in found.stories:
-        _print_story(story)
-        terminal.line("")
-    for gift in found.gifts:
-        state = "active" if gift.is_active else "taken back"
-        terminal.facts([("gift", f"{gift.id}, {state}"), ("course", gift.course_id), ("since", _time(gift.created_at))])
-        terminal.line("")
+    shown = [
+        *(partial(_print_story, story) for story in found.stories),
+        *(partial(_print_gift, g) for g in found.gifts),
+    ]
+    for position, show in enumerate(shown):
+        if position:
+            terminal.line("")
+        show()
     if found.has_more:
-        terminal.line("The student has more payments. Ask for one of them by its id.", "yellow")
+        terminal.line("\nThe student has more payments. Ask for one of them by its id.", "yellow")
+
+
+def _print_gift(gift: PurchaseRow) -> None:
+    state = "active" if gift.is_active else "taken back"
+    terminal.facts([("gift", f"{gift.id}, {state}"), ("course", gift.course_id), ("since", _time(gift.created_at))])
 
 
 def _print_story(story: PaymentStory) -> None:
@@ -109,7 +116,7 @@ def next_steps_of(letter: DeadLetter) -> list[list[str]]:
     """Return the decisions that are possible for a letter, and the command that explains its payment."""
     verbs = [str(decision) for decision, states in DECIDABLE.items() if letter.state in states]
     about = [["why", str(letter.payment_id)]] if letter.payment_id else []
-    return [*about, *(["dead-letters", verb, str(letter.event_id), "--dry-run"] for verb in verbs)]
+    return [*about, *(["dead-letters", verb, str(letter.event_id)] for verb in verbs)]
 
 
 def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> dict[str, Any]:
