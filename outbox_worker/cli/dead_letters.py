@@ -24,11 +24,22 @@ if TYPE_CHECKING:
 
 _PAGE = 100
 
+
+def _complete_reason(incomplete: str) -> list[str]:
+    return [reason for reason in Reason if reason.startswith(incomplete)]
+
+
 letters_app = typer.Typer(help="Show and decide on events that wait for a person.", no_args_is_help=True)
 EventIds = Annotated[list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Ids of events.", show_default=False)]
 DeadReason = Annotated[
     str | None,
-    typer.Option("--dead-reason", metavar="REASON", help="Only events that died of REASON.", show_default=False),
+    typer.Option(
+        "--dead-reason",
+        metavar="REASON",
+        help="Only events that died of REASON.",
+        show_default=False,
+        autocompletion=_complete_reason,
+    ),
 ]
 OfType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Only events of TYPE.", show_default=False)]
 OlderThan = Annotated[
@@ -60,7 +71,12 @@ def list_dead_letters(
     reason: Annotated[
         str | None,
         typer.Option(
-            "--reason", "--dead-reason", metavar="REASON", help="Only events that died of REASON.", show_default=False
+            "--reason",
+            "--dead-reason",
+            metavar="REASON",
+            help="Only events that died of REASON.",
+            show_default=False,
+            autocompletion=_complete_reason,
         ),
     ] = None,
     event_type: OfType = None,
