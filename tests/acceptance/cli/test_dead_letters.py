@@ -65,7 +65,7 @@ def test_discarded_its_payment_is_waived(database_url: str, shop: Shop) -> None:
     event = shop.dead_letter(payment, reason="payment_mismatch")
     told = decide(database_url, "discard", str(event), *WHO)
     assert "never given       49.90 EUR" in told.stdout
-    assert "1 dead letter(s) discarded; 49.90 EUR waived." in told.stdout
+    assert "1 dead letter discarded. 49.90 EUR waived: nothing is given for it." in told.stdout
     audit = finish("audit", "--json", url=database_url)
     assert (audit.code, audit.object["counts"]["waived"]) == (0, 1)
     assert shop.count("outbox") == 0

@@ -105,7 +105,7 @@ def test_all_is_well_and_nothing_is_written(durable: Site) -> None:
     assert verdicts(examined(url)) == {"grants": "warning"}
     shown = finish_on_terminal("doctor", url=url)
     assert all(len(line) <= 80 for line in shown.splitlines()), shown
-    assert "0 problem(s), 1 warning(s)." in shown
+    assert "0 problems, 1 warning." in shown
     assert "\n        " in shown, "evidence is folded"
     assert re.search(r"^ +→ ", shown, re.MULTILINE), "each remedy begins a line"
 
