@@ -32,9 +32,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
-from sqlalchemy.engine import URL
 
-from outbox_worker.address import EMBEDDED, Listen, driver_url, expect_usable, libpq_url, parse_listen
+from outbox_worker.address import EMBEDDED, Listen, expect_server_url, expect_usable, libpq_url, parse_listen
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
@@ -119,6 +118,11 @@ def _usable_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _usable_server_url(value: SecretStr) -> SecretStr:
+    expect_server_url(value.get_secret_value())
+    return value
+
+
 def _split_names(value: object) -> object:
     """``a,b`` as the environment writes a list; a TOML array comes as one already."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
@@ -135,7 +139,6 @@ def _usable_listen(value: str) -> str:
     return value
 
 
-DatabaseUrl = Annotated[SecretStr, AfterValidator(_usable_url)]
 TableMap = Annotated[
     dict[str, str],
     NoDecode,
@@ -166,11 +169,11 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="TOML file with settings; keys are lower case, without OUTBOX_")
-    database_url: DatabaseUrl | None = Field(
+    database_url: Annotated[SecretStr, AfterValidator(_usable_url)] | None = Field(
         None,
         description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR). No default: money needs a choice",
     )
-    listen_database_url: DatabaseUrl | None = Field(
+    listen_database_url: Annotated[SecretStr, AfterValidator(_usable_server_url)] | None = Field(
         None, description="direct connection for LISTEN where DATABASE_URL leads through a pooler; default: the same"
     )
     pooler: Literal["none", "transaction"] = Field(
@@ -280,19 +283,14 @@ class Settings(BaseSettings):
         return Path(text.removeprefix(EMBEDDED)) if text.startswith(EMBEDDED) else None
 
     @property
-    def url(self) -> URL:
-        """The database's URL with the driver spelled out. Not for ``embedded:``."""
-        return driver_url(self._required_url())
-
-    @property
     def conninfo(self) -> str:
-        """The same URL as libpq takes it, password and all. Not for ``embedded:``."""
-        return libpq_url(self.url)
+        """The database's URL as libpq takes it, password and all. Not for ``embedded:``."""
+        return libpq_url(self._required_url())
 
     @property
-    def listen_url(self) -> URL | None:
-        """Where to LISTEN, if that is another address."""
-        return driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
+    def listen_conninfo(self) -> str | None:
+        """The same for the connection that listens, if it has a URL of its own."""
+        return libpq_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
     @property
     def listen(self) -> Listen | None:

@@ -124,7 +124,7 @@ class Worker:
             self._isolates_first = self._workers.take_over_dead_worker(session)
             self._workers.join(session, guard)
             event_types = claimed_types(session, self._tables, self._settings.unknown_types)
-        self._listens = listens and (self._settings.pooler == "none" or self._settings.listen_url is not None)
+        self._listens = listens and (self._settings.pooler == "none" or self._settings.listen_conninfo is not None)
         self.telemetry.started(self._settings.concurrency, guard)
         if self._isolates_first:
             self.telemetry.isolating_after_crash(self._settings.batch_size)

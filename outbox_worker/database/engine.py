@@ -9,14 +9,8 @@ from typing import Any
 
 import psycopg
 import tenacity
-from sqlalchemy import (
-    URL,
-    Engine,
-    create_engine,
-    event,
-    text,
-)
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -127,16 +121,15 @@ def savepoint(session: Session) -> Iterator[None]:
 
 def connect_directly(settings: Settings) -> psycopg.Connection:
     """An autocommit connection past any pooler, for LISTEN. Raises psycopg.OperationalError."""
-    where = _where(settings, settings.listen_url)
+    where = conninfo_to_dict(settings.listen_conninfo) if settings.listen_conninfo else _where(settings)
     return psycopg.connect(**{**where, **_connect_arguments(settings.database_deadline_seconds), "autocommit": True})
 
 
-def _where(settings: Settings, url: URL | None = None) -> dict[str, Any]:
-    """The address, as psycopg takes it. Whoever finds the embedded server gone starts it again."""
-    if url is None and settings.embedded_directory is not None:
+def _where(settings: Settings) -> dict[str, Any]:
+    """The address, as psycopg takes it. Starts the embedded server if it does not run (any more)."""
+    if settings.embedded_directory is not None:
         return embedded.ensure_server(settings.embedded_directory, bin_dir=settings.embedded_bin_dir)
-    given: dict[str, Any] = PGDialect_psycopg().create_connect_args(url or settings.url)[1]  # type: ignore[no-untyped-call]
-    return given
+    return conninfo_to_dict(settings.conninfo)
 
 
 def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeVar
+from threading import Event
+from typing import Protocol, TypeVar, cast
 
 import tenacity
 
@@ -51,28 +52,17 @@ def wait_out_outage(
     SchemaError and a SettingError are raised at once; with ``seconds`` the last error is raised when so much time has
     passed.
     """
-    given_up = _StopWhenSet(stop)
+    flag = cast("Event", stop)  # tenacity asks no more of it than a Stop has
+    told_to_stop = tenacity.stop_when_event_set(flag)
     patient = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_worth_waiting_for),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
-        sleep=partial(_sleep, stop),
-        stop=given_up if seconds is None else given_up | tenacity.stop_after_delay(seconds),
+        sleep=tenacity.sleep_using_event(flag),
+        stop=told_to_stop if seconds is None else told_to_stop | tenacity.stop_after_delay(seconds),
         before_sleep=partial(_report_failure, on_failure),
         retry_error_callback=partial(_give_up, stop),
     )
     return patient(work)
-
-
-class _StopWhenSet(tenacity.stop.stop_base):
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:  # noqa: ARG002 - tenacity's signature
-        return self._stop.is_set()
-
-
-def _sleep(stop: Stop, seconds: float) -> None:
-    stop.wait(seconds)
 
 
 def _is_worth_waiting_for(error: BaseException) -> bool:

@@ -148,7 +148,7 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
 
 def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
     """What one worker process holds at once, at most; ``has_notify``: there is a trigger to listen to."""
-    listens = has_notify and (settings.pooler == "none" or settings.listen_url is not None)
+    listens = has_notify and (settings.pooler == "none" or settings.listen_conninfo is not None)
     return {
         "for claims": settings.concurrency,
         "for chores": 1,

@@ -170,7 +170,7 @@ def notify(subject: Subject) -> Iterator[Finding]:
     settings = subject.settings
     if not notifies(subject.session, subject.tables.outbox):
         yield ok(f"not in force: events are found by looking, every {settings.poll_max_seconds:g} s at the latest")
-    elif settings.pooler == "transaction" and settings.listen_url is None:
+    elif settings.pooler == "transaction" and settings.listen_conninfo is None:
         yield warning(
             "the trigger tells of events, and through a pooler nobody hears it",
             "OUTBOX_LISTEN_DATABASE_URL: a URL that leads past the pooler",
