@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping
 from enum import StrEnum
@@ -78,6 +79,15 @@ _BY_CLASS: Mapping[str, Failure] = {
 
 _PLACES_MAX = 100
 
+_REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
+"""How libpq repeats what a server answered to a new connection; the severity before it may be in any language."""
+
+_PASSES = re.compile(
+    r"the database system|recovery|too many|connection slots|terminating|shutting down"
+    r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
+)
+"""Refusals that end by themselves: a server that starts or stops, a full one, a pooler whose server is down."""
+
 
 def sqlstate(error: BaseException) -> str | None:
     """The SQLSTATE of a driver's error, also where SQLAlchemy wrapped it."""
@@ -106,6 +116,18 @@ def server_message(error: BaseException) -> str:
         return describe(error)
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
     return lines[0] if lines else type(original).__name__
+
+
+def login_refusal(error: BaseException) -> str | None:
+    """The sentence of a server that admits no such role, password or database: it goes on until a person acts.
+
+    None for everything else. The driver reports no SQLSTATE of a connection that was not made.
+    """
+    original = getattr(error, "orig", None) or error
+    if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
+        return None
+    found = _REFUSED.search(server_message(error))
+    return None if found is None or _PASSES.search(found["sentence"]) else found["sentence"]
 
 
 def trace(error: BaseException) -> list[str]:

@@ -5,6 +5,7 @@ No payload text and no secret ever reaches a record: fields are ids, counts, and
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,10 @@ from loguru import logger
 
 from outbox_worker import __version__
 from outbox_worker.database.engine import unavailable
-from outbox_worker.database.failures import Failure, classify, describe, sqlstate, trace
+from outbox_worker.database.failures import Failure, classify, describe, login_refusal, sqlstate, trace
 from outbox_worker.errors import CommitLost
-from outbox_worker.model import Batch, Guard, Outcome, Verdict, Verdicts, by_outcome
+from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
+from outbox_worker.telemetry.events import log_events
 from outbox_worker.telemetry.metrics import Metrics
 
 
@@ -55,7 +57,10 @@ class Telemetry:
     metrics: Metrics = field(default_factory=Metrics)
     _told: Tally[str] = field(default_factory=Tally)
     _told_at: float = field(default_factory=time.monotonic)
-    _guard_is_known: bool = False
+    _telling: threading.Lock = field(default_factory=threading.Lock)
+    _has_settled: bool = False
+    _at_beat: Tally[str] = field(default_factory=Tally)
+    _beat_at: float = field(default_factory=time.monotonic)
     _in_trouble_since: float | None = None
     _currencies: set[str] = field(default_factory=set)
 
@@ -111,24 +116,19 @@ class Telemetry:
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
         """A step failed and is tried again after a pause; no event is charged."""
-        cause = error.__cause__ if isinstance(error, CommitLost) else error
-        failure = classify(cause or error)
-        level = "WARNING" if failure in (Failure.RETRY, Failure.RECONNECT) else "ERROR"
-        named, sentence = describe(cause or error), "the database is in trouble; waiting"
-        if failure is Failure.RECONNECT and sqlstate(cause or error) is None:
-            named, sentence = str(unavailable(cause or error)), "no connection to the database; waiting"
+        cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
+        failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
             self._in_trouble_since = time.monotonic()
-        places = None
-        if failure is Failure.BUG:
-            sentence, places = "our own error; rolled back, trying again", trace(error)
+        passes, sentence = _trouble(cause, failure)
+        never_connected = failure is Failure.RECONNECT and sqlstate(cause) is None
         logger.bind(
             event="paused",
             failure=str(failure),
-            error=named,
+            error=str(unavailable(cause)) if never_connected else describe(cause),
             pause_seconds=round(pause_seconds, 2),
-            trace=places,
-        ).log(level, sentence)
+            trace=trace(error) if failure is Failure.BUG else None,
+        ).log("WARNING" if passes else "ERROR", "{}", sentence)
 
     def _resumed(self) -> None:
         """A look at the outbox succeeded. After trouble, that is told once."""
@@ -177,14 +177,30 @@ class Telemetry:
         )
 
     def beat(self) -> dict[str, float]:
-        """Sum up since the last beat: an INFO record where something happened, and the snapshot for ``workers``."""
+        """Sum up since the last beat: an INFO record if something happened, and the snapshot for ``workers``."""
+        self._log_settled()
         now, totals = time.monotonic(), self.metrics.totals()
-        counts, seconds = totals - self._told, now - self._told_at
-        settled = _outcomes(counts)
+        settled, seconds = sum(_outcomes(totals - self._at_beat).values()), now - self._beat_at
+        self._at_beat, self._beat_at = totals, now
+        return self.metrics.snapshot() | {"events_per_second": settled / seconds if seconds > 0 else 0.0}
+
+    def _log_first_batch(self, report: BatchReport) -> None:
+        """Do not let the first settled events wait for the next beat."""
+        if report.verdicts and not self._has_settled:
+            self._has_settled = True
+            self._log_settled()
+
+    def _log_settled(self) -> None:
+        """Sum up since the last such record, if something happened. Claim loops and the heartbeat come from threads of
+        their own."""
+        with self._telling:
+            now, totals = time.monotonic(), self.metrics.totals()
+            counts, seconds = totals - self._told, now - self._told_at
+            self._told, self._told_at = totals, now
         if counts:
-            logger.bind(event="batches_settled", **counts).info("in the last {:.0f} s {}", seconds, _counted(settled))
-        self._told, self._told_at = totals, now
-        return self.metrics.snapshot() | {"events_per_second": sum(settled.values()) / seconds if seconds > 0 else 0.0}
+            logger.bind(event="batches_settled", **counts).info(
+                "in the last {:.1f} s {}", seconds, _counted(_outcomes(counts))
+            )
 
     def batch_committed(self, report: BatchReport) -> None:
         """One transaction committed; an empty claim leaves no trace but that we looked."""
@@ -204,9 +220,8 @@ class Telemetry:
         ).debug("settled {} of {} claimed events", len(report.verdicts), len(report.batch))
         if report.verdicts and report.guard is Guard.LOCK:
             logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug("batch settled by the lock guard")
-        for key, verdict in report.verdicts.items():
-            if not verdict.via_fast_path:
-                self._tell(report, key, verdict)
+        self._log_first_batch(report)
+        log_events(report.batch, report.verdicts)
 
     def _count(self, report: BatchReport) -> None:
         metrics = self.metrics
@@ -224,36 +239,6 @@ class Telemetry:
         settled = [key for outcome in keys if outcome is not Outcome.RETRIED for key in keys[outcome]]
         metrics.latency.observe_all([late + report.seconds for late in report.batch.among(settled).lateness])
 
-    def _tell(self, report: BatchReport, key: int, verdict: Verdict) -> None:
-        """Single events a person may want to find again."""
-        event = report.batch[key]
-        attempts = event.attempts + (verdict.outcome in (Outcome.RETRIED, Outcome.DEAD))
-        record = logger.bind(
-            event_id=str(event.event_id),
-            payment_id=event.payment_id,
-            traceparent=verdict.traceparent,
-            attempts=attempts,
-        )
-        match verdict.outcome:
-            case Outcome.RECOVERED:
-                record.bind(event="purchase_recovered").warning("a marked event had no purchase; it was made now")
-            case Outcome.DUPLICATE_PAYMENT:
-                record.bind(event="duplicate_payment").warning("the student paid twice for the course; nothing granted")
-            case Outcome.DEAD:
-                record.bind(event="event_buried", reason=str(verdict.reason), detail=verdict.detail).error(
-                    "an event cannot succeed as it stands; it is a dead letter now"
-                )
-            case Outcome.RETRIED:
-                record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).debug(
-                    "an event did not succeed yet; it is tried again later"
-                )
-            case Outcome.REVOKED if verdict.passed_to is not None:
-                record.bind(event="purchase_passed_on", passed_to=verdict.passed_to).info(
-                    "a purchase was refunded; another payment of the student for the course got it"
-                )
-            case _:
-                record.bind(event="event_settled", outcome=str(verdict.outcome)).debug("settled")
-
     def transaction_failed(self, error: BaseException, claimed: int) -> None:
         """Nothing of a transaction stands, or nobody knows; no event was charged."""
         cause = error.__cause__ or error
@@ -268,13 +253,28 @@ class Telemetry:
 
     def guard_changed(self, guard: Guard) -> None:
         """The guard in force is known for the first time, or is another than before."""
-        is_news = self._guard_is_known or guard is not Guard.INDEX
-        self._guard_is_known = True
         for mode in Guard:
             self.metrics.guard.labels(mode).set(mode is guard)
-        hint = "" if guard is Guard.INDEX else "; writers that skip it are not covered: migrate --with unique_index"
-        level = "WARNING" if is_news else "INFO"
-        logger.bind(event="guard_changed", guard=str(guard)).log(level, "the guard is the {}{}", str(guard), hint)
+        hint = (
+            "unique index"
+            if guard is Guard.INDEX
+            else "lock: there is no unique index, so other code that inserts purchases can create duplicates. "
+            "Build it: outbox-worker migrate --with unique_index"
+        )
+        logger.bind(event="guard_changed", guard=str(guard)).log(
+            "INFO" if guard is Guard.INDEX else "WARNING", "the guard is the {}", hint
+        )
+
+
+def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
+    """Whether a trouble may pass without a person, and a sentence about it."""
+    if refusal := login_refusal(error):
+        return False, f"the database refuses the connection: {refusal}; trying again until it accepts"
+    if failure is Failure.RECONNECT and sqlstate(error) is None:
+        return True, "no connection to the database; trying again"
+    if failure is Failure.BUG:
+        return False, "an error in the worker itself; the transaction was rolled back and is tried again"
+    return failure in (Failure.RETRY, Failure.RECONNECT), "the database is in trouble; trying again"
 
 
 def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
