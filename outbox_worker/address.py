@@ -13,7 +13,8 @@ from psycopg.pq import Conninfo
 
 EMBEDDED = "embedded:"
 _UNIX = "unix:"
-_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+_SQLALCHEMYS = "postgresql+psycopg"
+_SCHEMES = ("postgresql", "postgres", _SQLALCHEMYS)
 _URL_REMEDY = "expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or embedded:DIRECTORY"
 _ENCODE = (
     "percent-encode special characters in the password: write %40 for @, %2F for /, %3F for ?, %23 for #, %25 for %"
@@ -79,16 +80,20 @@ def _expect_known_parameters(place: str) -> None:
 def libpq_url(text: str) -> str:
     """The same URL as libpq reads it, password and all.
 
-    SQLAlchemy also takes several hosts as repeated parameters (``/shop?host=a:1&host=b:2``); libpq wants them in front.
+    SQLAlchemy writes a blank as it is, or as + among the parameters, and several hosts as parameters of one name
+    (``/shop?host=a:1&host=b:2``); libpq wants %20, and the hosts in front.
     """
-    place, _, parameters = text.partition("://")[2].partition("?")
+    scheme, _, rest = text.replace(" ", "%20").partition("://")
+    user, at, place = rest.partition("@") if "@" in rest.partition("/")[0] else ("", "", rest)
+    place, _, parameters = place.partition("?")
+    if scheme == _SQLALCHEMYS:
+        parameters = parameters.replace("+", "%20")
     pairs = parameters.split("&")
     hosts = [pair.removeprefix("host=").replace("/", "%2F") for pair in pairs if pair.startswith("host=")]
     if len(hosts) > 1:
-        user, at, rest = place.rpartition("@")
-        others = "&".join(pair for pair in pairs if not pair.startswith("host="))
-        place, parameters = f"{user}{at}{','.join(hosts)}/{rest.partition('/')[2]}", others
-    return f"postgresql://{place}?{parameters}" if parameters else f"postgresql://{place}"
+        parameters = "&".join(pair for pair in pairs if not pair.startswith("host="))
+        place = f"{','.join(hosts)}/{place.partition('/')[2]}"
+    return f"postgresql://{user}{at}{place}" + (f"?{parameters}" if parameters else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,16 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, MetaData, Table, text
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
 from outbox_worker.errors import SchemaError, SettingError
 from outbox_worker.schema.catalogue import exists, is_owned, notifies, pair_indexes
+from outbox_worker.schema.ownership import find_missing_rights
 from outbox_worker.schema.requirements import find_misfits, list_problems
 from outbox_worker.schema.tables import Tables, relation_name
+from outbox_worker.schema.waiting import telling_waits
 from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
@@ -49,16 +51,25 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
     """
     with database.engine.connect() as connection:
         with _alone(connection):
+            _expect_rights(connection, settings, tables, options)
             before = {role for role, table in tables.by_role().items() if exists(connection, table)}
             _expect_named_payments(settings, tables, before)
             _expect_fitting_tables(connection, tables)
             found = [option for option in options if _in_force(connection, tables, option)]
             connection.rollback()
             config = _config(connection, settings)
-            command.upgrade(config, "core@head")
-            for option in options:
-                _put_up(connection, config, tables, option)
+            with telling_waits(database.engine, connection):
+                command.upgrade(config, "core@head")
+                for option in options:
+                    _put_up(connection, config, tables, option)
         return _report(connection, settings, tables, before, options, found)
+
+
+def _expect_rights(connection: Connection, settings: Settings, tables: Tables, options: Sequence[str]) -> None:
+    """PostgreSQL's own error names neither the owner nor the way out, and comes in the middle of the work."""
+    versions = Table(VERSION_TABLE, MetaData(), schema=settings.schema_name)
+    if missing := find_missing_rights(connection, tables, versions, options):
+        raise SchemaError(f"This role may not migrate the database. Nothing was changed.\n{list_problems(missing)}")
 
 
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:

@@ -26,7 +26,6 @@ MISREAD = [
     "horse%battery",
     "horse%zzbattery",
     "%horsebattery%",
-    "horse battery",
     "@horsebattery@",
     "horse@battery,staple@horse",
     "horse/batt,ery?staple",
@@ -34,7 +33,10 @@ MISREAD = [
     "horse@[battery",
 ]
 """Written as they are, these would be read as something else, or not at all."""
-READ = ["horse#battery", "horse?battery", "horse:battery", "horse,battery", "horse&battery=staple", "[horse]", "hörse"]
+READ = [
+    *("horse#battery", "horse?battery", "horse:battery", "horse,battery", "horse&battery=staple", "[horse]", "hörse"),
+    *("horse battery", "horse+battery", "horse?bat+tery"),
+]
 """These PostgreSQL's library reads as they are meant."""
 SOURCES = ["option", "environment", "file", "credential"]
 SETTINGS = ["database_url", "listen_database_url"]
@@ -86,7 +88,9 @@ def test_the_same_encoded_is_read() -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_the_library_reads_is_left_to_it(source: Any, setting: str) -> None:
     for password in READ:
-        settings = load_settings(**source(setting, f"postgresql://shop:{password}@db.example/shop?sslmode=require"))
+        settings = load_settings(
+            **source(setting, f"postgresql+psycopg://shop:{password}@db.example/shop?sslmode=require")
+        )
         given = conninfo_to_dict(settings.conninfo if setting == "database_url" else settings.listen_conninfo or "")
         assert (given["password"], given["host"], given["dbname"]) == (password, "db.example", "shop")
 

@@ -121,10 +121,19 @@ def test_hosts_in_every_form(written: str, host: str, port: str | None) -> None:
     assert (given["user"], given["password"], given["dbname"]) == ("u", "p@,ss", "d")
 
 
-def test_blanks_and_signs_in_names_and_parameters() -> None:
-    settings = load_settings(database_url="postgresql://h/my%20shop?options=-c%20search_path%3Da%2Bb")
+@pytest.mark.parametrize(
+    ("scheme", "written", "read"),
+    [
+        ("postgresql", "-c%20search_path%3Da%2Bb", "-c search_path=a+b"),
+        ("postgresql", "a+b", "a+b"),
+        ("postgresql+psycopg", "-c+search_path%3Da%2Bb", "-c search_path=a+b"),
+    ],
+)
+def test_blanks_and_signs_in_names_and_parameters(scheme: str, written: str, read: str) -> None:
+    """SQLAlchemy writes a blank among the parameters as +."""
+    settings = load_settings(database_url=f"{scheme}://the user@h/my%20shop?options={written}")
     given = conninfo_to_dict(settings.conninfo)
-    assert (given["dbname"], given["options"]) == ("my shop", "-c search_path=a+b")
+    assert (given["user"], given["dbname"], given["options"]) == ("the user", "my shop", read)
 
 
 @pytest.mark.parametrize(
