@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     )
     pooler: Literal["none", "transaction"] = Field(
         "none",
-        description="transaction: DATABASE_URL leads through PgBouncer in transaction mode, so no statement is prepared",
+        description="transaction: DATABASE_URL leads through PgBouncer in transaction mode; no statement is prepared",
     )
     embedded_bin_dir: Path | None = Field(
         None, description="directory of PostgreSQL's programs for embedded:DIR; default: those of the pip wheel"
@@ -228,7 +228,7 @@ class Settings(BaseSettings):
     )
     unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
         None,
-        description="events whose type the worker does not know: bury (default on own tables) or ignore (on adopted ones)",
+        description="events of an unknown type: bury (default on own tables) or ignore (default on adopted ones)",
     )
     http_listen: Annotated[str, AfterValidator(_usable_listen)] = Field(
         "127.0.0.1:9464",
