@@ -1,6 +1,6 @@
-"""Facts, reported once and after commit; logs and metrics only read them.
+"""Reports of what was committed, each turned once into log records and metrics.
 
-No payload text and no secret ever reaches a record: fields are ids, counts, and names of errors.
+A record never holds payload text or a secret: its fields are ids, counts, and names of errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from outbox_worker.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """What one committed transaction did. A claimed event without a verdict was left in the outbox as it was."""
+    """What one committed transaction did. A claimed event without a verdict stays in the outbox, unchanged."""
 
     batch: Batch
     verdicts: Verdicts
@@ -65,57 +65,57 @@ class Telemetry:
     _currencies: set[str] = field(default_factory=set)
 
     def started(self, concurrency: int, guard: Guard) -> None:
-        """The first look found all that is needed."""
+        """Log that the database holds everything that the worker needs, and that the claim loops start."""
         logger.bind(event="worker_started", version=__version__, concurrency=concurrency, guard=str(guard)).info(
             "ready; {} claim loop(s)", concurrency
         )
 
     def isolating_after_crash(self, events: int) -> None:
-        """A worker before us died: what it had in hand may have killed it."""
+        """Log that an earlier worker died, so that its events are settled one by one."""
         logger.bind(event="going_carefully", events=events).warning(
-            "a worker before this one died; its events are taken one by one, in case one of them killed it"
+            "an earlier worker died; its events are settled one by one, in case one of them killed it"
         )
 
     def http_listening(self, address: str) -> None:
-        """The endpoints answer."""
+        """Log where HTTP is answered."""
         logger.bind(event="http_listening", address=address).info("HTTP at {}", address)
 
     def http_unavailable(self, address: str, error: str) -> None:
-        """The endpoints do not answer; that stops nothing else."""
+        """Log that HTTP cannot be answered; everything else goes on."""
         logger.bind(event="http_unavailable", address=address, error=error).error(
-            "no HTTP at {}: {}; trying again, events are settled meanwhile", address, error
+            "cannot answer HTTP at {}: {}; trying again, while events are settled", address, error
         )
 
     def watchdog_is_short(self, watchdog_seconds: float, step_seconds: float) -> None:
-        """The service manager may take a slow database for a dead loop."""
+        """Log that the service manager would kill a worker whose database is only slow."""
         logger.bind(event="watchdog_short", watchdog_seconds=watchdog_seconds, step_seconds=step_seconds).warning(
             "WatchdogSec is shorter than a step of a claim loop may take; raise it, or lower "
             "OUTBOX_DATABASE_DEADLINE_SECONDS"
         )
 
     def reloaded(self, changed: Sequence[str], left: Sequence[str]) -> None:
-        """The settings were read again; ``left`` are those that only a restart changes."""
+        """Log which settings changed; ``left`` are those that only a restart changes."""
         logger.bind(event="reloaded", changed=changed).info("the settings were read again")
         if left:
             logger.bind(event="restart_needed", settings=left).warning(
-                "changed, and in force only after a restart: {}", ", ".join(left)
+                "these settings have changed, too, but need a restart: {}", ", ".join(left)
             )
 
     def reload_refused(self, problems: str) -> None:
-        """The settings cannot be used as they stand now; those before stay in force."""
-        logger.bind(event="reload_refused", problems=problems).error("nothing was reloaded. {}", problems)
+        """Log that the new settings cannot be used; the old ones stay in force."""
+        logger.bind(event="reload_refused", problems=problems).error("the settings were not reloaded. {}", problems)
 
     def stopping(self) -> None:
-        """A signal came."""
+        """Log that a signal asks the worker to stop."""
         logger.bind(event="worker_stopping").info("stopping after the current batch")
 
     def stopped(self) -> None:
-        """The last batch is over."""
+        """Log the end of the worker, with all counts since its start."""
         counts = self.metrics.totals()
-        logger.bind(event="worker_stopped", **counts).info("stopped; in all {}", _counted(_outcomes(counts)))
+        logger.bind(event="worker_stopped", **counts).info("stopped; since the start {}", _counted(_outcomes(counts)))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """A step failed and is tried again after a pause; no event is charged."""
+        """Log that a step failed and is tried again after a pause; no event is charged an attempt."""
         cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
         failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
@@ -131,53 +131,53 @@ class Telemetry:
         ).log("WARNING" if passes else "ERROR", "{}", sentence)
 
     def _resumed(self) -> None:
-        """A look at the outbox succeeded. After trouble, that is told once."""
+        """Log once that the database is back, if there was trouble before."""
         since, self._in_trouble_since = self._in_trouble_since, None
         if since is not None:
             seconds = round(time.monotonic() - since, 1)
             logger.bind(event="resumed", seconds=seconds).info("the database is back, after {} s", seconds)
 
     def schema_problems(self, problems: str) -> None:
-        """A table, column or privilege that was there at the start is missing now."""
+        """Log the tables, columns and privileges that are missing since the start."""
         logger.bind(event="schema_problems", problems=problems).error("the database lacks what the worker needs")
 
     def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
-        """Set the gauges that one cheap query per interval answers."""
+        """Set the gauges of the queue, which the worker asks for at every heartbeat."""
         self.metrics.due.set(due)
         self.metrics.oldest_due.set(oldest_due_seconds)
         self.metrics.open_letters.set(open_letters)
 
     def observe_horizon(self, stood_still_seconds: float) -> None:
-        """Whoever holds it, dead events stay for as long."""
+        """Set for how long the vacuum horizon has stood still: until it moves, vacuum cannot remove settled events."""
         self.metrics.horizon.set(stood_still_seconds)
 
     def observe_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """What the last backfill left unexplained, by whichever worker."""
+        """Set the gauges of payments without a purchase, as the last backfill of any worker left them."""
         self.metrics.unexplained.set(payments)
         self._currencies |= money.keys()
         for currency in self._currencies:
             self.metrics.at_risk.labels(currency).set(float(money.get(currency, 0)))
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """A periodic backfill found something, and may only say so."""
+        """Log that a periodic backfill found payments without a purchase, and may only report them."""
         logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
-            "paid, and nothing given: {} payment(s). Look with `outbox-worker backfill --dry-run`", payments
+            "{} payment(s) without a purchase. Look at them: outbox-worker backfill --dry-run", payments
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
-        """A periodic backfill found more than it may make."""
+        """Log that a periodic backfill found more missing purchases than it may make."""
         logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
-            "paid, and nothing given: {} payment(s), which is no accident any more; a person must look", payments
+            "{} payment(s) without a purchase, more than the periodic backfill may make; a person must look", payments
         )
 
     def purchases_backfilled(self, made: int, contended: int, refused: int) -> None:
-        """A periodic backfill made what was owed."""
+        """Log that a periodic backfill made missing purchases."""
         logger.bind(event="purchases_backfilled", made=made, contended=contended, refused=refused).warning(
-            "made {} purchase(s) that were paid and never given: their events are missing", made
+            "made {} missing purchase(s): these payments have no event in the outbox", made
         )
 
     def beat(self) -> dict[str, float]:
-        """Sum up since the last beat: an INFO record if something happened, and the snapshot for ``workers``."""
+        """Log what happened, and return the counters for ``workers`` with the rate since the last heartbeat."""
         self._log_settled()
         now, totals = time.monotonic(), self.metrics.totals()
         settled, seconds = sum(_outcomes(totals - self._at_beat).values()), now - self._beat_at
@@ -185,14 +185,13 @@ class Telemetry:
         return self.metrics.snapshot() | {"events_per_second": settled / seconds if seconds > 0 else 0.0}
 
     def _log_first_batch(self, report: BatchReport) -> None:
-        """Do not let the first settled events wait for the next beat."""
+        """Log the first settled batch at once, so that nobody waits for the next heartbeat to see events settled."""
         if report.verdicts and not self._has_settled:
             self._has_settled = True
             self._log_settled()
 
     def _log_settled(self) -> None:
-        """Sum up since the last such record, if something happened. Claim loops and the heartbeat come from threads of
-        their own."""
+        """Log what happened since the last such record, if anything. Several threads may call this."""
         with self._telling:
             now, totals = time.monotonic(), self.metrics.totals()
             counts, seconds = totals - self._told, now - self._told_at
@@ -203,7 +202,7 @@ class Telemetry:
             )
 
     def batch_committed(self, report: BatchReport) -> None:
-        """One transaction committed; an empty claim leaves no trace but that we looked."""
+        """Count and log one committed transaction; of an empty claim only the time of the look is kept."""
         self.metrics.polled()
         self._resumed()
         if not report.batch:
@@ -240,7 +239,7 @@ class Telemetry:
         metrics.latency.observe_all([late + report.seconds for late in report.batch.among(settled).lateness])
 
     def transaction_failed(self, error: BaseException, claimed: int) -> None:
-        """Nothing of a transaction stands, or nobody knows; no event was charged."""
+        """Count and log a transaction that was rolled back, or whose COMMIT was not answered; no event was charged."""
         cause = error.__cause__ or error
         failure = classify(cause)
         result = "unknown" if isinstance(error, CommitLost) else "rollback"
@@ -252,7 +251,7 @@ class Telemetry:
         ).debug("rolled back")
 
     def guard_changed(self, guard: Guard) -> None:
-        """The guard in force is known for the first time, or is another than before."""
+        """Log the guard that the worker begins with, or a change of it."""
         for mode in Guard:
             self.metrics.guard.labels(mode).set(mode is guard)
         hint = (
@@ -267,7 +266,7 @@ class Telemetry:
 
 
 def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
-    """Whether a trouble may pass without a person, and a sentence about it."""
+    """Whether the trouble may end without a person, and a sentence about it."""
     if refusal := login_refusal(error):
         return False, f"the database refuses the connection: {refusal}; trying again until it accepts"
     if failure is Failure.RECONNECT and sqlstate(error) is None:
@@ -282,7 +281,7 @@ def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
 
 
 def _outcomes(counts: Mapping[str, int]) -> dict[str, int]:
-    """Without what is counted beside events."""
+    """The counts of events alone, without those of transactions."""
     return {outcome: counts[outcome] for outcome in Outcome if outcome in counts}
 
 

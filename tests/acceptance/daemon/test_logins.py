@@ -9,7 +9,7 @@ from tests.support.faults import PATIENT
 from tests.support.processes import finish, start
 from tests.support.sites import ROLE, Site
 
-PASSWORD = "correct-horse"  # noqa: S105 - of a role that lives as long as a test
+PASSWORD, WRONG = "correct-horse", "battery-staple"
 
 
 def admit_by(site: Site, method: str) -> None:
@@ -22,17 +22,17 @@ def admit_by(site: Site, method: str) -> None:
 def test_a_wrong_password_that_is_corrected(site: Site) -> None:
     site.execute(f"ALTER ROLE {ROLE} PASSWORD '{PASSWORD}'")
     admit_by(site, "scram-sha-256")
-    url = make_url(site.url(ROLE)).set(password="battery-staple").render_as_string(hide_password=False)
+    url = make_url(site.url(ROLE)).set(password=WRONG).render_as_string(hide_password=False)
     words = f'password authentication failed for user "{ROLE}"'
     with start("run", url=url, **PATIENT) as worker:
         record = worker.wait_for("paused")
         assert record["level"] == "ERROR"
         assert words in record["error"]
         assert words in record["message"]
-        site.execute(f"ALTER ROLE {ROLE} PASSWORD 'battery-staple'")
+        site.execute(f"ALTER ROLE {ROLE} PASSWORD '{WRONG}'")
         worker.wait_for("worker_started")
         worker.end_well()
-        assert "battery-staple" not in str(worker.told("paused"))
+        assert WRONG not in str(worker.told("paused"))
 
 
 @pytest.mark.parametrize("fault", ["no entry", "no database"])
