@@ -76,8 +76,8 @@ def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]
     """Refuse to create payments under a given name: it is a typing error that an empty table would hide."""
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(
-            f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, but this database has no such "
-            "table. Correct the name, or create the table first. Nothing was changed."
+            f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, but this database has no "
+            "such table. Correct the name, or create the table first. Nothing was changed."
         )
 
 
@@ -115,8 +115,8 @@ def _report(
     present = {role: table for role, table in tables.by_role().items() if exists(connection, table)}
     if absent := [name for role, name in names.items() if role not in present]:
         raise SchemaError(
-            f"The version table says that the migrations have run, but there is no {', '.join(absent)}. If it was dropped, "
-            "restore it; if it has another name, set OUTBOX_TABLES."
+            f"The version table says that the migrations have run, but there is no {', '.join(absent)}. If it was "
+            "dropped, restore it; if it has another name, set OUTBOX_TABLES."
         )
     if misfits := find_misfits(Session(connection), tables):
         raise SchemaError(f"The migrations have run, but tables do not fit.\n{list_problems(misfits)}")
