@@ -1,4 +1,4 @@
-"""Create the tables that are missing; leave those that another application made as they are."""
+"""Create the missing tables; leave those that another application made unaltered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tables that these migrations made, if they are empty."""
+    """Drop the tables that we made and that are empty."""
     for role in reversed(MAKERS):
         naming: TableNaming = context.config.attributes["naming"].of(role)
         table = sa.table(naming.table, schema=naming.schema)
@@ -125,7 +125,7 @@ def _purchases(naming: TableNaming) -> None:
 
 
 def _type_in_payments(key: str) -> sa.types.TypeEngine[Any]:
-    """Pairs are found by comparing the two tables, so both have one type; adopted payments may use integers."""
+    """The type of this column in payments: a pair is found by comparing both tables, and adopted ids may be numbers."""
     naming: TableNaming = context.config.attributes["naming"].of("payments")
     columns = sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)
     return next(column["type"] for column in columns if column["name"] == naming.column(key))

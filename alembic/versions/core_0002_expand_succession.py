@@ -1,4 +1,4 @@
-"""Record in a dead worker's row that another worker has taken over its events."""
+"""Add ``workers.succeeded_at``: when another worker took over from this one, which had died."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Leave an adopted table as it is; ``migrate`` reports a missing column."""
+    """Alter only our own table; if the column is missing from an adopted one, ``migrate`` says so."""
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     column = naming.column("succeeded_at")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
@@ -26,4 +26,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the column, which is nullable; ``core_0001`` drops the table if it is empty."""
+    """Keep the column, which is nullable and harms nothing; ``core_0001`` drops the table if it is empty."""

@@ -1,4 +1,4 @@
-"""Create the table of backfills: what each looked at and made, and where the next one continues."""
+"""Create ``backfill_runs``: what backfills found and made, and where the next one continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOW = sa.text("clock_timestamp()")
 
 
 def upgrade() -> None:
-    """Create the table if it is missing; leave an existing one as it is."""
+    """Create the table if it is missing."""
     naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
     c, inspector = naming.column, sa.inspect(op.get_bind())
     if inspector.has_table(naming.table, schema=naming.schema):
@@ -54,7 +54,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the table if these migrations made it and it is empty."""
+    """Drop the table if we made it and it is empty."""
     naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
     table = sa.table(naming.table, schema=naming.schema)
     if naming.is_owned(op.get_bind()) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):

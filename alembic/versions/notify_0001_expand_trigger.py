@@ -1,4 +1,4 @@
-"""Notify listening workers when a producer commits new events: an optional statement-level trigger."""
+"""Create a trigger that notifies workers of new events at the producers' COMMIT. Optional."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Worker:
 
     def _serve(self, signals: Signals, start: Start) -> None:
         outbox = Outbox(start.tables, start.event_types)
-        may_listen = self._settings.pooler == "none" or self._settings.listen_url is not None
+        may_listen = self._settings.pooler == "none" or self._settings.listen_conninfo is not None
         listener = Listener(self._settings, start.tables, self._stop, self._wake_loop, self.telemetry.trouble)
         chores = self._make_chores(start, outbox, start_listening=listener.start if may_listen else None)
         self._loops = self._make_loops(start, outbox, chores)

@@ -186,9 +186,9 @@ def _class(kind: str | None, status: str) -> str:
 
 
 def _sentence(entry: TimelineEntry) -> str:
-    entry = f"{entry.what} {entry.subject}" if entry.what != "paid" else entry.what
+    text = f"{entry.what} {entry.subject}" if entry.what != "paid" else entry.what
     rules = " or ".join(map(str, entry.rules))
-    return entry + (f": {entry.detail}" if entry.detail else "") + (f" (rule {rules})" if rules else "")
+    return text + (f": {entry.detail}" if entry.detail else "") + (f" (rule {rules})" if rules else "")
 
 
 def _outcome(prediction: Prediction) -> str:

@@ -149,7 +149,7 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
 
 def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
     """Most connections of one worker process; ``has_notify``: the outbox has the trigger of the option ``notify``."""
-    listens = has_notify and (settings.pooler == "none" or settings.listen_url is not None)
+    listens = has_notify and (settings.pooler == "none" or settings.listen_conninfo is not None)
     return {
         "for claims": settings.concurrency,
         "for chores": 1,

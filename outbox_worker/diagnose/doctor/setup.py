@@ -170,7 +170,7 @@ def notify(subject: Subject) -> Iterator[Finding]:
     settings = subject.settings
     if not notifies(subject.session, subject.tables.outbox):
         yield ok(f"not in force: workers look for events, at least every {settings.poll_max_seconds:g} s")
-    elif settings.pooler == "transaction" and settings.listen_url is None:
+    elif settings.pooler == "transaction" and settings.listen_conninfo is None:
         yield warning(
             "the trigger announces events, but workers do not hear it through the pooler",
             "set OUTBOX_LISTEN_DATABASE_URL to a URL that bypasses the pooler",
