@@ -117,7 +117,7 @@ class _Postmaster(NamedTuple):
     status: str
 
     def listens(self) -> bool:
-        """Whether a process listens: the kernel's error for the wrong socket type says so, unseen by the server."""
+        """Whether a process listens: the kernel's error for the wrong type of socket says so, unseen by the server."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
 

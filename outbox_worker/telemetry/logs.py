@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC
@@ -32,7 +33,9 @@ _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
 
 _COLOURS = {"DEBUG": "34", "INFO": "1", "WARNING": "1;33", "ERROR": "1;31"}
 
-_DIM, _PLAIN = "2", "0"
+_DIM = "2"
+_USUAL_COLUMNS = 80
+_HEAD_WIDTH = len("12:00:00 WARNING ")
 
 
 def configure_logging(level: str, style: Style | None) -> None:
@@ -76,11 +79,33 @@ def _as_json(record: Record) -> str:
 
 
 def _as_text(record: Record, *, coloured: bool) -> str:
-    level = record["level"].name
-    fields = " ".join(f"{key}={value}" for key, value in record["extra"].items() if value is not None)
-    parts = [(f"{record['time']:%H:%M:%S}", _DIM), (f"{level: <7}", _COLOURS[level]), (record["message"], _PLAIN)]
-    painted = [(printable(part), colour) for part, colour in (*parts, (fields, _DIM)) if part]
-    return " ".join(f"\x1b[{colour}m{part}\x1b[0m" if coloured else part for part, colour in painted)
+    """One line, or on a terminal that is too narrow several: broken at spaces only, indented below the message."""
+    level, message = record["level"].name, printable(record["message"])
+    fields = " ".join(f"{key}={printable(str(value))}" for key, value in record["extra"].items() if value is not None)
+    clock, name = f"{record['time']:%H:%M:%S}", f"{level: <7}"
+    head = f"{_painted(clock, _DIM, coloured)} {_painted(name, _COLOURS[level], coloured)}"
+    room = _columns() - _HEAD_WIDTH if coloured else None
+    if room is None or len(message) + 1 + len(fields) <= room:
+        return " ".join(filter(None, [head, message, _painted(fields, _DIM, coloured)]))
+    lines = [*_wrapped(message, room), *(_painted(line, _DIM, coloured) for line in _wrapped(fields, room))]
+    return f"{head} " + ("\n" + " " * _HEAD_WIDTH).join(lines)
+
+
+def _columns() -> int:
+    """How wide the terminal behind stderr is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_COLUMNS
+    except (OSError, ValueError):
+        return _USUAL_COLUMNS
+
+
+def _painted(text: str, colour: str, coloured: bool) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if coloured and text else text
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most ``width``; a word that is longer stays whole."""
+    return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 
 class _LibraryHandler(logging.Handler):

@@ -7,12 +7,15 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from loguru import logger
 
+from outbox_worker.telemetry import logs
 from outbox_worker.telemetry.logs import Style, configure_logging
 
 STYLES: list[Style] = ["json", "console"]
@@ -36,6 +39,21 @@ def test_one_record_is_one_line(capsys: pytest.CaptureFixture[str], style: Style
     assert len(heard.splitlines()) == 2
     assert "\x1b" not in heard
     assert "{not a field} <red>not a colour</red>" in heard
+
+
+def test_a_narrow_terminal_breaks_records_at_spaces_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setattr(logs, "_columns", lambda: 40)
+    event_id, words = uuid4(), "a sentence that is longer than the terminal is wide"
+    configure_logging("INFO", "console")
+    logger.bind(event="told", event_id=event_id).warning(words)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()).splitlines()
+    assert len(lines) > 3
+    assert " ".join(" ".join(lines).split()[2:]) == f"{words} event=told event_id={event_id}"
+    assert all(len(line) <= 40 or f"event_id={event_id}" in line for line in lines)
+    assert all(line.startswith(" " * len("12:00:00 WARNING ")) for line in lines[1:])
 
 
 def test_json_has_the_fields_beside_time_level_and_message(capsys: pytest.CaptureFixture[str]) -> None:
