@@ -115,7 +115,7 @@ class Source(Protocol):
 
 
 def make_directory() -> Path:
-    """For a server, in memory if there is room: making the files of a database costs a fifth of what it does on a disk."""
+    """For a server; in memory if it has room: the files of a database cost a fifth there of what they do on a disk."""
     memory = Path("/dev/shm")  # noqa: S108 - the directory inside is private
     has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * 1024**3
     return Path(tempfile.mkdtemp(prefix="outbox-test-", dir=memory if has_room else None))
