@@ -1,4 +1,4 @@
-# The worker as a container: no root, nothing to write, nothing of the build. See docs/how-to/deploy.md.
+# The worker as a container, without root, on a read-only file system, without the build's tools. See docs/how-to/deploy.md.
 FROM python:3.13-slim-bookworm AS build
 WORKDIR /source
 RUN python -m venv /opt/outbox-worker

@@ -1,7 +1,7 @@
-"""Runs the migrations. The command `outbox-worker migrate` hands over a connection; plain `alembic` makes its own.
+"""Runs the migrations. The command `outbox-worker migrate` passes a connection; plain `alembic` makes its own.
 
 `alembic check` compares the tables that our migrations made with those that the program expects. Optional branches may
-be there or not. Tables of other applications are not looked at, and neither are those that we adopted.
+be in force or not. Tables of other applications, adopted ones included, are not compared.
 """
 
 from __future__ import annotations
@@ -79,20 +79,20 @@ class Comparison:
         }
 
     def _is_read(self, name: str | None, kind: str, parents: Mapping[str, str | None]) -> bool:
-        """Tables of other names are somebody else's. Alembic calls the default schema None."""
+        """Whether a schema or table is one of ours. Alembic calls the default schema None."""
         if kind == "schema":
             return (name or self._default_schema) in {schema for schema, _ in self._ours}
         return kind != "table" or (parents["schema_name"] or self._default_schema, name) in self._ours
 
     def _is_compared(self, item: SchemaItem, name: str | None, _kind: str, _reflected: bool, _other: object) -> bool:
-        """Adopted tables are as they are; which index finds a pair depends on the branch ``unique_index``."""
+        """Leave out adopted tables, and the two indexes that depend on the branch ``unique_index``."""
         if isinstance(item, sa.Table):
             return _name(item) not in self._adopted
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
 
     def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *_types: object) -> bool | None:
-        """Where payments are adopted, purchases have taken over the types of their students and courses; all else is
-        left to alembic (None)."""
+        """Accept the types of students and courses that purchases took over from adopted payments; None lets alembic
+        decide."""
         follows = expected.table is self._purchases and expected.key in ("student_id", "course_id")
         return False if follows and _name(self._payments) in self._adopted else None
 
@@ -106,7 +106,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Alembic refuses to compare while a head is missing; heads of optional branches that nobody began may be."""
+    """Compare also if optional branches were never begun; alembic itself refuses if any head is missing."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)
@@ -117,7 +117,7 @@ def _labels(revisions: Iterable[str]) -> set[str]:
 
 
 def _create_schema(connection: Connection, name: str) -> None:
-    """The version table needs it before the first revision runs."""
+    """Create the schema of the version table, before the first revision runs."""
     if name not in sa.inspect(connection).get_schema_names():
         connection.execute(sa.schema.CreateSchema(name))
         connection.commit()
@@ -125,7 +125,7 @@ def _create_schema(connection: Connection, name: str) -> None:
 
 def main() -> None:
     if context.is_offline_mode():
-        raise SystemExit("The migrations look at the database before they change it: there is no offline mode.")
+        raise SystemExit("There is no offline mode: the migrations look at the database before they change it.")
     given = context.config.attributes
     if "connection" in given:
         run(given["connection"], given["settings"])

@@ -1,11 +1,10 @@
-"""What the revisions call things. It is as frozen as they are, and like them it imports nothing of the program.
+"""Names that the revisions use. Do not change them: like the revisions, this file imports nothing of the program.
 
-``env.py`` loads this file by its path and puts one ``Naming`` into the attribute ``naming`` of alembic's configuration;
-a revision takes it from there. The folder is no package, because one called ``alembic`` would hide the library, and the
-file is not on the path for modules, where another ``naming`` may be.
+``env.py`` loads this file by its path and puts one ``Naming`` into the attribute ``naming`` of alembic's configuration,
+from which the revisions take it. The folder is no package, because a package ``alembic`` would hide the library.
 
-Annotations are evaluated here: ``dataclass`` looks postponed ones up in ``sys.modules``, where a module that is loaded
-by its path is not.
+There is no ``from __future__ import annotations``: ``dataclass`` looks postponed annotations up in ``sys.modules``, and
+a module that was loaded by its path is not there.
 """
 
 from collections.abc import Mapping
@@ -18,24 +17,24 @@ from sqlalchemy.dialects import postgresql
 
 
 class RevisionRefused(CommandError):
-    """A person must settle something before the revision can run; the message says what. Nothing was changed."""
+    """The revision cannot run before a person has done something; the message says what. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableNaming:
-    """What the database calls one table and its columns, and what the migrations call what they make beside them."""
+    """Names of one table and its columns in the database, and of the indexes and the trigger that migrations make."""
 
     schema: str
     table: str
     columns: Mapping[str, str]
-    """By their keys, the columns that have another name in the database."""
+    """The columns that have another name in the database, by key."""
 
     owned: ClassVar[str] = "purchase-outbox-worker: created by its migrations"
     """Comment on the tables that our migrations made."""
     pair_index: ClassVar[str] = "purchases_active_student_course_key"
     """The unique index of the branch ``unique_index``."""
     pair_lookup_index: ClassVar[str] = "purchases_active_student_course_idx"
-    """Finds a pair's purchase while that unique index is not there."""
+    """The plain index that finds a pair's purchase as long as the unique index does not exist."""
     notify_channel: ClassVar[str] = "outbox_worker"
     notify_trigger: ClassVar[str] = "outbox_worker_notify"
     """The trigger of the branch ``notify``, and its function."""
@@ -50,7 +49,7 @@ class TableNaming:
         return f"{preparer.quote_schema(self.schema)}.{preparer.quote(self.table)}"
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Whether our migrations made the table; otherwise it is adopted: never altered, never dropped."""
+        """Whether our migrations made the table. An adopted one is never altered or dropped."""
         asked = sa.text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
         return bool(bind.scalar(asked, {"name": self.relation, "owned": self.owned}))
 
@@ -60,13 +59,13 @@ class TableNaming:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """The names that the user gives in the settings."""
+    """Names that the user gave in the settings."""
 
     schema: str
     tables: Mapping[str, str]
-    """By their roles, the tables that have another name; it may bring its own schema: ``billing.payment``."""
+    """The tables that have another name, by role; a name may include a schema: ``billing.payment``."""
     columns: Mapping[str, str]
-    """By role and key, as in ``payments.student_id``, the columns that have another name."""
+    """The columns that have another name, by role and key: ``payments.student_id``."""
 
     def of(self, role: str) -> TableNaming:
         schema, _, table = self.tables.get(role, role).rpartition(".")

@@ -46,7 +46,7 @@ _HISTORY = """
 
 
 class Worker:
-    """The real command in a process of its own; what it said is read at its end."""
+    """Runs the real command in a process of its own and reads its output at the end."""
 
     def __init__(self, conninfo: str, *arguments: str) -> None:
         command = bench.worker_command(*arguments)
@@ -76,7 +76,7 @@ class Worker:
         self.process.wait()
 
     def settled(self) -> tuple[int, float]:
-        """How many purchases it made, and in how many seconds between its first and its last word."""
+        """How many purchases it made, and in how many seconds between its first and its last record."""
         last = self.records[-1]
         begin, end = (datetime.fromisoformat(record["time"]) for record in (self.records[0], last))
         return last.get("created", 0), (end - begin).total_seconds()
@@ -88,7 +88,7 @@ def fill(connection: psycopg.Connection[Any], events: int, statement: str = benc
 
 
 def rate_of_worker(conninfo: str) -> float:
-    """Events per second while the daemon runs beside nothing else, for one slice."""
+    """Events per second of one slice, while nothing else runs."""
     worker = Worker(conninfo)
     time.sleep(SLICE_SECONDS)
     worker.stop()
@@ -105,7 +105,7 @@ def rate_of_bare(conninfo: str) -> float:
 
 
 def ratio(conninfo: str, rounds: int = ROUNDS) -> float:
-    """Of the worker to the bare statement on the same tables, in turn; the outbox must hold enough for both."""
+    """The worker's rate divided by the bare statement's, in turn on the same tables; both need enough events."""
     found = []
     for turn in range(rounds):
         rates = {}
@@ -148,7 +148,7 @@ def loops() -> None:
 
 
 def history() -> None:
-    """The ratio with ten million marks and purchases in place, to that of fresh tables."""
+    """The ratio with ten million marks and purchases, divided by the ratio with fresh tables."""
     with database() as (connection, conninfo):
         fill(connection, 3_000_000)
         connection.execute("VACUUM ANALYZE")
@@ -162,7 +162,7 @@ def history() -> None:
 
 
 def backlog() -> None:
-    """The ratio with five million due events; then one worker settles all of them, its memory watched."""
+    """The ratio with five million due events; then one worker settles all of them while its memory is measured."""
     with database() as (connection, conninfo):
         fill(connection, 1_500_000)
         connection.execute("VACUUM ANALYZE")
@@ -186,7 +186,7 @@ def backlog() -> None:
 
 
 def horizon() -> None:
-    """Time per 1,000 events while a transaction elsewhere holds the vacuum horizon, produce and consume going on."""
+    """Time per 1,000 events while another transaction holds the vacuum horizon, with producer and worker running."""
     for name, before, produced in (("behind a backlog", 5_000_000, 1000), ("keeping up", 0, 4000)):
         with database() as (connection, conninfo), psycopg.connect(conninfo) as holder:
             fill(connection, before)
@@ -224,7 +224,7 @@ def produce(connection: psycopg.Connection[Any], per_second: int, seconds: float
 
 
 def pages() -> None:
-    """What random keys cost: WAL per event when each page is touched first after a checkpoint, and later."""
+    """WAL per event with random keys: right after a checkpoint, when each page is written whole, and later."""
     with database() as (connection, conninfo):
         fill(connection, HISTORY // 5, _HISTORY)
         for turn in range(4):

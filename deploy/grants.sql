@@ -1,25 +1,25 @@
--- Roles and privileges around the purchase outbox worker: who may do what, and nothing else.
+-- Makes the roles of the purchase outbox worker and grants each of them what it needs, and nothing else.
 --
 --     psql -d DATABASE -f deploy/grants.sql
 --
--- Run it before the first `outbox-worker migrate`, and again after each: the first run makes the roles, the second one
--- grants on the tables that are there by then. Safe to repeat; what was granted to these roles by an older version of
--- this file is taken back. One transaction: all of it holds, or nothing. Works for a superuser, and for the database's
--- owner if that role may create roles (CREATEROLE) and may grant on the tables that it did not make.
+-- Run it before the first `outbox-worker migrate`, and again after every migrate: the first run makes the roles, the
+-- second one grants privileges on the tables that migrate has made. You may repeat it at any time; it also revokes what
+-- an older version of this file granted. It is one transaction. Run it as a superuser, or as the database's owner if
+-- that role may create roles (CREATEROLE) and may grant on the tables that it does not own.
 --
--- Passwords are set apart, as with \password outbox_worker.
+-- Set the passwords yourself, for example with \password outbox_worker.
 --
--- Names that differ are given as variables, tables as in OUTBOX_TABLES, columns as in OUTBOX_COLUMNS:
+-- If your names differ, give them as variables, tables as in OUTBOX_TABLES, columns as in OUTBOX_COLUMNS:
 --
 --     psql -d DATABASE -v schema=shop -v worker=shop_worker -v payments=billing.payment \
 --          -v payments_read='id, user_id, product_id, amount, currency, status, created_at' -f deploy/grants.sql
 --
--- Where our tables exist already, name the role that owns them: -v owner=ROLE. Nobody's ownership is changed.
+-- If the worker's tables exist already, name the role that owns them: -v owner=ROLE. No ownership is changed.
 
 \set ON_ERROR_STOP on
 \set QUIET on
 
--- owner: owns the tables, and nobody logs in as it · migrator: migrate, in the owner's name · worker: run, doctor
+-- owner: owns the tables; nobody logs in as it · migrator: migrate, acting as the owner · worker: run, doctor
 -- reader: status, audit, duplicates · operator: dead-letters requeue and discard, backfill
 \if :{?owner}    \else \set owner    outbox_owner    \endif
 \if :{?migrator} \else \set migrator outbox_migrator \endif
@@ -38,7 +38,7 @@ SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), f
 \if :{?workers}          \else \set workers          workers          \endif
 \if :{?backfill_runs}    \else \set backfill_runs    backfill_runs    \endif
 
--- the columns that are read of payments, and those that are ever updated
+-- the columns of payments that are read, and the columns that are updated
 \if :{?payments_read} \else
     \set payments_read 'id, student_id, course_id, amount, currency, status, created_at'
 \endif
@@ -58,18 +58,18 @@ SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), f
 BEGIN;
 SET LOCAL client_min_messages = warning;
 
--- what: the roles that are absent
+-- what: creates the roles that are missing
 SELECT format('CREATE ROLE %I %s', name, kind)
 FROM (VALUES (:'owner', 'NOLOGIN'), (:'migrator', 'LOGIN'), (:'worker', 'LOGIN'), (:'reader', 'LOGIN'),
              (:'operator', 'LOGIN')) AS wanted (name, kind)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 
--- what: memberships; migrate ends with a look at what a worker may do, on adopted tables, too
+-- what: memberships; migrate also checks what a worker may do, on adopted tables, too
 GRANT :"owner" TO :"migrator";
 GRANT :"worker" TO :"owner";
 SELECT format('GRANT %I TO CURRENT_USER', :'owner') WHERE NOT pg_has_role(:'owner', 'USAGE') \gexec
 
--- what: the database and the schema; temporary tables are for who is granted them
+-- what: rights on the database and the schema; temporary tables only for roles that are granted them
 REVOKE TEMPORARY ON DATABASE :"DBNAME" FROM PUBLIC;
 GRANT CONNECT ON DATABASE :"DBNAME" TO :"migrator", :"worker", :"reader", :"operator";
 CREATE SCHEMA IF NOT EXISTS :"schema";
@@ -77,13 +77,13 @@ REVOKE CREATE ON SCHEMA :"schema" FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA :"schema" TO :"owner";
 GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"reader", :"operator";
 
--- what: names are looked up where nobody else can put one
+-- what: a search path in which nobody else can create objects
 SELECT format('ALTER ROLE %I IN DATABASE %I SET search_path = pg_catalog, %I, pg_temp',
               name, current_database(), :'schema')
 FROM unnest(ARRAY[:'migrator', :'worker', :'reader', :'operator']) AS name \gexec
 SELECT format('ALTER ROLE %I IN DATABASE %I SET role = %I', :'migrator', current_database(), :'owner') \gexec
 
--- what: nothing that was granted on the tables before
+-- what: revokes what was granted on the tables before
 SELECT format('REVOKE ALL ON %s FROM %I, %I, %I', to_regclass(name), :'worker', :'reader', :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
                   :'backfill_runs']) AS name
@@ -97,7 +97,7 @@ FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'d
 JOIN pg_class ON pg_class.oid = to_regclass(name)
 WHERE relnamespace::regnamespace::text <> quote_ident(:'schema') \gexec
 
--- what: who may do what, and where
+-- what: the privileges of each role, table by table
 SELECT format('GRANT %s ON %s TO %I', privileges, to_regclass(name), grantee)
 FROM (VALUES
     (:'worker', :'payments', 'SELECT (' || :'payments_read' || ')'),

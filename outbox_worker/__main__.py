@@ -1,4 +1,4 @@
-"""The command: what signals and a stdout that is closed or full mean, also while the rest is still being imported."""
+"""The command: how signals and a closed or full stdout end it, from the first import on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 
 _ENDED_BY_SIGNALS = {"run", "demo"}
-"""Commands for which a signal is the ordinary end; the others were interrupted."""
+"""Commands that a signal ends with status 0; it interrupts all others."""
 _INTERRUPTED = 130
 _STDOUT_FAILED = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EDQUOT)
 
@@ -22,7 +22,7 @@ def main() -> None:
     except KeyboardInterrupt:
         status = _INTERRUPTED
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # the status is decided
+        signal.signal(number, signal.SIG_IGN)  # the status is decided; a late signal changes nothing
     if status == _INTERRUPTED and _ENDED_BY_SIGNALS & set(sys.argv[1:2]):
         status = 0
     raise SystemExit(status)
@@ -37,7 +37,7 @@ def _run() -> int:
     except OSError as error:
         if error.errno not in _STDOUT_FAILED or error.filename is not None:
             raise
-        if error.errno != errno.EPIPE:  # whoever read has read enough
+        if error.errno != errno.EPIPE:  # the reader has read enough
             sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror}.\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 1
@@ -45,7 +45,7 @@ def _run() -> int:
 
 
 def _open_closed_streams() -> None:
-    """A supervisor may start us without stdout or stderr."""
+    """Open /dev/null in place of a stdout or stderr that a supervisor has closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - stays open to the end

@@ -1,98 +1,99 @@
-"""Addresses as people write them: a database's, in the forms of libpq and of SQLAlchemy; and that of our own HTTP."""
+"""Addresses as people write them: a database's URL, read by PostgreSQL's own library, and where our HTTP listens."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-from urllib.parse import unquote
 
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Conninfo
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
 
 EMBEDDED = "embedded:"
 _UNIX = "unix:"
+_SQLALCHEMYS = "postgresql+psycopg"
+_SCHEMES = ("postgresql", "postgres", _SQLALCHEMYS)
 _URL_REMEDY = "expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or embedded:DIRECTORY"
-_AS_LIBPQ = re.compile(
-    r"(?P<before>[^/?]*://(?:[^/?]*@)?)(?P<places>[^/?@]*[,%][^/?@]*)(?P<after>(?:[/?].*)?)", re.DOTALL
+_ENCODE = (
+    "percent-encode special characters in the password: write %40 for @, %2F for /, %3F for ?, %23 for #, %25 for %"
 )
-"""Several hosts, or a directory of sockets, where SQLAlchemy expects one name."""
-_PLACE = re.compile(r"(?:\[(?P<ip6>[^]]+)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[^:]*))?")
+_HTTP_PLACE = re.compile(r"(?:\[(?P<ip6>[^]]+)\]|(?P<host>[^:\[\]]*)):(?P<port>[0-9]+)")
 
 
 def expect_usable(text: str) -> None:
-    """Refuse what cannot be a PostgreSQL's URL. Raises ValueError and never repeats it: it may hold a password."""
-    if text.startswith(EMBEDDED):
-        if not text.removeprefix(EMBEDDED):
-            raise ValueError("embedded: needs a directory, as in embedded:.outbox")
-        return
-    if text.partition("://")[2].partition("/")[0].count("@") > 1:
-        raise ValueError("more than one @ before the database; in a password write %40 for @, %2F for /, %23 for #")
-    try:
-        url = _parse_url(text)
-    except (ArgumentError, ValueError):
-        raise ValueError(f"not a URL; {_URL_REMEDY}") from None
-    if url.drivername not in ("postgres", "postgresql", "postgresql+psycopg"):
+    """Refuse what is neither ``embedded:DIRECTORY`` nor the URL of a server.
+
+    Raises ValueError without any part of the text: it may hold a password.
+    """
+    if not text.startswith(EMBEDDED):
+        expect_server_url(text)
+    elif text == EMBEDDED:
+        raise ValueError("embedded: needs a directory, as in embedded:.outbox")
+
+
+def expect_server_url(text: str) -> None:
+    """Refuse what cannot be the URL of a PostgreSQL server. Raises ValueError without any part of the text."""
+    scheme, mark, place = text.partition("://")
+    if not mark:
+        raise ValueError(f"not a URL; {_URL_REMEDY}")
+    if scheme not in _SCHEMES:
         raise ValueError(f"not a PostgreSQL URL; {_URL_REMEDY}")
-    _expect_ports(_listed(url, "host"), _listed(url, "port"))
-    if not url.database:
+    _expect_encoded(place)
+    try:
+        given = conninfo_to_dict(libpq_url(text))
+    except (psycopg.ProgrammingError, UnicodeError):
+        _expect_known_parameters(place)
+        encode = f"; {_ENCODE}" if "@" in place else ""
+        raise ValueError(f"not a URL; {_URL_REMEDY}{encode}") from None
+    _expect_ports({key: str(value) for key, value in given.items()})
+    if not given.get("dbname"):
         raise ValueError(f"names no database; {_URL_REMEDY}")
-    _expect_known(url.query)
 
 
-def _expect_ports(hosts: list[str], ports: list[str]) -> None:
+def _expect_encoded(place: str) -> None:
+    """Only one @ may stand before the parameters, and no / before it; else libpq takes a part of the password for the
+    name of a host or a database, and repeats it in its errors."""
+    authority, _, path = place.partition("/")
+    if authority.count("@") > 1 or "@" in path.partition("?")[0]:
+        raise ValueError(_ENCODE)
+
+
+def _expect_ports(given: Mapping[str, str]) -> None:
+    hosts, ports = given.get("host", "").split(","), given.get("port", "").split(",")
     if not all(port.isdecimal() and 0 < int(port) < 65536 for port in ports if port):
         raise ValueError("the port must be from 1 to 65535")
     if any(ports) and len(ports) != len(hosts):
         raise ValueError("name as many ports as hosts, or none")
 
 
-def _expect_known(parameters: Iterable[str]) -> None:
+def _expect_known_parameters(place: str) -> None:
+    """Say what was probably meant; libpq's own error would repeat the parameter, which may be a part of a password."""
     known = [option.keyword.decode() for option in Conninfo.get_defaults()]
-    for name in set(parameters) - set(known):
+    names = [pair.partition("=")[0] for pair in place.rpartition("?")[2].split("&") if "=" in pair]
+    for name in (name for name in names if "@" not in name and name not in known):
         near = "".join(f"; did you mean {each}?" for each in difflib.get_close_matches(name, known, 1))
         raise ValueError(f"has a parameter that PostgreSQL's library does not know{near}")
 
 
-def driver_url(text: str) -> URL:
-    """For SQLAlchemy and psycopg 3. A password among the parameters moves to where SQLAlchemy hides it."""
-    url = _parse_url(text).set(drivername="postgresql+psycopg")
-    password = url.query.get("password", url.password)
-    return url.difference_update_query(["password"]).set(password=str(password) if password else None)
+def libpq_url(text: str) -> str:
+    """The same URL as libpq reads it, password and all.
 
-
-def libpq_url(url: URL) -> str:
-    """The same for libpq, password and all; it does not read + as a blank."""
-    written = url.set(drivername="postgresql").render_as_string(hide_password=False)
-    before, mark, parameters = written.partition("?")
-    return before + mark + parameters.replace("+", "%20")
-
-
-def _parse_url(text: str) -> URL:
-    """Hosts in the forms that only libpq or only SQLAlchemy takes become parameters, which both understand."""
-    found = _AS_LIBPQ.fullmatch(text)
-    url = make_url(found["before"] + found["after"] if found else text)
-    hosts = found["places"].split(",") if found else url.query.get("host", "")
-    if isinstance(hosts, str) or (not found and "port" in url.query):
-        return url
-    names, ports = zip(*map(_host_and_port, hosts), strict=True)
-    return url.update_query_dict({"host": ",".join(names)} | ({"port": ",".join(ports)} if any(ports) else {}))
-
-
-def _host_and_port(place: str) -> tuple[str, str]:
-    found = _PLACE.fullmatch(place)
-    if found is None:
-        raise ValueError("neither HOST nor HOST:PORT")
-    return unquote(found["ip6"] or found["host"]), found["port"] or ""
-
-
-def _listed(url: URL, name: Literal["host", "port"]) -> list[str]:
-    """The hosts or ports of a URL, wherever they stand; one that is empty means the default."""
-    given = url.query.get(name, getattr(url, name))
-    return ("" if given is None else str(given)).split(",")
+    SQLAlchemy writes a blank as it is, or as + among the parameters, and several hosts as parameters of one name
+    (``/shop?host=a:1&host=b:2``); libpq wants %20, and the hosts in front.
+    """
+    scheme, _, rest = text.replace(" ", "%20").partition("://")
+    user, at, place = rest.partition("@") if "@" in rest.partition("/")[0] else ("", "", rest)
+    place, _, parameters = place.partition("?")
+    if scheme == _SQLALCHEMYS:
+        parameters = parameters.replace("+", "%20")
+    pairs = parameters.split("&")
+    hosts = [pair.removeprefix("host=").replace("/", "%2F") for pair in pairs if pair.startswith("host=")]
+    if len(hosts) > 1:
+        parameters = "&".join(pair for pair in pairs if not pair.startswith("host="))
+        place = f"{','.join(hosts)}/{place.partition('/')[2]}"
+    return f"postgresql://{user}{at}{place}" + (f"?{parameters}" if parameters else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,8 @@ def parse_listen(text: str) -> Listen | None:
         if not path.startswith("/"):
             raise ValueError("unix: needs a path from the root, as in unix:/run/outbox-worker/http.sock")
         return Listen(path=path)
-    found = _PLACE.fullmatch(text)
-    host, port = (found["ip6"] or found["host"], found["port"] or "") if found else ("", "")
-    if not host or not port.isdecimal() or int(port) > 65535:
+    found = _HTTP_PLACE.fullmatch(text)
+    host = found["ip6"] or found["host"] if found else ""
+    if found is None or not host or int(found["port"]) > 65535:
         raise ValueError("expected HOST:PORT, unix:/path or off")
-    return Listen(host, int(port))
+    return Listen(host, int(found["port"]))

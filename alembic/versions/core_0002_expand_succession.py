@@ -1,4 +1,4 @@
-"""Note beside a worker that fell silent that its successor went carefully over what it may have died of."""
+"""Add ``workers.succeeded_at``: when another worker took over from this one, which had died."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """An adopted table is left as it is; where the column is missing, ``migrate`` says so."""
+    """Alter only our own table; if the column is missing from an adopted one, ``migrate`` says so."""
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     column = naming.column("succeeded_at")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
@@ -26,4 +26,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """The column stays, nullable and in nobody's way; ``core_0001`` drops the table where it is empty."""
+    """Keep the column, which is nullable and harms nothing; ``core_0001`` drops the table if it is empty."""

@@ -1,4 +1,4 @@
-"""A table for what backfills looked at and made: where the next one goes on, and what the gauges say."""
+"""Create ``backfill_runs``: what backfills found and made, and where the next one continues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOW = sa.text("clock_timestamp()")
 
 
 def upgrade() -> None:
-    """Made where it is absent; one that is there is left as it is."""
+    """Create the table if it is missing."""
     naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
     c, inspector = naming.column, sa.inspect(op.get_bind())
     if inspector.has_table(naming.table, schema=naming.schema):
@@ -54,7 +54,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop what we made and nobody filled."""
+    """Drop the table if we made it and it is empty."""
     naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
     table = sa.table(naming.table, schema=naming.schema)
     if naming.is_owned(op.get_bind()) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):

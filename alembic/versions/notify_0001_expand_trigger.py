@@ -1,4 +1,4 @@
-"""Tell listening workers of new events at the producers' COMMIT: a statement-level trigger, always optional."""
+"""Create a trigger that notifies workers of new events at the producers' COMMIT. Optional."""
 
 from __future__ import annotations
 

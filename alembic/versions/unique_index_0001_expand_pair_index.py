@@ -1,4 +1,4 @@
-"""Build the unique index behind the guard `index`, on a live database, and drop the look-up index that it replaces."""
+"""Build the unique index of the guard `index` without blocking writers, and drop the index that it replaces."""
 
 from __future__ import annotations
 
@@ -72,8 +72,7 @@ def downgrade() -> None:
 
 
 def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
-    """Whether some index can be the guard already; the predicates are those that mean "active", as PostgreSQL prints
-    them."""
+    """Whether an index that can be the guard exists; its predicate must mean "active", as PostgreSQL prints it."""
     active = bind.dialect.identifier_preparer.quote(purchases.column("is_active"))
     sought = {
         "relation": purchases.relation,
@@ -84,7 +83,7 @@ def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
 
 
 def _build(bind: sa.Connection, purchases: TableNaming) -> None:
-    """Without time-outs: one that strikes leaves an INVALID index, which enforces already but is no guard."""
+    """Build without time-outs: a cancelled build leaves an INVALID index, which refuses rows but is no guard."""
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))
     _make_room(bind, purchases)
@@ -97,7 +96,7 @@ def _build(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
-    """Drop an INVALID leftover of ours; what else has our name is somebody's, and stays."""
+    """Drop an INVALID index that a cancelled build left; refuse if another index has the name."""
     named = _named(bind, purchases, purchases.pair_index)
     if named is None:
         return
@@ -110,7 +109,7 @@ def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _drop(bind: sa.Connection, purchases: TableNaming, name: str) -> None:
-    """Drop an index by its name where it is one of our table."""
+    """Drop an index if it belongs to our table."""
     named = _named(bind, purchases, name)
     if named is not None and named.is_on_ours:
         schema = bind.dialect.identifier_preparer.quote_schema(purchases.schema)
@@ -136,7 +135,7 @@ def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
-    """Pairs with more than one active purchase, and how many: one pair more than are shown."""
+    """Pairs with more than one active purchase, and how many; at most one pair more than are shown."""
     table = sa.table(purchases.table, schema=purchases.schema)
     student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))
     active = sa.column(purchases.column("is_active"), sa.Boolean())

@@ -19,7 +19,7 @@ COLUMNS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One or more queries by their legends, with $job for the database. ``bad``: red from there on."""
+    """One or more queries by their legends; $job selects the database. ``bad``: values from here on are red."""
 
     title: str
     asks: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""What the worker is measured against: the bare SQL that does the same work, and the loop that people write first."""
+"""What the worker is compared with: the bare SQL that does the same work, and a loop that takes events one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILL = """
     FROM paid
 """
 
-# what: claim, purchases, marks and removal of a thousand events in one statement; nothing is verified
+# what: claim, purchases, marks and removal of a thousand events in one statement; checks nothing
 BARE = """
     WITH claimed AS MATERIALIZED (
         SELECT id, event_id, event_type, payload FROM outbox WHERE due_at <= statement_timestamp()
@@ -54,7 +54,7 @@ _MARK_ONE = """
 
 
 def drain_bare(conninfo: str, connections: int) -> float:
-    """Settle all events by the bare statement, on so many connections; the seconds it took."""
+    """Settle all events by the bare statement on this many connections; return the seconds."""
     with ThreadPoolExecutor(connections) as pool:
         begin = time.monotonic()
         list(pool.map(_drain_bare, [conninfo] * connections))
@@ -68,7 +68,7 @@ def _drain_bare(conninfo: str) -> None:
 
 
 def drain_one_by_one(conninfo: str) -> float:
-    """Settle all events one at a time, each in a transaction of its own; the seconds it took."""
+    """Settle all events one at a time, each in its own transaction; return the seconds."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         begin = time.monotonic()
         while all(map(partial(_settle_one, connection), range(100))):

@@ -1,4 +1,4 @@
-"""What the benchmark reads off: CPU, WAL, statements sent, start-up, and how long a purchase waits."""
+"""What the benchmark measures: CPU, WAL, statements sent, start-up time, and how long a purchase takes."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ _ONE_ROW = """
 
 
 def url_of(conninfo: str) -> str:
-    """The same as a URL, as settings take it."""
+    """Turn a connection string into the URL that settings take."""
     given = {key: str(value) for key, value in psycopg.conninfo.conninfo_to_dict(conninfo).items()}
     name = given.pop("dbname")
     return f"postgresql:///{name}?{urlencode(given)}"
 
 
 def worker_command(*arguments: str) -> list[str]:
-    """The real command, as an operator runs it."""
+    """Return the real command, as an operator runs it."""
     return [sys.executable, "-m", "outbox_worker", "run", "--log-format", "json", *arguments]
 
 
 def worker_environment(conninfo: str) -> dict[str, str]:
-    """Ours, with no setting of a worker but the database; several run at once, so none serves HTTP."""
+    """Return our environment with no OUTBOX_* but the database; HTTP is off, because several workers run at once."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("OUTBOX_")}
     return kept | {"OUTBOX_DATABASE_URL": url_of(conninfo), "OUTBOX_HTTP_LISTEN": "off"}
 
 
 def wal_bytes(connection: psycopg.Connection) -> int:
-    """How much WAL the server has written so far."""
+    """Return how many bytes of WAL the server has written so far."""
     row = connection.execute("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')").fetchone()
     return int(row[0]) if row else 0
 
 
 def server_cpu(connection: psycopg.Connection) -> float | None:
-    """CPU seconds of all server processes so far, ended ones included; None where they cannot be seen from here."""
+    """Return the CPU seconds of all server processes so far, also of ended ones; None if /proc does not show them."""
     stats = {int(entry.name): _stat(entry) for entry in Path("/proc").glob("[0-9]*")}
     backend = stats.get(connection.info.backend_pid)
     if backend is None or backend.name != "postgres":
@@ -70,7 +70,7 @@ def server_cpu(connection: psycopg.Connection) -> float | None:
 
 
 class _Stat(NamedTuple):
-    """A process in clock ticks; see proc_pid_stat(5)."""
+    """CPU of a process in clock ticks; see proc_pid_stat(5)."""
 
     name: str = ""
     parent: int = 0
@@ -82,14 +82,14 @@ def _stat(entry: Path) -> _Stat:
     try:
         head, _, tail = (entry / "stat").read_text().rpartition(")")
     except OSError:
-        return _Stat()  # it ended meanwhile
+        return _Stat()  # the process has ended
     numbers = tail.split()
     own, waited_for = (sum(map(int, numbers[at : at + 2])) for at in (11, 13))
     return _Stat(head.partition("(")[2], int(numbers[1]), own, waited_for)
 
 
 def commits(connection: psycopg.Connection) -> list[float]:
-    """Milliseconds of durable commits of one row."""
+    """Return the milliseconds of 200 durable commits of one row."""
     times = []
     for _ in range(200):
         begin = time.monotonic()
@@ -99,7 +99,7 @@ def commits(connection: psycopg.Connection) -> list[float]:
 
 
 def start_ups(conninfo: str, rounds: int) -> list[float]:
-    """How many times as long as importing its two large libraries a worker takes until it is ready to claim."""
+    """Return the time until a worker is ready to claim, as a multiple of importing SQLAlchemy and psycopg."""
     found = []
     for _ in range(rounds):
         begin = time.monotonic()
@@ -111,9 +111,9 @@ def start_ups(conninfo: str, rounds: int) -> list[float]:
 
 
 def statements_per_batch(conninfo: str, events: int) -> float:
-    """Statements, BEGIN and COMMIT among them, that one claim loop sends for each full batch of a drain.
+    """Return how many statements one claim loop sends for a full batch, BEGIN and COMMIT included.
 
-    ``events`` are in the outbox; what start and end of a drain send is found by a second drain, of nothing.
+    ``events``: how many are in the outbox. A second drain, of an empty outbox, counts the statements of start and end.
     """
     settings = load_settings(database_url=url_of(conninfo))
     first, second = (_statements_of_a_drain(settings) for _ in range(2))
@@ -138,14 +138,14 @@ def _statements_of_a_drain(settings: Settings) -> int:
 
 
 def latencies(conninfo: str) -> list[float]:
-    """Milliseconds from each producer's COMMIT to the moment when its purchase is visible."""
+    """Return the milliseconds from each producer's COMMIT until its purchase is visible."""
     with _serving(conninfo):
         return _Watch(conninfo).run()
 
 
 @contextmanager
 def _serving(conninfo: str) -> Iterator[None]:
-    """A daemon that is ready to claim."""
+    """Run a daemon; enter when it is ready to claim."""
     process = subprocess.Popen(worker_command(), env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     try:
         assert process.stderr is not None  # noqa: S101 - asked for above
@@ -158,7 +158,7 @@ def _serving(conninfo: str) -> Iterator[None]:
 
 
 class _Watch:
-    """A producer that holds its transactions open for up to 20 ms, and a reader that waits for the purchase."""
+    """A producer that holds each transaction open for up to 20 ms, and a reader that waits for the purchase."""
 
     def __init__(self, conninfo: str) -> None:
         self._conninfo = conninfo
@@ -166,7 +166,7 @@ class _Watch:
         self._done = threading.Event()
 
     def run(self) -> list[float]:
-        """Latencies in milliseconds; the first second is not counted: LISTEN may not be there yet."""
+        """Return latencies in milliseconds; leaves out the first second, in which the worker may not listen yet."""
         producer = threading.Thread(target=self._produce)
         producer.start()
         found, begin = [], time.monotonic()

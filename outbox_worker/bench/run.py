@@ -1,6 +1,6 @@
-"""The benchmark: the worker as it is run, beside the bare SQL that does the same work, in turn, on one server.
+"""The benchmark: the real worker and the bare SQL that does the same work, in turn, on one server.
 
-Absolute figures tell of the machine; the ratios tell of the worker. Everything happens in a database of its own.
+Absolute figures depend on the machine; compare ratios. Everything happens in a database of its own.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from outbox_worker.schema.tables import OWNED, build_tables
 from outbox_worker.settings import Settings, load_settings
 
 DATABASE = "outbox_worker_bench"
-"""Made for the benchmark on the server of OUTBOX_DATABASE_URL, and dropped after it."""
+"""Created on the server of OUTBOX_DATABASE_URL, and dropped afterwards."""
 ONE_BY_ONE_SHARE = 0.04
-"""Of the events, for the worker that takes them one by one: it needs as long for them."""
+"""Share of the events for the loop that takes them one by one, so that it needs about as long as the others."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
-# what: tables in which somebody else's rows may be · lock: none · index: the catalogue's own
+# what: tables that are not the benchmark's · lock: none · index: the catalogue's own
 _STRANGERS = """
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
@@ -53,7 +53,7 @@ _STRANGERS = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be measured."""
+    """What to measure."""
 
     events: int = 50_000
     rounds: int = 3
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRun:
-    """One contestant that drained a full outbox once."""
+    """One contestant that settled a full outbox once."""
 
     events: int
     seconds: float
@@ -79,14 +79,14 @@ class BenchRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """All runs, by contestant and in their order; latencies in milliseconds by what was in force."""
+    """All runs by contestant, in order; latencies in milliseconds, by polling and by notify."""
 
     plan: Plan
     runs: Mapping[str, Sequence[BenchRun]]
     statements_per_batch: float = 0.0
-    """Round trips, BEGIN and COMMIT among them."""
+    """Round trips of a full batch, BEGIN and COMMIT included."""
     start_ups: Sequence[float] = ()
-    """Times as long as importing SQLAlchemy and psycopg, until the first claim."""
+    """Time until the first claim, as a multiple of importing SQLAlchemy and psycopg."""
     latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def median(self, contestant: str, of: Callable[[BenchRun], float | None]) -> float | None:
@@ -94,16 +94,16 @@ class BenchReport:
         return statistics.median(values) if values else None
 
     def ratio(self, contestant: str) -> float:
-        """To the bare statement of the same round; the median of the rounds."""
+        """Return the rate divided by that of the bare SQL of the same round; the median of the rounds."""
         pairs = zip(self.runs[contestant], self.runs["bare SQL"], strict=True)
         return statistics.median(mine.rate / limit.rate for mine, limit in pairs)
 
 
 def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
-    """Measure, telling ``say`` of each step.
+    """Run the benchmark; calls ``say`` after each step.
 
-    Raises Refused where the benchmark's database holds somebody's tables, DatabaseUnavailable without a connection, and
-    OutboxWorkerError where the database refuses.
+    Raises Refused if the benchmark's database holds tables of somebody else, DatabaseUnavailable without a connection,
+    and OutboxWorkerError if the database refuses.
     """
     try:
         return _run(settings, plan, say)
@@ -134,7 +134,7 @@ def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchRep
 
 @contextmanager
 def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
-    """A migrated database that nobody else has tables in; its connection string."""
+    """Create and migrate the benchmark's database; yields its connection string. Raises Refused."""
     server = _conninfo(settings)
     with psycopg.connect(server, autocommit=True) as connection:
         own = psycopg.conninfo.make_conninfo(server, dbname=DATABASE)
@@ -174,7 +174,7 @@ def _conninfo(settings: Settings) -> str:
 
 
 def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
-    """Fill the outbox and let one contestant drain it. A worker's CPU is counted without that of its start."""
+    """Fill the outbox and let one contestant settle it; the CPU of the worker's start is not counted."""
     idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
     fill(connection, events)
@@ -189,7 +189,7 @@ def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: st
             seconds = drain_one_by_one(conninfo)
     after = server_cpu(connection)
     if connection.execute("SELECT count(*) FROM purchases").fetchone() != (events,):
-        raise OutboxWorkerError(f"{name}: not every event became a purchase; the figures would be worth nothing.")
+        raise OutboxWorkerError(f"{name}: not every event became a purchase, so the figures would mean nothing.")
     return BenchRun(
         events=events,
         seconds=seconds,
@@ -208,7 +208,7 @@ def fill(connection: psycopg.Connection, events: int) -> None:
 
 
 def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
-    """The real command, as an operator runs it: seconds between its first and last word, and its CPU seconds."""
+    """Run the real command; return the seconds from its first to its last log record, and its CPU seconds."""
     command = worker_command("--drain", "--concurrency", str(plan.concurrency))
     process = subprocess.Popen(command, env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     assert process.stderr is not None  # noqa: S101 - asked for above
@@ -224,7 +224,7 @@ def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
 def _measure_latencies(
     connection: psycopg.Connection, conninfo: str, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Milliseconds from a producer's COMMIT to the purchase; and what one durable commit takes."""
+    """Return the milliseconds from a producer's COMMIT to the purchase, and those of one durable commit."""
     fill(connection, 1)
     found = {"one commit": commits(connection)}
     mine = load_settings(database_url=url_of(conninfo))

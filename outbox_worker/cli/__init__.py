@@ -1,5 +1,5 @@
 """What an operator types: one file per group of commands, and ``views`` for what each command shows.
 
-Nothing is imported from here but by ``__main__``. A command parses options, calls one function of the product, shows
-the result and chooses the exit code. Do not put SQL, transactions or rules here.
+Only ``__main__`` imports from here. A command parses options, calls one function of the product, shows the result,
+names the next command and chooses the exit code. Do not put SQL, transactions or rules here.
 """

@@ -1,4 +1,4 @@
-"""The command line: every command by its name, and how the program ends."""
+"""The command line: every command with its name, and the exit status of the program."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from outbox_worker.errors import OutboxWorkerError
 app = typer.Typer(
     name="outbox-worker",
     help="Turns every paid outbox event into exactly one purchase.\n\n"
-    "The purchase is the truth, the mark only evidence: what was paid and never given is given, whatever a mark says.",
+    "A payment that succeeded gets its purchase even if a mark says that its event was processed.",
     epilog="Every command reads OUTBOX_DATABASE_URL: postgresql://USER:PASSWORD@HOST/DATABASE, or embedded:DIR for a "
-    "private PostgreSQL in DIR. Exit codes: 0 fine · 1 something was found · 2 wrong usage · 69 no connection · "
-    "78 a setting, table or privilege is wrong.",
+    "private PostgreSQL in DIR.\n\nExit codes: 0 fine · 1 the command found something · 2 wrong usage · "
+    "69 no connection · 78 a setting, table or privilege is wrong.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None if not sys.stdout.isatty() else "rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,14 +52,16 @@ def _show_version(wanted: bool) -> None:
 def _top(
     version: Annotated[
         bool,
-        typer.Option("--version", metavar="", callback=_show_version, is_eager=True, help="Print the version and end."),
+        typer.Option(
+            "--version", metavar="", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def run_command() -> int:
-    """Run the command line and return its exit status; every foreseen failure is one sentence on stderr."""
+    """Run the command line and return its exit status; print every foreseen failure as one sentence on stderr."""
     try:
         app()
     except OutboxWorkerError as error:
@@ -79,7 +80,7 @@ def run_command() -> int:
 
 
 def _fail(error: OutboxWorkerError) -> int:
-    """Whoever asked for an object gets one, also now."""
+    """Print the error on stderr, and with ``--json`` also as an object on stdout; return its exit status."""
     from outbox_worker.terminal import print_json
 
     if "--json" in sys.argv[1:]:
@@ -88,14 +89,16 @@ def _fail(error: OutboxWorkerError) -> int:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error is only what a signal left behind: libraries clean up, and fail at that."""
+    """Tell whether a signal caused this error: a library was interrupted, and its clean-up failed."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def _fail_unforeseen(error: Exception) -> int:
-    """Our own error, and where it was raised; a message, or that of a cause, may repeat what a row says."""
+    """Print a bug of this program and where it was raised, without its message: that may repeat data of a row."""
+    from outbox_worker.terminal import complain
+
     places = "".join(f"\n  {place}" for place in trace(error))
-    sys.stderr.write(f"outbox-worker: An error of ours, please report it: {describe(error)}{places}\n")
+    complain(f"outbox-worker: This is a bug; please report it: {describe(error)}{places}")
     return 1

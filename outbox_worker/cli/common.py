@@ -1,9 +1,9 @@
-"""What all commands share: their common options, the way to a database, and failing in one sentence."""
+"""What all commands share: common options, opening the database, naming the next command, failing in one sentence."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,6 @@ from sqlalchemy.exc import DBAPIError
 from outbox_worker.database.engine import Database, unavailable
 from outbox_worker.database.failures import Failure, classify, describe, server_message, sqlstate
 from outbox_worker.errors import OutboxWorkerError, SchemaError
-from outbox_worker.escapes import printable
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry.logs import configure_logging
@@ -24,7 +23,7 @@ Config = Annotated[
     typer.Option("--config", "-c", help="TOML file with settings (also OUTBOX_CONFIG).", show_default=False),
 ]
 Limit = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Show so many payments of a list, the oldest; --json shows all.")
+    int, typer.Option(metavar="N", min=0, help="Show the oldest N payments of each list; --json shows all.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
 
@@ -32,8 +31,11 @@ AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON
 def open_database(
     config: Path | None, *, patient: bool = False, deadline_seconds: float = 0.0
 ) -> tuple[Settings, Database, Tables]:
-    """Settings and a database that answers. Its deadline is that of the settings, or ``deadline_seconds`` where that is
-    longer; ``patient``: none."""
+    """Load the settings and connect to the database.
+
+    A statement may take as long as the settings allow, or ``deadline_seconds`` if that is longer; with ``patient``
+    there is no limit. Raises SettingError and DatabaseUnavailable.
+    """
     settings = load_settings(config=config)
     start_logging(settings)
     longest = max(settings.database_deadline_seconds, deadline_seconds)
@@ -43,10 +45,19 @@ def open_database(
 
 
 def start_logging(settings: Settings) -> None:
+    """Configure the log, and warn of OUTBOX_ variables that are not settings."""
     configure_logging(settings.log_level, settings.log_format)
     for name, near in unknown_variables(os.environ).items():
         hint = f"; did you mean {near}?" if near else ""
-        logger.bind(event="unknown_setting", variable=name).warning("{} is no setting{}", name, hint)
+        logger.bind(event="unknown_setting", variable=name).warning("{} is not a setting{}", name, hint)
+
+
+def suggest(config: Path | None, *commands: Sequence[str]) -> None:
+    """Name the commands to run next, with the ``--config`` of this one."""
+    from outbox_worker import terminal
+
+    ending = ["--config", str(config)] if config else []
+    terminal.next_commands([["outbox-worker", *command, *ending] for command in commands])
 
 
 _REMEDIES = {
@@ -55,21 +66,24 @@ _REMEDIES = {
     "42703": "Name your column in OUTBOX_COLUMNS.",
     "42501": "",
 }
+"""By SQLSTATE."""
 
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
+    """Turn a failure of the database into an error with a sentence, a remedy and an exit code."""
     match classify(error):
         case Failure.RECONNECT | Failure.RETRY:
             return unavailable(error)
         case Failure.PAUSE | Failure.UNCLEAR:
-            remedy = _REMEDIES.get(sqlstate(error) or "", "Look at tables, columns and privileges.")
+            remedy = _REMEDIES.get(sqlstate(error) or "", "Run `outbox-worker doctor` to check tables and privileges.")
             return SchemaError(f"The database refused: {server_message(error)}. {remedy}".rstrip())
         case _:
             return OutboxWorkerError(f"The database refused: {describe(error)}.")
 
 
 def fail(error: OutboxWorkerError) -> int:
-    """Say why on stderr; the exit status."""
-    sentence = "\n".join(map(printable, str(error).split("\n")))
-    sys.stderr.write(f"outbox-worker: {sentence}\n")
+    """Print the error on stderr; return its exit status."""
+    from outbox_worker import terminal
+
+    terminal.complain(f"outbox-worker: {error}")
     return error.exit_code

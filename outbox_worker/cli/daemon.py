@@ -14,7 +14,9 @@ from outbox_worker.settings import load_settings
 
 def run(
     config: Config = None,
-    drain: Annotated[bool, typer.Option("--drain", metavar="", help="Settle what is due now, then end.")] = False,
+    drain: Annotated[
+        bool, typer.Option("--drain", metavar="", help="Settle the events that are due now, then exit.")
+    ] = False,
     concurrency: Annotated[
         int | None,
         typer.Option(help="Claim loops in this process (OUTBOX_CONCURRENCY, default 1).", show_default=False),
@@ -26,7 +28,7 @@ def run(
         str | None,
         typer.Option(
             metavar="DURATION",
-            help="Look for payments without a purchase (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
+            help="How often to look for lost purchases (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
             show_default=False,
         ),
     ] = None,
@@ -37,11 +39,11 @@ def run(
         str | None, typer.Option(help="json or console (OUTBOX_LOG_FORMAT).", show_default=False)
     ] = None,
 ) -> None:
-    """Settle events: the daemon.
+    """Run the worker: settle events until stopped.
 
-    Ends cleanly on SIGTERM or Ctrl-C, after the batch at hand; a second one
-    does not wait for it. A database that is away is waited for. Any number of
-    workers may run on one database. SIGHUP reads log level and limits again.
+    SIGTERM or Ctrl-C stops it after the current batch; a second one stops it
+    at once. While the database is down, the worker waits. Any number of
+    workers may run on one database. SIGHUP reloads log level and limits.
     """
     import faulthandler
 
@@ -59,7 +61,7 @@ def run(
     )
     settings = read()
     start_logging(settings)
-    faulthandler.enable()  # a watchdog's SIGABRT tells where each thread was
+    faulthandler.enable()  # SIGABRT of a watchdog prints where each thread is
     with make_signals() as signals:
         worker = Worker(settings, read)
         status = worker.drain(signals) if drain else worker.run(signals)
@@ -68,12 +70,13 @@ def run(
 
 def healthcheck(
     config: Config = None,
-    ready: Annotated[bool, typer.Option("--ready", metavar="", help="Ask whether events are being settled.")] = False,
+    ready: Annotated[bool, typer.Option("--ready", metavar="", help="Ask whether the daemon settles events.")] = False,
 ) -> None:
-    """Ask the daemon of this machine whether it lives.
+    """Ask the daemon on this machine whether it is alive.
 
-    Where it answers is OUTBOX_HTTP_LISTEN. Exit code 1 when it says that it
-    does not (or, with --ready, that it settles nothing), 69 when nobody answers.
+    Asks at the address of OUTBOX_HTTP_LISTEN. Exit code 1 if the daemon
+    answers that it is stuck (with --ready: that it settles no events), 69 if
+    nothing answers.
     """
     from outbox_worker.daemon.healthcheck import ask
 

@@ -1,9 +1,10 @@
-"""The commands on dead letters: list, show, requeue, discard."""
+"""Commands on dead letters: `list`, `show`, `requeue`, `discard`."""
 
 from __future__ import annotations
 
 import getpass
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
@@ -11,9 +12,9 @@ from uuid import UUID
 import typer
 from loguru import logger
 
-from outbox_worker.cli.common import AsJson, Config, open_database
+from outbox_worker.cli.common import AsJson, Config, open_database, suggest
 from outbox_worker.cli.diagnose import looking
-from outbox_worker.durations import parse_duration
+from outbox_worker.durations import count_of, parse_duration
 from outbox_worker.errors import WrongUsage
 from outbox_worker.model import DeadLetterState, Reason
 
@@ -21,32 +22,43 @@ if TYPE_CHECKING:
     from outbox_worker.store.dead_letters import Selection
 
 
-letters_app = typer.Typer(help="Events that wait for a person.", no_args_is_help=True)
-EventIds = Annotated[
-    list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Events, by their ids.", show_default=False)
-]
+_PAGE = 100
+
+
+def _complete_reason(incomplete: str) -> list[str]:
+    return [reason for reason in Reason if reason.startswith(incomplete)]
+
+
+letters_app = typer.Typer(help="Show and decide on events that wait for a person.", no_args_is_help=True)
+EventIds = Annotated[list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Ids of events.", show_default=False)]
 DeadReason = Annotated[
     str | None,
-    typer.Option("--dead-reason", metavar="REASON", help="Only those dead of this reason.", show_default=False),
+    typer.Option(
+        "--dead-reason",
+        metavar="REASON",
+        help="Only events that died of REASON.",
+        show_default=False,
+        autocompletion=_complete_reason,
+    ),
 ]
-OfType = Annotated[
-    str | None, typer.Option("--type", metavar="TYPE", help="Only events of this type.", show_default=False)
-]
+OfType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Only events of TYPE.", show_default=False)]
 OlderThan = Annotated[
     str | None,
-    typer.Option(metavar="DURATION", help="Only those dead for so long: 90s, 5m, 2h, 1d.", show_default=False),
+    typer.Option(metavar="DURATION", help="Only events that died longer ago: 90s, 5m, 2h, 1d.", show_default=False),
 ]
 AllOfThem = Annotated[bool, typer.Option("--all", metavar="", help="All open dead letters.")]
 Actor = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides.", show_default=False)]
-Why = Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Why; it is kept.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Only show what it would be about.")]
+Why = Annotated[
+    str | None, typer.Option("--reason", metavar="TEXT", help="Why; kept in the dead letter.", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Only show the counts and the money.")]
 Token = Annotated[
     str | None,
     typer.Option(
-        "--preview", metavar="TOKEN", help="Only if nothing changed since that --dry-run.", show_default=False
+        "--preview", metavar="TOKEN", help="Act only if nothing changed since the --dry-run.", show_default=False
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask whether to go on.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask for confirmation.")]
 
 
 @letters_app.command("list")
@@ -59,20 +71,26 @@ def list_dead_letters(
     reason: Annotated[
         str | None,
         typer.Option(
-            "--reason", "--dead-reason", metavar="REASON", help="Only those dead of this reason.", show_default=False
+            "--reason",
+            "--dead-reason",
+            metavar="REASON",
+            help="Only events that died of REASON.",
+            show_default=False,
+            autocompletion=_complete_reason,
         ),
     ] = None,
     event_type: OfType = None,
     older_than: OlderThan = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many, oldest first.")] = 100,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show the oldest N.")] = _PAGE,
     after: Annotated[
-        str | None, typer.Option(metavar="PLACE", help="Go on behind a page; it says where.", show_default=False)
+        str | None,
+        typer.Option(metavar="PLACE", help="Continue after a page; the page names PLACE.", show_default=False),
     ] = None,
 ) -> None:
     """List dead letters, oldest first."""
     from outbox_worker import terminal
     from outbox_worker.cli.views import dead_letters as view
-    from outbox_worker.schema.privileges import READING
+    from outbox_worker.schema.privileges import reading
     from outbox_worker.schema.requirements import check_schema
     from outbox_worker.store.dead_letters import LetterCursor, Selection, list_letters
 
@@ -81,21 +99,29 @@ def list_dead_letters(
     place = LetterCursor.parse(after) if after else None
     _, database, tables = open_database(config)
     with database.transaction() as session:
-        check_schema(session, tables, {"dead_letters": READING["dead_letters"]})
+        check_schema(session, tables, reading("dead_letters"))
         page = list_letters(session, tables, selection, after=place, limit=limit)
     if json:
         terminal.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})
         return
     view.print_letters(page, state)
+    filters = {
+        "--state": state if state is not DeadLetterState.OPEN else None,
+        "--reason": reason,
+        "--type": event_type,
+        "--older-than": older_than,
+        "--limit": str(limit) if limit != _PAGE else None,
+    }
+    suggest(config, *view.next_steps(page, _words(filters)))
 
 
 @letters_app.command("show")
 def show_dead_letter(
-    event: Annotated[UUID, typer.Argument(metavar="EVENT_ID", help="The event, by its id.", show_default=False)],
+    event: Annotated[UUID, typer.Argument(metavar="EVENT_ID", help="Id of the event.", show_default=False)],
     config: Config = None,
     json: AsJson = False,
 ) -> None:
-    """Show one: its event, of what it died, its payment, what would happen now."""
+    """Show one: its event, why it died, its payment, and what would happen now."""
     from outbox_worker import terminal
     from outbox_worker.cli.views import explanation
     from outbox_worker.store.dead_letters import read_letter
@@ -108,6 +134,7 @@ def show_dead_letter(
         terminal.print_json(explanation.letter_object(letter, content, story))
     else:
         explanation.print_letter(letter, content, story)
+        suggest(config, *explanation.next_steps_of(letter))
 
 
 @letters_app.command("requeue")
@@ -126,13 +153,13 @@ def requeue_dead_letters(
     preview: Token = None,
     yes: Yes = False,
 ) -> None:
-    """Try dead events again, as if they came now.
+    """Put dead events back into the outbox, due now.
 
-    Those named by their event ids, or all open ones that match. Says first
-    how many they are and how much money they are about.
+    Takes events by their ids, or all open dead letters that match. Shows first
+    how many they are and how much money is concerned.
     """
-    selection = _select(events, all_, dead_reason, event_type, older_than)
-    _decide(config, "requeue", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
+    chosen = _select(events, all_, dead_reason, event_type, older_than)
+    _decide(config, "requeue", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
 
 
 @letters_app.command("discard")
@@ -151,31 +178,34 @@ def discard_dead_letters(
     preview: Token = None,
     yes: Yes = False,
 ) -> None:
-    """Close dead letters for good: nothing is owed for them.
+    """Close dead letters without settling their events.
 
-    A payment that is owed a purchase by one of them is waived from then on:
-    nothing is given for it. Says first how much money that is.
+    If a letter holds the purchase that its payment is owed, the payment is
+    waived: nothing is given for it. Shows first how much money that is.
     """
-    selection = _select(events, all_, dead_reason, event_type, older_than)
-    _decide(config, "discard", selection, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
+    chosen = _select(events, all_, dead_reason, event_type, older_than)
+    _decide(config, "discard", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
 
 
 def _select(
     events: list[UUID] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
-) -> Selection:
+) -> tuple[Selection, Sequence[str]]:
+    """Return which letters are meant, and the words that choose them on a command line. Raises WrongUsage."""
     from outbox_worker.store.dead_letters import Selection
 
     chosen = bool(reason or event_type or older_than)
     if bool(events) == (all_ or chosen):
         raise WrongUsage("Name events by their ids, or choose open ones: --all, --dead-reason, --type, --older-than.")
     age = parse_duration(older_than, "--older-than") if older_than else None
-    return Selection(event_ids=events or (), reason=_reason(reason), event_type=event_type, older_than=age)
+    selection = Selection(event_ids=events or (), reason=_reason(reason), event_type=event_type, older_than=age)
+    filters = _words({"--dead-reason": reason, "--type": event_type, "--older-than": older_than})
+    return selection, [*map(str, events or ()), *filters] or ["--all"]
 
 
 def _reason(given: str | None) -> str | None:
-    """Of which events die. Raises WrongUsage."""
+    """Check the reason of a dead letter. Raises WrongUsage."""
     if given is not None and given not in set(Reason):
-        raise WrongUsage(f"No event dies of {given}. It is one of: {', '.join(Reason)}.")
+        raise WrongUsage(f"{given} is not a reason of a dead letter. Reasons are: {', '.join(Reason)}.")
     return given
 
 
@@ -183,6 +213,7 @@ def _decide(
     config: Path | None,
     verb: str,
     selection: Selection,
+    chosen: Sequence[str],
     *,
     json: bool,
     actor: str | None,
@@ -191,7 +222,7 @@ def _decide(
     token: str | None,
     yes: bool,
 ) -> None:
-    """Show what a decision is about; ask who and why; carry it out."""
+    """Preview a decision; ask who decides and why; carry it out."""
     from outbox_worker import terminal
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import DECIDING
@@ -200,7 +231,7 @@ def _decide(
 
     decision, is_asked = Decision(verb), sys.stdin.isatty() and sys.stderr.isatty()
     if not dry_run and not is_asked and not (actor and why):
-        raise WrongUsage("--actor and --reason are required where nobody can be asked.")
+        raise WrongUsage("--actor and --reason are required if the command cannot ask on a terminal.")
     _, database, tables = open_database(config, patient=True)
     with database.snapshot() as session:
         tables = check_schema(session, tables, DECIDING)
@@ -210,10 +241,10 @@ def _decide(
         view.print_preview(seen, decision)
     is_done = bool(seen.count) and not dry_run
     if is_done:
-        actor = actor or typer.prompt("Who decides?", default=getpass.getuser(), err=True)
-        why = why or typer.prompt("Why?", err=True)
+        actor = actor or typer.prompt("Your name", default=getpass.getuser(), err=True)
+        why = why or typer.prompt("Reason", err=True)
         if is_asked and not yes:
-            typer.confirm(f"{verb} {seen.count:,} event(s)?", abort=True, err=True)
+            typer.confirm(f"{verb.capitalize()} {count_of(seen.count, 'event')}?", abort=True, err=True)
         with database.transaction() as session:
             decide_letters(session, tables, selection, decision, token=token or seen.token, actor=actor, why=why)
         logger.bind(event="dead_letters_decided", decision=str(decision), count=seen.count, actor=actor).info(
@@ -223,3 +254,11 @@ def _decide(
         terminal.print_json({"decision": decision, "is_done": is_done, "preview": seen})
     elif is_done:
         view.print_decided(seen, decision)
+    elif seen.count:
+        who = _words({"--actor": actor, "--reason": why})
+        suggest(config, ["dead-letters", verb, *chosen, "--preview", seen.token, *who])
+
+
+def _words(options: Mapping[str, str | None]) -> list[str]:
+    """Write options and their values as on a command line; leaves out those without a value."""
+    return [word for option, value in options.items() if value for word in (option, value)]

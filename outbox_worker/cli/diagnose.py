@@ -1,4 +1,4 @@
-"""Commands that only look: `status`, `doctor`, `why`."""
+"""Commands that only read: `status`, `doctor`, `why`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.cli.common import AsJson, Config, fail, in_a_sentence, open_database, start_logging
+from outbox_worker.cli.common import AsJson, Config, fail, in_a_sentence, open_database, start_logging, suggest
 from outbox_worker.errors import OutboxWorkerError
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
@@ -30,7 +30,7 @@ def status(
     config: Config = None,
     json: AsJson = False,
     watch: Annotated[
-        bool, typer.Option("--watch", metavar="", help="Again every two seconds, until Ctrl-C; outlasts outages.")
+        bool, typer.Option("--watch", metavar="", help="Repeat every two seconds until Ctrl-C, also through an outage.")
     ] = False,
 ) -> None:
     """Show backlog, guard, dead letters and workers."""
@@ -46,6 +46,7 @@ def status(
             terminal.print_json(view.status_object(now))
         else:
             view.print_status(now)
+            suggest(config, *(view.next_steps(now) if not watch else []))
 
     if watch:
         terminal.show_repeatedly(partial(_outlast, show), WATCH_SECONDS, clears=not json)
@@ -54,7 +55,7 @@ def status(
 
 
 def _outlast(show: Callable[[], None]) -> None:
-    """What cannot be shown now is told, and tried again."""
+    """Show; if that fails, print why and return, so that the next turn tries again."""
     try:
         show()
     except OutboxWorkerError as error:
@@ -64,12 +65,12 @@ def _outlast(show: Callable[[], None]) -> None:
 
 
 def doctor(config: Config = None, json: AsJson = False) -> None:
-    """Look for what is wrong with database and set-up, and say what to do.
+    """Check database and set-up; name a remedy for each finding.
 
-    Changes nothing. To be run as the worker's role, with its settings. What
-    the role may not see is told.
+    Changes nothing. Run it as the worker's role, with the worker's settings.
+    It also reports the checks for which the role lacks a privilege.
 
-    Exit code 1 when there is a problem; warnings are none.
+    Exit code 1 if there is a problem; a warning is not a problem.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import doctor as view
@@ -87,38 +88,40 @@ def doctor(config: Config = None, json: AsJson = False) -> None:
 
 def why(
     asked: Annotated[
-        str, typer.Argument(metavar="ID", help="An event, a payment, a purchase or a student.", show_default=False)
+        str,
+        typer.Argument(metavar="ID", help="Id of an event, payment, purchase or student.", show_default=False),
     ],
     config: Config = None,
     json: AsJson = False,
 ) -> None:
-    """Tell the story of an event, payment, purchase or student.
+    """Explain an event, payment, purchase or student.
 
-    What is on record, which rule decided, and what would happen now, by the
-    same rules on the same facts as the worker's. Changes nothing.
+    Shows what is on record, which rule decided, and what would happen now: it
+    judges the same facts by the same rules as the worker. Changes nothing.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import explanation
 
     with looking(config) as (_, _, explain):
-        found = explain(asked.encode(errors="replace").decode())  # it may have come as bytes that are no text
+        found = explain(asked.encode(errors="replace").decode())  # bytes on the command line need not be valid text
     if json:
         terminal.print_json(explanation.explanation_object(found))
     else:
         explanation.print_explanation(found)
+        suggest(config, *explanation.next_steps(found))
 
 
 @contextmanager
 def looking(config: Path | None) -> Iterator[tuple[Session, Tables, Callable[[str], Explanation]]]:
-    """A moment of the database, in which nothing is changed, and who explains it."""
-    from outbox_worker.diagnose.explanation import READ, explain
+    """Open a read-only snapshot; yields its session, the tables, and a function that explains an id in it."""
+    from outbox_worker.diagnose.explanation import explain
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
-    from outbox_worker.schema.privileges import READING
+    from outbox_worker.schema.privileges import EXPLAINING
     from outbox_worker.schema.requirements import check_schema
     from outbox_worker.settle.handlers import claimed_types
 
     settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
     with database.snapshot() as session:
-        tables = check_schema(session, tables, {role: READING[role] for role in READ})
+        tables = check_schema(session, tables, EXPLAINING)
         types = claimed_types(session, tables, settings.unknown_types)
         yield session, tables, partial(explain, session, tables, settings.retry_policy, types)

@@ -1,32 +1,32 @@
-"""Commands that hold payments against purchases: `audit`, `backfill`, `duplicates`."""
+"""Commands that compare payments with purchases: `audit`, `backfill`, `duplicates`."""
 
 from __future__ import annotations
 
 import getpass
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from outbox_worker.cli.common import AsJson, Config, Limit, open_database
+from outbox_worker.cli.common import AsJson, Config, Limit, open_database, suggest
 from outbox_worker.durations import parse_duration, parse_moment
 from outbox_worker.errors import WrongUsage
 
-if TYPE_CHECKING:
-    pass
+duplicates_app = typer.Typer(help="List payments that must be refunded.", no_args_is_help=True)
 
-
-duplicates_app = typer.Typer(help="Payments that are owed back.", no_args_is_help=True)
+_LOOKING_AGAIN = "looking again at payments without a purchase"
+_LOOK_BACK = "5m"
+_MAX_REPAIRS = 1000
 
 
 def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> None:
     """Prove that nothing is owed.
 
-    Classes every payment that succeeded and was not refunded, of those that
-    were created before the audit began.
+    Puts every succeeded payment (not refunded) that was created before the
+    audit began into one class, and counts them.
 
-    Exit code 1 when a payment is unexplained (money taken, nothing given), or
-    when the purchase of a refunded one still is active.
+    Exit code 1 if a payment is unexplained (money taken, nothing given), or if
+    a refunded payment still has its course.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -34,47 +34,56 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 
     _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
-    audit = Audit(database, tables)
-    with terminal.progress("payments", audit.estimate) as told:
+    audit = Audit.start(database, tables)
+    with terminal.progress("payments", audit.estimate, then=_LOOKING_AGAIN) as told:
         report = audit.run(told)
     if json:
         terminal.print_json(view.audit_object(report))
     else:
         view.print_audit(report, limit)
+        suggest(config, *view.next_steps(report))
     raise typer.Exit(0 if report.ok else 1)
 
 
 def backfill(
     config: Config = None,
     json: AsJson = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Look and count; change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", metavar="", help="Find and count what is owed; change nothing.")
+    ] = False,
     since: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Payments created then or later.", show_default=False)
+        str | None, typer.Option(metavar="TIME", help="Only payments created at TIME or later.", show_default=False)
     ] = None,
     until: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Payments created before.", show_default=False)
+        str | None, typer.Option(metavar="TIME", help="Only payments created before TIME.", show_default=False)
     ] = None,
-    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Leave younger payments to the workers.")] = "5m",
+    older_than: Annotated[
+        str, typer.Option(metavar="DURATION", help="Leave younger payments to the workers.")
+    ] = _LOOK_BACK,
     max_repairs: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Stop, making nothing, where more purchases are owed.")
-    ] = 1000,
+        int, typer.Option(metavar="N", min=0, help="Make nothing if more than N purchases are owed.")
+    ] = _MAX_REPAIRS,
     max_rate: Annotated[
-        float | None, typer.Option(metavar="N", min=1, help="Payments looked at per second.", show_default=False)
+        float | None,
+        typer.Option(metavar="N", min=1, help="Look at no more than N payments per second.", show_default=False),
     ] = None,
     actor: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Who does it; by default you.", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Who does it; by default your user name.", show_default=False)
     ] = None,
-    reason: Annotated[str | None, typer.Option(metavar="TEXT", help="Why; kept with it.", show_default=False)] = None,
+    reason: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Why; kept in backfill_runs.", show_default=False)
+    ] = None,
     limit: Limit = 100,
 ) -> None:
     """Make the purchases that payments prove are owed.
 
-    Finds payments that succeeded and have neither a purchase nor anything that
-    explains why not, counts them, and makes what is owed. Safe beside workers
-    and other backfills; one that was killed is continued by the next one with
-    the same range. TIME is a date or RFC 3339, UTC where it names no zone.
+    Finds and counts the succeeded payments (not refunded) for which no purchase
+    was made and no event, dead letter or decision says why; then makes their
+    purchases. Safe beside workers and other backfills. If it is killed, run it
+    again with the same range: it continues. TIME is a date, or a time as in RFC
+    3339, in UTC if it names no zone.
 
-    Exit code 1 when more is owed than --max-repairs, or when something that is
+    Exit code 1 if more is owed than --max-repairs, or if a purchase that is
     owed could not be made.
     """
     from outbox_worker import terminal
@@ -83,7 +92,7 @@ def backfill(
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 
     if since and until and parse_moment(until, "--until") <= parse_moment(since, "--since"):
-        raise WrongUsage("--until must be later than --since: there is nothing between them.")
+        raise WrongUsage("--until must be later than --since: no payment lies between them.")
     request = Request(
         actor=actor or current_user(),
         reason=reason,
@@ -95,20 +104,23 @@ def backfill(
         dry_run=dry_run,
     )
     settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
-    work = Backfill(database, tables, settings.retry_policy, request)
-    with terminal.progress("payments", work.estimate) as told:
+    work = Backfill.start(database, tables, settings.retry_policy, request)
+    with terminal.progress("payments", work.estimate, then=_LOOKING_AGAIN) as told:
         owed = work.look(told)
-    with terminal.progress("purchases", lambda: owed) as told:
+    with terminal.progress("purchases", lambda: owed, then="finishing, and trying again what was locked") as told:
         report = work.make(told)
     if json:
         terminal.print_json(view.backfill_object(report))
     else:
-        view.print_backfill(report, request.max_repairs, limit)
+        view.print_backfill(report, max_repairs, limit)
+        given = {"--since": since, "--until": until, "--older-than": older_than if older_than != _LOOK_BACK else None}
+        span = [word for option, value in given.items() if value for word in (option, value)]
+        suggest(config, *view.next_steps(report, span, max_repairs))
     raise typer.Exit(0 if report.ok else 1)
 
 
 def current_user() -> str:
-    """The operating system's name for whoever runs this."""
+    """Return the user's name, or the number if the system has no name for it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -119,12 +131,14 @@ def current_user() -> str:
 def list_duplicates(
     config: Config = None,
     json: AsJson = False,
-    csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print all as CSV, for the accounts.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", metavar="", help="Print all payments as CSV, for the accounts.")
+    ] = False,
     limit: Limit = 100,
 ) -> None:
-    """List who paid twice for what, oldest first.
+    """List payments of students who paid twice for a course, oldest first.
 
-    An entry is gone as soon as its payment is refunded.
+    A payment leaves the list when its status is refunded.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import duplicates as view
@@ -132,10 +146,10 @@ def list_duplicates(
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 
     if json and csv:
-        raise WrongUsage("--json or --csv, not both.")
+        raise WrongUsage("Choose --json or --csv, not both.")
     _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
-    duplicates = Duplicates(database, tables)
-    with terminal.progress("payments", duplicates.estimate) as told:
+    duplicates = Duplicates.start(database, tables)
+    with terminal.progress("payments", duplicates.estimate, then=_LOOKING_AGAIN) as told:
         found = duplicates.list(told)
     if json:
         terminal.print_json(view.duplicates_object(found))
@@ -143,3 +157,4 @@ def list_duplicates(
         view.write_duplicates(found)
     else:
         view.print_duplicates(found, limit)
+        suggest(config, *view.next_steps(found))

@@ -1,4 +1,4 @@
-"""Commands that set up a database: `migrate`, and `psql` on the private one."""
+"""Commands that set up a database: `migrate` creates the tables, `psql` opens the private PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.cli.common import Config, in_a_sentence, open_database
+from outbox_worker.cli.common import Config, in_a_sentence, open_database, suggest
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
 from outbox_worker.errors import SchemaError, SettingError
@@ -17,7 +17,7 @@ from outbox_worker.settings import load_settings
 
 
 class Option(StrEnum):
-    """The optional branches of migrations."""
+    """Optional migrations."""
 
     UNIQUE_INDEX = "unique_index"
     NOTIFY = "notify"
@@ -29,14 +29,15 @@ def migrate(
         list[Option] | None,
         typer.Option(
             "--with",
-            help="Also: unique_index (the guard `index`, built without blocking writers) or notify (lower latency).",
+            help="Also unique_index (the guard `index`, built without blocking writers) or notify (lower latency).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Create the tables that are absent.
+    """Create the tables that are missing.
 
-    Tables that exist are adopted and left as they are. Safe to repeat, and on a live database.
+    Never alters a table that exists: adopts it as it is. Safe to repeat, and
+    safe on a live database.
     """
     from outbox_worker import terminal
     from outbox_worker.schema.migrate import upgrade
@@ -48,12 +49,14 @@ def migrate(
         if sqlstate(error) != "42501":
             raise
         sentence = in_a_sentence(error)
-        raise SchemaError(f"{sentence} migrate runs as the owner of the tables, not as the role of a worker.") from None
+        raise SchemaError(
+            f"{sentence} Run `outbox-worker migrate` as the owner of the tables, not as the role of a worker."
+        ) from None
     for name in done.created:
         terminal.line(f"created  {name}")
     for name in done.named:
         terminal.line(
-            f"  CHECK  {name} is new and empty. If you meant a table that exists, drop this one and mend its name.",
+            f"  CHECK  {name} is new and empty. If you meant another table, drop this one and correct the name.",
             "red",
         )
     for name in done.adopted:
@@ -61,15 +64,16 @@ def migrate(
     for name in done.built:
         terminal.line(f"built    {name}")
     for name in done.found:
-        terminal.line(f"found    {name} (was in force already)")
+        terminal.line(f"found    {name} (already in force)")
     if _say_what_is_missing(database, tables):
         raise typer.Exit(SchemaError.exit_code)
     if not done.created and not done.built:
-        terminal.line("Everything was in place.")
+        terminal.line("Nothing to do: everything is in place.")
+    suggest(config, ["doctor"])
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
-    """An adopted table can lack what the worker needs; migrate does not alter it, but says so."""
+    """Print what adopted tables lack, and the remedies; tell whether anything is missing."""
     from outbox_worker import terminal
     from outbox_worker.schema.requirements import find_problems
 
@@ -82,7 +86,7 @@ def _say_what_is_missing(database: Database, tables: Tables) -> bool:
 
 def psql(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="Arguments for psql, after `--`.", show_default=False)
+        list[str] | None, typer.Argument(help="Arguments of psql, after `--`.", show_default=False)
     ] = None,
     config: Config = None,
 ) -> None:
@@ -94,7 +98,9 @@ def psql(
     settings = load_settings(config=config)
     directory = settings.embedded_directory
     if directory is None:
-        raise SettingError("OUTBOX_DATABASE_URL is a server of your own: connect to it with your own psql.")
+        raise SettingError(
+            "OUTBOX_DATABASE_URL names a server of your own, not embedded:DIR: connect with your own psql."
+        )
     where = ensure_server(directory, bin_dir=settings.embedded_bin_dir)
     program = find_binaries(settings.embedded_bin_dir) / "psql"
     flags = [f"--{key}={where[name]}" for key, name in (("host", "host"), ("username", "user"), ("dbname", "dbname"))]

@@ -1,4 +1,4 @@
-"""Commands that show the worker at work: `demo` and `bench`."""
+"""Commands that show what the worker does: `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def demo(
 ) -> None:
     """See it work: payments, troubles, a killed worker, the proof.
 
-    Everything is real and runs on a private PostgreSQL of its own:
-    OUTBOX_DATABASE_URL is ignored. Exit code 1 when a payment stayed
-    unexplained or a purchase was made twice.
+    Runs real workers on a private PostgreSQL of its own and ignores
+    OUTBOX_DATABASE_URL. Exit code 1 if a payment stays unexplained or a
+    purchase was made twice.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -27,7 +27,7 @@ def demo(
 
     proof = run_demo(payments)
     if proof is None:
-        terminal.line("Interrupted; nothing was proved, and nothing is left running.")
+        terminal.line("Interrupted: nothing was proved, and no process is left running.")
         return
     print_events(proof.outcomes)
     view.print_audit(proof.audit, 100)
@@ -38,17 +38,20 @@ def demo(
 def bench(
     config: Config = None,
     json: AsJson = False,
-    events: Annotated[int, typer.Option(min=1000, max=10_000_000, help="Events to drain in each round.")] = 50_000,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often each contestant drains them.")] = 3,
-    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Claim loops, and bare connections.")] = 1,
-    guard: Annotated[Guard, typer.Option(metavar="GUARD", help="index or lock.")] = Guard.INDEX,
+    events: Annotated[int, typer.Option(min=1000, max=10_000_000, help="Events to settle in each round.")] = 50_000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often each contestant settles them.")] = 3,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=64, help="Claim loops of the worker, connections of the bare SQL.")
+    ] = 1,
+    guard: Annotated[Guard, typer.Option(metavar="GUARD", help="Guard to measure: index or lock.")] = Guard.INDEX,
     latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Also from a producer's COMMIT to the purchase.")
+        bool,
+        typer.Option("--latency/--no-latency", help="Also measure the time from a producer's COMMIT to the purchase."),
     ] = True,
 ) -> None:
-    """Measure this machine and database: the worker beside the bare SQL.
+    """Measure the worker beside the bare SQL on this machine.
 
-    Runs in a database of its own, outbox_worker_bench, on the server of
+    Creates a database of its own, outbox_worker_bench, on the server of
     OUTBOX_DATABASE_URL, and drops it afterwards. The role must be allowed to
     create databases.
     """

@@ -1,4 +1,6 @@
-"""Messages to systemd: datagrams of NAME=VALUE lines on ``NOTIFY_SOCKET``, as in sd_notify(3).
+"""Carries messages to systemd; ``supervision`` says which.
+
+They are datagrams of NAME=VALUE lines on ``NOTIFY_SOCKET``, as in sd_notify(3).
 
 The protocol is stable and these few lines are all of it; bindings to libsystemd would have to be built on each machine.
 """

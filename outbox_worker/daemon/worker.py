@@ -15,8 +15,6 @@ from datetime import datetime
 from functools import partial
 from uuid import uuid4
 
-from sqlalchemy import func, select
-
 from outbox_worker.daemon.chores import CHORE_SECONDS, Chores
 from outbox_worker.daemon.claim_loop import ClaimLoop, LoopThread, all_done
 from outbox_worker.daemon.listener import Listener
@@ -36,6 +34,7 @@ from outbox_worker.settle.processor import Processor
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.store.queries import database_time
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.logs import configure_logging
 from outbox_worker.telemetry.reporter import Telemetry
@@ -132,7 +131,7 @@ class Worker:
 
     def _serve(self, signals: Signals, start: Start) -> None:
         outbox = Outbox(start.tables, start.event_types)
-        may_listen = self._settings.pooler == "none" or self._settings.listen_url is not None
+        may_listen = self._settings.pooler == "none" or self._settings.listen_conninfo is not None
         listener = Listener(self._settings, start.tables, self._stop, self._wake_loop, self.telemetry.trouble)
         chores = self._make_chores(start, outbox, start_listening=listener.start if may_listen else None)
         self._loops = self._make_loops(start, outbox, chores)
@@ -254,5 +253,4 @@ class Worker:
     def _now(self) -> datetime:
         """The database's clock: only it says what is due."""
         with self._database.transaction() as session:
-            now: datetime = session.scalars(select(func.clock_timestamp())).one()
-        return now
+            return database_time(session)

@@ -1,4 +1,5 @@
 """Connections, transactions, retries and statements, for any tables.
 
-Everything above may import from here. Do not mention a table, an event or a purchase: this package knows no domain.
+Everything above may import from here; nothing of the domain is imported. Only ``failures`` says what an error means for
+events (retry, this event, pause, …). Do not name a table, an event or a purchase here.
 """

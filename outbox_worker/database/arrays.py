@@ -1,4 +1,4 @@
-"""The one codec of array parameters: how keys are written as PostgreSQL array literals, and read back."""
+"""Array parameters: keys written as PostgreSQL array literals, and read back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Keys(UserDefinedType[Sequence[Any]]):
 class ArrayText(Sequence[Any]):
     """An array of keys as PostgreSQL sent it: one text, split when an element is first read.
 
-    A batch that is settled without a look at its single events sends the text back as it came.
+    A batch on the fast path never splits it, and sends the same text back.
     """
 
     def __init__(self, text: str) -> None:
@@ -59,7 +59,7 @@ class ArrayText(Sequence[Any]):
 
 
 def array_literal(keys: Sequence[Any] | None) -> str:
-    """Keys as PostgreSQL reads them; no keys as an empty array."""
+    """The keys as a PostgreSQL array literal; ``{}`` if there are none."""
     if isinstance(keys, ArrayText):
         return str(keys)
     keys = keys or ()

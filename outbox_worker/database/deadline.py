@@ -1,7 +1,7 @@
-"""A client-side deadline: a connection on which no answer comes in time is cut.
+"""A deadline on the client's side: a connection on which no answer comes in time is cut.
 
-Neither keepalives nor ``tcp_user_timeout`` see a middlebox that acknowledges what it swallows, and a time-out of the
-server's does not help where the server is not reached.
+Keepalives and ``tcp_user_timeout`` do not notice a middlebox that acknowledges packets and drops them, and a time-out
+of the server cannot help if the server is not reached.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from weakref import WeakSet
 import psycopg
 
 GRACE_SECONDS = 1.0
-"""The server's own time-out has the same length and the better message: it goes first."""
+"""The server's own time-out, of the same length, has the better error message: give it time to come first."""
 _LOOK_SECONDS = 0.25
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that is cut when an answer takes longer than ``answer_seconds``; None: it may take its time.
+    """A connection that is cut if an answer takes longer than ``answer_seconds``; None: no limit.
 
-    What waits then raises psycopg.OperationalError without a SQLSTATE, as for any other lost connection.
+    The waiting call then raises psycopg.OperationalError without a SQLSTATE, as for any other lost connection.
     """
 
     answer_seconds: float | None = None
     waiting_since: float | None = None
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """psycopg's own, which every round trip goes through; it only notes since when it waits."""
+        """Wait as psycopg does for each round trip, and note since when."""
         self.waiting_since = time.monotonic()
         try:
             return super().wait(*given, **named)
@@ -40,7 +40,7 @@ class BoundedConnection(psycopg.Connection[Any]):
 
 
 class _Watchdog:
-    """One thread for all bounded connections of the process, from the first one on."""
+    """One thread that watches all bounded connections of the process; it starts with the first."""
 
     def __init__(self) -> None:
         self._watched: WeakSet[BoundedConnection] = WeakSet()
@@ -70,13 +70,13 @@ _watchdog = _Watchdog()
 
 
 def bounded(connection: BoundedConnection, answer_seconds: float) -> BoundedConnection:
-    """Cut the connection when an answer takes longer."""
+    """Cut this connection if an answer takes longer than ``answer_seconds``."""
     connection.answer_seconds = answer_seconds
     _watchdog.watch(connection)
     return connection
 
 
 def _cut(connection: BoundedConnection) -> None:
-    """Shut the socket down under the thread that waits on it: it wakes up and finds the connection lost."""
+    """Shut the socket down: the thread that waits on it wakes up and finds the connection lost."""
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
         line.shutdown(socket.SHUT_RDWR)

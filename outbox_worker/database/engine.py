@@ -1,4 +1,4 @@
-"""Connections, transactions and outages. tenacity repeats transactions and waits out outages here, nowhere else."""
+"""Connections and transactions of one database, and what became of a COMMIT whose answer was lost."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from typing import Any
 
 import psycopg
 import tenacity
-from sqlalchemy import (
-    URL,
-    Engine,
-    create_engine,
-    event,
-    text,
-)
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -34,10 +28,9 @@ _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "
 
 
 class Database:
-    """One database: an engine, and transactions whose limits are set inside them (safe behind a pooler).
+    """One database: an engine, and transactions that set their own limits, so that a pooler may stand between.
 
-    ``deadline_seconds`` bounds a connection attempt, every statement and every answer; None: statements may take their
-    time (migrate).
+    ``deadline_seconds`` is the longest wait for a statement and for each answer; None: no limit (migrate).
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
@@ -46,7 +39,7 @@ class Database:
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:
-        """A READ COMMITTED transaction, committed at the end; ``parameters`` hold inside it only."""
+        """A READ COMMITTED transaction, committed at the end; ``parameters`` are set inside it only."""
         with Session(self.engine) as session:
             set_local(session, self._limits() | parameters)
             yield session
@@ -54,16 +47,16 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
-        """A REPEATABLE READ, READ ONLY transaction: every statement in it sees the same moment."""
+        """A REPEATABLE READ, READ ONLY transaction: all statements in it see the same moment."""
         engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with Session(engine) as session:
             set_local(session, self._limits())
             yield session
 
     def was_committed(self, transaction_id: str) -> bool | None:
-        """What became of a transaction whose COMMIT was never answered; None: not to be known any more.
+        """Whether a transaction was committed whose COMMIT was not answered; None if the server no longer knows.
 
-        Source: ``pg_xact_status``. A transaction still in progress is asked about again until it is decided.
+        Asks ``pg_xact_status`` again while the transaction is in progress.
         """
         decided = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda status: status == "in progress"),
@@ -81,7 +74,7 @@ class Database:
         return status
 
     def check(self) -> None:
-        """Connect once. Raises DatabaseUnavailable with one sentence."""
+        """Connect once. Raises DatabaseUnavailable, whose message is one sentence."""
         try:
             with self.engine.connect():
                 pass
@@ -104,16 +97,16 @@ class Database:
 
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
-    """One sentence for a connection that was not made or broke; libpq's own words, without the connection string."""
+    """An error for a connection that was not made or broke: one sentence with libpq's words, without the URL."""
     return DatabaseUnavailable(f"No connection to the database: {server_message(error)}")
 
 
 @contextmanager
 def savepoint(session: Session) -> Iterator[None]:
-    """All that is done inside stands, or none of it. Not to be nested.
+    """Undo everything done inside if it raises. Do not nest.
 
-    Plain statements: what SQLAlchemy does around a nested transaction costs a batch as much as a statement. It is not
-    released: COMMIT does that, or the next one of the same name hides it.
+    Sent as plain statements, because SQLAlchemy's nested transactions cost a batch as much as one more statement. It is
+    never released: COMMIT does that, and the next savepoint of the same name hides it.
     """
     connection = session.connection()
     connection.exec_driver_sql("SAVEPOINT attempt")
@@ -126,17 +119,16 @@ def savepoint(session: Session) -> Iterator[None]:
 
 
 def connect_directly(settings: Settings) -> psycopg.Connection:
-    """An autocommit connection past any pooler, for LISTEN. Raises psycopg.OperationalError."""
-    where = _where(settings, settings.listen_url)
+    """An autocommit connection for LISTEN, not through a pooler. Raises psycopg.OperationalError."""
+    where = conninfo_to_dict(settings.listen_conninfo) if settings.listen_conninfo else _where(settings)
     return psycopg.connect(**{**where, **_connect_arguments(settings.database_deadline_seconds), "autocommit": True})
 
 
-def _where(settings: Settings, url: URL | None = None) -> dict[str, Any]:
-    """The address, as psycopg takes it. Whoever finds the embedded server gone starts it again."""
-    if url is None and settings.embedded_directory is not None:
+def _where(settings: Settings) -> dict[str, Any]:
+    """Arguments for psycopg. Starts the embedded server if it does not run."""
+    if settings.embedded_directory is not None:
         return embedded.ensure_server(settings.embedded_directory, bin_dir=settings.embedded_bin_dir)
-    given: dict[str, Any] = PGDialect_psycopg().create_connect_args(url or settings.url)[1]  # type: ignore[no-untyped-call]
-    return given
+    return conninfo_to_dict(settings.conninfo)
 
 
 def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
@@ -150,7 +142,7 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
 
 
 def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnection:
-    """A connection of the pool, cut when an answer takes longer than that; None: statements may take their time."""
+    """A connection for the pool; it is cut if an answer takes longer than ``answer_seconds`` (None: no limit)."""
     arguments = _connect_arguments(settings.database_deadline_seconds)
     connection = BoundedConnection.connect(**{**_where(settings), **arguments})
     if settings.pooler == "transaction":
@@ -174,6 +166,6 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:
-    """A read-only node answers politely for ever and a stale plan stays stale: treat both as a lost connection."""
+    """Replace a connection whose every next statement would fail, too: to a read-only node, or with a stale plan."""
     if classify(context.original_exception) is Failure.RECONNECT:
         context.is_disconnect = True

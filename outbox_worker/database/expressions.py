@@ -1,4 +1,4 @@
-"""SQL expressions about moments, safe for every timestamp that PostgreSQL knows."""
+"""SQL expressions for timestamps, also for those that only PostgreSQL knows, as ``-infinity``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Seconds since a moment, by the database's clock and bounded: ``-infinity`` is a timestamp, too. NULL of NULL."""
+    """Seconds since a moment by the database's clock, at most ``_LONGEST_SECONDS`` (``-infinity``); NULL for NULL."""
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
 
 
 def readable(moment: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A moment as clients can read it; NULL where it lies outside their calendar, as ``-infinity`` does."""
+    """A moment that Python can read; NULL if it is outside Python's calendar, as ``-infinity`` is."""
     return case((moment.between(_FIRST_MOMENT, _LAST_MOMENT), moment)).label(moment.key)

@@ -1,7 +1,8 @@
-"""What a failure of the database means: its SQLSTATE, its class, and how logs name it without repeating a row."""
+"""Errors of the database: SQLSTATE, class of failure, and names for logs that repeat no value of a row."""
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping
 from enum import StrEnum
@@ -13,26 +14,27 @@ from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, Sc
 
 
 class Failure(StrEnum):
-    """What a failure means for the events of the batch in which it was met."""
+    """What an error means for the events of the batch in which it occurred."""
 
     RETRY = "retry"
-    """Run the transaction again, with half the batch; nobody's fault."""
+    """Run the transaction again with half the batch; no event is at fault."""
     RECONNECT = "reconnect"
-    """Drop the connection, make a new one; nobody's fault."""
+    """Drop the connection and make a new one; no event is at fault."""
     PAUSE = "pause"
-    """The database is in trouble: wait, charge no event, say it loudly."""
+    """The database is in trouble: wait, charge no event, log it as ERROR."""
     EVENT = "event"
-    """The database refuses an event: find it, charge it, settle its neighbours."""
+    """The database refuses an event: find it, charge it an attempt, settle the others."""
     GUARD = "guard"
-    """The guard is another than believed, or somebody else was first: look again."""
+    """Another guard is in force than assumed, or another transaction was first: look again."""
     UNCLEAR = "unclear"
-    """An event's fault or the database's: bisect. If all events fail, pause; if some do, those."""
+    """Either an event or the database is at fault: try parts of the batch. If all events fail, pause; else charge those
+    that fail."""
     BUG = "bug"
-    """Ours: roll back, log ERROR, pause."""
+    """A mistake of the worker itself: roll back, log it as ERROR, pause."""
 
 
 UNIQUE_VIOLATION = "23505"
-"""Somebody else was first, or a mark is there."""
+"""Another transaction was first, or the event has a mark already."""
 
 NO_ARBITER = ("42P10", "55000")
 """No index matches ON CONFLICT, or only a deferrable one: the guard ``index`` is not in force."""
@@ -78,14 +80,23 @@ _BY_CLASS: Mapping[str, Failure] = {
 
 _PLACES_MAX = 100
 
+_REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
+"""How libpq repeats what a server answered to a new connection; the severity before it may be in any language."""
+
+_PASSES = re.compile(
+    r"the database system|recovery|too many|connection slots|terminating|shutting down"
+    r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
+)
+"""Refusals that end by themselves: a server that starts or stops, a full one, a pooler whose server is down."""
+
 
 def sqlstate(error: BaseException) -> str | None:
-    """The SQLSTATE of a driver's error, also where SQLAlchemy wrapped it."""
+    """The SQLSTATE of a driver's error, also if SQLAlchemy wrapped it."""
     return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
 
 
 def classify(error: BaseException) -> Failure:
-    """Name the class of a failure met while settling. Outside the settle savepoint ``unclear`` means ``pause``."""
+    """The class of an error met while settling. Outside the settle savepoint ``unclear`` means ``pause``."""
     if isinstance(error, KeyMissing):
         return Failure.PAUSE
     state = sqlstate(error)
@@ -108,10 +119,22 @@ def server_message(error: BaseException) -> str:
     return lines[0] if lines else type(original).__name__
 
 
-def trace(error: BaseException) -> list[str]:
-    """Where an error was raised, innermost last; without its message, which may repeat a value.
+def login_refusal(error: BaseException) -> str | None:
+    """The server's sentence if it refuses the role, password or database: that lasts until a person acts. Else None.
 
-    Bounded: the journal breaks a line of 48 kB.
+    Read from the text, because the driver reports no SQLSTATE for a connection that was not made.
+    """
+    original = getattr(error, "orig", None) or error
+    if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
+        return None
+    found = _REFUSED.search(server_message(error))
+    return None if found is None or _PASSES.search(found["sentence"]) else found["sentence"]
+
+
+def trace(error: BaseException) -> list[str]:
+    """Where an error was raised, innermost last; without its message, which may repeat a value of a row.
+
+    At most ``_PLACES_MAX`` places, because the journal breaks lines of 48 kB.
     """
     frames = traceback.extract_tb(error.__traceback__, limit=-_PLACES_MAX)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]

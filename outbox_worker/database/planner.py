@@ -1,4 +1,4 @@
-"""Settings of one transaction, above all those that tell the planner to use indexes."""
+"""Parameters of one transaction, mainly those that make the planner use indexes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ INDEX_PLANS: Mapping[str, str] = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
 }
-"""The statistics of queue-like tables mislead the planner; where an index path is meant, only that is left to it, and
-the plan is made once: looking for a better one at each execution costs a small batch more than its work."""
+"""Leave only index plans, made once: the statistics of a queue mislead the planner, and planning anew at each execution
+costs a small batch more than its work."""
 
 FREE_PLANS: Mapping[str, str] = {
     **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
     "plan_cache_mode": "force_custom_plan",
 }
-"""Where no index path may be there: the planner's choice, made anew each time, by what the tables hold now."""
+"""Leave the choice to the planner, anew at each execution: for statements that may have no index to use."""
 
 # what: parameters that end with the transaction · lock: none · safe behind a pooler
 _SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
@@ -36,7 +36,7 @@ _SWITCH_LOCAL = (
 
 @contextmanager
 def planned(session: Session, **parameters: str) -> Iterator[None]:
-    """Parameters of the planner for the statements inside; then those before. A failure leaves that to its rollback."""
+    """Set parameters for the statements inside, and restore them; after an error the rollback restores them."""
     given = {"parameters": json.dumps(parameters)}
     before = {key: value for key, value, _ in session.connection().exec_driver_sql(_SWITCH_LOCAL, given)}
     yield

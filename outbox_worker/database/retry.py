@@ -1,10 +1,11 @@
-"""Retries: run a transaction again, or wait until the database is back. tenacity is used here and nowhere else."""
+"""Retries: run a transaction again, or wait until the database is back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, TypeVar
+from threading import Event
+from typing import Protocol, TypeVar, cast
 
 import tenacity
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 class Stop(Protocol):
-    """A flag that can be waited for: a ``threading.Event``, or the main thread's ``Signals``."""
+    """A flag that one can wait for: a ``threading.Event``, or the main thread's ``Signals``."""
 
     def is_set(self) -> bool: ...
 
@@ -23,9 +24,9 @@ class Stop(Protocol):
 
 
 def retry_transaction(work: Callable[[int], T], *, attempts: int) -> T:
-    """Run a whole unit of work again while it fails with ``retry``, at most ``attempts`` times in all.
+    """Run ``work`` until it does not fail with ``retry``, at most ``attempts`` times; then its error is raised.
 
-    ``work`` is told how often it has failed so far, and raises its last error in the end.
+    ``work`` is called with the number of failures so far.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_worth_repeating),
@@ -45,34 +46,22 @@ def wait_out_outage(
     on_failure: Callable[[BaseException, float], None],
     seconds: float | None = None,
 ) -> T | None:
-    """Run ``work`` until it returns, however long the trouble lasts; None when ``stop`` was set meanwhile.
+    """Run ``work`` until it returns, and return its result; None if ``stop`` was set first.
 
-    ``on_failure(error, pause_seconds)`` is called before each pause; pauses grow with jitter to ten seconds. A
-    SchemaError and a SettingError are raised at once; with ``seconds`` the last error is raised when so much time has
-    passed.
+    ``on_failure(error, pause_seconds)`` is called before each pause; pauses grow, with jitter, to ten seconds. Raises a
+    SchemaError and a SettingError at once, and after ``seconds``, if given, the last error.
     """
-    given_up = _StopWhenSet(stop)
+    flag = cast("Event", stop)  # tenacity asks no more of it than a Stop has
+    told_to_stop = tenacity.stop_when_event_set(flag)
     patient = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_worth_waiting_for),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=10),
-        sleep=partial(_sleep, stop),
-        stop=given_up if seconds is None else given_up | tenacity.stop_after_delay(seconds),
+        sleep=tenacity.sleep_using_event(flag),
+        stop=told_to_stop if seconds is None else told_to_stop | tenacity.stop_after_delay(seconds),
         before_sleep=partial(_report_failure, on_failure),
         retry_error_callback=partial(_give_up, stop),
     )
     return patient(work)
-
-
-class _StopWhenSet(tenacity.stop.stop_base):
-    def __init__(self, stop: Stop) -> None:
-        self._stop = stop
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:  # noqa: ARG002 - tenacity's signature
-        return self._stop.is_set()
-
-
-def _sleep(stop: Stop, seconds: float) -> None:
-    stop.wait(seconds)
 
 
 def _is_worth_waiting_for(error: BaseException) -> bool:

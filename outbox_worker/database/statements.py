@@ -1,4 +1,4 @@
-"""Statements that are rendered once and sent over and over, and writes whose row count is checked."""
+"""Statements that are rendered once and executed many times, and writes whose row count is checked."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from outbox_worker.errors import Inconsistent, KeyMissing
 
 @contextmanager
 def relying_on_a_key() -> Iterator[None]:
-    """An upsert inside, on a key that must be unique. Raises KeyMissing where it is not."""
+    """For an upsert on a unique key. Raises KeyMissing if no unique index on it exists."""
     try:
         yield
     except DBAPIError as error:
         if sqlstate(error) == KeyMissing.sqlstate:
-            raise KeyMissing("A unique key that the worker relies on is not there.") from None
+            raise KeyMissing("A unique key that the worker needs does not exist.") from None
         raise
 
 
 class Statement:
-    """A statement that is sent over and over: rendered once, so that a batch pays for its values only.
+    """A statement that is rendered once and executed many times.
 
-    What SQLAlchemy does for a construct at each execution costs a batch of a thousand as much as a tenth of its SQL.
+    SQLAlchemy's work for each execution of a construct would cost a batch of a thousand a tenth of its SQL time.
     """
 
     def __init__(self, clause: ClauseElement) -> None:
@@ -54,11 +54,11 @@ class Statement:
 
 
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
-    """Execute a write that must touch exactly ``rows`` rows: zero, or one too many, is never success.
+    """Execute a write that must change exactly ``rows`` rows.
 
     Raises Inconsistent, and KeyMissing.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount
     if touched != rows:
-        raise Inconsistent(f"A statement touched {touched} rows instead of {rows}: {str(statement)[:60]} …")
+        raise Inconsistent(f"A statement changed {touched} rows instead of {rows}: {str(statement)[:60]} …")

@@ -1,4 +1,4 @@
-"""The demonstration: a simulated shop, workers that are killed, and the proof that nothing is owed (``make demo``).
+"""The demonstration: a simulated payments service, a killed worker, and the proof that nothing is owed (``make demo``).
 
-Only ``cli`` imports from here. Do not put anything here that the product needs.
+Only ``cli`` imports from here. Do not put code here that the worker needs.
 """

@@ -1,7 +1,7 @@
 """The demonstration: a payments service with all its troubles, two workers, one of them killed, and the audit.
 
-Everything is real: processes, connections, commits, SIGKILL. It runs on a private PostgreSQL in a directory of its own,
-which goes when the demonstration ends.
+Uses real processes, connections, commits and SIGKILL, on a private PostgreSQL in a temporary directory that is removed
+at the end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from outbox_worker.daemon.signals import Signals
 from outbox_worker.database.engine import Database
 from outbox_worker.demo.simulation import PaymentsService
 from outbox_worker.demo.view import Scene, View, open_view
+from outbox_worker.durations import count_of
 from outbox_worker.embedded import server as embedded
 from outbox_worker.embedded.launcher import end_with
 from outbox_worker.errors import OutboxWorkerError
@@ -39,10 +40,11 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""How long the payments service writes; more payments come faster, as fast as they can."""
+"""How long the payments service writes, whatever the number of payments; longer only if that is too fast for it."""
 DAMAGE_SHARE = 0.05
+"""Payments that the old worker lost, as a share of the payments of the demonstration."""
 SETTLE_SECONDS = 60.0
-"""How long the workers may take for what is left when the payments service has ended."""
+"""How long the workers may take to settle the rest after the payments service has ended."""
 
 _WORKER_SETTINGS = {
     "OUTBOX_RETRY_BASE_SECONDS": "0.5",
@@ -74,43 +76,43 @@ UNPAID = """
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the demonstration ends with."""
+    """The result of the demonstration."""
 
     audit: AuditReport
     doubled: int
-    """Purchases of a pair beyond its first."""
+    """Active purchases beyond the first of each pair."""
     unpaid: int
-    """Purchases that are not those of a payment that succeeded."""
+    """Active purchases without a succeeded payment of the same student, course and amount."""
     lost: int
-    """Events that left neither a mark nor a dead letter, or are still in the outbox."""
+    """Events that have neither a mark nor a dead letter, or are still in the outbox."""
     outcomes: Mapping[str, int]
-    """Events by outcome; the dead ones by reason."""
+    """Counts events by outcome, dead ones by reason."""
 
     @property
     def holds(self) -> bool:
         return self.audit.ok and not (self.doubled or self.unpaid or self.lost)
 
     def sentence(self) -> str:
-        """What was proved, or what speaks against it."""
+        """Say what was proved, or why it was not."""
         if not self.holds:
             unexplained = len(self.audit.unexplained)
             return (
-                f"NOT proved: {unexplained:,} payments unexplained, {self.doubled:,} purchases too many, "
-                f"{self.unpaid:,} that nobody paid, {self.lost:,} events lost."
+                f"NOT proved: {count_of(unexplained, 'payment')} unexplained, {count_of(self.doubled, 'purchase')} "
+                f"too many, {count_of(self.unpaid, 'purchase')} that nobody paid, {count_of(self.lost, 'event')} lost."
             )
         counts = self.audit.counts
         return (
-            f"Proved: of {sum(counts.values()):,} payments {counts[PaymentClass.ACTIVE]:,} gave their course exactly "
-            f"once, {counts[PaymentClass.DUPLICATE]:,} paid for one a second time and {counts[PaymentClass.DEAD]:,} "
-            f"contradict their event (about these a person decides); none was taken for nothing. "
-            f"None of {self.outcomes.get(Outcome.REVOKED, 0):,} refunded payments holds a course."
+            f"Proved: of {count_of(sum(counts.values()), 'payment')}, {counts[PaymentClass.ACTIVE]:,} gave their "
+            f"course exactly once, {counts[PaymentClass.DUPLICATE]:,} paid for a course a second time, and "
+            f"{counts[PaymentClass.DEAD]:,} contradict their event (a person decides). No payment was taken for "
+            f"nothing. None of {count_of(self.outcomes.get(Outcome.REVOKED, 0), 'refunded payment')} holds a course."
         )
 
 
 def run_demo(payments: int) -> Proof | None:
-    """Play the demonstration with about ``payments`` payments; None when it was interrupted.
+    """Run the demonstration with about ``payments`` payments; return None if it was interrupted.
 
-    Raises OutboxWorkerError when a worker does not start, the outbox is not settled in time, or the database refuses.
+    Raises OutboxWorkerError if a worker ends, if the outbox is not settled in time, or if the database refuses.
     """
     try:
         with (
@@ -127,7 +129,7 @@ def run_demo(payments: int) -> Proof | None:
 
 @contextmanager
 def _private_database(directory: Path) -> Iterator[Settings]:
-    """A migrated database in ``directory``. Whatever ``OUTBOX_*`` says, nothing else is touched."""
+    """Start a private PostgreSQL in ``directory`` and migrate it. Drops OUTBOX_* and PG* from the environment first."""
     for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
     where = embedded.ensure_server(directory)
@@ -142,7 +144,7 @@ def _private_database(directory: Path) -> Iterator[Settings]:
 
 
 class Crew:
-    """The worker processes. Context manager: whoever is left at the end is stopped."""
+    """The worker processes. A context manager: stops those that still run at its end."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._url = settings.conninfo
@@ -158,7 +160,7 @@ class Crew:
         self.stop()
 
     def hire(self) -> int:
-        """Start one more worker; return its pid."""
+        """Start a worker; return its pid."""
         environment = {**os.environ, **_WORKER_SETTINGS, "OUTBOX_DATABASE_URL": self._url}
         command = [sys.executable, "-m", "outbox_worker", "run"]
         with self._log.open("ab") as log:
@@ -172,14 +174,14 @@ class Crew:
         return self._processes[-1].pid
 
     def kill_one(self) -> int:
-        """SIGKILL the worker that has been here longest; return its pid."""
+        """SIGKILL the worker that has run longest; return its pid."""
         victim = self._processes.pop(0)
         victim.kill()
         victim.wait()
         return victim.pid
 
     def check(self) -> None:
-        """Raise where a worker ended by itself, with what it last_words last."""
+        """Raise OutboxWorkerError, with the last line of the log, if a worker ended by itself."""
         for process in self._processes:
             if process.poll() not in (None, 0):
                 last_words = self._log.read_text().splitlines()[-1:] or ["nothing"]
@@ -196,14 +198,14 @@ class Crew:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """What happens when so much has been paid."""
+    """Something to do when the payments service has made this share of its orders."""
 
     progress: float
     act: Callable[[], str]
 
 
 class Demo:
-    """One performance."""
+    """One run of the demonstration."""
 
     def __init__(self, settings: Settings, payments: int, crew: Crew, view: View) -> None:
         self._settings = settings
@@ -224,9 +226,9 @@ class Demo:
         )
 
     def play(self, signals: Signals) -> Proof | None:
-        """Run to the end, or until a signal comes."""
+        """Run to the end, or until a signal; return None after a signal."""
         self._service.leave_damage(self._damage)
-        self._say(f"the old worker marked {self._damage} events as done and never wrote their purchase")
+        self._say(f"the old worker marked {count_of(self._damage, 'event')} as done and wrote no purchase")
         self._say(f"{WORKERS} workers start: " + ", ".join(f"process {self._crew.hire()}" for _ in range(WORKERS)))
         self._service.start()
         self._say("the payments service starts to pay")
@@ -240,7 +242,7 @@ class Demo:
             self._connection.close()
 
     def _watch(self, signals: Signals) -> bool:
-        """Follow what happens until all is settled; False when interrupted."""
+        """Show what happens until every event is settled; return False after a signal."""
         ended: float | None = None
         while not signals.wait(0.25):
             self._crew.check()
@@ -251,11 +253,13 @@ class Demo:
             if self._service.is_done():
                 ended = ended or time.monotonic()
                 if scene.owed == 0 and not self._cues:
-                    self._say("nothing is left in the outbox; the workers stop")
+                    self._say("the outbox is empty; the workers stop")
                     self._crew.stop()
                     return True
                 if time.monotonic() - ended > SETTLE_SECONDS:
-                    raise OutboxWorkerError(f"{scene.owed} events were not settled within {SETTLE_SECONDS:.0f} s.")
+                    raise OutboxWorkerError(
+                        f"{count_of(scene.owed, 'event')} not settled within {SETTLE_SECONDS:.0f} s."
+                    )
         return False
 
     def _look(self) -> Scene:
@@ -270,7 +274,7 @@ class Demo:
     def _proof(self) -> Proof:
         database = Database(self._settings, deadline_seconds=None)
         try:
-            report = Audit(database, build_tables(self._settings)).run()
+            report = Audit.start(database, build_tables(self._settings)).run()
             outcomes = self._tally(_OUTCOMES) + self._tally(_OPEN_LETTERS)
             lost = self._service.events - outcomes.total()
             return Proof(report, self._count(DOUBLED), self._count(UNPAID), lost, outcomes)
@@ -288,10 +292,10 @@ class Demo:
         self._view.say(time.monotonic() - self._begin, sentence)
 
     def _kill_a_worker(self) -> str:
-        return f"kill -9 {self._crew.kill_one()}: one worker is gone in the middle of its work"
+        return f"kill -9 {self._crew.kill_one()}: one worker dies in the middle of its work"
 
     def _replace_it(self) -> str:
-        return f"process {self._crew.hire()} takes its place; nobody repaired anything"
+        return f"process {self._crew.hire()} takes its place; nobody repairs anything"
 
     def _drop_the_index(self) -> str:
         self._connection.execute(f"DROP INDEX {PAIR_INDEX}")

@@ -1,6 +1,6 @@
-"""A payments service as it is in real life: it pays twice, delivers twice, arrives late, refunds, and breaks payloads.
+"""A payments service with the troubles of a real one: double payments, double and late events, refunds, bad payloads.
 
-Writes real payments and events over connections of its own, payment and event in one transaction, as any producer must.
+Writes payments and events over its own connections, payment and event in one transaction, as every producer must.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""How long a payment that is late lets its event wait, and a student thinks about a course."""
+"""How long a late payment comes after its event, and a refund after its purchase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,14 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class _Late:
-    """What happens when ``due`` has come."""
+    """Something to do at ``due``."""
 
     due: float
     act: Callable[[psycopg.Connection], None]
 
 
 class PaymentsService:
-    """Makes ``count`` orders with a fixed mix of troubles, in a thread; ``events`` counts the events it tells."""
+    """Makes ``count`` orders with a fixed mix of troubles, in a thread; ``events`` counts the events that it wrote."""
 
     def __init__(self, conninfo: str, count: int, seconds: float) -> None:
         self.events = 0
@@ -64,11 +64,11 @@ class PaymentsService:
 
     @property
     def progress(self) -> float:
-        """Share of the orders that were made, 0 to 1."""
+        """The share of the orders that are made, 0 to 1."""
         return self.orders / self._count
 
     def is_done(self) -> bool:
-        """Whether all is written. Raises what the thread raised."""
+        """Tell whether every order is written. Raises the exception of the thread, if there is one."""
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
@@ -77,12 +77,12 @@ class PaymentsService:
         self._thread.start()
 
     def stop(self) -> None:
-        """Make no more orders."""
+        """Stop making orders, and wait for the thread."""
         self._stop.set()
         self._thread.join()
 
     def leave_damage(self, count: int) -> None:
-        """Leave what the replaced worker left: events marked as processed whose purchase was never written."""
+        """Write what the old worker left behind: events that are marked as processed, without a purchase."""
         with psycopg.connect(self._conninfo, autocommit=True) as connection:
             for _ in range(count):
                 payment_id, event_id = uuid4(), uuid4()
@@ -109,7 +109,7 @@ class PaymentsService:
             self._deliver_late(connection, time.monotonic())
 
     def _order(self, connection: psycopg.Connection, number: int) -> None:
-        """One order; its number decides what goes wrong with it."""
+        """Make one order; its number decides what goes wrong with it."""
         order, payment_id = Order(), uuid4()
         match number % 50:
             case 7 | 32:
@@ -159,7 +159,7 @@ class PaymentsService:
         self._later(partial(_pay, payment_id=payment_id, order=order))
 
     def _refund_at_once(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
-        """Before anybody heard of the payment; the refund is told first."""
+        """Refund a payment before its confirmation is settled; the refund comes first in the outbox."""
         with connection.transaction():
             _pay(connection, payment_id, order, PaymentStatus.REFUNDED)
             self._tell(connection, _payload(payment_id, order), event_type=PURCHASE_REFUNDED)

@@ -16,15 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from outbox_worker import terminal
+from outbox_worker.durations import count_of
 from outbox_worker.model import Outcome, Reason
 
 WIDTH = 80
-"""Of the plain lines: what every terminal and mail shows unbroken."""
+"""Characters in a plain line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One look at the tables."""
+    """The state of the tables at one moment."""
 
     seconds: float
     progress: float
@@ -34,7 +35,7 @@ class Scene:
 
 
 class View(Protocol):
-    """Where the demonstration is shown."""
+    """Shows the demonstration."""
 
     def say(self, seconds: float, sentence: str) -> None: ...
 
@@ -43,7 +44,7 @@ class View(Protocol):
 
 @contextmanager
 def open_view() -> Iterator[View]:
-    """The view that fits stdout."""
+    """Open the live view if stdout is a terminal, otherwise the plain one."""
     if not sys.stdout.isatty():
         yield PlainView()
         return
@@ -52,22 +53,21 @@ def open_view() -> Iterator[View]:
 
 
 def print_events(outcomes: Mapping[str, int]) -> None:
-    """What became of the events, and what each outcome was in this play."""
-    rows = [(name, f"{outcomes[name]:,}", meaning) for name, meaning in _MEANINGS.items() if outcomes.get(name)]
-    terminal.line("")
-    terminal.columns(
-        f"what became of {sum(outcomes.values()):,} events", ["outcome", "events", "what it was"], rows, numbers=(1,)
+    """Print how many events had each outcome, and what it means."""
+    terminal.line(f"\nWhat became of {count_of(sum(outcomes.values()), 'event')}", "bold")
+    terminal.facts(
+        [(name, f"{outcomes[name]:>7,}  {meaning}") for name, meaning in _MEANINGS.items() if name in outcomes]
     )
     terminal.line("")
 
 
 def print_sentence(sentence: str, style: str) -> None:
-    """The last word."""
+    """Print the result."""
     terminal.line(sentence if sys.stdout.isatty() else fill(sentence, WIDTH), style)
 
 
 class PlainView:
-    """Lines for a pipe or a log."""
+    """Prints lines for a pipe or a log."""
 
     def __init__(self) -> None:
         self._shown = -2.0
@@ -77,14 +77,14 @@ class PlainView:
             terminal.line(text)
 
     def show(self, scene: Scene) -> None:
-        """A summary every two seconds."""
+        """Print a summary every two seconds."""
         if scene.seconds - self._shown >= 2:
             self._shown = scene.seconds
             self.say(scene.seconds, _summary(scene))
 
 
 class LiveView:
-    """A picture on a terminal that is drawn anew a few times a second."""
+    """Draws a picture on a terminal a few times a second."""
 
     LINES = 10
 
@@ -123,14 +123,14 @@ def _picture(scene: Scene) -> Table:
 
 _MEANINGS = {
     Outcome.CREATED: "paid: the purchase was made",
-    Outcome.RECOVERED: "marked by the old worker, never given: given now",
+    Outcome.RECOVERED: "marked by the old worker, no purchase: made now",
     Outcome.ALREADY_EXISTS: "delivered a second time",
-    Outcome.DUPLICATE_PAYMENT: "paid a second time: not granted, told",
+    Outcome.DUPLICATE_PAYMENT: "paid a second time: not granted, reported",
     Outcome.SUPPRESSED: "refunded meanwhile: not granted",
-    Outcome.REVOKED: "refunded: taken back, passed on to who paid, too",
+    Outcome.REVOKED: "refunded: taken back, or given to the next payer",
     Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
-    Reason.INVALID_PAYLOAD: "a payload that is no object: a dead letter",
-    Reason.UNSUPPORTED_EVENT_TYPE: "somebody else's event: a dead letter",
+    Reason.INVALID_PAYLOAD: "payload is not an object: a dead letter",
+    Reason.UNSUPPORTED_EVENT_TYPE: "unknown event type: a dead letter",
 }
 
 _COLOURS = {

@@ -1,4 +1,4 @@
-"""Looking without changing anything: ``status``, ``doctor``, and ``why`` (records, then their explanation).
+"""Commands that look and change nothing: ``status``, ``doctor``, and ``why`` (``records``, then ``explanation``).
 
-All of it runs in READ ONLY transactions. Do not write here, and do not judge by rules of your own: call ``decision``.
+Do not write here, and do not judge by rules of your own: call ``decision``.
 """

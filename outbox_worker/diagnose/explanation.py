@@ -1,7 +1,7 @@
-"""Why a payment is what it is: what is on record of it, which rule decided, and what would become of it now.
+"""Why a payment has a purchase or none: its records, the rules that decided, and what would happen to its events now.
 
-What would happen now is not guessed: the facts are read by the statement that the worker reads them by, and judged by
-the same ``decide``, in one READ ONLY snapshot.
+The predictions are not guessed: the facts are read by the worker's own statement and judged by the same ``decide``, in
+one READ ONLY snapshot.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any, assert_never
 from uuid import UUID
 
-from sqlalchemy import CTE, ColumnElement, FromClause, Table, Text, case, cast, func, literal, or_, select
+from sqlalchemy import CTE, ColumnElement, FromClause, Table, case, func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import ids_as
 from outbox_worker.decision import RULES_BEHIND, RetryPolicy, decide
 from outbox_worker.diagnose.records import MarkRow, PaymentRow, PurchaseRow, Records, WaitingEvent, look_up
+from outbox_worker.durations import count_of
 from outbox_worker.errors import Refused
 from outbox_worker.model import (
     PURCHASE_BACKFILLED,
@@ -37,15 +38,15 @@ from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DECIDABLE, DeadLetter, Decision, history
 from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass, class_among
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id
+from outbox_worker.store.queries import is_succeeded
 
 SHOWN = 100
-"""Characters of what was asked for, where nothing has that id."""
-READ = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
-"""The tables that are read."""
+"""How many characters of an unknown id are repeated."""
+_GIVES = "already gives the student this course"
 
 
 class Occasion(StrEnum):
-    """When an event would be judged again."""
+    """The occasion on which an event would be judged again."""
 
     DUE = "due"
     POSTPONED = "postponed"
@@ -53,12 +54,12 @@ class Occasion(StrEnum):
     DELIVERED = "delivered_again"
     BACKFILL = "backfill"
     NEVER = "never"
-    """Events of this type are left to others."""
+    """Never: the worker does not claim events of this type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What would become of an event now."""
+    """What would happen to an event now."""
 
     event_id: UUID
     event_type: str
@@ -68,40 +69,40 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """Something that happened, to whatever ``subject`` is the id of."""
+    """What happened at a time; ``subject`` is the id of the payment, event or purchase concerned."""
 
     at: datetime | None
     what: str
     subject: Any
     detail: str = ""
     rules: tuple[int, ...] = ()
-    """Which of docs/explanation/state-machine.md can have decided it."""
+    """The rules of docs/explanation/state-machine.md that can have decided it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PaymentStory:
-    """All about one payment, or about events that name none."""
+    """The history of one payment, or of events that name no payment."""
 
     payment_id: UUID | None
     payment: PaymentRow | None
-    """None: no row of it is visible."""
+    """None: its row is not visible."""
     kind: str | None
-    """Its class; ``refunded_but_active``; None: it is not standing."""
+    """Its class, or ``refunded_but_active``; None: the payment is not standing."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
-    prospects: Sequence[Prediction]
+    predictions: Sequence[Prediction]
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     asked: str
     kinds: Sequence[str]
-    """What has this id: event, payment, purchase, student."""
+    """What the id is the id of: event, payment, purchase, student."""
     stories: Sequence[PaymentStory]
     gifts: Sequence[PurchaseRow]
-    """Purchases that no payment has paid for: the student's, or the one that was asked for."""
+    """Purchases without a payment: those of the student, or the one that was asked for."""
     has_more: bool
-    """The student has more payments than are told of."""
+    """The student has more payments than ``stories``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +111,22 @@ class _Candidate:
 
     occasion: Occasion
     payment_id: UUID | None = None
-    """Of one that has no payload any more, or never had one."""
+    """The payment of an event whose payload is gone, or that never had one."""
     first: UUID | None = None
-    """For a backfill: the payment of its pair that it takes."""
+    """For a backfill: the payment of the pair that it would grant."""
 
     @property
     def is_behind(self) -> bool:
-        """Another payment of the pair comes first."""
+        """Whether a backfill would grant another payment of the pair instead."""
         return self.first != self.payment_id and self.first is not None
 
 
 def explain(
     session: Session, tables: Tables, policy: RetryPolicy, claimed_types: Sequence[str] | None, asked: str
 ) -> Explanation:
-    """Everything that has to do with an event, a payment, a purchase or a student. ``claimed_types``: see ``handlers``.
+    """Explain the event, payment, purchase or student with this id. ``claimed_types``: see ``handlers``.
 
-    Raises Refused where nothing has this id.
+    Raises Refused if nothing has this id.
     """
     found = look_up(session, tables, asked)
     if not found.kinds:
@@ -133,26 +134,25 @@ def explain(
     classes = _classes(session, tables, [each.id for each in found.records.payments])
     owed = [payment_id for payment_id, kind in classes.items() if kind is PaymentClass.UNEXPLAINED]
     candidates = _candidates(found.records, _firsts(session, tables, owed), claimed_types)
-    prospects = _judge(session, tables, policy, candidates) if candidates else []
+    predictions = _judge(session, tables, policy, candidates) if candidates else []
     named: list[UUID | None] = list(found.payment_ids)
     if not named and found.records.traces:
         named.append(None)
-    stories = [_story(found.records, key, classes, prospects) for key in named]
+    stories = [_story(found.records, key, classes, predictions) for key in named]
     return Explanation(asked, found.kinds, stories, found.gifts, found.has_more)
 
 
 def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID, PaymentClass]:
-    """what: the classes of the standing ones among payments · lock: none · index: primary keys; see ``class_among``"""
+    """what: the classes of those payments that are standing · lock: none · index: primary keys; see ``class_among``"""
     payments = tables.payments
-    is_standing = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value
     columns = [payments.c[key] for key in ("id", "student_id", "course_id")]
-    few = select(*columns).where(payments.c.id.in_(ids), is_standing).cte("few")
+    few = select(*columns).where(payments.c.id.in_(ids), is_succeeded(payments)).cte("few")
     rows = session.execute(select(few.c.id, class_among(few, tables)))
     return {payment_id: PaymentClass(kind) for payment_id, kind in rows}
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
-    """For each payment that is owed the oldest such payment of its pair, which a backfill takes; itself, mostly."""
+    """For each owed payment, the oldest unexplained payment of its pair, which a backfill would grant."""
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
     unexplained = {
@@ -165,7 +165,7 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
 def _candidates(
     records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
 ) -> dict[UUID, _Candidate]:
-    """Each event on record, and the one that a backfill would write for each payment that is owed."""
+    """Each event on record, and the substitute that a backfill would use for each payment that is owed."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},
@@ -188,7 +188,7 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
 ) -> list[Prediction]:
-    """Read the facts as the worker does, but for the locks, and decide."""
+    """Read the facts as the worker does, except for the locks, and decide."""
     known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
@@ -208,15 +208,15 @@ def _judge(
         repeated=[repeated for _, repeated in read],
     )
     seen = PurchaseRepository(tables, partial(_row_of, known)).look(session, batch, policy)
-    return [_prospect(row, candidates[row.event_id], seen[row.id].facts) for row in rows]
+    return [_predict(row, candidates[row.event_id], seen[row.id].facts) for row in rows]
 
 
-def _prospect(row: Any, candidate: _Candidate, facts: Facts) -> Prediction:
+def _predict(row: Any, candidate: _Candidate, facts: Facts) -> Prediction:
     is_handled = row.event_type in HANDLED_TYPES
     pair_held = facts.pair_held or candidate.is_behind
     verdict = decide(replace(facts, crashes=row.crashes, handled=is_handled, pair_held=pair_held))
     if candidate.is_behind:
-        verdict = replace(verdict, detail=f"payment {candidate.first} of the same pair is older, and owed, too")
+        verdict = replace(verdict, detail=f"the older payment {candidate.first} for this course gets the purchase")
     event_type = PURCHASE_BACKFILLED if candidate.occasion is Occasion.BACKFILL else row.event_type
     return Prediction(row.event_id, event_type, candidate.occasion, verdict)
 
@@ -226,7 +226,7 @@ def _only(payment_id: UUID | None) -> tuple[str | None, Repeated]:
 
 
 def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
-    """what: events as the outbox has them, else as they would be requeued from their dead letter, else as they were
+    """what: events from the outbox; else from their dead letter, as requeue would write them; else from their mark
     lock: none · index: event ids
     """
     outbox, letters, marks = tables.outbox, tables.dead_letters, tables.processed_events
@@ -257,7 +257,7 @@ def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
 
 
 def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
-    """What stands for the row of an event in the outbox."""
+    """The row of ``known`` in place of the event's row in the outbox."""
     return select(known).where(known.c.id == keys.c.id).lateral("event")
 
 
@@ -265,27 +265,27 @@ def _story(
     records: Records,
     payment_id: UUID | None,
     classes: Mapping[UUID, PaymentClass],
-    prospects: Sequence[Prediction],
+    predictions: Sequence[Prediction],
 ) -> PaymentStory:
-    """What concerns one payment; with None what names no payment."""
+    """The story of one payment; None: of the events that name no payment."""
     payment = next((each for each in records.payments if each.id == payment_id), None)
     events = {each.event_id for each in records.traces if payment_id in (None, each.payment_id)}
     traces = [each for each in records.traces if each.event_id in events]
     if payment_id is not None:
         events.add(backfill_event_id(payment_id))
     purchases = _purchases(records, payment_id, payment)
-    moments = [
+    timeline = [
         *_of_payment(payment),
-        *(moment for each in traces for moment in _of_trace(each)),
-        *(moment for each in purchases for moment in _of_purchase(each, payment_id)),
+        *(entry for each in traces for entry in _of_trace(each)),
+        *(entry for each in purchases for entry in _of_purchase(each, payment_id)),
     ]
     return PaymentStory(
         payment_id,
         payment,
         _kind(payment, classes, purchases),
-        sorted(dict.fromkeys(moments), key=lambda moment: moment.at or datetime.min.replace(tzinfo=UTC)),
+        sorted(dict.fromkeys(timeline), key=lambda entry: entry.at or datetime.min.replace(tzinfo=UTC)),
         traces,
-        [each for each in prospects if each.event_id in events],
+        [each for each in predictions if each.event_id in events],
     )
 
 
@@ -301,7 +301,7 @@ def _kind(
 
 
 def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:
-    """The payment's own, and those that hold its pair."""
+    """The payment's own purchase, and the active purchase of its pair."""
     pair = payment and (payment.student_id, payment.course_id)
     return [
         each
@@ -331,14 +331,14 @@ def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[TimelineEn
 def _of_event(event: WaitingEvent) -> Iterator[TimelineEntry]:
     yield TimelineEntry(event.created_at, "event written", event.event_id, event.event_type)
     if event.attempts:
-        tries = f"{event.attempts} failed attempt(s), the last: {event.last_error}"
+        tries = f"{count_of(event.attempts, 'failed attempt')}, the last: {event.last_error}"
         yield TimelineEntry(event.due_at, "due again", event.event_id, tries)
 
 
 def _of_letter(letter: DeadLetter) -> Iterator[TimelineEntry]:
     key = letter.event_id
     yield TimelineEntry(letter.created_at, "event written", key, letter.event_type)
-    died = f"{letter.reason}: {letter.detail} ({letter.attempts} attempt(s))"
+    died = f"{letter.reason}: {letter.detail} ({count_of(letter.attempts, 'attempt')})"
     yield TimelineEntry(letter.dead_at, "event buried", key, died, RULES_BEHIND.get(letter.reason, ()))
     for decided in history(letter.note):
         yield TimelineEntry(decided.at, f"dead letter {decided.state}", key, f"by {decided.actor}: {decided.why}")
@@ -353,16 +353,18 @@ def _of_mark(mark: MarkRow) -> Iterator[TimelineEntry]:
     elif mark.recovered_at is None:
         yield TimelineEntry(mark.processed_at, "event settled" if rules else "event marked", key, mark.outcome, rules)
     else:
-        yield TimelineEntry(mark.processed_at, "event marked", key, "but its purchase was missing later")
+        yield TimelineEntry(mark.processed_at, "event marked", key, "but the purchase was missing later")
         yield TimelineEntry(mark.recovered_at, "event settled", key, mark.outcome, rules)
 
 
 def _of_purchase(purchase: PurchaseRow, payment_id: UUID | None) -> Iterator[TimelineEntry]:
-    whose = "" if purchase.payment_id == payment_id else f"of {_owner(purchase)}: it holds the pair"
+    whose = "" if purchase.payment_id == payment_id else _owner(purchase)
     yield TimelineEntry(purchase.created_at, "purchase made", purchase.id, whose)
     if not purchase.is_active:
         yield TimelineEntry(purchase.deactivated_at, "purchase taken back", purchase.id, whose)
 
 
 def _owner(purchase: PurchaseRow) -> str:
-    return "nobody's payment (a gift)" if purchase.payment_id is None else f"payment {purchase.payment_id}"
+    if purchase.payment_id is None:
+        return f"it has no payment (a gift, or older than payments) and {_GIVES}"
+    return f"of payment {purchase.payment_id}: it {_GIVES}"

@@ -1,6 +1,6 @@
-"""All that is on record about a payment: its row, events, dead letters, marks and purchases. Reads only.
+"""The records of a payment: its row, events, dead letters, marks and purchases. Reads only.
 
-Found by the id of an event, a payment, a purchase or a student. To be read in one snapshot.
+They are found by the id of an event, a payment, a purchase or a student. Read them in one snapshot.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Table, Text, and_, cast, func, literal, or_, select, type_coerce
+from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, literal, or_, select, type_coerce
 from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
@@ -22,11 +22,12 @@ from outbox_worker.database.expressions import readable
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DeadLetter, read_letters
+from outbox_worker.store.queries import same_pair
 
 _Row = TypeVar("_Row")
 
 PAYMENTS_MAX = 100
-"""Of one student, the oldest."""
+"""Most payments of one student; the oldest are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class PaymentRow:
     currency: str
     status: str
     created_at: datetime | None
-    """None, here and below: no time that a client can read, as ``-infinity`` is."""
+    """None, here and below: a time that Python cannot represent, such as ``-infinity``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class WaitingEvent:
     last_error: str | None
     is_due: bool
     payment_id: UUID | None
-    """What the payload names."""
+    """The payment that the payload names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +84,44 @@ class MarkRow:
 class Records:
     payments: Sequence[PaymentRow] = ()
     purchases: Sequence[PurchaseRow] = ()
-    """Those of the payments, and those that hold their pairs."""
+    """The purchases of these payments, and the active purchases of their pairs."""
     waiting: Sequence[WaitingEvent] = ()
     letters: Sequence[DeadLetter] = ()
     marks: Sequence[MarkRow] = ()
 
     @property
     def traces(self) -> Sequence[WaitingEvent | DeadLetter | MarkRow]:
-        """Whatever there is of events."""
+        """The records of events: waiting events, dead letters and marks."""
         return [*self.waiting, *self.letters, *self.marks]
 
     @property
     def event_ids(self) -> list[UUID]:
-        """Of all events on record."""
+        """The ids of all events on record."""
         return list(dict.fromkeys(each.event_id for each in self.traces))
 
     @property
     def payment_ids(self) -> list[UUID]:
-        """Of all payments that are on record, or that something on record names; those that have a row first."""
+        """The ids of all payments that have a row, and then of those that only another record names."""
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
         return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an id names, and what is on record of it."""
+    """What an id is the id of, and the records of it."""
 
     kinds: Sequence[str]
-    """event, payment, purchase, student: one of them, mostly; none where the id is unknown."""
+    """event, payment, purchase, student: usually one of them; none if the id is unknown."""
     payment_ids: Sequence[UUID]
     records: Records
     gifts: Sequence[PurchaseRow]
-    """Purchases that no payment has paid for: the student's, or the one that was asked for."""
+    """Purchases without a payment: those of the student, or the one that was asked for."""
     has_more: bool
     """The student has more payments than are listed."""
 
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
-    """Whatever has this id. Payments that are only named by an event, a mark or a purchase are found, too."""
+    """Find everything that has this id, also payments that only an event, a mark or a purchase names."""
     given = _uuid_of(asked)
     of_event = _read_events(session, tables, events=[given]) if given else Records()
     own = tables.purchases.c
@@ -143,7 +144,7 @@ def look_up(session: Session, tables: Tables, asked: str) -> Found:
 
 
 def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]:
-    """What is found by what is asked for; nothing where that is no value of the column's type."""
+    """The rows found; none if the given id is no value of the column's type."""
     try:
         with savepoint(session):
             return read()
@@ -152,7 +153,7 @@ def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]
 
 
 def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Records:
-    """What is on record of these events and payments."""
+    """Read the records of these events and payments."""
     ids = list(payments)
     of_events = _read_events(session, tables, events, ids)
     return Records(
@@ -172,12 +173,12 @@ def _uuid_of(text: str) -> UUID | None:
 
 
 def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
-    """Whether it is what this text is as a value of the column's own type, whatever that is in this database."""
+    """The column equals this text, read as a value of the column's own type."""
     return type_coerce(column, NullType()) == literal(given, NullType())
 
 
 def _payments_of(tables: Tables, student: str) -> Select[Any]:
-    """what: the payments of a student, by rows and purchases · lock: none · index: the pairs', where there is one"""
+    """what: the payments of a student, by rows and purchases · lock: none · index: those on the pair, if any"""
     paid, own = tables.payments, tables.purchases
     of_rows = select(paid.c.id, paid.c.created_at).where(_is_as(paid.c.student_id, student))
     of_purchases = select(own.c.payment_id, own.c.created_at).where(_is_as(own.c.student_id, student))
@@ -203,23 +204,22 @@ def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> l
 def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement[bool]) -> list[PurchaseRow]:
     own = tables.purchases
     columns = [own.c[key] for key in ("id", "student_id", "course_id", "payment_id", "is_active")]
-    moments = [readable(own.c[key]) for key in ("created_at", "deactivated_at")]
-    rows = session.execute(select(*columns, *moments).where(*conditions).order_by(own.c.created_at, own.c.id))
+    times = [readable(own.c[key]) for key in ("created_at", "deactivated_at")]
+    rows = session.execute(select(*columns, *times).where(*conditions).order_by(own.c.created_at, own.c.id))
     return [PurchaseRow(*row) for row in rows]
 
 
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
     """what: the purchases of payments, and those that hold their pairs · lock: none · index: payment_id, the pair's"""
     own, paid = tables.purchases.alias("own"), tables.payments
-    is_same = [own.c[key] == paid.c[key] for key in ("student_id", "course_id")]
-    holding = select(own.c.id).join(paid, and_(*is_same)).where(paid.c.id.in_(ids), own.c.is_active)
+    holding = select(own.c.id).join(paid, same_pair(own, paid)).where(paid.c.id.in_(ids), own.c.is_active)
     return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
 
 
 def _read_events(
     session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
 ) -> Records:
-    """The traces of events, named by their own ids or by those of their payments."""
+    """The records of events, found by their own ids or by those of their payments."""
     letters = tables.dead_letters
     of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
     return Records(
@@ -232,7 +232,7 @@ def _read_events(
 def _read_waiting(
     session: Session, outbox: Table, events: Collection[UUID], payments: Collection[UUID]
 ) -> list[WaitingEvent]:
-    """what: events in the outbox · lock: none · index: event_id; for those of payments all are read"""
+    """what: events in the outbox · lock: none · index: event_id; by payment, all events are read"""
     named = payload.payment_id_text(outbox)
     of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
     columns = [
@@ -246,9 +246,9 @@ def _read_waiting(
 
 
 def _read_marks(session: Session, marks: Table, events: Collection[UUID], payments: Collection[UUID]) -> list[MarkRow]:
-    """what: marks · lock: none · index: event_id; for those of payments all are read"""
+    """what: marks · lock: none · index: event_id; by payment, all marks are read"""
     columns = [marks.c[key] for key in ("event_id", "event_type", "outcome", "payment_id")]
-    moments = [readable(marks.c[key]) for key in ("processed_at", "recovered_at")]
+    times = [readable(marks.c[key]) for key in ("processed_at", "recovered_at")]
     of_them = or_(marks.c.event_id.in_(events), marks.c.payment_id.in_(payments))
-    rows = session.execute(select(*columns, *moments).where(of_them).order_by(marks.c.processed_at, marks.c.event_id))
+    rows = session.execute(select(*columns, *times).where(of_them).order_by(marks.c.processed_at, marks.c.event_id))
     return [MarkRow(*row) for row in rows]

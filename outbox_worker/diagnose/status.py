@@ -1,4 +1,4 @@
-"""What is going on: backlog, guard, dead letters, workers and what they have counted."""
+"""The present state: backlog, guard, dead letters, workers and their counters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-
-from sqlalchemy import func, select
 
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard
@@ -18,7 +16,9 @@ from outbox_worker.settle.handlers import UnknownTypes, claimed_types
 from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import guard_in_force
 from outbox_worker.store.outbox import Backlog, Outbox
-from outbox_worker.store.workers import SILENT_AFTER_SECONDS, WorkerRow, list_workers
+from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS
+from outbox_worker.store.queries import database_time
+from outbox_worker.store.workers import WorkerRow, list_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Status:
     workers: Sequence[WorkerRow]
 
     def metrics(self) -> dict[str, float]:
-        """The counters of all processes of the last day added up, and the gauges as of now."""
+        """The sum of the counters of all processes of the last day, and the gauges as of now."""
         total: Counter[str] = Counter()
         for worker in self.workers:
             total.update({name: value for name, value in worker.metrics.items() if name != "events_per_second"})
@@ -42,25 +42,25 @@ class Status:
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
     def events_per_second(self) -> float:
-        """Settled by the living workers, over their last heartbeat."""
+        """Events that the running workers settled per second, at their last heartbeat."""
         return sum(
             worker.metrics.get("events_per_second", 0) for worker in self.workers if condition(worker) == "running"
         )
 
 
 def condition(worker: WorkerRow) -> str:
-    """``running``, ``stopped`` (said good-bye) or ``silent`` (did not)."""
+    """``running``, ``stopped`` (it closed its row) or ``silent`` (it did not, and is taken for dead)."""
     if worker.stopped_at is not None:
         return "stopped"
-    return "silent" if worker.silent_seconds > SILENT_AFTER_SECONDS else "running"
+    return "silent" if worker.silent_seconds > WORKER_SILENT_AFTER_SECONDS else "running"
 
 
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
-    """One look at the database. Raises SchemaError where tables or privileges are missing."""
+    """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables, READING)
         return Status(
-            time=session.scalars(select(func.clock_timestamp())).one(),
+            time=database_time(session),
             guard=guard_in_force(session, tables.purchases),
             backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
             open_letters=count_open(session, tables),

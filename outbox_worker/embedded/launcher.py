@@ -1,8 +1,8 @@
-"""The keeper of one private PostgreSQL: a single-threaded process in a session of its own, started by ``embedded``.
+"""The parent process of one private PostgreSQL, single-threaded and in a session of its own; ``server`` starts it.
 
-Its standard input is the lifeline: a pipe whose other end the owner holds, so end-of-file says that the owner ended,
-however it ended. The server in turn ends with this process. Both hold the inherited lock: it is free again only when
-the last process of the server is gone. Runs by path (``python -I -S``) and imports nothing but the standard library.
+Its standard input is the lifeline: a pipe whose other end the owner holds, so end-of-file means that the owner has
+ended, in whatever way. The server ends with this process. Both hold the inherited lock, which is free again only when
+the last process of the server is gone. Run by path (``python -I -S``); imports only the standard library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """
@@ -37,7 +37,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Home(NamedTuple):
-    """What one server is made of; ``lock`` is the inherited descriptor."""
+    """The directories of one server; ``lock`` is the inherited descriptor."""
 
     directory: Path
     binaries: Path
@@ -55,7 +55,7 @@ class Home(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Make what is missing, start the server, hold it; the exit message is the sentence the owner is told."""
+    """Make what is missing and run the server until it ends; the exit message is the error that the owner raises."""
     directory, binaries, socket, lock, durability = arguments
     home = Home(Path(directory), Path(binaries), Path(socket), int(lock), durability == "durable")
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -74,9 +74,9 @@ def main(arguments: list[str]) -> None:
 
 
 def leave_root(home: Home) -> None:
-    """PostgreSQL refuses uid 0: be the directory's owner, or root under another number, or `nobody` as a last resort.
+    """Give up uid 0, which PostgreSQL refuses: be the directory's owner, or root in a user namespace, or `nobody`.
 
-    In a user namespace root keeps its files and loses its power, so nothing needs another owner or wider modes.
+    In a user namespace root still owns its files but has no other power, so no file needs another owner or mode.
     """
     status = home.directory.stat()
     if status.st_uid == 0 and namespace_permitted():
@@ -97,7 +97,7 @@ def leave_root(home: Home) -> None:
 
 
 def namespace_permitted() -> bool:
-    """Try in a child, for a namespace whose map was refused cannot be left again; macOS has none."""
+    """Whether a user namespace can be entered (macOS has none); tried in a child, because it cannot be left again."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -110,7 +110,7 @@ def namespace_permitted() -> bool:
 
 
 def enter_namespace() -> None:
-    """Root outside, `nobody` inside."""
+    """Enter a user namespace in which root is `nobody`."""
     (uid, gid), group_outside = nobody(), os.getegid()
     if libc.unshare(CLONE_NEWUSER) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -120,7 +120,7 @@ def enter_namespace() -> None:
 
 
 def nobody() -> tuple[int, int]:
-    """Uid and gid; initdb wants an account that has a name."""
+    """Uid and gid of `nobody`; initdb needs an account with a name."""
     try:
         account = pwd.getpwnam("nobody")
     except KeyError:
@@ -129,17 +129,17 @@ def nobody() -> tuple[int, int]:
 
 
 def require_reach(*paths: Path) -> None:
-    """End with a sentence where the account that the server runs as cannot get at what it needs."""
+    """End with a sentence if the account that the server runs as cannot reach these paths."""
     for path in paths:
         if not os.access(path, os.X_OK, effective_ids=True):
             sys.exit(
-                f"the server runs without root's power, as uid {os.geteuid()}, and {path} is out of its reach: "
+                f"the server runs as uid {os.geteuid()}, without root's power, and {path} is out of its reach: "
                 "put the directory and the PostgreSQL programs where that user can get, or run as an ordinary user"
             )
 
 
 def furnish(home: Home) -> None:
-    """Make everything but the data; what a killed initdb left goes, for the lock says that nobody is making it."""
+    """Make everything but the data, and remove what a killed initdb left: while we have the lock, no initdb runs."""
     os.umask(0o077)
     (home.directory / "README").write_text(README, encoding="utf-8")
     home.socket.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ def furnish(home: Home) -> None:
 
 
 def initialise(home: Home, log_start: int) -> None:
-    """Make the data under another name, then rename: it is there whole or not at all."""
+    """Make the data under another name, then rename it, so that ``data`` is never incomplete."""
     new = home.directory / "data.new"
     locale = ("--encoding=UTF8", "--no-locale", "--username=postgres", "--auth=trust", "--no-instructions")
     sync = () if home.durable else ("--no-sync",)
@@ -166,7 +166,7 @@ def initialise(home: Home, log_start: int) -> None:
 
 
 def hold(home: Home) -> int:
-    """Run the server until it ends, the owner ends or a signal asks for the end; its exit status."""
+    """Run the server until it ends, the owner ends, or a signal comes; return its exit status."""
     wake, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     signal.set_wakeup_fd(wake_writer)
@@ -181,11 +181,11 @@ def hold(home: Home) -> int:
 
 
 def note(_number: int, _frame: object) -> None:
-    """The wake-up descriptor carries the signal's number; a handler must exist for that."""
+    """Do nothing: the wake-up descriptor gets the signal's number only if there is a handler."""
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """Fast, then harder; every way keeps what was committed."""
+    """Stop the server, first fast, then by force; what was committed is kept in any case."""
     for number, patience_seconds in STOP_SIGNALS:
         server.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -194,7 +194,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def server_arguments(home: Home) -> list[str]:
-    """No TCP; the socket's directory is private, so `trust` lets in only who could read the files anyway."""
+    """Options of the server. It listens only on a socket in a private directory, so `trust` admits nobody else."""
     quoted = '"' + str(home.socket).replace('"', '""') + '"'
     settings = ["listen_addresses=", f"unix_socket_directories={quoted}", "unix_socket_permissions=0700", "port=5432"]
     if not home.durable:
@@ -203,7 +203,7 @@ def server_arguments(home: Home) -> list[str]:
 
 
 def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a PostgreSQL program that speaks into the log, inherits the lock and ends with this process."""
+    """Start a PostgreSQL program that writes to the log, inherits the lock and ends with this process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     with home.log.open("ab") as log:
         return subprocess.Popen(  # noqa: S603 - the arguments are ours, no shell reads them
@@ -218,7 +218,7 @@ def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def end_with(parent: int) -> None:
-    """Ask the kernel for a fast shutdown at the parent's death, and see whether it came before the asking."""
+    """Ask the kernel for a fast shutdown when the parent dies, and end if it has died already."""
     if sys.platform.startswith("linux"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where a shell started us by `&`
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)

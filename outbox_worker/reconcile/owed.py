@@ -1,7 +1,7 @@
-"""Makes the purchases that payments prove are owed: lock the pairs, look again, write; purchase and mark together.
+"""Makes the purchases that payments prove are owed: lock the pairs, look again, write purchase and mark together.
 
-Set-wise, in transactions of bounded size, through the repository and the guard of the daemon. What the database refuses
-is found by halving.
+It works in transactions of bounded size, through the repository and the guard of the daemon. If the database refuses a
+transaction, its payments are halved until the refused one is alone.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from outbox_worker.store.payment_classes import PaymentClass, portion_statement
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
 
 CHUNK = 500
-"""Payments in one transaction, at most."""
+"""Most payments in one transaction."""
 _ATTEMPTS = 8
-_OF_PAYMENTS = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR)
+_PAYMENTS_FAULT = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A payment whose purchase the database refuses, and how it says so."""
+    """A payment whose purchase the database refuses, and its error."""
 
     payment: FoundPayment
     detail: str
@@ -50,11 +50,11 @@ class BackfillResult:
 
     created: list[FoundPayment] = field(default_factory=list)
     recovered: list[FoundPayment] = field(default_factory=list)
-    """Those whose mark was there, and claimed a purchase."""
+    """Their purchase was made again: a mark says that it was made before."""
     explained: list[FoundPayment] = field(default_factory=list)
-    """Something explains them by now: nothing is owed any more."""
+    """Something explains them by now: they are owed nothing."""
     contended: list[FoundPayment] = field(default_factory=list)
-    """Somebody else has their pair locked."""
+    """Another transaction has their pair locked."""
     refused: list[Refusal] = field(default_factory=list)
 
     @property
@@ -68,7 +68,7 @@ class BackfillResult:
 
 
 def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
-    """What is owed: of each pair its oldest payment. And the others: duplicates, once that one has its purchase."""
+    """The oldest payment of each pair, which is owed a purchase; and the others, which will be duplicates."""
     by_age = sorted(unexplained, key=lambda payment: payment.age)
     oldest = {payment.pair: payment for payment in reversed(by_age)}
     return (
@@ -77,34 +77,41 @@ def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment]
     )
 
 
-def left_of(unexplained: Iterable[FoundPayment], made: BackfillResult) -> list[FoundPayment]:
-    """What stays unexplained after repairs: what was not made, and the duplicates of that."""
-    failed = {payment.pair for payment in [*made.contended, *(each.payment for each in made.refused)]}
+def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list[FoundPayment]:
+    """The payments that stay unexplained: those whose purchase was not made, and the duplicates of those."""
+    failed = {payment.pair for payment in [*result.contended, *(each.payment for each in result.refused)]}
     return [payment for payment in unexplained if payment.pair in failed]
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""Told inside a transaction which payments it took and what it made: what is written then stands or falls with it."""
+"""Called inside each transaction with its payments and its result: what it writes is committed with them."""
 
 
 class OwedPurchases:
-    """Makes purchases on one database."""
+    """Makes the purchases that payments are owed, on one database."""
 
-    def __init__(self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> None:
+    def __init__(
+        self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch, *, by_index: bool
+    ) -> None:
         self._database, self._tables, self._policy, self._guard = database, tables, policy, guard
         self._repository = PurchaseRepository(tables, backfill_event_of)
         self._outbox = Outbox(tables, None)
-        with database.transaction() as session:
-            by_index = guard.probe(session).has_index_paths
         self._classes = Statement(portion_statement(tables, by_index=by_index))
         looking, writing = plans(by_index), INDEX_PLANS if by_index else {}
         self._looking = {**_switched_on(writing), **looking}
         self._writing = {**_switched_on(looking), **writing}
 
-    def make(self, owed: Sequence[FoundPayment], together: OnWritten) -> Iterator[BackfillResult]:
-        """Make the purchases of payments of different pairs; yields what each transaction did, in their order.
+    @classmethod
+    def start(cls, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> OwedPurchases:
+        """Probe the guard, and see whether indexes find purchases."""
+        with database.transaction() as session:
+            state = guard.probe(session)
+        return cls(database, tables, policy, guard, by_index=state.has_index_paths)
 
-        Raises what the database raises when it is in trouble; what was yielded stands.
+    def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
+        """Make the purchases of payments, each of another pair; yields the result of each transaction.
+
+        Raises the database's error if the fault is no payment's; what was yielded is committed.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
@@ -113,22 +120,25 @@ class OwedPurchases:
         while parts:
             part = parts.pop()
             try:
-                made = retry_transaction(partial(self._transact, part, together), attempts=_ATTEMPTS)
+                result = retry_transaction(partial(self._transact, part, on_written), attempts=_ATTEMPTS)
             except DBAPIError as error:
                 if smaller := self._without_fault(part, error, tried):
                     parts += smaller
                     continue
                 if classify(error) is Failure.UNCLEAR and not is_writable:
-                    raise  # no purchase could be written at all: that is the database's trouble
-                made = BackfillResult(refused=[Refusal(part[0], describe(error))])
-            is_writable = is_writable or bool(made.purchases)
-            yield made
+                    raise  # no purchase could be written so far: the fault may be the database's
+                result = BackfillResult(refused=[Refusal(part[0], describe(error))])
+            is_writable = is_writable or bool(result.purchases)
+            yield result
 
     def _without_fault(
         self, part: Sequence[FoundPayment], error: DBAPIError, tried: set[UUID]
     ) -> Sequence[Sequence[FoundPayment]]:
-        """What to try instead, last first: by the lock, in halves, or once more; nothing where one stands alone."""
-        if classify(error) not in _OF_PAYMENTS:
+        """The parts to try instead, the next one last; none if a payment that is alone is refused.
+
+        Raises the error if the fault is no payment's.
+        """
+        if classify(error) not in _PAYMENTS_FAULT:
             raise error
         if sqlstate(error) in NO_ARBITER and self._guard.state.guard is Guard.INDEX:
             self._guard.fall_back()
@@ -138,22 +148,22 @@ class OwedPurchases:
             return [part[middle:], part[:middle]]
         if sqlstate(error) == UNIQUE_VIOLATION and part[0].payment_id not in tried:
             tried.add(part[0].payment_id)
-            return [part]  # somebody else was first: look again
+            return [part]  # another transaction was first: look again
         return []
 
-    def _transact(self, part: Sequence[FoundPayment], together: OnWritten, _failed: int) -> BackfillResult:
+    def _transact(self, part: Sequence[FoundPayment], on_written: OnWritten, _failed: int) -> BackfillResult:
         """One transaction: lock, look again, write."""
         batch, guard = _as_batch(part), self._guard.state
         with self._database.transaction(**self._writing) as session:
             locks = self._repository.lock_pairs(session, batch, guard.lock_capacity)
             owed = self._still_unexplained(session, batch.only(key for key in locks.order if key in locks.locked))
             granted = self._grant(session, owed, guard) if owed else {}
-            made = _sorted_out(part, granted, locks)
-            together(session, part, made)
-        return made
+            result = _result_of(part, granted, locks)
+            on_written(session, part, result)
+        return result
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """By a snapshot taken after the locks, and by the whole equation: a person may have decided meanwhile."""
+        """The events whose payments are still unexplained, in a snapshot taken after the locks."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
@@ -164,28 +174,28 @@ class OwedPurchases:
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
     def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Write purchases and marks of those that ``decide`` grants, and close the letters that asked for them."""
+        """Write the purchases and marks that ``decide`` grants, and close the dead letters of these payments."""
         seen = self._repository.look(session, batch, self._policy)
         judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
         grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
-        made = self._repository.insert_granted(session, grants, guard) if grants else set()
-        granted = {key: judged[key] for key in made}
+        written = self._repository.insert_granted(session, grants, guard) if grants else set()
+        granted = {key: judged[key] for key in written}
         for outcome in set(granted.values()):
             marked = batch.among([key for key in granted if granted[key] is outcome])
             self._repository.mark(session, marked, outcome)
-        payment_ids = [str(batch[key].payment_id) for key in made]
+        payment_ids = [str(batch[key].payment_id) for key in written]
         if letters := open_confirmations(session, self._tables, payment_ids):
             self._outbox.close_letters(session, letters)
         return granted
 
 
 def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
-    """What ``plans`` switch off, on again."""
+    """The planner settings that switch on again what ``plans`` switch off."""
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 
 def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
-    """Payments as the events that they would have, numbered."""
+    """A batch of substitutes for the events of payments, numbered."""
     return Batch(
         ids=range(len(payments)),
         event_ids=[str(backfill_event_id(payment.payment_id)) for payment in payments],
@@ -197,14 +207,14 @@ def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
     )
 
 
-def _sorted_out(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], locks: PairLocks) -> BackfillResult:
-    made = BackfillResult()
+def _result_of(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], locks: PairLocks) -> BackfillResult:
+    result = BackfillResult()
     for key, payment in enumerate(part):
         match granted.get(key):
             case Outcome.CREATED:
-                made.created.append(payment)
+                result.created.append(payment)
             case Outcome.RECOVERED:
-                made.recovered.append(payment)
+                result.recovered.append(payment)
             case _:
-                (made.contended if key in locks.contended else made.explained).append(payment)
-    return made
+                (result.contended if key in locks.contended else result.explained).append(payment)
+    return result

@@ -1,7 +1,7 @@
-"""The backfill of the daemon: now and then one worker of the fleet looks at the payments, and says what is owed.
+"""The daemon's backfill: now and then one of the workers looks for payments that nothing explains, and reports them.
 
-It makes purchases only on a database where an operator has completed a backfill by hand: the first start on adopted
-tables must not grant years of history. It works a tenth of the time at most, on a connection of its own.
+It makes purchases only if an operator has completed a backfill on this database by hand: otherwise the first start on
+adopted tables would grant years of history. It works a tenth of the time at most, on a connection of its own.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -25,41 +24,43 @@ from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.reconcile.backfill import Counts
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
-from outbox_worker.reconcile.scan import PaymentScan, ScanRange, ScanTotals
+from outbox_worker.reconcile.scan import PaymentScan, ScanLimits, ScanPaths, ScanRange, ScanTotals
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 from outbox_worker.store.backfill_runs import BackfillRange, BackfillRuns, RunKind, RunOutcome, written_left
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.payment_classes import RECENT, PaymentClass
+from outbox_worker.store.queries import database_time
 from outbox_worker.telemetry.reporter import Telemetry
 
 OLDER_THAN = timedelta(minutes=5)
 """Younger payments are left to the claim loops."""
 FULL_EVERY = timedelta(days=1)
-"""Between two looks at all payments; the others begin where the last full one ended, less an overlap."""
+"""The time between two scans of all payments; other scans begin where the last full one ended, with an overlap."""
 FUSE = 100
-"""More than that many owed purchases are no accident: a person must look first."""
+"""If more purchases are owed, none is made: a person must look first."""
 _SHARE = 0.1
-"""Of the time, at most, goes into statements."""
+"""Largest share of the time spent in statements."""
 ACTOR = "outbox-worker run"
-_TARGET_SECONDS = 0.25
-_PORTION = 20_000
+_LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One look of this worker."""
+    """One periodic backfill by this worker."""
 
     run: UUID
     range: BackfillRange
+    paths: ScanPaths
     carried: PaymentTotals
-    """Unexplained payments that the last full look found and this one does not meet."""
+    """Unexplained payments that the last full scan found and this one does not look at."""
     may_make: bool
+    """Whether it may make purchases, or only report."""
 
 
 class PeriodicBackfill:
-    """Takes its turn every ``settings.backfill_every_seconds``, until told to stop."""
+    """Runs every ``settings.backfill_every_seconds``, in one of the workers, until told to stop."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class PeriodicBackfill:
         self._every = timedelta(seconds=settings.backfill_every_seconds)
 
     def run(self) -> bool:
-        """Serve until told to stop; what fails is told and tried again."""
+        """Run until told to stop; a failure is reported and tried again."""
         asks = min(60.0, self._every.total_seconds() / 10)
         while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
             wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
@@ -86,7 +87,7 @@ class PeriodicBackfill:
         return True
 
     def run_once(self) -> bool:
-        """Look at the payments, if it is this worker's turn; whether it was."""
+        """Look at the payments if it is this worker's turn; return whether it was."""
         with self._database.transaction() as session:
             turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:
@@ -100,7 +101,7 @@ class PeriodicBackfill:
         return True
 
     def _begin(self, session: Session) -> Turn:
-        now: datetime = session.scalars(select(func.clock_timestamp())).one()
+        now = database_time(session)
         base = self._runs.last_full(session)
         if base is None or now - base.started_at > FULL_EVERY:
             span, carried = BackfillRange(None, None, now - OLDER_THAN), PaymentTotals()
@@ -108,12 +109,18 @@ class PeriodicBackfill:
             span = BackfillRange(base.range.before - RECENT, None, now - OLDER_THAN)
             carried = PaymentTotals.read(base.counts["carried"])
         run = self._runs.begin(session, RunKind.PERIODIC, span, ACTOR, None)
-        return Turn(run, span, carried, self._runs.was_made_by_hand(session))
+        paths = ScanPaths.read(session, self._tables)
+        return Turn(run, span, paths, carried, self._runs.was_made_by_hand(session))
 
     def _look(self, turn: Turn) -> None:
         span = ScanRange(turn.range.since, turn.range.before)
         scan = PaymentScan(
-            self._database, self._tables, span, lists=FUSE, target_seconds=_TARGET_SECONDS, portion=_PORTION
+            self._database,
+            self._tables,
+            turn.paths,
+            span,
+            limits=_LIMITS,
+            lists=FUSE,
         )
         if scan.run(lambda _, seconds: self._rest(turn, seconds * (1 / _SHARE - 1))):
             self._conclude(turn, scan.totals)
@@ -121,7 +128,7 @@ class PeriodicBackfill:
             self._finish(turn, RunOutcome.INTERRUPTED, {})
 
     def _rest(self, turn: Turn, seconds: float) -> bool:
-        """Leave the time to the claim loops, heard of by other workers; False where we are to stop."""
+        """Wait, and write heartbeats meanwhile; False if the daemon is to stop."""
         over = time.monotonic() + seconds
         while not self._stop_serving.is_set():
             if time.monotonic() - self._beaten > _BEAT_SECONDS:
@@ -132,7 +139,7 @@ class PeriodicBackfill:
         return False
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
-        """Say what was found; make it, where that is allowed."""
+        """Report what was found, and make the purchases if that is allowed."""
         unexplained = totals.value(PaymentClass.UNEXPLAINED)
         owed, others = choose_owed(totals.unexplained)
         counts = Counts(totals.passed, unexplained, PaymentTotals.of(owed), PaymentTotals.of(others))
@@ -143,19 +150,19 @@ class PeriodicBackfill:
             outcome = RunOutcome.REFUSED
             self._telemetry.backfill_refused(unexplained.count, unexplained.money, FUSE)
         elif owed:
-            made = self._make(owed)
-            counts, outcome = counts.with_made(made), RunOutcome.MADE
-            over = left_of(totals.unexplained, made)
-            left = PaymentTotals.of(over)
-            recent = PaymentTotals.of(payment for payment in over if payment.is_since(turn.range.before - RECENT))
+            result = self._make(owed)
+            counts, outcome = counts.plus(result), RunOutcome.MADE
+            remaining = left_of(totals.unexplained, result)
+            left = PaymentTotals.of(remaining)
+            recent = PaymentTotals.of(each for each in remaining if each.is_since(turn.range.before - RECENT))
         written = written_left(left, recent) | {"left": (left + turn.carried).written()}
         self._finish(turn, outcome, counts.written() | written)
 
     def _make(self, owed: Sequence[FoundPayment]) -> BackfillResult:
         total = BackfillResult()
-        repairs = OwedPurchases(self._database, self._tables, self._settings.retry_policy, self._guard)
-        for made in repairs.make(owed, lambda *_: None):
-            total += made
+        purchases = OwedPurchases.start(self._database, self._tables, self._settings.retry_policy, self._guard)
+        for result in purchases.make(owed, lambda *_: None):
+            total += result
         self._telemetry.purchases_backfilled(len(total.purchases), len(total.contended), len(total.refused))
         return total
 

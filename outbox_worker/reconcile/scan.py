@@ -1,8 +1,8 @@
-"""A sweep over the payments: page by page in the order of a key, each payment classed by one statement.
+"""A scan of the payments: page by page in the order of a key, each payment classed.
 
-Most payments are explained by a purchase, which a page finds through indexes alone. What is left is looked at again in
-portions, by the whole equation, with one scan of the outbox for each. No statement takes longer than the deadline of
-its database: one that would is repeated with half as much.
+Most payments are explained by a purchase, which a page finds by indexes. The others are classed in portions, by the
+whole equation, with one read of the outbox for each portion. A statement that takes longer than the database's deadline
+is repeated with half as many payments.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from outbox_worker.store.payment_classes import (
 )
 
 STATEMENT_SECONDS = 30.0
-"""The deadline of the database of a command that looks at all payments."""
+"""The statement deadline of commands that look at all payments."""
 
 PAGE_FIRST = 1_000
+"""Payments of the first page; later pages grow and shrink."""
 
 PAGE_MAX = 50_000
 
 PORTION = 100_000
-"""Payments that no purchase explains, looked at again together: a million in flight cost ten scans of the outbox."""
+"""Payments without a purchase that are classed together: a million in flight cost ten reads of the outbox."""
 
 LEAST = 50
-"""What is that small and still too slow is not a matter of its size."""
+"""A statement with no more payments that is still too slow fails: its size is not the reason."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -57,10 +58,10 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""A page comes out of an index in its order, whatever statistics say; the outbox is joined by a hash, in one scan."""
+"""Pages are read from an index, in its order, whatever the statistics say; the outbox is hashed, in one read."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
-"""Where purchases cannot be found by payment or pair, they are read into a hash: room for it."""
+"""Room for a hash of all purchases, if no index finds them by payment and pair."""
 
 _QUERY_CANCELED = "57014"
 
@@ -77,42 +78,69 @@ _LEADS_AN_INDEX = text(
 )
 
 ScanCursor = Sequence[str]
-"""How far a sweep has come: the key of a payment, as text."""
+"""How far a scan has come: the key of a payment, as text."""
 
 
 class ScanRange(NamedTuple):
-    """Which payments are judged: those created at ``since`` or later (None: whenever) and before ``before``."""
+    """The payments that are judged: created at ``since`` or later (None: at any time), and before ``before``."""
 
     since: datetime | None
     before: datetime
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanLimits:
+    """How much one statement of a scan takes on."""
+
+    target_seconds: float = 1.0
+    """Pages grow and shrink to take about as long."""
+    page_max: int = PAGE_MAX
+    """Most payments of a page."""
+    portion: int = PORTION
+    """Most payments without a purchase that are classed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanPaths:
+    """How the rows of this database are found."""
+
+    order: tuple[str, ...]
+    """The key in whose order payments are passed: ``created_at, id``, or ``id`` alone."""
+    by_index: bool
+    """Whether indexes find a purchase by its payment and by its pair; otherwise purchases are read into a hash."""
+
+    @classmethod
+    def read(cls, session: Session, tables: Tables) -> ScanPaths:
+        """Ask the catalogue."""
+        return cls(order_of(session, tables), has_index_paths(session, tables.purchases))
+
+
 class Throttle(Protocol):
-    """Told after each statement of a sweep; waits as long as it likes."""
+    """Called after each statement of a scan; may wait."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
-        """``passed``: payments so far; ``seconds``: of the statement. False ends the sweep."""
+        """``passed``: payments so far; ``seconds``: duration of the statement. Returning False ends the scan."""
         ...
 
 
 @dataclass
 class ScanTotals:
-    """What a sweep has found so far."""
+    """What a scan has found so far."""
 
     passed: int = 0
     counts: dict[PaymentClass, int] = field(default_factory=lambda: dict.fromkeys(PaymentClass, 0))
     money: dict[PaymentClass, dict[str, Decimal]] = field(default_factory=lambda: {each: {} for each in PaymentClass})
     recent: PaymentTotals = field(default_factory=PaymentTotals)
-    """The unexplained ones of the last hour of the span."""
+    """The unexplained payments of the last hour of the range."""
     unexplained: list[FoundPayment] = field(default_factory=list)
-    """Not all of them, where the sweep was told how many to list."""
+    """Not all of them if ``lists`` limits the scan."""
     duplicates: list[FoundPayment] = field(default_factory=list)
-    """Where the sweep was told to list them."""
+    """Empty unless ``lists_duplicates``."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
     unknown_statuses: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row[Any]) -> None:
-        """Take in a row of a statement: payments of one kind and currency, or a single one that is listed."""
+        """Add a row of a statement: the payments of one kind and currency, or a single payment that is listed."""
         if row.kind == UNKNOWN_STATUS:
             self.unknown_statuses[row.status] += row.payments
         elif row.kind == REFUNDED_BUT_ACTIVE:
@@ -132,46 +160,41 @@ class ScanTotals:
 
 
 class PaymentScan:
-    """One pass over the payments of a span; each statement is a transaction of its own.
+    """One pass over the payments of a range; each statement is a transaction of its own.
 
-    ``lists``: how many unexplained payments are listed, about (None: all); ``lists_duplicates``: duplicates are, too.
-    Counts and money are of all. ``target_seconds``: what a page should take. ``page_max`` and ``portion``: payments in
-    one statement.
+    Counts and money are those of all payments. ``lists``: about how many unexplained payments are listed one by one
+    (None: all); ``lists_duplicates``: duplicates are listed, too.
     """
 
     def __init__(
         self,
         database: Database,
         tables: Tables,
+        paths: ScanPaths,
         judged: ScanRange,
         *,
+        limits: ScanLimits = ScanLimits(),
         lists: int | None = None,
-        target_seconds: float = 1.0,
-        page_max: int = PAGE_MAX,
-        portion: int = PORTION,
         lists_duplicates: bool = False,
     ) -> None:
         self.totals = ScanTotals()
         self._database, self._tables, self._span = database, tables, judged
-        self._lists, self._target_seconds, self._page_max = lists, target_seconds, page_max
-        self._portion = portion
-        self._size = min(PAGE_FIRST, page_max)
+        self._limits, self._lists = limits, lists
+        self._size = min(PAGE_FIRST, limits.page_max)
         self._seconds = 0.0
-        with database.transaction() as session:
-            by_index = has_index_paths(session, tables.purchases)
-            self.order = order_of(session, tables)
+        self.order, by_index = paths.order, paths.by_index
         self._plans = plans(by_index)
         pages = partial(page_statement, tables, self.order, by_index=by_index, lists_duplicates=lists_duplicates)
         self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
         self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
 
     def cursor_of(self, payment: FoundPayment) -> ScanCursor:
-        """Where a sweep is when this payment is the last that it passed."""
-        moment = payment.created_at.isoformat() if payment.created_at else "-infinity"
-        return [{"id": str(payment.payment_id), "created_at": moment}[key] for key in self.order]
+        """The cursor of a scan that has just passed this payment."""
+        created_at = payment.created_at.isoformat() if payment.created_at else "-infinity"
+        return [{"id": str(payment.payment_id), "created_at": created_at}[key] for key in self.order]
 
     def estimate(self) -> int:
-        """About how many payments there are to pass: what the planner believes."""
+        """About how many payments there are to pass, as the planner estimates."""
         asked = select(self._tables.payments.c.id).where(*span(self._tables, self.order))
         values = dict(zip(ScanRange._fields, self._span, strict=True))
         sql = str(asked.params(values).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
@@ -180,20 +203,21 @@ class PaymentScan:
         return int(plan[0]["Plan"]["Plan Rows"]) if plan else 0
 
     def run(self, throttle: Throttle, after: ScanCursor | None = None) -> bool:
-        """Pass all payments behind ``after``; False where ``throttle`` ended the sweep."""
+        """Pass all payments after the cursor ``after``; False if ``throttle`` ended the scan."""
         waiting: list[str] = []
         for unexplained in self._pages(after):
             waiting += unexplained
             if not throttle(self.totals.passed, self._seconds):
                 return False
-            while len(waiting) >= self._portion:
-                if not self._look_again(waiting[: self._portion], throttle):
+            portion = self._limits.portion
+            while len(waiting) >= portion:
+                if not self._look_again(waiting[:portion], throttle):
                     return False
-                del waiting[: self._portion]
+                del waiting[:portion]
         return self._look_again(waiting, throttle)
 
     def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
-        """For each page the payments that no purchase explains."""
+        """Yield the payments of each page that no purchase explains."""
         while True:
             size, statement = self._size, self._first if after is None else self._next
             values = {} if after is None else {f"after_{key}": at for key, at in zip(self.order, after, strict=True)}
@@ -203,14 +227,14 @@ class PaymentScan:
                 self._size = _half(size, error)
                 continue
             self.totals.passed += rows[0].passed
-            self._size = _fitting(size, self._target_seconds / self._seconds, self._page_max)
+            self._size = _fitting(size, self._limits.target_seconds / self._seconds, self._limits.page_max)
             yield [key for row in rows if row.ids for key in ArrayText(row.ids) if key]
             if rows[0].passed < size:
                 return
             after = rows[0].last
 
     def _look_again(self, ids: Sequence[str], throttle: Throttle) -> bool:
-        """Class payments by the whole equation, those not left out by then; half of them where that takes too long."""
+        """Class payments by the whole equation, in halves if that is too slow; False if ``throttle`` ended the scan."""
         parts = [ids] if ids else []
         while parts:
             part = parts.pop()
@@ -236,25 +260,25 @@ class PaymentScan:
 
 
 def plans(by_index: bool) -> Mapping[str, str]:
-    """The parameters under which payments are classed."""
+    """The planner settings under which payments are classed."""
     return _BY_INDEX if by_index else _BY_HASH
 
 
 def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
-    """By time where an index serves that: then a span costs what it holds. Otherwise by the primary key."""
+    """By time if an index allows it, so that a range costs no more than its payments; otherwise by the primary key."""
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
     return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)
 
 
 def _half(size: int, error: DBAPIError) -> int:
-    """Half as much, where a statement took too long; otherwise the error is raised again."""
+    """Half the size if the statement took too long. Raises the error if it is another one, or the size is small."""
     if sqlstate(error) != _QUERY_CANCELED or size <= LEAST:
         raise error
     return size // 2
 
 
 def _fitting(size: int, ratio: float, most: int) -> int:
-    """The next page: twice as large at most, and as large as fits into the time."""
+    """The size of the next page: at most twice as large, and as large as fits into the time."""
     return max(min(LEAST, most), min(size * 2, int(size * ratio), most))
 
 

@@ -10,19 +10,18 @@ from sqlalchemy import (
     Table,
     text,
 )
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
-from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, relation_name
+from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, quoted, relation_name
 
 
 def predicate_forms(purchases: Table) -> tuple[str, ...]:
-    """The partial predicates that mean "active", as ``pg_get_expr`` prints them. Nothing else is a guard."""
-    column = postgresql.dialect().identifier_preparer.quote(purchases.c.is_active.name)  # type: ignore[no-untyped-call]
+    """The index predicates that mean "active", as ``pg_get_expr`` prints them. No other index is a guard."""
+    column = quoted(purchases.c.is_active.name)
     return column, f"({column} = true)", f"({column} IS TRUE)"
 
 
-# what: unique, valid, immediate, partial indexes over exactly the pair · lock: none · index: the catalogue's own
+# what: unique, valid, immediate, partial indexes on exactly the pair · lock: none · index: the catalogue's own
 _PAIR_INDEXES = text(
     """
     SELECT c.relname, pg_get_expr(i.indpred, i.indrelid)
@@ -61,7 +60,7 @@ def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, s
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
-    """Whether some index begins with the payment, and some with the pair's columns in either order."""
+    """Whether an index begins with the payment, and one with the columns of the pair in either order."""
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
     return any(names[0] == payment for names in found) and any(set(names[:2]) == set(pair) for names in found)
@@ -69,11 +68,12 @@ def has_index_paths(session: Session, purchases: Table) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ActualColumn:
-    """A column as the catalogue has it."""
+    """A column as it is in the catalogue."""
 
     type_name: str
     is_enum: bool
     must_be_written: bool
+    """NOT NULL without a default."""
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -82,13 +82,13 @@ def exists(session: Session | Connection, table: Table) -> bool:
 
 
 def is_owned(session: Session | Connection, table: Table) -> bool:
-    """Whether our migrations made the table; otherwise it is adopted."""
+    """Whether the worker's migrations made the table; otherwise it is adopted."""
     asked = text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
     return bool(session.scalar(asked, {"name": relation_name(table), "owned": OWNED}))
 
 
 def role_name(session: Session) -> str:
-    """The role that this session acts as, quoted."""
+    """The current role, quoted if needed."""
     role: str = session.scalars(text("SELECT quote_ident(current_user)")).one()
     return role
 
@@ -114,12 +114,11 @@ def is_unique(session: Session, name: str, column: Column[object]) -> bool:
         " AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = :partial)"
         " AND i.indexprs IS NULL AND i.indnkeyatts = 1 AND a.attname = :column)"
     )
-    quoted = postgresql.dialect().identifier_preparer.quote(column.name)  # type: ignore[no-untyped-call]
-    partial = f"({quoted} IS NOT NULL)" if column.nullable else None
+    partial = f"({quoted(column.name)} IS NOT NULL)" if column.nullable else None
     return bool(session.scalar(asked, {"name": name, "column": column.name, "partial": partial}))
 
 
 def notifies(session: Session | Connection, outbox: Table) -> bool:
-    """Whether the option ``notify`` is in force: an enabled trigger tells of new events."""
+    """Whether the option ``notify`` is in force: the outbox has its trigger, and it is enabled."""
     asked = {"relation": relation_name(outbox), "name": NOTIFY_TRIGGER}
     return bool(session.scalar(_HAS_TRIGGER, asked))

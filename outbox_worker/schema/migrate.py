@@ -1,4 +1,4 @@
-"""Migrations: the tables where they are absent, and the optional branches. Existing tables are adopted, not altered."""
+"""Migrations: create missing tables and put optional branches in force. Existing tables are adopted, never altered."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, MetaData, Table, text
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
 from outbox_worker.errors import SchemaError, SettingError
 from outbox_worker.schema.catalogue import exists, is_owned, notifies, pair_indexes
+from outbox_worker.schema.ownership import find_missing_rights
 from outbox_worker.schema.requirements import find_misfits, list_problems
 from outbox_worker.schema.tables import Tables, relation_name
+from outbox_worker.schema.waiting import telling_waits
 from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
@@ -31,9 +33,9 @@ class Migrated:
 
     created: tuple[str, ...]
     named: tuple[str, ...]
-    """Those of them that OUTBOX_TABLES names: made, where one that exists may have been meant."""
+    """Those of them that OUTBOX_TABLES names: the user may have meant a table that exists."""
     adopted: tuple[str, ...]
-    """Tables that were there already and are left as they are."""
+    """Existing tables of other applications, which are left as they are."""
     built: tuple[str, ...]
     """Optional branches that were put in force now."""
     found: tuple[str, ...]
@@ -43,41 +45,50 @@ class Migrated:
 def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
     """Bring the database to ``core@head``, and to the head of every branch in ``options``.
 
-    Safe to repeat and to run twice at once; an option whose index or trigger was dropped since is put up again. Raises
-    SettingError where the payments are named and not there, SchemaError where a table that is there does not fit, and
-    Refused where duplicates stop ``unique_index``.
+    Safe to repeat and to run twice at once; an index or trigger of an option that was dropped is made again. Raises
+    SettingError if OUTBOX_TABLES names payments that do not exist, SchemaError if this role may not migrate or an
+    existing table does not fit, and Refused if duplicates prevent ``unique_index``.
     """
     with database.engine.connect() as connection:
         with _alone(connection):
+            _expect_rights(connection, settings, tables, options)
             before = {role for role, table in tables.by_role().items() if exists(connection, table)}
             _expect_named_payments(settings, tables, before)
             _expect_fitting_tables(connection, tables)
             found = [option for option in options if _in_force(connection, tables, option)]
             connection.rollback()
             config = _config(connection, settings)
-            command.upgrade(config, "core@head")
-            for option in options:
-                _put_up(connection, config, tables, option)
+            with telling_waits(database.engine, connection):
+                command.upgrade(config, "core@head")
+                for option in options:
+                    _put_up(connection, config, tables, option)
         return _report(connection, settings, tables, before, options, found)
 
 
+def _expect_rights(connection: Connection, settings: Settings, tables: Tables, options: Sequence[str]) -> None:
+    """Check first: PostgreSQL's own error comes in the middle of the work and names neither the owner nor a remedy."""
+    versions = Table(VERSION_TABLE, MetaData(), schema=settings.schema_name)
+    if missing := find_missing_rights(connection, tables, versions, options):
+        raise SchemaError(f"This role may not migrate the database. Nothing was changed.\n{list_problems(missing)}")
+
+
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
-    """Payments are somebody else's: a name that is not there is a slip, and an empty table made of it a trap."""
+    """Refuse to create payments under a given name: it is a typing error that an empty table would hide."""
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(
-            f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, and there is no such table "
-            "in this database. Mend the name, or create the table first. Nothing was changed."
+            f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, but this database has no "
+            "such table. Correct the name, or create the table first. Nothing was changed."
         )
 
 
 def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
-    """Ours are altered by the migrations; those of others must suit as they are."""
+    """Refuse tables of other applications that do not fit: the migrations alter only our own."""
     if misfits := find_misfits(Session(connection), tables, of_others=True):
-        raise SchemaError(f"Tables that are there do not fit. Nothing was changed.\n{list_problems(misfits)}")
+        raise SchemaError(f"Existing tables do not fit. Nothing was changed.\n{list_problems(misfits)}")
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
-    """Whether an optional branch does its work, whatever the version table remembers."""
+    """Whether the index or trigger of an option exists, whatever the version table says."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
     return notifies(connection, tables.outbox)
@@ -104,11 +115,11 @@ def _report(
     present = {role: table for role, table in tables.by_role().items() if exists(connection, table)}
     if absent := [name for role, name in names.items() if role not in present]:
         raise SchemaError(
-            f"The migrations have run on this database, and yet there is no {', '.join(absent)}. If it was dropped, "
-            "restore it; if it has another name, set OUTBOX_TABLES."
+            f"The version table says that the migrations have run, but there is no {', '.join(absent)}. If it was "
+            "dropped, restore it; if it has another name, set OUTBOX_TABLES."
         )
     if misfits := find_misfits(Session(connection), tables):
-        raise SchemaError(f"The migrations have run, and yet tables do not fit.\n{list_problems(misfits)}")
+        raise SchemaError(f"The migrations have run, but tables do not fit.\n{list_problems(misfits)}")
     created = [role for role in present if role not in before]
     adopted = [role for role, table in present.items() if not is_owned(connection, table)]
     return Migrated(
@@ -129,14 +140,14 @@ def _config(connection: Connection, settings: Settings) -> Config:
 
 
 def _scripts() -> Path:
-    """The revisions: inside the installed package, or at the top of a checkout."""
+    """The directory of the revisions: in the installed package, or at the top of a checkout."""
     packaged = Path(__file__).parents[1] / "migrations"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "alembic"
 
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
-    """Let a second migration of the same database wait for this one."""
+    """Make a second migration of the same database wait for this one."""
     key = {"key": VERSION_TABLE}
     _wait_for_turn(connection, key)
     try:
@@ -148,7 +159,7 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 
 def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
-    """Ask again and again: a statement that waits holds a snapshot, which CREATE INDEX CONCURRENTLY waits for."""
+    """Try again and again: a waiting statement would hold a snapshot, for which CREATE INDEX CONCURRENTLY waits."""
     while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
         connection.commit()
         time.sleep(0.1)

@@ -1,18 +1,17 @@
-"""Which privileges each role needs, by table and column."""
+"""The privileges that each kind of user needs, by table and column."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Table, text
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from outbox_worker.model import COLUMNS
-from outbox_worker.schema.tables import relation_name
+from outbox_worker.schema.tables import quoted, relation_name
 
 Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""By the table's role, what must be allowed there, and on which columns, by their keys (none: on the table)."""
+"""For each table role the privileges needed, each with the keys of its columns (none: on the whole table)."""
 
 _WHOLE: tuple[str, ...] = ()
 
@@ -27,10 +26,19 @@ _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "a
 _OF_RESOLVED = ("state", "resolved_at")
 
 STRUCTURE: Privileges = {role: {} for role in COLUMNS}
-"""For a look at tables and columns alone."""
+"""No privileges: to check tables and columns only."""
 
-READING: Privileges = {role: {"SELECT": _OF_PAYMENTS if role == "payments" else _WHOLE} for role in COLUMNS}
-"""What the role of somebody who only looks must be allowed."""
+
+def reading(*roles: str) -> Privileges:
+    """What it takes to read these tables."""
+    return {role: {"SELECT": _OF_PAYMENTS if role == "payments" else _WHOLE} for role in roles}
+
+
+READING: Privileges = reading(*COLUMNS)
+"""What a role that reads all tables needs: `status`."""
+
+EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters")
+"""What a role needs to class and explain payments: `audit`, `why`, `backfill --dry-run`."""
 
 PRIVILEGES: Privileges = {
     "payments": READING["payments"],
@@ -46,7 +54,7 @@ PRIVILEGES: Privileges = {
     },
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS, "DELETE": _WHOLE},
 }
-"""What the role of a worker must be allowed."""
+"""What the role of a worker needs."""
 
 DECIDING: Privileges = {
     "payments": READING["payments"],
@@ -54,7 +62,7 @@ DECIDING: Privileges = {
     "purchases": READING["purchases"],
     "dead_letters": {"SELECT": _WHOLE, "UPDATE": (*_OF_RESOLVED, "actor", "note")},
 }
-"""What the role of somebody who requeues and discards must be allowed."""
+"""What the role of a person who requeues and discards dead letters needs."""
 
 BACKFILLING: Privileges = {
     "payments": READING["payments"],
@@ -64,10 +72,10 @@ BACKFILLING: Privileges = {
     "dead_letters": {"SELECT": _WHOLE, "UPDATE": _OF_RESOLVED},
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS},
 }
-"""What the role of somebody who backfills by hand must be allowed."""
+"""What the role of a person who runs `backfill` needs."""
 
-# what: whether something is allowed on a table, or, where that may be granted by column, on all of some columns or,
-# where none are named, on any · lock: none · index: the catalogue's own
+# what: whether a privilege is granted on the table; or, if columns can have it, on all named ones, or on any if none is
+# named · lock: none · index: the catalogue's own
 _ALLOWED = text(
     """
     SELECT CASE
@@ -80,7 +88,7 @@ _ALLOWED = text(
     """
 )
 
-# what: those of some schemas that exist and may not be used · lock: none · index: the catalogue's own
+# what: the schemas that exist and that the role may not use · lock: none · index: the catalogue's own
 CLOSED_SCHEMAS = text(
     "SELECT CAST(nspname AS text) FROM pg_namespace"
     " WHERE nspname = ANY(CAST(:schemas AS text[])) AND NOT has_schema_privilege(oid, 'USAGE')"
@@ -88,12 +96,12 @@ CLOSED_SCHEMAS = text(
 
 
 def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
-    quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
-    return f"{privilege} ({', '.join(quote(table.c[key].name) for key in keys)})" if keys else privilege
+    """A privilege as GRANT takes it, on the columns with these keys, or on the whole table."""
+    return f"{privilege} ({', '.join(quoted(table.c[key].name) for key in keys)})" if keys else privilege
 
 
 def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> bool:
-    """Columns that are not there are another finding."""
+    """Whether the role has the privilege. Columns that do not exist are left to another check."""
     columns = [table.c[key].name for key in keys]
     asked = {"name": relation_name(table), "privilege": privilege, "columns": columns}
     return session.scalar(_ALLOWED, asked) is not False

@@ -1,4 +1,4 @@
-"""Probes: whether the database holds what the worker needs. Every finding is one sentence with its remedy."""
+"""Whether the database has what the worker needs. Each problem is one sentence with its remedy."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from sqlalchemy.types import DateTime, TypeEngine
 from outbox_worker.errors import SchemaError
 from outbox_worker.schema.catalogue import ActualColumn, actual_columns, exists, is_owned, is_unique, role_name
 from outbox_worker.schema.privileges import CLOSED_SCHEMAS, PRIVILEGES, Privileges, in_grant, may
-from outbox_worker.schema.tables import Tables, relation_name
+from outbox_worker.schema.tables import Tables, quoted, relation_name
 
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
-"""Columns of those tables that no statement of ours writes."""
+"""Columns of those tables that the worker leaves to their defaults."""
 
 _NEVER_READ = (("payments", "updated_at"),)
+"""Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
-"""Columns that must be unique: ON CONFLICT needs the index. One that may be NULL may be left out of it where it is."""
+"""Columns that must be unique for ON CONFLICT. If a column may be NULL, the index may leave NULLs out."""
 
 _TEXTS = {"text", "varchar", "bpchar", "citext"}
 
@@ -58,10 +59,10 @@ class SchemaProblem:
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
-    """Raise SchemaError with every missing table, column and privilege, or return the tables as they were found."""
+    """Return the tables as they were found. Raises SchemaError with every missing table, column and privilege."""
     problems = find_problems(session, tables, privileges)
     if problems:
-        raise SchemaError(f"The database does not hold what the worker needs.\n{list_problems(problems)}")
+        raise SchemaError(f"The database lacks something that the worker needs.\n{list_problems(problems)}")
     return _with_payload_as_found(session, tables) if "outbox" in privileges else tables
 
 
@@ -72,7 +73,7 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
-    """Every schema, table, column and privilege that is missing, of the tables that ``privileges`` names."""
+    """Every schema, table, column and privilege that is missing, of the tables in ``privileges``."""
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}
@@ -90,22 +91,25 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
 
 
 def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
-    """What the tables that exist (``of_others``: the adopted ones) lack, whoever asks: columns, types, defaults, unique
-    keys."""
+    """What is wrong with columns, types, defaults and unique keys of the tables that exist, whatever the privileges.
+
+    ``of_others``: of the adopted tables only.
+    """
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
     looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
     return list(_misfits(session, tables, looked_at))
 
 
 def list_problems(problems: Sequence[SchemaProblem]) -> str:
-    """Each finding with its remedy, for people."""
+    """Each problem with its remedy, for people."""
     return "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
 
 
 def _closed_problems(session: Session, schemas: Collection[str]) -> Iterator[SchemaProblem]:
     for schema in sorted(schemas):
         yield SchemaProblem(
-            f"no USAGE on the schema {schema}", f"as its owner: GRANT USAGE ON SCHEMA {schema} TO {role_name(session)};"
+            f"no USAGE on the schema {schema}",
+            f"as its owner: GRANT USAGE ON SCHEMA {quoted(schema)} TO {role_name(session)};",
         )
 
 
@@ -113,7 +117,7 @@ def _absent_problems(names: Collection[str]) -> Iterator[SchemaProblem]:
     if names:
         missing = "this table is missing" if len(names) == 1 else "these tables are missing"
         yield SchemaProblem(
-            f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name yours in OUTBOX_TABLES"
+            f"{missing}: {', '.join(names)}", "run `outbox-worker migrate`, or name your tables in OUTBOX_TABLES"
         )
 
 
@@ -142,11 +146,13 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):
         column_name = table.c[_UPSERTED_BY[role]].name
-        yield SchemaProblem(f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({column_name});")
+        yield SchemaProblem(
+            f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({quoted(column_name)});"
+        )
 
 
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
-    """A pair is looked for in ``purchases`` by the values of ``payments``: both must be of one kind."""
+    """Pairs of ``payments`` and ``purchases`` are compared: their columns must be of the same kind."""
     names = [relation_name(table) for table in (tables.payments, tables.purchases)]
     paid, bought = (actual_columns(session, name) for name in names)
     for key in ("student_id", "course_id"):
@@ -154,7 +160,7 @@ def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
         if one in paid and other in bought and _kind(paid[one]) != _kind(bought[other]):
             types = f"{paid[one].type_name} and {names[1]}.{other} is {bought[other].type_name}"
             yield SchemaProblem(
-                f"{names[0]}.{one} is {types}", "convert one of them: a pair is found by comparing them"
+                f"{names[0]}.{one} is {types}", "convert one of them: they are compared with each other"
             )
 
 
@@ -168,8 +174,10 @@ def _column_problems(
     actual = columns.get(column.name)
     if actual is None and role == "payments":
         near = difflib.get_close_matches(column.name, columns, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(columns)}"
-        yield SchemaProblem(f"column {name}.{column.name} is missing", f"OUTBOX_COLUMNS, {role}.{column.key}: {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(columns)}"
+        yield SchemaProblem(
+            f"column {name}.{column.name} is missing", f"name it in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
+        )
     elif actual is None:
         ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
         yield SchemaProblem(
@@ -182,7 +190,7 @@ def _column_problems(
             wanted += "; amounts are whole units of the currency, not cents"
         yield SchemaProblem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
-            f"convert it, or name another in OUTBOX_COLUMNS ({role}.{column.key}=…)",
+            f"convert it, or name another column in OUTBOX_COLUMNS ({role}.{column.key}=…)",
         )
 
 
@@ -197,13 +205,13 @@ def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
 
 
 def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[SchemaProblem]:
-    """Columns that must have a value and that no statement of ours gives one."""
+    """Columns that must have a value and that no statement of the worker writes."""
     if role not in _INSERTED_INTO:
         return
     written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}
     for column_name, column in actual.items():
         if column.must_be_written and column_name not in written:
             yield SchemaProblem(
-                f"column {name}.{column_name} must have a value and has no default",
-                f"ALTER TABLE {name} ALTER COLUMN {column_name} SET DEFAULT …;",
+                f"column {name}.{column_name} must have a value, has no default, and the worker does not write it",
+                f"SET DEFAULT a value, or: ALTER TABLE {name} ALTER COLUMN {quoted(column_name)} DROP NOT NULL;",
             )

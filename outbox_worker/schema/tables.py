@@ -37,16 +37,16 @@ PAIR_INDEX = "purchases_active_student_course_key"
 """The unique index behind the guard ``index``; the optional migration branch ``unique_index`` makes it."""
 
 PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
-"""Finds a pair's purchase while that unique index is not there."""
+"""Finds a pair's purchase while there is no unique index."""
 
 OWNED = "purchase-outbox-worker: created by its migrations"
-"""Comment on the tables that our migrations made. A table without it is adopted: never altered, never dropped."""
+"""The comment on tables that the migrations made. A table without it is adopted: never altered, never dropped."""
 
 NOTIFY_CHANNEL = "outbox_worker"
-"""Where the optional branch ``notify`` tells of new events; the payload is the outbox table's schema and name."""
+"""The channel on which the optional branch ``notify`` announces events; payload: schema and name of the outbox."""
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
-"""The trigger of that branch, and its function."""
+"""The name of the trigger of that branch, and of its function."""
 
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
@@ -69,7 +69,7 @@ class Tables:
     backfill_runs: Table
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
-        """The same with ``outbox.payload`` of type json or text."""
+        """These tables with an ``outbox.payload`` of type json or text."""
         outbox = self.outbox.to_metadata(MetaData())
         outbox.c.payload.type = kind
         return replace(self, outbox=outbox)
@@ -80,7 +80,7 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What the user's database calls the tables and columns of a role."""
+    """The names of a role's table and columns in the user's database."""
 
     settings: Settings
     role: str
@@ -115,12 +115,12 @@ class _Builder:
 
 
 def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
-    """Values given by the keys of their columns, as INSERT and UPDATE take them."""
+    """Values by the keys of their columns, in the form that INSERT and UPDATE take."""
     return {table.c[key]: value for key, value in values.items()}
 
 
 def build_tables(settings: Settings) -> Tables:
-    """The tables under the names of ``settings``; nothing is asked of a database."""
+    """The tables under the names of ``settings``. Needs no database."""
     metadata = MetaData()
     builders = {role: _Builder(metadata, Naming(settings, role)) for role in COLUMNS}
     return Tables(
@@ -167,7 +167,7 @@ def _outbox(b: _Builder) -> Table:
 
 
 def _purchases(b: _Builder) -> Table:
-    """Without the pair's index: which one there is, unique or not, is a matter of the branch ``unique_index``."""
+    """Without an index on the pair: the branch ``unique_index`` decides whether it is unique."""
     return b.table(
         b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
         b.column("student_id", _ID),
@@ -254,5 +254,10 @@ def _backfill_runs(b: _Builder) -> Table:
 
 
 def relation_name(table: Table) -> str:
-    """A table's quoted, qualified name, as ``to_regclass`` takes it."""
+    """A table's qualified name, quoted if needed, as SQL and ``to_regclass`` take it."""
     return postgresql.dialect().identifier_preparer.format_table(table)  # type: ignore[no-untyped-call]
+
+
+def quoted(name: str) -> str:
+    """A name as SQL takes it: quoted if needed."""
+    return postgresql.dialect().identifier_preparer.quote(name)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What the worker does with each type of event: one entry per type, in a table that can be read."""
+"""What the worker does with each type of event: a table with one entry per type."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _VIA_FAST_PATH = Verdict(Outcome.CREATED, writes=True, via_fast_path=True)
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """On what footing a batch is handled."""
+    """How this attempt treats the batch: guard, locks, marks, whether each event is judged."""
 
     guard: GuardState
     locks: PairLocks | None = None
-    """The pairs already locked; None: the handler locks those it must judge."""
+    """The pairs that are locked already; None: the handler locks the pairs of the events that it must judge."""
     looks_at_marks: bool = True
-    """Otherwise events are taken for new, and the attempt fails by 23505 where one is marked."""
+    """Look for marks first. Otherwise all events are taken for new, and the attempt fails (23505) if one is marked."""
     judges_all: bool = False
-    """Judge every event: the fast statement would write purchases in front of one that is owed."""
+    """Judge every event instead of running the fast statement, which would write purchases out of order."""
 
 
 class OutOfOrder(Exception):
-    """Every event of the batch must be judged: a purchase would be written out of the order that all workers keep."""
+    """A purchase would be written out of the order in which all workers write: every event must be judged instead."""
 
 
 class Handler(Protocol):
-    """Handles claimed events of one type, a batch at a time, inside the session's transaction."""
+    """Handles a batch of claimed events of one type inside the session's transaction."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Do the work and return a verdict per event; an event without one stays in the outbox as it was.
+        """Do the work and return a verdict per event; an event without a verdict stays in the outbox as it was.
 
-        Marks, removal, retries and dead letters are the processor's. An exception rolls all of it back.
+        The settlement writes marks, retries and dead letters, and deletes events. An exception rolls back all of it.
         """
         ...
 
@@ -58,16 +58,17 @@ UnknownTypes = Literal["bury", "ignore"] | None
 
 
 def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes) -> tuple[str, ...] | None:
-    """The event types to claim; None: all, so that unknown ones are buried (the default on an outbox of ours).
+    """The event types to claim; None: all types, so that events of unknown types become dead letters.
 
-    An adopted outbox is shared: there, unless told otherwise, events that we do not handle belong to somebody else.
+    ``unknown_types`` decides. By default, unknown types become dead letters if the worker's migrations made the outbox;
+    an adopted outbox is shared, and events of unknown types are left to its other consumers.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
     return None if choice == "bury" else HANDLED_TYPES
 
 
 def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handlers:
-    """The table."""
+    """The table of handlers, by event type."""
     return {
         PURCHASE_CONFIRMED: ConfirmedPurchases(repository, policy),
         PURCHASE_REFUNDED: RefundedPurchases(repository, policy),
@@ -75,12 +76,12 @@ def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handl
 
 
 def judge_unhandled(batch: Batch) -> Verdicts:
-    """Rule 1: events of a type that the table does not hold."""
+    """Judge events of a type without a handler: rule 1."""
     return dict.fromkeys(batch, decide(Facts(handled=False)))
 
 
 class _UnderLocks(ABC):
-    """What the handlers of purchases share: look, decide and write under the pairs' locks."""
+    """What both handlers share: look, decide and write under the pairs' locks."""
 
     def __init__(self, repository: PurchaseRepository, policy: RetryPolicy) -> None:
         self._repository = repository
@@ -88,14 +89,14 @@ class _UnderLocks(ABC):
 
     @abstractmethod
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
-        """Those of the events that one statement can write; the others are judged again when it has."""
+        """Choose the events that one statement can write; the others are judged again afterwards."""
 
     @abstractmethod
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        """Write the purchases of events that ``decide`` said are written; return those of which one stands."""
+        """Write the purchases of these events; return the events that were written."""
 
     def _lock(self, session: Session, batch: Batch, plan: AttemptPlan) -> frozenset[int]:
-        """The keys of the pairs that are locked from now on."""
+        """Lock the pairs of the events, unless the plan has done so; return the lock keys."""
         locks = plan.locks or self._repository.lock_pairs(session, batch, plan.guard.lock_capacity)
         return locks.keys
 
@@ -112,9 +113,9 @@ class _UnderLocks(ABC):
         *,
         may_write: bool = True,
     ) -> Verdicts:
-        """Decide by what was seen, write; look again at what a write changed.
+        """Judge the events, write their purchases, and judge the others again by what the write changed.
 
-        Every round settles an event or is the last.
+        Each round settles at least one event, or is the last.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -127,10 +128,10 @@ class _UnderLocks(ABC):
             verdicts |= {key: verdict for key, verdict in judged.items() if key not in writing}
             verdicts |= {key: _unwritable(seen[key]) for key in writing & tried}
             if writing and not may_write:
-                raise OutOfOrder("a purchase is owed behind purchases of later pairs")
+                raise OutOfOrder("a purchase is owed, but purchases of later pairs are already written")
             chosen = self._choose(batch.among(writing - tried), seen)
-            made = self._write(session, chosen, guard) if chosen else set()
-            verdicts |= {key: judged[key] for key in made}
+            written = self._write(session, chosen, guard) if chosen else set()
+            verdicts |= {key: judged[key] for key in written}
             tried |= chosen.keys()
             waiting = batch.among(writing - verdicts.keys())
             seen = self._look(session, waiting) if waiting else {}
@@ -138,13 +139,13 @@ class _UnderLocks(ABC):
 
 
 class ConfirmedPurchases(_UnderLocks):
-    """Makes the purchase that a confirmed payment is owed."""
+    """Makes the purchase of a confirmed payment."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """One statement for all events that nothing speaks against; the others are judged under their pairs' locks.
+        """Insert the purchases of all clean events by one statement, and judge the others under their pairs' locks.
 
-        Raises OutOfOrder when one of the others is owed a purchase, too: purchases are written in one order, and those
-        of later pairs stand already.
+        Raises OutOfOrder if one of the others is owed a purchase: purchases are written in one order, and the statement
+        has already written those of later pairs.
         """
         inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
         verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
@@ -156,10 +157,10 @@ class ConfirmedPurchases(_UnderLocks):
         return verdicts | self._judge(session, rest, seen, held, plan.guard, may_write=not inserted)
 
     def _insert_clean(self, session: Session, batch: Batch, plan: AttemptPlan) -> set[int]:
-        """Offer the first event of each payment, so that a written purchase tells which event made it.
+        """Insert the purchases of clean events; return the events written.
 
-        Under the guard ``lock`` its pair must be locked, too: a payment that was not there when the locks were taken
-        may have appeared since.
+        Only the first event of each payment is offered, so that a written purchase tells which event made it. Under the
+        guard ``lock`` its pair must be locked: the payment may have become visible after the locks were taken.
         """
         firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
         offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))
@@ -178,10 +179,10 @@ class ConfirmedPurchases(_UnderLocks):
 
 
 class RefundedPurchases(_UnderLocks):
-    """Takes the purchase of a refunded payment back, and grants the pair to another that was paid for."""
+    """Takes back the purchase of a refunded payment, and grants the course to another payment of the pair."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """All refunds by one statement; then, in statements of their own, who else stands, and their purchases."""
+        """Write all refunds by one statement; then find the other payments of these pairs and grant their purchases."""
         held = self._lock(session, batch, plan)
         seen = self._look(session, batch)
         verdicts = self._judge(session, batch, seen, held, plan.guard)
@@ -197,10 +198,10 @@ class RefundedPurchases(_UnderLocks):
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], guard: GuardState
     ) -> Verdicts:
-        """Where a pair is free now, grant the oldest payment that is owed it; look again at what was not written.
+        """Grant each pair that is free now to the oldest payment that is owed it; look again if one was not written.
 
-        Which other payments stand is looked for once the refunds are written: nobody is told any more that one of them
-        is a duplicate, because that needs the pair's lock.
+        The other payments are read after the refunds are written, under the pairs' locks: meanwhile no other worker can
+        judge one of them to be a duplicate.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -212,18 +213,18 @@ class RefundedPurchases(_UnderLocks):
             verdicts |= {key: _unwritable(seen[key]) for key in owed.keys() & tried}
             chosen = waiting.among(owed.keys() - tried)
             next_payments = replace(chosen, payment_ids=[owed[key] for key in chosen])
-            made = self._repository.insert_granted(session, next_payments, guard) if chosen else set()
-            verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in made}
+            written = self._repository.insert_granted(session, next_payments, guard) if chosen else set()
+            verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in written}
             tried |= chosen.keys()
-            waiting = chosen.without(made)
+            waiting = chosen.without(written)
         return verdicts
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
-    """The oldest payment of a pair that nothing explains.
+    """The oldest unexplained payment of a pair; None if there is none, or another worker may be granting the pair.
 
-    Where the pair was free before the refund, none while the event of another waits in the outbox: another worker may
-    be writing its purchase, and must not be waited for. Where the refund freed it, that worker waits for us.
+    If the refund freed the pair, any other worker waits for this transaction. If the pair was free before, a payment in
+    flight means that another worker may be writing its purchase, and waiting for it could deadlock.
     """
     is_open = event_facts.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)
@@ -231,7 +232,7 @@ def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str |
 
 
 def _unwritable(event_facts: EventFacts) -> Verdict:
-    return refused("the purchase was not written, and nothing that explains it is there", event_facts.facts.last_try)
+    return refused("the database did not write the purchase and raised no error", event_facts.facts.last_try)
 
 
 def _is_locked(event_facts: EventFacts, held: frozenset[int]) -> bool:
@@ -239,7 +240,7 @@ def _is_locked(event_facts: EventFacts, held: frozenset[int]) -> bool:
 
 
 def _first_of_each(batch: Batch, belongs_to: Mapping[int, Hashable]) -> Batch:
-    """The first event of each pair, or of each payment."""
+    """Keep the first event of each pair, or of each payment."""
     firsts: dict[Hashable, int] = {}
     for key in batch:
         firsts.setdefault(belongs_to[key], key)

@@ -1,6 +1,6 @@
-"""One batch: claim, settle, record, commit. The only owner of the transaction grain.
+"""One batch, one transaction: claim, settle, record, commit. Only the processor begins and commits transactions.
 
-What fails for want of luck is repeated with fewer events; what stands in the way of others makes way.
+Transient failures are retried with half the batch; an event that blocks others is postponed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 
 class RefusedAtCommit(Exception):
-    """A constraint that is checked at COMMIT failed: some event of the batch is at fault."""
+    """A constraint that is checked at COMMIT failed: an event of the batch violates it."""
 
 
 def _nothing() -> None:
-    """Nobody asked to be told."""
+    """Do nothing: the default of ``tell_of_tries``."""
 
 
 class Processor:
-    """Settles batches on one connection at a time; one processor per claim loop."""
+    """Settles batches, one connection at a time; each claim loop has its own processor."""
 
     def __init__(
         self,
@@ -69,15 +69,15 @@ class Processor:
         self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
 
     def isolate_next(self, events: int) -> None:
-        """A worker died, and nobody knows of what: take so many events one by one, each written down before."""
+        """Handle the next ``events`` events one by one: a worker died, and one of them may have killed it."""
         self._to_isolate = events
 
     def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
-        """Call this after each try that failed and is repeated: one call of ``process_batch`` may take many."""
+        """Call ``on_failed_try`` after each failed try that is repeated; one ``process_batch`` may take many tries."""
         self._on_failed_try = on_failed_try
 
     def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
-        """Go by other limits from the next batch on. Guesses about refusals are made anew; what is accused stays so."""
+        """Use other limits from the next batch on. Unproven refusals are forgotten; isolated events stay isolated."""
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
         self._settlement = Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy)
         self._pacing.adopt(batch_size, target_seconds)
@@ -85,17 +85,17 @@ class Processor:
     def process_batch(self, until: datetime | None = None) -> BatchReport:
         """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
 
-        Raises what the database raises when it is in trouble; then nothing was changed and no event charged.
+        Raises the database's error if the fault is no event's; then nothing was changed, and no try was counted.
         """
         if self._isolated or self._crash_suspects or self._to_isolate:
             return self._process_alone(until)
         return self._process(until)
 
     def _process_alone(self, until: datetime | None) -> BatchReport:
-        """One event by itself. Its crash is committed before the work, and crossed out with it.
+        """Handle one event alone. Its crash is counted and committed before the work, and reset together with the work.
 
-        What fails otherwise is no crash: the event stays accused, and its work is done again by the next call. Where
-        that is in vain, though nothing says that others would fail, it makes way.
+        If the work raises an error, the process did not crash: the event stays isolated, and the next call repeats it.
+        After ``STUCK_PASSES_MAX`` errors that say nothing about other events, it is postponed.
         """
         if self._isolated is None:
             key = self._crash_suspects.pop() if self._crash_suspects else None
@@ -116,7 +116,7 @@ class Processor:
         return report
 
     def _postpone_isolated(self, isolated: IsolatedEvent) -> BatchReport:
-        """Cross its crash out and postpone it, uncharged."""
+        """Reset the event's crash count and postpone it without counting a try."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim_isolated(session, isolated).batch
             self._postpone_uncharged(session, batch)
@@ -180,18 +180,18 @@ class Processor:
         return report
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
-        """From where the last one ended, or from the beginning; nothing is only said after a look from there."""
+        """Claim from where the last claim ended; if nothing is found there, or it is time to, from the start."""
         began = time.monotonic()
         start = self._pacing.start(began)
         if start is not None and (claim := self._outbox.claim(session, limit, until, start)).batch:
             return claim
         began = time.monotonic()
         claim = self._outbox.claim(session, limit, until)
-        self._pacing.swept(began, time.monotonic())
+        self._pacing.claimed_from_start(began, time.monotonic())
         return claim
 
     def _claim_size(self) -> int:
-        """Under the guard ``lock`` no more events than one transaction may lock."""
+        """How many events to claim; under the guard ``lock`` no more than the pairs that one transaction may lock."""
         guard = self._guard.state
         return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
 
@@ -199,14 +199,14 @@ class Processor:
         return INDEX_PLANS if self._guard.state.has_index_paths else {}
 
     def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
-        """COMMIT, and where its answer is lost ask what became of it: committed and cut off look the same."""
+        """COMMIT; if the answer is lost, ask whether the transaction was committed, since it may have been."""
         try:
             session.commit()
         except DBAPIError as error:
             failure = classify(error)
             if failure is Failure.RECONNECT and transaction_id is not None:
                 session.close()
-                with suppress(DBAPIError):  # nobody there to ask, or a promoted standby that never heard of it
+                with suppress(DBAPIError):  # no server answers, or a promoted standby that does not know it
                     if self._database.was_committed(transaction_id):
                         return "unknown"
                 raise CommitLost("The answer to COMMIT was lost; the batch is settled again.") from error
@@ -233,9 +233,9 @@ class Processor:
         return verdicts
 
     def _of_one_kind(self, batch: Batch) -> Batch:
-        """Events of one handler, and those of none; the others stay in the outbox for the next claim.
+        """Events of one handler, and those without a handler; the others stay in the outbox for the next claim.
 
-        Two handlers in one transaction would write purchases in two ascending passes: two workers could deadlock.
+        Two handlers in one transaction would write purchases in two ascending passes, and two workers could deadlock.
         """
         kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
         if len(kinds) < 2:
@@ -244,7 +244,7 @@ class Processor:
         return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
-        """The event at the head waits, alone, for a foreign transaction: postpone it, uncharged."""
+        """The first event, claimed alone, waits for another transaction: postpone it without counting a try."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             self._postpone_uncharged(session, batch)

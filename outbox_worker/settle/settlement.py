@@ -1,7 +1,7 @@
-"""What becomes of a claimed batch before its COMMIT: settled at once or in parts, and recorded.
+"""What happens to a claimed batch before its COMMIT: it is settled, at once or in parts, and recorded.
 
-The fast way settles a whole batch in one savepoint. What fails there is repeated in parts, halves in savepoints of
-their own, until the events that the database refuses stand alone.
+The fast way settles the whole batch in one savepoint. If that fails, the batch is halved, each half in a savepoint of
+its own, until each event that the database refuses is alone.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from outbox_worker.store.outbox import Outbox, Postponement
 from outbox_worker.store.purchases import PurchaseRepository
 
 MAX_SAVEPOINTS = 32
-"""In one transaction; beyond 64 subtransactions PostgreSQL's look-ups spill."""
+"""Most savepoints of one transaction; beyond 64 subtransactions PostgreSQL gets slow for everybody."""
 
 BATCHES_TO_LOOK_AT = 100
-"""After a marked event was met among those taken for new: so many batches have their marks looked at first."""
+"""After an event that was taken for new turned out to be marked, this many batches look for marks first."""
 
 _NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
 
-# what: makes deferred constraints speak now, inside the savepoint, not at COMMIT · lock: none
+# what: checks deferred constraints now, inside the savepoint, instead of at COMMIT · lock: none
 _CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
-# what: lets them wait for the end of the next part, as they would for COMMIT · lock: none
+# what: defers them again, until the end of the next part · lock: none
 _DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
 
 
@@ -45,12 +45,12 @@ class Settled(NamedTuple):
 
     verdicts: Verdicts
     is_through: bool = True
-    """Otherwise the savepoints did not suffice; events that were not tried have no verdict."""
+    """Whether all events were tried; otherwise the savepoints did not suffice, and the rest has no verdict."""
 
 
 @dataclass
 class _Savepoints:
-    """The savepoints that one transaction may still take."""
+    """The savepoints that one transaction still may use."""
 
     session: Session
     left: int = MAX_SAVEPOINTS
@@ -64,34 +64,34 @@ class _Savepoints:
 
 @dataclass
 class _Bisection:
-    """What halving a batch found: verdicts, and the errors of the events that the database refuses."""
+    """The result of halving a batch: verdicts, and the errors of the events that the database refuses."""
 
     plan: AttemptPlan
     parts: list[Batch]
-    """Still to be tried, the next one last."""
+    """Parts that are still to be tried; the next one is the last of the list."""
     verdicts: Verdicts = field(default_factory=dict)
     refusals: dict[int, DBAPIError] = field(default_factory=dict)
     _looked_again: set[int] = field(default_factory=set)
 
     def failed(self, part: Batch, error: DBAPIError) -> None:
-        """Halve the part; an event that stands alone is refused."""
+        """Halve the part; if it is one event, the event is refused."""
         if len(part) > 1:
             self.parts += reversed(_halves(part))
         elif sqlstate(error) == UNIQUE_VIOLATION and not self._looked_again & part.keys():
             self._looked_again |= part.keys()
-            self.parts.append(part)  # somebody else was first: read back
+            self.parts.append(part)  # another transaction was first: look again
         else:
             self.refusals |= dict.fromkeys(part, error)
 
     def rest(self, batch: Batch, part: Batch) -> Batch:
-        """This part and those that are still to be tried."""
+        """The events of this part and of all parts that are still to be tried."""
         return batch.only(key for each in (part, *reversed(self.parts)) for key in each)
 
 
 class _UnprovenRefusals:
-    """Events that the database refused, be it their fault or its own, while no purchase could be written.
+    """Events that the database refused while it wrote no purchase: the fault may be theirs or the database's.
 
-    They are charged where it refuses them again although a purchase was written meanwhile.
+    If it refuses one of them again after another purchase was written, the fault is the event's own.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class _UnprovenRefusals:
         self._recent.update(keys)
 
     def proven(self, keys: Iterable[int]) -> set[int]:
-        """Those of them that are at fault themselves."""
+        """Those of these events whose refusal is their own fault."""
         return self._proven.intersection(keys)
 
     def committed(self, verdicts: Verdicts) -> None:
@@ -134,9 +134,9 @@ class Settlement:
         self._unproven = _UnprovenRefusals()
 
     def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
-        """Settle and record the batch. ``careful``: in savepoints in which deferred constraints speak, too.
+        """Settle and record the batch. ``careful``: settle in parts, and check deferred constraints in each.
 
-        Raises what the database raises where no event is known to be at fault.
+        Raises the database's error if no event is known to be at fault.
         """
         savepoints = _Savepoints(session)
         settled = None if careful else self._settle_fast(session, batch, savepoints)
@@ -145,11 +145,11 @@ class Settlement:
         return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
 
     def committed(self, verdicts: Verdicts) -> None:
-        """What was settled stands: where a purchase is among it, the database is not what refuses others."""
+        """The batch was committed; if it wrote a purchase, earlier refusals are the fault of their events."""
         self._unproven.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
-        """All in one savepoint, by the guard in force; the error where an event of the batch makes that impossible."""
+        """Settle all in one savepoint, by the guard in force; return the error if the fault may be an event's."""
         if self._guard.state.guard is Guard.INDEX:
             settled = self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
@@ -160,14 +160,14 @@ class Settlement:
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
     def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
-        """In halves, until the events that the database refuses stand alone; those are charged."""
+        """Settle in halves until each event that the database refuses is alone; those events are retried or dead."""
         found = self._bisect(session, batch, savepoints, judges_all)
         verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
         recorded = self.record(session, batch, verdicts)
         return Settled(found.verdicts | recorded, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
-        """The refusals that are the events' own fault. Raises where none is known to be: it may be the database's."""
+        """The refusals that are the events' own fault. Raises the error if none is known to be."""
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals
@@ -198,9 +198,9 @@ class Settlement:
         return found
 
     def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
-        """On what footing a batch is settled in parts, and its events in the order in which all workers write.
+        """Plan to settle a batch in parts: take the locks, and sort the events in the order in which all workers write.
 
-        Under the guard ``index`` nothing needs to be locked beforehand unless every event is to be judged.
+        Under the guard ``index`` no locks are taken beforehand, unless every event is to be judged.
         """
         guard = self._guard.state
         needs_locks = judges_all or guard.guard is Guard.LOCK
@@ -222,7 +222,7 @@ class Settlement:
         *,
         checks_deferred: bool = False,
     ) -> Verdicts:
-        """Handle and record a batch in one savepoint, so that all of it stands or none."""
+        """Handle and record a batch in one savepoint: all of it or nothing is written."""
         with savepoints.take():
             verdicts = self.record(session, batch, self._handle(session, batch, plan))
             if checks_deferred:
@@ -233,7 +233,7 @@ class Settlement:
     def _attempt_as_new(
         self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
     ) -> Verdicts | Exception:
-        """Marks are not looked at, since nearly all events come once; one that is there shows when it is written."""
+        """Attempt the batch without looking for marks: nearly all events are new, and writing a second mark fails."""
         if not self._batches_to_look_at:
             settled = self._attempt_all(session, batch, replace(plan, looks_at_marks=False), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) != UNIQUE_VIOLATION:
@@ -259,10 +259,12 @@ class Settlement:
         return verdicts
 
     def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Verdicts:
-        """Write what the verdicts mean for mark, event and dead letter; return them, with the traces of those that are
-        told one by one."""
-        told = [key for key, verdict in verdicts.items() if not verdict.via_fast_path and verdict.logged_individually]
-        traces = self._outbox.traceparents(session, batch, told) if told else {}
+        """Write the marks, retries and dead letters that the verdicts ask for.
+
+        Returns the verdicts; those that are logged one by one carry the traceparent of their event.
+        """
+        logged = [key for key, verdict in verdicts.items() if not verdict.via_fast_path and verdict.logged_individually]
+        traces = self._outbox.traceparents(session, batch, logged) if logged else {}
         keys = by_outcome(verdicts)
         retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
         for outcome, settled in keys.items():
@@ -299,7 +301,7 @@ def _dead_letter_reason(verdict: Verdict) -> tuple[Reason, str]:
 
 
 def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
-    """What a part may lock, so that all parts together take no more locks than one transaction may."""
+    """The plan with a part's share of the lock capacity, so that all parts together stay within it."""
     capacity = max(1, int(plan.guard.lock_capacity * share))
     return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
 

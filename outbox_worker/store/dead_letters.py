@@ -1,6 +1,6 @@
 """The operators' side of ``dead_letters``: what waits for a person, and what that person decides.
 
-Burying, and closing the letters of events that are settled after all, are the outbox's.
+``outbox`` moves events to the dead letters, and closes the letter of an event that is settled after all.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ from sqlalchemy.orm import Session
 from outbox_worker.database.arrays import ids_as
 from outbox_worker.database.expressions import readable
 from outbox_worker.errors import Inconsistent, Refused, WrongUsage
-from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, PaymentStatus
+from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.payment_classes import waivable
+from outbox_worker.store.queries import is_succeeded
 
 CONTENT_MAX = 10_000
-"""Characters of a payload, or of headers, that are shown."""
+"""How many characters of a payload, or of headers, are shown."""
 _NAMED_AT_MOST = 3
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
-"""What ``_resolve`` writes: state, actor, moment, reason."""
+"""A line that ``_resolve`` writes: state, actor, time, reason."""
 
 
 class Decision(StrEnum):
-    """What a person decides about dead letters."""
+    """What a person can decide about dead letters."""
 
     REQUEUE = "requeue"
-    """Try the event again, like a new one: through the same queue and guard."""
+    """Try the event again, as if it were new."""
     DISCARD = "discard"
-    """Nothing is owed for it, and here is why."""
+    """Give nothing for it; the reason is kept."""
 
 
 _RESULTS = {Decision.REQUEUE: DeadLetterState.REQUEUED, Decision.DISCARD: DeadLetterState.DISCARDED}
@@ -62,7 +63,7 @@ DECIDABLE = {
     Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
     Decision.DISCARD: (DeadLetterState.OPEN,),
 }
-"""In which states a letter that is named by its event may be."""
+"""The states in which a letter can be requeued, or discarded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +75,17 @@ class DeadLetter:
     reason: str
     detail: str
     created_at: datetime | None
-    """None: no time that a client can read, as ``-infinity`` is."""
+    """None: a time that Python cannot represent, such as ``-infinity``."""
     dead_at: datetime
     state: str
     resolved_at: datetime | None
     actor: str | None
     note: str | None
-    """What was decided so far, a line each: what, by whom, when, why."""
+    """The decisions so far, one a line: what, by whom, when, why."""
 
 
 class Content(NamedTuple):
-    """What the event of a letter says, as text and cut to a bound."""
+    """Payload and headers of a letter's event, as text, cut to a bound."""
 
     payload: str
     headers: str | None
@@ -92,7 +93,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which letters: those of the events named, or all in a state that match the rest."""
+    """Which letters: those of ``event_ids``; if none are given, those in ``state`` that match the other fields."""
 
     event_ids: Sequence[UUID] = ()
     state: DeadLetterState = DeadLetterState.OPEN
@@ -115,20 +116,20 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What a decision would be about."""
+    """What a decision would affect."""
 
     count: int
     reasons: Mapping[str, int]
     money: Mapping[str, Decimal]
-    """Of the payments concerned, each counted once, by currency."""
+    """The money of the letters' payments by currency; each payment is counted once."""
     waived: Mapping[str, Decimal]
-    """Of those of them that are owed a purchase, which a discard gives up."""
+    """The part of it that a discard gives up: money of payments that are owed a purchase."""
     token: str
-    """Another one as soon as one of the letters, or what its payment's row says, has changed."""
+    """A digest of the letters and their payments: it differs as soon as one of them has changed."""
 
 
 class Decided(NamedTuple):
-    """A line of a letter's history."""
+    """A decision in a letter's history."""
 
     at: datetime
     state: str
@@ -137,7 +138,7 @@ class Decided(NamedTuple):
 
 
 class LetterCursor(NamedTuple):
-    """The end of a page: the letter behind which the next one begins."""
+    """The last letter of a page: the next page begins after it."""
 
     dead_at: datetime
     event_id: UUID
@@ -147,29 +148,29 @@ class LetterCursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> LetterCursor:
-        """As a page has told it. Raises WrongUsage."""
-        moment, _, event_id = text.partition("/")
+        """Read what ``str`` wrote. Raises WrongUsage."""
+        dead_at, _, event_id = text.partition("/")
         try:
-            return cls(datetime.fromisoformat(moment), UUID(event_id))
+            return cls(datetime.fromisoformat(dead_at), UUID(event_id))
         except ValueError:
-            raise WrongUsage("--after: what the page before said is expected.") from None
+            raise WrongUsage("--after: give the value that the previous page printed.") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
     letters: Sequence[DeadLetter]
     end: LetterCursor | None
-    """None: there are no more."""
+    """None: this is the last page."""
 
 
 def history(note: str | None) -> list[Decided]:
-    """What was decided about a letter, the first first; lines that are nobody's decision are passed over."""
+    """The decisions about a letter, oldest first; other lines of the note are skipped."""
     found = (_DECIDED.fullmatch(line) for line in (note or "").splitlines())
     return [Decided(datetime.fromisoformat(each[3]), each[1], each[2], each[4]) for each in found if each]
 
 
 def count_open(session: Session, tables: Tables) -> int:
-    """How many dead letters wait for a person."""
+    """How many dead letters are open."""
     letters = tables.dead_letters
     counted = select(func.count()).select_from(letters).where(letters.c.state == DeadLetterState.OPEN.value)
     return session.scalars(counted).one()
@@ -192,7 +193,7 @@ def list_letters(
     after: LetterCursor | None = None,
     limit: int = 100,
 ) -> Page:
-    """The letters selected, oldest first, behind the end of the page before.
+    """A page of the selected letters, oldest first, after the end of the previous page.
 
     what: a page · lock: none · index: that of open letters, by (dead_at, event_id)
     """
@@ -208,11 +209,11 @@ def list_letters(
 def read_letters(
     session: Session, tables: Tables, *conditions: ColumnElement[bool], limit: int | None = None
 ) -> list[DeadLetter]:
-    """The letters of which all this holds, oldest first."""
+    """The letters that meet all conditions, oldest first."""
     letters = tables.dead_letters
-    moments = ("created_at", "dead_at", "resolved_at")
+    times = ("created_at", "dead_at", "resolved_at")
     keys = DeadLetter.__dataclass_fields__
-    columns = [readable(letters.c[key]) if key in moments else letters.c[key] for key in keys]
+    columns = [readable(letters.c[key]) if key in times else letters.c[key] for key in keys]
     rows = session.execute(
         select(*columns).where(*conditions).order_by(letters.c.dead_at, letters.c.event_id).limit(limit)
     )
@@ -220,11 +221,11 @@ def read_letters(
 
 
 def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadLetter, Content]:
-    """One letter, with what its event says. Raises Refused where there is none."""
+    """One letter with payload and headers of its event. Raises Refused if there is none."""
     letters = tables.dead_letters
     found = read_letters(session, tables, letters.c.event_id == event_id)
     if not found:
-        raise Refused(f"No dead letter of {event_id}.")
+        raise Refused(f"There is no dead letter of the event {event_id}.")
     texts = (payload.from_dead_letter(letters.c.payload, tables.outbox), letters.c.headers)
     content = select(*(func.left(cast(each, Text), CONTENT_MAX) for each in texts)).where(
         letters.c.event_id == event_id
@@ -233,7 +234,7 @@ def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadL
 
 
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
-    """Count what was selected, with the money it is about. To be asked in one snapshot."""
+    """Count the selected letters and the money of their payments. Call it in a snapshot, so that the numbers agree."""
     letters, payments = tables.dead_letters, tables.payments
     chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
     found = select(*chosen, waivable(letters).label("waivable")).where(*selection.conditions(letters)).cte("found")
@@ -244,7 +245,7 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     named = select(found.c.payment_id).where(found.c.payment_id.is_not(None))
     own = tables.purchases
     is_given = exists().where(own.c.payment_id == payments.c.id)
-    is_owed = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value, ~is_given
+    is_owed = is_succeeded(payments), ~is_given
     money = _money(session, payments, payments.c.id.in_(named))
     waived = _money(session, payments, payments.c.id.in_(named.where(found.c.waivable)), *is_owed)
     token = session.scalars(_token(tables, selection)).one()
@@ -260,34 +261,34 @@ def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) 
 def decide_letters(
     session: Session, tables: Tables, selection: Selection, decision: Decision, *, token: str, actor: str, why: str
 ) -> int:
-    """Carry out a decision on the letters of a preview; how many they were. Once decided, it is written in each.
+    """Carry out a decision on the letters of a preview; return how many they were. Each letter keeps the decision.
 
-    Raises Refused where the world has changed since the preview, and where a letter that is named cannot be decided.
+    Raises Refused if one of the letters or its payment has changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
     if session.scalars(_token(tables, selection)).one() != token:
         raise Refused(
-            "The dead letters, or their payments, have changed since the preview. Nothing was done: look again."
+            "The dead letters or their payments have changed since the preview. Nothing was done; run it again."
         )
     if decision is Decision.REQUEUE:
         session.execute(_requeue(tables, ids))
-    touched = session.execute(_resolve(tables, ids, decision, actor, why))
-    if touched.rowcount != len(ids):  # type: ignore[attr-defined]
-        raise Inconsistent(f"{decision} touched another number of dead letters than {len(ids)}")
+    updated = session.execute(_resolve(tables, ids, decision, actor, why)).rowcount  # type: ignore[attr-defined]
+    if updated != len(ids):
+        raise Inconsistent(f"{decision} updated {updated} dead letters instead of {len(ids)}")
     return len(ids)
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused where an event that is named has no letter, or one in which nothing is to be decided any more."""
+    """Raise Refused if a named event has no letter, or a letter in a state that does not allow the decision."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters
     rows = session.execute(select(letters.c.event_id, letters.c.state).where(*selection.conditions(letters)))
     states = {event_id: state for event_id, state in rows}  # noqa: C416 - rows
     if unknown := [str(each) for each in selection.event_ids if each not in states]:
-        raise Refused(f"No dead letter of {_listed(unknown)}.")
+        raise Refused(f"There is no dead letter of {_listed(unknown)}.")
     if closed := [f"{key} is {state}" for key, state in states.items() if state not in DECIDABLE[decision]]:
-        raise Refused(f"Nothing to {decision}: the letter of {_listed(closed)}.")
+        raise Refused(f"Cannot {decision}: the dead letter of {_listed(closed)}.")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -296,14 +297,14 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _lock(tables: Tables, selection: Selection) -> Select[Any]:
-    """what: the events of the letters selected · lock: FOR UPDATE in the order of event ids · index: open letters"""
+    """what: the events of the selected letters · lock: FOR UPDATE in the order of event ids · index: open letters"""
     letters = tables.dead_letters
     chosen = select(letters.c.event_id).where(*selection.conditions(letters))
     return chosen.order_by(letters.c.event_id).with_for_update()
 
 
 def _token(tables: Tables, selection: Selection) -> Select[Any]:
-    """what: a digest of letters and payments, as they are · lock: none · index: open letters, primary keys"""
+    """what: a digest of the letters and their payments · lock: none · index: open letters, primary keys"""
     letters, payments = tables.dead_letters, tables.payments
     of_letter = [letters.c[key] for key in ("event_id", "state", "dead_at", "reason", "attempts")]
     of_payment = [payments.c[key] for key in ("student_id", "course_id", "amount", "currency", "status")]
@@ -317,7 +318,7 @@ def _token(tables: Tables, selection: Selection) -> Select[Any]:
 def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
     """what: the events of letters, due now, as new ones · lock: theirs, held · index: primary key of dead_letters
 
-    An event that the producer has delivered again meanwhile stays as it is.
+    An event that is in the outbox again, because the producer wrote it once more, stays as it is.
     """
     letters, outbox = tables.dead_letters, tables.outbox
     columns = ["event_id", "event_type", "payload", "headers", "created_at", "due_at"]
@@ -333,7 +334,7 @@ def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
 
 
 def _resolve(tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> Update:
-    """what: letters closed by a person, with a line more in their history · lock: held · index: primary key"""
+    """what: letters closed by a person, with one more line in their history · lock: held · index: primary key"""
     letters, state = tables.dead_letters, _RESULTS[decision].value
     now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SS.MSZ")
     line = literal(f"{state} by {_one_line(actor)}, ") + now + literal(f": {_one_line(why)}")

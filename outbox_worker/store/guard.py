@@ -1,4 +1,4 @@
-"""The guard: what stops a second active purchase of a pair, and how we know which one is in force."""
+"""The guard: what prevents a second active purchase of a pair, and how the worker finds out which guard is in force."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
 from outbox_worker.schema.tables import relation_name
 
 _LOCKS_PER_TRANSACTION = 10
-"""One batch takes at most a tenth of the server's lock table: one lock per event fills it (53200)."""
+"""A batch locks at most a tenth of the server's lock table; one lock per event would fill it (53200)."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """The guard in force. ``predicate`` is the index's own, as the catalogue prints it; empty for ``lock``."""
+    """The guard in force. ``predicate`` is that of the index, as the catalogue prints it; empty for ``lock``."""
 
     guard: Guard
     predicate: str = ""
     lock_capacity: int = 1
     """How many pairs one transaction may lock."""
     has_index_paths: bool = True
-    """Whether purchases can be found by payment and by pair; where not, the planner is left to hash whole tables."""
+    """Whether indexes find a purchase by its payment and by its pair; if not, the planner may hash whole tables."""
 
 
 class GuardWatch:
-    """The guard that the claim loops of one process believe in; they share one watch.
+    """The guard as this process last found it; its claim loops share one watch.
 
-    An assignment to ``state`` is atomic, and a belief that is out of date costs one savepoint, never a purchase.
+    Assigning ``state`` is atomic. A state that is out of date costs one savepoint, never a purchase.
     """
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
         self._purchases = purchases
         self._on_change = on_change
         self._known: Guard | None = None
-        self._evidence: str | None = None
+        self._index_versions: str | None = None
         self.state = GuardState(Guard.LOCK)
 
     def probe(self, session: Session) -> GuardState:
-        """Ask the database which guard is in force and believe it; in one query where no index has changed since."""
-        evidence = session.scalar(_EVIDENCE, {"relation": relation_name(self._purchases)})
-        if evidence != self._evidence:
-            self._believe(probe_guard(session, self._purchases))
-            self._evidence = evidence
+        """Find out which guard is in force; one query if no index has changed since the last probe."""
+        versions = session.scalar(_INDEX_VERSIONS, {"relation": relation_name(self._purchases)})
+        if versions != self._index_versions:
+            self._set(probe_guard(session, self._purchases))
+            self._index_versions = versions
         return self.state
 
     def fall_back(self) -> GuardState:
-        """The index just failed us (42P10, 55000): believe in the lock, and in no index path, until the next probe."""
-        self._evidence = None
-        return self._believe(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
+        """The index failed (42P10, 55000): go by the lock, and by no index path, until the next probe."""
+        self._index_versions = None
+        return self._set(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
 
-    def _believe(self, state: GuardState) -> GuardState:
+    def _set(self, state: GuardState) -> GuardState:
         self.state, before, self._known = state, self._known, state.guard
         if state.guard is not before:
             self._on_change(state.guard)
@@ -67,7 +67,7 @@ class GuardWatch:
 
 
 def probe_guard(session: Session, purchases: Table) -> GuardState:
-    """Find a sound unique index and prove with EXPLAIN that the planner takes it as arbiter."""
+    """Find a sound unique index, and prove by EXPLAIN that the planner takes it as arbiter."""
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
     has_paths = has_index_paths(session, purchases)
     sound = pair_indexes(session, purchases)
@@ -78,15 +78,17 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
 
 
 def guard_in_force(session: Session, purchases: Table) -> Guard:
-    """As a worker finds it; whoever may not insert cannot ask the planner, and goes by the catalogue."""
+    """The guard in force. A role that may not insert cannot EXPLAIN an INSERT: for it the catalogue decides."""
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
         return probe_guard(session, purchases).guard
     return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK
 
 
 def doubled_pairs(session: Session | Connection, purchases: Table, limit: int) -> Sequence[Row[Any]]:
-    """Pairs (``student_id``, ``course_id``) with more than one active purchase, and the ``count``: no unique index can
-    be built over them."""
+    """Pairs (``student_id``, ``course_id``) with more than one active purchase, and their ``count``.
+
+    While there are any, the unique index cannot be built.
+    """
     pair = [purchases.c[key].label(key) for key in ("student_id", "course_id")]
     columns = *pair, func.count().label("count")
     found: Select[Any] = select(*columns).where(purchases.c.is_active).group_by(*pair)
@@ -107,8 +109,8 @@ _LOCK_TABLE_SIZE = text(
     " * (CAST(current_setting('max_connections') AS int) + CAST(current_setting('max_prepared_transactions') AS int))"
 )
 
-# what: every index of a table, in its present version · lock: none · index: the catalogue's own
-_EVIDENCE = text(
+# what: every index of a table with the version of its catalogue row · lock: none · index: the catalogue's own
+_INDEX_VERSIONS = text(
     "SELECT concat(CAST(CAST(to_regclass(:relation) AS oid) AS text), ' ',"
     " string_agg(concat_ws(' ', indexrelid, xmin, ctid), ' ' ORDER BY indexrelid))"
     " FROM pg_index WHERE indrelid = to_regclass(:relation)"
@@ -122,9 +124,9 @@ _SOME_DEFERRABLE = text(
 
 
 def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
-    """The indexes that EXPLAIN names as arbiters; none where the INSERT would raise 42P10 or 55000.
+    """The indexes that EXPLAIN names as arbiters; none if the INSERT would raise 42P10 or 55000.
 
-    A deferrable constraint on the pair is taken as an arbiter, too: EXPLAIN is content, every execution raises 55000.
+    EXPLAIN also names a deferrable constraint on the pair, although every execution would raise 55000.
     """
     nothing = select(null(), null()).where(text("false"))
     columns = [purchases.c.student_id, purchases.c.course_id]

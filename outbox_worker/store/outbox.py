@@ -1,7 +1,7 @@
-"""The door to ``outbox``; buries events in ``dead_letters`` and closes the letters of settled ones.
+"""The door to ``outbox``; also moves events to ``dead_letters`` and closes the letters of settled events.
 
-A claim takes due events under row locks; the lock is the lease. Settling deletes the row in the same transaction: the
-outbox holds only what is still owed. Every function takes the session first; the caller owns the transaction.
+A claim locks the rows of due events; the row lock is the lease. Settling deletes the row in the same transaction, so
+the outbox holds only events that are not settled yet.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from outbox_worker.database.statements import Statement, write
 from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
-from outbox_worker.store.queue import event_of, window_of, within
+from outbox_worker.store.claimed import event_of, window_of, within
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
-"""As the W3C's Trace Context has it; whatever else stands there is what anybody may have written."""
+"""A traceparent as W3C Trace Context defines it; any other text in that header is ignored."""
 _TRACEPARENT_LENGTH = 55
 
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
 _FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
-"""Before every place in the queue."""
+"""With ``_FIRST_MOMENT``: a position before every event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,47 +68,48 @@ class Claim:
 
     batch: Batch = field(default_factory=Batch)
     transaction_id: str | None = None
-    """For ``pg_xact_status``, should the answer to COMMIT be lost."""
+    """For ``pg_xact_status``, if the answer to COMMIT is lost."""
     end: Position | None = None
-    """The last of them."""
+    """The position of the last event."""
     crash_suspects: Sequence[int] = ()
-    """Those of them that a process died of before: they are taken alone."""
+    """Events of the batch that a process died of before: each is handled alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class IsolatedEvent:
-    """An event to be taken alone. Its crash is written down before the work, and crossed out by ``claim_isolated``."""
+    """An event that is handled alone. ``isolate`` counts a crash before the work; ``claim_isolated`` resets it."""
 
     id: int
     crashes: int
-    """How many processes died of it before."""
+    """How many processes died of it before this attempt."""
     due_at: str
-    """As PostgreSQL writes it; meanwhile the event is due later, so that nobody else takes it."""
+    """Its own due time, as PostgreSQL writes it; the row is due later meanwhile, so that no other worker claims it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Postponement:
-    """A later try of one event."""
+    """When to try one event again."""
 
     delay: timedelta
     charged: bool
+    """Whether the failed try counts towards the maximum."""
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How much is owed. Counts stop at ``Outbox.BACKLOG_BOUND``."""
+    """How many events wait. Counts stop at ``Outbox.BACKLOG_BOUND``."""
 
     due: int
     waiting: int
-    """Postponed: due later."""
+    """Events that are due later."""
     oldest_due_seconds: float
 
 
 class Outbox:
     """The queue and its dead letters. Holds statements, no state.
 
-    ``event_types``: claim only these (an outbox that other consumers share); None: claim all.
+    ``event_types``: claim only events of these types, because other consumers share the outbox; None: claim all.
     """
 
     BACKLOG_BOUND = 100_000
@@ -141,7 +142,7 @@ class Outbox:
     ) -> Claim:
         """Lock up to ``limit`` due events that nobody else has locked, in the order ``(due_at, id)``.
 
-        ``until``: due by then; None: by now. ``start``: behind this place; None: from the beginning.
+        ``until``: claim events due by then; None: by now. ``start``: claim events after this position; None: all.
         """
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
@@ -150,9 +151,9 @@ class Outbox:
     def isolate(
         self, session: Session, key: int | None, until: datetime | None, delay: timedelta
     ) -> IsolatedEvent | None:
-        """Write down a crash of one due event, ``key`` or the first that nobody holds, and make it due later.
+        """Count a crash of one due event and make it due later: of ``key``, or of the first event that is not locked.
 
-        To be committed before the event is worked on: should it kill the process, the next one knows, after ``delay``.
+        Commit this before the event is handled: if it kills the process, the next process knows of it after ``delay``.
         """
         values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
         statement = self._isolate_first if key is None else self._isolate
@@ -160,9 +161,9 @@ class Outbox:
         return None if row is None else IsolatedEvent(row.id, row.crashes, row.due_at)
 
     def claim_isolated(self, session: Session, isolated: IsolatedEvent) -> Claim:
-        """Lock the event again, waiting for whoever holds it, and cross the crash out, which a crash would undo.
+        """Re-lock the event and reset its crash count in this transaction; a real crash rolls the reset back.
 
-        Empty where the event is gone.
+        Waits if another transaction has the event locked. The claim is empty if the event is gone.
         """
         claim = _claim_of(self._claim_isolated.execute(session, {"id": isolated.id}).one())
         if claim.batch:
@@ -170,15 +171,15 @@ class Outbox:
         return replace(claim, batch=replace(claim.batch, window=DueWindow(isolated.due_at, isolated.due_at)))
 
     def has_due(self, session: Session, until: datetime) -> bool:
-        """Whether an event due by ``until`` is left, locked by others or not. Takes no lock."""
+        """Whether any event is due by ``until``, even if another worker has it locked. Takes no lock."""
         return bool(session.scalar(self._due, {"until": until}))
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
-        """Delete events that reached an end; the caller has marked or buried them in this transaction."""
+        """Delete events that the caller has marked, or moved to the dead letters, in this transaction."""
         write(session, self._remove, {"ids": list(ids), **window_of(batch)}, len(ids))
 
     def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
-        """Make events due later, by the database's clock; ``charged`` ones count as a failed try."""
+        """Make events due later, by the database's clock; a ``charged`` postponement counts as a failed try."""
         given = postponements.values()
         values = {
             "ids": list(postponements),
@@ -190,7 +191,7 @@ class Outbox:
         write(session, self._postpone, values, len(postponements))
 
     def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
-        """Move events to the dead letters; a letter that was closed before is opened again."""
+        """Move events to the dead letters; if the event already has a letter, that letter is opened again."""
         values = {
             "ids": list(letters),
             "payment_ids": [batch[key].payment_id for key in letters],
@@ -202,7 +203,7 @@ class Outbox:
         self.remove(session, batch, letters)
 
     def traceparents(self, session: Session, batch: Batch, ids: Collection[int]) -> dict[int, str]:
-        """The traces to which producers say that these events belong; nothing else of the headers is ever read."""
+        """The traceparents in the headers of these events; the worker reads no other header."""
         rows = self._traceparents.execute(session, {"ids": list(ids), **window_of(batch)})
         return {row.id: row.traceparent for row in rows if _TRACEPARENT.fullmatch(row.traceparent)}
 
@@ -211,7 +212,7 @@ class Outbox:
         self._close_letters.execute(session, {"event_ids": event_ids})
 
     def backlog(self, session: Session) -> Backlog:
-        """How many events are due and how late the oldest is; bounded work however long the queue."""
+        """How many events are due, and how late the oldest is; the work is bounded however long the queue is."""
         due, waiting, oldest = session.execute(self._backlog).one()
         return Backlog(due, waiting, oldest or 0.0)
 
@@ -228,7 +229,7 @@ def _claim_of(row: Row[Any]) -> Claim:
 
 
 def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
-    """The payments that the payloads name, and what documents repeat of them."""
+    """The payments that the payloads name, and what json and text payloads repeat of them."""
     if "documents" not in row._fields:
         return payload.usable_payment_ids(row.candidates), ()
     found = [payload.read_document(document) for document in row.documents]
@@ -236,7 +237,7 @@ def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
 
 
 def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: due events behind a place, oldest first, with the keys that their settling needs, as one row of arrays
+    """what: due events after a position, oldest first, with the keys that settling them needs, as one row of arrays
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
     start = tuple_(
@@ -253,7 +254,7 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
 
 
 def _claim_isolated_statement(outbox: Table) -> Select[Any]:
-    """what: the keys of one event, as a claim returns them · lock: FOR UPDATE, waited for · index: primary key"""
+    """what: the keys of one event, as a claim returns them · lock: FOR UPDATE, waiting · index: primary key"""
     return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
 
 
@@ -262,7 +263,7 @@ def _due_by() -> ColumnElement[Any]:
 
 
 def _keys(outbox: Table) -> Select[Any]:
-    """What settling needs to know of each event."""
+    """The columns that settling needs of each event."""
     return select(
         outbox.c.id,
         outbox.c.event_id,
@@ -276,7 +277,7 @@ def _keys(outbox: Table) -> Select[Any]:
 
 
 def _gathered(keys: Select[Any]) -> Select[Any]:
-    """Locked rows as one row of arrays."""
+    """One row of arrays out of the locked rows."""
     claimed = keys.cte("claimed").prefix_with("MATERIALIZED")
     first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
     one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
@@ -299,13 +300,13 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
 
 
 def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The array of a column's values as one text: nobody may ask for a single one."""
+    """The array of a column's values as one text, which the client parses only if it needs a single value."""
     return cast(func.array_agg(column), Text)
 
 
 def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
-    """what: one more crash of the first due event, which is due later from now on
-    lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key where ``ours`` names the event
+    """what: one more crash of the first due event, which becomes due later
+    lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key if ``ours`` names the event
     """
     first = (
         select(outbox.c.id, outbox.c.crashes, cast(outbox.c.due_at, Text).label("due_at"))
@@ -322,7 +323,7 @@ def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update
 
 
 def _clear_crash_statement(outbox: Table) -> Update:
-    """what: an event as it was before it was accused, without any crash · lock: held · index: primary key"""
+    """what: the event's own due time again, and no crashes · lock: held · index: primary key"""
     given = cast(bindparam("due_at", type_=Text), DateTime(timezone=True))
     return update(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).values(crashes=0, due_at=given)
 
@@ -343,12 +344,12 @@ def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: in
 
 
 def _remove_statement(outbox: Table) -> Delete:
-    """what: events that reached an end · lock: theirs, held since the claim · index: primary key or (due_at, id)"""
+    """what: settled or dead events · lock: theirs, held since the claim · index: primary key or (due_at, id)"""
     return delete(outbox).where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
 def _postpone_statement(outbox: Table) -> Update:
-    """what: a later due time, and a failed try where charged · lock: held since the claim · index: primary key"""
+    """what: a later due time, and one more failed try if charged · lock: held since the claim · index: primary key"""
     given = _arrays(delay=Interval(), charge=BigInteger(), error=Text())
     return (
         update(outbox)
@@ -362,7 +363,7 @@ def _postpone_statement(outbox: Table) -> Update:
 
 
 def _bury_statement(tables: Tables) -> postgresql.Insert:
-    """what: dead letters of claimed events; one that exists is written anew and opened again, its history kept
+    """what: dead letters of claimed events; an existing letter is rewritten and opened again, and keeps its history
     lock: held since the claim · index: primary keys
     """
     letters = tables.dead_letters
@@ -386,7 +387,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _traceparents_statement(outbox: Table) -> Select[Any]:
-    """what: traceparents of claimed events, as bounded text · lock: none, theirs are held · index: primary key"""
+    """what: traceparents of claimed events, as bounded text · lock: none (theirs are held) · index: primary key"""
     traceparent = func.left(outbox.c.headers["traceparent"].astext, _TRACEPARENT_LENGTH + 1)
     named = select(outbox.c.id, traceparent.label("traceparent")).where(traceparent.is_not(None))
     return named.where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
@@ -409,6 +410,6 @@ def _close_letters_statement(letters: Table) -> Update:
 
 
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
-    """A relation (id, …) out of one array parameter per column; the parameters are named in the plural."""
+    """A relation (id, …) from one array parameter per column; a parameter is the column's name in the plural."""
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

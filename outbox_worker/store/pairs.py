@@ -1,8 +1,8 @@
-"""Pairs (student, course): their locks, what is known of claimed events under them, and who else has paid for them.
+"""Pairs (student, course): their locks, the facts about claimed events, and the other payments of a pair.
 
-The pair's lock is public: ``hashtextextended(student_id::text || ':' || course_id::text, 0)``, transaction-scoped. Any
-verdict but a clean insert, and every refund, is reached under it, in both guards, each step a statement of its own:
-lock, look, write. The statements are run by ``PurchaseRepository``.
+The pair's lock is public: ``hashtextextended(student_id::text || ':' || course_id::text, 0)``, transaction-scoped.
+Every verdict but a clean insert is reached under this lock, and so is every refund, under both guards. Lock, look and
+write are one statement each. ``PurchaseRepository`` runs the statements.
 """
 
 from __future__ import annotations
@@ -34,55 +34,57 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, UUID
 
 from outbox_worker.database.arrays import Keys
-from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, PaymentStatus, Repeated
+from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
+from outbox_worker.store.claimed import window_of
 from outbox_worker.store.payment_classes import PaymentClass, class_among
-from outbox_worker.store.queue import window_of
+from outbox_worker.store.queries import is_succeeded, same_pair
 
 
 @dataclass(frozen=True, slots=True)
 class PairLocks:
-    """Which pairs of a batch this transaction has locked."""
+    """The pairs of a batch that this transaction has locked."""
 
     keys: frozenset[int]
+    """The lock keys of these pairs."""
     locked: frozenset[int]
     """Events (``outbox.id``) whose pair is locked. An event without a pair is in neither set."""
     contended: frozenset[int]
-    """Events whose pair somebody else has locked, or that exceed what one transaction may lock."""
+    """Events whose pair another transaction has locked, or that exceed the capacity."""
     order: tuple[int, ...]
-    """All events in the order in which every statement writes purchases."""
+    """All events, in the order in which every statement writes purchases."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventFacts:
-    """What one look found about one event."""
+    """The facts about one event, and the lock of its pair."""
 
     facts: Facts
     key: int | None
-    """The lock key of its pair; None where no payment and no purchase names a pair."""
+    """The lock key of its pair; None if neither a payment nor a purchase names a pair."""
 
 
 class StandingPayment(NamedTuple):
-    """A standing payment of a pair."""
+    """A succeeded payment of a pair, and its class."""
 
     payment_id: str
     kind: PaymentClass
 
 
 EventOf = Callable[[FromClause, Table], FromClause]
-"""The events of a relation of keys: ``database.event_of``, or what stands for them where there are none."""
+"""Joins keys to the rows of their events: ``queue.event_of``, or a substitute for events that were never written."""
 
 
 def keys_of(batch: Batch) -> dict[str, Any]:
-    """The values of the parameters of ``claimed_keys``."""
+    """The parameters of ``claimed_keys``."""
     read = Repeated._fields if batch.repeated else ()
     texts = {f"given_{key}": [getattr(each, key) for each in batch.repeated] for key in read}
     return {"ids": batch.ids, "payment_ids": batch.payment_ids, **texts, **window_of(batch)}
 
 
 def claimed_keys(outbox: Table) -> FromClause:
-    """The keys of a batch as a relation (id, payment_id), with what was read of documents where payloads are such."""
+    """The keys of a batch as a relation (id, payment_id); of documents also what the client read of each payload."""
     ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
     read = Repeated._fields if payload.is_document(outbox) else ()
     texts = [bindparam(f"given_{key}", type_=ARRAY(Text)) for key in read]
@@ -90,45 +92,41 @@ def claimed_keys(outbox: Table) -> FromClause:
 
 
 def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
-    """Where the optional keys of a payload are to be read."""
+    """The relation that holds the optional keys of a payload: the event's row, or what the client read of it."""
     return claimed if "amount" in claimed.c else event
 
 
 def payment_of(claimed: FromClause, payments: Table) -> FromClause:
-    """What is read of a claimed event's payment, found by its id, as ``event_of`` finds the event."""
+    """The payment of a claimed event, found by its id, as ``event_of`` finds the event."""
     read = (payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "status"))
     row = select(*read).where(payments.c.id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("payment")
 
 
 def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
-    """The pair of a claimed event's purchase, found in the same way."""
+    """The pair of the purchase of a claimed event's payment, found in the same way."""
     row = select(purchases.c.student_id, purchases.c.course_id).where(purchases.c.payment_id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("purchase")
 
 
 def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The public key of a pair's advisory lock, a bigint."""
+    """The key of a pair's advisory lock, a bigint; its formula is public."""
     return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
 
 
 def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
-    """Another purchase holds the payment's pair active; its payment may be NULL: a gift."""
-    return and_(
-        purchases.c.student_id == payments.c.student_id,
-        purchases.c.course_id == payments.c.course_id,
-        purchases.c.is_active,
-        purchases.c.payment_id.is_distinct_from(payments.c.id),
-    )
+    """The purchase is active, of the payment's pair, and of another payment or of none (a gift)."""
+    is_other = purchases.c.payment_id.is_distinct_from(payments.c.id)
+    return and_(same_pair(purchases, payments), purchases.c.is_active, is_other)
 
 
 def _pair_of(payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
-    """The payment's pair; where its row is archived, its purchase's."""
+    """The pair of the payment, or of its purchase if the payment row is archived."""
     return [func.coalesce(payments.c[key], purchases.c[key]) for key in ("student_id", "course_id")]
 
 
 def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
-    """what: advisory locks on the pairs of claimed events, in ascending key order, tried and never waited for
+    """what: advisory locks on the pairs of claimed events, in ascending key order, tried without waiting
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
@@ -185,13 +183,13 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
 
 
 def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[Any]:
-    """A column of the payment's own purchase: names the pair when the payment row is archived."""
+    """A column of the payment's own purchase, which names the pair if the payment row is archived."""
     own = purchases.alias()
     return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
 
 
 def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFacts:
-    """What ``look_statement`` found about an event of this type."""
+    """The facts in a row of ``look_statement`` about an event of this type."""
     facts = Facts(
         is_refund=event_type == PURCHASE_REFUNDED,
         payment_id=row.payment_id,
@@ -206,9 +204,9 @@ def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFa
 
 
 def standing_statement(tables: Tables) -> Select[Any]:
-    """what: the standing payments of the pairs of claimed events, oldest first, each with its class
-    lock: none (the pairs' locks are held) · index: the payments' on the pair; where there is none, they are read once,
-    as is the outbox where a payment is met that nothing else explains
+    """what: the succeeded payments of the pairs of claimed events, oldest first, each with its class
+    lock: none (the pairs' locks are held) · index: the payments' on the pair; without one they are read once, and so is
+    the outbox if a payment is found that nothing else explains
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
     refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)
@@ -221,11 +219,9 @@ def standing_statement(tables: Tables) -> Select[Any]:
         .cte("pairs")
         .prefix_with("MATERIALIZED")
     )
-    is_of_pair = and_(payments.c.student_id == pairs.c.student_id, payments.c.course_id == pairs.c.course_id)
     read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
-    is_standing = cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value
-    stands = select(pairs.c.id.label("event"), *read).join(payments, is_of_pair).where(is_standing)
-    standing = stands.cte("standing").prefix_with("MATERIALIZED")
+    stands = select(pairs.c.id.label("event"), *read).join(payments, same_pair(payments, pairs))
+    standing = stands.where(is_succeeded(payments)).cte("standing").prefix_with("MATERIALIZED")
     kind = class_among(standing, tables).label("kind")
     found = select(standing.c.event.label("id"), cast(standing.c.id, Text).label("payment_id"), kind)
     return found.order_by(standing.c.created_at, standing.c.id)

@@ -1,11 +1,11 @@
 """What the worker reads of a payload: five keys, as bounded text.
 
-Of a jsonb column they are read inside the database, by SQL expressions, and the payload never travels: a document that
-PostgreSQL accepts can be one that a client cannot decode (nesting, huge integers).
+In a jsonb column, SQL expressions read the keys, and the payload stays in the database: PostgreSQL accepts payloads
+that a client cannot decode (deep nesting, huge integers).
 
-A json or text column (its values are *documents*) holds what jsonb would refuse: NUL, lone surrogates, NaN, no JSON at
-all. One such row fails the statement that asks for a key, with all other rows. So documents travel, bounded, and are
-read here one by one; what cannot be read is an unusable payload, and nobody else's trouble.
+A json or text column may hold what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. A statement that reads
+a key of one such row fails for all rows. So the values of these columns (*documents*) are sent to the client up to a
+bound and read here, one by one; a document that cannot be read makes only its own event unusable.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _IS_UUID = re.compile(_UUID, re.ASCII).fullmatch
 _ARE_UUIDS = re.compile(rf"\{{{_UUID}(?:,{_UUID})*\}}", re.ASCII).fullmatch
 _ELEMENTS = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,]+)', re.DOTALL)
-"""Of an array's text: an element in quotes, or one without."""
+"""One element of an array's text: in quotes, or without."""
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
 LONGEST_DOCUMENT = 262_144
-"""Bytes. A document is read by the client, a thousand of them at a time: a longer one is not usable."""
+"""Bytes. A longer document is not usable: the client reads a thousand documents at a time."""
 _LONGEST_KEPT = 100_000_000
-"""Characters of a document in its dead letter; jsonb takes no string of 256 MB."""
+"""Characters of a document that its dead letter keeps; a jsonb string must be shorter than 256 MB."""
 _NEVER_EQUAL = "\N{REPLACEMENT CHARACTER}"
 _PAYMENT_ID_IN_DOCUMENT = rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"'
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
-"""Of JSON: a string, or a bracket."""
+"""A token of JSON: a string, or a bracket."""
 
 
 def is_document(outbox: FromClause) -> bool:
-    """Whether payloads are text to the database: the column's type is json or text."""
+    """Whether the payload column is of type json or text."""
     return not isinstance(outbox.c.payload.type, JSONB)
 
 
 def document(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload as text; NULL where it is too long to be read."""
+    """The payload as text; NULL if it is too long to be read."""
     written = cast(outbox.c.payload, Text)
     return case((func.octet_length(written) <= LONGEST_DOCUMENT, written))
 
 
 def to_dead_letter(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload as its dead letter keeps it, a jsonb: itself, or a document as one string, as it was written."""
+    """The payload as its dead letter keeps it, in jsonb: a jsonb payload as it is, a document as one string."""
     if not is_document(outbox):
         return outbox.c.payload
     return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
 
 
 def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any]:
-    """What a dead letter keeps, as a payload of the outbox again."""
+    """The payload that a dead letter keeps, in the type of the outbox's column."""
     if not is_document(outbox):
         return kept
     is_string = func.jsonb_typeof(kept) == "string"
@@ -68,14 +68,14 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
 
 
 def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
-    """What a client reads of an event's payload: the ``candidate`` for the payment's id, or the whole ``document``."""
+    """What a claim reads of a payload: the ``candidate`` for the payment's id, or the whole ``document``."""
     return (
         document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
     )
 
 
 def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
-    """Read a value of ``claim_columns``: the payment's usable id, or None, and the optional keys of a document."""
+    """Read a value of ``claim_columns``: the payment's id, None if it is not usable, and the keys of a document."""
     if is_document(outbox):
         return read_document(found)
     given = (found or "").lower()
@@ -83,7 +83,7 @@ def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | Non
 
 
 def read_document(text: str | None) -> tuple[str | None, Repeated]:
-    """The usable ``payment_id`` of a document, in lower case, or None; and what else it repeats of the payment."""
+    """The ``payment_id`` of a document in lower case, None if it is not usable; and what it repeats of the payment."""
     try:
         found = _parse(text or "")
     except (ValueError, RecursionError):
@@ -95,7 +95,7 @@ def read_document(text: str | None) -> tuple[str | None, Repeated]:
 
 
 def _parse(text: str) -> Any:
-    """Numbers stay as they are written. Raises ValueError for what is no JSON."""
+    """Parse JSON and keep numbers as they are written. Raises ValueError if the text is no JSON."""
     try:
         return json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
     except RecursionError:
@@ -107,7 +107,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _first_level(text: str) -> str:
-    """A document nested more deeply than can be parsed, with an empty object for all that is below its first level."""
+    """The document with ``{}`` for everything below its first level, for one that is nested too deeply to be parsed."""
     depth, start, parts = 0, 0, []
     for token in _TOKEN.finditer(text):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
@@ -120,7 +120,7 @@ def _first_level(text: str) -> str:
 
 
 def _text_of(value: Any) -> str | None:
-    """As ``->>`` would write it, bounded; what no column can hold, or is no scalar, becomes a text that equals none."""
+    """The value as ``->>`` writes it, bounded; a text that equals none if it is no scalar or cannot be stored."""
     match value:
         case None:
             return None
@@ -133,28 +133,28 @@ def _text_of(value: Any) -> str | None:
 
 
 def _written(source: FromClause, key: str) -> ColumnElement[Any]:
-    """The text of a key, by the row of an event, or by a relation that holds what was read of documents."""
+    """The text of a key: from the row of an event, or from a relation with what the client read of documents."""
     if "payload" not in source.c:
         return source.c[key]
     return source.c.payload.op("->>", return_type=Text())(key)
 
 
 def key_text(source: FromClause, key: str) -> ColumnElement[Any]:
-    """The text of one payload key, cut to a bound; NULL where it is absent, null, or the payload is no object."""
+    """The text of one payload key, cut to a bound; NULL if it is absent or null, or the payload is no object."""
     return func.left(_written(source, key), _LONGEST)
 
 
 def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload's ``payment_id`` where it has the length and the hyphens of a UUID string; otherwise NULL."""
+    """The payload's ``payment_id`` if it has the length and the hyphens of a UUID string; otherwise NULL."""
     written = _written(outbox, "payment_id")
     return case((written.like(_UUID_SHAPE), written))
 
 
 def usable_payment_ids(candidates: str) -> Sequence[str | None]:
-    """An array of candidates in PostgreSQL's text form: each in lower case where it is a UUID string, otherwise None.
+    """Check an array of candidates in PostgreSQL's text form: UUID strings in lower case; None for any other text.
 
-    The claim leaves this to us: a regular expression on the server costs a tenth of all that it does for an event.
-    Where all are usable as they stand, and only there, the text itself is returned.
+    The client checks them because a regular expression on the server would cost a tenth of its whole work on an event.
+    If all candidates are usable as they are, the text of the array is not split.
     """
     if _ARE_UUIDS(candidates):
         return ArrayText(candidates)
@@ -163,10 +163,10 @@ def usable_payment_ids(candidates: str) -> Sequence[str | None]:
 
 
 def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload's ``payment_id`` in lower case, whatever it is. Never fails.
+    """The payload's ``payment_id`` in lower case, UUID or not. Never fails.
 
-    In a document it is searched for, so that one below the first level is found, too. What is compared with the text of
-    a UUID needs no regular expression, which costs more than reading the table.
+    In a document it is found by its text, so one below the first level is found, too. In jsonb no regular expression is
+    used: the value is compared with the text of a UUID, and the expression would cost more than reading the table.
     """
     if is_document(outbox):
         return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))
@@ -174,10 +174,10 @@ def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
 
 
 def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
-    """For each optional key: whether the payload repeats it and it differs from the payment row.
+    """For each optional key: whether the payload repeats it and the value differs from the payment row.
 
-    ``source``: the event's row, or a relation with the keys of its document. Written in the row's own form, as most
-    producers do, it is settled by one comparison.
+    ``source``: the event's row, or a relation with the keys of its document. One comparison suffices if the value is
+    written as the row's text, as most producers write it.
     """
     rules = {
         "student_id": _id_differs(key_text(source, "student_id"), payments.c.student_id),
@@ -189,7 +189,7 @@ def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElem
 
 
 def mismatched_keys(source: FromClause, payments: FromClause) -> ColumnElement[Any]:
-    """The names of the keys that differ, as text[]; {} where there is no payment row to differ from."""
+    """The names of the keys that differ, as text[]; {} if there is no payment row."""
     names = [case((differs, key)) for key, differs in mismatches(source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 
@@ -203,7 +203,7 @@ def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnEle
 
 
 def _id_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """A UUID may be written in any case; a course that is known by a text is that text."""
+    """Compare UUIDs regardless of case, and other ids as they are written."""
     return _differs(case((given.like(_UUID_SHAPE), func.lower(given)), else_=given), cast(actual, Text))
 
 

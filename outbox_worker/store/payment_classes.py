@@ -1,8 +1,7 @@
-"""The conservation equation: every standing payment is exactly one of seven things.
+"""The conservation equation: every *standing* payment (succeeded, not refunded) is in exactly one of seven classes.
 
-One SQL CASE, used wherever the question is asked: what is owed, what is proved, why. It is asked of many payments at a
-time: of a page of all there are (``page_statement``), most of which a purchase explains, and of given ones, that none
-does (``portion_statement``).
+``audit``, ``backfill``, ``why`` and refunds use the same SQL CASE. ``page_statement`` classes a page of all payments,
+most of which a purchase explains; ``portion_statement`` classes given payments that no purchase explains.
 """
 
 from __future__ import annotations
@@ -41,10 +40,11 @@ from outbox_worker.database.expressions import readable, seconds_since
 from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, WAIVABLE, DeadLetterState, PaymentStatus
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
+from outbox_worker.store.queries import has_status, is_succeeded, same_pair
 
 
 class PaymentClass(StrEnum):
-    """What explains a standing payment; the first that holds."""
+    """What explains a standing payment; the first class that applies."""
 
     ACTIVE = "active"
     REVOKED = "revoked"
@@ -56,10 +56,10 @@ class PaymentClass(StrEnum):
 
 
 RECENT = timedelta(hours=1)
-"""Before the end of a span: what is created there may have become visible after a sweep has passed."""
+"""The end of a scanned range: a payment created in it may become visible only after the scan has passed."""
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
-"""What a payment that is not standing can be, for a person to look at."""
+"""With ``REFUNDED_BUT_ACTIVE``: payments that are not standing and that a person should look at."""
 
 _READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
 
@@ -69,8 +69,8 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 def page_statement(
     tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
 ) -> Select[Any]:
-    """what: the next payments in the order of a key: those that a purchase explains by class and currency, the others
-    by their ids; how many there are and which is the last; duplicates one by one where that is asked for
+    """what: the next payments in the order of a key: counts of those that a purchase explains by class and currency,
+    the ids of the others, how many there are and which is the last; each duplicate too if ``lists_duplicates``
     lock: none · index: the key's; payment_id and the pair's of purchases
     """
     keys = [tables.payments.c[key] for key in order]
@@ -87,7 +87,7 @@ def page_statement(
 
 
 def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
-    """what: given payments by class and currency; the unexplained one by one where ``lists`` says so
+    """what: counts of given payments by class and currency; each unexplained one too if ``lists``
     lock: none · index: primary key of payments, those of a page, payment_id of dead_letters; the outbox in one scan
     """
     ids = func.unnest(bindparam("ids", type_=Keys("uuid"))).table_valued("id").render_derived(name="given")
@@ -102,7 +102,7 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
 
 
 def waivable(letters: FromClause) -> ColumnElement[bool]:
-    """Whether a person who discards a letter gives up the purchase of its payment, should that be standing."""
+    """Whether discarding a letter waives the purchase of its payment, if that payment is standing."""
     reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
     return and_(letters.c.event_type == PURCHASE_CONFIRMED, reasons)
 
@@ -110,7 +110,7 @@ def waivable(letters: FromClause) -> ColumnElement[bool]:
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
     """The class of each of a few standing payments, given as (id, student_id, course_id).
 
-    CASE keeps the planner from a join with the outbox, which is read once at most, whatever it expects to find there.
+    CASE keeps the planner from joining the outbox: the outbox is read once at most, whatever its statistics say.
     """
     outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
     told = select(named).where(outbox.c.event_type == PURCHASE_CONFIRMED, case((named.in_(ids), true())))
@@ -118,7 +118,7 @@ def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
 
 
 def span(tables: Tables, order: Sequence[str]) -> list[ColumnElement[bool]]:
-    """The bounds of a sweep in the order of ``created_at``; in any other every payment is passed, if not judged."""
+    """The bounds of a scan in the order of ``created_at``; a scan in another order passes all payments."""
     if order[0] != "created_at":
         return []
     created_at = tables.payments.c.created_at
@@ -144,20 +144,19 @@ def _materialized(rows: Select[Any], name: str) -> CTE:
 
 
 def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: bool) -> Select[Any]:
-    """The page with the ``kind`` of each payment: its class, where it is standing."""
-    status = cast(page.c.status, Text)
-    is_refunded = status == PaymentStatus.REFUNDED.value
+    """The page with the ``kind`` of each payment: its class if it is standing."""
+    is_active = _has_purchase(page, tables, by_index, tables.purchases.c.is_active)
     kind = case(
-        (status == PaymentStatus.SUCCEEDED.value, equation),
-        (and_(is_refunded, _has_purchase(page, tables, by_index, tables.purchases.c.is_active)), REFUNDED_BUT_ACTIVE),
-        (or_(*(status == known.value for known in PaymentStatus)), "not_standing"),
+        (is_succeeded(page), equation),
+        (and_(has_status(page, PaymentStatus.REFUNDED), is_active), REFUNDED_BUT_ACTIVE),
+        (or_(*(has_status(page, known) for known in PaymentStatus)), "not_standing"),
         else_=UNKNOWN_STATUS,
     )
     return select(page, kind.label("kind"))
 
 
 def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
-    """Count and money of each kind and currency; a row of its own for each payment that is listed."""
+    """Count and money of each kind and currency; each listed payment has a row of its own."""
     kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
     is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
     is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
@@ -207,7 +206,7 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
 
 
 def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
-    """Whose confirmation waits in the outbox; events of other types grant nothing and explain nothing."""
+    """Payments whose confirmation waits in the outbox; events of other types explain nothing."""
     outbox = tables.outbox
     is_named = _named(tables) == cast(page.c.id, Text)
     of_ours = outbox.c.event_type == PURCHASE_CONFIRMED
@@ -215,7 +214,7 @@ def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
 
 
 def _named(tables: Tables) -> ColumnElement[Any]:
-    """The payment that an event names, to be compared with one's text."""
+    """The payment that an event names, as text."""
     return payload.payment_id_text(tables.outbox)
 
 
@@ -226,8 +225,7 @@ def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElemen
 
 def _pair_is_held(page: CTE, tables: Tables, by_index: bool) -> ColumnElement[bool]:
     held = tables.purchases.alias("held")
-    is_same = [held.c[key] == page.c[key] for key in ("student_id", "course_id")]
-    return _exists(select(held.c.payment_id).where(*is_same, held.c.is_active), by_index)
+    return _exists(select(held.c.payment_id).where(same_pair(held, page), held.c.is_active), by_index)
 
 
 def _has_letter(page: CTE, tables: Tables, *which: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -236,6 +234,5 @@ def _has_letter(page: CTE, tables: Tables, *which: ColumnElement[bool]) -> Colum
 
 
 def _exists(rows: Select[Any], by_index: bool) -> ColumnElement[bool]:
-    """With OFFSET 0 it is asked row by row, through an index; without, the planner may read the table into a hash, and
-    does so for every page, be the table ever so large."""
+    """OFFSET 0 makes the planner look each row up by index; without it, it may hash the whole table for every page."""
     return (rows.offset(literal_column("0")) if by_index else rows).exists()

@@ -1,9 +1,9 @@
-"""The door to ``purchases`` and ``processed_events`` (and, to read, ``payments``).
+"""The door to ``purchases`` and ``processed_events``; it also reads ``payments``.
 
-``PurchaseRepository`` makes the purchase and marks the event. Every method takes the session first; the caller owns the
-transaction. Claimed events come as keys and are joined to their rows by ``unnest``: on the happy path no row travels.
+``PurchaseRepository`` makes the purchase and marks the event. Claimed events are passed as keys, and ``unnest`` joins
+them to their rows: on the happy path the client receives no rows.
 
-Every statement that writes purchases does so in the order (student_id, course_id, due_at, id).
+Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id).
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from outbox_worker.database.arrays import Keys
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome, PaymentStatus
+from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
+from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, on_active_pair
 from outbox_worker.store.pairs import (
     EventFacts,
@@ -62,16 +63,16 @@ from outbox_worker.store.pairs import (
     standing_statement,
 )
 from outbox_worker.store.payment_classes import PaymentClass
-from outbox_worker.store.queue import event_of
+from outbox_worker.store.queries import is_succeeded
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
-"""Before a payment's id, in what the id of its backfill's mark is the MD5 of."""
+"""The event id of a backfill's mark is the MD5 of this text and the payment's id."""
 
 
 class PurchaseRepository:
     """Purchases and marks of one set of tables. Holds statements, no state.
 
-    ``event_of``: what the keys of a batch name, rows of the outbox or payments whose event was never written.
+    ``event_of``: joins the keys of a batch to rows of the outbox, or to substitutes for events that were never written.
     """
 
     def __init__(self, tables: Tables, event_of: EventOf = event_of) -> None:
@@ -86,23 +87,23 @@ class PurchaseRepository:
         self._mark = Statement(_remark_statement(tables))
 
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
-        """Insert the purchases of all events that nothing speaks against; return those events (``outbox.id``).
+        """Insert the purchases of all events that pass every rule; return those events (``outbox.id``).
 
-        The events are of different payments; under the guard ``lock`` the caller holds the locks of all their pairs.
-        Without ``looks_at_marks`` a mark that is there is left to ``mark_first``.
+        Each event must be of another payment; under the guard ``lock`` the caller holds the locks of all their pairs.
+        Without ``looks_at_marks`` a marked event is inserted, too, and ``mark_first`` fails on it.
         """
         statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
         return self._run_insert(session, batch, statement)
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        """Insert the purchases of events that ``decide`` granted, under their pairs' locks; return those written."""
+        """Insert the purchases of events that ``decide`` granted, under their pairs' locks; return those events."""
         return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
         """Lock the pairs of a batch in ascending key order, without waiting, at most ``capacity`` of them.
 
-        Not waiting is what keeps two workers that both hold fresh purchases from a deadlock; an event whose pair is
-        taken stays in the outbox for the next look.
+        Two workers that both wrote purchases would deadlock if they waited for each other. An event whose pair another
+        worker has locked stays in the outbox until the next claim.
         """
         rows = self._lock.execute(session, {**keys_of(batch), "capacity": capacity}).all()
         return PairLocks(
@@ -113,7 +114,7 @@ class PurchaseRepository:
         )
 
     def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, EventFacts]:
-        """Read the facts of every event of the batch, by a snapshot taken after the locks."""
+        """Read the facts about every event of the batch, in a snapshot taken after the locks."""
         rows = self._look.execute(session, keys_of(batch))
         events = ((row, batch[row.id]) for row in rows)
         return {
@@ -122,18 +123,18 @@ class PurchaseRepository:
         }
 
     def revoke(self, session: Session, batch: Batch) -> set[int]:
-        """Make the purchases of refunded payments inactive, under their pairs' locks; return the events it wrote for.
+        """Make the purchases of refunded payments inactive, under their pairs' locks; return the events written.
 
-        The events are of different payments. A purchase that was never made is left inactive, so that a confirmation
-        that comes later does not make it.
+        Each event must be of another payment. If the payment has no purchase, an inactive one is inserted, so that a
+        later confirmation grants nothing.
         """
         with relying_on_a_key():
             return self._run_insert(session, batch, self._revoke)
 
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
-        """The standing payments of the events' pairs, oldest first.
+        """The succeeded payments of the events' pairs, oldest first.
 
-        The payments are the shop's, and may have no index on the pair: the planner has the choice of reading them once.
+        The shop's payments may have no index on the pair, so the planner may choose to read the whole table once.
         """
         found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
@@ -142,7 +143,7 @@ class PurchaseRepository:
         return found
 
     def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
-        """Mark events that have no mark yet. Raises IntegrityError (23505) where one has."""
+        """Mark events that have no mark yet. Raises IntegrityError (23505) if one of them has a mark."""
         self._run_mark(session, batch, outcome, self._mark_first)
 
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
@@ -155,11 +156,11 @@ class PurchaseRepository:
             write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
-        made: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
-        if made is None:
+        written: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
+        if written is None:
             return set(batch.ids)
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
-        return {by_payment[payment_id] for payment_id in made}
+        return {by_payment[payment_id] for payment_id in written}
 
     def _build_insert(
         self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
@@ -173,12 +174,12 @@ class PurchaseRepository:
 
 
 def backfill_event_id(payment_id: UUID) -> UUID:
-    """The event id under which a backfill marks a payment: always the same, and computable in SQL."""
+    """The event id under which a backfill marks a payment; always the same, and SQL can compute it, too."""
     return UUID(hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest())
 
 
 def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """The event that a payment without one would have: it says nothing but the payment's id."""
+    """A substitute for the event of a payment that has none: it repeats nothing but the payment's id."""
     named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
     event = select(
         keys.c.id,
@@ -190,7 +191,7 @@ def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
 
 
 def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
-    """The payments whose purchases the statement wrote; NULL where it wrote all that were offered."""
+    """The payments whose purchases the statement wrote; NULL if it wrote all that were offered."""
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
     written = func.coalesce(func.array_agg(made.c.payment_id), none)
@@ -200,9 +201,9 @@ def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
 def _insert_statement(
     tables: Tables, event_of: EventOf, guard: Guard, *, nothing_against: bool, looks_at_marks: bool
 ) -> postgresql.Insert:
-    """what: purchases of claimed events, from their payment rows, in the order every worker keeps
+    """what: purchases of claimed events, from their payment rows, in the order in which all workers write
     lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
-    guard: the caller's ON CONFLICT, or one event per pair and none where the pair is held (under its lock)
+    guard: the caller's ON CONFLICT; or, under the pairs' locks, one event per pair and none if the pair is held
     """
     claimed, purchases = claimed_keys(tables.outbox), tables.purchases
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
@@ -233,21 +234,22 @@ def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
 def _nothing_speaks_against(
     tables: Tables, outbox: FromClause, source: FromClause, payments: FromClause
 ) -> list[ColumnElement[bool]]:
-    """The predicates of a clean insert of an event that is not marked: rules 4 to 7 all pass, no dead letter is open.
+    """The predicates of a clean insert: the event passes rules 4 to 7 and has no open dead letter.
 
-    The letter's state is asked for by its event alone: an index of open letters would be read from end to end.
+    The letter is found by its event alone, and its state compared afterwards: with the state in the condition, the
+    planner may read the index of open letters from end to end.
     """
     letters = tables.dead_letters
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
-        cast(payments.c.status, Text) == PaymentStatus.SUCCEEDED.value,
+        is_succeeded(payments),
         *(not_(differs) for differs in payload.mismatches(source, payments).values()),
         state.is_distinct_from(DeadLetterState.OPEN.value),
     ]
 
 
 def _revoke_statement(tables: Tables) -> postgresql.Insert:
-    """what: the purchases of refunded payments inactive, or, where there is none, an inactive one, in the same order
+    """what: the purchases of refunded payments made inactive, or inserted inactive if there is none, in the same order
     lock: their pairs' (held), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
     """
     claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()

@@ -1,13 +1,11 @@
 """The door to ``workers``: which processes run, and what they have counted so far.
 
-A row is written at start, again at every heartbeat, and closed at a clean stop. One that fell silent without being
-closed is a worker that died.
+A worker writes its row at start and at every heartbeat, and closes it when it stops cleanly. An open row that is no
+longer written belongs to a worker that died.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -22,18 +20,15 @@ from outbox_worker import __version__
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import Guard
 from outbox_worker.schema.tables import Tables, by_column
+from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS, is_gone, this_process
 
 ROWS_KEPT_FOR = timedelta(days=1)
-"""How long the row of a process that is gone stays visible."""
-
-
-SILENT_AFTER_SECONDS = 30.0
-"""A worker that has not been heard of for so long, and has not said good-bye, is taken for dead."""
+"""How long the row of a process that has ended is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """One process, as ``workers`` shows it; times in seconds by the database's clock."""
+    """A row of ``workers``; ``silent_seconds`` is the time since its last heartbeat, by the database's clock."""
 
     id: UUID
     host: str
@@ -47,38 +42,38 @@ class WorkerRow:
 
 
 class Workers:
-    """This process's row among its peers."""
+    """The row of this process, and those of the others."""
 
     def __init__(self, tables: Tables, worker_id: UUID) -> None:
         self._workers = tables.workers
         self._id = worker_id
 
     def join(self, session: Session, guard: Guard) -> None:
-        """Write our row; forget processes that have been gone for a day."""
+        """Write the row of this process; delete rows of processes that ended more than a day ago."""
         workers = self._workers
         last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
         session.execute(delete(workers).where(last_seen < func.clock_timestamp() - ROWS_KEPT_FOR))
         self.beat(session, guard, {})
 
     def take_over_dead_worker(self, session: Session) -> bool:
-        """Take the place of one worker that died and that nobody has succeeded yet; False where there is none.
+        """Take over one dead worker that no other worker has taken over; False if there is none.
 
-        Dead is who said no good-bye and is silent, or was on this host under a process id that is gone.
+        A worker is dead if its row is open and it is silent, or ran on this host and its process is gone.
         """
         workers = self._workers
-        fallen = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
+        is_open = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
         columns = workers.c.id, workers.c.host, workers.c.pid, seconds_since(workers.c.seen_at)
-        for key, host, pid, seconds in session.execute(select(*columns).where(*fallen)).all():
-            if is_gone(host, pid, seconds, SILENT_AFTER_SECONDS):
-                taken = update(workers).where(workers.c.id == key, *fallen).values(succeeded_at=func.clock_timestamp())
+        for key, host, pid, seconds in session.execute(select(*columns).where(*is_open)).all():
+            if is_gone(host, pid, seconds, WORKER_SILENT_AFTER_SECONDS):
+                taken = update(workers).where(workers.c.id == key, *is_open).values(succeeded_at=func.clock_timestamp())
                 if session.scalar(taken.returning(workers.c.id)):
                     return True
         return False
 
     def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
-        """Say that we live, and what we have counted; ``stopped``: for the last time."""
+        """Write that this process runs, and what it has counted; ``stopped`` closes the row."""
         now = func.clock_timestamp()
-        who = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        who = {"id": self._id, "version": __version__, **this_process()}
         seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
         row = insert(self._workers).values(**who, **seen)
         session.execute(
@@ -86,24 +81,8 @@ class Workers:
         )
 
 
-def is_gone(host: str, pid: int, silent_seconds: float, patience_seconds: float) -> bool:
-    """Whether a process that said no good-bye is dead: silent for too long, or of this host and not there."""
-    return silent_seconds > patience_seconds or (host == socket.gethostname() and not _is_running(pid))
-
-
-def _is_running(pid: int) -> bool:
-    """Whether another process of this host has the id; ours was given to us, so its owner before is gone."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
-
-
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
-    """All processes of the last day, running ones first."""
+    """The processes of the last day, open rows first."""
     workers = tables.workers
     silent = seconds_since(workers.c.seen_at)
     columns = [workers.c[key] for key in ("id", "host", "pid", "version", "started_at")]

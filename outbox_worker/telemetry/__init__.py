@@ -1,4 +1,4 @@
-"""Logs and metrics. ``reporter.Telemetry`` turns facts that are committed into records and counters.
+"""Logs and metrics: ``reporter.Telemetry`` turns committed facts into records and counters; ``metrics`` defines these.
 
 Do not read the database here, and do not put payload text or secrets into a record.
 """

@@ -1,8 +1,8 @@
-"""Where log records go: stderr, one line each, as JSON for machines or as text for people.
+"""Log records on stderr, one line each: JSON for machines, or text for people.
 
-Records of the standard library's loggers (SQLAlchemy, alembic, psycopg, uvicorn) come here, too. Of an error only its
-name and its places are written, and of a library's record only what the library itself wrote: rows, statements and
-addresses travel in messages and arguments.
+Records of libraries (SQLAlchemy, alembic, psycopg, uvicorn) are written here, too. Messages and arguments of errors may
+hold rows, statements and addresses: so of an error only its name and the places in the code are written, and of a
+library's record only the library's own words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from outbox_worker.escapes import printable
 Style = Literal["json", "console"]
 
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-"""What syslog and the journal call them."""
+"""The priorities of syslog and the journal, by level."""
 
 _COLOURS = {"DEBUG": "34", "INFO": "1", "WARNING": "1;33", "ERROR": "1;31"}
 
@@ -38,7 +38,7 @@ _DIM, _PLAIN = "2", "0"
 def configure_logging(level: str, style: Style | None) -> None:
     """Send records to stderr: one JSON object a line, or text for people (the default on a terminal).
 
-    Each line begins with its priority where stderr is the journal, which takes it off again.
+    If stderr is the journal, each line begins with its priority, which the journal removes.
     """
     is_terminal = sys.stderr.isatty()
     as_json = (style or ("console" if is_terminal else "json")) == "json"
@@ -50,7 +50,7 @@ def configure_logging(level: str, style: Style | None) -> None:
 
 
 def _stderr_is_the_journal() -> bool:
-    """As systemd says, if stderr was not redirected since. Source: systemd.exec(5), JOURNAL_STREAM."""
+    """Whether stderr is still what systemd connected to the journal. Source: systemd.exec(5), JOURNAL_STREAM."""
     try:
         stream = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -59,7 +59,7 @@ def _stderr_is_the_journal() -> bool:
 
 
 def _write(form: Callable[[Record], str], with_priority: bool, message: Message) -> None:
-    """A record that cannot be written is lost; loguru would tell so with all errors that are being handled."""
+    """Drop a record that cannot be written: loguru would print its error, with everything that is being handled."""
     priority = f"<{_PRIORITIES[message.record['level'].name]}>" if with_priority else ""
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{priority}{form(message.record)}\n")
@@ -84,7 +84,7 @@ def _as_text(record: Record, *, coloured: bool) -> str:
 
 
 class _LibraryHandler(logging.Handler):
-    """Hands warnings and errors of the standard library's loggers to ours."""
+    """Passes warnings and errors of libraries to our logger."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
@@ -98,7 +98,7 @@ class _LibraryHandler(logging.Handler):
 
 
 def _sentence_of(record: logging.LogRecord) -> str:
-    """The library's own words: the first line of its template; of arguments only numbers and the names of errors."""
+    """The first line of the library's template, filled in with numbers and names of errors, and nothing else."""
     template = record.msg.partition("\n")[0] if isinstance(record.msg, str) else str(_without_words(record.msg))
     given = record.args
     kept = {key: _without_words(value) for key, value in given.items()} if isinstance(given, dict) else None

@@ -23,11 +23,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 _KNOWN_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
 _OTHER = "other"
 _RESULTS = ("commit", "rollback", "unknown")
-"""What may become of a transaction."""
+"""How a transaction can end."""
 
 
 class BulkHistogram(Collector):
-    """A histogram that takes a thousand values at once; the library's own takes them one by one."""
+    """A histogram that counts a thousand values in one call; the library's own counts them one by one."""
 
     def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
         self._name, self._documentation = name, documentation
@@ -82,9 +82,9 @@ class Metrics:
         self.open_letters = Gauge("outbox_open_dead_letters", "Dead letters that wait for a person", registry=registry)
         self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
         self.unexplained = Gauge(
-            "outbox_unexplained_payments", "Standing payments that nothing explains", registry=registry
+            "outbox_unexplained_payments", "Succeeded payments that nothing explains", registry=registry
         )
-        self.unexplained.set(math.nan)  # nobody has looked
+        self.unexplained.set(math.nan)  # no backfill has looked yet
         self.at_risk = Gauge("outbox_value_at_risk", "Money of unexplained payments", ["currency"], registry=registry)
         self.build = Gauge("outbox_build_info", "Always 1", ["version"], registry=registry)
         self.since_poll = Gauge(
@@ -99,15 +99,15 @@ class Metrics:
         self._begin_at_zero()
 
     def polled(self) -> None:
-        """A look at the outbox succeeded."""
+        """Note that a look at the outbox succeeded."""
         self._polled_at = time.monotonic()
 
     def count_events(self, event_type: str, outcome: Outcome, count: int) -> None:
-        """Types that are not ours count as one: they are what a producer wrote."""
+        """Count events. All unknown types count as one, because a producer can write any number of them."""
         self.events.labels(event_type if event_type in _KNOWN_TYPES else _OTHER, outcome).inc(count)
 
     def _begin_at_zero(self) -> None:
-        """A series that appears with its first event hides it from ``rate`` and ``increase``."""
+        """Create every series at 0: ``rate`` and ``increase`` miss the event with which a series appears."""
         for event_type, outcome in product((*_KNOWN_TYPES, _OTHER), Outcome):
             self.events.labels(event_type, outcome)
         for counter, values in (
@@ -119,7 +119,7 @@ class Metrics:
                 counter.labels(value)
 
     def totals(self) -> Tally[str]:
-        """Events so far by outcome, transactions by result, and fallbacks; what never happened is left out."""
+        """Events by outcome, transactions by result, and fallbacks, since the start; zeros are left out."""
         tally: Tally[str] = Tally()
         for family, prefix, label in (
             (self.events, "", "outcome"),

@@ -1,10 +1,11 @@
-"""Facts, reported once and after commit; logs and metrics only read them.
+"""Reports of what was committed, each turned once into log records and metrics.
 
-No payload text and no secret ever reaches a record: fields are ids, counts, and names of errors.
+A record never holds payload text or a secret: its fields are ids, counts, and names of errors.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
@@ -17,15 +18,16 @@ from loguru import logger
 
 from outbox_worker import __version__
 from outbox_worker.database.engine import unavailable
-from outbox_worker.database.failures import Failure, classify, describe, sqlstate, trace
+from outbox_worker.database.failures import Failure, classify, describe, login_refusal, sqlstate, trace
 from outbox_worker.errors import CommitLost
-from outbox_worker.model import Batch, Guard, Outcome, Verdict, Verdicts, by_outcome
+from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
+from outbox_worker.telemetry.events import log_events
 from outbox_worker.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """What one committed transaction did. A claimed event without a verdict was left in the outbox as it was."""
+    """What one committed transaction did. A claimed event without a verdict stays in the outbox, unchanged."""
 
     batch: Batch
     verdicts: Verdicts
@@ -55,139 +57,152 @@ class Telemetry:
     metrics: Metrics = field(default_factory=Metrics)
     _told: Tally[str] = field(default_factory=Tally)
     _told_at: float = field(default_factory=time.monotonic)
-    _guard_is_known: bool = False
+    _telling: threading.Lock = field(default_factory=threading.Lock)
+    _has_settled: bool = False
+    _at_beat: Tally[str] = field(default_factory=Tally)
+    _beat_at: float = field(default_factory=time.monotonic)
     _in_trouble_since: float | None = None
     _currencies: set[str] = field(default_factory=set)
 
     def started(self, concurrency: int, guard: Guard) -> None:
-        """The first look found all that is needed."""
+        """Log that the database holds everything that the worker needs, and that the claim loops start."""
         logger.bind(event="worker_started", version=__version__, concurrency=concurrency, guard=str(guard)).info(
             "ready; {} claim loop(s)", concurrency
         )
 
     def isolating_after_crash(self, events: int) -> None:
-        """A worker before us died: what it had in hand may have killed it."""
+        """Log that an earlier worker died, so that its events are settled one by one."""
         logger.bind(event="going_carefully", events=events).warning(
-            "a worker before this one died; its events are taken one by one, in case one of them killed it"
+            "an earlier worker died; its events are settled one by one, in case one of them killed it"
         )
 
     def http_listening(self, address: str) -> None:
-        """The endpoints answer."""
+        """Log where HTTP is answered."""
         logger.bind(event="http_listening", address=address).info("HTTP at {}", address)
 
     def http_unavailable(self, address: str, error: str) -> None:
-        """The endpoints do not answer; that stops nothing else."""
+        """Log that HTTP cannot be answered; everything else goes on."""
         logger.bind(event="http_unavailable", address=address, error=error).error(
-            "no HTTP at {}: {}; trying again, events are settled meanwhile", address, error
+            "cannot answer HTTP at {}: {}; trying again, while events are settled", address, error
         )
 
     def watchdog_is_short(self, watchdog_seconds: float, step_seconds: float) -> None:
-        """The service manager may take a slow database for a dead loop."""
+        """Log that the service manager would kill a worker whose database is only slow."""
         logger.bind(event="watchdog_short", watchdog_seconds=watchdog_seconds, step_seconds=step_seconds).warning(
             "WatchdogSec is shorter than a step of a claim loop may take; raise it, or lower "
             "OUTBOX_DATABASE_DEADLINE_SECONDS"
         )
 
     def reloaded(self, changed: Sequence[str], left: Sequence[str]) -> None:
-        """The settings were read again; ``left`` are those that only a restart changes."""
+        """Log which settings changed; ``left`` are those that only a restart changes."""
         logger.bind(event="reloaded", changed=changed).info("the settings were read again")
         if left:
             logger.bind(event="restart_needed", settings=left).warning(
-                "changed, and in force only after a restart: {}", ", ".join(left)
+                "these settings have changed, too, but need a restart: {}", ", ".join(left)
             )
 
     def reload_refused(self, problems: str) -> None:
-        """The settings cannot be used as they stand now; those before stay in force."""
-        logger.bind(event="reload_refused", problems=problems).error("nothing was reloaded. {}", problems)
+        """Log that the new settings cannot be used; the old ones stay in force."""
+        logger.bind(event="reload_refused", problems=problems).error("the settings were not reloaded. {}", problems)
 
     def stopping(self) -> None:
-        """A signal came."""
+        """Log that a signal asks the worker to stop."""
         logger.bind(event="worker_stopping").info("stopping after the current batch")
 
     def stopped(self) -> None:
-        """The last batch is over."""
+        """Log the end of the worker, with all counts since its start."""
         counts = self.metrics.totals()
-        logger.bind(event="worker_stopped", **counts).info("stopped; in all {}", _counted(_outcomes(counts)))
+        logger.bind(event="worker_stopped", **counts).info("stopped; since the start {}", _counted(_outcomes(counts)))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """A step failed and is tried again after a pause; no event is charged."""
-        cause = error.__cause__ if isinstance(error, CommitLost) else error
-        failure = classify(cause or error)
-        level = "WARNING" if failure in (Failure.RETRY, Failure.RECONNECT) else "ERROR"
-        named, sentence = describe(cause or error), "the database is in trouble; waiting"
-        if failure is Failure.RECONNECT and sqlstate(cause or error) is None:
-            named, sentence = str(unavailable(cause or error)), "no connection to the database; waiting"
+        """Log that a step failed and is tried again after a pause; no event is charged an attempt."""
+        cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
+        failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
             self._in_trouble_since = time.monotonic()
-        places = None
-        if failure is Failure.BUG:
-            sentence, places = "our own error; rolled back, trying again", trace(error)
+        passes, sentence = _trouble(cause, failure)
+        never_connected = failure is Failure.RECONNECT and sqlstate(cause) is None
         logger.bind(
             event="paused",
             failure=str(failure),
-            error=named,
+            error=str(unavailable(cause)) if never_connected else describe(cause),
             pause_seconds=round(pause_seconds, 2),
-            trace=places,
-        ).log(level, sentence)
+            trace=trace(error) if failure is Failure.BUG else None,
+        ).log("WARNING" if passes else "ERROR", "{}", sentence)
 
     def _resumed(self) -> None:
-        """A look at the outbox succeeded. After trouble, that is told once."""
+        """Log once that the database is back, if there was trouble before."""
         since, self._in_trouble_since = self._in_trouble_since, None
         if since is not None:
             seconds = round(time.monotonic() - since, 1)
             logger.bind(event="resumed", seconds=seconds).info("the database is back, after {} s", seconds)
 
     def schema_problems(self, problems: str) -> None:
-        """A table, column or privilege that was there at the start is missing now."""
+        """Log the tables, columns and privileges that are missing since the start."""
         logger.bind(event="schema_problems", problems=problems).error("the database lacks what the worker needs")
 
     def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
-        """Set the gauges that one cheap query per interval answers."""
+        """Set the gauges of the queue, which the worker asks for at every heartbeat."""
         self.metrics.due.set(due)
         self.metrics.oldest_due.set(oldest_due_seconds)
         self.metrics.open_letters.set(open_letters)
 
     def observe_horizon(self, stood_still_seconds: float) -> None:
-        """Whoever holds it, dead events stay for as long."""
+        """Set for how long the vacuum horizon has stood still: until it moves, vacuum cannot remove settled events."""
         self.metrics.horizon.set(stood_still_seconds)
 
     def observe_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """What the last backfill left unexplained, by whichever worker."""
+        """Set the gauges of payments without a purchase, as the last backfill of any worker left them."""
         self.metrics.unexplained.set(payments)
         self._currencies |= money.keys()
         for currency in self._currencies:
             self.metrics.at_risk.labels(currency).set(float(money.get(currency, 0)))
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """A periodic backfill found something, and may only say so."""
+        """Log that a periodic backfill found payments without a purchase, and may only report them."""
         logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
-            "paid, and nothing given: {} payment(s). Look with `outbox-worker backfill --dry-run`", payments
+            "{} payment(s) without a purchase. Look at them: outbox-worker backfill --dry-run", payments
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
-        """A periodic backfill found more than it may make."""
+        """Log that a periodic backfill found more missing purchases than it may make."""
         logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
-            "paid, and nothing given: {} payment(s), which is no accident any more; a person must look", payments
+            "{} payment(s) without a purchase, more than the periodic backfill may make; a person must look", payments
         )
 
     def purchases_backfilled(self, made: int, contended: int, refused: int) -> None:
-        """A periodic backfill made what was owed."""
+        """Log that a periodic backfill made missing purchases."""
         logger.bind(event="purchases_backfilled", made=made, contended=contended, refused=refused).warning(
-            "made {} purchase(s) that were paid and never given: their events are missing", made
+            "made {} missing purchase(s): these payments have no event in the outbox", made
         )
 
     def beat(self) -> dict[str, float]:
-        """Sum up since the last beat: an INFO record where something happened, and the snapshot for ``workers``."""
+        """Log what happened, and return the counters for ``workers`` with the rate since the last heartbeat."""
+        self._log_settled()
         now, totals = time.monotonic(), self.metrics.totals()
-        counts, seconds = totals - self._told, now - self._told_at
-        settled = _outcomes(counts)
+        settled, seconds = sum(_outcomes(totals - self._at_beat).values()), now - self._beat_at
+        self._at_beat, self._beat_at = totals, now
+        return self.metrics.snapshot() | {"events_per_second": settled / seconds if seconds > 0 else 0.0}
+
+    def _log_first_batch(self, report: BatchReport) -> None:
+        """Log the first settled batch at once, so that nobody waits for the next heartbeat to see events settled."""
+        if report.verdicts and not self._has_settled:
+            self._has_settled = True
+            self._log_settled()
+
+    def _log_settled(self) -> None:
+        """Log what happened since the last such record, if anything. Several threads may call this."""
+        with self._telling:
+            now, totals = time.monotonic(), self.metrics.totals()
+            counts, seconds = totals - self._told, now - self._told_at
+            self._told, self._told_at = totals, now
         if counts:
-            logger.bind(event="batches_settled", **counts).info("in the last {:.0f} s {}", seconds, _counted(settled))
-        self._told, self._told_at = totals, now
-        return self.metrics.snapshot() | {"events_per_second": sum(settled.values()) / seconds if seconds > 0 else 0.0}
+            logger.bind(event="batches_settled", **counts).info(
+                "in the last {:.1f} s {}", seconds, _counted(_outcomes(counts))
+            )
 
     def batch_committed(self, report: BatchReport) -> None:
-        """One transaction committed; an empty claim leaves no trace but that we looked."""
+        """Count and log one committed transaction; of an empty claim only the time of the look is kept."""
         self.metrics.polled()
         self._resumed()
         if not report.batch:
@@ -204,9 +219,8 @@ class Telemetry:
         ).debug("settled {} of {} claimed events", len(report.verdicts), len(report.batch))
         if report.verdicts and report.guard is Guard.LOCK:
             logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug("batch settled by the lock guard")
-        for key, verdict in report.verdicts.items():
-            if not verdict.via_fast_path:
-                self._tell(report, key, verdict)
+        self._log_first_batch(report)
+        log_events(report.batch, report.verdicts)
 
     def _count(self, report: BatchReport) -> None:
         metrics = self.metrics
@@ -224,38 +238,8 @@ class Telemetry:
         settled = [key for outcome in keys if outcome is not Outcome.RETRIED for key in keys[outcome]]
         metrics.latency.observe_all([late + report.seconds for late in report.batch.among(settled).lateness])
 
-    def _tell(self, report: BatchReport, key: int, verdict: Verdict) -> None:
-        """Single events a person may want to find again."""
-        event = report.batch[key]
-        attempts = event.attempts + (verdict.outcome in (Outcome.RETRIED, Outcome.DEAD))
-        record = logger.bind(
-            event_id=str(event.event_id),
-            payment_id=event.payment_id,
-            traceparent=verdict.traceparent,
-            attempts=attempts,
-        )
-        match verdict.outcome:
-            case Outcome.RECOVERED:
-                record.bind(event="purchase_recovered").warning("a marked event had no purchase; it was made now")
-            case Outcome.DUPLICATE_PAYMENT:
-                record.bind(event="duplicate_payment").warning("the student paid twice for the course; nothing granted")
-            case Outcome.DEAD:
-                record.bind(event="event_buried", reason=str(verdict.reason), detail=verdict.detail).error(
-                    "an event cannot succeed as it stands; it is a dead letter now"
-                )
-            case Outcome.RETRIED:
-                record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).debug(
-                    "an event did not succeed yet; it is tried again later"
-                )
-            case Outcome.REVOKED if verdict.passed_to is not None:
-                record.bind(event="purchase_passed_on", passed_to=verdict.passed_to).info(
-                    "a purchase was refunded; another payment of the student for the course got it"
-                )
-            case _:
-                record.bind(event="event_settled", outcome=str(verdict.outcome)).debug("settled")
-
     def transaction_failed(self, error: BaseException, claimed: int) -> None:
-        """Nothing of a transaction stands, or nobody knows; no event was charged."""
+        """Count and log a transaction that was rolled back, or whose COMMIT was not answered; no event was charged."""
         cause = error.__cause__ or error
         failure = classify(cause)
         result = "unknown" if isinstance(error, CommitLost) else "rollback"
@@ -267,14 +251,29 @@ class Telemetry:
         ).debug("rolled back")
 
     def guard_changed(self, guard: Guard) -> None:
-        """The guard in force is known for the first time, or is another than before."""
-        is_news = self._guard_is_known or guard is not Guard.INDEX
-        self._guard_is_known = True
+        """Log the guard that the worker begins with, or a change of it."""
         for mode in Guard:
             self.metrics.guard.labels(mode).set(mode is guard)
-        hint = "" if guard is Guard.INDEX else "; writers that skip it are not covered: migrate --with unique_index"
-        level = "WARNING" if is_news else "INFO"
-        logger.bind(event="guard_changed", guard=str(guard)).log(level, "the guard is the {}{}", str(guard), hint)
+        hint = (
+            "unique index"
+            if guard is Guard.INDEX
+            else "lock: there is no unique index, so other code that inserts purchases can create duplicates. "
+            "Build it: outbox-worker migrate --with unique_index"
+        )
+        logger.bind(event="guard_changed", guard=str(guard)).log(
+            "INFO" if guard is Guard.INDEX else "WARNING", "the guard is the {}", hint
+        )
+
+
+def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
+    """Whether the trouble may end without a person, and a sentence about it."""
+    if refusal := login_refusal(error):
+        return False, f"the database refuses the connection: {refusal}; trying again until it accepts"
+    if failure is Failure.RECONNECT and sqlstate(error) is None:
+        return True, "no connection to the database; trying again"
+    if failure is Failure.BUG:
+        return False, "an error in the worker itself; the transaction was rolled back and is tried again"
+    return failure in (Failure.RETRY, Failure.RECONNECT), "the database is in trouble; trying again"
 
 
 def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
@@ -282,7 +281,7 @@ def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
 
 
 def _outcomes(counts: Mapping[str, int]) -> dict[str, int]:
-    """Without what is counted beside events."""
+    """The counts of events alone, without those of transactions."""
     return {outcome: counts[outcome] for outcome in Outcome if outcome in counts}
 
 

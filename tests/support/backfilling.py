@@ -24,7 +24,7 @@ class Operator:
 
     def begin(self, **asked: Any) -> Backfill:
         request = Request(**{"actor": "somebody", "older_than": timedelta(0), **asked})
-        return Backfill(self.database, self.tables, self.policy, request)
+        return Backfill.start(self.database, self.tables, self.policy, request)
 
     def run(self, **asked: Any) -> BackfillReport:
         work = self.begin(**asked)

@@ -88,9 +88,13 @@ def keywords(call: ast.Call) -> dict[str, ast.expr]:
 
 
 def levels_of(call: ast.Call, function: ast.FunctionDef) -> set[str]:
-    """The method's name; for ``log(level, …)`` those that the function names."""
+    """The method's name; for ``log(level, …)`` those that the level names, or else the function."""
     assert isinstance(call.func, ast.Attribute)
     if call.func.attr in LEVELS:
         return {call.func.attr}
-    named = (node.value for node in ast.walk(function) if isinstance(node, ast.Constant))
+    return levels_named(call.args[0]) or levels_named(function)
+
+
+def levels_named(tree: ast.AST) -> set[str]:
+    named = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
     return {word.lower() for word in named if isinstance(word, str) and word.lower() in LEVELS}

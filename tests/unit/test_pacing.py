@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from outbox_worker.model import Position
-from outbox_worker.settle.pacing import FEW_IN_DOUBT, FEWEST, STUCK_PASSES_MAX, SWEEP_SHARE, Frontier, Pacing
+from outbox_worker.settle.pacing import FEW_IN_DOUBT, FEWEST, START_SHARE, STUCK_PASSES_MAX, Frontier, Pacing
 
 END = Position("2026-01-01 00:00:00+00", 1000)
 LATER = Position("2026-01-01 00:00:01+00", 2000)
@@ -33,14 +33,14 @@ def test_it_begins_at_the_beginning() -> None:
 
 def test_a_full_claim_that_was_settled_moves_the_mark_and_a_sweep_comes_in_its_time() -> None:
     pacing = Pacing(1000, 0.5)
-    pacing.swept(100.0, 101.0)
+    pacing.claimed_from_start(100.0, 101.0)
     committed(pacing)
-    due = 101.0 + 1.0 / SWEEP_SHARE - 1.0
+    due = 101.0 + 1.0 / START_SHARE - 1.0
     assert pacing.start(101.0) == pacing.start(due - 0.1) == END
     committed(pacing, end=LATER)
     assert pacing.start(due - 0.1) == LATER
     assert pacing.start(due) is None
-    assert (due - 101.0) * SWEEP_SHARE == pytest.approx(1.0, rel=0.06), "a sweep takes its share of the time, no more"
+    assert (due - 101.0) * START_SHARE == pytest.approx(1.0, rel=0.06), "they take their share of the time, no more"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_full_claim_that_was_settled_moves_the_mark_and_a_sweep_comes_in_its_t
 )
 def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> None:
     pacing = Pacing(1000, 0.5)
-    pacing.swept(0.0, 1.0)
+    pacing.claimed_from_start(0.0, 1.0)
     committed(pacing)
     committed(pacing, **changes)
     assert pacing.start(1.0) is None
@@ -58,7 +58,7 @@ def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> 
 
 def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
     """Otherwise each walks over all that the others hold."""
-    frontier = Frontier(sweep_due=float("inf"))
+    frontier = Frontier(start_due=float("inf"))
     one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
     one.claimed(END)
     assert other.start(0.0) == END
@@ -67,7 +67,7 @@ def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
 
 
 def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_it() -> None:
-    frontier = Frontier(sweep_due=float("inf"))
+    frontier = Frontier(start_due=float("inf"))
     one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
     one.start(0.0)
     one.claimed(END)
@@ -82,7 +82,7 @@ def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_
 @pytest.mark.parametrize("what", ["failed", "interrupted"])
 def test_after_a_rollback_it_begins_at_the_beginning(what: str) -> None:
     pacing = Pacing(1000, 0.5)
-    pacing.swept(0.0, 1.0)
+    pacing.claimed_from_start(0.0, 1.0)
     committed(pacing)
     getattr(pacing, what)()
     assert pacing.start(1.0) is None
@@ -160,7 +160,7 @@ def test_in_doubt_it_goes_on_with_few_and_then_behind_them() -> None:
     fails_in_doubt(pacing)
     assert (pacing.limit, pacing.start(1.0)) == (FEW_IN_DOUBT, None)
     fails_in_doubt(pacing)
-    assert (pacing.limit, pacing.start(1.0)) == (FEW_IN_DOUBT, END), "and no sweep comes between"
+    assert (pacing.limit, pacing.start(1.0)) == (FEW_IN_DOUBT, END), "and no claim from the start comes between"
     fails_in_doubt(pacing, end=LATER)
     assert pacing.start(1.0) == LATER
     fails_in_doubt(pacing, end=None)
@@ -169,7 +169,7 @@ def test_in_doubt_it_goes_on_with_few_and_then_behind_them() -> None:
 
 def test_after_a_success_behind_those_in_doubt_it_begins_at_the_beginning() -> None:
     pacing = Pacing(FEW_IN_DOUBT, 0.5)
-    pacing.swept(0.0, 1.0)
+    pacing.claimed_from_start(0.0, 1.0)
     fails_in_doubt(pacing)
     committed(pacing, end=LATER)
     assert pacing.start(1.0) is None

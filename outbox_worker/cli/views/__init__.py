@@ -1,4 +1,4 @@
-"""What commands show: one file per command, as text for people (``print_…``) and as the object of ``--json``.
+"""What commands show: text for people (``print_…``), the object of ``--json``, and commands to run next (``next_…``).
 
-Only ``cli`` imports from here. Views get finished results: do not ask a database or decide anything here.
+Only ``cli`` imports from here. Views get finished results: do not query a database or decide anything here.
 """

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outbox_worker import terminal
+from outbox_worker.cli.views.payments import money_lines, print_payments
+from outbox_worker.durations import count_of
 from outbox_worker.model import PaymentStatus
 from outbox_worker.reconcile.audit import AuditReport
 from outbox_worker.store.payment_classes import PaymentClass
 
-if TYPE_CHECKING:
-    pass
-from outbox_worker.cli.views.payments import money_lines, print_payments
-
 
 def audit_object(report: AuditReport) -> dict[str, Any]:
-    """The object of ``audit --json``."""
+    """Return the object of ``audit --json``."""
     return {"ok": report.ok} | {key: getattr(report, key) for key in report.__dataclass_fields__}
 
 
 def print_audit(report: AuditReport, limit: int) -> None:
-    """The classes, what a person should look at (at most ``limit`` of each), and the verdict in one sentence."""
+    """Print the classes, the payments that need a person (at most ``limit`` of each list), and the result."""
     rows = [
         (
             name.replace("_", " "),
@@ -30,8 +28,8 @@ def print_audit(report: AuditReport, limit: int) -> None:
         )
         for name, count in report.counts.items()
     ]
-    total = sum(report.counts.values())
-    terminal.columns(f"{total:,} standing payments", ["class", "payments", "money", ""], rows, numbers=(1, 2))
+    total = count_of(sum(report.counts.values()), "succeeded payment")
+    terminal.columns(f"{total} (not refunded)", ["class", "payments", "money", "meaning"], rows, numbers=(1, 2))
     for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
         print_payments(title, found, limit)
     if report.unknown_statuses:
@@ -39,14 +37,31 @@ def print_audit(report: AuditReport, limit: int) -> None:
         terminal.line(f"\nNot judged, because their status is none of {_STATUSES}: {listed}.", "yellow")
     if report.dated_ahead:
         terminal.line(
-            f"\nNot judged, because they are dated in the future: {report.dated_ahead:,} payment(s).", "yellow"
+            f"\nNot judged, because they are dated in the future: {count_of(report.dated_ahead, 'payment')}.", "yellow"
         )
     if report.ok:
-        terminal.line("\nNothing is owed: every standing payment is explained.", "green")
+        terminal.line("\nNothing is owed: every succeeded payment (not refunded) is explained.", "green")
     else:
         unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
-        terminal.line(f"\n{unexplained:,} payment(s) unexplained, {refunded:,} refunded but active.", "red")
+        terminal.line(
+            f"\n{count_of(unexplained, 'payment')} unexplained; {count_of(refunded, 'payment')} refunded but active.",
+            "red",
+        )
         terminal.line('What to do: docs/runbook.md, "The audit found something".')
+
+
+def next_steps(report: AuditReport) -> list[list[str]]:
+    """Return the commands that follow from what the audit found."""
+    steps = []
+    if report.unexplained:
+        steps.append(["backfill", "--dry-run"])
+    if found := [*report.unexplained, *report.refunded_but_active]:
+        steps.append(["why", str(found[0].payment_id)])
+    if report.counts[PaymentClass.DEAD]:
+        steps.append(["dead-letters", "list"])
+    if report.counts[PaymentClass.DUPLICATE]:
+        steps.append(["duplicates", "list"])
+    return steps
 
 
 _STATUSES = ", ".join(PaymentStatus)
@@ -54,9 +69,9 @@ _STATUSES = ", ".join(PaymentStatus)
 MEANINGS = {
     PaymentClass.ACTIVE: "the purchase is there",
     PaymentClass.REVOKED: "the purchase was taken back",
-    PaymentClass.DUPLICATE: "paid twice: another purchase counts",
+    PaymentClass.DUPLICATE: "paid a second time; to be refunded",
     PaymentClass.IN_FLIGHT: "its event waits in the outbox",
-    PaymentClass.DEAD: "contradicts its event: dead letter",
+    PaymentClass.DEAD: "contradicts its event: a dead letter",
     PaymentClass.WAIVED: "a person decided, with a reason",
     PaymentClass.UNEXPLAINED: "money taken, nothing given",
 }

@@ -1,18 +1,20 @@
-"""What a backfill looks like to people, and as the object that scripts read."""
+"""What `backfill` shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.cli.views.payments import money_lines, print_payments
+from outbox_worker.durations import count_of
 from outbox_worker.reconcile.backfill import BackfillReport
 
 
 def backfill_object(report: BackfillReport) -> dict[str, Any]:
-    """The object of ``backfill --json``."""
+    """Return the object of ``backfill --json``."""
     span, killed = report.range, report.continued
     return {
         "ok": report.ok,
@@ -32,14 +34,14 @@ def backfill_object(report: BackfillReport) -> dict[str, Any]:
 
 
 def print_backfill(report: BackfillReport, max_repairs: int, limit: int) -> None:
-    """What was looked at, found and made; what a person should look at; the verdict in one sentence."""
+    """Print what was looked at, found and made; the payments that need a person; the result."""
     if killed := report.continued:
-        terminal.line(f"Goes on with the backfill of {_minute(killed.started_at)} ({killed.actor}), which was killed.")
+        terminal.line(f"Continues the backfill of {_minute(killed.started_at)} ({killed.actor}), which was killed.")
     terminal.line(
-        f"{report.counts.looked_at:,} payments looked at, up to {_minute(report.range.before)}: "
-        f"{report.seconds:,.1f} s, {report.payments_per_second:,.0f}/s"
+        f"Looked at {count_of(report.counts.looked_at, 'payment')} created before {_minute(report.range.before)}, "
+        f"in {report.seconds:,.1f} s ({report.payments_per_second:,.0f}/s)."
     )
-    terminal.columns("", ["", "payments", "money", ""], _rows(report), numbers=(1, 2))
+    terminal.columns("", ["found", "payments", "money", "meaning"], _rows(report), numbers=(1, 2))
     print_payments("owed", report.owed if report.dry_run else [], limit)
     print_payments("duplicates", report.duplicates, limit)
     print_payments("contended", report.made.contended, limit)
@@ -54,10 +56,10 @@ def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
     meanings = {
         "owed": "paid, and no purchase was ever made",
         "made": "the purchase was made now",
-        "recovered": "of these: a backfill had made it before, and it was gone",
+        "recovered": "of these, made by an earlier backfill and deleted since",
         "duplicates": "paid again for the same course: not granted",
-        "explained": "owed at first, settled meanwhile",
-        "contended": "somebody else holds the lock of the pair",
+        "explained": "owed at first, settled meanwhile by somebody else",
+        "contended": "another transaction locks the student and course",
         "refused": "the database refuses the purchase",
     }
     shown = {name: getattr(counts, name) for name in meanings}
@@ -73,10 +75,27 @@ def _verdict(report: BackfillReport, max_repairs: int) -> str:
     owed, left = report.counts.owed.count, report.counts.contended.count + report.counts.refused.count
     if not report.dry_run:
         settled = "Everything that was owed is settled." if owed else "Nothing was owed."
-        return settled if report.ok else f"{left:,} purchase(s) that are owed could not be made."
+        return settled if report.ok else f"{count_of(left, 'purchase')} could not be made and stay owed."
     if owed > max_repairs:
-        return f"Nothing was changed. To make so many, say --max-repairs {owed}."
+        return f"Nothing was changed. More is owed than --max-repairs allows ({max_repairs:,})."
     return "Nothing was changed."
+
+
+def next_steps(report: BackfillReport, span: Sequence[str], max_repairs: int) -> list[list[str]]:
+    """Return the commands that follow; ``span`` are the options that chose the payments."""
+    counts, made, steps = report.counts, report.made, []
+    if report.dry_run and counts.owed.count:
+        most = ["--max-repairs", str(counts.owed.count)] if counts.owed.count > max_repairs else []
+        steps.append(["backfill", *span, *most])
+    if made.contended:
+        steps.append(["backfill", *span])
+    if made.refused:
+        steps.append(["why", str(made.refused[0].payment.payment_id)])
+    if counts.duplicates.count:
+        steps.append(["duplicates", "list"])
+    if counts.made.count:
+        steps.append(["audit"])
+    return steps
 
 
 def _minute(moment: datetime) -> str:

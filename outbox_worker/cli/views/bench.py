@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from outbox_worker import terminal
+from outbox_worker.durations import count_of
 
 if TYPE_CHECKING:
     from outbox_worker.bench.run import BenchReport, BenchRun
 
 
 def bench_object(report: BenchReport) -> dict[str, Any]:
+    """Return the object of ``bench --json``: medians of the rounds."""
     """The object of ``bench --json``."""
     contestants = {
         name: {
@@ -38,12 +40,12 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
 
 
 def print_bench(report: BenchReport) -> None:
-    """Medians of the rounds, and the ratio to the bare statement of the same round."""
-    found = bench_object(report)
+    """Print the medians of the rounds; a ratio is to the bare SQL of the same round."""
+    found, plan = bench_object(report), report.plan
     terminal.columns(
-        f"{report.plan.events:,} events, {report.plan.rounds} rounds, {report.plan.concurrency} loop(s), "
-        f"guard {report.plan.guard}",
-        ["", "events/s", "ratio", "client CPU/10k", "server CPU/10k", "WAL/event"],
+        f"{count_of(plan.events, 'event')}, {count_of(plan.rounds, 'round')}, {count_of(plan.concurrency, 'loop')}, "
+        f"guard {plan.guard}",
+        ["contestant", "events/s", "ratio", "client CPU/10k", "server CPU/10k", "WAL/event"],
         [
             (
                 name,
@@ -58,13 +60,13 @@ def print_bench(report: BenchReport) -> None:
         numbers=(1, 2, 3, 4, 5),
     )
     terminal.line(
-        f"\n{found['statements_per_batch']:.1f} round trips per full batch of one loop, BEGIN and COMMIT among them"
-        f"\nready to claim after {found['start_up_ratio']:.1f} times the import of SQLAlchemy and psycopg"
+        f"\nA full batch of one loop takes {found['statements_per_batch']:.1f} round trips, with BEGIN and COMMIT."
+        f"\nA worker is ready to claim after {found['start_up_ratio']:.1f} times the import of SQLAlchemy and psycopg."
     )
     if report.latencies:
         terminal.columns(
             "\nmilliseconds from COMMIT to the purchase",
-            ["", "median", "p99", "events"],
+            ["found", "median", "p99", "events"],
             [
                 (name, f"{each['median_ms']:.1f}", f"{each['p99_ms']:.1f}", each["count"])
                 for name, each in found["latency"].items()

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from outbox_worker import terminal
+from outbox_worker.cli.views.payments import money_line
+from outbox_worker.durations import count_of
 from outbox_worker.model import DeadLetterState
 from outbox_worker.store.dead_letters import Decision, Page, Preview
 
-if TYPE_CHECKING:
-    pass
-from outbox_worker.cli.views.payments import money_line
-
 
 def print_preview(seen: Preview, decision: Decision) -> None:
-    """How many events a decision is about, of what they died, and how much money they are about."""
+    """Print how many events a decision concerns, why they died, and how much money is concerned."""
     if not seen.count:
         terminal.line(f"Nothing to {decision}: no open dead letter matches.")
         return
     money = money_line(seen.money) or "no payment known"
-    rows: list[tuple[str, object]] = [(f"to {decision}", f"{seen.count:,} event(s)"), ("money", money)]
+    rows: list[tuple[str, object]] = [(f"to {decision}", count_of(seen.count, "event")), ("money", money)]
     if decision is Decision.DISCARD and seen.waived:
-        rows.append(("never given", f"{money_line(seen.waived)}: paid, no purchase made, and waived by this"))
+        rows.append(("never given", f"{money_line(seen.waived)}: paid, no purchase made; a discard waives it"))
     terminal.facts(
         [*rows, *((reason, f"{count:,}") for reason, count in seen.reasons.items()), ("preview", seen.token)]
     )
 
 
 def print_decided(seen: Preview, decision: Decision) -> None:
-    """What was done, and what comes next."""
+    """Print what was done, and what happens next."""
     match decision:
         case Decision.REQUEUE:
-            terminal.line(f"{seen.count:,} event(s) are due again; the worker settles them like new ones.", "green")
+            terminal.line(
+                f"{count_of(seen.count, 'event')} requeued. Workers settle requeued events like new ones.", "green"
+            )
         case Decision.DISCARD:
-            waived = f"; {money_line(seen.waived)} waived" if seen.waived else "; nothing was owed for them"
-            terminal.line(f"{seen.count:,} dead letter(s) discarded{waived}.", "green")
+            terminal.line(f"{count_of(seen.count, 'dead letter')} discarded. {_waived(seen)}", "green")
+
+
+def _waived(seen: Preview) -> str:
+    """Say what a discard means for the payments."""
+    if seen.waived:
+        return f"{money_line(seen.waived)} waived: nothing is given for it."
+    if not seen.money:
+        return "No payment is known, so nothing can be said about money."
+    return "No payment is waived: a purchase that is owed stays owed."
 
 
 def print_letters(page: Page, state: DeadLetterState) -> None:
-    """One line a letter."""
+    """Print one line for each dead letter."""
     letters = page.letters
     if not letters:
         terminal.line(f"No {state} dead letters.")
@@ -60,5 +68,11 @@ def print_letters(page: Page, state: DeadLetterState) -> None:
         ],
         numbers=(4,),
     )
+
+
+def next_steps(page: Page, filters: Sequence[str]) -> list[list[str]]:
+    """Return the commands that follow; ``filters`` are the options that chose the letters."""
+    steps = [["dead-letters", "show", str(each.event_id)] for each in page.letters[:1]]
     if page.end is not None:
-        terminal.line(f"\nThere are more: --after {page.end}")
+        steps.append(["dead-letters", "list", *filters, "--after", str(page.end)])
+    return steps

@@ -1,4 +1,4 @@
-"""What the doctor finds, for people and for scripts."""
+"""What `doctor` shows."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from rich.text import Text
 from outbox_worker import terminal
 from outbox_worker.diagnose.doctor.finding import Severity
 from outbox_worker.diagnose.doctor.report import Diagnosis, Report
+from outbox_worker.durations import count_of
 
+_ORDER = (Severity.OK, Severity.UNSEEN, Severity.WARNING, Severity.PROBLEM)
+"""The worst comes last: that is what a terminal shows without scrolling."""
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "red", Severity.UNSEEN: "magenta"}
 
 
 def doctor_object(report: Report) -> dict[str, Any]:
-    """The object of ``doctor --json``."""
+    """Return the object of ``doctor --json``."""
     return {"ok": report.ok, "checks": report.checks}
 
 
 def print_report(report: Report) -> None:
-    """A line or more for each finding, its remedy below, and the result in one sentence."""
-    terminal.facts([(_heading(each), _said(each)) for each in report.checks])
+    """Print each finding with its remedy, problems last, and the result in one sentence."""
+    found = sorted(report.checks, key=lambda each: _ORDER.index(each.verdict))
+    terminal.facts([(Text(each.verdict, style=_STYLES[each.verdict]), _described(each)) for each in found])
     counts = {verdict: report.count(verdict) for verdict in Severity}
-    unseen = f", {counts[Severity.UNSEEN]} could not be looked at" if counts[Severity.UNSEEN] else ""
-    terminal.line(
-        f"\n{counts[Severity.PROBLEM]} problem(s), {counts[Severity.WARNING]} warning(s){unseen}.",
-        "green" if report.ok else "red",
-    )
+    unseen = f", {count_of(counts[Severity.UNSEEN], 'check')} not possible" if counts[Severity.UNSEEN] else ""
+    problems, warnings = count_of(counts[Severity.PROBLEM], "problem"), count_of(counts[Severity.WARNING], "warning")
+    terminal.line(f"\n{problems}, {warnings}{unseen}.", "green" if report.ok else "red")
 
 
-def _heading(found: Diagnosis) -> Text:
-    return Text(f"{found.verdict:8}{found.name.replace('_', ' ')}", style=_STYLES[found.verdict])
-
-
-def _said(found: Diagnosis) -> list[str]:
-    return [*found.evidence.splitlines(), *(f"→ {found.remedy}".splitlines() if found.remedy else [])]
+def _described(found: Diagnosis) -> list[str]:
+    evidence = f"{found.name.replace('_', ' ')}: {found.evidence}"
+    return [*evidence.splitlines(), *(f"→ {found.remedy}".splitlines() if found.remedy else [])]

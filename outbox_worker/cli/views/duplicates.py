@@ -5,22 +5,19 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outbox_worker import terminal
-from outbox_worker.durations import ago
+from outbox_worker.cli.views.payments import money_line
+from outbox_worker.durations import ago, count_of
 from outbox_worker.model import PaymentTotals
 from outbox_worker.reconcile.duplicates import Duplicate, owed_back
-
-if TYPE_CHECKING:
-    pass
-from outbox_worker.cli.views.payments import money_line
 
 _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
 
 
 def duplicates_object(found: Sequence[Duplicate]) -> dict[str, Any]:
-    """The object of ``duplicates list --json``."""
+    """Return the object of ``duplicates list --json``."""
     owed = owed_back(found)
     value = PaymentTotals.of(each.payment for each in owed)
     next_payments = [each for each in found if each.is_holder_refunded]
@@ -28,7 +25,7 @@ def duplicates_object(found: Sequence[Duplicate]) -> dict[str, Any]:
 
 
 def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
-    """One line a duplicate, and how much is owed back in all."""
+    """Print one line for each payment to refund, and the sum."""
     owed, next_payments = owed_back(found), [each for each in found if each.is_holder_refunded]
     if not owed:
         terminal.line("Nobody has paid twice.", "green")
@@ -36,8 +33,9 @@ def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
         _print_owed_back(owed, limit)
     if next_payments:
         terminal.line(
-            f"\n{len(next_payments):,} more are not to be refunded: the other payment was refunded, and that "
-            "refund is not settled yet. This one gets the course then. `audit` lists the other as refunded but active.",
+            f"\nDo not refund {count_of(len(next_payments), 'other payment')}: the payment that holds the course was "
+            "refunded, and that refund is not settled yet. Once it is, this payment gets the course. `outbox-worker "
+            "audit` lists the refunded one under `refunded but active`.",
             "yellow",
         )
 
@@ -56,13 +54,19 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
     ]
     terminal.columns("", ["payment", "student", "course", "amount", "age", "held by"], rows, numbers=(3, 4))
     if len(found) > limit:
-        terminal.line(f"… and {len(found) - limit:,} more: --limit, or --csv or --json for all.", "dim")
+        terminal.line(f"… and {len(found) - limit:,} more; show more with --limit N, all with --csv or --json.", "dim")
     owed = PaymentTotals.of(each.payment for each in found)
-    terminal.line(f"\n{owed.count:,} payment(s) to be refunded: {money_line(owed.money)}.")
+    terminal.line(f"\n{count_of(owed.count, 'payment')} to refund: {money_line(owed.money)}.")
+
+
+def next_steps(found: Sequence[Duplicate]) -> list[list[str]]:
+    """Return the commands that follow: why the oldest is a duplicate; where the refund of a holder is."""
+    steps = [["why", str(each.payment.payment_id)] for each in owed_back(found)[:1]]
+    return [*steps, ["audit"]] if any(each.is_holder_refunded for each in found) else steps
 
 
 def write_duplicates(found: Sequence[Duplicate]) -> None:
-    """All that are owed back as CSV, with a heading; times in UTC."""
+    """Write all payments to refund as CSV with a heading; times in UTC."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(_OF_DUPLICATE)
     for each in owed_back(found):

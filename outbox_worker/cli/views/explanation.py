@@ -1,34 +1,35 @@
-"""What the story of a payment looks like to people, and as the object that scripts read."""
+"""What `why` and `dead-letters show` show."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.cli.views.audit import MEANINGS
 from outbox_worker.decision import REFUND_RULES, RULES
 from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
-from outbox_worker.diagnose.records import MarkRow, WaitingEvent
-from outbox_worker.model import PURCHASE_REFUNDED
-from outbox_worker.store.dead_letters import Content, DeadLetter, history
-from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE
+from outbox_worker.diagnose.records import MarkRow, PurchaseRow, WaitingEvent
+from outbox_worker.model import PURCHASE_REFUNDED, DeadLetterState
+from outbox_worker.store.dead_letters import DECIDABLE, Content, DeadLetter, history
+from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass
 
-_MEANINGS = MEANINGS | {REFUNDED_BUT_ACTIVE: "its refund event is missing, or waits"}
+_MEANINGS = MEANINGS | {REFUNDED_BUT_ACTIVE: "its refund event is missing or not settled yet"}
 _OCCASIONS = {
-    Occasion.DUE: "at its next turn",
+    Occasion.DUE: "when a worker claims it",
     Occasion.POSTPONED: "when it is due again",
     Occasion.REQUEUED: "if it is requeued",
     Occasion.DELIVERED: "if it is delivered again",
     Occasion.BACKFILL: "by a backfill",
-    Occasion.NEVER: "and later: events of this type are left to others",
+    Occasion.NEVER: "and later: workers leave events of this type to other consumers",
 }
 
 
 def explanation_object(found: Explanation) -> dict[str, Any]:
-    """The object of ``why --json``."""
+    """Return the object of ``why --json``."""
     return {
         "id": found.asked,
         "found_as": found.kinds,
@@ -45,16 +46,16 @@ def _story_object(story: PaymentStory) -> dict[str, Any]:
         "class": story.kind,
         "timeline": story.timeline,
         "events": [{"place": _place(trace)} | asdict(trace) for trace in story.traces],
-        "now": [_prospect_object(prospect) for prospect in story.prospects],
+        "now": [_prediction_object(prediction) for prediction in story.predictions],
     }
 
 
-def _prospect_object(prospect: Prediction) -> dict[str, Any]:
-    verdict = prospect.verdict
+def _prediction_object(prediction: Prediction) -> dict[str, Any]:
+    verdict = prediction.verdict
     return {
-        "event_id": prospect.event_id,
-        "event_type": prospect.event_type,
-        "occasion": prospect.occasion,
+        "event_id": prediction.event_id,
+        "event_type": prediction.event_type,
+        "occasion": prediction.occasion,
         "outcome": verdict.outcome,
         "reason": verdict.reason,
         "detail": verdict.detail,
@@ -74,40 +75,63 @@ def _place(trace: object) -> str:
 
 
 def print_explanation(found: Explanation) -> None:
-    """Payment by payment: what it is, what happened, what would happen now."""
-    for story in found.stories:
-        _print_story(story)
-        terminal.line("")
-    for gift in found.gifts:
-        state = "active" if gift.is_active else "taken back"
-        terminal.facts([("gift", f"{gift.id}, {state}"), ("course", gift.course_id), ("since", _time(gift.created_at))])
-        terminal.line("")
+    """Print for each payment what it is, what happened, and what would happen now."""
+    shown = [
+        *(partial(_print_story, story) for story in found.stories),
+        *(partial(_print_gift, g) for g in found.gifts),
+    ]
+    for position, show in enumerate(shown):
+        if position:
+            terminal.line("")
+        show()
     if found.has_more:
-        terminal.line("The student has more payments: ask for one of them by its id.", "yellow")
+        terminal.line("\nThe student has more payments. Ask for one of them by its id.", "yellow")
+
+
+def _print_gift(gift: PurchaseRow) -> None:
+    state = "active" if gift.is_active else "taken back"
+    terminal.facts([("gift", f"{gift.id}, {state}"), ("course", gift.course_id), ("since", _time(gift.created_at))])
 
 
 def _print_story(story: PaymentStory) -> None:
     terminal.facts(_heading(story))
     terminal.line("")
-    terminal.facts([(_time(moment.at), _sentence(moment)) for moment in story.timeline])
-    _print_prospects(story.prospects)
-    if sum(each.verdict.writes for each in story.prospects) > 1:
-        terminal.line("\nEach is judged as if it came alone: the first of them makes the purchase.", "dim")
+    terminal.facts([(_time(entry.at), _sentence(entry)) for entry in story.timeline])
+    _print_predictions(story.predictions)
+    if sum(each.verdict.writes for each in story.predictions) > 1:
+        terminal.line(
+            "\nEach event is judged as if it came alone: the first one that is settled makes the purchase.", "dim"
+        )
+
+
+def next_steps(found: Explanation) -> list[list[str]]:
+    """Return the commands that follow from the class of the payments and their dead letters."""
+    steps = [["backfill", "--dry-run"]] if any(s.kind == PaymentClass.UNEXPLAINED for s in found.stories) else []
+    letters = [each for s in found.stories for each in s.traces if isinstance(each, DeadLetter)]
+    opened = [each for each in letters if each.state == DeadLetterState.OPEN]
+    return [*steps, *(["dead-letters", "show", str(each.event_id)] for each in opened[:1])]
+
+
+def next_steps_of(letter: DeadLetter) -> list[list[str]]:
+    """Return the decisions that are possible for a letter, and the command that explains its payment."""
+    verbs = [str(decision) for decision, states in DECIDABLE.items() if letter.state in states]
+    about = [["why", str(letter.payment_id)]] if letter.payment_id else []
+    return [*about, *(["dead-letters", verb, str(letter.event_id)] for verb in verbs)]
 
 
 def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> dict[str, Any]:
-    """The object of ``dead-letters show --json``."""
+    """Return the object of ``dead-letters show --json``."""
     return {
         "dead_letter": asdict(letter) | content._asdict(),
         "history": [each._asdict() for each in history(letter.note)],
         "payment": story.payment,
         "class": story.kind,
-        "now": next((_prospect_object(each) for each in story.prospects if each.event_id == letter.event_id), None),
+        "now": next((_prediction_object(each) for each in story.predictions if each.event_id == letter.event_id), None),
     }
 
 
 def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> None:
-    """The event, of what it died, its payment, what was decided so far, and what would happen now."""
+    """Print the event, why it died, its payment, the decisions so far, and what would happen now."""
     terminal.facts(
         [
             ("event", f"{letter.event_id} ({letter.event_type})"),
@@ -125,26 +149,26 @@ def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> N
     if decided := history(letter.note):
         terminal.line("")
         terminal.facts([(_time(each.at), f"{each.state} by {each.actor}: {each.why}") for each in decided])
-    _print_prospects([each for each in story.prospects if each.event_id == letter.event_id])
+    _print_predictions([each for each in story.predictions if each.event_id == letter.event_id])
 
 
-def _print_prospects(prospects: Sequence[Prediction]) -> None:
-    for prospect in prospects:
-        terminal.line(f"\nnow, {_OCCASIONS[prospect.occasion]}", "bold")
+def _print_predictions(predictions: Sequence[Prediction]) -> None:
+    for prediction in predictions:
+        terminal.line(f"\nnow, {_OCCASIONS[prediction.occasion]}", "bold")
         terminal.facts(
             [
-                ("event", f"{prospect.event_id} ({prospect.event_type})"),
-                ("outcome", _outcome(prospect)),
-                *_rule(prospect),
+                ("event", f"{prediction.event_id} ({prediction.event_type})"),
+                ("outcome", _outcome(prediction)),
+                *_rule(prediction),
             ]
         )
 
 
 def _heading(story: PaymentStory) -> list[tuple[str, object]]:
     if story.payment_id is None:
-        return [("payment", "none is named")]
+        return [("payment", "the event names none")]
     if story.payment is None:
-        return [("payment", f"{story.payment_id}, of which no row is visible")]
+        return [("payment", f"{story.payment_id} (no such row in payments)")]
     paid = story.payment
     return [
         ("payment", paid.id),
@@ -157,29 +181,29 @@ def _heading(story: PaymentStory) -> list[tuple[str, object]]:
 
 def _class(kind: str | None, status: str) -> str:
     if kind is None:
-        return f"none: a payment that is {status} is owed nothing"
+        return f"none: a {status} payment is owed no purchase"
     return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"
 
 
-def _sentence(moment: TimelineEntry) -> str:
-    entry = f"{moment.what} {moment.subject}" if moment.what != "paid" else moment.what
-    rules = " or ".join(map(str, moment.rules))
-    return entry + (f": {moment.detail}" if moment.detail else "") + (f" (rule {rules})" if rules else "")
+def _sentence(entry: TimelineEntry) -> str:
+    text = f"{entry.what} {entry.subject}" if entry.what != "paid" else entry.what
+    rules = " or ".join(map(str, entry.rules))
+    return text + (f": {entry.detail}" if entry.detail else "") + (f" (rule {rules})" if rules else "")
 
 
-def _outcome(prospect: Prediction) -> str:
-    verdict = prospect.verdict
-    if prospect.occasion is Occasion.NEVER:
+def _outcome(prediction: Prediction) -> str:
+    verdict = prediction.verdict
+    if prediction.occasion is Occasion.NEVER:
         return "stays as it is"
     named = f"{verdict.outcome}, {verdict.reason}" if verdict.reason else str(verdict.outcome)
     return f"{named}: {verdict.detail}" if verdict.detail else named
 
 
-def _rule(prospect: Prediction) -> list[tuple[str, object]]:
-    rules = REFUND_RULES if prospect.event_type == PURCHASE_REFUNDED else RULES
-    number = prospect.verdict.rule
+def _rule(prediction: Prediction) -> list[tuple[str, object]]:
+    rules = REFUND_RULES if prediction.event_type == PURCHASE_REFUNDED else RULES
+    number = prediction.verdict.rule
     return [(f"rule {number}", rules[number])] if number else []
 
 
-def _time(moment: datetime | None) -> str:
-    return "?" if moment is None else f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+def _time(entry: datetime | None) -> str:
+    return "?" if entry is None else f"{entry.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 from outbox_worker import terminal
 from outbox_worker.durations import ago
 from outbox_worker.model import FoundPayment
 
-if TYPE_CHECKING:
-    pass
-
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
-    """The first ``limit`` of a list of payments, and how many more there are."""
+    """Print the first ``limit`` payments of a list, and how many more there are."""
     if not found:
         return
     rows = [
@@ -31,13 +27,14 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
     if rows:
         terminal.columns(f"\n{title}", ["payment", "student", "course", "amount", "age"], rows, numbers=(3, 4))
     if len(found) > limit:
-        terminal.line(f"… and {len(found) - limit:,} more {title}: --limit, or --json for all.", "dim")
+        terminal.line(f"… and {len(found) - limit:,} more {title}; show more with --limit N, all with --json.", "dim")
 
 
 def money_line(money: Mapping[str, Decimal]) -> str:
+    """Write the sums of all currencies on one line."""
     return ", ".join(money_lines(money))
 
 
 def money_lines(money: Mapping[str, Decimal]) -> list[str]:
-    """One line per currency."""
+    """Write the sums of all currencies, one line for each."""
     return [f"{amount:,.2f} {currency}" for currency, amount in money.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.diagnose.status import Status, condition
@@ -10,18 +10,15 @@ from outbox_worker.durations import ago
 from outbox_worker.model import Outcome
 from outbox_worker.store.workers import WorkerRow
 
-if TYPE_CHECKING:
-    pass
-
 
 def print_status(now: Status) -> None:
-    """Facts, then the workers."""
+    """Print the facts, then the workers."""
     backlog = now.backlog
     terminal.facts(
         [
             ("guard", now.guard),
             ("due", f"{backlog.due:,} (oldest for {ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
-            ("postponed", f"{backlog.waiting:,}"),
+            ("waiting", f"{backlog.waiting:,} (due later)" if backlog.waiting else "0"),
             ("open dead letters", f"{now.open_letters:,}"),
             ("settled per second", f"{now.events_per_second():,.1f}"),
         ],
@@ -45,8 +42,14 @@ def print_status(now: Status) -> None:
         )
 
 
+def next_steps(now: Status) -> list[list[str]]:
+    """Return the commands that follow: start a worker if none runs and events are due; look at dead letters."""
+    is_idle = bool(now.backlog.due) and not any(condition(row) == "running" for row in now.workers)
+    return [*([["run"]] if is_idle else []), *([["dead-letters", "list"]] if now.open_letters else [])]
+
+
 def status_object(now: Status) -> dict[str, Any]:
-    """The object of ``status --json``."""
+    """Return the object of ``status --json``."""
     return {
         "time": now.time,
         "guard": now.guard,
@@ -72,6 +75,6 @@ def status_object(now: Status) -> dict[str, Any]:
 
 
 def _settled(row: WorkerRow) -> int:
-    """Events that this process brought to an end: all outcomes but ``retried``."""
+    """Count the events that this process settled: every outcome but ``retried``."""
     counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
     return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))

@@ -1,4 +1,4 @@
-"""What the role may do: all that it must, nothing that it need not, and on every row."""
+"""What the role may do: all that a worker needs, no more, and on every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outbox_worker.schema.privileges import PRIVILEGES, STRUCTURE
 from outbox_worker.schema.requirements import find_problems
 from outbox_worker.schema.tables import relation_name
 
-_GRANTS = "deploy/grants.sql makes a role that may do what it needs, and nothing else"
+_GRANTS = "create the role with deploy/grants.sql, which grants exactly what a worker needs"
 
 # what: what the role may do beyond any table · lock: none · index: the catalogue's own
 _ROLE = text(
@@ -61,18 +61,18 @@ _COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DE
 
 
 def grants(subject: Subject) -> Iterator[Finding]:
-    """What the role of a worker lacks, and what it has too much."""
+    """The privileges that the role of a worker lacks, and those that it does not need."""
     session, tables = subject.session, subject.tables
     elsewhere = find_problems(session, tables, STRUCTURE)
     lacking = [each for each in find_problems(session, tables) if each not in elsewhere]
     yield from (problem(each.finding, each.remedy) for each in lacking)
     role = subject.role
     if subject.settings.embedded_directory is not None:
-        yield ok("the private PostgreSQL knows one role, which may do everything")
+        yield ok("the private PostgreSQL has one role, which may do everything")
     elif excess := list(_excess(subject)):
-        yield warning(f"the role {role} has more than it needs: {'; '.join(excess)}", _GRANTS)
+        yield warning(f"the role {role} has privileges that it does not need: {'; '.join(excess)}", _GRANTS)
     elif not lacking:
-        yield ok(f"the role {role} may do what it needs, and nothing else")
+        yield ok(f"the role {role} has the privileges that it needs, and no others")
 
 
 def _excess(subject: Subject) -> Iterator[str]:
@@ -98,14 +98,14 @@ def _rights(subject: Subject, table: Table) -> Row[Any] | None:
 
 
 def row_security(subject: Subject) -> Iterator[Finding]:
-    """Rows that a policy hides are never claimed, and no error tells so."""
+    """Whether row level security hides rows: they are never claimed, and no error says so."""
     active = [
         (key, table)
         for key, table in subject.present().items()
         if subject.session.scalar(text("SELECT row_security_active(:name)"), {"name": relation_name(table)})
     ]
     if not active:
-        yield ok("none that applies to the role")
+        yield ok("none that applies to this role")
     for key, table in active:
         yield _through_policies(subject, key, table)
 
@@ -118,21 +118,21 @@ def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
     remedy = f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"
     if barred:
         return problem(
-            f"row security on {name} has no policy for {', '.join(barred)} by {role}: such rows are passed over or "
-            "refused; what is not claimed is not told",
+            f"row security on {name} has no policy for {', '.join(barred)} by {role}: rows are skipped without an "
+            "error, or refused",
             remedy,
         )
     restrictive = [each.name for each in policies if not (each.is_permissive or each.is_for_all_rows)]
     if restrictive or _not_among([each for each in permissive if each.is_for_all_rows], key):
         return warning(
-            f"row security on {name} leaves to {role} what {', '.join(each.name for each in policies)} let through: "
-            "what it does not see it does not settle",
-            f"see that these policies let all rows of the shop through, or: {remedy}",
+            f"row security on {name} shows {role} only the rows that these policies let through: "
+            f"{', '.join(each.name for each in policies)}; rows that the worker does not see stay unsettled",
+            f"check that these policies let all rows of the shop through, or: {remedy}",
         )
     return ok(f"row security on {name} lets all rows through")
 
 
 def _not_among(policies: Sequence[Row[Any]], key: str) -> list[str]:
-    """What a worker must do in a table and none of the policies is for."""
+    """The commands that a worker needs on a table and that none of the policies allows."""
     commands = {each.command for each in policies}
     return [each for each in PRIVILEGES[key] if not commands & {_COMMANDS[each], "*"}]

@@ -1,4 +1,4 @@
-"""What a look at the database ends with: a verdict, its evidence, and what to do about it."""
+"""What a check found: how bad it is, the evidence, and what to do about it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from outbox_worker.settings import Settings
 class Severity(StrEnum):
     OK = "ok"
     WARNING = "warning"
-    """It works, and somebody should know."""
+    """It works, but a person should know."""
     PROBLEM = "problem"
-    """It does not work, or what was paid for is in danger."""
+    """It does not work, or purchases may be lost or made twice."""
     UNSEEN = "unseen"
-    """It could not be looked at."""
+    """It could not be checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is looked at: one READ ONLY transaction, and the settings of a worker of this database."""
+    """What a check may look at: a READ ONLY transaction, and the settings of a worker of this database."""
 
     session: Session
     settings: Settings
@@ -41,12 +41,12 @@ class Subject:
     database: Database
 
     def present(self) -> dict[str, Table]:
-        """The tables that are there, by their roles."""
+        """The tables that exist, by their roles."""
         return {key: table for key, table in self.tables.by_role().items() if exists(self.session, table)}
 
     @property
     def role(self) -> str:
-        """Whom the database takes us for, quoted."""
+        """The role of the session, quoted."""
         return role_name(self.session)
 
 

@@ -1,4 +1,4 @@
-"""The doctor: every check, whatever the others find. Reads only; each check is a short transaction of its own."""
+"""The doctor: runs every check, whatever the others find. Each check is a short READ ONLY transaction of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Look = Callable[[Subject], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """``needs``: the roles of the tables that must be there to be looked at."""
+    """A check; it cannot run if one of the tables with the roles ``needs`` is missing."""
 
     look: Look
     needs: Sequence[str] = ()
@@ -54,7 +54,7 @@ CHECKS: Mapping[str, Check] = {
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A finding, and the check that it is of."""
+    """A finding, and the name of its check."""
 
     name: str
     verdict: Severity
@@ -75,8 +75,8 @@ class Report:
 
 
 def examine(settings: Settings) -> Report:
-    """Carry out all checks. Raises DatabaseUnavailable where the database cannot be reached."""
-    unprepared = settings.model_copy(update={"pooler": "transaction"})  # a pooler that nobody named does no harm
+    """Run all checks. Raises DatabaseUnavailable if the database cannot be reached."""
+    unprepared = settings.model_copy(update={"pooler": "transaction"})  # works through any pooler, set or not
     longest = max(settings.database_deadline_seconds, STATEMENT_SECONDS)
     database = Database(unprepared, connections=2, deadline_seconds=longest)
     try:
@@ -94,15 +94,15 @@ def examine(settings: Settings) -> Report:
 
 
 def _look(database: Database, settings: Settings, check: Check) -> Sequence[Finding]:
-    """What a check finds; one that the database refuses is no reason not to carry out the others."""
+    """Run one check; if the database refuses a statement of it, that is its finding."""
     tables = build_tables(settings)
     try:
         with database.snapshot() as session:
             needed = {role: table for role, table in tables.by_role().items() if role in check.needs}
             absent = [relation_name(table) for table in needed.values() if not exists(session, table)]
             if absent:
-                return [unseen(f"there is no {', '.join(absent)}", "see tables")]
+                return [unseen(f"not checked: these tables are missing: {', '.join(absent)}", "see tables")]
             return list(check.look(Subject(session, settings, tables, database)))
     except DBAPIError as error:
         database.check()
-        return [unseen(server_message(error), "see tables and grants")]
+        return [unseen(f"not checked: {server_message(error)}", "see tables and grants")]

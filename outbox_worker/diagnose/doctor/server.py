@@ -1,4 +1,4 @@
-"""The server and the way to it: version, durability, connections, time-outs, clocks, poolers."""
+"""The server and the connection to it: version, durability, connections, time-outs, clocks, poolers."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from sqlalchemy import Connection, text
 from outbox_worker.database.engine import APPLICATION_NAME
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
 from outbox_worker.diagnose.status import condition
+from outbox_worker.durations import count_of
 from outbox_worker.schema.catalogue import notifies
 from outbox_worker.settings import Settings
 from outbox_worker.store.workers import list_workers
 
 _TRIED = range(15, 19)
-"""Majors of PostgreSQL that the tests run on."""
+"""The major versions of PostgreSQL that the tests run on."""
 _ROUNDS = 5
 _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
-"""A shorter idle_session_timeout ends connections that rest between two events."""
+"""A shorter idle_session_timeout closes connections that are idle between two events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
-"""Sources of a parameter that leave everybody else's alone."""
+"""Sources of a parameter that is set for this role only."""
 
-# what: which server this is, and as whom we came · lock: none
+# what: version, database and role of the session · lock: none
 _SERVER = text(
     "SELECT current_setting('server_version') AS version, CAST(current_setting('server_version_num') AS int) / 10000"
     " AS major, current_database() AS database, current_user AS role"
 )
 
-# what: parameters as a session of this role finds them, whatever is set inside this transaction · lock: none
+# what: parameters as a new session of this role has them, whatever this transaction has set · lock: none
 _PARAMETERS = text(
     "SELECT CAST(name AS text), reset_val, source FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))"
 )
 
-# what: how many connections there may be, and who has them · lock: none · index: the catalogue's own
+# what: how many connections are allowed, and how many others hold · lock: none · index: the catalogue's own
 _CONNECTIONS = text(
     """
     SELECT CAST(current_setting('max_connections') AS int) AS most,
@@ -49,6 +50,7 @@ _CONNECTIONS = text(
     """
 )
 
+_DATABASE = text("SELECT quote_ident(current_database())")
 _BACKEND = text("SELECT pg_backend_pid()")
 _CLOCK = text("SELECT date_part('epoch', clock_timestamp())")
 
@@ -64,24 +66,24 @@ class _Parameter:
 
 
 def server(subject: Subject) -> Iterator[Finding]:
-    """Whether it is one that the worker was tried on."""
+    """Whether the worker was tested on this version."""
     row = subject.session.execute(_SERVER).one()
     evidence = f"PostgreSQL {row.version}, database {row.database}, role {row.role}"
     if row.major < _TRIED.start:
         yield problem(evidence, f"upgrade to PostgreSQL {_TRIED.start} or newer")
     elif row.major not in _TRIED:
-        yield warning(f"{evidence}; the newest tried is {_TRIED.stop - 1}", "watch the first days")
+        yield warning(f"{evidence}; the newest tested version is {_TRIED.stop - 1}", "watch the worker for some days")
     else:
         yield ok(evidence)
 
 
 def durability(subject: Subject) -> Iterator[Finding]:
-    """A COMMIT that was answered must survive a crash of the machine."""
+    """Whether committed transactions survive a crash of the machine."""
     parameters = _parameters(subject, "fsync", "full_page_writes")
     off = [name for name, parameter in sorted(parameters.items()) if parameter.value == "off"]
     for name in off:
         yield problem(
-            f"{name} is off: a crash of the machine can destroy the database",
+            f"{name} is off: if the machine crashes, the database can be corrupted",
             f"ALTER SYSTEM SET {name} = on; SELECT pg_reload_conf();",
         )
     if not off:
@@ -89,21 +91,22 @@ def durability(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Off is safe for a worker's role and nobody else's (docs/explanation/decisions/010)."""
+    """Off is safe for the worker's role only (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.value != "off":
         yield ok(found.value)
     elif found.is_of_one_role:
-        yield ok("off for this role alone: purchases can be seen a moment before they are durable; none is lost")
+        yield ok("off for this role alone: a crash can undo the last batches; their events are then settled again")
     else:
         yield problem(
-            f"off for everybody (source: {found.source}): a crash can take back payments that were acknowledged",
-            "set it on for server and database; off is safe for the worker's role (docs/explanation/decisions/010)",
+            f"off for all roles (source: {found.source}): a crash can undo payments that were confirmed to customers",
+            "set it to on for server and database; only for the worker's role off is safe "
+            "(docs/explanation/decisions/010)",
         )
 
 
 def time_outs(subject: Subject) -> Iterator[Finding]:
-    """Those of the session that the worker does not set anew in each transaction."""
+    """The session's time-outs that the worker does not set itself in each transaction."""
     parameters = _parameters(subject, "transaction_timeout", "idle_session_timeout")
     seconds = {name: int(parameter.value) / 1000 for name, parameter in parameters.items()}
     deadline = subject.settings.database_deadline_seconds
@@ -111,35 +114,33 @@ def time_outs(subject: Subject) -> Iterator[Finding]:
     if whole > 0:
         say = problem if whole <= deadline else warning
         yield say(
-            f"transaction_timeout is {whole:g} s: it ends batches, and building an index, in the middle",
-            f"ALTER ROLE {subject.role} SET transaction_timeout = 0; the worker bounds its transactions itself",
+            f"transaction_timeout is {whole:g} s: it aborts long batches and index builds",
+            f"ALTER ROLE {subject.role} SET transaction_timeout = 0; the worker limits its transactions itself",
         )
     if 0 < idle < _IDLE_SECONDS:
         yield warning(
-            f"idle_session_timeout is {idle:g} s: connections that rest are ended, and made again at the next event",
+            f"idle_session_timeout is {idle:g} s: idle connections are closed, and opened again for the next event",
             f"ALTER ROLE {subject.role} SET idle_session_timeout = 0;",
         )
     if not whole and not 0 < idle < _IDLE_SECONDS:
-        yield ok("none that hurts: those of statements, locks and idle transactions are set by the worker itself")
+        yield ok("none that hurts; the worker sets those of statements, locks and idle transactions itself")
 
 
 def clock(subject: Subject, now: Callable[[], float] = time.time) -> Iterator[Finding]:
-    """This machine's against the database's, which alone says what is due."""
+    """The difference between this machine's clock and the database's, which alone decides what is due."""
     rounds = [_compare(subject, now) for _ in range(_ROUNDS)]
     difference, uncertainty = min(rounds, key=lambda each: each[1])
     evidence = (
         f"this machine is {abs(difference):.3f} s {'behind' if difference > 0 else 'ahead'}, ± {uncertainty:.3f} s"
     )
     if abs(difference) - uncertainty > _CLOCK_SECONDS:
-        yield warning(
-            f"{evidence}: times in logs and in the database do not agree", "have both set their clocks by NTP"
-        )
+        yield warning(f"{evidence}: times in logs and in the database differ", "synchronise both clocks by NTP")
     else:
         yield ok(evidence)
 
 
 def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
-    """How far the database is ahead, and half the time of asking."""
+    """How far the database's clock is ahead, and the uncertainty: half the duration of the query."""
     before = now()
     there: float = subject.session.scalars(_CLOCK).one()
     after = now()
@@ -147,8 +148,8 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
 
 
 def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
-    """What one worker process holds at once, at most; ``has_notify``: there is a trigger to listen to."""
-    listens = has_notify and (settings.pooler == "none" or settings.listen_url is not None)
+    """Most connections of one worker process; ``has_notify``: the outbox has the trigger of the option ``notify``."""
+    listens = has_notify and (settings.pooler == "none" or settings.listen_conninfo is not None)
     return {
         "for claims": settings.concurrency,
         "for chores": 1,
@@ -158,7 +159,7 @@ def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
 
 
 def connections(subject: Subject) -> Iterator[Finding]:
-    """Whether the workers, and as many again while they are replaced, find room beside everybody else."""
+    """Whether there are connections enough for the workers, and for as many new ones while they are replaced."""
     row = subject.session.execute(_CONNECTIONS, {"name": APPLICATION_NAME}).one()
     workers = max(1, sum(condition(each) == "running" for each in list_workers(subject.session, subject.tables)))
     of_one = connections_of(subject.settings, has_notify=notifies(subject.session, subject.tables.outbox))
@@ -167,27 +168,37 @@ def connections(subject: Subject) -> Iterator[Finding]:
     room = min(limits)
     formula = " + ".join(f"{count} {name}" for name, count in of_one.items())
     evidence = (
-        f"{workers} worker(s) x ({formula}) = {needed}; max_connections {row.most} - {row.reserved} reserved - "
-        f"{row.others} of others" + (f", and at most {room} by CONNECTION LIMIT" if room < limits[0] else "")
+        f"{count_of(workers, 'worker')} x ({formula}) = {needed}; max_connections {row.most} - {row.reserved} reserved"
+        f" - {row.others} of others" + (f", and at most {room} by CONNECTION LIMIT" if room < limits[0] else "")
     )
     if subject.settings.pooler == "transaction":
-        yield ok(f"{evidence}; the pooler shares its own among them")
+        yield ok(f"{evidence}; the pooler serves them with fewer connections")
     elif needed > room:
-        more = "more max_connections" if room == limits[0] else "ALTER ROLE or DATABASE … CONNECTION LIMIT -1;"
-        yield problem(f"{evidence}: not enough", f"fewer workers or OUTBOX_CONCURRENCY; a pooler; {more}")
+        more = _more_connections(subject, room, limits[0], row.of_role)
+        yield problem(f"{evidence}: not enough", f"fewer workers, a smaller OUTBOX_CONCURRENCY, a pooler, or {more}")
     elif 2 * needed > room:
-        yield warning(f"{evidence}: not enough to start new ones before the old ones end", "more max_connections")
+        more = _more_connections(subject, room, limits[0], row.of_role)
+        yield warning(f"{evidence}: not enough to start new workers before the old ones end", more)
     else:
         yield ok(evidence)
 
 
-def pooler(subject: Subject) -> Iterator[Finding]:
-    """Whether something stands between, and whether a session keeps its backend there.
+def _more_connections(subject: Subject, room: int, of_server: int, of_role: int) -> str:
+    """The remedy for the narrowest limit."""
+    if room == of_server:
+        return "raise max_connections"
+    if room == of_role:
+        return f"ALTER ROLE {subject.role} CONNECTION LIMIT -1;"
+    return f"ALTER DATABASE {subject.session.scalar(_DATABASE)} CONNECTION LIMIT -1;"
 
-    A pooler makes up the process id that it tells its clients. In transaction mode a backend that one client has used
-    serves another one, which holds it by a transaction, while the first is still there.
+
+def pooler(subject: Subject) -> Iterator[Finding]:
+    """Whether there is a pooler between, and whether each session keeps its own backend.
+
+    A pooler reports a made-up process id to its clients. In transaction mode, a backend that served one client can be
+    held by the transaction of another client while the first is still connected.
     """
-    subject.session.rollback()  # gives the backend of this transaction back
+    subject.session.rollback()  # releases the backend of this transaction
     engine = subject.database.engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as first:
         pid: int = first.scalars(_BACKEND).one()
@@ -207,18 +218,18 @@ def _judge_pooler(is_set: bool, is_between: bool, is_shared: bool) -> Finding:
         return ok("a pooler in transaction mode, as OUTBOX_POOLER says")
     if is_shared:
         return problem(
-            "a pooler in transaction mode: what is prepared is not there in the next transaction, and LISTEN hears "
+            "a pooler in transaction mode: prepared statements are lost between transactions, and LISTEN receives "
             "nothing",
-            "OUTBOX_POOLER=transaction; OUTBOX_LISTEN_DATABASE_URL: a URL that leads past it",
+            "set OUTBOX_POOLER=transaction, and OUTBOX_LISTEN_DATABASE_URL to a URL that bypasses the pooler",
         )
     if is_set and not is_between:
-        return warning("none, and nothing is prepared because OUTBOX_POOLER says transaction", "unset OUTBOX_POOLER")
+        return warning("none, but OUTBOX_POOLER is transaction, so no statements are prepared", "unset OUTBOX_POOLER")
     if is_between:
-        return ok("a pooler, and each session kept its backend (session mode, as far as can be told)")
+        return ok("a pooler; each session kept its backend, so it seems to be in session mode")
     return ok("none")
 
 
 def _parameters(subject: Subject, *names: str) -> dict[str, _Parameter]:
-    """Those of them that this version knows."""
+    """The values of those parameters that this version of PostgreSQL has."""
     rows = subject.session.execute(_PARAMETERS, {"names": list(names)})
     return {name: _Parameter(value, source) for name, value, source in rows}

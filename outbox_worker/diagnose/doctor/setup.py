@@ -1,4 +1,4 @@
-"""What the worker finds in its tables: are they as they must be, guarded, indexed, told of, backfilled once."""
+"""The worker's tables: whether they fit, are guarded, indexed, announced by NOTIFY, and were backfilled once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import psycopg
 from sqlalchemy import Table, text
-from sqlalchemy.dialects import postgresql
 
 from outbox_worker.database.engine import connect_directly
 from outbox_worker.database.failures import server_message
@@ -17,13 +16,13 @@ from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import is_owned, notifies, pair_indexes
 from outbox_worker.schema.privileges import STRUCTURE
 from outbox_worker.schema.requirements import find_problems
-from outbox_worker.schema.tables import PAIR_INDEX, relation_name
+from outbox_worker.schema.tables import PAIR_INDEX, quoted, relation_name
 from outbox_worker.store.backfill_runs import BackfillRuns
 from outbox_worker.store.guard import doubled_pairs, guard_in_force
 
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20
-"""A table of this size is read at once, whatever index it lacks."""
+"""A table up to this size needs no index."""
 _MIGRATE = "outbox-worker migrate --with unique_index"
 
 # what: the indexes of a table that are not valid, and whether one is being built · lock: none · index: the catalogue's
@@ -50,41 +49,43 @@ _INDEXED = text(
 # what: how large a table is, without its indexes · lock: none
 _SIZE = text("SELECT coalesce(pg_table_size(to_regclass(:relation)), 0)")
 
-# what: which backend serves a listener, and whether its database has the outbox · lock: none
+# what: the backend that serves a listener, and whether its database has the outbox · lock: none
 _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
 def tables(subject: Subject) -> Iterator[Finding]:
-    """All that is missing in tables, columns, types and unique keys; the first one hides no other."""
+    """Everything that is wrong with tables, columns, types and unique keys."""
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
     if not problems:
         found = subject.tables.by_role().values()
         adopted = [relation_name(table) for table in found if not is_owned(subject.session, table)]
-        yield ok(f"all {len(found)} are as they must be; adopted: {', '.join(adopted) or 'none'}")
+        yield ok(f"all {len(found)} tables fit; adopted: {', '.join(adopted) or 'none'}")
 
 
 def guard(subject: Subject) -> Iterator[Finding]:
-    """Which one is in force; and where that is ``lock``, what stands in the way of the index."""
+    """Which guard is in force; if it is ``lock``, what keeps the index from being built."""
     session, purchases = subject.session, subject.tables.purchases
     if guard_in_force(session, purchases) is Guard.INDEX:
-        yield ok(f"index: {', '.join(pair_indexes(session, purchases))} admits one active purchase of a pair")
+        names = ", ".join(pair_indexes(session, purchases))
+        yield ok(f"index: {names} allows one active purchase of a student and a course")
         return
-    blind = "lock: a writer that inserts purchases and does not take the lock of their pair is not covered"
+    blind = "lock: there is no unique index, so other code that inserts purchases can create duplicates"
     doubled = doubled_pairs(session, purchases, _SHOWN + 1)
     if not doubled:
         yield warning(blind, _MIGRATE)
         return
-    pairs = "; ".join(f"student {row.student_id}, course {row.course_id}: {row.count}" for row in doubled[:_SHOWN])
+    shown = doubled[:_SHOWN]
+    pairs = "; ".join(f"student {row.student_id}, course {row.course_id}: {row.count} purchases" for row in shown)
     more = ", and more" if len(doubled) > _SHOWN else ""
     yield problem(
-        f"{blind}; and pairs hold more than one active purchase, which stops the index: {pairs}{more}",
-        f"deactivate all but one purchase of each pair, then: {_MIGRATE}",
+        f"{blind}; the index cannot be built while there are duplicates: {pairs}{more}",
+        f"deactivate all but one purchase of each student and course, then: {_MIGRATE}",
     )
 
 
 def invalid_indexes(subject: Subject) -> Iterator[Finding]:
-    """Half-built indexes: they cost every write, and a unique one refuses rows and guards nothing."""
+    """Indexes that were not built to the end: every write updates them, and a unique one refuses rows."""
     clean = True
     for table in subject.tables.by_role().values():
         for row in subject.session.execute(_INVALID, {"relation": relation_name(table)}):
@@ -93,10 +94,10 @@ def invalid_indexes(subject: Subject) -> Iterator[Finding]:
                 yield ok(f"{row.name} is being built")
                 continue
             say = problem if row.indisunique else warning
-            mends = row.relname == PAIR_INDEX
+            rebuild = f"REINDEX INDEX CONCURRENTLY {row.name}; or: DROP INDEX CONCURRENTLY {row.name};"
             yield say(
-                f"{row.name} is INVALID: an attempt to build it failed, and every write pays for it",
-                _MIGRATE if mends else f"REINDEX INDEX CONCURRENTLY {row.name}; or drop it",
+                f"{row.name} is INVALID: building it failed, no query uses it, and every write updates it",
+                _MIGRATE if row.relname == PAIR_INDEX else rebuild,
             )
     if clean:
         yield ok("none")
@@ -104,7 +105,7 @@ def invalid_indexes(subject: Subject) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class _Helpful:
-    """An index that some statement is made for."""
+    """An index that some statement needs."""
 
     role: str
     keys: tuple[str, ...]
@@ -112,31 +113,31 @@ class _Helpful:
     """What happens without it."""
     may_be_partial: bool = False
     is_for_large: bool = True
-    """Not missed while the table is small."""
+    """Needed only if the table is large."""
 
 
 _HELPFUL = (
     _Helpful("outbox", ("due_at", "id"), "each claim reads and sorts all events", is_for_large=False),
-    _Helpful("outbox", ("id",), "each event that is settled is looked for among all", is_for_large=False),
+    _Helpful("outbox", ("id",), "settling an event reads all events", is_for_large=False),
     _Helpful("payments", ("id",), "each event reads all payments"),
     _Helpful("payments", ("student_id", "course_id"), "each batch of refunds reads all payments"),
     _Helpful("purchases", ("payment_id",), "each event reads all purchases", may_be_partial=True),
-    _Helpful("purchases", ("student_id", "course_id"), "pairs are looked for in all purchases", may_be_partial=True),
+    _Helpful("purchases", ("student_id", "course_id"), "each look for a pair reads all purchases", may_be_partial=True),
     _Helpful("dead_letters", ("payment_id",), "audit and backfill read all dead letters"),
 )
 
 
 def indexes(subject: Subject, small_bytes: int = _SMALL_BYTES) -> Iterator[Finding]:
-    """Indexes that adopted tables lack, each as the statement that builds it."""
+    """Indexes that adopted tables lack; the remedy is the statement that builds the index."""
     present = subject.present()
     missing = [each for each in _HELPFUL if each.role in present and _is_missed(subject, each, small_bytes)]
     for each in missing:
         yield _lacks(subject, each.role, each.keys, each.without)
     by_time = order_of(subject.session, subject.tables) != ("id",)
     if not by_time and _size(subject, subject.tables.payments) > small_bytes:
-        yield _lacks(subject, "payments", ("created_at", "id"), "backfills of some days pass all payments")
+        yield _lacks(subject, "payments", ("created_at", "id"), "a backfill of a few days reads all payments")
     elif not missing:
-        yield ok("what is looked up often is indexed, or small")
+        yield ok("every table that needs an index has it")
 
 
 def _is_missed(subject: Subject, wanted: _Helpful, small_bytes: int) -> bool:
@@ -154,8 +155,7 @@ def _is_missed(subject: Subject, wanted: _Helpful, small_bytes: int) -> bool:
 
 def _lacks(subject: Subject, role: str, keys: tuple[str, ...], without: str) -> Finding:
     table = subject.tables.by_role()[role]
-    quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
-    name, columns = relation_name(table), ", ".join(quote(table.c[key].name) for key in keys)
+    name, columns = relation_name(table), ", ".join(quoted(table.c[key].name) for key in keys)
     return warning(
         f"{name} has no index on ({columns}): {without}", f"CREATE INDEX CONCURRENTLY ON {name} ({columns});"
     )
@@ -166,44 +166,45 @@ def _size(subject: Subject, table: Table) -> int:
 
 
 def notify(subject: Subject) -> Iterator[Finding]:
-    """Whether workers hear of events at the producers' COMMIT, where they are to."""
+    """Whether workers hear of an event at its producer's COMMIT, if the option ``notify`` is in force."""
     settings = subject.settings
     if not notifies(subject.session, subject.tables.outbox):
-        yield ok(f"not in force: events are found by looking, every {settings.poll_max_seconds:g} s at the latest")
-    elif settings.pooler == "transaction" and settings.listen_url is None:
+        yield ok(f"not in force: workers look for events, at least every {settings.poll_max_seconds:g} s")
+    elif settings.pooler == "transaction" and settings.listen_conninfo is None:
         yield warning(
-            "the trigger tells of events, and through a pooler nobody hears it",
-            "OUTBOX_LISTEN_DATABASE_URL: a URL that leads past the pooler",
+            "the trigger announces events, but workers do not hear it through the pooler",
+            "set OUTBOX_LISTEN_DATABASE_URL to a URL that bypasses the pooler",
         )
     else:
         yield _hears(subject)
 
 
 def _hears(subject: Subject) -> Finding:
-    """Try the connection that a worker listens on: is it there, to this database, and without a pooler?"""
-    what, elsewhere = "the trigger tells of events, and", "OUTBOX_LISTEN_DATABASE_URL: this database, past any pooler"
+    """Try the connection that a worker listens on: is it possible, to this database, and without a pooler?"""
+    what = "the trigger announces events, but"
+    remedy = "set OUTBOX_LISTEN_DATABASE_URL to a URL of this database that bypasses any pooler"
     outbox = relation_name(subject.tables.outbox)
     try:
         with connect_directly(subject.settings) as connection:
             pid, relation = connection.execute(_LISTENER, [outbox]).fetchall()[0]
             is_direct = pid == connection.info.backend_pid
     except psycopg.Error as error:
-        return warning(f"{what} there is no connection to listen on: {server_message(error)}", elsewhere)
+        return warning(f"{what} workers get no connection to listen on: {server_message(error)}", remedy)
     if relation is None:
-        return warning(f"{what} workers listen on another database", elsewhere)
+        return warning(f"{what} workers listen on another database", remedy)
     if not is_direct:
-        return warning(f"{what} workers listen behind a pooler; in transaction mode they hear nothing", elsewhere)
-    return ok("in force: workers hear of events at their COMMIT")
+        return warning(f"{what} workers listen through a pooler; in transaction mode they hear nothing", remedy)
+    return ok("in force: workers hear of events at their producer's COMMIT")
 
 
 def backfill(subject: Subject) -> Iterator[Finding]:
-    """The periodic one only tells until a person has completed one (docs/explanation/decisions/018)."""
+    """Until a person completes one backfill, the periodic one only reports (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
-        yield ok("one was completed by hand: periodic ones may make what is owed")
+        yield ok("one was completed by hand, so the periodic one makes the purchases that are owed")
     elif not subject.settings.backfill_every_seconds:
-        yield ok("periodic ones are switched off")
+        yield ok("the periodic one is switched off")
     else:
         yield warning(
-            "none was completed by hand on this database: periodic ones only tell what is owed",
-            "outbox-worker backfill --dry-run; and where that is right: outbox-worker backfill",
+            "none was completed by hand on this database: until you complete one, the periodic one only reports",
+            "outbox-worker backfill --dry-run; if what it finds is right: outbox-worker backfill",
         )

@@ -1,4 +1,4 @@
-"""Whether what the worker deletes is cleared away: claims walk past every dead entry until then."""
+"""Whether vacuum removes the rows that the worker deletes: until then every claim passes their index entries."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from sqlalchemy import text
 
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, unseen, warning
-from outbox_worker.durations import ago
+from outbox_worker.durations import ago, count_of
 from outbox_worker.schema.tables import relation_name
 
 _PATIENCE_SECONDS = 60.0
-"""A transaction that is open for so long slows claims down."""
+"""A transaction that is open for longer slows claims down."""
 _PATIENCE_IDS = 100_000
-"""The same for what is known by its age in transactions only."""
+"""The same, if its age is known in transactions only."""
 _OVERDUE = 10
-"""So many times the dead rows at which a vacuum is due."""
+"""Vacuum is far behind if there are this many times the dead rows at which it is due."""
 _OVERDUE_SECONDS = 3600.0
+"""And if it has not run for longer."""
 
-# what: what is known of a table's vacuums, and by which rules they come · lock: none · index: the catalogue's own
+# what: when a table was vacuumed, and when its next vacuum is due · lock: none · index: the catalogue's own
 _VACUUMS = text(
     """
     WITH rules AS (
@@ -41,8 +42,8 @@ _VACUUMS = text(
     """
 )
 
-# what: other transactions of this database that hold back its vacuums · lock: none · since when is seen of other roles
-# only with pg_read_all_stats, by how many transactions is seen by all
+# what: other transactions of this database that hold back its vacuums · lock: none
+# their start is visible to other roles only with pg_read_all_stats, their age in transactions to all
 _TRANSACTIONS = text(
     """
     SELECT pid, quote_ident(usename) AS role, application_name AS program, state,
@@ -60,7 +61,7 @@ _TRANSACTIONS = text(
 
 _SEES_ALL = text("SELECT pg_has_role('pg_read_all_stats', 'USAGE')")
 
-# what: transactions of this database that were prepared and never ended · lock: none
+# what: prepared transactions of this database that were not ended · lock: none
 _PREPARED = text(
     """
     SELECT quote_literal(gid) AS gid, quote_ident(owner) AS role,
@@ -71,7 +72,7 @@ _PREPARED = text(
     """
 )
 
-# what: replication slots that hold back vacuums, or that nobody reads from · lock: none
+# what: replication slots that hold back vacuums, or that nothing reads from · lock: none
 _SLOTS = text(
     """
     SELECT quote_literal(slot_name) AS name, active, age(xmin) AS age,
@@ -82,7 +83,7 @@ _SLOTS = text(
     """
 )
 
-# what: standbys whose queries hold back vacuums, without a slot · lock: none · seen with pg_read_all_stats
+# what: standbys without a slot whose queries hold back vacuums · lock: none · visible with pg_read_all_stats
 _STANDBYS = text(
     """
     SELECT pid, application_name AS name, age(backend_xmin) AS age FROM pg_stat_replication
@@ -92,22 +93,23 @@ _STANDBYS = text(
 
 
 def autovacuum(subject: Subject) -> Iterator[Finding]:
-    """Of the outbox: is it on, and does it come?"""
+    """Whether autovacuum is on for the outbox, and keeps up."""
     name = relation_name(subject.tables.outbox)
     row = subject.session.execute(_VACUUMS, {"relation": name}).one()
     last = f"{ago(row.seconds)} ago" if row.seconds is not None else "never"
-    evidence = f"{name}: {row.dead:,} dead rows, {row.size}; vacuumed by itself {row.times:,} times, last {last}"
+    ran = f"autovacuum ran {count_of(row.times, 'time')}, last {last}"
+    evidence = f"{name}: {count_of(row.dead, 'dead row')}, {row.size}; {ran}"
     if not row.is_on_everywhere:
         yield problem(
-            f"autovacuum, or track_counts without which it does nothing, is off on this server; {evidence}",
+            f"autovacuum is off on this server (or track_counts, without which it does nothing); {evidence}",
             "ALTER SYSTEM SET autovacuum = on; ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();",
         )
     elif not row.is_on:
         yield problem(f"autovacuum is off for {name}; {evidence}", f"ALTER TABLE {name} RESET (autovacuum_enabled);")
     elif row.dead > _OVERDUE * row.due_at and (row.seconds is None or row.seconds > _OVERDUE_SECONDS):
         yield warning(
-            f"autovacuum is far behind, or clears nothing away; {evidence}",
-            f"see what holds it back (horizon); VACUUM {name}; more autovacuum_max_workers",
+            f"autovacuum is far behind, or cannot remove dead rows; {evidence}",
+            f"see what holds it back (horizon), raise autovacuum_max_workers, or now: VACUUM {name};",
         )
     else:
         yield ok(evidence)
@@ -116,7 +118,7 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
 def horizon(
     subject: Subject, seconds: float = _PATIENCE_SECONDS, transaction_ids: int = _PATIENCE_IDS
 ) -> Iterator[Finding]:
-    """Who keeps dead rows from being cleared away, each by name."""
+    """Every transaction, slot and standby that keeps vacuum from removing dead rows."""
     found = [
         *_open_transactions(subject, seconds, transaction_ids),
         *_prepared_transactions(subject, seconds),
@@ -126,11 +128,11 @@ def horizon(
     yield from found
     if not subject.session.scalar(_SEES_ALL):
         yield unseen(
-            "since when transactions of other roles are open; what else holds back the vacuum was looked at",
+            "how long transactions of other roles have been open is not visible to this role; the rest was checked",
             f"GRANT pg_read_all_stats TO {subject.role};",
         )
     elif not found:
-        yield ok(f"nobody has held back the vacuum for longer than {ago(seconds)}")
+        yield ok(f"nothing has held back vacuum for longer than {ago(seconds)}")
 
 
 def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -> Iterator[Finding]:
@@ -138,9 +140,9 @@ def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -
         who = ", ".join(filter(None, (row.role, row.program, row.state)))
         since = f"for {ago(row.seconds)}" if row.seconds is not None else f"since {row.age:,} transactions ago"
         yield warning(
-            f"process {row.pid} ({who}) has a transaction open {since}: nothing that was deleted "
-            "meanwhile is cleared away",
-            f"end it, or SELECT pg_terminate_backend({row.pid}); against the next one: ALTER ROLE {row.role} SET "
+            f"process {row.pid} ({who}) has had a transaction open {since}: rows that were deleted since then cannot "
+            "be removed",
+            f"end it, or: SELECT pg_terminate_backend({row.pid}); to prevent the next one: ALTER ROLE {row.role} SET "
             "idle_in_transaction_session_timeout = '1min';",
         )
 
@@ -148,27 +150,25 @@ def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -
 def _prepared_transactions(subject: Subject, seconds: float) -> Iterator[Finding]:
     for row in subject.session.execute(_PREPARED, {"seconds": seconds}):
         yield problem(
-            f"the transaction {row.gid} of {row.role} was prepared {ago(row.seconds)} ago and never ended: nothing "
-            "that was deleted since is cleared away, also after a restart",
+            f"the transaction {row.gid} of {row.role} was prepared {ago(row.seconds)} ago and not ended: rows that "
+            "were deleted since then cannot be removed, not even after a restart",
             f"COMMIT PREPARED {row.gid}; or ROLLBACK PREPARED {row.gid};",
         )
 
 
 def _slots(subject: Subject, transaction_ids: int) -> Iterator[Finding]:
     for row in subject.session.execute(_SLOTS, {"ids": transaction_ids}):
-        held = f"holds back the vacuum by {row.age:,} transactions" if (row.age or 0) > transaction_ids else ""
-        idle = (
-            "" if row.active else f"is read by nobody and keeps {row.kept} of write-ahead log, until the disk is full"
-        )
+        held = f"holds back vacuum by {count_of(row.age, 'transaction')}" if (row.age or 0) > transaction_ids else ""
+        idle = "" if row.active else f"has no reader and keeps {row.kept} of write-ahead log, until the disk is full"
         yield warning(
             f"the replication slot {row.name} {' and '.join(filter(None, (held, idle)))}",
-            f"start its standby or subscriber; if that is gone: SELECT pg_drop_replication_slot({row.name});",
+            f"start its standby or subscriber; if there is none any more: SELECT pg_drop_replication_slot({row.name});",
         )
 
 
 def _standbys(subject: Subject, transaction_ids: int) -> Iterator[Finding]:
     for row in subject.session.execute(_STANDBYS, {"ids": transaction_ids}):
         yield warning(
-            f"a query on the standby {row.name or row.pid} holds back the vacuum by {row.age:,} transactions",
-            "end it there, or hot_standby_feedback = off on that standby",
+            f"a query on the standby {row.name or row.pid} holds back vacuum by {count_of(row.age, 'transaction')}",
+            "end the query there, or set hot_standby_feedback = off on that standby",
         )

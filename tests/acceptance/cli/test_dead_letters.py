@@ -65,7 +65,7 @@ def test_discarded_its_payment_is_waived(database_url: str, shop: Shop) -> None:
     event = shop.dead_letter(payment, reason="payment_mismatch")
     told = decide(database_url, "discard", str(event), *WHO)
     assert "never given       49.90 EUR" in told.stdout
-    assert "1 dead letter(s) discarded; 49.90 EUR waived." in told.stdout
+    assert "1 dead letter discarded. 49.90 EUR waived: nothing is given for it." in told.stdout
     audit = finish("audit", "--json", url=database_url)
     assert (audit.code, audit.object["counts"]["waived"]) == (0, 1)
     assert shop.count("outbox") == 0
@@ -196,7 +196,7 @@ def test_a_reason_that_nothing_dies_of(verb: str, database_url: str, shop: Shop)
 
 
 def test_an_event_without_a_letter(database_url: str) -> None:
-    assert "No dead letter of" in decide(database_url, "requeue", str(uuid4()), *WHO, code=1).stderr
+    assert "no dead letter of" in decide(database_url, "requeue", str(uuid4()), *WHO, code=1).stderr
 
 
 def test_nothing_to_decide(database_url: str) -> None:

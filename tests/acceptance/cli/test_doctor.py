@@ -105,7 +105,7 @@ def test_all_is_well_and_nothing_is_written(durable: Site) -> None:
     assert verdicts(examined(url)) == {"grants": "warning"}
     shown = finish_on_terminal("doctor", url=url)
     assert all(len(line) <= 80 for line in shown.splitlines()), shown
-    assert "0 problem(s), 1 warning(s)." in shown
+    assert "0 problems, 1 warning." in shown
     assert "\n        " in shown, "evidence is folded"
     assert re.search(r"^ +→ ", shown, re.MULTILINE), "each remedy begins a line"
 
@@ -189,7 +189,7 @@ def test_autovacuum_of_the_server(durable: Site) -> None:
         eventually(lambda: shop.scalar(ran), "it came by itself")
     (found,) = examined(url)["autovacuum"]
     assert found["verdict"] == "ok"
-    assert not re.search("by itself 0 times|never", found["evidence"])
+    assert not re.search("ran 0 times|never", found["evidence"])
 
 
 def horizon_of(site: Site, **patience: Any) -> list[Finding]:
@@ -253,7 +253,7 @@ def test_a_standby_that_holds_it_back(durable: Site) -> None:
         assert [each.verdict for each in horizon_of(durable)] == ["ok"], "by no more than is usual"
         (found,) = horizon_of(durable, transaction_ids=0)
     assert found.verdict == "warning"
-    assert re.search(r"'fed' holds back the vacuum by \d+ transactions$", found.evidence)
+    assert re.search(r"'fed' holds back vacuum by \d+ transactions?$", found.evidence)
 
 
 def test_what_one_process_holds(premises: Premises) -> None:

@@ -38,7 +38,7 @@ def test_a_duplicate_is_listed_until_it_is_refunded(database_url: str, shop: Sho
     assert entry["held_by"] == str(first.id)
     assert str(entry["held_since"]).endswith("Z")
     shown = finish("duplicates", "list", url=database_url).stdout
-    assert "1 payment(s) to be refunded: 39.90 EUR." in shown
+    assert "1 payment to refund: 39.90 EUR." in shown
     shop.set_status(second, "refunded")
     assert listed(database_url) == {}
     assert "Nobody has paid twice" in finish("duplicates", "list", url=database_url).stdout
@@ -53,7 +53,7 @@ def test_who_is_to_get_the_pair_is_not_paid_back(database_url: str, shop: Shop) 
     assert (found["count"], found["owed_back"], found["duplicates"]) == (0, {}, [])
     assert [each["payment"]["payment_id"] for each in found["not_owed_back"]] == [str(second.id)]
     shown = finish("duplicates", "list", url=database_url).stdout
-    assert "1 more not to be refunded" in shown
+    assert "Do not refund 1 other payment" in shown
     assert "Nobody has paid twice" in shown
     assert finish("duplicates", "list", "--csv", url=database_url).stdout.count("\n") == 1
     shop.refund(first)
@@ -110,5 +110,5 @@ def test_none_and_a_hundred_thousand(database_url: str, shop: Shop) -> None:
     shop.rows("ANALYZE")
     shown = finish_on_terminal("duplicates", "list", "--limit", "2", url=database_url)
     assert all(len(line) <= 80 for line in shown.splitlines())
-    assert "100,000 payment(s) to be refunded: 1,000,000.00 EUR." in shown
+    assert "100,000 payments to refund: 1,000,000.00 EUR." in shown
     assert finish("duplicates", "list", "--csv", url=database_url).stdout.count("\n") == 100_001

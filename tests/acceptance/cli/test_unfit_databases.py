@@ -216,7 +216,7 @@ def test_who_only_looks_needs_to_read_and_no_more(command: str, role: str, datab
 
 def test_migrate_as_the_workers_role(role: str, database_url: str) -> None:
     url = url_of(database_url, username=role, password="right")  # noqa: S106
-    fails(78, "permission denied", "migrate runs as the owner of the tables", done=finish("migrate", url=url))
+    fails(78, "permission denied", "as the owner of the tables", done=finish("migrate", url=url))
 
 
 def test_an_empty_outbox_is_not_late(database_url: str, shop: Shop) -> None:

@@ -70,7 +70,7 @@ def test_a_deadly_event_is_buried_and_its_neighbours_are_settled(workers: int, d
         for supervisor in crew:
             supervisor.__exit__()
     letter = shop.letter_of(event)
-    assert (letter.reason, letter.detail) == ("crashed_worker", "3 workers died of it")
+    assert (letter.reason, letter.detail) == ("crashed_worker", "3 workers died while they handled it")
     assert shop.count("purchases") == 220
     assert all(shop.outcome_of(each) == "created" for each in before)
     deaths = sum(supervisor.deaths for supervisor in crew)

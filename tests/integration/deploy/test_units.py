@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from outbox_worker.daemon.supervision import STEP_DEADLINES
-from outbox_worker.settings import Settings, load_settings
+from outbox_worker.settings import Settings
 from tests.support import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -93,15 +93,3 @@ def test_the_service_waits_longer_than_a_step_may_take() -> None:
     assert float(service["TimeoutStopSec"]) > 2 * deadline
     assert (service["Type"], service["RestartPreventExitStatus"]) == ("notify", "78")
     assert parser["Unit"]["StartLimitIntervalSec"] == "0"
-
-
-def test_the_sample_of_settings_can_be_used(tmp_path: Path) -> None:
-    sample = (DEPLOY / "outbox-worker.toml").read_text()
-    path = tmp_path / "worker.toml"
-    path.write_text(sample)
-    load_settings(config=path)
-    path.write_text(re.sub(r"^# (?=[a-z_]+ =|\[)", "", sample, flags=re.MULTILINE))
-    read = load_settings(config=path)
-    assert read.tables == {"payments": "billing.payment"}
-    defaults = {name: field.default for name, field in Settings.model_fields.items()}
-    assert all(getattr(read, name) == defaults[name] for name in read.model_fields_set - {"config", "tables"})

@@ -125,7 +125,7 @@ def test_the_lock_is_in_force_and_what_stands_in_the_way_of_the_index(look: Look
     for payment in payments:
         shop.purchase(payment)
         shop.purchase(None, *payment.pair, active=False)
-    blind = only(look("guard"), Severity.WARNING, "is not covered")
+    blind = only(look("guard"), Severity.WARNING, "can create duplicates")
     assert blind.remedy == "outbox-worker migrate --with unique_index"
     for payment in payments:
         shop.purchase(None, *payment.pair)
@@ -230,7 +230,7 @@ def test_who_hears_of_events(look: Look, make_url: Callable[[str | None], str]) 
     url = {"database_url": settings.database_url}
     only(look("notify", told, with_settings=url), Severity.OK, "hear of events")
     pooled = url | {"pooler": "transaction"}
-    only(look("notify", told, with_settings=pooled), Severity.WARNING, "nobody hears it")
+    only(look("notify", told, with_settings=pooled), Severity.WARNING, "do not hear it")
     past = pooled | {"listen_database_url": settings.database_url}
     only(look("notify", told, with_settings=past), Severity.OK, "hear of events")
     elsewhere = load_settings(listen_database_url=make_url(None)).listen_database_url
@@ -244,7 +244,7 @@ def test_a_backfill_by_hand(look: Look, database: Database, tables: Tables, sett
     found = only(look("backfill"), Severity.WARNING, "none was completed")
     assert "backfill --dry-run" in found.remedy
     only(look("backfill", with_settings={"backfill_every_seconds": 0}), Severity.OK, "switched off")
-    work = Backfill(database, tables, settings.retry_policy, Request(actor="ann"))
+    work = Backfill.start(database, tables, settings.retry_policy, Request(actor="ann"))
     work.look(lambda *_: True)
     work.make(lambda *_: True)
     only(look("backfill"), Severity.OK, "by hand")
@@ -335,18 +335,19 @@ def test_rows_that_are_seen_and_never_claimed(look: Look, shop: Shop, guest: Cle
 
 def test_poolers_that_are_not_there(look: Look) -> None:
     only(look("pooler"), Severity.OK, "none")
-    only(look("pooler", with_settings={"pooler": "transaction"}), Severity.WARNING, "nothing is prepared")
+    only(look("pooler", with_settings={"pooler": "transaction"}), Severity.WARNING, "no statements are prepared")
 
 
 def test_room_for_connections(look: Look, shop: Shop, clerk: Clerk) -> None:
     clerk.grant("SELECT", "backfill_runs")
-    found = only(look("connections", clerk.database), Severity.OK, "1 worker(s)")
+    found = only(look("connections", clerk.database), Severity.OK, "1 worker x")
     assert "(1 for claims + 1 for chores + 1 for backfills + 0 to listen) = 3" in found.evidence
     clerk.shop_rows("ALTER ROLE {role} CONNECTION LIMIT 5")
     only(look("connections", clerk.database), Severity.WARNING, "at most 5 by CONNECTION LIMIT")
     many = {"concurrency": 4, "backfill_every_seconds": 0}
     only(look("connections", clerk.database, with_settings=many), Severity.WARNING, "= 5")
-    only(look("connections", clerk.database, with_settings=many | {"concurrency": 5}), Severity.PROBLEM, "= 6")
+    found = only(look("connections", clerk.database, with_settings=many | {"concurrency": 5}), Severity.PROBLEM, "= 6")
+    assert remedies([found]) == [f"ALTER ROLE {clerk.role} CONNECTION LIMIT -1;"]
     only(look("connections", clerk.database, with_settings={"pooler": "transaction"}), Severity.OK, "pooler")
     for seen in ("0 seconds", "10 seconds", "1 hour"):
         shop.rows(
@@ -354,7 +355,7 @@ def test_room_for_connections(look: Look, shop: Shop, clerk: Clerk) -> None:
             " VALUES (gen_random_uuid(), 'elsewhere', 1, '1', 'index', clock_timestamp() - CAST(%s AS interval))",
             seen,
         )
-    only(look("connections", clerk.database), Severity.PROBLEM, "2 worker(s)")
+    only(look("connections", clerk.database), Severity.PROBLEM, "2 workers x")
 
 
 def test_others_take_room(look: Look, connect: Connect, make_url: Callable[[str | None], str]) -> None:

@@ -53,7 +53,7 @@ def only(found: Explanation) -> PaymentStory:
 
 def foretold(found: Explanation, event_id: UUID) -> Prediction:
     """What is foretold of an event, the same wherever it is told."""
-    prospects = [each for story in found.stories for each in story.prospects if each.event_id == event_id]
+    prospects = [each for story in found.stories for each in story.predictions if each.event_id == event_id]
     assert prospects, found
     assert all(each == prospects[0] for each in prospects)
     return prospects[0]
@@ -142,24 +142,24 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     """Only where nothing explains the payment; under the id that the backfill's mark has."""
     owed, twin, waiting, held = shop.payment(ago="2 hours"), shop.payment(), shop.paid()[0], shop.payment()
     shop.purchase(None, *held.pair)
-    (prospect,) = only(ask(owed.id)).prospects
+    (prospect,) = only(ask(owed.id)).predictions
     assert prospect == Prediction(
         backfill_event_id(owed.id), "PURCHASE_BACKFILLED", Occasion.BACKFILL, Verdict(Outcome.CREATED, writes=True)
     )
     assert only(ask(owed.id)).kind is PaymentClass.UNEXPLAINED
     shop.mark(backfill_event_id(twin.id), "created", twin.id, "PURCHASE_BACKFILLED")
-    assert [each.verdict.outcome for each in only(ask(twin.id)).prospects] == ["recovered"]
+    assert [each.verdict.outcome for each in only(ask(twin.id)).predictions] == ["recovered"]
     shop.purchase(twin)
-    assert only(ask(twin.id)).prospects == [], "nobody delivers what a backfill has marked"
-    assert [each.occasion for each in only(ask(waiting.id)).prospects] == [Occasion.DUE]
-    assert only(ask(held.id)).prospects == []
+    assert only(ask(twin.id)).predictions == [], "nobody delivers what a backfill has marked"
+    assert [each.occasion for each in only(ask(waiting.id)).predictions] == [Occasion.DUE]
+    assert only(ask(held.id)).predictions == []
     assert only(ask(held.id)).kind is PaymentClass.DUPLICATE
 
 
 def test_of_several_that_are_owed_by_one_pair_a_backfill_takes_the_oldest(shop: Shop, ask: Ask) -> None:
     young = shop.payment(ago="1 hour")
     old = shop.payment("succeeded", *young.pair, ago="2 hours")
-    (first,), (second,) = only(ask(old.id)).prospects, only(ask(young.id)).prospects
+    (first,), (second,) = only(ask(old.id)).predictions, only(ask(young.id)).predictions
     assert (first.verdict.outcome, first.verdict.detail) == ("created", "")
     assert (second.verdict.outcome, second.verdict.rule) == ("duplicate_payment", 8)
     assert str(old.id) in second.verdict.detail
@@ -250,7 +250,7 @@ def test_the_story_of_a_dead_letter(shop: Shop, ask: Ask, database: Database, ta
         ("event buried", (7,)),
         ("dead letter discarded", ()),
     ]
-    assert told[2].detail == "payment_not_succeeded: not yet (10 attempt(s))"
+    assert told[2].detail == "payment_not_succeeded: not yet (10 attempts)"
     assert told[3].detail == "by ann, of finance: because they said so, 2026-01-01 00:00:00.000Z: yes"
     assert told[3].at == shop.scalar("SELECT date_trunc('milliseconds', resolved_at) FROM dead_letters")
 
@@ -264,7 +264,7 @@ def test_the_story_of_one_who_paid_twice(shop: Shop, ask: Ask, processor: Probed
     assert story.payment_id == second.id
     assert story.kind is PaymentClass.DUPLICATE
     assert [each.detail for each in story.timeline if each.what == "purchase made"] == [
-        f"of payment {first.id}: it holds the pair"
+        f"of payment {first.id}: it already gives the student this course"
     ]
     refund = shop.refund(first)
     happened(processor)
@@ -299,7 +299,7 @@ def test_students_that_are_known_by_something_else(kind: str, shop: Shop, ask: A
         " VALUES ('7', gen_random_uuid(), 1, 'EUR', 'succeeded') RETURNING id"
     )
     assert only(ask("7")).payment_id == payment_id
-    assert [each.occasion for each in only(ask("7")).prospects] == [Occasion.BACKFILL]
+    assert [each.occasion for each in only(ask("7")).predictions] == [Occasion.BACKFILL]
     for unknown in ("8", "seven", uuid4(), "", "\N{SNOWMAN}", "9" * 40):
         with pytest.raises(Refused, match="no event, payment, purchase or student has this id"):
             ask(unknown)
@@ -347,7 +347,7 @@ def test_an_event_that_names_no_payment(column: str, shop: Shop, ask: Ask) -> No
     )[0].event_id
     story = only(ask(event))
     assert (story.payment_id, story.payment) == (None, None)
-    assert [each.verdict.rule for each in story.prospects] == [2]
+    assert [each.verdict.rule for each in story.predictions] == [2]
 
 
 def test_a_payment_that_only_an_event_names(shop: Shop, ask: Ask) -> None:
@@ -357,7 +357,7 @@ def test_a_payment_that_only_an_event_names(shop: Shop, ask: Ask) -> None:
     for asked in (event, payment.id, str(payment.id).upper()):
         story = only(ask(asked))
         assert (story.payment_id, story.payment, story.kind) == (payment.id, None, None)
-        assert [each.verdict.rule for each in story.prospects] == [5]
+        assert [each.verdict.rule for each in story.predictions] == [5]
 
 
 def test_times_that_no_client_can_read(shop: Shop, ask: Ask) -> None:

@@ -185,7 +185,7 @@ def found(payment: Payment) -> FoundPayment:
 
 def test_the_index_may_vanish_on_the_way(database: Database, tables: Tables, settings: Settings, shop: Shop) -> None:
     owed = [found(shop.payment()) for _ in range(3)]
-    repairs = OwedPurchases(database, tables, settings.retry_policy, GuardWatch(tables.purchases, lambda _: None))
+    repairs = OwedPurchases.start(database, tables, settings.retry_policy, GuardWatch(tables.purchases, lambda _: None))
     shop.rows("DROP INDEX purchases_active_student_course_key")
     (made,) = repairs.make(owed, lambda *_: None)
     assert len(made.created) == 3

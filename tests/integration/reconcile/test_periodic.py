@@ -16,7 +16,7 @@ from outbox_worker.model import PaymentTotals
 from outbox_worker.reconcile import periodic, scan
 from outbox_worker.reconcile.backfill import Backfill, Request
 from outbox_worker.reconcile.periodic import PeriodicBackfill
-from outbox_worker.reconcile.scan import PaymentScan
+from outbox_worker.reconcile.scan import PaymentScan, ScanLimits
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 from outbox_worker.store import backfill_runs as runs
@@ -59,7 +59,7 @@ def told(records: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
 
 
 def backfill_by_hand(database: Database, tables: Tables, settings: Settings, **asked: Any) -> None:
-    work = Backfill(database, tables, settings.retry_policy, Request(actor="somebody", **asked))
+    work = Backfill.start(database, tables, settings.retry_policy, Request(actor="somebody", **asked))
     work.look(lambda *_: True)
     work.make(lambda *_: True)
 
@@ -161,7 +161,7 @@ def test_far_more_than_the_fuse_is_counted_not_listed(
 ) -> None:
     """Pairs that were paid often: a list that was cut looks as if less was owed."""
     monkeypatch.setattr(periodic, "FUSE", 2)
-    monkeypatch.setattr(periodic, "_PORTION", 2)
+    monkeypatch.setattr(periodic, "_LIMITS", ScanLimits(portion=2))
     monkeypatch.setattr(scan, "PAGE_FIRST", 2)
     backfill_by_hand(database, tables, settings)
     like = shop.payment(ago="30 minutes")

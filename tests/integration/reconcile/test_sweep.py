@@ -14,7 +14,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.statements import Statement
 from outbox_worker.reconcile import scan
 from outbox_worker.reconcile.audit import Audit
-from outbox_worker.reconcile.scan import PaymentScan, ScanRange, plans
+from outbox_worker.reconcile.scan import PaymentScan, ScanLimits, ScanPaths, ScanRange, plans
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.payment_classes import PaymentClass, page_statement, portion_statement
 from tests.support.factories import Payment, Shop
@@ -39,6 +39,14 @@ def far_away() -> datetime:
     return datetime.now(UTC) + timedelta(days=1)
 
 
+def begin_scan(
+    database: Database, tables: Tables, span: ScanRange, lists: int | None = None, **limits: int
+) -> PaymentScan:
+    with database.transaction() as session:
+        paths = ScanPaths.read(session, tables)
+    return PaymentScan(database, tables, paths, span, limits=ScanLimits(**limits), lists=lists)
+
+
 def one_of_each(shop: Shop, ago: str = "0 seconds") -> dict[str, Payment]:
     """A payment of every class, and of some that are not standing."""
     found = {
@@ -60,7 +68,7 @@ def one_of_each(shop: Shop, ago: str = "0 seconds") -> dict[str, Payment]:
 def test_each_is_of_its_class(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     """One by one, ten of each, in pages of two: nothing is left out at an edge, nothing counted twice."""
     kinds = [one_of_each(shop, ago="0 seconds" if turn % 2 else "2 hours") for turn in range(10)]
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=2)
+    looked = begin_scan(database, tables, ScanRange(None, far_away()), page_max=2)
     assert looked.order == (("id",) if order == "id" else ("created_at", "id"))
     assert looked.run(always)
     assert looked.totals.counts == dict.fromkeys(PaymentClass, 10)
@@ -78,7 +86,7 @@ def test_pages_fit_together(
     for _ in range(payments):
         shop.payment()
     shop.rows("UPDATE payments SET created_at = '2026-01-01'")
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=page)
+    looked = begin_scan(database, tables, ScanRange(None, far_away()), page_max=page)
     assert (looked.run(always), looked.order[0]) == (True, order)
     assert (looked.totals.passed, looked.totals.counts[PaymentClass.UNEXPLAINED]) == (payments, payments)
     assert len({each.payment_id for each in looked.totals.unexplained}) == payments
@@ -88,12 +96,12 @@ def test_a_sweep_goes_on_behind_a_place(order: str, database: Database, tables: 
     for turn in range(9):
         shop.payment(ago=f"{turn} hours")
     span = ScanRange(None, far_away())
-    whole = PaymentScan(database, tables, span)
+    whole = begin_scan(database, tables, span)
     whole.run(always)
     found = sorted(whole.totals.unexplained, key=lambda each: tuple(whole.cursor_of(each)))
     if order == "created_at":
         assert found == sorted(found, key=lambda each: each.age)
-    rest = PaymentScan(database, tables, span, page_max=2)
+    rest = begin_scan(database, tables, span, page_max=2)
     rest.run(always, whole.cursor_of(found[3]))
     assert {each.payment_id for each in rest.totals.unexplained} == {each.payment_id for each in found[4:]}
 
@@ -102,7 +110,7 @@ def test_a_span_begins_with_since_and_ends_before(order: str, database: Database
     for moment in ("09:59:59.999999", "10:00:00", "10:59:59.999999", "11:00:00"):
         shop.rows("UPDATE payments SET created_at = %s WHERE id = %s", f"2026-05-01 {moment}+00", shop.payment().id)
     at = datetime(2026, 5, 1, 10, tzinfo=UTC)
-    looked = PaymentScan(database, tables, ScanRange(at, at + timedelta(hours=1)))
+    looked = begin_scan(database, tables, ScanRange(at, at + timedelta(hours=1)))
     looked.run(always)
     assert sorted(each.created_at.microsecond for each in looked.totals.unexplained if each.created_at) == [0, 999999]
     assert looked.totals.recent.count == 2
@@ -112,7 +120,7 @@ def test_a_span_begins_with_since_and_ends_before(order: str, database: Database
 def test_times_that_no_client_reads(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     for moment in ("-infinity", "4000-01-01 BC", "infinity"):
         shop.rows("UPDATE payments SET created_at = %s WHERE id = %s", moment, shop.payment().id)
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=1)
+    looked = begin_scan(database, tables, ScanRange(None, far_away()), page_max=1)
     looked.run(always)
     assert looked.order[0] == order
     assert [each.created_at for each in looked.totals.unexplained] == [None, None]
@@ -120,10 +128,10 @@ def test_times_that_no_client_reads(order: str, database: Database, tables: Tabl
 
 def test_payments_that_come_later_are_not_judged(database: Database, tables: Tables, shop: Shop) -> None:
     shop.payment()
-    audit = Audit(database, tables)
+    audit = Audit.start(database, tables)
     shop.payment()
     assert len(audit.run().unexplained) == 1
-    assert len(Audit(database, tables).run().unexplained) == 2
+    assert len(Audit.start(database, tables).run().unexplained) == 2
 
 
 def test_an_explained_page_does_not_touch_the_outbox(
@@ -137,12 +145,12 @@ def test_an_explained_page_does_not_touch_the_outbox(
     )
     other = connect()
     other.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()))
+    looked = begin_scan(database, tables, ScanRange(None, far_away()))
     assert looked.run(always)
     assert looked.totals.counts[PaymentClass.ACTIVE] == 300
     shop.payment()
     with pytest.raises(Exception, match="lock timeout"):
-        PaymentScan(database, tables, ScanRange(None, far_away())).run(always)
+        begin_scan(database, tables, ScanRange(None, far_away())).run(always)
 
 
 # --- plans
@@ -230,7 +238,7 @@ def test_without_indexes_tables_are_hashed_not_read_per_payment(
     statement = Statement(page_statement(tables, ("id",), by_index=False, is_first=True))
     found = executed(make_database(deadline_seconds=60), statement, {"limit": 3_000}, by_index=False)
     assert all(node["Actual Loops"] == 1 for node in scans(found, "purchases"))
-    looked = PaymentScan(make_database(deadline_seconds=60), tables, ScanRange(None, far_away()))
+    looked = begin_scan(make_database(deadline_seconds=60), tables, ScanRange(None, far_away()))
     looked.run(always)
     assert (looked.totals.counts[PaymentClass.ACTIVE], looked.totals.counts[PaymentClass.IN_FLIGHT]) == (1000, 2000)
 
@@ -256,7 +264,7 @@ def test_a_statement_that_takes_too_long_is_repeated_with_half_as_much(
 ) -> None:
     shop.pay_many(300)
     make_slow(shop, 5)
-    looked = PaymentScan(make_database(deadline_seconds=0.8), tables, ScanRange(None, far_away()))
+    looked = begin_scan(make_database(deadline_seconds=0.8), tables, ScanRange(None, far_away()))
     sizes: list[int] = []
     assert looked.run(lambda passed, _: not sizes.append(passed))  # type: ignore[func-returns-value]
     assert looked.totals.counts[PaymentClass.IN_FLIGHT] == 300
@@ -271,7 +279,7 @@ def test_what_is_too_slow_alone_is_an_error(
     shop.pay_many(5)
     make_slow(shop, 500)
     with pytest.raises(Exception, match="statement timeout"):
-        PaymentScan(make_database(deadline_seconds=0.3), tables, ScanRange(None, far_away()), page_max=4).run(always)
+        begin_scan(make_database(deadline_seconds=0.3), tables, ScanRange(None, far_away()), page_max=4).run(always)
 
 
 def test_a_page_follows_its_time() -> None:
@@ -285,7 +293,7 @@ def test_a_page_follows_its_time() -> None:
 
 def test_a_sweep_ends_when_it_is_told_to(database: Database, tables: Tables, shop: Shop) -> None:
     shop.pay_many(10)
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()), page_max=2)
+    looked = begin_scan(database, tables, ScanRange(None, far_away()), page_max=2)
     assert not looked.run(lambda passed, _: passed < 4)
     assert looked.totals.passed == 4
 
@@ -296,7 +304,7 @@ def test_the_list_is_bounded_where_that_is_wished(
     for _ in range(30):
         shop.payment()
     monkeypatch.setattr(scan, "PAGE_FIRST", 5)
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()), lists=7, page_max=5, portion=5)
+    looked = begin_scan(database, tables, ScanRange(None, far_away()), lists=7, page_max=5, portion=5)
     looked.run(always)
     assert looked.totals.counts[PaymentClass.UNEXPLAINED] == 30
     assert 7 < len(looked.totals.unexplained) < 30
@@ -306,6 +314,6 @@ def test_the_list_is_bounded_where_that_is_wished(
 def test_the_estimate_is_about_right(order: str, database: Database, tables: Tables, shop: Shop) -> None:
     shop.pay_many(1000)
     shop.rows("ANALYZE payments")
-    looked = PaymentScan(database, tables, ScanRange(None, far_away()))
+    looked = begin_scan(database, tables, ScanRange(None, far_away()))
     assert looked.order[0] == order
     assert looked.estimate() == pytest.approx(1000, rel=0.1)

@@ -29,7 +29,6 @@ from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import Telemetry
-from tests.support import servers
 from tests.support.factories import ABSENT, Shop, drain_all, make_payments
 
 MAPPINGS: dict[str, dict[str, Any]] = {
@@ -113,7 +112,7 @@ class Site:
         )
 
     def audit(self) -> dict[PaymentClass, int]:
-        return Audit(self.database, self.tables).run().counts
+        return Audit.start(self.database, self.tables).run().counts
 
     def why(self, asked: object) -> Explanation:
         with self.database.snapshot() as session:
@@ -121,7 +120,7 @@ class Site:
 
     def backfill(self) -> Backfill:
         request = Request(actor="somebody", older_than=timedelta(0))
-        return Backfill(self.database, self.tables, self.settings.retry_policy, request)
+        return Backfill.start(self.database, self.tables, self.settings.retry_policy, request)
 
     def take_over(self, other: Site) -> None:
         """Copy every row of another site."""
@@ -214,7 +213,7 @@ def write_the_past(shop: Shop) -> None:
 def settled(make_site: Sites, request: pytest.FixtureRequest) -> tuple[Site, Site, Counter[Outcome], Counter[Outcome]]:
     """The same past, settled under our names and under others."""
     plain = make_site()
-    with psycopg.connect(servers.libpq(plain.settings.url.render_as_string(False)), autocommit=True) as connection:
+    with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         write_the_past(Shop(connection))
     mapped = make_site(**MAPPINGS[request.param])
     mapped.take_over(plain)
@@ -237,7 +236,7 @@ def test_other_names_same_results(settled: tuple[Site, Site, Counter[Outcome], C
 def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None:
     """Of waiting events, of dead letters, of marks."""
     plain, mapped = make_site(), make_site(**MAPPINGS[name])
-    with psycopg.connect(servers.libpq(plain.settings.url.render_as_string(False)), autocommit=True) as connection:
+    with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         write_the_past(Shop(connection))
     asked = [row["event_id"] for row in plain.rows("outbox")[::3]]
     for _ in range(2):
@@ -252,7 +251,7 @@ def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None
 def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> None:
     """What is found, what is made, and how it goes on where it was killed."""
     plain, mapped = make_site(), make_site(**MAPPINGS[name])
-    with psycopg.connect(servers.libpq(plain.settings.url.render_as_string(False)), autocommit=True) as connection:
+    with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         write_the_past(Shop(connection))
         Shop(connection).rows("DELETE FROM outbox WHERE id % 3 = 0")
     mapped.take_over(plain)
@@ -273,7 +272,7 @@ def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> No
 def test_a_fallback_in_the_middle_works_under_other_names(make_site: Sites, both_guards: str) -> None:
     """The index is gone and the worker has not noticed: 42P10 is met with mapped names in hand."""
     plain, mapped = make_site(), make_site(**MAPPINGS["sample"])
-    with psycopg.connect(servers.libpq(plain.settings.url.render_as_string(False)), autocommit=True) as connection:
+    with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         Shop(connection).pay_many(30, pairs=10)
     mapped.take_over(plain)
     if both_guards == "index":

@@ -133,8 +133,8 @@ def watch_starts(processor: Any) -> list[Any]:
 
 def never_sweep(processor: Any) -> None:
     """The next sweep is far away: what is found now is found by the other rules."""
-    processor._pacing.swept = lambda *_: None
-    processor._pacing.frontier.sweep_due = float("inf")
+    processor._pacing.claimed_from_start = lambda *_: None
+    processor._pacing.frontier.start_due = float("inf")
 
 
 def test_what_is_behind_the_mark_waits_for_a_sweep_and_no_longer(
@@ -152,7 +152,7 @@ def test_what_is_behind_the_mark_waits_for_a_sweep_and_no_longer(
             late.commit()
         settled += processor.process_batch().outcomes()
         assert shop.outcome_of(event) is None
-    processor._pacing.frontier.sweep_due = 0.0
+    processor._pacing.frontier.start_due = 0.0
     settled += processor.process_batch().outcomes()
     assert shop.outcome_of(event) == "created", "the first look from the beginning finds it, before the backlog's rest"
     settled += drain_all(processor)

@@ -164,7 +164,7 @@ def test_the_audit_sees_what_is_in_flight(column: str, shop: Shop, database: Dat
         for text in NO_OBJECT.values():
             put(shop, column, text)
     waiting = shop.count("outbox") - (len(NO_OBJECT) if column == "text" else 0)
-    report = Audit(database, tables).run()
+    report = Audit.start(database, tables).run()
     assert report.counts["in_flight"] == waiting  # type: ignore[index]
     assert len(report.unexplained) == len(payments) - waiting
 

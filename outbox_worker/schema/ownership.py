@@ -1,0 +1,141 @@
+"""Checks that this role may do what the migrations will do: schemas and tables may belong to other roles."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Table, text
+
+from outbox_worker.schema.catalogue import notifies, pair_indexes
+from outbox_worker.schema.requirements import SchemaProblem
+from outbox_worker.schema.tables import OWNED, Tables, relation_name
+
+# what: some schemas, whose they are (public is the database owner's), and whether this role may use them and create
+# something in them; for one that is absent, whether it may create it · lock: none · index: the catalogue's own
+_SCHEMAS = text(
+    """
+    SELECT quote_ident(wanted) AS name, n.oid IS NOT NULL AS is_there, quote_ident(d.datname) AS database,
+           quote_ident(pg_get_userbyid(CASE
+               WHEN n.oid IS NULL OR pg_get_userbyid(n.nspowner) = 'pg_database_owner' THEN d.datdba
+               ELSE n.nspowner END)) AS owner,
+           quote_ident(current_user) AS me,
+           COALESCE(has_schema_privilege(n.oid, 'USAGE'), true) AS may_use,
+           COALESCE(has_schema_privilege(n.oid, 'CREATE'), has_database_privilege(d.oid, 'CREATE')) AS may_create,
+           wanted = ANY(CAST(:changed AS text[])) AS is_changed
+    FROM unnest(CAST(:schemas AS text[])) AS wanted
+    JOIN pg_database d ON d.datname = current_database()
+    LEFT JOIN pg_namespace n ON n.nspname = wanted
+    ORDER BY wanted
+    """
+)
+
+# what: a table, also in a schema that this role may not use: whose it is, what this role may do with it, whether our
+# migrations made it, its columns · lock: none · index: the catalogue's own
+_TABLE = text(
+    """
+    SELECT quote_ident(r.rolname) AS owner, r.rolsuper AS is_superusers, quote_ident(current_user) AS me,
+           pg_has_role(r.oid, 'USAGE') AS may_alter,
+           has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
+               AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AS may_write,
+           has_table_privilege(c.oid, 'TRIGGER') AS may_trigger,
+           COALESCE(obj_description(c.oid, 'pg_class') = :owned, false) AS is_ours,
+           ARRAY(SELECT CAST(a.attname AS text) FROM pg_attribute a
+                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
+    WHERE n.nspname = :schema AND c.relname = :name
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Present:
+    """A table that is there, as this role (``me``, quoted like ``owner``) finds it."""
+
+    owner: str
+    is_superusers: bool
+    me: str
+    may_alter: bool
+    may_write: bool
+    may_trigger: bool
+    is_ours: bool
+    columns: Sequence[str]
+
+
+def find_missing_rights(
+    connection: Connection, tables: Tables, versions: Table, options: Collection[str]
+) -> list[SchemaProblem]:
+    """Everything that the migrations need and this role may not use, each with its owner and a remedy."""
+    wanted = [*tables.by_role().values(), versions]
+    present = {table: row for table in wanted if (row := _present(connection, table)) is not None}
+    schemas = {str(table.schema) for table in wanted}
+    if closed := list(_closed_schemas(connection, schemas, {str(t.schema) for t in wanted if t not in present})):
+        return closed
+    altered = [table for table, row in present.items() if row.is_ours and {c.name for c in table.c} - {*row.columns}]
+    builds_index = "unique_index" in options and not pair_indexes(connection, tables.purchases)
+    builds_trigger = "notify" in options and not notifies(connection, tables.outbox)
+    built_on = [tables.purchases] * builds_index + [tables.outbox] * builds_trigger
+    return [
+        *_closed_schemas(connection, schemas, {str(table.schema) for table in built_on}),
+        *_not_alterable(present, [*altered, *([tables.purchases] if builds_index else [])]),
+        *(_no_trigger(present, tables.outbox) if builds_trigger else ()),
+        *_not_writable(present, versions),
+    ]
+
+
+def _present(connection: Connection, table: Table) -> _Present | None:
+    sought = {"schema": table.schema, "name": table.name, "owned": OWNED}
+    row = connection.execute(_TABLE, sought).one_or_none()
+    return _Present(**row._mapping) if row else None
+
+
+def _closed_schemas(
+    connection: Connection, schemas: Collection[str], changed: Collection[str]
+) -> Iterator[SchemaProblem]:
+    """Those that this role may not use, and of the ``changed`` ones those in which it may not create anything."""
+    for row in connection.execute(_SCHEMAS, {"schemas": [*schemas], "changed": [*changed]}):
+        if row.may_use and (row.may_create or not row.is_changed):
+            continue
+        as_owner = f"run migrate as {row.owner}, or as {row.owner}:"
+        if row.is_there:
+            yield SchemaProblem(
+                f"the schema {row.name} belongs to {row.owner}, and {row.me} may not create anything in it",
+                f"{as_owner} GRANT USAGE, CREATE ON SCHEMA {row.name} TO {row.me};",
+            )
+        else:
+            yield SchemaProblem(
+                f"there is no schema {row.name}, and {row.me} may not create one in the database {row.database}",
+                f"{as_owner} GRANT CREATE ON DATABASE {row.database} TO {row.me};",
+            )
+
+
+def _not_alterable(present: Mapping[Table, _Present], tables: Sequence[Table]) -> Iterator[SchemaProblem]:
+    """Only a table's owner alters it or builds an index on it."""
+    for table in dict.fromkeys(table for table in tables if table in present):
+        row, name = present[table], relation_name(table)
+        if not row.may_alter:
+            finding = f"the table {name} belongs to {row.owner}, and {row.me} may not alter it"
+            yield SchemaProblem(finding, _as_owner(row))
+
+
+def _no_trigger(present: Mapping[Table, _Present], outbox: Table) -> Iterator[SchemaProblem]:
+    row, name = present.get(outbox), relation_name(outbox)
+    if row is not None and not row.may_trigger:
+        yield SchemaProblem(
+            f"the table {name} belongs to {row.owner}, and {row.me} may not put a trigger on it",
+            f"run migrate as {row.owner}, or as {row.owner}: GRANT TRIGGER ON {name} TO {row.me};",
+        )
+
+
+def _not_writable(present: Mapping[Table, _Present], versions: Table) -> Iterator[SchemaProblem]:
+    row, name = present.get(versions), relation_name(versions)
+    if row is not None and not row.may_write:
+        finding = f"the table {name} belongs to {row.owner}, and {row.me} may not write to it"
+        grant = f"run migrate as {row.owner}, or as {row.owner}: GRANT SELECT, INSERT, UPDATE, DELETE ON {name} TO"
+        yield SchemaProblem(finding, f"{grant} {row.me};" if row.is_superusers else _as_owner(row))
+
+
+def _as_owner(row: _Present) -> str:
+    """Nobody is advised to become a superuser."""
+    run = f"run migrate as {row.owner}"
+    return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"

@@ -1,0 +1,82 @@
+"""Reports what a migration waits for: CREATE INDEX CONCURRENTLY waits for every older transaction to end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from loguru import logger
+from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy.exc import DBAPIError
+
+LOOK_SECONDS = 2.0
+"""A shorter wait is not reported."""
+REPEAT_SECONDS = 30.0
+
+# what: whose transactions a session waits for; of others' sessions state and times are hidden from ordinary roles, and
+# a prepared transaction has no session (process 0) · lock: none · index: none, a function of the server
+_BLOCKERS = text(
+    """
+    SELECT b.pid, a.usename AS user, a.application_name AS application, a.xact_start AS since, a.state
+    FROM unnest(pg_blocking_pids(:pid)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+    GROUP BY b.pid, a.usename, a.application_name, a.xact_start, a.state ORDER BY b.pid
+    """
+)
+
+
+@contextmanager
+def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
+    """While ``connection`` works inside, a thread with a connection of its own logs whose transactions it waits for."""
+    pid = connection.scalar(text("SELECT pg_backend_pid()"))
+    connection.rollback()
+    done = threading.Event()
+    watch = threading.Thread(target=_watch, args=(engine, pid, done), name="migration-waits", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watch.join()
+
+
+def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
+    """Log each transaction when it is first met, and again every ``REPEAT_SECONDS``. A look that fails is left out."""
+    logged_at: dict[int, float] = {}
+    while not done.wait(LOOK_SECONDS):
+        with suppress(DBAPIError):
+            for blocker in _blockers(engine, pid):
+                now = time.monotonic()
+                if now - logged_at.get(blocker.pid, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+                    logged_at[blocker.pid] = now
+                    _log(blocker)
+
+
+def _blockers(engine: Engine, pid: int) -> list[Row[Any]]:
+    """In a transaction that ends at once: its snapshot, too, would be waited for."""
+    with engine.connect() as connection:
+        return [*connection.execute(_BLOCKERS, {"pid": pid})]
+
+
+def _log(blocker: Row[Any]) -> None:
+    since = blocker.since and blocker.since.isoformat(timespec="seconds")
+    logger.bind(
+        event="migration_waiting",
+        pid=blocker.pid,
+        user=blocker.user,
+        application=blocker.application,
+        since=since,
+        state=blocker.state,
+    ).warning("the migration waits until {}", _described(blocker, since))
+
+
+def _described(blocker: Row[Any], since: str | None) -> str:
+    if blocker.pid == 0:
+        return "a prepared transaction ends. Look: TABLE pg_prepared_xacts"
+    return (
+        f"a transaction of process {blocker.pid} ends (user {blocker.user}, application {blocker.application or '?'}, "
+        f"{blocker.state or 'state hidden'}, open since {since or 'a time that is hidden'}). "
+        f"Look: TABLE pg_stat_activity; end it: SELECT pg_terminate_backend({blocker.pid})"
+    )
