@@ -178,11 +178,12 @@ def shop(connect: Callable[..., psycopg.Connection[Any]]) -> Shop:
 
 
 @pytest.fixture(scope="session")
-def site_template(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def site_template() -> Iterator[Site]:
     """A migrated server that does not run: to be copied."""
     given = os.environ.get("OUTBOX_TEST_PG_BIN")
     binaries = embedded.find_binaries(Path(given) if given else None)
-    made = Site(tmp_path_factory.mktemp("template") / "pg", binaries)
+    directory = servers.make_directory()
+    made = Site(directory / "pg", binaries)
     settings = load_settings(database_url=made.url("postgres"))
     database = Database(settings, deadline_seconds=None)
     migration.upgrade(database, settings, build_tables(settings), ["unique_index"])
@@ -190,16 +191,19 @@ def site_template(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made.execute(f"CREATE ROLE {ROLE} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
     made.execute("ALTER SYSTEM SET fsync = off")  # processes die here, not machines: what was written is kept
     embedded.stop_server(made.directory)
-    return made
+    yield made
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
-def site(site_template: Site, tmp_path: Path) -> Iterator[Site]:
+def site(site_template: Site) -> Iterator[Site]:
     """A migrated server of this test's own, which it may break."""
-    made = Site(tmp_path / "pg", site_template.binaries)
+    directory = servers.make_directory()
+    made = Site(directory / "pg", site_template.binaries)
     shutil.copytree(site_template.directory, made.directory)
     yield made
     embedded.stop_server(made.directory)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import secrets
 import shutil
@@ -31,7 +32,7 @@ from outbox_worker.settings import load_settings
 from tests.support.factories import Shop
 
 DOCKER_IMAGE = "postgres:18"
-QUIET = {"autovacuum_naptime": "1h", "checkpoint_timeout": "1h", "max_wal_size": "8GB"}
+QUIET = {"autovacuum_naptime": "1h", "checkpoint_timeout": "1h"}
 """Nothing goes on behind a test: each of its databases would be visited once a minute."""
 VOLATILE = "postgres -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=200"
 TEMPLATES: Mapping[str, tuple[str, ...]] = {"index": ("unique_index",), "lock": ()}
@@ -113,6 +114,13 @@ class Source(Protocol):
     def stop(self) -> None: ...
 
 
+def make_directory() -> Path:
+    """For a server; in memory if it has room: the files of a database cost a fifth there of what they do on a disk."""
+    memory = Path("/dev/shm")  # noqa: S108 - the directory inside is private
+    has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * 1024**3
+    return Path(tempfile.mkdtemp(prefix="outbox-test-", dir=memory if has_room else None))
+
+
 @dataclass
 class Given:
     url: str
@@ -169,7 +177,7 @@ class Embedded:
         return f"embedded, PostgreSQL {version.group() if version else said}, durability off ({binaries})"
 
     def start(self) -> str:
-        self.directory = Path(tempfile.mkdtemp(prefix="outbox-test-"))
+        self.directory = make_directory()
         where = embedded.ensure_server(self.directory / "pg", durable=False, bin_dir=self.bin_dir)
         query = {"host": where["host"], "port": where["port"]}
         url = URL.create("postgresql+psycopg", username=where["user"], database=where["dbname"], query=query)

@@ -27,7 +27,7 @@ ROLE = "clerk"
 _KEEPER = """
 import select, sys
 from pathlib import Path
-from outbox_worker import embedded
+from outbox_worker.embedded import server as embedded
 from outbox_worker.errors import EmbeddedServerError
 directory, binaries = map(Path, sys.argv[1:])
 while not select.select([sys.stdin], [], [], 0.2)[0]:

@@ -119,7 +119,7 @@ def test_a_write_ahead_log_that_cannot_grow(site: Site, tmp_path: Path) -> None:
     embedded.stop_server(site.directory)
     log = site.directory / "data" / "pg_wal"
     (tmp_path / "contents").mkdir()
-    log.rename(tmp_path / "contents" / "log")
+    shutil.move(log, tmp_path / "contents" / "log")
     log.symlink_to(site.directory / "small" / "log")
     with on_small_disk(site, "192m", tmp_path / "contents") as (server, disk):
         with start("run", url=server.url(ROLE), **PATIENT) as worker:
