@@ -127,7 +127,7 @@ _MEANINGS = {
     Outcome.ALREADY_EXISTS: "delivered a second time",
     Outcome.DUPLICATE_PAYMENT: "paid a second time: not granted, reported",
     Outcome.SUPPRESSED: "refunded meanwhile: not granted",
-    Outcome.REVOKED: "refunded: taken back, or given to the next payer",
+    Outcome.REVOKED: "refunded: taken back, or passed on",
     Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
     Reason.INVALID_PAYLOAD: "payload is not an object: a dead letter",
     Reason.UNSUPPORTED_EVENT_TYPE: "unknown event type: a dead letter",
