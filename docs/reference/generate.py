@@ -165,7 +165,7 @@ def commands() -> str:
         "`outbox-worker COMMAND --help` shows the same on the terminal.",
         "## Exit codes\n\n"
         + _table(["code", "meaning"], [[str(code), meaning] for code, meaning in COMMON_CODES.items()])
-        + "\n\nErrors of the program by class:\n\n"
+        + "\n\nThe classes of errors and their exit codes:\n\n"
         + _table(["error", "exit code", "meaning"], [list(row) for row in _errors()])
         + "\n\nWith `--json` a command prints one JSON object on stdout. If it fails, the object is "
         '`{"ok": false, "error": "…"}`. Log records are written to stderr.',
