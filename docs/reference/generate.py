@@ -365,7 +365,7 @@ def _described(role: str, table: Table) -> str:
     indexes = [f"- `{_indexed(each)}`" for each in sorted(table.indexes, key=lambda index: str(index.name))]
     parts = [f"## {role}", TABLES[role], _table(["column", "type", "null", "default", "key", "meaning"], rows)]
     if indexes:
-        parts.append("\n".join(["Indexes besides the keys:", "", *indexes]))
+        parts.append("\n".join(["Indexes other than those of the keys:", "", *indexes]))
     return "\n\n".join(parts)
 
 
