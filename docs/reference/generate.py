@@ -1,6 +1,6 @@
-"""Write the pages of docs/reference that the code already holds: commands, settings, metrics, tables.
+"""Write the pages of docs/reference whose facts are in the code: commands, settings, metrics and tables.
 
-``make reference`` runs it; a test fails if a committed page differs from what it would write.
+``make reference`` runs this script. A test fails if a committed page differs from what the script would write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex
 from typer.core import TyperGroup
 
-# everything that comes from the product
+# the facts on the pages come from these modules
 from outbox_worker import errors
 from outbox_worker.cli.app import app
 from outbox_worker.schema.tables import build_tables
@@ -28,112 +28,121 @@ HERE = Path(__file__).parent
 _NOTE = "<!-- Written by `make reference`; do not edit. -->"
 
 PROGRAM = "outbox-worker"
+_NOT_DECIDED = (
+    "nothing was changed, because a dead letter does not exist, was decided already, or has changed since the preview"
+)
 CODES: Mapping[str, Mapping[int, str]] = {
     "run": {
-        0: "a signal stopped it, or `--drain` settled everything that was due",
-        1: "`--drain` gave up on rows that other transactions kept locked",
-        69: "only with `--drain`: no connection; the daemon waits instead",
+        0: "a signal stopped it, or `--drain` settled all due events",
+        1: "`--drain` ended while other transactions still locked some due events",
+        69: "no connection, only with `--drain`; without `--drain` the worker waits for the database",
     },
     "healthcheck": {
-        0: "the daemon is well",
-        1: "the daemon answers that it is not, and says why",
-        69: "nobody answers within five seconds",
-        78: "there is no address to ask: `OUTBOX_HTTP_LISTEN` is `off` or has port 0",
+        0: "the worker is healthy",
+        1: "the worker answers that it is not healthy, with the reason",
+        69: "the worker does not answer within five seconds",
+        78: "the address of the worker is unknown, because `OUTBOX_HTTP_LISTEN` is `off` or has port 0",
     },
     "migrate": {
-        0: "everything is in place",
-        1: "pairs with two active purchases stand in the way of the unique index; nothing was changed",
-        78: "a table does not fit, or the role may not change the schema",
+        0: "all tables and indexes exist",
+        1: "the unique index cannot be built, because some pairs have two active purchases; nothing was changed",
+        78: "the worker cannot use an existing table, or the role may not change the schema",
     },
-    "status": {0: "shown"},
-    "audit": {0: "nothing is owed", 1: "a payment is unexplained, or a refunded one still has its course"},
-    "doctor": {0: "no problem; there may be warnings", 1: "at least one problem"},
+    "status": {0: "the status was shown"},
+    "audit": {
+        0: "no purchase is owed",
+        1: "a payment is unexplained, or a refunded payment still has an active purchase",
+    },
+    "doctor": {0: "it found no problem, but perhaps warnings", 1: "it found at least one problem"},
     "backfill": {
-        0: "nothing is owed any more",
-        1: "more is owed than `--max-repairs` (nothing was made), or a purchase could not be made",
+        0: "no purchase is owed any more",
+        1: "more purchases are owed than `--max-repairs` and none was created, or a purchase could not be created",
     },
-    "why": {0: "found", 1: "no event, payment, purchase or student has this id"},
-    "demo": {0: "proved, or interrupted", 1: "a payment stayed unexplained, or a purchase was made twice"},
-    "bench": {0: "measured", 1: "the benchmark's database holds tables of somebody else"},
-    "psql": {0: "psql ended well; otherwise the exit code is psql's own"},
-    "duplicates list": {0: "listed, also when the list is empty"},
-    "dead-letters list": {0: "listed, also when the list is empty"},
-    "dead-letters show": {0: "found", 1: "no dead letter has this id"},
-    "dead-letters requeue": {
-        0: "done",
-        1: "no such dead letter, one that is decided already, or a change since the preview; nothing was done",
+    "why": {0: "it was found", 1: "no event, payment, purchase or student has this id"},
+    "demo": {
+        0: "the audit proved every payment, or Ctrl-C ended the demonstration",
+        1: "a payment stayed unexplained, or a purchase was created twice",
     },
-    "dead-letters discard": {
-        0: "done",
-        1: "no such dead letter, one that is decided already, or a change since the preview; nothing was done",
+    "bench": {
+        0: "the measurement is complete",
+        1: "the database of the benchmark has tables that the benchmark did not create",
     },
+    "psql": {0: "psql succeeded; if psql failed, the exit code is that of psql"},
+    "duplicates list": {0: "the list was printed, even if it is empty"},
+    "dead-letters list": {0: "the list was printed, even if it is empty"},
+    "dead-letters show": {0: "the dead letter was found", 1: "no dead letter has this id"},
+    "dead-letters requeue": {0: "the events are due again", 1: _NOT_DECIDED},
+    "dead-letters discard": {0: "the dead letters are closed", 1: _NOT_DECIDED},
 }
-"""What the exit codes of each command mean beyond those that all share."""
+"""The exit codes of each command with a meaning of their own; ``COMMON_CODES`` has those of all commands."""
 
 COMMON_CODES: Mapping[int, str] = {
-    0: "fine",
-    1: "the command found something, or refused to act; also an error of ours, with the request to report it",
-    2: "wrong usage",
-    69: "no connection: host, port, password, or a server that admits nobody",
+    0: "the command succeeded",
+    1: "the command found what it looks for, or refused to act; or it failed by an error in the program, "
+    "which it asks you to report",
+    2: "the command line is wrong",
+    69: "there is no connection: host, port or password is wrong, or the server accepts no connections",
     78: "a setting, URL, table, column or privilege is wrong; the message names it and the remedy",
-    130: "interrupted (`run` and `demo` end with 0 instead)",
+    130: "Ctrl-C interrupted the command (`run` and `demo` end with 0 instead)",
 }
 
 NOTES: Mapping[str, str] = {
-    "outbox_events_total": "An event type without a handler counts as `other`.",
-    "outbox_dead_letters_total": "Counts burials; `outbox_open_dead_letters` is what is left to decide.",
-    "outbox_transactions_total": "`unknown`: the answer to COMMIT was lost.",
-    "outbox_unexplained_payments": "What the last look of a backfill left; NaN until somebody looked.",
-    "outbox_value_at_risk": "In units of the currency.",
-    "outbox_guard": "0 for the other guard.",
-    "outbox_since_poll_seconds": "Computed at each scrape.",
-    "outbox_vacuum_horizon_seconds": "As this worker saw it: the same transaction has held it for so long.",
+    "outbox_events_total": "All event types that the worker cannot handle count as `other`.",
+    "outbox_dead_letters_total": "Decided dead letters stay counted; `outbox_open_dead_letters` has the open ones.",
+    "outbox_transactions_total": "With `unknown`, the answer to COMMIT was lost.",
+    "outbox_unexplained_payments": "The number that the last backfill left; NaN before the first backfill.",
+    "outbox_value_at_risk": "The value is in units of the currency.",
+    "outbox_guard": "The guard that is not in use has 0.",
+    "outbox_since_poll_seconds": "The value is computed at each scrape.",
+    "outbox_vacuum_horizon_seconds": "The time since this worker first saw the transaction that holds vacuum back.",
 }
-"""What a reader needs to know beside the help text that is exported."""
+"""Sentences that the page adds to the exported help text of a metric."""
 
 TABLES: Mapping[str, str] = {
-    "payments": "The payments service writes it; the worker only reads it.",
-    "outbox": "What is still owed. Producers insert; the worker claims, postpones and deletes.",
-    "purchases": "The truth: an active row means that the student may use the course.",
-    "processed_events": "The marks: this event reached a final outcome.",
-    "dead_letters": "Events that wait for a person, and what that person decided.",
-    "workers": "One row per process of the last day, for `status` and for the successor of a worker that died.",
-    "backfill_runs": "What backfills looked at and made: all runs by hand, periodic ones of the last week.",
+    "payments": "The payments service writes this table; the worker only reads it.",
+    "outbox": "Events that are not settled yet. Producers insert them; the worker claims, postpones and deletes them.",
+    "purchases": "If a purchase is active, the student may use the course.",
+    "processed_events": "The marks. Each row shows that an event has reached its final outcome.",
+    "dead_letters": "Events that wait for a person's decision, and the decisions that were made.",
+    "workers": "One row for each worker process of the last day. `status` reads them, and so does a new worker, "
+    "to find out whether an earlier one died.",
+    "backfill_runs": "The payments that each backfill checked and the purchases that it created: all backfills "
+    "by hand, and the periodic ones of the last week.",
 }
 MEANINGS: Mapping[str, str] = {
-    "payments.updated_at": "not read",
+    "payments.updated_at": "the worker does not read it",
     "outbox.event_id": "the producer's id of the event",
     "outbox.event_type": "`PURCHASE_CONFIRMED` or `PURCHASE_REFUNDED`; other types: see `OUTBOX_UNKNOWN_TYPES`",
     "outbox.payload": "`payment_id` is required; `student_id`, `course_id`, `amount`, `currency` are checked if given",
-    "outbox.headers": "only `traceparent` is read, for log records",
-    "outbox.due_at": "not claimed before; the order of claims is `(due_at, id)`",
-    "outbox.attempts": "failed tries that were the event's own fault",
-    "outbox.crashes": "processes that died while they had this event alone",
-    "outbox.last_error": "reason of the last failed try",
-    "purchases.payment_id": "NULL: a gift",
-    "purchases.is_active": "false: taken back; never set to true again",
-    "processed_events.outcome": "see the state machine",
-    "processed_events.recovered_at": "when a missing purchase was made although this mark claimed it",
+    "outbox.headers": "the worker reads only `traceparent`, for log records",
+    "outbox.due_at": "the worker claims the event only after this time; claims are in the order `(due_at, id)`",
+    "outbox.attempts": "failed attempts that were caused by the event itself",
+    "outbox.crashes": "worker processes that died while they processed only this event",
+    "outbox.last_error": "the reason of the last failed attempt",
+    "purchases.payment_id": "NULL means that the purchase is a gift",
+    "purchases.is_active": "false means that the purchase was taken back; the worker never sets it to true again",
+    "processed_events.outcome": "the [final outcome](../explanation/state-machine.md) of the event",
+    "processed_events.recovered_at": "when the worker created the purchase that was missing in spite of this mark",
     "dead_letters.created_at": "when the event was written",
-    "dead_letters.reason": "see the runbook",
-    "dead_letters.detail": "for people; no payload text",
-    "dead_letters.state": "`open` waits for a decision",
-    "dead_letters.actor": "who decided",
-    "dead_letters.note": "what was decided so far, and why",
-    "workers.seen_at": "the last heartbeat",
-    "workers.stopped_at": "NULL and an old `seen_at`: it died",
-    "workers.metrics": "its counters",
-    "workers.succeeded_at": "when another worker took the place of this dead one",
-    "backfill_runs.cutoff": "younger payments were not looked at",
-    "backfill_runs.is_full": "all payments, not a range",
-    "backfill_runs.cursor": "the last purchase made; who continues begins behind it",
-    "backfill_runs.actor": "all who ran it",
-    "backfill_runs.outcome": "NULL: running, or killed",
+    "dead_letters.reason": "one of the [reasons](../how-to/dead-letters.md#2-remove-the-cause)",
+    "dead_letters.detail": "a text for people, without payload text",
+    "dead_letters.state": "`open` means that nobody has decided yet",
+    "dead_letters.actor": "the person who decided",
+    "dead_letters.note": "all decisions so far, with their reasons",
+    "workers.seen_at": "the time of the last heartbeat",
+    "workers.stopped_at": "if this is NULL and `seen_at` is old, the worker has died",
+    "workers.metrics": "the counters of the process",
+    "workers.succeeded_at": "when a new worker took over from this dead one",
+    "backfill_runs.cutoff": "payments created after this time were not checked",
+    "backfill_runs.is_full": "true if all payments were checked, false if only a range was",
+    "backfill_runs.cursor": "the last purchase created; if the run is continued, it begins after this one",
+    "backfill_runs.actor": "all persons who ran it",
+    "backfill_runs.outcome": "NULL means that the backfill is running or was killed",
 }
 
 
 def pages() -> dict[str, str]:
-    """The generated pages by file name."""
+    """Return the generated pages by file name."""
     return {"commands.md": commands(), "settings.md": settings(), "metrics.md": metrics(), "tables.md": tables()}
 
 
@@ -156,16 +165,16 @@ def commands() -> str:
         "`outbox-worker COMMAND --help` shows the same on the terminal.",
         "## Exit codes\n\n"
         + _table(["code", "meaning"], [[str(code), meaning] for code, meaning in COMMON_CODES.items()])
-        + "\n\nErrors of the program by class:\n\n"
+        + "\n\nThe classes of errors and their exit codes:\n\n"
         + _table(["error", "exit code", "meaning"], [list(row) for row in _errors()])
-        + "\n\nWith `--json` a command prints one object on stdout, also if it fails: "
-        '`{"ok": false, "error": "…"}`. Logs go to stderr.',
+        + "\n\nWith `--json` a command prints one JSON object on stdout. If it fails, the object is "
+        '`{"ok": false, "error": "…"}`. Log records are written to stderr.',
         *(_command(name, command) for name, command in leaves()),
     )
 
 
 def leaves() -> Iterator[tuple[str, Any]]:
-    """Every command by its full name, in the order of ``--help``."""
+    """Yield every command with its full name, in the order of ``--help``."""
     yield from _below("", typer.main.get_command(app))
 
 
@@ -219,7 +228,7 @@ def _option(option: Any) -> list[str]:
 
 
 def _placeholder(option: Any) -> str:
-    """As in ``--help``: what is given after the option."""
+    """Return the placeholder for the option's value, as ``--help`` shows it."""
     kind = option.type_descriptor.annotation
     names = {int: "INTEGER", float: "FLOAT", Path: "PATH"}
     return str(option.metavar or names.get(kind, "NAME" if _values(kind) else "TEXT"))
@@ -232,7 +241,7 @@ def _with_choices(option: Any) -> str:
 
 
 def _values(kind: Any) -> list[str]:
-    """Of an enumeration, or of a list of its values."""
+    """Return the values of an enumeration, or of the enumeration in a list type; empty for any other type."""
     kind = next(iter(get_args(kind)), kind)
     return [str(value) for value in kind] if isinstance(kind, type) and issubclass(kind, StrEnum) else []
 
@@ -248,23 +257,26 @@ def settings() -> str:
     return _page(
         "Settings",
         "For operators: every setting, its default and its limits.",
-        "The first of these that names a setting wins:\n\n"
+        "If a setting is given in several places, the first of these has priority:\n\n"
         "1. the command line;\n"
         "2. the environment, under the name in the table;\n"
-        "3. a credential: a file in `$CREDENTIALS_DIRECTORY` with the lower-case name, such as `outbox_database_url`\n"
-        "   (systemd's `LoadCredential=`);\n"
-        "4. the TOML file that `--config` or `OUTBOX_CONFIG` names; keys are in lower case, without `OUTBOX_`\n"
-        "   (sample: [deploy/outbox-worker.toml](../../deploy/outbox-worker.toml));\n"
+        "3. a credential, which is a file in `$CREDENTIALS_DIRECTORY` with the variable's name in lower case, such as\n"
+        "   `outbox_database_url` (systemd's `LoadCredential=` creates it);\n"
+        "4. the TOML file that `--config` or `OUTBOX_CONFIG` names; its keys are the variables' names in lower case,\n"
+        "   without `OUTBOX_` (sample: [deploy/outbox-worker.toml](../../deploy/outbox-worker.toml));\n"
         "5. the default.",
-        "All wrong settings are reported together, by name, without their values. An unknown key in the file is an\n"
-        "error (exit code 78); an unknown `OUTBOX_*` variable is a warning with the nearest name.",
-        "URLs may begin with `postgres://`, `postgresql://` or `postgresql+psycopg://`; all mean psycopg 3.\n"
-        "They may name several hosts (`postgresql://USER:PASSWORD@A:5432,B:5432/DATABASE`): the worker uses the one\n"
-        "that takes writes, and moves to another if that one is promoted. In passwords percent-encode `@`, `/`, `#`.\n"
-        "A directory of sockets is written `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
+        "If several settings are wrong, one message names all of them, without their values. An unknown key in the\n"
+        "file is an error (exit code 78). For an unknown `OUTBOX_*` variable the command logs a warning with the most\n"
+        "similar name.",
+        "URLs may begin with `postgres://`, `postgresql://` or `postgresql+psycopg://`; the worker always uses\n"
+        "psycopg 3. If a URL names several hosts (`postgresql://USER:PASSWORD@A:5432,B:5432/DATABASE`), the worker\n"
+        "uses the host that accepts writes. If another host is promoted, the worker connects to that one. In\n"
+        "passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the directory\n"
+        "of the socket as the host, `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
         _table(["variable", "default", "limits", "reload", "meaning"], rows),
-        "*reload*: SIGHUP takes the new value from the file "
-        "([how](../how-to/tune.md#change-limits-without-a-restart)). All others need a restart.",
+        "Settings with *yes* under *reload* can be changed without a restart: write the new value into the file and\n"
+        "send SIGHUP ([how](../how-to/tune.md#change-limits-without-a-restart)). After a change of any other setting,\n"
+        "restart the worker.",
     )
 
 
@@ -310,9 +322,10 @@ def metrics() -> str:
         "Metrics",
         "For people who build dashboards and alerts: every series at `/metrics`\n"
         "([where it is served](http.md), [how to scrape it](../how-to/monitor.md)).",
-        "Counters and histograms are those of the process: add them up. Gauges of the database are the same in every\n"
-        "worker: take `max`, not `sum`. They are computed every five seconds, not by the scrape. All series of the\n"
-        "counters begin at 0. Labels never carry payload data.",
+        "Each worker process has counters and histograms of its own, so use `sum` over all workers. Gauges that come\n"
+        "from the database are the same in every worker, so use `max`. The worker updates these gauges every five\n"
+        "seconds, not at each scrape. All counters exist from the start of the process, with the value 0. No label\n"
+        "contains payload data.",
         _table(["metric", "type", "labels", "meaning"], rows),
     )
 
@@ -332,18 +345,18 @@ def tables() -> str:
         "Tables",
         "For DBAs and for people who write SQL against these tables: every table, column and index under its default\n"
         "name ([other names](../how-to/adopt-a-database.md), [grants](../how-to/roles.md)).",
-        "`outbox-worker migrate` creates the tables that are absent. Tables that exist are adopted: never altered,\n"
-        "never dropped. Tables of ours carry a comment that says so. `outbox_worker_alembic_version` remembers the\n"
-        "migrations.",
+        "`outbox-worker migrate` creates the tables that are missing, each with a comment that names its origin. It\n"
+        "adopts the tables that exist: it never alters or drops them. The table `outbox_worker_alembic_version`\n"
+        "records which migrations have been applied.",
         *(_described(role, table) for role, table in built.by_role().items()),
         "## Indexes and triggers of the optional migrations\n\n"
         "| made by | name | what |\n| --- | --- | --- |\n"
         "| `core` | `purchases_active_student_course_idx` | `(student_id, course_id) WHERE is_active`, not unique; "
-        "dropped when the unique one is built |\n"
-        "| `migrate --with unique_index` | `purchases_active_student_course_key` | the same, unique: the guard "
-        "`index` |\n"
-        "| `migrate --with notify` | `outbox_worker_notify` | a statement-level trigger and its function: producers' "
-        "COMMIT wakes a worker |",
+        "dropped when the unique index is built |\n"
+        "| `migrate --with unique_index` | `purchases_active_student_course_key` | the same columns and condition, but "
+        "unique; with this index the guard is `index` |\n"
+        "| `migrate --with notify` | `outbox_worker_notify` | a statement-level trigger and its function, which notify "
+        "the workers when a producer commits |",
     )
 
 
@@ -352,7 +365,7 @@ def _described(role: str, table: Table) -> str:
     indexes = [f"- `{_indexed(each)}`" for each in sorted(table.indexes, key=lambda index: str(index.name))]
     parts = [f"## {role}", TABLES[role], _table(["column", "type", "null", "default", "key", "meaning"], rows)]
     if indexes:
-        parts.append("\n".join(["Indexes besides the keys:", "", *indexes]))
+        parts.append("\n".join(["Indexes other than those of the keys:", "", *indexes]))
     return "\n\n".join(parts)
 
 
@@ -369,7 +382,7 @@ def _shape(column: Column[Any]) -> list[str]:
 
 
 def _allowed(column: Column[Any]) -> str:
-    """The values that a CHECK names."""
+    """Return the values that the column's CHECK constraint allows, after a colon; empty without such a constraint."""
     assert column.table is not None  # noqa: S101 - a column of a table
     for each in column.table.constraints:
         if isinstance(each, CheckConstraint) and str(each.name).endswith(f"_{column.name}_check"):
