@@ -1,6 +1,6 @@
 """Creates exactly one purchase for every paid event of an outbox.
 
-The layers of the package, from the top. Modules divided by ``|`` are in the same layer and do not import each other:
+The layers of the package, from the top. Modules divided by ``|`` share a layer and do not import each other:
 
 - ``cli``: the commands for operators
 - ``demo`` | ``bench``: the demonstration | the benchmark

@@ -59,7 +59,7 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The limits for retrying an event: how often, and how long it waits between tries. Outages do not count as tries."""
+    """The number of tries of an event, and the waits between them. Outages of the database do not count as tries."""
 
     max_attempts: int
     base: timedelta
@@ -127,7 +127,7 @@ def _not_yet(facts: Facts, reason: Reason, detail: str, *, rule: int) -> Verdict
 
 
 def refused(detail: str, last_try: bool) -> Verdict:
-    """Judge an event whose rows the database rejected. ``detail`` names the error and contains no text from the payload."""
+    """Judge an event that the database rejected. ``detail`` names the error and contains no text from the payload."""
     return Verdict(Outcome.DEAD if last_try else Outcome.RETRIED, Reason.REJECTED_BY_DATABASE, detail)
 
 

@@ -9,7 +9,7 @@ the batch.
     ├── SchemaError           exit 78   a table, column or privilege is missing (a running worker pauses)
     ├── DatabaseUnavailable   exit 69   no connection to the database (a running worker waits)
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
-    ├── NoAnswer              exit 69   no daemon answers over HTTP
+    ├── NoAnswer              exit 69   no worker answers over HTTP
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
     ├── CommitLost            reconnect the connection broke during COMMIT; the transaction is not known to be committed
     ├── KeyMissing            pause     a unique key that an upsert needs was dropped
@@ -60,7 +60,7 @@ class EmbeddedServerError(DatabaseUnavailable):
 
 
 class NoAnswer(OutboxWorkerError):
-    """A missing answer: no daemon listens for HTTP, or the daemon does not answer in time."""
+    """A missing HTTP answer: no worker listens, or the worker does not answer in time."""
 
     exit_code = 69
 
@@ -72,7 +72,10 @@ class Refused(OutboxWorkerError):
 
 
 class KeyMissing(OutboxWorkerError):
-    """A unique key that an upsert needs and that was dropped while the worker runs. ``find_problems`` finds which key."""
+    """A unique key that an upsert needs and that was dropped while the worker runs.
+
+    ``find_problems`` finds out which key it is.
+    """
 
     sqlstate: ClassVar[str] = "42P10"
 

@@ -128,7 +128,7 @@ ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
-    """The columns of the payment that a payload repeats, as text of limited length. None: the key is missing or null."""
+    """The payment's columns that a payload repeats, as text of limited length. None: the key is missing or null."""
 
     student_id: str | None = None
     course_id: str | None = None
