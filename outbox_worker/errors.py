@@ -11,7 +11,7 @@ the batch.
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
     ├── NoAnswer              exit 69   no worker answers over HTTP
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
-    ├── CommitLost            reconnect the connection broke during COMMIT; the transaction is not known to be committed
+    ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
     ├── KeyMissing            pause     a unique key that an upsert needs was dropped
     └── Inconsistent          bug       a statement did not change as many rows as it must
 

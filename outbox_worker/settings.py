@@ -170,21 +170,27 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
     )
 
-    config: Path | None = Field(None, description="TOML file with settings; its keys are the names in lower case, without OUTBOX_")
+    config: Path | None = Field(
+        None, description="TOML file with settings; its keys are the names in lower case, without OUTBOX_"
+    )
     database_url: Annotated[SecretStr, AfterValidator(_usable_url)] | None = Field(
         None,
-        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR); there is no default, so that you never "
+        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR); there is no default, so that "
+        "you never "
         "use the wrong database by accident",
     )
     listen_database_url: Annotated[SecretStr, AfterValidator(_usable_server_url)] | None = Field(
-        None, description="URL of a direct connection for LISTEN, needed if DATABASE_URL is a pooler; default: DATABASE_URL"
+        None,
+        description="URL of a direct connection for LISTEN, needed if DATABASE_URL is a pooler; default: DATABASE_URL",
     )
     pooler: Literal["none", "transaction"] = Field(
         "none",
-        description="transaction: DATABASE_URL is a PgBouncer in transaction mode, so the worker prepares no statements",
+        description="transaction: DATABASE_URL is a PgBouncer in transaction mode, so the worker prepares no "
+        "statements",
     )
     embedded_bin_dir: Path | None = Field(
-        None, description="directory of the programs postgres and initdb for embedded:DIR; default: those of the pip wheel"
+        None,
+        description="directory of the programs postgres and initdb for embedded:DIR; default: those of the pip wheel",
     )
     schema_name: str = Field(  # `schema` itself is a method of pydantic's models
         "public",
@@ -193,59 +199,78 @@ class Settings(BaseSettings):
         validation_alias="OUTBOX_SCHEMA",
         description="schema of every table, unless TABLES names another schema for the table",
     )
-    tables: TableMap = Field({}, description="tables that have other names in your database: payments=billing.payment,outbox=events")
-    columns: ColumnMap = Field({}, description="columns that have other names in your database: payments.student_id=user_id")
+    tables: TableMap = Field(
+        {}, description="tables that have other names in your database: payments=billing.payment,outbox=events"
+    )
+    columns: ColumnMap = Field(
+        {}, description="columns that have other names in your database: payments.student_id=user_id"
+    )
     batch_size: int = Field(
         1000, ge=1, le=10_000, description="largest number of events in a transaction; more than 1,000 are not faster"
     )
     batch_target_ms: int = Field(
-        500, ge=10, le=60_000, description="target duration of a batch in ms; after a batch that took longer, the worker claims fewer events"
+        500,
+        ge=10,
+        le=60_000,
+        description="target duration of a batch in ms; after a batch that took longer, the worker claims fewer events",
     )
     concurrency: int = Field(
         1,
         ge=1,
         le=64,
-        description="number of claim loops in the process, each with its own connection; few loops with large batches are fastest",
+        description="number of claim loops in the process, each with its own connection; few loops with large "
+        "batches are fastest",
     )
-    max_attempts: int = Field(10, ge=1, le=1000, description="number of failed tries after which an event becomes a dead letter")
+    max_attempts: int = Field(
+        10, ge=1, le=1000, description="number of failed tries after which an event becomes a dead letter"
+    )
     retry_base_seconds: float = Field(30, gt=0, le=86_400, description="wait after the first failed try of an event")
     retry_max_seconds: float = Field(3600, gt=0, le=2_592_000, description="longest wait between two tries of an event")
     poll_min_seconds: float = Field(
         0.05, gt=0, le=60, description="pause after the first check that finds no due event"
     )
-    poll_max_seconds: float = Field(1, gt=0, le=3600, description="longest pause between two checks of the outbox while it has no due event")
+    poll_max_seconds: float = Field(
+        1, gt=0, le=3600, description="longest pause between two checks of the outbox while it has no due event"
+    )
     database_deadline_seconds: float = Field(
         10,
         gt=0,
         le=600,
-        description="longest wait for an answer from the database; after it, the worker drops the connection and tries again",
+        description="longest wait for an answer from the database; after it, the worker drops the connection "
+        "and tries again",
     )
     backfill_every_seconds: float = Field(
         900,
         ge=0,
         le=86_400,
-        description="time between two searches for payments without a purchase; only one of all workers searches; 0: never",
+        description="time between two searches for payments without a purchase; only one of all workers "
+        "searches; 0: never",
     )
     unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
         None,
-        description="what to do with events of an unknown type: bury makes them dead letters (default if `migrate` created the "
+        description="what to do with events of an unknown type: bury makes them dead letters (default if "
+        "`migrate` created the "
         "outbox), ignore leaves them in the outbox (default if it is an existing table)",
     )
     http_listen: Annotated[str, AfterValidator(_usable_listen)] = Field(
         "127.0.0.1:9464",
-        description="address at which `run` answers /livez, /readyz and /metrics: HOST:PORT (0: any free port), unix:/path or off",
+        description="address at which `run` answers /livez, /readyz and /metrics: HOST:PORT (0: any free port), "
+        "unix:/path or off",
     )
     http_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names), AfterValidator(_usable_hosts)] = (
         Field(
             (),
-            description="host names that HTTP requests may use, in addition to localhost and the host of HTTP_LISTEN; *: any",
+            description="host names that HTTP requests may use, in addition to localhost and the host of "
+            "HTTP_LISTEN; *: any",
         )
     )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
         "INFO", description="lowest severity of log records to write"
     )
     log_format: Annotated[Literal["json", "console"] | None, BeforeValidator(_lower)] = Field(
-        None, description="json: one object per line; console: text for people; default: console on a terminal, otherwise json"
+        None,
+        description="json: one object per line; console: text for people; default: console on a terminal, "
+        "otherwise json",
     )
 
     @model_validator(mode="before")

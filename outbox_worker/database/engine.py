@@ -30,8 +30,8 @@ _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "
 class Database:
     """An engine with transactions for one database.
 
-    Each transaction sets its own time-outs, so that they also work through a pooler. ``deadline_seconds`` is the longest
-    wait for a statement and for each answer. None means no limit; only migrations use None.
+    Each transaction sets its own time-outs, so that they also work through a pooler. ``deadline_seconds`` is the
+    longest wait for a statement and for each answer. None means no limit; only migrations use None.
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
@@ -40,7 +40,7 @@ class Database:
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:
-        """Run a READ COMMITTED transaction and commit it at the end. ``parameters`` are set only in this transaction."""
+        """Run a READ COMMITTED transaction and commit it at the end. ``parameters`` apply only to this transaction."""
         with Session(self.engine) as session:
             set_local(session, self._limits() | parameters)
             yield session
@@ -107,7 +107,8 @@ def savepoint(session: Session) -> Iterator[None]:
     """Roll back everything that was done inside if an error is raised inside. Do not nest.
 
     The savepoint uses plain statements, because a nested transaction of SQLAlchemy takes as long as one more statement.
-    There is no RELEASE SAVEPOINT: COMMIT ends all savepoints, and a later savepoint with the same name shadows this one.
+    There is no RELEASE SAVEPOINT: COMMIT ends all savepoints, and a later savepoint with the same name shadows this
+    one.
     """
     connection = session.connection()
     connection.exec_driver_sql("SAVEPOINT attempt")
@@ -167,6 +168,6 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:
-    """Drop a connection on which all later statements would fail, too, for example because the node became read-only."""
+    """Drop a connection on which later statements would fail, too, for example because the node became read-only."""
     if classify(context.original_exception) is Failure.RECONNECT:
         context.is_disconnect = True

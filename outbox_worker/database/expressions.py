@@ -21,7 +21,7 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Return the seconds since a time by the database's clock, at most ``_LONGEST_SECONDS``; NULL if the time is NULL."""
+    """Return the seconds since a time by the database's clock, at most ``_LONGEST_SECONDS``; NULL for a NULL time."""
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
 

@@ -14,7 +14,7 @@ from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, Sc
 
 
 class Failure(StrEnum):
-    """The class of a failure: it decides what happens to the events of the batch in which the error occurred."""
+    """The class of an error, which decides what happens to the batch in which the error occurred."""
 
     RETRY = "retry"
     """Run the transaction again with half the batch; no event is at fault."""
@@ -25,7 +25,7 @@ class Failure(StrEnum):
     EVENT = "event"
     """Find the event that the database rejects and count an attempt for it; settle the other events."""
     GUARD = "guard"
-    """Check the guard and the marks again: the guard has changed, or another transaction inserted the same key first."""
+    """Check guard and marks again: the guard has changed, or another transaction inserted the same key first."""
     UNCLEAR = "unclear"
     """Try parts of the batch, because either an event or the database is at fault.
 
@@ -39,7 +39,7 @@ UNIQUE_VIOLATION = "23505"
 """The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
 
 NO_ARBITER = ("42P10", "55000")
-"""The SQLSTATEs if no index matches ON CONFLICT, or only a deferrable one. The guard ``index`` is then not in force."""
+"""The SQLSTATEs if no index, or only a deferrable one, matches ON CONFLICT: the guard ``index`` is not in force."""
 
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
@@ -98,7 +98,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def classify(error: BaseException) -> Failure:
-    """Return the class of an error. Outside the savepoint in which events are settled, treat ``unclear`` as ``pause``."""
+    """Return the class of an error. Outside the savepoint that settles events, treat ``unclear`` as ``pause``."""
     if isinstance(error, KeyMissing):
         return Failure.PAUSE
     state = sqlstate(error)

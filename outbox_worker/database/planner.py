@@ -18,8 +18,8 @@ INDEX_PLANS: Mapping[str, str] = {
 }
 """Parameters that allow only index plans and plan each statement once.
 
-The statistics of a queue are often outdated and mislead the planner. For a small batch, planning at each execution takes
-longer than the execution.
+The statistics of a queue are often outdated and mislead the planner. For a small batch, planning at each execution
+takes longer than the execution.
 """
 
 FREE_PLANS: Mapping[str, str] = {
@@ -39,7 +39,7 @@ _SWITCH_LOCAL = (
 
 @contextmanager
 def planned(session: Session, **parameters: str) -> Iterator[None]:
-    """Set parameters for the statements inside, and restore them afterwards. After an error, the rollback restores them."""
+    """Set parameters for the statements inside, then restore them. After an error, the rollback restores them."""
     given = {"parameters": json.dumps(parameters)}
     before = {key: value for key, value, _ in session.connection().exec_driver_sql(_SWITCH_LOCAL, given)}
     yield
