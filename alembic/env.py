@@ -1,4 +1,4 @@
-"""Runs the migrations. The command `outbox-worker migrate` passes a connection; with plain `alembic` this file makes one.
+"""Runs the migrations. `outbox-worker migrate` passes a connection; for plain `alembic`, this file makes one.
 
 `alembic check` compares the tables that our migrations created with the tables that the program expects. The optional
 branches do not change its result. It does not compare tables of other applications, adopted tables included.

@@ -64,7 +64,7 @@ class Naming:
 
     schema: str
     tables: Mapping[str, str]
-    """The tables that have other names: a mapping from role to name. A name may contain a schema: ``billing.payment``."""
+    """The tables that have other names: a mapping from role to name. A name may contain a schema."""
     columns: Mapping[str, str]
     """The columns that have other names: a mapping from role and key, such as ``payments.student_id``, to name."""
 

@@ -72,7 +72,7 @@ def downgrade() -> None:
 
 
 def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
-    """Return whether an index exists that can be the guard. Its predicate must be one of PostgreSQL's forms of "active"."""
+    """Return whether an index exists that can be the guard. Its predicate must be one of the three forms below."""
     active = bind.dialect.identifier_preparer.quote(purchases.column("is_active"))
     sought = {
         "relation": purchases.relation,
@@ -105,8 +105,8 @@ def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
         return
     if not named.is_on_ours or (named.is_valid and not purchases.is_owned(bind)):
         purchases.refuse(
-            f"{purchases.pair_index} already exists, but it is another index, on {named.table}. Rename it, then run migrate "
-            "--with unique_index again. Nothing was changed."
+            f"{purchases.pair_index} already exists, but it is another index, on {named.table}. Rename it, then run "
+            "migrate --with unique_index again. Nothing was changed."
         )
     _drop(bind, purchases, purchases.pair_index)
 

@@ -144,7 +144,7 @@ def require_reach(*paths: Path) -> None:
         if not os.access(path, os.X_OK, effective_ids=True):
             sys.exit(
                 f"the server runs as uid {os.geteuid()} without the rights of root, and may not access {path}: "
-                "put the directory and the PostgreSQL programs where that user may access them, or run as an ordinary user"
+                "move the directory and the PostgreSQL programs to a place that it may access, or run as an ordinary user"
             )
 
 
@@ -194,7 +194,7 @@ def hold(home: Home) -> int:
 
 
 def note(_number: int, _frame: object) -> None:
-    """Do nothing. This handler is needed because Python writes a signal to the wake-up pipe only if it has a handler."""
+    """Do nothing. Without a handler, Python would not write the number of the signal to the wake-up pipe."""
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:

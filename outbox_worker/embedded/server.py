@@ -268,8 +268,9 @@ def _drop_stale_pid_file(directory: Path) -> None:
     """Remove a stale ``postmaster.pid``.
 
     PostgreSQL does not start if the process number in the file belongs to any running process, which is common in
-    containers. The file is stale if this process has the lock and nobody listens at the socket that the file names, or if
-    the file was copied with the data. A file that names no socket belongs to a single-user session and is not removed.
+    containers. The file is stale if this process has the lock and nobody listens at the socket that the file names, or
+    if the file was copied with the data. A file that names no socket belongs to a single-user session and is not
+    removed.
     """
     found = _pid_file(directory)
     if found is not None and found.socket_directory and _postmaster(directory) is None:
@@ -309,7 +310,7 @@ def _is_nameable(directory: Path) -> bool:
 
 
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """Raise an error with the last line of the launcher if it failed. Status 0 means that another process stopped it."""
+    """Raise an error with the launcher's last line if it failed. Status 0 means that another process stopped it."""
     _launchers.pop(directory, None)
     words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
     _release(launcher)

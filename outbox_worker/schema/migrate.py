@@ -172,7 +172,8 @@ def _alone(connection: Connection) -> Iterator[None]:
 def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
     """Try to get the lock repeatedly.
 
-    A statement that waits for the lock would keep a snapshot open, and CREATE INDEX CONCURRENTLY waits for old snapshots.
+    A statement that waits for the lock would keep a snapshot open, and CREATE INDEX CONCURRENTLY waits for old
+    snapshots.
     """
     while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
         connection.commit()

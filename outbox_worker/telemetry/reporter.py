@@ -180,7 +180,7 @@ class Telemetry:
         )
 
     def beat(self) -> dict[str, float]:
-        """Log the settled events. Return the counters and the rate since the last heartbeat, for ``workers.metrics``."""
+        """Log the counts of settled events. Return the values of ``workers.metrics``: counters and the current rate."""
         self._log_settled()
         now, totals = time.monotonic(), self.metrics.totals()
         settled, seconds = sum(_outcomes(totals - self._at_beat).values()), now - self._beat_at
