@@ -144,7 +144,7 @@ def require_reach(*paths: Path) -> None:
         if not os.access(path, os.X_OK, effective_ids=True):
             sys.exit(
                 f"the server runs as uid {os.geteuid()} without the rights of root, and may not access {path}: "
-                "move the directory and the PostgreSQL programs to a place that it may access, or run as an ordinary user"
+                "move the directory and the PostgreSQL programs to where it may access them, or run as an ordinary user"
             )
 
 
