@@ -142,7 +142,7 @@ def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
 
 
 def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> Guard:
-    """Choose ``index`` only if the planner uses one of the sound indexes for ON CONFLICT; otherwise ``lock``."""
+    """Choose ``index`` only if the planner uses one of ``sound_indexes`` for ON CONFLICT; otherwise ``lock``."""
     return Guard.INDEX if set(sound_indexes) & set(arbiters) else Guard.LOCK
 
 

@@ -93,7 +93,7 @@ def _usable_names(value: dict[str, str]) -> dict[str, str]:
 
 def _known_tables(value: dict[str, str]) -> dict[str, str]:
     if unknown := set(value) - set(COLUMNS):
-        raise ValueError(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+        raise ValueError(f"no such table: {', '.join(sorted(unknown))}; the tables are {', '.join(COLUMNS)}")
     _expect_distinct({table: value.get(table, table) for table in COLUMNS}, "table")
     return value
 

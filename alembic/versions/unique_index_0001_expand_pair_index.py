@@ -19,7 +19,8 @@ depends_on = "core_0001"
 
 SHOWN = 20
 
-# what: an index by its name: on which table, whether that is ours, whether it is valid · index: the catalogue's own
+# what: the table of the index with this name, whether the table is ours, and whether the index is valid · lock: none
+# index: the catalogue's own
 NAMED = sa.text(
     """
     SELECT CAST(i.indrelid AS regclass) AS "table", i.indrelid = to_regclass(:relation) AS is_on_ours,
@@ -29,7 +30,7 @@ NAMED = sa.text(
     """
 )
 
-# what: whether some unique, valid, immediate index over exactly the pair holds for the active purchases and no others
+# what: whether a unique, valid, immediate index on exactly the pair exists that covers exactly the active purchases
 # lock: none · index: the catalogue's own
 HAS_PAIR_INDEX = sa.text(
     """

@@ -28,10 +28,10 @@ FREE_PLANS: Mapping[str, str] = {
 }
 """Parameters that let the planner choose freely at each execution, for statements that may have no suitable index."""
 
-# what: parameters that end with the transaction · lock: none · safe behind a pooler
+# what: set parameters until the transaction ends · lock: none · safe behind a pooler
 _SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
 
-# what: the same, with the values before · lock: none
+# what: set parameters until the transaction ends, and return their previous values · lock: none
 _SWITCH_LOCAL = (
     "SELECT key, current_setting(key), set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
 )

@@ -27,11 +27,8 @@ LIFELINE = 0
 LOG_BYTES_MAX = 10 * 1024 * 1024
 CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (
-    (signal.SIGINT, 30),
-    (signal.SIGQUIT, 10),
-    (signal.SIGKILL, 10),
-)  # fast, immediate, kill; each with seconds to wait
+STOP_SIGNALS = ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10))
+"""The signals for a fast shutdown, an immediate shutdown and a kill, each with the seconds to wait for its effect."""
 VOLATILE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 README = """A private PostgreSQL, kept by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
 data/    the database: never edit, back up with pg_dump    socket/  the socket of the running server

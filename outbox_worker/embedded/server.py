@@ -48,7 +48,7 @@ SYSTEM = (
     "Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
-_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # each has the lifeline of its server open
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # the standard input of each is the lifeline of its server
 _turn = threading.Lock()  # only one thread at a time starts or stops a launcher
 
 
@@ -325,7 +325,7 @@ def _release_all() -> None:
 
 
 def _release(launcher: subprocess.Popen[bytes]) -> None:
-    """Close the lifeline to stop the server, and wait up to 10 s for its end.
+    """Close the standard input of the launcher, which stops the server, and wait up to 10 s for its end.
 
     A longer wait is not needed, because the next start waits for the lock.
     """

@@ -99,7 +99,7 @@ def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
-    """Return whether the index or trigger of an option exists. The version table does not matter."""
+    """Return whether the index or trigger of an option exists. This does not depend on the version table."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
     return notifies(connection, tables.outbox)

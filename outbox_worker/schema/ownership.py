@@ -11,8 +11,8 @@ from outbox_worker.schema.catalogue import notifies, pair_indexes
 from outbox_worker.schema.requirements import SchemaProblem
 from outbox_worker.schema.tables import OWNED, Tables, relation_name
 
-# what: some schemas, whose they are (public is the database owner's), and whether this role may use them and create
-# something in them; for one that is absent, whether it may create it · lock: none · index: the catalogue's own
+# what: for each schema its owner (public belongs to the owner of the database), and whether this role may use it and
+# create objects in it; for a missing schema, whether this role may create it · lock: none · index: the catalogue's own
 _SCHEMAS = text(
     """
     SELECT quote_ident(wanted) AS name, n.oid IS NOT NULL AS is_there, quote_ident(d.datname) AS database,
@@ -30,8 +30,8 @@ _SCHEMAS = text(
     """
 )
 
-# what: a table, also in a schema that this role may not use: whose it is, what this role may do with it, whether our
-# migrations made it, its columns · lock: none · index: the catalogue's own
+# what: the owner and columns of a table, the rights of this role on it, and whether our migrations created it; also for
+# a table in a schema that this role may not use · lock: none · index: the catalogue's own
 _TABLE = text(
     """
     SELECT quote_ident(r.rolname) AS owner, r.rolsuper AS is_superusers, quote_ident(current_user) AS me,
@@ -136,6 +136,6 @@ def _not_writable(present: Mapping[Table, _Present], versions: Table) -> Iterato
 
 
 def _as_owner(row: _Present) -> str:
-    """Return the remedy: run as the owner, or get the owner's role, unless the owner is a superuser."""
+    """Return the remedy: run migrate as the owner, or get the owner's role. No remedy grants the role of a superuser."""
     run = f"run migrate as {row.owner}"
     return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"

@@ -74,8 +74,8 @@ BACKFILLING: Privileges = {
 }
 """The privileges of a person who runs `backfill`."""
 
-# what: whether a privilege is granted on the table; or, if columns can have it, on all named ones, or on any if none is
-# named · lock: none · index: the catalogue's own
+# what: whether this role has a privilege on the table, or on all named columns, or, if no column is named, on any
+# column (DELETE only on the table) · lock: none · index: the catalogue's own
 _ALLOWED = text(
     """
     SELECT CASE

@@ -16,8 +16,8 @@ LOOK_SECONDS = 2.0
 """The seconds between two checks. A shorter wait may not be logged."""
 REPEAT_SECONDS = 30.0
 
-# what: whose transactions a session waits for; of others' sessions state and times are hidden from ordinary roles, and
-# a prepared transaction has no session (process 0) · lock: none · index: none, a function of the server
+# what: the transactions that a session waits for; an ordinary role does not see state and times of other roles'
+# sessions, and a prepared transaction has process 0 · lock: none · index: none, a function of the server
 _BLOCKERS = text(
     """
     SELECT b.pid, a.usename AS user, a.application_name AS application, a.xact_start AS since, a.state

@@ -9,9 +9,9 @@ from loguru import logger
 from outbox_worker.model import Batch, Event, Outcome, Reason, Verdict, Verdicts
 
 SINGLES_MAX = 10
-"""The largest number of events of one kind in a batch that each get their own record.
+"""The limit up to which each event of one kind in a batch gets its own log record.
 
-If there are more, they share one record, and each gets its own record only at DEBUG.
+If a batch has more events of a kind, they share one record, and their own records are written only at DEBUG.
 """
 EXAMPLES_MAX = 10
 """The largest number of event ids in a shared record."""
@@ -34,7 +34,7 @@ def _kind(verdict: Verdict) -> tuple[Outcome, Reason | None]:
 
 
 def _crowds(verdicts: Verdicts) -> dict[tuple[Outcome, Reason | None], list[int]]:
-    """Return the events of each kind of which the batch contains more than ``SINGLES_MAX``."""
+    """Group the events by kind. Return only the kinds that have more than ``SINGLES_MAX`` events."""
     by_kind: dict[tuple[Outcome, Reason | None], list[int]] = {}
     for key, verdict in verdicts.items():
         if verdict.outcome in _LOUD or verdict.passed_to is not None:

@@ -102,7 +102,7 @@ class Metrics:
             "Number of dead letters in state `open`, which wait for a person",
             registry=registry,
         )
-        self.guard = Gauge("outbox_guard", "1 for the guard in force, 0 for the other", ["mode"], registry=registry)
+        self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
         self.unexplained = Gauge(
             "outbox_unexplained_payments",
             "Number of succeeded payments without a purchase that nothing explains",
