@@ -37,7 +37,7 @@ def _run() -> int:
     except OSError as error:
         if error.errno not in _STDOUT_FAILED or error.filename is not None:
             raise
-        if error.errno != errno.EPIPE:  # EPIPE is no failure: the reader, such as head, closed the pipe
+        if error.errno != errno.EPIPE:  # EPIPE only means that the reader has closed the pipe
             sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror}.\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
         return 1

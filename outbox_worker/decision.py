@@ -26,7 +26,7 @@ RULES: Mapping[int, str] = {
     6: "event and payment contradict each other",
     7: "the payment is refunded, or has not succeeded",
     8: "another purchase already gives the student this course",
-    9: "none of rules 1 to 8 applies: the purchase is made",
+    9: "none of rules 1 to 8 applies, so the purchase is created",
 }
 """The rules for a confirmation, in words. docs/explanation/state-machine.md explains them."""
 REFUND_RULES: Mapping[int, str] = {
@@ -35,7 +35,7 @@ REFUND_RULES: Mapping[int, str] = {
     5: RULES[5],
     6: RULES[6],
     7: "the payment is not refunded",
-    8: "none of rules 1 to 7 applies: the purchase is taken back",
+    8: "none of rules 1 to 7 applies, so the purchase is deactivated",
 }
 """The rules for a refund, in words. docs/explanation/state-machine.md explains them."""
 RULES_BEHIND: Mapping[str, tuple[int, ...]] = {

@@ -23,7 +23,7 @@ def parse_duration(text: str, option: str) -> timedelta:
 
 
 def parse_moment(text: str, option: str) -> datetime:
-    """Parse an RFC 3339 date, or date and time. Without a time zone it is in UTC. Raises WrongUsage."""
+    """Parse an RFC 3339 date, or date and time. A time without a zone is in UTC. Raises WrongUsage."""
     try:
         moment = datetime.fromisoformat(text.strip())
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

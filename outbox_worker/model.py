@@ -252,7 +252,7 @@ class Verdict:
     one.
     """
     passed_to: str | None = None
-    """The other payment for the same course that got a purchase because this event refunded the first one."""
+    """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
     rule: int = field(default=0, compare=False)
     """The number of the deciding rule in docs/explanation/state-machine.md; 0 if no rule decided."""
     traceparent: str | None = None

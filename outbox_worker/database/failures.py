@@ -140,7 +140,7 @@ def login_refusal(error: BaseException) -> str | None:
 def trace(error: BaseException) -> list[str]:
     """Return the code lines that led to an error, innermost last, without its message, which may repeat a value.
 
-    There are at most ``_PLACES_MAX`` of these, because the journal splits lines that are longer than 48 kB.
+    The list has at most ``_PLACES_MAX`` lines, because the journal splits lines that are longer than 48 kB.
     """
     frames = traceback.extract_tb(error.__traceback__, limit=-_PLACES_MAX)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]

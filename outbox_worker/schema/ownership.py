@@ -136,6 +136,6 @@ def _not_writable(present: Mapping[Table, _Present], versions: Table) -> Iterato
 
 
 def _as_owner(row: _Present) -> str:
-    """Return the remedy: run migrate as the owner, or get the owner's role. No remedy grants the role of a superuser."""
+    """Return the remedy: run migrate as the owner, or get the owner's role. It never grants the role of a superuser."""
     run = f"run migrate as {row.owner}"
     return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"

@@ -158,7 +158,7 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
 
 
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
-    """Report columns of the pair that have different kinds of types in ``payments`` and ``purchases``."""
+    """Report ``student_id`` and ``course_id`` if their types in ``payments`` and ``purchases`` do not match."""
     names = [relation_name(table) for table in (tables.payments, tables.purchases)]
     paid, bought = (actual_columns(session, name) for name in names)
     for key in ("student_id", "course_id"):
@@ -219,5 +219,5 @@ def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, Ac
         if column.must_be_written and column_name not in written:
             yield SchemaProblem(
                 f"column {name}.{column_name} must have a value, has no default, and the worker does not write it",
-                f"SET DEFAULT a value, or: ALTER TABLE {name} ALTER COLUMN {quoted(column_name)} DROP NOT NULL;",
+                f"set a default, or: ALTER TABLE {name} ALTER COLUMN {quoted(column_name)} DROP NOT NULL;",
             )

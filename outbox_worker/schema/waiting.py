@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 LOOK_SECONDS = 2.0
-"""The seconds between two checks. A shorter wait may not be logged."""
+"""The seconds before the first check and between two checks. Most shorter waits are not logged."""
 REPEAT_SECONDS = 30.0
 
 # what: the transactions that a session waits for; an ordinary role does not see state and times of other roles'

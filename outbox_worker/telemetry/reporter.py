@@ -1,4 +1,4 @@
-"""Writes one set of log records and metrics for each transaction and for other facts.
+"""Writes the log records and metrics of the worker: for each batch, and for starts, stops, outages and backfills.
 
 A log record never contains payload text or a secret. Its fields are ids, counts, sums of money and names of errors.
 """
