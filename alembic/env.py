@@ -1,7 +1,7 @@
-"""Runs the migrations. The command `outbox-worker migrate` passes a connection; plain `alembic` makes its own.
+"""Runs the migrations. `outbox-worker migrate` passes a connection; for plain `alembic`, this file makes one.
 
-`alembic check` compares the tables that our migrations made with those that the program expects. Optional branches may
-be in force or not. Tables of other applications, adopted ones included, are not compared.
+`alembic check` compares the tables that our migrations created with the tables that the program expects. The optional
+branches do not change its result. It does not compare tables of other applications, adopted tables included.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(connection: Connection, settings: Settings) -> None:
         transaction_per_migration=True,
         target_metadata=tables.metadata,
     )
-    connection.rollback()  # only on a connection at rest does alembic manage the transactions itself
+    connection.rollback()  # alembic manages transactions only if none is open
     configure()
     if "revision_context" in (given := context.get_context().opts):
         comparison = Comparison(connection, tables)
@@ -54,7 +54,7 @@ def run(connection: Connection, settings: Settings) -> None:
 
 
 class Comparison:
-    """What alembic compares: our own tables, without what depends on the optional branches."""
+    """The options for alembic's comparison: only our own tables, without the indexes of the optional branches."""
 
     def __init__(self, connection: Connection, tables: Tables) -> None:
         inspector = sa.inspect(connection)
@@ -79,20 +79,22 @@ class Comparison:
         }
 
     def _is_read(self, name: str | None, kind: str, parents: Mapping[str, str | None]) -> bool:
-        """Whether a schema or table is one of ours. Alembic calls the default schema None."""
+        """Return whether a schema or table is one of ours. Alembic passes None for the default schema."""
         if kind == "schema":
             return (name or self._default_schema) in {schema for schema, _ in self._ours}
         return kind != "table" or (parents["schema_name"] or self._default_schema, name) in self._ours
 
     def _is_compared(self, item: SchemaItem, name: str | None, _kind: str, _reflected: bool, _other: object) -> bool:
-        """Leave out adopted tables, and the two indexes that depend on the branch ``unique_index``."""
+        """Exclude adopted tables, and the two indexes that depend on the branch ``unique_index``."""
         if isinstance(item, sa.Table):
             return _name(item) not in self._adopted
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
 
     def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *_types: object) -> bool | None:
-        """Accept the types of students and courses that purchases took over from adopted payments; None lets alembic
-        decide."""
+        """Accept any type of ``student_id`` and ``course_id`` in purchases if the payments table is adopted.
+
+        The migrations copy these types from the payments table. Return None to let alembic decide.
+        """
         follows = expected.table is self._purchases and expected.key in ("student_id", "course_id")
         return False if follows and _name(self._payments) in self._adopted else None
 
@@ -106,7 +108,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Compare also if optional branches were never begun; alembic itself refuses if any head is missing."""
+    """Compare even if the database has no revision of an optional branch. Alembic alone would refuse that."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)
@@ -117,7 +119,7 @@ def _labels(revisions: Iterable[str]) -> set[str]:
 
 
 def _create_schema(connection: Connection, name: str) -> None:
-    """Create the schema of the version table, before the first revision runs."""
+    """Create the schema of the version table if it is missing, because alembic needs it before the first revision."""
     if name not in sa.inspect(connection).get_schema_names():
         connection.execute(sa.schema.CreateSchema(name))
         connection.commit()
@@ -125,7 +127,7 @@ def _create_schema(connection: Connection, name: str) -> None:
 
 def main() -> None:
     if context.is_offline_mode():
-        raise SystemExit("There is no offline mode: the migrations look at the database before they change it.")
+        raise SystemExit("There is no offline mode, because the migrations read the database before they change it.")
     given = context.config.attributes
     if "connection" in given:
         run(given["connection"], given["settings"])

@@ -1,10 +1,11 @@
-"""Names that the revisions use. Do not change them: like the revisions, this file imports nothing of the program.
+"""Defines the names that the revisions use. Do not change these names, because old revisions depend on them.
 
-``env.py`` loads this file by its path and puts one ``Naming`` into the attribute ``naming`` of alembic's configuration,
-from which the revisions take it. The folder is no package, because a package ``alembic`` would hide the library.
+This file and the revisions import nothing from ``outbox_worker``. ``env.py`` loads this file by its path and stores a
+``Naming`` in ``context.config.attributes["naming"]``, where the revisions find it. The directory is not a package,
+because a package with the name ``alembic`` would hide the library.
 
-There is no ``from __future__ import annotations``: ``dataclass`` looks postponed annotations up in ``sys.modules``, and
-a module that was loaded by its path is not there.
+This file must not contain ``from __future__ import annotations``. With it, ``dataclass`` would search for this module
+in ``sys.modules``, but a module that was loaded by its path is not there.
 """
 
 from collections.abc import Mapping
@@ -17,39 +18,39 @@ from sqlalchemy.dialects import postgresql
 
 
 class RevisionRefused(CommandError):
-    """The revision cannot run before a person has done something; the message says what. Nothing was changed."""
+    """A refusal to run a revision. The message tells what a person must do first. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableNaming:
-    """Names of one table and its columns in the database, and of the indexes and the trigger that migrations make."""
+    """The names of one table, its columns, and the indexes and the trigger that the migrations create."""
 
     schema: str
     table: str
     columns: Mapping[str, str]
-    """The columns that have another name in the database, by key."""
+    """The columns that have other names in the user's database: a mapping from key to name."""
 
     owned: ClassVar[str] = "purchase-outbox-worker: created by its migrations"
-    """Comment on the tables that our migrations made."""
+    """The comment on tables that our migrations created."""
     pair_index: ClassVar[str] = "purchases_active_student_course_key"
     """The unique index of the branch ``unique_index``."""
     pair_lookup_index: ClassVar[str] = "purchases_active_student_course_idx"
-    """The plain index that finds a pair's purchase as long as the unique index does not exist."""
+    """The plain index that finds the purchase of a pair while the unique index does not exist."""
     notify_channel: ClassVar[str] = "outbox_worker"
     notify_trigger: ClassVar[str] = "outbox_worker_notify"
-    """The trigger of the branch ``notify``, and its function."""
+    """The name of the trigger of the branch ``notify``, and of the function of the trigger."""
 
     def column(self, key: str) -> str:
         return self.columns.get(key, key)
 
     @property
     def relation(self) -> str:
-        """The qualified name, quoted, as SQL and ``to_regclass`` take it."""
+        """The qualified name of the table for SQL and ``to_regclass``, quoted if needed."""
         preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
         return f"{preparer.quote_schema(self.schema)}.{preparer.quote(self.table)}"
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Whether our migrations made the table. An adopted one is never altered or dropped."""
+        """Return whether our migrations created the table. They never alter or drop any other table."""
         asked = sa.text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
         return bool(bind.scalar(asked, {"name": self.relation, "owned": self.owned}))
 
@@ -59,13 +60,13 @@ class TableNaming:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """Names that the user gave in the settings."""
+    """The names of the schema, tables and columns that the user set in the settings."""
 
     schema: str
     tables: Mapping[str, str]
-    """The tables that have another name, by role; a name may include a schema: ``billing.payment``."""
+    """The tables that have other names: a mapping from role to name. A name may contain a schema."""
     columns: Mapping[str, str]
-    """The columns that have another name, by role and key: ``payments.student_id``."""
+    """The columns that have other names: a mapping from role and key, such as ``payments.student_id``, to name."""
 
     def of(self, role: str) -> TableNaming:
         schema, _, table = self.tables.get(role, role).rpartition(".")

@@ -17,7 +17,7 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    """Take every name from ``context.config.attributes["naming"].of(role)``, and alter no table that is not owned."""
+    """Get every name from ``context.config.attributes["naming"].of(role)``, and alter only tables that are owned."""
     ${upgrades if upgrades else "raise NotImplementedError"}
 
 

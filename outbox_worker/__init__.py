@@ -1,24 +1,25 @@
-"""Turns every paid event of an outbox into exactly one purchase.
+"""Creates exactly one purchase for every paid event of an outbox.
 
-The rooms, one floor per line, from the top; rooms divided by ``|`` do not know each other:
+The layers of the package, from the top. Modules divided by ``|`` share a layer and do not import each other:
 
-- ``cli``: what an operator types
+- ``cli``: the commands for operators
 - ``demo`` | ``bench``: the demonstration | the benchmark
-- ``daemon`` | ``diagnose``: the process | status, doctor and why
+- ``daemon`` | ``diagnose``: the worker process | the commands status, doctor and why
 - ``reconcile``: audit and backfill
-- ``settle``: the path of an event
-- ``store``: the statements on the tables
-- ``schema`` | ``telemetry``: what the database must hold | logs and metrics
-- ``database``: connections and transactions, for any tables
-- ``embedded`` | ``settings`` | ``terminal``: the private PostgreSQL | the choices | how things look on a terminal
-- ``decision`` | ``durations`` | ``escapes``: the rules, and how long a failed event waits | times as text | safe text
+- ``settle``: handles the events
+- ``store``: all SQL statements that read or write the tables
+- ``schema`` | ``telemetry``: the tables and privileges that the worker needs | logs and metrics
+- ``database``: connections and transactions, independent of the tables
+- ``embedded`` | ``settings`` | ``terminal``: the private PostgreSQL | the settings | formatting for terminals
+- ``decision`` | ``durations`` | ``escapes``: the rules for events and retries | times as text | safe text
 - ``address``: parses URLs and addresses
 - ``errors``: the tree of errors, with exit codes
-- ``model``: the words, such as ``Outcome`` and ``COLUMNS``
+- ``model``: enumerations and records, such as ``Outcome`` and ``Event``
 
-A room imports only from floors below it. Besides, only ``cli`` imports ``demo`` and ``bench``, only these three import
-``terminal``, and ``model`` and ``decision`` know no database library. The contracts in pyproject.toml say so, and
-``make check`` enforces them; add a new room there. Where to change what: docs/explanation/architecture.md.
+A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and ``bench``, only these
+three import ``terminal``, and ``model`` and ``decision`` import no database library. The import contracts in
+pyproject.toml contain these rules, and ``make check`` enforces them. If you add a package, add it to the contracts.
+docs/explanation/architecture.md explains where to make which change.
 """
 
 __version__ = "0.1.0"

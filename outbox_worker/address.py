@@ -1,4 +1,4 @@
-"""Addresses as people write them: a database's URL, read by PostgreSQL's own library, and where our HTTP listens."""
+"""Parses the addresses that users write in settings: database URLs (with libpq) and the HTTP address of the worker."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _HTTP_PLACE = re.compile(r"(?:\[(?P<ip6>[^]]+)\]|(?P<host>[^:\[\]]*)):(?P<port>[
 
 
 def expect_usable(text: str) -> None:
-    """Refuse what is neither ``embedded:DIRECTORY`` nor the URL of a server.
+    """Refuse a text that is neither ``embedded:DIRECTORY`` nor the URL of a server.
 
-    Raises ValueError without any part of the text: it may hold a password.
+    Raises ValueError. Its message repeats no part of the text, because the text may contain a password.
     """
     if not text.startswith(EMBEDDED):
         expect_server_url(text)
@@ -34,7 +34,10 @@ def expect_usable(text: str) -> None:
 
 
 def expect_server_url(text: str) -> None:
-    """Refuse what cannot be the URL of a PostgreSQL server. Raises ValueError without any part of the text."""
+    """Refuse a text that cannot be the URL of a PostgreSQL server.
+
+    Raises ValueError. Its message repeats no part of the text, because the text may contain a password.
+    """
     scheme, mark, place = text.partition("://")
     if not mark:
         raise ValueError(f"not a URL; {_URL_REMEDY}")
@@ -53,8 +56,11 @@ def expect_server_url(text: str) -> None:
 
 
 def _expect_encoded(place: str) -> None:
-    """Only one @ may stand before the parameters, and no / before it; else libpq takes a part of the password for the
-    name of a host or a database, and repeats it in its errors."""
+    """Refuse a second @ before the parameters, and a / before the @.
+
+    Such a character is probably part of the password. libpq would read the rest of the password as the name of a host
+    or database, and repeat it in its errors.
+    """
     authority, _, path = place.partition("/")
     if authority.count("@") > 1 or "@" in path.partition("?")[0]:
         raise ValueError(_ENCODE)
@@ -69,7 +75,10 @@ def _expect_ports(given: Mapping[str, str]) -> None:
 
 
 def _expect_known_parameters(place: str) -> None:
-    """Say what was probably meant; libpq's own error would repeat the parameter, which may be a part of a password."""
+    """Refuse unknown parameters of a URL, and suggest a similar known one.
+
+    The error of libpq is not shown, because it would repeat the parameter, which may be part of a password.
+    """
     known = [option.keyword.decode() for option in Conninfo.get_defaults()]
     names = [pair.partition("=")[0] for pair in place.rpartition("?")[2].split("&") if "=" in pair]
     for name in (name for name in names if "@" not in name and name not in known):
@@ -78,10 +87,10 @@ def _expect_known_parameters(place: str) -> None:
 
 
 def libpq_url(text: str) -> str:
-    """The same URL as libpq reads it, password and all.
+    """Convert a URL to the form that libpq reads. The result contains the password.
 
-    SQLAlchemy writes a blank as it is, or as + among the parameters, and several hosts as parameters of one name
-    (``/shop?host=a:1&host=b:2``); libpq wants %20, and the hosts in front.
+    SQLAlchemy allows spaces in URLs, writes them as + in parameters, and writes several hosts as repeated parameters
+    (``/shop?host=a:1&host=b:2``). libpq needs %20 instead, and a list of hosts before the database name.
     """
     scheme, _, rest = text.replace(" ", "%20").partition("://")
     user, at, place = rest.partition("@") if "@" in rest.partition("/")[0] else ("", "", rest)
@@ -98,7 +107,7 @@ def libpq_url(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Where HTTP is served: a port of a host (0: any that is free), or a Unix socket."""
+    """The address at which the worker answers HTTP: a host and port (0: any free port), or a Unix socket."""
 
     host: str = ""
     port: int = 0
@@ -106,7 +115,7 @@ class Listen:
 
     @property
     def written_host(self) -> str:
-        """As in a URL."""
+        """The host as a URL contains it: an IPv6 address is in brackets."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     def __str__(self) -> str:
@@ -114,7 +123,7 @@ class Listen:
 
 
 def parse_listen(text: str) -> Listen | None:
-    """``HOST:PORT``, ``[IP6]:PORT``, ``unix:/path``; None for ``off``. Raises ValueError."""
+    """Parse ``HOST:PORT``, ``[IP6]:PORT`` or ``unix:/path``. Return None for ``off``. Raises ValueError."""
     if text == "off":
         return None
     if text.startswith(_UNIX):

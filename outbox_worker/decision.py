@@ -1,4 +1,4 @@
-"""Pure decisions: what becomes of an event, how long to wait, which guard is in force."""
+"""Pure functions that decide what happens to an event, how long to wait, and which guard is in force."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from datetime import timedelta
 from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, PaymentStatus, Reason, Verdict
 
 CRASHES_MAX = 3
-"""An event that was handled alone by this many processes that died is moved to the dead letters."""
+"""The number of crashes after which an event becomes a dead letter.
+
+A crash is counted if a process died while the event was the only one in its batch.
+"""
 
 _FIRST_RULES: Mapping[int, str] = {
     1: "its type has no handler",
@@ -23,18 +26,18 @@ RULES: Mapping[int, str] = {
     6: "event and payment contradict each other",
     7: "the payment is refunded, or has not succeeded",
     8: "another purchase already gives the student this course",
-    9: "none of rules 1 to 8 applies: the purchase is made",
+    9: "none of rules 1 to 8 applies, so the purchase is created",
 }
-"""The rules of docs/explanation/state-machine.md for a confirmation, in words."""
+"""The rules for a confirmation, in words. docs/explanation/state-machine.md explains them."""
 REFUND_RULES: Mapping[int, str] = {
     **_FIRST_RULES,
     4: "its purchase is already inactive",
     5: RULES[5],
     6: RULES[6],
     7: "the payment is not refunded",
-    8: "none of rules 1 to 7 applies: the purchase is taken back",
+    8: "none of rules 1 to 7 applies, so the purchase is deactivated",
 }
-"""The same for a refund."""
+"""The rules for a refund, in words. docs/explanation/state-machine.md explains them."""
 RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
     Reason.UNSUPPORTED_EVENT_TYPE: (1,),
     Reason.INVALID_PAYLOAD: (2,),
@@ -50,24 +53,25 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
     Outcome.RECOVERED: (9,),
     Outcome.REVOKED: (4, 8),
 }
-"""The rules that can have led to an outcome or a reason. Refusals by the database and crashes come from no rule."""
+"""For each outcome and reason, the rules that can lead to it. No rule leads to ``rejected_by_database`` or
+``crashed_worker``, so these are missing here."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often an event is tried, and how long it waits between tries. Database outages use up no tries."""
+    """The number of tries of an event, and the waits between them. Outages of the database do not count as tries."""
 
     max_attempts: int
     base: timedelta
     maximum: timedelta
 
     def is_last(self, attempts: int) -> bool:
-        """Whether the next failed try, after ``attempts`` failed ones, is the last."""
+        """Return whether the next try is the last one, if ``attempts`` tries have failed so far."""
         return attempts + 1 >= self.max_attempts
 
 
 def decide(facts: Facts) -> Verdict:
-    """Judge an event by the rules of docs/explanation/state-machine.md; the first rule that applies wins."""
+    """Judge an event by the first rule of docs/explanation/state-machine.md that applies."""
     if facts.crashes >= CRASHES_MAX:
         return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died while they handled it")
     if not facts.handled:  # 1
@@ -104,7 +108,7 @@ def _decide_refund(facts: Facts) -> Verdict:
 
 
 def _flaw(facts: Facts) -> Verdict | None:
-    """Apply rules 5 and 6: there is no payment, or event and payment contradict each other."""
+    """Apply rules 5 and 6. Return None if the payment is visible and does not contradict the event."""
     if facts.payment_status is None:
         return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment", rule=5)
     if facts.mismatches:
@@ -123,24 +127,25 @@ def _not_yet(facts: Facts, reason: Reason, detail: str, *, rule: int) -> Verdict
 
 
 def refused(detail: str, last_try: bool) -> Verdict:
-    """Judge an event that the database itself refused; ``detail`` names the error, never text of the payload."""
+    """Judge an event that the database rejected. ``detail`` names the error and contains no text from the payload."""
     return Verdict(Outcome.DEAD if last_try else Outcome.RETRIED, Reason.REJECTED_BY_DATABASE, detail)
 
 
 def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
-    """How long to wait after failed try number ``attempts`` (from 1): exponential, capped, and up to a quarter longer.
+    """Compute how long to wait after failed try number ``attempts``, which is 1 for the first.
 
-    ``spread`` is a random number in [0, 1) from the caller: events that failed together are due at different times.
+    The wait doubles with each try up to the maximum of ``policy``. Then ``spread``, a random number in [0, 1) from the
+    caller, adds up to a quarter, so that events that failed together become due at different times.
     """
     grown = policy.base.total_seconds() * 2.0 ** min(attempts - 1, 62)
     return timedelta(seconds=min(grown, policy.maximum.total_seconds())) * (1 + spread / 4)
 
 
 def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> Guard:
-    """Choose ``index`` only if the planner takes a sound index as arbiter; otherwise ``lock``."""
+    """Choose ``index`` only if the planner uses one of ``sound_indexes`` for ON CONFLICT; otherwise ``lock``."""
     return Guard.INDEX if set(sound_indexes) & set(arbiters) else Guard.LOCK
 
 
 def next_pause(previous: float, *, minimum: float, maximum: float) -> float:
-    """Seconds to wait after a claim that found nothing: twice the previous pause, within the bounds."""
+    """Compute the pause in seconds after a claim that found nothing: twice the previous pause, within the bounds."""
     return min(maximum, max(minimum, previous * 2))

@@ -1,4 +1,4 @@
-"""Durations, moments and counts as people write and read them. Pure."""
+"""Pure functions that parse durations and times from the command line, and format durations and counts for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)\s*([smhd])", re.ASCII)
 
 
 def parse_duration(text: str, option: str) -> timedelta:
-    """Read ``90s``, ``5m``, ``2h`` or ``1d``; ``0`` needs no unit. Raises WrongUsage."""
+    """Parse a duration such as ``90s``, ``5m``, ``2h`` or ``1d``; only ``0`` needs no unit. Raises WrongUsage."""
     written = text.strip().lower()
     if written == "0":
         return timedelta(0)
@@ -23,7 +23,7 @@ def parse_duration(text: str, option: str) -> timedelta:
 
 
 def parse_moment(text: str, option: str) -> datetime:
-    """Read a date, or a date and time in the form of RFC 3339; UTC if no zone is written. Raises WrongUsage."""
+    """Parse an RFC 3339 date, or date and time. A time without a zone is in UTC. Raises WrongUsage."""
     try:
         moment = datetime.fromisoformat(text.strip())
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -32,7 +32,7 @@ def parse_moment(text: str, option: str) -> datetime:
 
 
 def ago(seconds: float) -> str:
-    """Write a duration as people say it: 42s, 3m 05s, 2h 10m, 4d 03h."""
+    """Format a duration with its two largest units: 42s, 3m 05s, 2h 10m, 4d 03h."""
     whole = int(max(0.0, seconds))
     for unit, size, smaller, smaller_size in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if whole >= size:
@@ -41,5 +41,5 @@ def ago(seconds: float) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Write a number and its noun: ``0 payments``, ``1 payment``, ``1,200 payments``."""
+    """Format a number with its noun: ``0 payments``, ``1 payment``, ``1,200 payments``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

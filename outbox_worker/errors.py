@@ -1,18 +1,22 @@
-"""All errors of the program, as a tree; each line says how the program ends, or what happens to the batch.
+"""All errors of the program, as a tree.
+
+Beside each error is the exit code of a command that ends with it, or the class of failure that decides what happens to
+the batch.
 
     OutboxWorkerError
     ├── SettingError          exit 78   a setting or a URL cannot be used
     │   └── WrongUsage        exit 2    an option of the command line cannot be used
-    ├── SchemaError           exit 78   a table, column or privilege is missing (at the start; later the worker pauses)
-    ├── DatabaseUnavailable   exit 69   no connection to the database (the daemon waits instead of ending)
+    ├── SchemaError           exit 78   a table, column or privilege is missing (a running worker pauses)
+    ├── DatabaseUnavailable   exit 69   no connection to the database (a running worker waits)
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
-    ├── NoAnswer              exit 69   no daemon answers over HTTP
+    ├── NoAnswer              exit 69   no worker answers over HTTP
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
-    ├── CommitLost            (reconnect) the connection broke during COMMIT, and nothing was committed, as far as known
-    ├── KeyMissing            (pause)   a unique key that an upsert needs was dropped; the guard has another one
-    └── Inconsistent          (pause)   a statement changed another number of rows than it must: a bug
+    ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
+    ├── KeyMissing            pause     a unique key that an upsert needs was dropped
+    └── Inconsistent          bug       a statement did not change as many rows as it must
 
-Errors that the database reports are not wrapped: ``classify`` names their class, and the processor acts on that.
+The program does not wrap errors that the database reports. ``database.failures.classify`` returns their class of
+failure, and ``settle`` decides by the class what to do.
 """
 
 from __future__ import annotations
@@ -21,66 +25,73 @@ from typing import ClassVar
 
 
 class OutboxWorkerError(Exception):
-    """Base of all errors whose message is a sentence for the operator; ``exit_code`` is the process's exit status."""
+    """The base of all errors whose message is written for the operator. A command that raises one exits with
+    ``exit_code``."""
 
     exit_code: ClassVar[int] = 1
 
 
 class SettingError(OutboxWorkerError):
-    """A setting or a URL cannot be used."""
+    """A setting or a URL that cannot be used."""
 
     exit_code = 78
 
 
 class WrongUsage(SettingError):
-    """An option of the command line cannot be used."""
+    """An option of the command line that cannot be used."""
 
     exit_code = 2
 
 
 class SchemaError(OutboxWorkerError):
-    """A table, a column or a privilege that the worker needs is missing."""
+    """A missing table, column or privilege that the worker needs."""
 
     exit_code = 78
 
 
 class DatabaseUnavailable(OutboxWorkerError):
-    """There is no connection to the database."""
+    """A failure to connect to the database."""
 
     exit_code = 69
 
 
 class EmbeddedServerError(DatabaseUnavailable):
-    """The private PostgreSQL could not be started."""
+    """A failure to start or stop the private PostgreSQL."""
 
 
 class NoAnswer(OutboxWorkerError):
-    """No daemon answers over HTTP, or it does not answer in time."""
+    """A missing HTTP answer: no worker listens, or the worker does not answer in time."""
 
     exit_code = 69
 
 
 class Refused(OutboxWorkerError):
-    """A command found a reason not to act, and changed nothing."""
+    """A refusal: a command found a reason not to act, and changed nothing."""
 
     exit_code = 1
 
 
 class KeyMissing(OutboxWorkerError):
-    """A unique key that an upsert needs was dropped while the worker runs; ``find_problems`` names it."""
+    """A unique key that an upsert needs and that was dropped while the worker runs.
+
+    ``find_problems`` finds out which key it is.
+    """
 
     sqlstate: ClassVar[str] = "42P10"
 
 
 class Inconsistent(OutboxWorkerError):
-    """A statement changed another number of rows than it must: a bug of the worker, never the fault of an event."""
+    """A statement that did not change as many rows as it must. This is a bug of the worker; no event is at fault."""
 
 
 class CommitLost(OutboxWorkerError):
-    """The connection broke during COMMIT; the transaction was rolled back, or the server no longer knows."""
+    """A COMMIT without an answer, because the connection broke.
+
+    Raised if the transaction was rolled back, or if the server can no longer report what happened to it.
+    """
 
 
 def in_one_line(error: OutboxWorkerError) -> str:
-    """The message of an error and the list below it as one line, for a log record."""
+    """Join the lines of an error's message into one line for a log record."""
     first, *others = (line.strip() for line in str(error).splitlines())
     return f"{first} {'; '.join(others)}".rstrip()

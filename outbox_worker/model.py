@@ -1,4 +1,4 @@
-"""The words of the product, as closed sets and frozen records. No I/O, no clock, no randomness."""
+"""Data types of the product: enumerations and frozen records. They do no I/O and use no clock and no randomness."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from uuid import UUID
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
 
 PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
-"""The type of a mark that a backfill writes: there was no event."""
+"""The ``event_type`` of a mark that a backfill writes for a payment that has no event."""
 
 PURCHASE_REFUNDED = "PURCHASE_REFUNDED"
 
 
 class Outcome(StrEnum):
-    """What became of an event. All outcomes but ``retried`` and ``dead`` are final and leave a mark."""
+    """The result of handling an event. All outcomes except ``retried`` and ``dead`` are final and leave a mark."""
 
     CREATED = "created"
     RECOVERED = "recovered"
@@ -33,19 +33,22 @@ class Outcome(StrEnum):
 
 
 GRANTS = frozenset({Outcome.CREATED, Outcome.RECOVERED})
-"""Outcomes for which a purchase is inserted."""
+"""Outcomes of events for which the worker inserts a purchase."""
 
 FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
-"""Outcomes that end an event: it is marked and deleted from the outbox."""
+"""Outcomes after which the worker writes a mark for the event and deletes the event from the outbox."""
 
 _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
-"""Outcomes whose mark does not say that an active purchase was made. Every other mark says so, an unknown one too."""
+"""Outcomes whose mark does not prove that an active purchase was created.
+
+A mark with any other outcome proves it, even if this version does not know the outcome.
+"""
 
 
 class Reason(StrEnum):
-    """Why an event was retried or is dead."""
+    """The reason why an event was retried or became a dead letter."""
 
     UNSUPPORTED_EVENT_TYPE = "unsupported_event_type"
     INVALID_PAYLOAD = "invalid_payload"
@@ -59,13 +62,17 @@ class Reason(StrEnum):
 
 
 CONTRADICTIONS = frozenset({Reason.PAYMENT_MISMATCH, Reason.EVENT_ID_REUSED})
-"""Reasons that mean that event and payment contradict each other: until a person decides, nothing is granted."""
+"""Reasons that mean that event and payment contradict each other.
+
+The worker creates no purchase for the payment until a person decides.
+"""
 
 WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
-"""Reasons of a confirmation's dead letter: discarding one with such a reason waives the purchase of its payment.
+"""Reasons whose dead letters waive a purchase: if a person discards such a letter, its payment gets no purchase.
 
-The other reasons say that the payment is missing or has not succeeded. Discarding a letter with such a reason waives
-nothing, should the payment succeed later.
+This is true only for the dead letters of confirmations. The other reasons mean that the payment is missing or has not
+succeeded. If a person discards a letter with one of the other reasons and the payment succeeds later, the payment still
+gets its purchase.
 """
 
 
@@ -84,34 +91,34 @@ class DeadLetterState(StrEnum):
 
 
 class Guard(StrEnum):
-    """What stops a second active purchase of a pair."""
+    """The mechanism that prevents a second active purchase of a pair: the unique index, or advisory locks."""
 
     INDEX = "index"
     LOCK = "lock"
 
 
 class Event(NamedTuple):
-    """The keys of a claimed event; its payload stays in the database."""
+    """The keys of a claimed event. The worker does not load the payload of the event."""
 
     id: int
     event_id: UUID
     event_type: str
     payment_id: str | None
-    """The payload's ``payment_id`` in lower case if it is a UUID string; otherwise None."""
+    """The payload's ``payment_id`` in lower case; None if it is not a UUID string."""
     attempts: int
     lateness: float
-    """Seconds between ``due_at`` and the claim, by the database's clock."""
+    """Seconds from ``due_at`` to the claim, measured by the database's clock."""
 
 
 class Position(NamedTuple):
-    """A position in the queue: an event's due time, as PostgreSQL writes it, and its id."""
+    """A position in the queue: the due time of an event, as text from PostgreSQL, and the id of the event."""
 
     due_at: str
     id: int
 
 
 class DueWindow(NamedTuple):
-    """From one due time to another, as PostgreSQL writes them, both included."""
+    """A range of due times, as text from PostgreSQL. It includes both ends."""
 
     first: str
     last: str
@@ -121,7 +128,7 @@ ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
-    """What a payload repeats of its payment, as bounded text; None: the key is absent or null."""
+    """The payment's columns that a payload repeats, as text of limited length. None: the key is missing or null."""
 
     student_id: str | None = None
     course_id: str | None = None
@@ -133,8 +140,8 @@ class Repeated(NamedTuple):
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
 
-    The events are kept as columns, as the database sends them: on the happy path no single event is read, and the
-    columns are sent back as they came.
+    The events are stored as columns because the database sends columns. The fast path reads no single event and sends
+    the columns back unchanged.
     """
 
     ids: Sequence[int] = ()
@@ -144,9 +151,9 @@ class Batch(Mapping[int, Event]):
     attempts: Sequence[int | str] = ()
     lateness: Sequence[float] = ()
     repeated: Sequence[Repeated] = ()
-    """What the payloads repeat of their payments, if the client reads them: ``payload`` is of type json or text."""
+    """The columns of the payments that the payloads repeat. Filled only if ``payload`` is of type json or text."""
     window: DueWindow = ALWAYS
-    """The due times between which the events lie."""
+    """The range that contains the due times of all events of the batch."""
 
     def __getitem__(self, key: int) -> Event:
         at = self._positions[key]
@@ -169,26 +176,26 @@ class Batch(Mapping[int, Event]):
         return key in self._positions
 
     def only(self, keys: Iterable[int]) -> Batch:
-        """The events with these keys, in the order of ``keys``."""
+        """Return the events with these keys, in the order of ``keys``."""
         return self._take([self._positions[key] for key in keys])
 
     def among(self, keys: Collection[int]) -> Batch:
-        """The events with these keys, in the order of the claim."""
+        """Return the events with these keys, in the order of the claim."""
         return self if len(keys) == len(self) else self.without(set(self.ids).difference(keys))
 
     def without(self, keys: Collection[int]) -> Batch:
-        """The events with other keys, in the order of the claim."""
+        """Return all events except those with these keys, in the order of the claim."""
         return self._take([at for at, key in enumerate(self.ids) if key not in keys]) if keys else self
 
     def by_type(self) -> dict[str, Batch]:
-        """The events of each type."""
+        """Return a batch for each event type."""
         types = dict.fromkeys(self.event_types)
         if len(types) == 1:
             return dict.fromkeys(types, self)
         return {name: self._take([at for at, each in enumerate(self.event_types) if each == name]) for name in types}
 
     def payments(self) -> Sequence[str | None]:
-        """The payment of each event."""
+        """Return the payment id of each event."""
         return self.payment_ids
 
     def _take(self, positions: Sequence[int]) -> Batch:
@@ -208,57 +215,61 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that ``decide`` looks at: read by one statement while the event and its pair are locked."""
+    """Everything that ``decide`` needs to know. One statement reads it while the event and its pair are locked."""
 
     crashes: int = 0
-    """How many processes died while they handled this event alone."""
+    """The number of processes that died while this event was the only one in their batch."""
     handled: bool = True
     is_refund: bool = False
-    """The event reports a refund; otherwise it confirms a purchase."""
+    """True if the event reports a refund; False if it confirms a purchase."""
     payment_id: UUID | None = None
     mark: Mark | None = None
     purchase_active: bool | None = None
-    """Whether the purchase of this payment is active; None: there is no purchase."""
+    """Whether the purchase of this payment is active; None if this payment has no purchase."""
     payment_status: str | None = None
-    """None: the payment row is not visible."""
+    """The status of the payment; None if this transaction sees no row of the payment."""
     mismatches: tuple[str, ...] = ()
-    """Payload keys that differ from the payment row."""
+    """The payload keys whose values differ from the payment row."""
     pair_held: bool = False
-    """Another active purchase already gives the student this course."""
+    """Whether another active purchase already gives the student this course."""
     last_try: bool = False
-    """This attempt is the last: if it fails, the event is dead."""
+    """Whether this attempt is the last one. If it fails, the event becomes a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome with its reason; ``detail`` is for people and never contains text of a payload."""
+    """The outcome of an event, with its reason. ``detail`` is for people and never contains text from a payload."""
 
     outcome: Outcome
     reason: Reason | None = None
     detail: str = ""
     writes: bool = False
-    """The verdict writes a purchase."""
+    """Whether the verdict inserts a purchase or deactivates one."""
     via_fast_path: bool = False
-    """The fast statement made the purchase: its predicates exclude marks and open letters, so neither is looked for."""
+    """Whether the fast statement created the purchase.
+
+    The worker then does not search for a mark or an open dead letter, because the fast statement skips events that have
+    one.
+    """
     passed_to: str | None = None
-    """The payment that got the course after another one was refunded."""
+    """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
     rule: int = field(default=0, compare=False)
-    """The rule of docs/explanation/state-machine.md that decided; 0: none of them."""
+    """The number of the deciding rule in docs/explanation/state-machine.md; 0 if no rule decided."""
     traceparent: str | None = None
-    """The trace that the producer names in the event's headers."""
+    """The ``traceparent`` that the producer wrote into the headers of the event."""
 
     @property
     def logged_individually(self) -> bool:
-        """Whether the event gets a log record of its own, so that a person can find it again."""
+        """Whether the event gets its own log record, so that a person can find the event later."""
         return self.outcome in _LOGGED_INDIVIDUALLY or self.passed_to is not None
 
 
 Verdicts = dict[int, Verdict]
-"""Verdicts by ``outbox.id``. A claimed event without a verdict stays in the outbox as it was."""
+"""Verdicts by ``outbox.id``. A claimed event that has no verdict stays unchanged in the outbox."""
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """The events of each outcome. Usually all of them share one verdict."""
+    """Group the events by outcome. Usually all events share one verdict object, so this case has a shortcut."""
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
         return {verdict.outcome: list(verdicts) for verdict in distinct.values()}
@@ -300,12 +311,12 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("cursor", "counts", "host", "pid", "actor", "reason", "outcome"),
     ),
 }
-"""Tables and columns under the names of code and docs; settings map them to the names of the user's database."""
+"""Tables and columns by their names in code and docs. Settings map these to the names in the user's database."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundPayment:
-    """A payment that is owed a purchase, or that a person should look at."""
+    """A payment whose purchase is missing, or that a person should check."""
 
     payment_id: UUID
     student_id: Any
@@ -313,7 +324,7 @@ class FoundPayment:
     amount: Decimal
     currency: str
     created_at: datetime | None
-    """None: a time that Python cannot represent, such as ``-infinity``."""
+    """The time of the payment; None if Python cannot represent it, for example ``-infinity``."""
     age_seconds: float
 
     @property
@@ -325,13 +336,13 @@ class FoundPayment:
 
     @property
     def age(self) -> tuple[datetime, int]:
-        """A sort key: oldest first."""
+        """The sort key that puts the oldest payment first."""
         return self.created_at or datetime.min.replace(tzinfo=UTC), self.payment_id.int
 
 
 @dataclass(frozen=True, slots=True)
 class PaymentTotals:
-    """A number of payments, and their money by currency."""
+    """The number of payments, and the sum of their amounts for each currency."""
 
     count: int = 0
     money: Mapping[str, Decimal] = field(default_factory=dict)
@@ -351,10 +362,10 @@ class PaymentTotals:
 
     @classmethod
     def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:
-        """Read what ``written`` wrote; None is no payments."""
+        """Read the output of ``written``. None means no payments."""
         given = written or {"count": 0, "money": {}}
         return cls(given["count"], {key: Decimal(amount) for key, amount in given["money"].items()})
 
     def written(self) -> dict[str, Any]:
-        """The totals for a JSON column."""
+        """Return the totals as a value for a JSON column."""
         return {"count": self.count, "money": {key: f"{amount:.2f}" for key, amount in self.money.items()}}

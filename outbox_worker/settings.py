@@ -1,7 +1,7 @@
-"""Settings, read from command line > environment ``OUTBOX_*`` > credentials > TOML file > defaults.
+"""Reads the settings from command line > environment ``OUTBOX_*`` > credentials > TOML file > defaults.
 
-They are frozen, and all that cannot be used is reported in one error. A credential is a file in
-``$CREDENTIALS_DIRECTORY`` with the name of a setting: systemd's LoadCredential=.
+The settings are frozen. One error reports all values that cannot be used. A credential is a file in
+``$CREDENTIALS_DIRECTORY`` that has the name of a setting, as systemd's ``LoadCredential=`` creates it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from outbox_worker.model import COLUMNS
 
 PREFIX = "OUTBOX_"
 OPTIONS = ("config", "backfill_every_seconds", "batch_size", "concurrency", "log_level", "log_format")
-"""Settings that are also options of commands."""
+"""Settings that are also options on the command line."""
 RELOADABLE = (
     "log_level",
     "batch_size",
@@ -53,12 +53,12 @@ RELOADABLE = (
     "poll_min_seconds",
     "poll_max_seconds",
 )
-"""What a running worker reads again on SIGHUP: the log level and its limits."""
+"""Settings that a running worker reads again on SIGHUP. All other settings need a restart."""
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
 
 
 def _split_pairs(value: object) -> object:
-    """Read ``a=b,c=d``, a mapping as the environment writes it; a TOML table is returned as it is."""
+    """Parse ``a=b,c=d``, the form of a mapping in an environment variable. Return a TOML table unchanged."""
     if not isinstance(value, str):
         return value
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
@@ -68,7 +68,7 @@ def _split_pairs(value: object) -> object:
 
 
 def _flatten_columns(value: object) -> object:
-    """Read ``[columns.payments] student_id = "user_id"`` as ``payments.student_id=user_id``."""
+    """Convert the TOML form ``[columns.payments] student_id = "user_id"`` to ``payments.student_id=user_id``."""
     value = _split_pairs(value)
     if not isinstance(value, dict):
         return value
@@ -93,7 +93,7 @@ def _usable_names(value: dict[str, str]) -> dict[str, str]:
 
 def _known_tables(value: dict[str, str]) -> dict[str, str]:
     if unknown := set(value) - set(COLUMNS):
-        raise ValueError(f"no such table: {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+        raise ValueError(f"no such table: {', '.join(sorted(unknown))}; the tables are {', '.join(COLUMNS)}")
     _expect_distinct({table: value.get(table, table) for table in COLUMNS}, "table")
     return value
 
@@ -112,7 +112,7 @@ def _expect_distinct(names: Mapping[str, str], noun: str) -> None:
     for key, name in names.items():
         other = by_name.setdefault(name, key)
         if other != key:
-            raise ValueError(f"{other} and {key} are one {noun}: each needs its own")
+            raise ValueError(f"{other} and {key} have the same {noun} name, but each needs its own")
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
@@ -126,13 +126,13 @@ def _usable_server_url(value: SecretStr) -> SecretStr:
 
 
 def _split_names(value: object) -> object:
-    """Read ``a,b``, a list as the environment writes it; a TOML array is returned as it is."""
+    """Parse ``a,b``, the form of a list in an environment variable. Return a TOML array unchanged."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 def _usable_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
     if any("*" in host.removeprefix("*.") and host != "*" for host in value):
-        raise ValueError("* stands alone, or before a domain: *.example.com")
+        raise ValueError("use * only alone, or at the start of a domain, as in *.example.com")
     return value
 
 
@@ -158,7 +158,7 @@ ColumnMap = Annotated[
 
 
 class Settings(BaseSettings):
-    """All settings. The description of each says what it means, and why its default is what it is."""
+    """All settings. The description of each setting explains what it does, and the reason for its default if needed."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -170,81 +170,107 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
     )
 
-    config: Path | None = Field(None, description="TOML file with settings; keys are lower case, without OUTBOX_")
+    config: Path | None = Field(
+        None, description="TOML file with settings; its keys are the names in lower case, without OUTBOX_"
+    )
     database_url: Annotated[SecretStr, AfterValidator(_usable_url)] | None = Field(
         None,
-        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR); no default, so that you never use "
-        "the wrong database by accident",
+        description="postgresql://… or embedded:DIR (a private PostgreSQL in DIR); there is no default, so that "
+        "you never "
+        "use the wrong database by accident",
     )
     listen_database_url: Annotated[SecretStr, AfterValidator(_usable_server_url)] | None = Field(
-        None, description="direct connection for LISTEN, if DATABASE_URL leads through a pooler; default: DATABASE_URL"
+        None,
+        description="URL of a direct connection for LISTEN, needed if DATABASE_URL is a pooler; default: DATABASE_URL",
     )
     pooler: Literal["none", "transaction"] = Field(
         "none",
-        description="transaction: DATABASE_URL leads through PgBouncer in transaction mode; no statement is prepared",
+        description="transaction: DATABASE_URL is a PgBouncer in transaction mode, so the worker prepares no "
+        "statements",
     )
     embedded_bin_dir: Path | None = Field(
-        None, description="directory of PostgreSQL's programs for embedded:DIR; default: those of the pip wheel"
+        None,
+        description="directory of the programs postgres and initdb for embedded:DIR; default: those of the pip wheel",
     )
     schema_name: str = Field(  # `schema` itself is a method of pydantic's models
         "public",
         min_length=1,
         max_length=63,
         validation_alias="OUTBOX_SCHEMA",
-        description="schema of every table for which TABLES names no other",
+        description="schema of every table, unless TABLES names another schema for the table",
     )
-    tables: TableMap = Field({}, description="tables that have another name: payments=billing.payment,outbox=events")
-    columns: ColumnMap = Field({}, description="columns that have another name: payments.student_id=user_id")
+    tables: TableMap = Field(
+        {}, description="tables that have other names in your database: payments=billing.payment,outbox=events"
+    )
+    columns: ColumnMap = Field(
+        {}, description="columns that have other names in your database: payments.student_id=user_id"
+    )
     batch_size: int = Field(
-        1000, ge=1, le=10_000, description="events per transaction, at most; more than 1,000 are not faster"
+        1000, ge=1, le=10_000, description="largest number of events in a transaction; more than 1,000 are not faster"
     )
     batch_target_ms: int = Field(
-        500, ge=10, le=60_000, description="how long a batch should take; if it takes longer, the next ones are smaller"
+        500,
+        ge=10,
+        le=60_000,
+        description="target duration of a batch in ms; after a batch that took longer, the worker claims fewer events",
     )
     concurrency: int = Field(
         1,
         ge=1,
         le=64,
-        description="claim loops in the process, each with its own connection; a few with large batches are fastest",
+        description="number of claim loops in the process, each with its own connection; few loops with large "
+        "batches are fastest",
     )
-    max_attempts: int = Field(10, ge=1, le=1000, description="failed tries after which an event becomes a dead letter")
-    retry_base_seconds: float = Field(30, gt=0, le=86_400, description="wait after an event's first failed try")
+    max_attempts: int = Field(
+        10, ge=1, le=1000, description="number of failed tries after which an event becomes a dead letter"
+    )
+    retry_base_seconds: float = Field(30, gt=0, le=86_400, description="wait after the first failed try of an event")
     retry_max_seconds: float = Field(3600, gt=0, le=2_592_000, description="longest wait between two tries of an event")
     poll_min_seconds: float = Field(
-        0.05, gt=0, le=60, description="pause after a first look at the outbox that found nothing"
+        0.05, gt=0, le=60, description="pause after the first check that finds no due event"
     )
-    poll_max_seconds: float = Field(1, gt=0, le=3600, description="longest pause between looks at an empty outbox")
+    poll_max_seconds: float = Field(
+        1, gt=0, le=3600, description="longest pause between two checks of the outbox while it has no due event"
+    )
     database_deadline_seconds: float = Field(
         10,
         gt=0,
         le=600,
-        description="longest wait for an answer of the database; then the worker drops the connection and tries again",
+        description="longest wait for an answer from the database; after it, the worker drops the connection "
+        "and tries again",
     )
     backfill_every_seconds: float = Field(
         900,
         ge=0,
         le=86_400,
-        description="time between two searches for payments without a purchase, made by one worker for all; 0: never",
+        description="time between two searches for payments without a purchase; only one of all workers "
+        "searches; 0: never",
     )
     unknown_types: Annotated[Literal["bury", "ignore"] | None, BeforeValidator(_lower)] = Field(
         None,
-        description="events of an unknown type: bury (default on own tables) or ignore (default on adopted ones)",
+        description="what to do with events of an unknown type: bury makes them dead letters (default if "
+        "`migrate` created the "
+        "outbox), ignore leaves them in the outbox (default if it is an existing table)",
     )
     http_listen: Annotated[str, AfterValidator(_usable_listen)] = Field(
         "127.0.0.1:9464",
-        description="where `run` answers /livez, /readyz and /metrics: HOST:PORT (port 0: any), unix:/path, or off",
+        description="address at which `run` answers /livez, /readyz and /metrics: HOST:PORT (0: any free port), "
+        "unix:/path or off",
     )
     http_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names), AfterValidator(_usable_hosts)] = (
         Field(
             (),
-            description="host names that requests may use, besides the loopback's and the host of HTTP_LISTEN; *: any",
+            description="host names that HTTP requests may use, in addition to localhost and the host of "
+            "HTTP_LISTEN; *: any",
         )
     )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
-        "INFO", description="least severe record written"
+        "INFO", description="lowest severity of log records to write"
     )
     log_format: Annotated[Literal["json", "console"] | None, BeforeValidator(_lower)] = Field(
-        None, description="json: one object a line; console: for people. Default: console on a terminal, else json"
+        None,
+        description="json: one object per line; console: text for people; default: console on a terminal, "
+        "otherwise json",
     )
 
     @model_validator(mode="before")
@@ -269,7 +295,10 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the library's signature
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Command line, environment, credentials, then the file that the command line or the environment names."""
+        """Return the sources in order of precedence.
+
+        The configuration file comes last. Only the command line or the environment can name it.
+        """
         assert isinstance(init_settings, InitSettingsSource)  # noqa: S101 - narrows the library's type
         directory, path = _credentials(), _configuration_file(init_settings.init_kwargs)
         sources = [init_settings, env_settings]
@@ -291,23 +320,23 @@ class Settings(BaseSettings):
 
     @property
     def embedded_directory(self) -> Path | None:
-        """Directory of the private PostgreSQL; None if the database is another one."""
+        """The directory of the private PostgreSQL; None if the database is not a private PostgreSQL."""
         text = self._required_url()
         return Path(text.removeprefix(EMBEDDED)) if text.startswith(EMBEDDED) else None
 
     @property
     def conninfo(self) -> str:
-        """The database's URL as libpq takes it, password and all. Not for ``embedded:``."""
+        """The URL of the database in the form that libpq reads, with the password. Do not use it for ``embedded:``."""
         return libpq_url(self._required_url())
 
     @property
     def listen_conninfo(self) -> str | None:
-        """The same for the connection that listens, if it has a URL of its own."""
+        """The URL of the LISTEN connection in the form that libpq reads; None if the setting is not given."""
         return libpq_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
     @property
     def listen(self) -> Listen | None:
-        """Where HTTP is served; None if it is off."""
+        """The address at which the worker answers HTTP; None if HTTP is off."""
         return parse_listen(self.http_listen)
 
     def _required_url(self) -> str:
@@ -320,10 +349,10 @@ class Settings(BaseSettings):
 
 
 def load_settings(**given: Any) -> Settings:
-    """Read the settings; ``given`` are those of the command line (None: not given).
+    """Read the settings. ``given`` contains the options of the command line; None means that an option is not given.
 
-    Raises SettingError, whose message lists every problem by name and source and repeats no value; WrongUsage if all
-    problems are on the command line.
+    Raises SettingError. Its message lists every problem with the name and source of the setting, but without its value.
+    Raises WrongUsage instead if all problems are on the command line.
     """
     given = {name: value for name, value in given.items() if value is not None}
     kind: type[SettingError] = SettingError
@@ -341,18 +370,18 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _configuration_file(given: Mapping[str, Any]) -> str:
-    """The path of the file with settings; empty if none is given."""
+    """Return the path of the configuration file; empty if no file is given."""
     return str(given.get("config") or os.environ.get(f"{PREFIX}CONFIG") or "")
 
 
 def _credentials() -> Path | None:
-    """The directory in which the service manager puts secrets; None if there is none."""
+    """Return the directory in which systemd puts credentials; None if there is no such directory."""
     directory = Path(os.environ.get("CREDENTIALS_DIRECTORY") or os.devnull)
     return directory if directory.is_dir() else None
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """The ``OUTBOX_*`` variables that no setting reads, each with the most similar known name."""
+    """Return the ``OUTBOX_*`` variables that no setting reads, each with the most similar known name or None."""
     known = [_variable(name) for name in Settings.model_fields]
     ours = [name for name in environment if name.upper().startswith(PREFIX)]
     strangers = [name for name in ours if name.upper() not in (*known, *_OTHERS)]
@@ -364,7 +393,7 @@ def _variable(field: str) -> str:
 
 
 def _key(field: str) -> str:
-    """The name of a setting in a TOML file."""
+    """Return the name of a setting in a TOML file."""
     return _variable(field).removeprefix(PREFIX).lower()
 
 
@@ -383,11 +412,11 @@ _SENTENCES = {
     "dict_type": "expected NAME=NAME, separated by commas",
     "tuple_type": "expected names, separated by commas",
 }
-"""A sentence for each kind of pydantic's errors, or for all kinds that begin with this word."""
+"""Error texts by pydantic's error type. A key of one word is for all types that begin with this word."""
 
 
 def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
-    """One sentence about one problem: where the setting was given and what is expected, without the value."""
+    """Return a sentence about one problem: where the setting was given and what is expected, without the value."""
     if not detail["loc"]:
         return _reason(detail)
     name = str(detail["loc"][0])
@@ -405,7 +434,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _source(name: str, given: Mapping[str, Any]) -> str:
-    """The name of a setting as it is spelled where it was given."""
+    """Return the name of a setting in the spelling of the source that gave it."""
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:
         return f"--{name.replace('_', '-')}"

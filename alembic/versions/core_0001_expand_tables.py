@@ -1,4 +1,4 @@
-"""Create the missing tables; leave those that another application made unaltered."""
+"""Create the missing tables. Do not alter tables that another application created."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tables that we made and that are empty."""
+    """Drop the empty tables that our migrations created."""
     for role in reversed(MAKERS):
         naming: TableNaming = context.config.attributes["naming"].of(role)
         table = sa.table(naming.table, schema=naming.schema)
@@ -125,7 +125,10 @@ def _purchases(naming: TableNaming) -> None:
 
 
 def _type_in_payments(key: str) -> sa.types.TypeEngine[Any]:
-    """The type of this column in payments: a pair is found by comparing both tables, and adopted ids may be numbers."""
+    """Return the type of this column in payments, because purchases must have the same type.
+
+    The worker compares the two columns. In an adopted payments table, they may be numbers instead of UUIDs.
+    """
     naming: TableNaming = context.config.attributes["naming"].of("payments")
     columns = sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)
     return next(column["type"] for column in columns if column["name"] == naming.column(key))

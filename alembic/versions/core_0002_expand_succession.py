@@ -1,4 +1,4 @@
-"""Add ``workers.succeeded_at``: when another worker took over from this one, which had died."""
+"""Add ``workers.succeeded_at``, the time when another worker took over from a worker that had died."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Alter only our own table; if the column is missing from an adopted one, ``migrate`` says so."""
+    """Add the column only to our own table. If an adopted table lacks the column, ``migrate`` reports it."""
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     column = naming.column("succeeded_at")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
@@ -26,4 +26,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the column, which is nullable and harms nothing; ``core_0001`` drops the table if it is empty."""
+    """Keep the column: it is nullable and does no harm. ``core_0001`` drops the table if it is empty."""

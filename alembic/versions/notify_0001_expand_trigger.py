@@ -1,4 +1,4 @@
-"""Create a trigger that notifies workers of new events at the producers' COMMIT. Optional."""
+"""Create a trigger that notifies the workers of new events when a producer commits. This branch is optional."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the unique index of the guard `index` without blocking writers, and drop the index that it replaces."""
+"""Build the unique index for the guard `index` without blocking writers. Then drop the plain index on the pair."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ depends_on = "core_0001"
 
 SHOWN = 20
 
-# what: an index by its name: on which table, whether that is ours, whether it is valid · index: the catalogue's own
+# what: the table of the index with this name, whether the table is ours, and whether the index is valid · lock: none
+# index: the catalogue's own
 NAMED = sa.text(
     """
     SELECT CAST(i.indrelid AS regclass) AS "table", i.indrelid = to_regclass(:relation) AS is_on_ours,
@@ -29,7 +30,7 @@ NAMED = sa.text(
     """
 )
 
-# what: whether some unique, valid, immediate index over exactly the pair holds for the active purchases and no others
+# what: whether a unique, valid, immediate index on exactly the pair exists that covers exactly the active purchases
 # lock: none · index: the catalogue's own
 HAS_PAIR_INDEX = sa.text(
     """
@@ -72,7 +73,7 @@ def downgrade() -> None:
 
 
 def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
-    """Whether an index that can be the guard exists; its predicate must mean "active", as PostgreSQL prints it."""
+    """Return whether an index exists that can be the guard. Its predicate must be one of the three forms below."""
     active = bind.dialect.identifier_preparer.quote(purchases.column("is_active"))
     sought = {
         "relation": purchases.relation,
@@ -83,7 +84,10 @@ def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
 
 
 def _build(bind: sa.Connection, purchases: TableNaming) -> None:
-    """Build without time-outs: a cancelled build leaves an INVALID index, which refuses rows but is no guard."""
+    """Build the index without time-outs, because a cancelled build leaves an INVALID index.
+
+    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it, so it is no guard.
+    """
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))
     _make_room(bind, purchases)
@@ -96,14 +100,14 @@ def _build(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
-    """Drop an INVALID index that a cancelled build left; refuse if another index has the name."""
+    """Drop an INVALID index that a cancelled build left. Refuse to build if another index has the name."""
     named = _named(bind, purchases, purchases.pair_index)
     if named is None:
         return
     if not named.is_on_ours or (named.is_valid and not purchases.is_owned(bind)):
         purchases.refuse(
-            f"{purchases.pair_index} exists and is another index, on {named.table}. Rename it, then run migrate "
-            "--with unique_index again. Nothing was changed."
+            f"{purchases.pair_index} already exists, but it is another index, on {named.table}. Rename it, then run "
+            "migrate --with unique_index again. Nothing was changed."
         )
     _drop(bind, purchases, purchases.pair_index)
 
@@ -128,14 +132,17 @@ def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
     lines = [f"  student {student}, course {course}: {count} active purchases" for student, course, count in found]
     more = ["  … and more"] if len(lines) > SHOWN else []
     purchases.refuse(
-        f"The unique index cannot be built: {purchases.relation} holds more than one active purchase for\n"
+        f"The unique index cannot be built: {purchases.relation} contains more than one active purchase for\n"
         + "\n".join([*lines[:SHOWN], *more])
         + "\nDeactivate all but one of each pair, then run migrate --with unique_index again. Nothing was changed."
     )
 
 
 def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
-    """Pairs with more than one active purchase, and how many; at most one pair more than are shown."""
+    """Return pairs with more than one active purchase, and their numbers of purchases.
+
+    The limit is one pair more than ``SHOWN``, so that the caller can tell whether there are more.
+    """
     table = sa.table(purchases.table, schema=purchases.schema)
     student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))
     active = sa.column(purchases.column("is_active"), sa.Boolean())

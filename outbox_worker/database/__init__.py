@@ -1,5 +1,5 @@
-"""Connections, transactions, retries and statements, for any tables.
+"""Contains connections, transactions, retries and statements, all independent of the tables.
 
-Everything above may import from here; nothing of the domain is imported. Only ``failures`` says what an error means for
-events (retry, this event, pause, …). Do not name a table, an event or a purchase here.
+Every layer above may import from here. The package imports no code about events or purchases; only ``failures``
+classifies what a database error means for events. Do not name a table, an event or a purchase here.
 """

@@ -1,4 +1,4 @@
-"""Array parameters: keys written as PostgreSQL array literals, and read back."""
+"""Converts sequences of keys to PostgreSQL array literals and back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 
 
 class Keys(UserDefinedType[Sequence[Any]]):
-    """An array parameter of keys (integers, UUID strings, names; None for NULL), sent as one literal.
+    """The type of an array parameter that is sent as one array literal. None becomes NULL.
 
-    Keys hold no comma, brace or quote; use ARRAY for texts that may.
+    Its elements must not contain a comma, brace or quote: integers, UUIDs, names. Use ARRAY for all other texts.
     """
 
     render_bind_cast = True
@@ -29,9 +29,9 @@ class Keys(UserDefinedType[Sequence[Any]]):
 
 
 class ArrayText(Sequence[Any]):
-    """An array of keys as PostgreSQL sent it: one text, split when an element is first read.
+    """An array of keys in the text form that PostgreSQL sent. The text is split when an element is first read.
 
-    A batch on the fast path never splits it, and sends the same text back.
+    The fast path reads no element, so it sends the text back without splitting it.
     """
 
     def __init__(self, text: str) -> None:
@@ -59,7 +59,7 @@ class ArrayText(Sequence[Any]):
 
 
 def array_literal(keys: Sequence[Any] | None) -> str:
-    """The keys as a PostgreSQL array literal; ``{}`` if there are none."""
+    """Return the keys as a PostgreSQL array literal; ``{}`` if there are no keys."""
     if isinstance(keys, ArrayText):
         return str(keys)
     keys = keys or ()
@@ -69,5 +69,5 @@ def array_literal(keys: Sequence[Any] | None) -> str:
 
 
 def ids_as(kind: TypeEngine[Any], ids: Iterable[UUID | str]) -> ColumnElement[Any]:
-    """Ids as an array of this type, UUID or text, for ``= ANY``."""
+    """Return an SQL array of these ids for ``= ANY``. ``kind`` is the type of its elements: UUID or text."""
     return cast([str(each) for each in ids], ARRAY(Text)).cast(ARRAY(kind))

@@ -1,7 +1,8 @@
-"""A deadline on the client's side: a connection on which no answer comes in time is cut.
+"""Cuts a connection if the answer to a statement does not arrive in time.
 
-Keepalives and ``tcp_user_timeout`` do not notice a middlebox that acknowledges packets and drops them, and a time-out
-of the server cannot help if the server is not reached.
+Other time-outs miss some outages. Keepalives and ``tcp_user_timeout`` do not notice a firewall or proxy that
+acknowledges packets and then drops them. The server's own time-outs have no effect if the client cannot reach the
+server.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from weakref import WeakSet
 import psycopg
 
 GRACE_SECONDS = 1.0
-"""The server's own time-out, of the same length, has the better error message: give it time to come first."""
+"""The time that the client waits longer than ``statement_timeout``, because the server's error message is better."""
 _LOOK_SECONDS = 0.25
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that is cut if an answer takes longer than ``answer_seconds``; None: no limit.
+    """A connection that is cut if an answer takes longer than ``answer_seconds``. None means no limit.
 
-    The waiting call then raises psycopg.OperationalError without a SQLSTATE, as for any other lost connection.
+    If the connection is cut, the waiting call raises psycopg.OperationalError without a SQLSTATE, like for every lost
+    connection.
     """
 
     answer_seconds: float | None = None
     waiting_since: float | None = None
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Wait as psycopg does for each round trip, and note since when."""
+        """Record the start of the wait and wait for the answer. Psycopg calls this for every round trip."""
         self.waiting_since = time.monotonic()
         try:
             return super().wait(*given, **named)
@@ -40,7 +42,7 @@ class BoundedConnection(psycopg.Connection[Any]):
 
 
 class _Watchdog:
-    """One thread that watches all bounded connections of the process; it starts with the first."""
+    """A thread that watches all bounded connections of the process. The first connection starts the thread."""
 
     def __init__(self) -> None:
         self._watched: WeakSet[BoundedConnection] = WeakSet()
@@ -70,13 +72,13 @@ _watchdog = _Watchdog()
 
 
 def bounded(connection: BoundedConnection, answer_seconds: float) -> BoundedConnection:
-    """Cut this connection if an answer takes longer than ``answer_seconds``."""
+    """Make the watchdog cut this connection if an answer takes longer than ``answer_seconds``."""
     connection.answer_seconds = answer_seconds
     _watchdog.watch(connection)
     return connection
 
 
 def _cut(connection: BoundedConnection) -> None:
-    """Shut the socket down: the thread that waits on it wakes up and finds the connection lost."""
+    """Shut the socket down. The thread that waits for an answer then wakes up and gets an error."""
     with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as line:
         line.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Connections and transactions of one database, and what became of a COMMIT whose answer was lost."""
+"""Makes connections and transactions, and finds out whether a COMMIT whose answer was lost succeeded."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "
 
 
 class Database:
-    """One database: an engine, and transactions that set their own limits, so that a pooler may stand between.
+    """An engine with transactions for one database.
 
-    ``deadline_seconds`` is the longest wait for a statement and for each answer; None: no limit (migrate).
+    Each transaction sets its own time-outs, so that they also work through a pooler. ``deadline_seconds`` is the
+    longest wait for a statement and for each answer. None means no limit; only migrations use None.
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
@@ -39,7 +40,7 @@ class Database:
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:
-        """A READ COMMITTED transaction, committed at the end; ``parameters`` are set inside it only."""
+        """Run a READ COMMITTED transaction and commit it at the end. ``parameters`` apply only to this transaction."""
         with Session(self.engine) as session:
             set_local(session, self._limits() | parameters)
             yield session
@@ -47,16 +48,16 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
-        """A REPEATABLE READ, READ ONLY transaction: all statements in it see the same moment."""
+        """Run a REPEATABLE READ, READ ONLY transaction, in which all statements see the same state of the database."""
         engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with Session(engine) as session:
             set_local(session, self._limits())
             yield session
 
     def was_committed(self, transaction_id: str) -> bool | None:
-        """Whether a transaction was committed whose COMMIT was not answered; None if the server no longer knows.
+        """Return whether a transaction was committed, if its COMMIT got no answer; None if the server no longer knows.
 
-        Asks ``pg_xact_status`` again while the transaction is in progress.
+        While the transaction is still in progress, this asks ``pg_xact_status`` repeatedly.
         """
         decided = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda status: status == "in progress"),
@@ -74,7 +75,7 @@ class Database:
         return status
 
     def check(self) -> None:
-        """Connect once. Raises DatabaseUnavailable, whose message is one sentence."""
+        """Check that a connection can be made. Raises DatabaseUnavailable, whose message is one sentence."""
         try:
             with self.engine.connect():
                 pass
@@ -89,7 +90,7 @@ class Database:
             return {"statement_timeout": "0", "lock_timeout": "0"}
         milliseconds = max(1, round(self._deadline_seconds * 1000))
         return {
-            "datestyle": "ISO",  # due times travel as text, and other styles write the zone by an ambiguous name
+            "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous names of time zones
             "statement_timeout": str(milliseconds),
             "lock_timeout": str(max(1, milliseconds // 5)),
             "idle_in_transaction_session_timeout": str(milliseconds),
@@ -97,16 +98,17 @@ class Database:
 
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
-    """An error for a connection that was not made or broke: one sentence with libpq's words, without the URL."""
+    """Return the error for a connection that failed or broke. It repeats the message of libpq, but not the URL."""
     return DatabaseUnavailable(f"No connection to the database: {server_message(error)}")
 
 
 @contextmanager
 def savepoint(session: Session) -> Iterator[None]:
-    """Undo everything done inside if it raises. Do not nest.
+    """Roll back everything that was done inside if an error is raised inside. Do not nest.
 
-    Sent as plain statements, because SQLAlchemy's nested transactions cost a batch as much as one more statement. It is
-    never released: COMMIT does that, and the next savepoint of the same name hides it.
+    The savepoint uses plain statements, because a nested transaction of SQLAlchemy takes as long as one more statement.
+    There is no RELEASE SAVEPOINT: COMMIT ends all savepoints, and a later savepoint with the same name shadows this
+    one.
     """
     connection = session.connection()
     connection.exec_driver_sql("SAVEPOINT attempt")
@@ -119,13 +121,13 @@ def savepoint(session: Session) -> Iterator[None]:
 
 
 def connect_directly(settings: Settings) -> psycopg.Connection:
-    """An autocommit connection for LISTEN, not through a pooler. Raises psycopg.OperationalError."""
+    """Make an autocommit connection for LISTEN, which does not use the pooler. Raises psycopg.OperationalError."""
     where = conninfo_to_dict(settings.listen_conninfo) if settings.listen_conninfo else _where(settings)
     return psycopg.connect(**{**where, **_connect_arguments(settings.database_deadline_seconds), "autocommit": True})
 
 
 def _where(settings: Settings) -> dict[str, Any]:
-    """Arguments for psycopg. Starts the embedded server if it does not run."""
+    """Return connection arguments for psycopg. Start the embedded server if it is configured but not running."""
     if settings.embedded_directory is not None:
         return embedded.ensure_server(settings.embedded_directory, bin_dir=settings.embedded_bin_dir)
     return conninfo_to_dict(settings.conninfo)
@@ -142,11 +144,11 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
 
 
 def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnection:
-    """A connection for the pool; it is cut if an answer takes longer than ``answer_seconds`` (None: no limit)."""
+    """Make a connection that is cut if an answer takes longer than ``answer_seconds``. None means no limit."""
     arguments = _connect_arguments(settings.database_deadline_seconds)
     connection = BoundedConnection.connect(**{**_where(settings), **arguments})
     if settings.pooler == "transaction":
-        connection.prepare_threshold = None  # the next transaction may meet another backend
+        connection.prepare_threshold = None  # the next transaction may run in another backend
     return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
 
 
@@ -166,6 +168,6 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:
-    """Replace a connection whose every next statement would fail, too: to a read-only node, or with a stale plan."""
+    """Drop a connection on which later statements would fail, too, for example because the node became read-only."""
     if classify(context.original_exception) is Failure.RECONNECT:
         context.is_disconnect = True

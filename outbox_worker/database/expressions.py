@@ -1,4 +1,4 @@
-"""SQL expressions for timestamps, also for those that only PostgreSQL knows, as ``-infinity``."""
+"""SQL expressions for timestamps. They also handle ``-infinity`` and ``infinity``, which Python cannot represent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Seconds since a moment by the database's clock, at most ``_LONGEST_SECONDS`` (``-infinity``); NULL for NULL."""
+    """Return the seconds since a time by the database's clock, at most ``_LONGEST_SECONDS``; NULL for a NULL time."""
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
 
 
 def readable(moment: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A moment that Python can read; NULL if it is outside Python's calendar, as ``-infinity`` is."""
+    """Return the time, or NULL if Python cannot represent it, for example ``-infinity``."""
     return case((moment.between(_FIRST_MOMENT, _LAST_MOMENT), moment)).label(moment.key)

@@ -1,4 +1,4 @@
-"""Errors of the database: SQLSTATE, class of failure, and names for logs that repeat no value of a row."""
+"""Classifies database errors by SQLSTATE, and describes them for logs without repeating values from rows."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, Sc
 
 
 class Failure(StrEnum):
-    """What an error means for the events of the batch in which it occurred."""
+    """The class of an error, which decides what happens to the batch in which the error occurred."""
 
     RETRY = "retry"
     """Run the transaction again with half the batch; no event is at fault."""
     RECONNECT = "reconnect"
     """Drop the connection and make a new one; no event is at fault."""
     PAUSE = "pause"
-    """The database is in trouble: wait, charge no event, log it as ERROR."""
+    """Log an ERROR and wait, because the database is in trouble; no event is at fault."""
     EVENT = "event"
-    """The database refuses an event: find it, charge it an attempt, settle the others."""
+    """Find the event that the database rejects and count an attempt for it; settle the other events."""
     GUARD = "guard"
-    """Another guard is in force than assumed, or another transaction was first: look again."""
+    """Check guard and marks again: the guard has changed, or another transaction inserted the same key first."""
     UNCLEAR = "unclear"
-    """Either an event or the database is at fault: try parts of the batch. If all events fail, pause; else charge those
-    that fail."""
+    """Try parts of the batch, because either an event or the database is at fault.
+
+    If all events fail, pause. If only some events fail, count an attempt for each of these.
+    """
     BUG = "bug"
-    """A mistake of the worker itself: roll back, log it as ERROR, pause."""
+    """Roll back, log an ERROR and pause, because the worker itself has a bug."""
 
 
 UNIQUE_VIOLATION = "23505"
-"""Another transaction was first, or the event has a mark already."""
+"""The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
 
 NO_ARBITER = ("42P10", "55000")
-"""No index matches ON CONFLICT, or only a deferrable one: the guard ``index`` is not in force."""
+"""The SQLSTATEs if no index, or only a deferrable one, matches ON CONFLICT: the guard ``index`` is not in force."""
 
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
@@ -61,7 +63,7 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "23514": Failure.EVENT,  # check_violation
     "23P01": Failure.EVENT,  # exclusion_violation
     "44000": Failure.EVENT,  # with_check_option_violation
-    "P0001": Failure.EVENT,  # raise_exception, a trigger's
+    "P0001": Failure.EVENT,  # raise_exception, for example by a trigger
     "54000": Failure.EVENT,  # program_limit_exceeded
     "54001": Failure.EVENT,  # statement_too_complex
     "42P10": Failure.GUARD,  # invalid_column_reference: no index matches ON CONFLICT
@@ -81,22 +83,22 @@ _BY_CLASS: Mapping[str, Failure] = {
 _PLACES_MAX = 100
 
 _REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
-"""How libpq repeats what a server answered to a new connection; the severity before it may be in any language."""
+"""The form in which libpq repeats a server's answer to a new connection. Its severity word may be in any language."""
 
 _PASSES = re.compile(
     r"the database system|recovery|too many|connection slots|terminating|shutting down"
     r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
 )
-"""Refusals that end by themselves: a server that starts or stops, a full one, a pooler whose server is down."""
+"""The refusals that end without a person: a server starts, stops or is full, or the server of a pooler is down."""
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """The SQLSTATE of a driver's error, also if SQLAlchemy wrapped it."""
+    """Return the SQLSTATE of a driver's error, even if SQLAlchemy wrapped the error; None if it has no SQLSTATE."""
     return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
 
 
 def classify(error: BaseException) -> Failure:
-    """The class of an error met while settling. Outside the settle savepoint ``unclear`` means ``pause``."""
+    """Return the class of an error. Outside the savepoint that settles events, treat ``unclear`` as ``pause``."""
     if isinstance(error, KeyMissing):
         return Failure.PAUSE
     state = sqlstate(error)
@@ -104,14 +106,17 @@ def classify(error: BaseException) -> Failure:
         return _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
     original = getattr(error, "orig", None) or error
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
-        return Failure.RECONNECT  # no SQLSTATE: the connection broke, or was never made
+        return Failure.RECONNECT  # no SQLSTATE, because the connection broke or was never made
     if isinstance(original, CommitLost | DatabaseUnavailable):
         return Failure.RECONNECT
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
 
 
 def server_message(error: BaseException) -> str:
-    """The first line of the message of the server or of libpq; the error's name if a function may have raised it."""
+    """Return the first line of the message from the server or libpq.
+
+    If a database function raised the error, return only the name of the error, because the message may repeat a value.
+    """
     original = getattr(error, "orig", None) or error
     if getattr(getattr(original, "diag", None), "context", None):
         return describe(error)
@@ -120,9 +125,10 @@ def server_message(error: BaseException) -> str:
 
 
 def login_refusal(error: BaseException) -> str | None:
-    """The server's sentence if it refuses the role, password or database: that lasts until a person acts. Else None.
+    """Return the server's message if it refuses the role, password or database; otherwise None.
 
-    Read from the text, because the driver reports no SQLSTATE for a connection that was not made.
+    Such a refusal lasts until a person acts. It is found in the text of the error, because the driver reports no
+    SQLSTATE for a connection that was not made.
     """
     original = getattr(error, "orig", None) or error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
@@ -132,16 +138,16 @@ def login_refusal(error: BaseException) -> str | None:
 
 
 def trace(error: BaseException) -> list[str]:
-    """Where an error was raised, innermost last; without its message, which may repeat a value of a row.
+    """Return the code lines that led to an error, innermost last, without its message, which may repeat a value.
 
-    At most ``_PLACES_MAX`` places, because the journal breaks lines of 48 kB.
+    The list has at most ``_PLACES_MAX`` lines, because the journal splits lines that are longer than 48 kB.
     """
     frames = traceback.extract_tb(error.__traceback__, limit=-_PLACES_MAX)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]
 
 
 def describe(error: BaseException) -> str:
-    """Name an error for logs and dead letters: its class and SQLSTATE, never a value of the row."""
+    """Describe an error for logs and dead letters by class, SQLSTATE and constraint, never by a value of a row."""
     original = getattr(error, "orig", None) or error
     state = sqlstate(error)
     constraint = getattr(getattr(original, "diag", None), "constraint_name", None)

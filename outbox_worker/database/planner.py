@@ -1,4 +1,4 @@
-"""Parameters of one transaction, mainly those that make the planner use indexes."""
+"""Sets PostgreSQL parameters for one transaction, mainly parameters that make the planner use indexes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ INDEX_PLANS: Mapping[str, str] = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
 }
-"""Leave only index plans, made once: the statistics of a queue mislead the planner, and planning anew at each execution
-costs a small batch more than its work."""
+"""Parameters that allow only index plans and plan each statement once.
+
+The statistics of a queue are often outdated and mislead the planner. For a small batch, planning at each execution
+takes longer than the execution.
+"""
 
 FREE_PLANS: Mapping[str, str] = {
     **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
     "plan_cache_mode": "force_custom_plan",
 }
-"""Leave the choice to the planner, anew at each execution: for statements that may have no index to use."""
+"""Parameters that let the planner choose freely at each execution, for statements that may have no suitable index."""
 
-# what: parameters that end with the transaction · lock: none · safe behind a pooler
+# what: set parameters until the transaction ends · lock: none · safe behind a pooler
 _SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
 
-# what: the same, with the values before · lock: none
+# what: set parameters until the transaction ends, and return their previous values · lock: none
 _SWITCH_LOCAL = (
     "SELECT key, current_setting(key), set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
 )
@@ -36,7 +39,7 @@ _SWITCH_LOCAL = (
 
 @contextmanager
 def planned(session: Session, **parameters: str) -> Iterator[None]:
-    """Set parameters for the statements inside, and restore them; after an error the rollback restores them."""
+    """Set parameters for the statements inside, then restore them. After an error, the rollback restores them."""
     given = {"parameters": json.dumps(parameters)}
     before = {key: value for key, value, _ in session.connection().exec_driver_sql(_SWITCH_LOCAL, given)}
     yield
@@ -44,5 +47,5 @@ def planned(session: Session, **parameters: str) -> Iterator[None]:
 
 
 def set_local(session: Session, parameters: Mapping[str, str]) -> None:
-    """Set parameters that hold until the transaction ends."""
+    """Set parameters until the transaction ends."""
     session.connection().exec_driver_sql(_SET_LOCAL, {"parameters": json.dumps(parameters)})

@@ -1,4 +1,4 @@
-"""Retries: run a transaction again, or wait until the database is back."""
+"""Repeats a failed transaction, or waits until the database is available again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Stop(Protocol):
-    """A flag that one can wait for: a ``threading.Event``, or the main thread's ``Signals``."""
+    """A stop flag that a thread can wait for: a ``threading.Event``, or the ``Signals`` of the main thread."""
 
     def is_set(self) -> bool: ...
 
@@ -24,9 +24,10 @@ class Stop(Protocol):
 
 
 def retry_transaction(work: Callable[[int], T], *, attempts: int) -> T:
-    """Run ``work`` until it does not fail with ``retry``, at most ``attempts`` times; then its error is raised.
+    """Run ``work`` again if it fails with an error of class ``retry``, at most ``attempts`` times in total.
 
-    ``work`` is called with the number of failures so far.
+    ``work`` is called with the number of failures so far. Raises the last error if all attempts fail, and any other
+    error at once.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_worth_repeating),
@@ -46,12 +47,12 @@ def wait_out_outage(
     on_failure: Callable[[BaseException, float], None],
     seconds: float | None = None,
 ) -> T | None:
-    """Run ``work`` until it returns, and return its result; None if ``stop`` was set first.
+    """Run ``work`` until it succeeds, and return its result. Return None if ``stop`` is set before it succeeds.
 
-    ``on_failure(error, pause_seconds)`` is called before each pause; pauses grow, with jitter, to ten seconds. Raises a
-    SchemaError and a SettingError at once, and after ``seconds``, if given, the last error.
+    ``on_failure(error, pause_seconds)`` is called before each pause. The pauses are random and grow up to ten seconds.
+    Raises SchemaError and SettingError at once. If ``seconds`` is given, raises the last error after this time.
     """
-    flag = cast("Event", stop)  # tenacity asks no more of it than a Stop has
+    flag = cast("Event", stop)  # tenacity uses only the methods that Stop has
     told_to_stop = tenacity.stop_when_event_set(flag)
     patient = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_worth_waiting_for),

@@ -1,4 +1,5 @@
-"""The private PostgreSQL of ``embedded:DIR``: ``server`` starts and finds it, ``launcher`` is its parent process.
+"""Runs the private PostgreSQL of ``embedded:DIR``. ``launcher`` is the parent process that ``server`` starts for it.
 
-``ensure_server`` is the door. Do not import the product from ``launcher``: it runs as a script of its own.
+Other packages call only ``server.ensure_server`` and ``server.stop_server``. ``launcher`` must not import
+``outbox_worker``, because it runs as a separate script.
 """

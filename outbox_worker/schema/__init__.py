@@ -1,6 +1,7 @@
-"""What the database must hold: the tables under their configured names, privileges, checks, and the migrations.
+"""Defines the tables and privileges that the worker needs, checks them, and runs the migrations.
 
-``tables.build_tables`` names them, ``requirements.check_schema`` says what is missing, ``migrate.upgrade`` creates it.
-A new column goes into ``model.COLUMNS``, ``tables``, ``privileges``, a new revision in alembic/versions and
-deploy/grants.sql. Do not read or write rows of the shop here.
+``tables.build_tables`` builds the tables with their configured names, ``requirements.check_schema`` reports what is
+missing, and ``migrate.upgrade`` creates missing tables. To add a column, change ``model.COLUMNS``, ``tables``,
+``privileges`` and deploy/grants.sql, and write a new revision in alembic/versions. Do not read or write rows of the
+tables here.
 """

@@ -1,4 +1,4 @@
-"""Questions to PostgreSQL's catalogue: which tables, columns and indexes there are, and who owns them."""
+"""Reads PostgreSQL's catalogue: which tables, columns, indexes and triggers exist, and who created the tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, quoted, relation_
 
 
 def predicate_forms(purchases: Table) -> tuple[str, ...]:
-    """The index predicates that mean "active", as ``pg_get_expr`` prints them. No other index is a guard."""
+    """Return the index predicates that mean "active", in the form that ``pg_get_expr`` prints.
+
+    A partial index with any other predicate cannot be the guard.
+    """
     column = quoted(purchases.c.is_active.name)
     return column, f"({column} = true)", f"({column} IS TRUE)"
 
@@ -53,14 +56,14 @@ _HAS_TRIGGER = text(
 
 
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
-    """The indexes that can be the guard, each with its predicate as the catalogue prints it."""
+    """Return the names of the indexes that can be the guard, each with its predicate from ``pg_get_expr``."""
     columns = [purchases.c.student_id.name, purchases.c.course_id.name]
     found = session.execute(_PAIR_INDEXES, {"relation": relation_name(purchases), "columns": columns})
     return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
-    """Whether an index begins with the payment, and one with the columns of the pair in either order."""
+    """Return whether one index begins with the payment, and another one with the two columns of the pair."""
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
     return any(names[0] == payment for names in found) and any(set(names[:2]) == set(pair) for names in found)
@@ -68,12 +71,12 @@ def has_index_paths(session: Session, purchases: Table) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ActualColumn:
-    """A column as it is in the catalogue."""
+    """The properties of a column in the catalogue."""
 
     type_name: str
     is_enum: bool
     must_be_written: bool
-    """NOT NULL without a default."""
+    """Whether the column is NOT NULL without a default."""
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -82,13 +85,13 @@ def exists(session: Session | Connection, table: Table) -> bool:
 
 
 def is_owned(session: Session | Connection, table: Table) -> bool:
-    """Whether the worker's migrations made the table; otherwise it is adopted."""
+    """Return whether the worker's migrations created the table. All other tables are adopted."""
     asked = text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
     return bool(session.scalar(asked, {"name": relation_name(table), "owned": OWNED}))
 
 
 def role_name(session: Session) -> str:
-    """The current role, quoted if needed."""
+    """Return the name of the current role, quoted if needed."""
     role: str = session.scalars(text("SELECT quote_ident(current_user)")).one()
     return role
 
@@ -119,6 +122,6 @@ def is_unique(session: Session, name: str, column: Column[object]) -> bool:
 
 
 def notifies(session: Session | Connection, outbox: Table) -> bool:
-    """Whether the option ``notify`` is in force: the outbox has its trigger, and it is enabled."""
+    """Return whether the option ``notify`` is in force, that is, whether the outbox has the enabled trigger."""
     asked = {"relation": relation_name(outbox), "name": NOTIFY_TRIGGER}
     return bool(session.scalar(_HAS_TRIGGER, asked))

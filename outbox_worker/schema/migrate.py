@@ -1,4 +1,7 @@
-"""Migrations: create missing tables and put optional branches in force. Existing tables are adopted, never altered."""
+"""Runs the migrations. They create missing tables and the index or trigger of an optional branch.
+
+They never alter an existing table of another application.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +27,32 @@ from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONAL_BRANCHES = ("unique_index", "notify")
-"""The optional branches, each independent of the other and safe on a live database."""
+"""The optional branches. They are independent of each other and safe while applications use the database."""
 
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """What ``upgrade`` found and did."""
+    """The result of ``upgrade``."""
 
     created: tuple[str, ...]
     named: tuple[str, ...]
-    """Those of them that OUTBOX_TABLES names: the user may have meant a table that exists."""
+    """The created tables that OUTBOX_TABLES names. For these, the user may have meant an existing table."""
     adopted: tuple[str, ...]
-    """Existing tables of other applications, which are left as they are."""
+    """Existing tables of other applications, which the migrations did not change."""
     built: tuple[str, ...]
-    """Optional branches that were put in force now."""
+    """Optional branches whose index or trigger this call created."""
     found: tuple[str, ...]
-    """Optional branches that were in force already."""
+    """Optional branches whose index or trigger already existed."""
 
 
 def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
-    """Bring the database to ``core@head``, and to the head of every branch in ``options``.
+    """Upgrade the database to ``core@head``, and to the head of every branch in ``options``.
 
-    Safe to repeat and to run twice at once; an index or trigger of an option that was dropped is made again. Raises
-    SettingError if OUTBOX_TABLES names payments that do not exist, SchemaError if this role may not migrate or an
-    existing table does not fit, and Refused if duplicates prevent ``unique_index``.
+    This can be repeated, and two processes can run it at the same time. If the index or trigger of an option was
+    dropped, this creates it again.
+
+    Raises SettingError if OUTBOX_TABLES names a payments table that does not exist. Raises SchemaError if this role may
+    not migrate, or if an existing table does not fit. Raises Refused if duplicates prevent ``unique_index``.
     """
     with database.engine.connect() as connection:
         with _alone(connection):
@@ -66,14 +71,20 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
 
 
 def _expect_rights(connection: Connection, settings: Settings, tables: Tables, options: Sequence[str]) -> None:
-    """Check first: PostgreSQL's own error comes in the middle of the work and names neither the owner nor a remedy."""
+    """Refuse to start without the rights that the migrations need.
+
+    PostgreSQL's own error would come in the middle of the work and would name neither the owner nor a remedy.
+    """
     versions = Table(VERSION_TABLE, MetaData(), schema=settings.schema_name)
     if missing := find_missing_rights(connection, tables, versions, options):
         raise SchemaError(f"This role may not migrate the database. Nothing was changed.\n{list_problems(missing)}")
 
 
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
-    """Refuse to create payments under a given name: it is a typing error that an empty table would hide."""
+    """Refuse to create a payments table that OUTBOX_TABLES names.
+
+    The name is probably a typing error, which an empty new table would hide.
+    """
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(
             f"OUTBOX_TABLES says that the payments are in {relation_name(tables.payments)}, but this database has no "
@@ -82,13 +93,13 @@ def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]
 
 
 def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
-    """Refuse tables of other applications that do not fit: the migrations alter only our own."""
+    """Refuse tables of other applications that do not fit, because the migrations never alter them."""
     if misfits := find_misfits(Session(connection), tables, of_others=True):
         raise SchemaError(f"Existing tables do not fit. Nothing was changed.\n{list_problems(misfits)}")
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
-    """Whether the index or trigger of an option exists, whatever the version table says."""
+    """Return whether the index or trigger of an option exists. This does not depend on the version table."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
     return notifies(connection, tables.outbox)
@@ -140,14 +151,14 @@ def _config(connection: Connection, settings: Settings) -> Config:
 
 
 def _scripts() -> Path:
-    """The directory of the revisions: in the installed package, or at the top of a checkout."""
+    """Return the directory of the revisions: in the installed package, or at the top of a checkout."""
     packaged = Path(__file__).parents[1] / "migrations"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "alembic"
 
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
-    """Make a second migration of the same database wait for this one."""
+    """Make any other migration of the same database wait until this one has ended."""
     key = {"key": VERSION_TABLE}
     _wait_for_turn(connection, key)
     try:
@@ -159,7 +170,11 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 
 def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
-    """Try again and again: a waiting statement would hold a snapshot, for which CREATE INDEX CONCURRENTLY waits."""
+    """Try to get the lock repeatedly.
+
+    A statement that waits for the lock would keep a snapshot open, and CREATE INDEX CONCURRENTLY waits for old
+    snapshots.
+    """
     while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
         connection.commit()
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Checks that this role may do what the migrations will do: schemas and tables may belong to other roles."""
+"""Checks that this role has the rights that the migrations need, because other roles may own schemas and tables."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from outbox_worker.schema.catalogue import notifies, pair_indexes
 from outbox_worker.schema.requirements import SchemaProblem
 from outbox_worker.schema.tables import OWNED, Tables, relation_name
 
-# what: some schemas, whose they are (public is the database owner's), and whether this role may use them and create
-# something in them; for one that is absent, whether it may create it · lock: none · index: the catalogue's own
+# what: for each schema its owner (public belongs to the owner of the database), and whether this role may use it and
+# create objects in it; for a missing schema, whether this role may create it · lock: none · index: the catalogue's own
 _SCHEMAS = text(
     """
     SELECT quote_ident(wanted) AS name, n.oid IS NOT NULL AS is_there, quote_ident(d.datname) AS database,
@@ -30,8 +30,8 @@ _SCHEMAS = text(
     """
 )
 
-# what: a table, also in a schema that this role may not use: whose it is, what this role may do with it, whether our
-# migrations made it, its columns · lock: none · index: the catalogue's own
+# what: the owner and columns of a table, the rights of this role on it, and whether our migrations created it; also for
+# a table in a schema that this role may not use · lock: none · index: the catalogue's own
 _TABLE = text(
     """
     SELECT quote_ident(r.rolname) AS owner, r.rolsuper AS is_superusers, quote_ident(current_user) AS me,
@@ -50,7 +50,7 @@ _TABLE = text(
 
 @dataclass(frozen=True, slots=True)
 class _Present:
-    """A table that is there, as this role (``me``, quoted like ``owner``) finds it."""
+    """An existing table and the rights of this role on it. ``me`` is the name of this role, quoted like ``owner``."""
 
     owner: str
     is_superusers: bool
@@ -65,7 +65,7 @@ class _Present:
 def find_missing_rights(
     connection: Connection, tables: Tables, versions: Table, options: Collection[str]
 ) -> list[SchemaProblem]:
-    """Everything that the migrations need and this role may not use, each with its owner and a remedy."""
+    """Return a problem for each right that the migrations need and this role lacks, with the owner and a remedy."""
     wanted = [*tables.by_role().values(), versions]
     present = {table: row for table in wanted if (row := _present(connection, table)) is not None}
     schemas = {str(table.schema) for table in wanted}
@@ -92,7 +92,7 @@ def _present(connection: Connection, table: Table) -> _Present | None:
 def _closed_schemas(
     connection: Connection, schemas: Collection[str], changed: Collection[str]
 ) -> Iterator[SchemaProblem]:
-    """Those that this role may not use, and of the ``changed`` ones those in which it may not create anything."""
+    """Report schemas that this role may not use, and ``changed`` schemas in which it may not create anything."""
     for row in connection.execute(_SCHEMAS, {"schemas": [*schemas], "changed": [*changed]}):
         if row.may_use and (row.may_create or not row.is_changed):
             continue
@@ -110,7 +110,7 @@ def _closed_schemas(
 
 
 def _not_alterable(present: Mapping[Table, _Present], tables: Sequence[Table]) -> Iterator[SchemaProblem]:
-    """Only a table's owner alters it or builds an index on it."""
+    """Report tables that this role may not alter. Only the owner of a table may alter it or build an index on it."""
     for table in dict.fromkeys(table for table in tables if table in present):
         row, name = present[table], relation_name(table)
         if not row.may_alter:
@@ -136,6 +136,6 @@ def _not_writable(present: Mapping[Table, _Present], versions: Table) -> Iterato
 
 
 def _as_owner(row: _Present) -> str:
-    """Nobody is advised to become a superuser."""
+    """Return the remedy: run migrate as the owner, or get the owner's role. It never grants the role of a superuser."""
     run = f"run migrate as {row.owner}"
     return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"

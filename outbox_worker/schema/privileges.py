@@ -1,4 +1,4 @@
-"""The privileges that each kind of user needs, by table and column."""
+"""Defines the privileges that each kind of user needs, by table and column."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outbox_worker.model import COLUMNS
 from outbox_worker.schema.tables import quoted, relation_name
 
 Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""For each table role the privileges needed, each with the keys of its columns (none: on the whole table)."""
+"""The needed privileges for each table, each with the keys of its columns. No keys means the whole table."""
 
 _WHOLE: tuple[str, ...] = ()
 
@@ -26,19 +26,19 @@ _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "a
 _OF_RESOLVED = ("state", "resolved_at")
 
 STRUCTURE: Privileges = {role: {} for role in COLUMNS}
-"""No privileges: to check tables and columns only."""
+"""Empty privileges, for a check of only the tables and columns."""
 
 
 def reading(*roles: str) -> Privileges:
-    """What it takes to read these tables."""
+    """Return the privileges for reading these tables."""
     return {role: {"SELECT": _OF_PAYMENTS if role == "payments" else _WHOLE} for role in roles}
 
 
 READING: Privileges = reading(*COLUMNS)
-"""What a role that reads all tables needs: `status`."""
+"""The privileges for reading all tables, as `status` does."""
 
 EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters")
-"""What a role needs to class and explain payments: `audit`, `why`, `backfill --dry-run`."""
+"""The privileges for reading payments and what happened to them: `audit`, `why` and `backfill --dry-run`."""
 
 PRIVILEGES: Privileges = {
     "payments": READING["payments"],
@@ -54,7 +54,7 @@ PRIVILEGES: Privileges = {
     },
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS, "DELETE": _WHOLE},
 }
-"""What the role of a worker needs."""
+"""The privileges of a worker."""
 
 DECIDING: Privileges = {
     "payments": READING["payments"],
@@ -62,7 +62,7 @@ DECIDING: Privileges = {
     "purchases": READING["purchases"],
     "dead_letters": {"SELECT": _WHOLE, "UPDATE": (*_OF_RESOLVED, "actor", "note")},
 }
-"""What the role of a person who requeues and discards dead letters needs."""
+"""The privileges of a person who requeues and discards dead letters."""
 
 BACKFILLING: Privileges = {
     "payments": READING["payments"],
@@ -72,10 +72,10 @@ BACKFILLING: Privileges = {
     "dead_letters": {"SELECT": _WHOLE, "UPDATE": _OF_RESOLVED},
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS},
 }
-"""What the role of a person who runs `backfill` needs."""
+"""The privileges of a person who runs `backfill`."""
 
-# what: whether a privilege is granted on the table; or, if columns can have it, on all named ones, or on any if none is
-# named · lock: none · index: the catalogue's own
+# what: whether this role has a privilege on the table, or on all named columns, or, if no column is named, on any
+# column (DELETE only on the table) · lock: none · index: the catalogue's own
 _ALLOWED = text(
     """
     SELECT CASE
@@ -96,12 +96,12 @@ CLOSED_SCHEMAS = text(
 
 
 def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
-    """A privilege as GRANT takes it, on the columns with these keys, or on the whole table."""
+    """Format a privilege for GRANT, on the columns with these keys or, without keys, on the whole table."""
     return f"{privilege} ({', '.join(quoted(table.c[key].name) for key in keys)})" if keys else privilege
 
 
 def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> bool:
-    """Whether the role has the privilege. Columns that do not exist are left to another check."""
+    """Return whether the role has the privilege. Columns that do not exist are ignored; another check reports them."""
     columns = [table.c[key].name for key in keys]
     asked = {"name": relation_name(table), "privilege": privilege, "columns": columns}
     return session.scalar(_ALLOWED, asked) is not False

@@ -1,4 +1,7 @@
-"""Whether the database has what the worker needs. Each problem is one sentence with its remedy."""
+"""Checks whether the database has the tables, columns and privileges that the worker needs.
+
+Each problem has a finding and a remedy.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ from outbox_worker.schema.tables import Tables, quoted, relation_name
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
-"""Columns of those tables that the worker leaves to their defaults."""
+"""Columns of ``_INSERTED_INTO`` for which the worker inserts no value, so that they get their defaults."""
 
 _NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
-"""Columns that must be unique for ON CONFLICT. If a column may be NULL, the index may leave NULLs out."""
+"""The column of each table that must be unique for ON CONFLICT. The index of a nullable column may exclude NULLs."""
 
 _TEXTS = {"text", "varchar", "bpchar", "citext"}
 
@@ -39,7 +42,7 @@ _KINDS = {"text": _TEXTS, "integer": _INTEGERS}
 _KEYS = {"uuid", *_INTEGERS, *_TEXTS}
 
 _DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
-"""Types of ``outbox.payload`` other than jsonb."""
+"""The types of ``outbox.payload`` that fit, other than jsonb."""
 
 _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     UUID: {"uuid"},
@@ -59,7 +62,10 @@ class SchemaProblem:
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
-    """Return the tables as they were found. Raises SchemaError with every missing table, column and privilege."""
+    """Return the tables with the actual type of ``outbox.payload``.
+
+    Raises SchemaError, whose message lists every missing table, column and privilege.
+    """
     problems = find_problems(session, tables, privileges)
     if problems:
         raise SchemaError(f"The database lacks something that the worker needs.\n{list_problems(problems)}")
@@ -73,7 +79,7 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
-    """Every schema, table, column and privilege that is missing, of the tables in ``privileges``."""
+    """Return a problem for everything that is missing or does not fit, for the tables in ``privileges``."""
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}
@@ -91,9 +97,9 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
 
 
 def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
-    """What is wrong with columns, types, defaults and unique keys of the tables that exist, whatever the privileges.
+    """Return the problems with columns, types, defaults and unique keys of existing tables.
 
-    ``of_others``: of the adopted tables only.
+    This does not check privileges. If ``of_others`` is true, it checks only adopted tables.
     """
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
     looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
@@ -101,7 +107,7 @@ def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -
 
 
 def list_problems(problems: Sequence[SchemaProblem]) -> str:
-    """Each problem with its remedy, for people."""
+    """Format the problems with their remedies as lines for people."""
     return "\n".join(f"  {problem.finding}\n    → {problem.remedy}" for problem in problems)
 
 
@@ -152,7 +158,7 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
 
 
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
-    """Pairs of ``payments`` and ``purchases`` are compared: their columns must be of the same kind."""
+    """Report ``student_id`` and ``course_id`` if their types in ``payments`` and ``purchases`` do not match."""
     names = [relation_name(table) for table in (tables.payments, tables.purchases)]
     paid, bought = (actual_columns(session, name) for name in names)
     for key in ("student_id", "course_id"):
@@ -160,7 +166,7 @@ def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
         if one in paid and other in bought and _kind(paid[one]) != _kind(bought[other]):
             types = f"{paid[one].type_name} and {names[1]}.{other} is {bought[other].type_name}"
             yield SchemaProblem(
-                f"{names[0]}.{one} is {types}", "convert one of them: they are compared with each other"
+                f"{names[0]}.{one} is {types}", "convert one of them, because the worker compares them with each other"
             )
 
 
@@ -205,7 +211,7 @@ def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
 
 
 def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[SchemaProblem]:
-    """Columns that must have a value and that no statement of the worker writes."""
+    """Report columns that must have a value, but that no statement of the worker writes."""
     if role not in _INSERTED_INTO:
         return
     written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}
@@ -213,5 +219,5 @@ def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, Ac
         if column.must_be_written and column_name not in written:
             yield SchemaProblem(
                 f"column {name}.{column_name} must have a value, has no default, and the worker does not write it",
-                f"SET DEFAULT a value, or: ALTER TABLE {name} ALTER COLUMN {quoted(column_name)} DROP NOT NULL;",
+                f"set a default, or: ALTER TABLE {name} ALTER COLUMN {quoted(column_name)} DROP NOT NULL;",
             )

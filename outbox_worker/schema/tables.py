@@ -1,6 +1,6 @@
-"""The seven tables as SQLAlchemy sees them, under the names that settings give them.
+"""Defines the seven tables for SQLAlchemy, with the names from the settings.
 
-A column's key is the name of docs/reference/tables.md, for example ``tables.payments.c.student_id``.
+The key of a column is its name in docs/reference/tables.md, for example ``tables.payments.c.student_id``.
 """
 
 from __future__ import annotations
@@ -34,19 +34,22 @@ from outbox_worker.model import COLUMNS
 from outbox_worker.settings import Settings
 
 PAIR_INDEX = "purchases_active_student_course_key"
-"""The unique index behind the guard ``index``; the optional migration branch ``unique_index`` makes it."""
+"""The name of the unique index for the guard ``index``. The optional migration branch ``unique_index`` builds it."""
 
 PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
-"""Finds a pair's purchase while there is no unique index."""
+"""The name of the index that finds the purchase of a pair while there is no unique index."""
 
 OWNED = "purchase-outbox-worker: created by its migrations"
-"""The comment on tables that the migrations made. A table without it is adopted: never altered, never dropped."""
+"""The comment on tables that the migrations created.
+
+A table without this comment is adopted: the migrations never alter or drop it.
+"""
 
 NOTIFY_CHANNEL = "outbox_worker"
-"""The channel on which the optional branch ``notify`` announces events; payload: schema and name of the outbox."""
+"""The channel of the trigger of the optional branch ``notify``. The payload is the schema and name of the outbox."""
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
-"""The name of the trigger of that branch, and of its function."""
+"""The name of the trigger of the optional branch ``notify``, and of the function of the trigger."""
 
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
@@ -57,7 +60,7 @@ _RANDOM_ID = text("gen_random_uuid()")
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The tables of one database, by their roles."""
+    """The tables of one database. Each field is named after the role of its table."""
 
     metadata: MetaData
     payments: Table
@@ -69,7 +72,7 @@ class Tables:
     backfill_runs: Table
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
-        """These tables with an ``outbox.payload`` of type json or text."""
+        """Return these tables, but with another type of ``outbox.payload``: json or text."""
         outbox = self.outbox.to_metadata(MetaData())
         outbox.c.payload.type = kind
         return replace(self, outbox=outbox)
@@ -80,7 +83,7 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """The names of a role's table and columns in the user's database."""
+    """The names of one table and its columns in the user's database."""
 
     settings: Settings
     role: str
@@ -91,7 +94,7 @@ class Naming:
 
     @property
     def schema(self) -> str:
-        """A configured table name may bring its own schema: ``billing.payment``."""
+        """The schema of the table. A configured name may contain a schema, as in ``billing.payment``."""
         return self.settings.tables.get(self.role, "").rpartition(".")[0] or self.settings.schema_name
 
     def column(self, key: str) -> str:
@@ -115,12 +118,12 @@ class _Builder:
 
 
 def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
-    """Values by the keys of their columns, in the form that INSERT and UPDATE take."""
+    """Replace column keys by columns, because INSERT and UPDATE need them in this form."""
     return {table.c[key]: value for key, value in values.items()}
 
 
 def build_tables(settings: Settings) -> Tables:
-    """The tables under the names of ``settings``. Needs no database."""
+    """Build the tables with the names from ``settings``. Needs no database."""
     metadata = MetaData()
     builders = {role: _Builder(metadata, Naming(settings, role)) for role in COLUMNS}
     return Tables(
@@ -167,7 +170,7 @@ def _outbox(b: _Builder) -> Table:
 
 
 def _purchases(b: _Builder) -> Table:
-    """Without an index on the pair: the branch ``unique_index`` decides whether it is unique."""
+    """Build the table without an index on the pair: the branch ``unique_index`` decides whether the index is unique."""
     return b.table(
         b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
         b.column("student_id", _ID),
@@ -254,10 +257,10 @@ def _backfill_runs(b: _Builder) -> Table:
 
 
 def relation_name(table: Table) -> str:
-    """A table's qualified name, quoted if needed, as SQL and ``to_regclass`` take it."""
+    """Return the qualified name of a table for SQL and ``to_regclass``, quoted if needed."""
     return postgresql.dialect().identifier_preparer.format_table(table)  # type: ignore[no-untyped-call]
 
 
 def quoted(name: str) -> str:
-    """A name as SQL takes it: quoted if needed."""
+    """Return a name for SQL, quoted if needed."""
     return postgresql.dialect().identifier_preparer.quote(name)  # type: ignore[no-untyped-call]

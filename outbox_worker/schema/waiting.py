@@ -1,4 +1,4 @@
-"""Reports what a migration waits for: CREATE INDEX CONCURRENTLY waits for every older transaction to end."""
+"""Logs which transactions a migration waits for. CREATE INDEX CONCURRENTLY waits until all older ones have ended."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 LOOK_SECONDS = 2.0
-"""A shorter wait is not reported."""
+"""The seconds before the first check and between two checks. Most shorter waits are not logged."""
 REPEAT_SECONDS = 30.0
 
-# what: whose transactions a session waits for; of others' sessions state and times are hidden from ordinary roles, and
-# a prepared transaction has no session (process 0) · lock: none · index: none, a function of the server
+# what: the transactions that a session waits for; an ordinary role does not see state and times of other roles'
+# sessions, and a prepared transaction has process 0 · lock: none · index: none, a function of the server
 _BLOCKERS = text(
     """
     SELECT b.pid, a.usename AS user, a.application_name AS application, a.xact_start AS since, a.state
@@ -29,7 +29,10 @@ _BLOCKERS = text(
 
 @contextmanager
 def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
-    """While ``connection`` works inside, a thread with a connection of its own logs whose transactions it waits for."""
+    """Log which transactions ``connection`` waits for while it works inside.
+
+    A thread with its own connection does this.
+    """
     pid = connection.scalar(text("SELECT pg_backend_pid()"))
     connection.rollback()
     done = threading.Event()
@@ -43,7 +46,7 @@ def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
 
 
 def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
-    """Log each transaction when it is first met, and again every ``REPEAT_SECONDS``. A look that fails is left out."""
+    """Log each blocking transaction when it is first found, and every ``REPEAT_SECONDS``. Skip checks that fail."""
     logged_at: dict[int, float] = {}
     while not done.wait(LOOK_SECONDS):
         with suppress(DBAPIError):
@@ -55,7 +58,7 @@ def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
 
 
 def _blockers(engine: Engine, pid: int) -> list[Row[Any]]:
-    """In a transaction that ends at once: its snapshot, too, would be waited for."""
+    """Return the blocking transactions. End this transaction at once, because the migration would wait for it, too."""
     with engine.connect() as connection:
         return [*connection.execute(_BLOCKERS, {"pid": pid})]
 
@@ -74,9 +77,9 @@ def _log(blocker: Row[Any]) -> None:
 
 def _described(blocker: Row[Any], since: str | None) -> str:
     if blocker.pid == 0:
-        return "a prepared transaction ends. Look: TABLE pg_prepared_xacts"
+        return "a prepared transaction ends. To see it: TABLE pg_prepared_xacts"
     return (
         f"a transaction of process {blocker.pid} ends (user {blocker.user}, application {blocker.application or '?'}, "
         f"{blocker.state or 'state hidden'}, open since {since or 'a time that is hidden'}). "
-        f"Look: TABLE pg_stat_activity; end it: SELECT pg_terminate_backend({blocker.pid})"
+        f"To see it: TABLE pg_stat_activity; to end it: SELECT pg_terminate_backend({blocker.pid})"
     )

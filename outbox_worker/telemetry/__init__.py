@@ -1,4 +1,4 @@
-"""Logs and metrics: ``reporter.Telemetry`` turns committed facts into records and counters; ``metrics`` defines these.
+"""Writes logs and metrics. ``reporter.Telemetry`` writes log records and counts; ``metrics`` defines the metrics.
 
-Do not read the database here, and do not put payload text or secrets into a record.
+Do not read the database here, and do not put payload text or secrets into a log record.
 """

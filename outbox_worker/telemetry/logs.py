@@ -1,8 +1,8 @@
-"""Log records on stderr, one line each: JSON for machines, or text for people.
+"""Writes log records to stderr, one line per record: JSON for machines, or text for people.
 
-Records of libraries (SQLAlchemy, alembic, psycopg, uvicorn) are written here, too. Messages and arguments of errors may
-hold rows, statements and addresses: so of an error only its name and the places in the code are written, and of a
-library's record only the library's own words.
+This module also writes the records of libraries (SQLAlchemy, alembic, psycopg, uvicorn). Errors may contain rows,
+statements and addresses. Therefore it writes only the name and the code lines of an error. From a record of a library
+it writes only the fixed text, not the inserted values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outbox_worker.escapes import printable
 Style = Literal["json", "console"]
 
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-"""The priorities of syslog and the journal, by level."""
+"""The priorities of syslog and the journal for each log level."""
 
 _COLOURS = {"DEBUG": "34", "INFO": "1", "WARNING": "1;33", "ERROR": "1;31"}
 
@@ -39,9 +39,9 @@ _HEAD_WIDTH = len("12:00:00 WARNING ")
 
 
 def configure_logging(level: str, style: Style | None) -> None:
-    """Send records to stderr: one JSON object a line, or text for people (the default on a terminal).
+    """Write log records to stderr as JSON, or as text for people. Text is the default on a terminal, JSON elsewhere.
 
-    If stderr is the journal, each line begins with its priority, which the journal removes.
+    If stderr is connected to the journal, each line begins with its priority, which the journal reads and removes.
     """
     is_terminal = sys.stderr.isatty()
     as_json = (style or ("console" if is_terminal else "json")) == "json"
@@ -53,7 +53,7 @@ def configure_logging(level: str, style: Style | None) -> None:
 
 
 def _stderr_is_the_journal() -> bool:
-    """Whether stderr is still what systemd connected to the journal. Source: systemd.exec(5), JOURNAL_STREAM."""
+    """Return whether stderr is connected to the systemd journal. Source: systemd.exec(5), JOURNAL_STREAM."""
     try:
         stream = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -62,7 +62,7 @@ def _stderr_is_the_journal() -> bool:
 
 
 def _write(form: Callable[[Record], str], with_priority: bool, message: Message) -> None:
-    """Drop a record that cannot be written: loguru would print its error, with everything that is being handled."""
+    """Write a record; drop it if stderr fails, because loguru would print the failure with secret values."""
     priority = f"<{_PRIORITIES[message.record['level'].name]}>" if with_priority else ""
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{priority}{form(message.record)}\n")
@@ -79,7 +79,7 @@ def _as_json(record: Record) -> str:
 
 
 def _as_text(record: Record, *, coloured: bool) -> str:
-    """One line, or on a terminal that is too narrow several: broken at spaces only, indented below the message."""
+    """Format a record as one line. If the terminal is too narrow, break the line at spaces and indent the rest."""
     level, message = record["level"].name, printable(record["message"])
     fields = " ".join(f"{key}={printable(str(value))}" for key, value in record["extra"].items() if value is not None)
     clock, name = f"{record['time']:%H:%M:%S}", f"{level: <7}"
@@ -92,7 +92,7 @@ def _as_text(record: Record, *, coloured: bool) -> str:
 
 
 def _columns() -> int:
-    """How wide the terminal behind stderr is."""
+    """Return the width of the terminal to which stderr is connected."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_COLUMNS
     except (OSError, ValueError):
@@ -104,12 +104,12 @@ def _painted(text: str, colour: str, coloured: bool) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most ``width``; a word that is longer stays whole."""
+    """Break a text into lines of at most ``width`` characters. A longer word is not broken."""
     return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 
 class _LibraryHandler(logging.Handler):
-    """Passes warnings and errors of libraries to our logger."""
+    """A handler that passes the warnings and errors of libraries to our logger."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
@@ -123,7 +123,7 @@ class _LibraryHandler(logging.Handler):
 
 
 def _sentence_of(record: logging.LogRecord) -> str:
-    """The first line of the library's template, filled in with numbers and names of errors, and nothing else."""
+    """Return the first line of a library's message. Only numbers and names of errors are inserted into the text."""
     template = record.msg.partition("\n")[0] if isinstance(record.msg, str) else str(_without_words(record.msg))
     given = record.args
     kept = {key: _without_words(value) for key, value in given.items()} if isinstance(given, dict) else None

@@ -1,4 +1,4 @@
-"""The metrics of one process. Names and labels are a contract; labels never carry what a producer wrote."""
+"""Defines the metrics of one process. Names and labels must not change. Labels never contain text from a producer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 _KNOWN_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
 _OTHER = "other"
 _RESULTS = ("commit", "rollback", "unknown")
-"""How a transaction can end."""
+"""The possible results of a transaction."""
 
 
 class BulkHistogram(Collector):
-    """A histogram that counts a thousand values in one call; the library's own counts them one by one."""
+    """A histogram that counts many values in one call. The histogram of the library accepts one value per call."""
 
     def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
         self._name, self._documentation = name, documentation
@@ -37,7 +37,7 @@ class BulkHistogram(Collector):
         self._sum = 0.0
 
     def observe_all(self, values: Iterable[float]) -> None:
-        """Count each value in the first bucket whose bound it does not exceed."""
+        """Count each value in every bucket whose upper bound is not less than the value."""
         ordered = sorted(values)
         below = [bisect_right(ordered, bound) for bound in self._bounds]
         with self._lock:
@@ -45,7 +45,7 @@ class BulkHistogram(Collector):
             self._sum += math.fsum(ordered)
 
     def collect(self) -> Iterator[Metric]:
-        """One family of cumulative buckets."""
+        """Return the histogram in the form that prometheus_client exports."""
         with self._lock:
             bounds = [floatToGoString(bound) for bound in self._bounds]  # type: ignore[no-untyped-call]
             buckets = list(zip(bounds, self._counts, strict=True))
@@ -53,45 +53,78 @@ class BulkHistogram(Collector):
 
 
 class Metrics:
-    """The metrics of the worker in a registry of their own. Names and labels are a contract."""
+    """All metrics of the worker, in their own registry. Names and labels must not change."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.events = Counter("outbox_events", "Events by outcome", ["event_type", "outcome"], registry=registry)
-        self.dead_letters = Counter("outbox_dead_letters", "Events buried, by reason", ["reason"], registry=registry)
-        self.fallbacks = Counter("outbox_constraint_fallback", "Batches settled by the lock guard", registry=registry)
+        self.events = Counter(
+            "outbox_events", "Number of handled events, by outcome", ["event_type", "outcome"], registry=registry
+        )
+        self.dead_letters = Counter(
+            "outbox_dead_letters", "Number of events that became dead letters, by reason", ["reason"], registry=registry
+        )
+        self.fallbacks = Counter(
+            "outbox_constraint_fallback", "Number of batches settled with the guard `lock`", registry=registry
+        )
         self.transactions = Counter(
-            "outbox_transactions", "Transactions that claimed something", ["result"], registry=registry
+            "outbox_transactions",
+            "Number of transactions that claimed at least one event, by result",
+            ["result"],
+            registry=registry,
         )
         self.database_errors = Counter(
-            "outbox_database_errors", "Errors of the database, by class of failure", ["class"], registry=registry
+            "outbox_database_errors", "Number of failed transactions, by class of failure", ["class"], registry=registry
         )
         self.batch_seconds = Histogram(
-            "outbox_batch_duration_seconds", "Claim to COMMIT", buckets=_SECONDS, registry=registry
+            "outbox_batch_duration_seconds",
+            "Time from the claim to the end of COMMIT",
+            buckets=_SECONDS,
+            registry=registry,
         )
-        self.latency = BulkHistogram("outbox_settle_latency_seconds", "Due to settled", _SECONDS)
+        self.latency = BulkHistogram(
+            "outbox_settle_latency_seconds", "Time from due_at to the end of COMMIT of a settled event", _SECONDS
+        )
         registry.register(self.latency)
         self.batch_size = Histogram(
             "outbox_batch_size",
-            "Events per claim",
+            "Number of events in a claim that found at least one",
             buckets=(1, 3, 10, 30, 100, 300, 1000, 3000, 10000),
             registry=registry,
         )
-        self.due = Gauge("outbox_due_events", "Events due now (counted up to a bound)", registry=registry)
-        self.oldest_due = Gauge("outbox_oldest_due_seconds", "Lateness of the oldest due event", registry=registry)
-        self.open_letters = Gauge("outbox_open_dead_letters", "Dead letters that wait for a person", registry=registry)
+        self.due = Gauge(
+            "outbox_due_events", "Number of events that are due now, counted only up to a limit", registry=registry
+        )
+        self.oldest_due = Gauge(
+            "outbox_oldest_due_seconds", "Time since due_at of the oldest due event", registry=registry
+        )
+        self.open_letters = Gauge(
+            "outbox_open_dead_letters",
+            "Number of dead letters in state `open`, which wait for a person",
+            registry=registry,
+        )
         self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
         self.unexplained = Gauge(
-            "outbox_unexplained_payments", "Succeeded payments that nothing explains", registry=registry
+            "outbox_unexplained_payments",
+            "Number of succeeded payments without a purchase that nothing explains",
+            registry=registry,
         )
-        self.unexplained.set(math.nan)  # no backfill has looked yet
-        self.at_risk = Gauge("outbox_value_at_risk", "Money of unexplained payments", ["currency"], registry=registry)
-        self.build = Gauge("outbox_build_info", "Always 1", ["version"], registry=registry)
+        self.unexplained.set(math.nan)  # no backfill has searched yet
+        self.at_risk = Gauge(
+            "outbox_value_at_risk",
+            "Sum of the amounts of unexplained payments, by currency",
+            ["currency"],
+            registry=registry,
+        )
+        self.build = Gauge(
+            "outbox_build_info", "Always 1; the label is the version of the worker", ["version"], registry=registry
+        )
         self.since_poll = Gauge(
-            "outbox_since_poll_seconds", "Since the last look at the outbox that succeeded", registry=registry
+            "outbox_since_poll_seconds",
+            "Time since the last successful claim, even if it found no event",
+            registry=registry,
         )
         self.horizon = Gauge(
-            "outbox_vacuum_horizon_seconds", "For how long the vacuum horizon has stood still", registry=registry
+            "outbox_vacuum_horizon_seconds", "Time since the vacuum horizon last moved", registry=registry
         )
         self.build.labels(__version__).set(1)
         self._polled_at = time.monotonic()
@@ -99,15 +132,15 @@ class Metrics:
         self._begin_at_zero()
 
     def polled(self) -> None:
-        """Note that a look at the outbox succeeded."""
+        """Record that a claim succeeded, even if it found no event."""
         self._polled_at = time.monotonic()
 
     def count_events(self, event_type: str, outcome: Outcome, count: int) -> None:
-        """Count events. All unknown types count as one, because a producer can write any number of them."""
+        """Count events. All unknown types share one label, because producers could write any number of types."""
         self.events.labels(event_type if event_type in _KNOWN_TYPES else _OTHER, outcome).inc(count)
 
     def _begin_at_zero(self) -> None:
-        """Create every series at 0: ``rate`` and ``increase`` miss the event with which a series appears."""
+        """Create every series with the value 0: ``rate`` and ``increase`` ignore the first value of a series."""
         for event_type, outcome in product((*_KNOWN_TYPES, _OTHER), Outcome):
             self.events.labels(event_type, outcome)
         for counter, values in (
@@ -119,7 +152,7 @@ class Metrics:
                 counter.labels(value)
 
     def totals(self) -> Tally[str]:
-        """Events by outcome, transactions by result, and fallbacks, since the start; zeros are left out."""
+        """Return the counts since the start, except zeros: events by outcome, transactions by result, fallbacks."""
         tally: Tally[str] = Tally()
         for family, prefix, label in (
             (self.events, "", "outcome"),
@@ -132,7 +165,7 @@ class Metrics:
         return +tally
 
     def snapshot(self) -> dict[str, float]:
-        """The counters (and sums and counts of histograms) as ``name{label="value"}``: what ``status`` adds up."""
+        """Return counters, and sums and counts of histograms, keyed by ``name{label="value"}``, for ``status``."""
         samples = (sample for family in self.registry.collect() for sample in family.samples)
         return {
             _series(sample.name, sample.labels): sample.value

@@ -1,6 +1,6 @@
-"""Reports of what was committed, each turned once into log records and metrics.
+"""Writes the log records and metrics of the worker: for each batch, and for starts, stops, outages and backfills.
 
-A record never holds payload text or a secret: its fields are ids, counts, and names of errors.
+A log record never contains payload text or a secret. Its fields are ids, counts, sums of money and names of errors.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from outbox_worker.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """What one committed transaction did. A claimed event without a verdict stays in the outbox, unchanged."""
+    """The result of one committed transaction. A claimed event that has no verdict stays unchanged in the outbox."""
 
     batch: Batch
     verdicts: Verdicts
     limit: int
     guard: Guard
     seconds: float = 0.0
-    """From the claim to the end of COMMIT."""
+    """The duration from the claim to the end of COMMIT."""
     transaction: Literal["commit", "unknown"] = "commit"
 
     @property
@@ -43,7 +43,7 @@ class BatchReport:
 
     @cached_property
     def by_outcome(self) -> dict[Outcome, list[int]]:
-        """The events of each outcome."""
+        """The ids of the events of each outcome."""
         return by_outcome(self.verdicts)
 
     def outcomes(self) -> Tally[Outcome]:
@@ -52,7 +52,7 @@ class BatchReport:
 
 @dataclass
 class Telemetry:
-    """Turns reports into metrics and log records."""
+    """The writer of all metrics and log records of the worker."""
 
     metrics: Metrics = field(default_factory=Metrics)
     _told: Tally[str] = field(default_factory=Tally)
@@ -65,57 +65,57 @@ class Telemetry:
     _currencies: set[str] = field(default_factory=set)
 
     def started(self, concurrency: int, guard: Guard) -> None:
-        """Log that the database holds everything that the worker needs, and that the claim loops start."""
+        """Log that the database contains everything that the worker needs, and that the claim loops start."""
         logger.bind(event="worker_started", version=__version__, concurrency=concurrency, guard=str(guard)).info(
             "ready; {} claim loop(s)", concurrency
         )
 
     def isolating_after_crash(self, events: int) -> None:
-        """Log that an earlier worker died, so that its events are settled one by one."""
+        """Log that an earlier worker died, and that its events are therefore settled one by one."""
         logger.bind(event="going_carefully", events=events).warning(
-            "an earlier worker died; its events are settled one by one, in case one of them killed it"
+            "an earlier worker died; its events are settled one by one, because one of them may have killed it"
         )
 
     def http_listening(self, address: str) -> None:
-        """Log where HTTP is answered."""
+        """Log the address at which the worker answers HTTP."""
         logger.bind(event="http_listening", address=address).info("HTTP at {}", address)
 
     def http_unavailable(self, address: str, error: str) -> None:
-        """Log that HTTP cannot be answered; everything else goes on."""
+        """Log that the worker cannot answer HTTP. The worker settles events all the same."""
         logger.bind(event="http_unavailable", address=address, error=error).error(
-            "cannot answer HTTP at {}: {}; trying again, while events are settled", address, error
+            "cannot answer HTTP at {}: {}; trying again; events are settled meanwhile", address, error
         )
 
     def watchdog_is_short(self, watchdog_seconds: float, step_seconds: float) -> None:
-        """Log that the service manager would kill a worker whose database is only slow."""
+        """Warn that ``WatchdogSec`` is too short: systemd would kill a healthy worker whose database is slow."""
         logger.bind(event="watchdog_short", watchdog_seconds=watchdog_seconds, step_seconds=step_seconds).warning(
-            "WatchdogSec is shorter than a step of a claim loop may take; raise it, or lower "
+            "WatchdogSec is shorter than one step of a claim loop may take; raise WatchdogSec, or lower "
             "OUTBOX_DATABASE_DEADLINE_SECONDS"
         )
 
     def reloaded(self, changed: Sequence[str], left: Sequence[str]) -> None:
-        """Log which settings changed; ``left`` are those that only a restart changes."""
+        """Log which settings changed. ``left`` contains changed settings that are used only after a restart."""
         logger.bind(event="reloaded", changed=changed).info("the settings were read again")
         if left:
             logger.bind(event="restart_needed", settings=left).warning(
-                "these settings have changed, too, but need a restart: {}", ", ".join(left)
+                "these settings have changed, too, but are used only after a restart: {}", ", ".join(left)
             )
 
     def reload_refused(self, problems: str) -> None:
-        """Log that the new settings cannot be used; the old ones stay in force."""
+        """Log that the new settings cannot be used. The worker continues with the old settings."""
         logger.bind(event="reload_refused", problems=problems).error("the settings were not reloaded. {}", problems)
 
     def stopping(self) -> None:
-        """Log that a signal asks the worker to stop."""
+        """Log that the worker stops because it got a signal."""
         logger.bind(event="worker_stopping").info("stopping after the current batch")
 
     def stopped(self) -> None:
-        """Log the end of the worker, with all counts since its start."""
+        """Log that the worker has stopped, with all counts since its start."""
         counts = self.metrics.totals()
         logger.bind(event="worker_stopped", **counts).info("stopped; since the start {}", _counted(_outcomes(counts)))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """Log that a step failed and is tried again after a pause; no event is charged an attempt."""
+        """Log that a step failed and is tried again after a pause. The failure is no attempt of any event."""
         cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
         failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
@@ -131,53 +131,56 @@ class Telemetry:
         ).log("WARNING" if passes else "ERROR", "{}", sentence)
 
     def _resumed(self) -> None:
-        """Log once that the database is back, if there was trouble before."""
+        """Log that the database is available again, if ``trouble`` was logged before."""
         since, self._in_trouble_since = self._in_trouble_since, None
         if since is not None:
             seconds = round(time.monotonic() - since, 1)
-            logger.bind(event="resumed", seconds=seconds).info("the database is back, after {} s", seconds)
+            logger.bind(event="resumed", seconds=seconds).info("the database is available again after {} s", seconds)
 
     def schema_problems(self, problems: str) -> None:
-        """Log the tables, columns and privileges that are missing since the start."""
-        logger.bind(event="schema_problems", problems=problems).error("the database lacks what the worker needs")
+        """Log the missing tables, columns and privileges, which were present when the worker started."""
+        logger.bind(event="schema_problems", problems=problems).error(
+            "the database lacks something that the worker needs"
+        )
 
     def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
-        """Set the gauges of the queue, which the worker asks for at every heartbeat."""
+        """Set the gauges of the queue. The worker measures their values at every heartbeat."""
         self.metrics.due.set(due)
         self.metrics.oldest_due.set(oldest_due_seconds)
         self.metrics.open_letters.set(open_letters)
 
     def observe_horizon(self, stood_still_seconds: float) -> None:
-        """Set for how long the vacuum horizon has stood still: until it moves, vacuum cannot remove settled events."""
+        """Set the time since the vacuum horizon last moved. Until it moves, vacuum cannot remove settled events."""
         self.metrics.horizon.set(stood_still_seconds)
 
     def observe_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """Set the gauges of payments without a purchase, as the last backfill of any worker left them."""
+        """Set the gauges of payments without a purchase to the result of the last backfill by any worker."""
         self.metrics.unexplained.set(payments)
         self._currencies |= money.keys()
         for currency in self._currencies:
             self.metrics.at_risk.labels(currency).set(float(money.get(currency, 0)))
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """Log that a periodic backfill found payments without a purchase, and may only report them."""
+        """Log that a periodic backfill found payments without a purchase, but is only allowed to report them."""
         logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
-            "{} payment(s) without a purchase. Look at them: outbox-worker backfill --dry-run", payments
+            "{} payment(s) without a purchase. To list them, run: outbox-worker backfill --dry-run", payments
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
-        """Log that a periodic backfill found more missing purchases than it may make."""
+        """Log that a periodic backfill found more missing purchases than it is allowed to create."""
         logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
-            "{} payment(s) without a purchase, more than the periodic backfill may make; a person must look", payments
+            "{} payment(s) without a purchase, more than the periodic backfill may create; a person must check them",
+            payments,
         )
 
     def purchases_backfilled(self, made: int, contended: int, refused: int) -> None:
-        """Log that a periodic backfill made missing purchases."""
+        """Log that a periodic backfill created missing purchases."""
         logger.bind(event="purchases_backfilled", made=made, contended=contended, refused=refused).warning(
-            "made {} missing purchase(s): these payments have no event in the outbox", made
+            "created {} missing purchase(s), because their payments have no event in the outbox", made
         )
 
     def beat(self) -> dict[str, float]:
-        """Log what happened, and return the counters for ``workers`` with the rate since the last heartbeat."""
+        """Log the counts of settled events. Return the values of ``workers.metrics``: counters and the current rate."""
         self._log_settled()
         now, totals = time.monotonic(), self.metrics.totals()
         settled, seconds = sum(_outcomes(totals - self._at_beat).values()), now - self._beat_at
@@ -185,13 +188,13 @@ class Telemetry:
         return self.metrics.snapshot() | {"events_per_second": settled / seconds if seconds > 0 else 0.0}
 
     def _log_first_batch(self, report: BatchReport) -> None:
-        """Log the first settled batch at once, so that nobody waits for the next heartbeat to see events settled."""
+        """Log the first settled batch at once, so that a person sees it without waiting for the next heartbeat."""
         if report.verdicts and not self._has_settled:
             self._has_settled = True
             self._log_settled()
 
     def _log_settled(self) -> None:
-        """Log what happened since the last such record, if anything. Several threads may call this."""
+        """Log the counts since the last such record, unless all are zero. Several threads may call this."""
         with self._telling:
             now, totals = time.monotonic(), self.metrics.totals()
             counts, seconds = totals - self._told, now - self._told_at
@@ -202,7 +205,7 @@ class Telemetry:
             )
 
     def batch_committed(self, report: BatchReport) -> None:
-        """Count and log one committed transaction; of an empty claim only the time of the look is kept."""
+        """Count and log one committed transaction. For an empty claim, only record the time of the claim."""
         self.metrics.polled()
         self._resumed()
         if not report.batch:
@@ -218,7 +221,9 @@ class Telemetry:
             **counts,
         ).debug("settled {} of {} claimed events", len(report.verdicts), len(report.batch))
         if report.verdicts and report.guard is Guard.LOCK:
-            logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug("batch settled by the lock guard")
+            logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug(
+                "batch settled with the guard `lock`"
+            )
         self._log_first_batch(report)
         log_events(report.batch, report.verdicts)
 
@@ -239,7 +244,7 @@ class Telemetry:
         metrics.latency.observe_all([late + report.seconds for late in report.batch.among(settled).lateness])
 
     def transaction_failed(self, error: BaseException, claimed: int) -> None:
-        """Count and log a transaction that was rolled back, or whose COMMIT was not answered; no event was charged."""
+        """Count and log a transaction that was rolled back, or whose COMMIT got no answer."""
         cause = error.__cause__ or error
         failure = classify(cause)
         result = "unknown" if isinstance(error, CommitLost) else "rollback"
@@ -251,7 +256,7 @@ class Telemetry:
         ).debug("rolled back")
 
     def guard_changed(self, guard: Guard) -> None:
-        """Log the guard that the worker begins with, or a change of it."""
+        """Log the guard with which the worker starts, or a change of the guard."""
         for mode in Guard:
             self.metrics.guard.labels(mode).set(mode is guard)
         hint = (
@@ -266,7 +271,7 @@ class Telemetry:
 
 
 def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
-    """Whether the trouble may end without a person, and a sentence about it."""
+    """Return whether the trouble may end without a person, and a sentence that describes the trouble."""
     if refusal := login_refusal(error):
         return False, f"the database refuses the connection: {refusal}; trying again until it accepts"
     if failure is Failure.RECONNECT and sqlstate(error) is None:
@@ -281,12 +286,12 @@ def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
 
 
 def _outcomes(counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts of events alone, without those of transactions."""
+    """Return only the counts of events, without the counts of transactions."""
     return {outcome: counts[outcome] for outcome in Outcome if outcome in counts}
 
 
 def _counted(outcomes: Mapping[str, int]) -> str:
-    """``3 events: 2 created, 1 retried``."""
+    """Format counts, for example as ``3 events: 2 created, 1 retried``."""
     listed = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
     total = sum(outcomes.values())
     return f"{total} event{'' if total == 1 else 's'}: {listed}" if outcomes else "no events"

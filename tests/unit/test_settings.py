@@ -307,12 +307,12 @@ def test_the_retry_policy_is_that_of_the_settings() -> None:
     ],
 )
 def test_two_names_of_one_column(columns: str) -> None:
-    assert "are one column: each needs its own" in problems(columns=columns)
+    assert "have the same column name, but each needs its own" in problems(columns=columns)
 
 
 @pytest.mark.parametrize("tables", ["outbox=payments", "outbox=events,purchases=events"])
 def test_two_roles_of_one_table(tables: str) -> None:
-    assert "are one table: each needs its own" in problems(tables=tables)
+    assert "have the same table name, but each needs its own" in problems(tables=tables)
 
 
 def test_a_parameter_that_the_library_does_not_know() -> None:
@@ -490,5 +490,5 @@ def test_a_wrong_credential_is_named_and_not_repeated(monkeypatch: pytest.Monkey
 
 def test_names_of_hosts(tmp_path: Path) -> None:
     assert load_settings(config=config(tmp_path, 'http_hosts = ["a.example", "*"]')).http_hosts == ("a.example", "*")
-    assert "* stands alone" in problems(config=config(tmp_path, 'http_hosts = "a*b"'))
+    assert "use * only alone" in problems(config=config(tmp_path, 'http_hosts = "a*b"'))
     assert "expected names" in problems(config=config(tmp_path, "http_hosts = 7"))

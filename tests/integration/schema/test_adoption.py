@@ -118,7 +118,7 @@ def test_an_index_of_our_name_on_another_table_is_left_alone(adopting: Installat
     adopting.execute(f"CREATE TABLE notes (id int); CREATE INDEX {name} ON notes (id)")
     before = adopting.snapshot()["public.notes"]
     if name == PAIR_INDEX:
-        with pytest.raises(Refused, match=f"{PAIR_INDEX} exists and is another index, on notes"):
+        with pytest.raises(Refused, match=f"{PAIR_INDEX} already exists, but it is another index, on notes"):
             adopting.migrate("unique_index")
     else:
         adopting.migrate("unique_index")
@@ -130,7 +130,7 @@ def test_a_shops_own_index_of_our_name_is_left_alone(adopting: Installation, nam
     adopting.execute(f"CREATE INDEX {name} ON purchases (course_id)")
     before = adopting.indexes()
     if name == PAIR_INDEX:
-        with pytest.raises(Refused, match=f"{PAIR_INDEX} exists and is another index, on purchases"):
+        with pytest.raises(Refused, match=f"{PAIR_INDEX} already exists, but it is another index, on purchases"):
             adopting.migrate("unique_index")
         assert adopting.indexes() == before
     else:

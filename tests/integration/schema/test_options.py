@@ -120,7 +120,7 @@ def test_a_trigger_that_was_disabled_is_enabled_again(migrated: Installation) ->
 def test_an_index_of_our_name_on_another_table_is_not_ours_either(migrated: Installation) -> None:
     migrated.execute(f"CREATE TABLE notes (id int); CREATE INDEX {PAIR_INDEX} ON notes (id)")
     before = migrated.snapshot()
-    with pytest.raises(Refused, match=f"{PAIR_INDEX} exists and is another index, on notes"):
+    with pytest.raises(Refused, match=f"{PAIR_INDEX} already exists, but it is another index, on notes"):
         migrated.migrate("unique_index")
     assert migrated.snapshot() == before
 
