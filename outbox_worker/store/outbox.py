@@ -87,7 +87,7 @@ class IsolatedEvent:
     crashes: int
     """The number of processes that crashed on this event before this attempt."""
     due_at: str
-    """The original due time, as PostgreSQL writes it. ``isolate`` sets a later one, so no other worker claims the event."""
+    """The original due time, as PostgreSQL writes it. ``isolate`` sets a later one, so no other worker claims it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,6 +416,6 @@ def _close_letters_statement(letters: Table) -> Update:
 
 
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
-    """Build a relation (id, …) from array parameters, one per column. The parameter of ``delay`` is called ``delays``."""
+    """Build a relation (id, …) from array parameters, one per column: the column ``delay`` from ``delays``."""
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")
