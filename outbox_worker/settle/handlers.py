@@ -184,7 +184,7 @@ class RefundedPurchases(_UnderLocks):
     """Makes purchases of refunded payments inactive, and creates a purchase for another payment of the same pair."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Write all refunds. Then create a purchase for another payment of each pair that has one without a purchase."""
+        """Write all refunds. Then create purchases for other payments of these pairs that have no purchase yet."""
         held = self._lock(session, batch, plan)
         seen = self._look(session, batch)
         verdicts = self._judge(session, batch, seen, held, plan.guard)
@@ -202,8 +202,8 @@ class RefundedPurchases(_UnderLocks):
     ) -> Verdicts:
         """Create a purchase for each pair that is free now, from its oldest payment without a purchase.
 
-        If a purchase was not written, read the payments again. They are read after the refunds are written and while the
-        pairs are locked, so no other worker can judge one of them as a duplicate in between.
+        If a purchase was not written, read the payments again. They are read after the refunds are written, and while
+        the pairs are locked. So no other worker can judge one of them as a duplicate in between.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -223,7 +223,7 @@ class RefundedPurchases(_UnderLocks):
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
-    """Return the oldest unexplained payment of a pair. Return None if another worker may be writing the pair's purchase.
+    """Return the oldest unexplained payment of a pair, or None if another worker may be writing the pair's purchase.
 
     If this refund made the pair free, every other worker waits for this transaction. If the pair was already free,
     another worker may be writing the purchase of a payment in flight, and waiting for that worker could deadlock.

@@ -118,7 +118,7 @@ class Pacing:
         self.frontier.go_back()
 
     def in_doubt(self, end: Position | None) -> None:
-        """Handle refused events whose cause is unclear: the events or the database. If others succeed, it is the events.
+        """Handle refused events whose cause is unclear: the events or the database. Other events will show which.
 
         First claim only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these are refused, too, begin the next
         claim after ``end`` (the last event of a full claim), so that it claims other events.

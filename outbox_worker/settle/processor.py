@@ -97,7 +97,7 @@ class Processor:
 
         Before that, a crash of the event is counted and committed; the transaction that settles the event resets the
         count. If an error is raised, the process did not crash: the event stays isolated, and the next call tries it
-        again. After ``STUCK_PASSES_MAX`` errors of which the event may be the cause, the event is postponed.
+        again. After ``STUCK_PASSES_MAX`` transient or unclear errors, the event is postponed.
         """
         if self._isolated is None:
             key = self._crash_suspects.pop() if self._crash_suspects else None
@@ -193,7 +193,7 @@ class Processor:
         return claim
 
     def _claim_size(self) -> int:
-        """Return the number of events to claim. The guard ``lock`` needs one lock per pair, so its capacity is a limit."""
+        """Return the number of events to claim. Under the guard ``lock``, ``lock_capacity`` is a limit, too."""
         guard = self._guard.state
         return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
 
@@ -235,7 +235,7 @@ class Processor:
         return verdicts
 
     def _of_one_kind(self, batch: Batch) -> Batch:
-        """Keep the events of one handler, and those without a handler. The others stay in the outbox for the next claim.
+        """Keep the events of one handler, and those without a handler. The others stay in the outbox until later.
 
         Two handlers in one transaction would write purchases in ascending order twice, so two workers could deadlock.
         """
@@ -246,7 +246,7 @@ class Processor:
         return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
-        """Postpone the first event without counting a try, because it was claimed alone and another transaction blocks it."""
+        """Postpone the first event without counting a try. It was claimed alone, and another transaction blocked it."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             self._postpone_uncharged(session, batch)

@@ -89,7 +89,7 @@ class _Bisection:
 
 
 class _UnprovenRefusals:
-    """Remembers events that were refused while no purchase at all was written. The cause may be the event or the database.
+    """Remembers events that were refused in a batch that wrote no purchase. The cause may be the event or the database.
 
     If such an event is refused again after another purchase was written, the event itself is the cause.
     """
@@ -145,7 +145,7 @@ class Settlement:
         return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
 
     def committed(self, verdicts: Verdicts) -> None:
-        """Record that the batch was committed. If it wrote a purchase, events that were refused before are the cause."""
+        """Record that the batch was committed. If it wrote a purchase, events refused before caused their refusals."""
         self._unproven.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
@@ -160,7 +160,7 @@ class Settlement:
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
     def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
-        """Halve the batch until each event that the database refuses is a part by itself. Retry or bury these events."""
+        """Halve the batch until each event that the database refuses is a part by itself. Retry or bury such events."""
         found = self._bisect(session, batch, savepoints, judges_all)
         verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
         recorded = self.record(session, batch, verdicts)
@@ -198,7 +198,7 @@ class Settlement:
         return found
 
     def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
-        """Prepare to settle a batch in parts: lock its pairs, and sort the events in the order in which all workers write.
+        """Prepare to settle a batch in parts: lock its pairs, and sort its events in the order that all workers use.
 
         Under the guard ``index``, pairs are locked here only if ``judges_all``.
         """
@@ -233,7 +233,7 @@ class Settlement:
     def _attempt_as_new(
         self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
     ) -> Verdicts | Exception:
-        """Settle the batch without a check for marks. If an event has a mark, this fails: then try again with the check.
+        """Settle the batch without a check for marks. If this fails because of a mark, try again with the check.
 
         The check is left out first because nearly all events are new.
         """
