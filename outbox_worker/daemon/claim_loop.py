@@ -42,7 +42,7 @@ class ClaimLoop:
         processor.tell_of_tries(pulse.beat)
 
     def wake(self) -> None:
-        """Wake the loop if it sleeps. If it does not sleep, its next sleep ends at once, so that it claims once more."""
+        """Wake the loop if it sleeps. If it does not, its next sleep ends at once, so that it claims once more."""
         self._woken.set()
 
     def adopt(self, settings: Settings) -> None:

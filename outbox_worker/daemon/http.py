@@ -36,7 +36,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves HTTP inside its block. If the address is in use, it logs this once and keeps trying."""
+    """Context manager that serves HTTP inside its block. If it cannot open the address, it logs this and keeps trying."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -112,7 +112,7 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """Answer 200 while each claim loop finishes its steps in time, even if the database is down or it is stopping."""
+        """Answer 200 while each claim loop ends its steps in time, even if the database is down or the worker stops."""
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:
@@ -143,7 +143,7 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def _bind_path(path: str) -> socket.socket:
-    """Open a Unix socket for all users; the directory's permissions limit access. Replaces a socket nobody listens on."""
+    """Open a Unix socket for all users; the directory's permissions limit access. Replaces an unused socket file."""
     line = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)

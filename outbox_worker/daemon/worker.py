@@ -176,7 +176,7 @@ class Worker:
         return processor
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """Return the periodic backfill, if it is on. It runs in its own thread so that it delays no claim or heartbeat."""
+        """Return the periodic backfill if it is on. In its own thread, it delays neither claims nor heartbeats."""
         if not self._settings.backfill_every_seconds:
             return []
         given = self._settings, start.tables, self._guard, self._stop, self.telemetry, chores.meet_trouble
