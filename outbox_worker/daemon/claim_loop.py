@@ -104,7 +104,7 @@ class ClaimLoop:
                 return
         self._pause = next_pause(self._pause, minimum=low, maximum=high)
         self.is_resting = True
-        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
+        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spreads load, no secret
         self.is_resting = False
         self._woken.clear()
 

@@ -20,7 +20,7 @@ def ask(listen: Listen | None, path: str) -> tuple[bool, str]:
     Raises NoAnswer. Raises SettingError if ``listen`` has no address to connect to.
     """
     if listen is None or not (listen.path or listen.port):
-        raise SettingError("OUTBOX_HTTP_LISTEN has no address to connect to: it is `off`, or has port 0 (any free port).")
+        raise SettingError("OUTBOX_HTTP_LISTEN gives no address to connect to: it is `off`, or port 0 (any free port).")
     where = replace(listen, host=_ANY.get(listen.host, listen.host))
     connection = http.client.HTTPConnection("localhost", timeout=_PATIENCE_SECONDS)
     try:

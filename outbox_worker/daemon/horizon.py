@@ -32,7 +32,7 @@ class HorizonWatch:
         self._since = 0.0
 
     def stood_still_seconds(self, session: Session) -> float:
-        """Return the seconds, since the first call, in which the horizon has not moved; 0 if no transaction holds it."""
+        """Return the seconds, since the first call, that the horizon has not moved; 0 if no transaction holds it."""
         oldest, now = session.scalar(_OLDEST), time.monotonic()
         if oldest is None or oldest != self._oldest:
             self._oldest, self._since = oldest, now

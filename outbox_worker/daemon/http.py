@@ -36,7 +36,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves HTTP inside its block. If it cannot open the address, it logs this and keeps trying."""
+    """Context manager that serves HTTP inside its block. If the address is in use, it logs this once and tries again."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -76,7 +76,7 @@ class Endpoints(threading.Thread):
         self._is_over.wait(_RETRY_SECONDS)
 
     def _serve(self, line: socket.socket) -> None:
-        from uvicorn import Config, Server  # noqa: PLC0415 - here, where HTTP is served
+        from uvicorn import Config, Server  # noqa: PLC0415 - imported only if HTTP is served
 
         config = Config(
             self._application(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 STARTING = "starting: the database is not checked yet"
 STOPPING = "stopping"
 FEED_SECONDS = 0.1
-"""The shortest time between two messages to the watchdog. Without it, very short steps would send too many."""
+"""The shortest time between two messages to the watchdog. Without this limit, very short steps would send too many."""
 
 
 @dataclass

@@ -19,9 +19,9 @@ from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
 STEP_DEADLINES = 6
-"""The limit of one step as a multiple of the database deadline. A step connects and runs a few statements.
+"""The longest time of one step, in database deadlines.
 
-Each of these actions ends within one deadline.
+A step opens a connection and runs a few statements, and each of these actions ends within one deadline.
 """
 _SLICES = 3
 """A divisor: a loop sleeps in parts, and each part is at most a third of the limit."""

@@ -29,7 +29,7 @@ class Notifier:
         self.watchdog_seconds = _watchdog_seconds(environment) if address else None
 
     def tell(self, **fields: object) -> None:
-        """Send one datagram, for example ``tell(READY=1, STATUS="…")``. If it cannot be sent, nothing happens."""
+        """Send one datagram, for example ``tell(READY=1, STATUS="…")``. A message that cannot be sent is dropped."""
         if not self._address:
             return
         lines = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())

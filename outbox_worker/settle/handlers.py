@@ -35,7 +35,7 @@ class AttemptPlan:
 
 
 class OutOfOrder(Exception):
-    """An error: a purchase would be written out of the order that all workers use. The batch must be judged instead."""
+    """Raised if a purchase would be written out of the order that all workers use. Then every event must be judged."""
 
 
 class Handler(Protocol):

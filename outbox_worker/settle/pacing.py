@@ -15,7 +15,7 @@ In smaller batches, most of the time would be spent on BEGIN and COMMIT.
 STUCK_PASSES_MAX = 5
 """If no event could be settled in this many full claims in a row, the claimed events are postponed."""
 FEW_IN_DOUBT = 15
-"""A batch size that is small enough: one transaction has enough savepoints to try each event alone."""
+"""The largest batch for which one transaction certainly has enough savepoints to try each event alone."""
 START_SHARE = 0.05
 """The largest share of a loop's time that it spends on claims from the start of the queue, while claims are full."""
 
@@ -98,7 +98,7 @@ class Pacing:
         self.frontier.start_due = now + (now - began) * (1 / START_SHARE - 1)
 
     def choose(self, kinds: Sequence[str]) -> str:
-        """Choose the first of the event types in a claim that the last batch did not have.
+        """Choose the first event type of a claim that was not chosen for the last batch.
 
         If the same type could be chosen twice in a row, events of other types would wait while its events cannot be
         settled. If a transaction is repeated, its choice stays the same.
@@ -118,10 +118,10 @@ class Pacing:
         self.frontier.go_back()
 
     def in_doubt(self, end: Position | None) -> None:
-        """Handle refused events whose cause is unclear: the events or the database. Other events will show which.
+        """Adapt the next claim to find out whether refused events or the database itself caused the refusals.
 
         First claim only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these are refused, too, begin the next
-        claim after ``end`` (the last event of a full claim), so that it claims other events.
+        claim after ``end`` (the last event of a full claim). If other events succeed, the database is not the cause.
         """
         if self.limit > FEW_IN_DOUBT:
             self.limit = FEW_IN_DOUBT

@@ -33,7 +33,7 @@ from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 
 class RefusedAtCommit(Exception):
-    """An error at COMMIT: an event of the batch violates a deferred constraint."""
+    """Raised if COMMIT fails because an event of the batch violates a deferred constraint."""
 
 
 def _nothing() -> None:
@@ -182,7 +182,7 @@ class Processor:
         return report
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
-        """Claim after the end of the last claim. If no event is there, or a claim from the start is due, do that."""
+        """Claim after the end of the last claim. If no event is there or it is time to, claim from the start."""
         began = time.monotonic()
         start = self._pacing.start(began)
         if start is not None and (claim := self._outbox.claim(session, limit, until, start)).batch:
@@ -201,7 +201,7 @@ class Processor:
         return INDEX_PLANS if self._guard.state.has_index_paths else {}
 
     def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
-        """Commit. If the connection is lost before the answer arrives, ask the server whether it has committed."""
+        """Commit. If the connection is lost before the answer arrives, ask whether the transaction was committed."""
         try:
             session.commit()
         except DBAPIError as error:

@@ -145,7 +145,7 @@ class Settlement:
         return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
 
     def committed(self, verdicts: Verdicts) -> None:
-        """Record that the batch was committed. If it wrote a purchase, events refused before caused their refusals."""
+        """Record that the batch was committed. If it wrote a purchase, the database did not cause earlier refusals."""
         self._unproven.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
@@ -167,7 +167,7 @@ class Settlement:
         return Settled(found.verdicts | recorded, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
-        """Return the refusals that the events themselves cause. Raises the error if it may be the database's fault."""
+        """Return the refusals that are known to be caused by the events. If none is, raise the database's error."""
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals
@@ -289,7 +289,7 @@ class Settlement:
         return refused(describe(error), self._policy.is_last(event.attempts))
 
     def _later(self, event: Event, verdict: Verdict) -> Postponement:
-        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spread, not secrecy
+        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spreads load, no secret
         return Postponement(delay, charged=True, error=f"{verdict.reason}: {verdict.detail}")
 
 

@@ -24,7 +24,7 @@ from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
 """The age at which the rows of finished periodic backfills are deleted."""
 CONTINUED_WITHIN = timedelta(days=1)
-"""A backfill is not continued if it was killed longer ago, because its cutoff leaves out all later payments."""
+"""An age limit: a backfill that was killed earlier is not continued, because its cutoff leaves out later payments."""
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
 # what: whether this process may decide about the next periodic backfill

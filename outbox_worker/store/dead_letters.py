@@ -244,7 +244,7 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     reasons = session.execute(
         select(found.c.reason, func.count()).group_by(found.c.reason).order_by(func.count().desc())
     )
-    by_reason = {reason: count for reason, count in reasons}  # noqa: C416 - rows
+    by_reason = {reason: count for reason, count in reasons}  # noqa: C416 - unpacks rows
     named = select(found.c.payment_id).where(found.c.payment_id.is_not(None))
     own = tables.purchases
     is_given = exists().where(own.c.payment_id == payments.c.id)
@@ -258,7 +258,7 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
 def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) -> dict[str, Decimal]:
     currency = cast(payments.c.currency, Text)
     rows = session.execute(select(currency, func.sum(payments.c.amount)).where(*which).group_by(currency))
-    return {name: amount for name, amount in rows}  # noqa: C416 - rows
+    return {name: amount for name, amount in rows}  # noqa: C416 - unpacks rows
 
 
 def decide_letters(
@@ -287,7 +287,7 @@ def check_decidable(session: Session, tables: Tables, selection: Selection, deci
         return
     letters = tables.dead_letters
     rows = session.execute(select(letters.c.event_id, letters.c.state).where(*selection.conditions(letters)))
-    states = {event_id: state for event_id, state in rows}  # noqa: C416 - rows
+    states = {event_id: state for event_id, state in rows}  # noqa: C416 - unpacks rows
     if unknown := [str(each) for each in selection.event_ids if each not in states]:
         raise Refused(f"There is no dead letter for these events: {_listed(unknown)}.")
     if closed := [f"{key} is {state}" for key, state in states.items() if state not in DECIDABLE[decision]]:

@@ -1,4 +1,4 @@
-"""Finds out which guard is in force: the mechanism that prevents a second active purchase of a pair."""
+"""Finds out which guard is in force. A guard prevents a second active purchase of a pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
 from outbox_worker.schema.tables import relation_name
 
 _LOCKS_PER_TRANSACTION = 10
-"""A divisor: one batch may lock at most a tenth of the server's lock table. A full table would raise 53200."""
+"""A divisor: one batch may use at most a tenth of the server's lock table. A full lock table would raise 53200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class GuardState:
     lock_capacity: int = 1
     """The number of pairs that one transaction may lock."""
     has_index_paths: bool = True
-    """Whether indexes find a purchase by its payment and by its pair. If not, the planner is allowed to hash tables."""
+    """Whether purchases has indexes on the payment and on the pair. If not, the planner is allowed to hash whole tables."""
 
 
 class GuardWatch:
@@ -58,7 +58,7 @@ class GuardWatch:
     def fall_back(self) -> GuardState:
         """Use the guard ``lock`` until the next probe, because the unique index failed (42P10 or 55000).
 
-        Until then, plans may not rely on indexes either.
+        Until then, the planner is also allowed to use plans without indexes.
         """
         self._index_versions = None
         return self._set(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
@@ -82,14 +82,14 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
 
 
 def guard_in_force(session: Session, purchases: Table) -> Guard:
-    """Return the guard in force. If this role has no INSERT privilege, it cannot EXPLAIN: decide by the catalogue."""
+    """Return the guard in force. A role without the INSERT privilege cannot run EXPLAIN: only check the catalogue."""
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
         return probe_guard(session, purchases).guard
     return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK
 
 
 def doubled_pairs(session: Session | Connection, purchases: Table, limit: int) -> Sequence[Row[Any]]:
-    """Find pairs (``student_id``, ``course_id``) with more than one active purchase, and ``count`` their purchases.
+    """Find pairs with more than one active purchase. Return ``student_id``, ``course_id`` and ``count`` of each.
 
     While such pairs exist, the unique index cannot be built.
     """
@@ -130,7 +130,7 @@ _SOME_DEFERRABLE = text(
 def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
     """Return the indexes that EXPLAIN names as arbiters of ON CONFLICT; [] if the INSERT would raise 42P10 or 55000.
 
-    EXPLAIN also names deferrable constraints on the pair. They are checked here, because the INSERT would raise 55000.
+    EXPLAIN does not raise 55000 if an index is deferrable, but the INSERT does. So this is checked separately.
     """
     nothing = select(null(), null()).where(text("false"))
     columns = [purchases.c.student_id, purchases.c.course_id]

@@ -72,7 +72,7 @@ class Claim:
     end: Position | None = None
     """The position of the last event; None if no event was claimed."""
     crash_suspects: Sequence[int] = ()
-    """Events of the batch during which a process crashed before. Each of them is processed alone."""
+    """Events of the batch whose crash count is not 0. Each of them is processed alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Postponement:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """The numbers of events in the outbox. Each count stops at ``Outbox.BACKLOG_BOUND``."""
+    """The length of the queue. Each count stops at ``Outbox.BACKLOG_BOUND``."""
 
     due: int
     waiting: int
@@ -218,7 +218,7 @@ class Outbox:
         self._close_letters.execute(session, {"event_ids": event_ids})
 
     def backlog(self, session: Session) -> Backlog:
-        """Count due events and measure how late the oldest is. Counts are bounded, so a long queue is no problem."""
+        """Count due events and measure how late the oldest is. Counts are bounded, so a long queue is counted fast."""
         due, waiting, oldest = session.execute(self._backlog).one()
         return Backlog(due, waiting, oldest or 0.0)
 

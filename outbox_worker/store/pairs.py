@@ -123,7 +123,7 @@ def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> C
 
 
 def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
-    """Build the condition that an active purchase of the payment's pair comes from another payment or from none."""
+    """Build the condition that the purchase is active, has the payment's pair, and does not come from this payment."""
     is_other = purchases.c.payment_id.is_distinct_from(payments.c.id)
     return and_(same_pair(purchases, payments), purchases.c.is_active, is_other)
 

@@ -172,8 +172,8 @@ def usable_payment_ids(candidates: str) -> Sequence[str | None]:
 def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` in lower case, even if it is not a UUID. The expression never raises an error.
 
-    In a document, a regular expression finds it, even below the first level. In jsonb, no regular expression checks
-    it, because that would be slower than reading the table, and the value is only compared with UUIDs.
+    In a document, a regular expression finds it, even below the first level. In jsonb, the value is not checked by a
+    regular expression, because that would be slower than reading the table. It is only compared with UUIDs.
     """
     if is_document(outbox):
         return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))

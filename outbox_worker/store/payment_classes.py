@@ -60,7 +60,7 @@ RECENT = timedelta(hours=1)
 """The last part of a scanned range. A payment created here may be committed only after the scan has read this part."""
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
-"""Like ``REFUNDED_BUT_ACTIVE``, a kind of payments that are not standing and that an operator should check."""
+"""A kind of payment, like ``REFUNDED_BUT_ACTIVE``: it is not standing, and an operator should check it."""
 
 _READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
 
@@ -122,7 +122,7 @@ def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
 
 
 def span(tables: Tables, order: Sequence[str]) -> list[ColumnElement[bool]]:
-    """Build the bounds of a scan in the order of ``created_at``. Scans in another order read all rows: no bounds."""
+    """Build the bounds of a scan in the order of ``created_at``. Scans in another order have none; they read all rows."""
     if order[0] != "created_at":
         return []
     created_at = tables.payments.c.created_at
@@ -148,7 +148,7 @@ def _materialized(rows: Select[Any], name: str) -> CTE:
 
 
 def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: bool) -> Select[Any]:
-    """Add the column ``kind`` to the page: the class if the payment is standing, otherwise a word about its status."""
+    """Add the column ``kind`` to the page: the class of a standing payment, or why the payment is not standing."""
     is_active = _has_purchase(page, tables, by_index, tables.purchases.c.is_active)
     kind = case(
         (is_succeeded(page), equation),

@@ -127,7 +127,7 @@ class PurchaseRepository:
         }
 
     def revoke(self, session: Session, batch: Batch) -> set[int]:
-        """Make the purchases of refunded payments inactive; return the ids of the events that were carried out.
+        """Make the purchases of refunded payments inactive. Return the ids of the events whose refund was written.
 
         The caller must have locked the pairs, and no two events may name the same payment. If a payment has no
         purchase, an inactive one is inserted, so that a later confirmation creates no active purchase.
@@ -256,7 +256,7 @@ def _nothing_speaks_against(
 
 
 def _revoke_statement(tables: Tables) -> postgresql.Insert:
-    """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order of all workers
+    """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order that all workers use
     lock: pairs (already locked), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
     """
     claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
