@@ -22,7 +22,7 @@ from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""The time between two rounds of chores. A changed guard is noticed within this time even if no batch fails."""
+"""The time between two rounds of chores. If the guard changes, the worker notices this at the next round or before."""
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 

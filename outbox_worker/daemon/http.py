@@ -36,7 +36,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves HTTP inside its block. If the address is in use, it logs this once and tries again."""
+    """Context manager that serves HTTP in its block. If the address is in use, it logs this once and keeps trying."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)

@@ -156,7 +156,10 @@ class Pacing:
         self._chosen, self._chosen_before = None, self._chosen
 
     def _grown(self, claimed: int, seconds: float) -> int:
-        """Return twice the last limit, but at most the full size and at most what fits into the target time."""
+        """Double the limit, but not beyond ``batch_size`` or the number of events that fit into ``target_seconds``.
+
+        A slow database does not reduce the limit below ``FEWEST``.
+        """
         grown = min(self.batch_size, self.limit * 2)
         if not claimed or seconds <= 0:
             return grown

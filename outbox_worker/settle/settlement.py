@@ -167,7 +167,7 @@ class Settlement:
         return Settled(found.verdicts | recorded, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
-        """Return the refusals that are known to be caused by the events. If none is, raise the database's error."""
+        """Return the refusals that the events themselves caused. If this is unclear, raise the database's error."""
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals

@@ -30,7 +30,7 @@ class GuardState:
     lock_capacity: int = 1
     """The number of pairs that one transaction may lock."""
     has_index_paths: bool = True
-    """Whether purchases has indexes on the payment and on the pair. If not, the planner is allowed to hash whole tables."""
+    """Whether ``purchases`` has indexes on the payment and on the pair. If not, the planner may hash whole tables."""
 
 
 class GuardWatch:

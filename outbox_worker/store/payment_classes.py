@@ -122,7 +122,7 @@ def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
 
 
 def span(tables: Tables, order: Sequence[str]) -> list[ColumnElement[bool]]:
-    """Build the bounds of a scan in the order of ``created_at``. Scans in another order have none; they read all rows."""
+    """Build the bounds of a scan in the order of ``created_at``. A scan in another order has no bounds."""
     if order[0] != "created_at":
         return []
     created_at = tables.payments.c.created_at
