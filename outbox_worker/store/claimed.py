@@ -32,8 +32,8 @@ def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
 def event_of(keys: FromClause, outbox: Table) -> FromClause:
     """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``; join it ON true.
 
-    OFFSET 0 forces the planner to start the join at ``keys``. Otherwise it may start at the outbox, because the outbox
-    was empty when ANALYZE ran.
+    OFFSET 0 forces the planner to start the join at ``keys``. Without it, the planner may start at the outbox if the
+    outbox was empty when ANALYZE ran.
     """
     row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at))
     return row.offset(literal_column("0")).lateral("event")
