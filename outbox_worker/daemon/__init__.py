@@ -1,5 +1,5 @@
-"""The process that ``outbox-worker run`` starts: threads, signals, systemd, HTTP, heartbeat, and their orderly end.
+"""Runs the process of ``outbox-worker run``: threads, signals, systemd, HTTP, heartbeat, and a clean stop.
 
-``Worker`` is the door: start, serve, drain. ``supervision`` says what systemd, /livez and /readyz are told; ``chores``
-writes the heartbeat and the status line. Do not settle events here: ``settle`` does that, one batch per call.
+Use ``Worker``. ``supervision`` decides what is reported to systemd, /livez and /readyz; ``chores`` writes the heartbeat
+and the status line. Do not settle events here: ``settle`` does that, one batch per call.
 """

@@ -1,4 +1,4 @@
-"""What a worker does beside settling: heartbeat, gauges, a look at the guard, and starting to listen."""
+"""Runs the chores of a worker: it writes heartbeats, updates gauges, checks the guard, and starts the listener."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""Between two heartbeats. A changed guard is noticed within this time even if no batch fails because of it."""
+"""The time between two rounds of chores. If the guard changes, the worker notices this at the next round or before."""
 _NAMES_AND_RIGHTS = ("42", "3F")
-"""Classes of SQLSTATE for a table, column, schema or privilege that is missing."""
+"""The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What one round of chores found."""
+    """The facts that one round of chores read."""
 
     guard: Guard
     backlog: Backlog
@@ -38,7 +38,7 @@ class _Look:
     counted: dict[str, float]
 
     def status(self) -> str:
-        """One line for ``systemctl status``."""
+        """Return one line for ``systemctl status``."""
         late = f", the oldest for {self.backlog.oldest_due_seconds:.0f} s" if self.backlog.due else ""
         return (
             f"due: {self.backlog.due}{late}; settled per second: {self.counted['events_per_second']:.0f}; "
@@ -47,10 +47,10 @@ class _Look:
 
 
 class Chores:
-    """The chores of one process, run in a thread of their own, one round every ``CHORE_SECONDS``.
+    """Runs one round of chores every ``CHORE_SECONDS``, in its own thread.
 
-    A round that fails is reported and repeated at the next turn. ``start_listening`` is called once, when the option
-    ``notify`` is first seen in force; None: never listen.
+    A round that fails is logged; the next round tries again. ``start_listening`` is called once, when the option
+    ``notify`` is first found in the database; if it is None, the worker never listens.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Chores:
         self._is_schema_suspect = False
 
     def run(self, is_over: threading.Event) -> bool:
-        """Do the chores until ``is_over``; then once more, to record that the process stopped."""
+        """Do the chores until ``is_over`` is set, and then once more, to record that the process stopped."""
         while not is_over.is_set():
             self.do_round()
             is_over.wait(CHORE_SECONDS)
@@ -81,7 +81,7 @@ class Chores:
         return True
 
     def do_round(self, *, stopped: bool = False) -> None:
-        """Look, report and beat; ``stopped``: for the last time."""
+        """Read the facts, report them and write a heartbeat. ``stopped``: also record that the process stopped."""
         try:
             self._check_schema_if_suspect()
             look = self._look(stopped)
@@ -95,7 +95,7 @@ class Chores:
             self._start_listening = None
 
     def meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """Report a failed step of any thread; if a table or privilege may be missing, look for it at the next round."""
+        """Log a failed step of any thread. If a table or privilege may be missing, check for it in the next round."""
         self._telemetry.trouble(error, pause_seconds)
         if (sqlstate(error) or "").startswith(_NAMES_AND_RIGHTS):
             self._is_schema_suspect = True
@@ -116,7 +116,7 @@ class Chores:
         return _Look(guard, backlog, letters, has_notify, counted)
 
     def _check_schema_if_suspect(self) -> None:
-        """Report what was there at the start and is missing now, each with its remedy."""
+        """Log which tables, columns and privileges are missing now, each with its remedy."""
         if not self._is_schema_suspect:
             return
         with self._database.transaction() as session:

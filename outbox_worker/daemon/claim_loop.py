@@ -1,4 +1,4 @@
-"""The claim loop, and the threads that loops run in. ``run`` is a loop over ``run_once``."""
+"""Defines the claim loop, and the threads in which loops run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from outbox_worker.telemetry.reporter import BatchReport
 
 
 class ClaimLoop:
-    """Claims and settles, on one connection at a time, until ``pulse`` is set.
+    """Claims and settles events on one connection until ``pulse`` is set.
 
-    The pulse beats after every step, every failed try and every part of a pause.
+    The pulse records every step, every failed try and every part of a pause.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class ClaimLoop:
         processor.tell_of_tries(pulse.beat)
 
     def wake(self) -> None:
-        """End the current rest; a loop that does not rest looks once more before its next rest."""
+        """Wake the loop if it sleeps. If it does not, its next sleep ends at once, so that it claims once more."""
         self._woken.set()
 
     def adopt(self, settings: Settings) -> None:
-        """Go by other limits from the next step on; may be called from any thread."""
+        """Use new limits from the next step on. Any thread may call this."""
         self._settings = settings
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
-        """Settle one batch; while the database is in trouble, try again (for ``patience`` seconds; None: for ever).
+        """Settle one batch. If the database fails, try again for ``patience`` seconds (without limit, if None).
 
-        Returns None if told to stop meanwhile.
+        Return None if ``pulse`` was set before a batch was settled.
         """
         if (settings := self._settings) is not self._adopted:
             self._processor.adopt(settings.retry_policy, settings.batch_size, settings.batch_target_ms / 1000)
@@ -65,7 +65,7 @@ class ClaimLoop:
         return report
 
     def run(self) -> bool:
-        """Serve until told to stop."""
+        """Settle events until ``pulse`` is set."""
         while not self._pulse.is_set():
             report = self.run_once()
             if report is not None:
@@ -73,7 +73,7 @@ class ClaimLoop:
         return True
 
     def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
-        """Settle all that is due by ``until``; return False if rows that others hold did not come free in time."""
+        """Settle all events due by ``until``. Return False if other transactions kept due rows locked for too long."""
         deadline = self._settings.database_deadline_seconds
         progress = time.monotonic()
         while not self._pulse.is_set():
@@ -93,7 +93,10 @@ class ClaimLoop:
         self._on_trouble(error, pause_seconds)
 
     def _rest(self, report: BatchReport) -> None:
-        """Rest unless the claim was full; pauses double while nothing comes, with jitter to spread workers."""
+        """Sleep unless the claim was full. While no events arrive, each sleep is twice as long as the last one.
+
+        Each sleep is shortened at random, so that workers do not claim at the same moment.
+        """
         low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
         if report.verdicts:
             self._pause = 0.0
@@ -101,13 +104,13 @@ class ClaimLoop:
                 return
         self._pause = next_pause(self._pause, minimum=low, maximum=high)
         self.is_resting = True
-        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spread, not secrecy
+        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spreads load, no secret
         self.is_resting = False
         self._woken.clear()
 
 
 class LoopThread(threading.Thread):
-    """A thread for one loop; its end wakes the main thread."""
+    """A thread that runs one loop, and wakes the main thread when the loop ends."""
 
     def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
         super().__init__(daemon=True)
@@ -127,7 +130,7 @@ class LoopThread(threading.Thread):
             self._signals.wake()
 
     def result(self) -> bool:
-        """What the body returned; True if the process did not wait for it. Raises what the body raised."""
+        """Return what the body returned, or True if the body has not ended. Raise the error that the body raised."""
         if self._error is not None:
             raise self._error
         return self._result is not False

@@ -1,4 +1,4 @@
-"""Asks the daemon on this machine, by HTTP, whether it is healthy; for containers and scripts without curl."""
+"""Asks the daemon on this machine by HTTP whether it is healthy. Containers and scripts need no curl for this."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from outbox_worker.address import Listen
 from outbox_worker.errors import NoAnswer, SettingError
 
 _PATIENCE_SECONDS = 5.0
-_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the daemon's addresses, not ours
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the daemon listens there; this process only connects
 _LONGEST = 1000
 
 
 def ask(listen: Listen | None, path: str) -> tuple[bool, str]:
-    """Return whether the daemon answers that it is healthy, and its sentence.
+    """Send a request to ``path``. Return whether the daemon is healthy, and the text of its answer.
 
-    Raises NoAnswer, and SettingError if there is no address to ask.
+    Raises NoAnswer. Raises SettingError if ``listen`` has no address to connect to.
     """
     if listen is None or not (listen.path or listen.port):
-        raise SettingError("OUTBOX_HTTP_LISTEN names no address to ask: it is `off`, or port 0 (any free port).")
+        raise SettingError("OUTBOX_HTTP_LISTEN gives no address to connect to: it is `off`, or port 0 (any free port).")
     where = replace(listen, host=_ANY.get(listen.host, listen.host))
     connection = http.client.HTTPConnection("localhost", timeout=_PATIENCE_SECONDS)
     try:

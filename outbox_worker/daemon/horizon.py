@@ -1,4 +1,7 @@
-"""Measures how long the vacuum horizon has stood still: rows that died since then stay, and claims walk over them."""
+"""Measures how long the vacuum horizon has not moved.
+
+VACUUM cannot remove rows that were deleted since then, so claims must read over them.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import time
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# what: the oldest transaction that keeps dead rows of this database; NULL where nothing was written since it began
-# lock: none · bounded by the server's connections, slots and prepared transactions, whose columns here all may see
-# guard: server processes of their own (autovacuum) have no user, and hold nothing
+# what: the oldest transaction that keeps dead rows of this database; NULL if nothing was written since it began
+# lock: none · index: none (one row per connection, slot and prepared transaction; every role may read these columns)
+# guard: skips processes of the server itself (autovacuum), which have no user and keep no dead rows
 _OLDEST = text("""
     SELECT CAST(held AS text) FROM (
         SELECT unnest(ARRAY[backend_xid, backend_xmin]) FROM pg_stat_activity
@@ -22,14 +25,14 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers since when the oldest transaction is the same: not every role may see when it began."""
+    """Remembers since when the oldest transaction is the same, because not every role may read when it began."""
 
     def __init__(self) -> None:
         self._oldest: str | None = None
         self._since = 0.0
 
     def stood_still_seconds(self, session: Session) -> float:
-        """Seconds by this process's clock, at most since its first look; 0 if nothing holds the horizon."""
+        """Return the seconds, since the first call, that the horizon has not moved; 0 if no transaction holds it."""
         oldest, now = session.scalar(_OLDEST), time.monotonic()
         if oldest is None or oldest != self._oldest:
             self._oldest, self._since = oldest, now

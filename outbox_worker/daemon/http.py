@@ -1,6 +1,7 @@
-"""Serves /livez, /readyz and /metrics by HTTP, in a thread of its own that never asks the database.
+"""Serves /livez, /readyz and /metrics by HTTP, in its own thread, which sends no queries to the database.
 
-The thread imports the HTTP libraries itself: the claim loops do not wait for them, and other commands never load them.
+This thread imports the HTTP libraries, so the claim loops start before they are loaded, and other commands never load
+them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves inside. If the address is in use, it logs that once and keeps trying."""
+    """Context manager that serves HTTP in its block. If the address is in use, it logs this once and keeps trying."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -52,7 +53,7 @@ class Endpoints(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop serving, after the answers under way."""
+        """Finish the answers that have begun, then stop serving."""
         self._is_over.set()
         if self._server is not None:
             self._server.should_exit = True
@@ -64,7 +65,7 @@ class Endpoints(threading.Thread):
             try:
                 with bind(self._listen) as line:
                     self._serve(line)
-            except Exception as error:  # noqa: BLE001 - logged; events are settled without HTTP, too
+            except Exception as error:  # noqa: BLE001 - logged; the worker settles events without HTTP, too
                 self._meet_trouble(error)
 
     def _meet_trouble(self, error: Exception) -> None:
@@ -75,7 +76,7 @@ class Endpoints(threading.Thread):
         self._is_over.wait(_RETRY_SECONDS)
 
     def _serve(self, line: socket.socket) -> None:
-        from uvicorn import Config, Server  # noqa: PLC0415 - here, where HTTP is served
+        from uvicorn import Config, Server  # noqa: PLC0415 - imported only if HTTP is served
 
         config = Config(
             self._application(),
@@ -111,11 +112,11 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """200 while every loop returns from its steps, also if the database is down, also while stopping."""
+        """Answer 200 while each claim loop ends its steps in time, even if the database is down or the worker stops."""
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:
-        """200 while events are being settled."""
+        """Answer 200 while the worker can settle events."""
         return _verdict(self._liveness.why_not_ready(time.monotonic()), "ready")
 
     async def metrics(self, request: Request) -> Response:
@@ -132,7 +133,7 @@ def _verdict(trouble: str | None, well: str) -> Response:
 
 
 def bind(listen: Listen) -> socket.socket:
-    """A socket that listens. Raises OSError."""
+    """Open a socket that listens. Raises OSError."""
     if listen.path:
         return _bind_path(listen.path)
     found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -142,7 +143,7 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def _bind_path(path: str) -> socket.socket:
-    """A socket that every user may connect to; the directory's mode decides who reaches it. A stale one is replaced."""
+    """Open a Unix socket for all users; the directory's permissions limit access. Replaces an unused socket file."""
     line = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)
@@ -156,7 +157,7 @@ def _bind_path(path: str) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket file on which nobody listens any more."""
+    """Remove a socket file if no process listens on it."""
     if not Path(path).is_socket():
         return
     with socket.socket(socket.AF_UNIX) as asked:
@@ -167,6 +168,6 @@ def _remove_stale(path: str) -> None:
 
 
 def written(line: socket.socket) -> str:
-    """Where a socket listens, as OUTBOX_HTTP_LISTEN writes it."""
+    """Return the address of a listening socket in the form of OUTBOX_HTTP_LISTEN."""
     address = line.getsockname()
     return str(Listen(path=address) if isinstance(address, str) else Listen(host=address[0], port=address[1]))

@@ -1,4 +1,4 @@
-"""LISTEN: wakes the claim loops when a producer commits. Optional: without it, polling finds every event."""
+"""Wakes the claim loops by LISTEN when a producer commits. This is optional, because polling finds every event, too."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PATIENCE_SECONDS = 1.0
 
 
 class Listener(threading.Thread):
-    """Calls ``wake`` for every batch of notifications, on a direct connection of its own.
+    """Calls ``wake`` when notifications arrive on its own direct connection.
 
-    A lost connection misses notifications: after each LISTEN it calls ``wake`` once, for events that came meanwhile.
+    While the connection is lost, no notifications arrive. So it also calls ``wake`` once after each LISTEN.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Decides whether the claim loops are alive and whether they settle events. Pure: the caller passes the time.
+"""Decides whether the claim loops are alive and whether they settle events. It does no I/O: the caller passes the time.
 
-A loop is alive while its steps return, even with errors: a database that is down is no reason to restart the worker.
+A loop is alive while its steps end in time, even if they end with errors. So a worker whose database is down is alive,
+because a restart would not help.
 """
 
 from __future__ import annotations
@@ -8,23 +9,23 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-STARTING = "starting: the database was not looked at yet"
+STARTING = "starting: the database is not checked yet"
 STOPPING = "stopping"
 FEED_SECONDS = 0.1
-"""Shortest time between two feeds of the watchdog: a step can be as short as one round trip."""
+"""The shortest time between two messages to the watchdog. Without this limit, very short steps would send too many."""
 
 
 @dataclass
 class _Loop:
     returned: float
     trouble: str | None = None
-    """Why its last step failed."""
+    """The reason why the loop's last step failed, or None if it succeeded."""
     has_returned: bool = False
-    """Since the watchdog was last fed."""
+    """Whether a step of the loop has ended since the last message to the watchdog."""
 
 
 class Liveness:
-    """Remembers when each loop last returned from a step, and how it ended. ``limit_seconds``: the longest step."""
+    """Remembers when the last step of each loop ended, and how. ``limit_seconds`` is the longest time of a step."""
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
@@ -35,18 +36,18 @@ class Liveness:
         self._fed = float("-inf")
 
     def expect(self, loops: int, now: float) -> None:
-        """Expect this number of loops to return from their steps from now on."""
+        """Watch this number of loops from now on."""
         with self._lock:
             self._loops = [_Loop(now) for _ in range(loops)]
 
     def enter(self, phase: str | None) -> None:
-        """STARTING, STOPPING, or None while the loops serve."""
+        """Set the phase of the process: STARTING, STOPPING, or None while it settles events."""
         self._phase = phase
 
     def returned(self, loop: int, now: float) -> bool:
-        """Record that a step, a try or a part of a rest is over.
+        """Record that a loop has ended a step, a try, or a part of its sleep.
 
-        Return True if the watchdog is to be fed: every loop has returned since it last was.
+        Return True if the watchdog must get a message now, because every loop has done so since the last message.
         """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True
@@ -58,25 +59,28 @@ class Liveness:
             return True
 
     def told(self, loop: int, trouble: str | None) -> None:
-        """Record why the last step of a loop failed; None: it did not."""
+        """Record why the last step of a loop failed, or None if it succeeded."""
         self._loops[loop].trouble = trouble
 
     def reached(self, trouble: str | None) -> None:
-        """Record why the chores do not reach the database; None: they do. The loops may rest for an hour."""
+        """Record why the chores cannot reach the database, or None if they can.
+
+        This is recorded here because the claim loops can sleep for up to an hour and would not notice.
+        """
         self._unreachable = trouble
 
     def why_not_alive(self, now: float) -> str | None:
-        """The slowest loop that is late, in one line; None if each returned within the limit."""
+        """Describe in one line the loop that is late the longest. Return None if no loop is late."""
         with self._lock:
             loop, since = min(
                 enumerate(each.returned for each in self._loops), key=lambda pair: pair[1], default=(0, now)
             )
         if now - since <= self.limit_seconds:
             return None
-        return f"claim loop {loop + 1}: no step has returned for {now - since:.0f} s (limit {self.limit_seconds:.0f} s)"
+        return f"claim loop {loop + 1}: no step has ended for {now - since:.0f} s (limit {self.limit_seconds:.0f} s)"
 
     def why_not_ready(self, now: float) -> str | None:
-        """Why no event is being settled, in one line; None if events are settled."""
+        """Describe in one line why no events can be settled. Return None if they can."""
         trouble = next((each.trouble for each in self._loops if each.trouble), None) or self._unreachable
         if self._phase == STARTING and trouble:
             return f"starting: {trouble}"

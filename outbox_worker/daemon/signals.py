@@ -1,7 +1,7 @@
-"""Signals as something the main thread can wait for: those that end the process, and the one to read settings again.
+"""Lets the main thread wait for signals: those that stop the process, and SIGHUP, which reloads the settings.
 
-A handler only sets a flag; the byte that the interpreter writes into a pipe wakes the waiting thread. (Setting a
-``threading.Event`` inside a handler can deadlock with a thread that is just entering ``wait``.)
+The signal handler only sets a flag. The interpreter also writes a byte into a pipe, which wakes the waiting thread. A
+``threading.Event`` is not used, because setting it in a signal handler can deadlock with a thread that calls ``wait``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _CLOSED = -1
 
 
 class Signals:
-    """Context manager for the main thread. Looks like a ``threading.Event`` that the first signal to stop sets.
+    """Context manager for the main thread, with the methods of a ``threading.Event`` that a stop signal sets.
 
-    ``more`` stop, too; ``reload`` only wakes, and is told by ``take_reload``.
+    The signals ``more`` stop the process like SIGTERM and SIGINT. The signal ``reload`` only wakes the main thread;
+    ``take_reload`` tells whether it arrived.
     """
 
     def __init__(self, *more: signal.Signals, reload: signal.Signals | None = None) -> None:
@@ -56,37 +57,37 @@ class Signals:
             self._received += 1
 
     def take_reload(self) -> bool:
-        """Whether a reload was asked for since the last call."""
+        """Return whether the reload signal has arrived since the last call."""
         asked, self._is_reload_asked = self._is_reload_asked, False
         return asked
 
     def is_set(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a stop signal has arrived."""
         return self._received > 0
 
     def is_hurried(self) -> bool:
-        """Whether a second one has come."""
+        """Return whether a second stop signal has arrived."""
         return self._received > 1
 
     def wait(self, timeout: float) -> bool:
-        """Wait for a signal or a ``wake``, at most ``timeout`` seconds; whether a signal has come."""
+        """Wait for a signal or ``wake``, at most ``timeout`` seconds. Return whether a stop signal has arrived."""
         if not self.is_set():
             self.pause(timeout)
         return self.is_set()
 
     def pause(self, timeout: float) -> None:
-        """Wait for the next signal or ``wake``, whatever came before."""
+        """Wait for the next signal or ``wake``, even if a stop signal has already arrived."""
         if select.select([self._reader], [], [], timeout)[0]:
             os.read(self._reader, 1024)
 
     def wake(self) -> None:
-        """End the main thread's wait, from any thread; nothing where nobody waits any more."""
+        """Wake the main thread. Any thread may call this; after the ``with`` block, it does nothing."""
         with suppress(OSError):
             os.write(self._writer, _WAKE)
 
 
 def make_signals() -> Signals:
-    """For the daemon. SIGHUP asks it to read its settings again; on a terminal it says that the terminal is gone."""
+    """Return the signals of the daemon. SIGHUP reloads the settings, but stops a process that runs in a terminal."""
     if sys.stdin is not None and sys.stdin.isatty():
         return Signals(signal.SIGHUP)
     return Signals(reload=signal.SIGHUP)

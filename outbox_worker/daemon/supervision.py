@@ -1,6 +1,7 @@
-"""Reports the state of the process to systemd, to its watchdog, and to readers of /livez and /readyz.
+"""Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
-Only claim loops feed the watchdog, when they return from a step: a timer would feed it even if a loop hung.
+The watchdog gets a message when claim loops end a step. A timer is not used, because it would send messages even if a
+claim loop hangs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
 STEP_DEADLINES = 6
-"""Deadlines that one step may take: a connection attempt and a few statements, one deadline each."""
+"""The longest time of one step, in database deadlines.
+
+A step opens a connection and runs a few statements, and each of these actions ends within one deadline.
+"""
 _SLICES = 3
-"""A rest is cut into parts; each is at most a third of the limit."""
+"""A divisor: a loop sleeps in parts, and each part is at most a third of the limit."""
 
 
 class Pulse:
-    """Records the steps of one loop, as they return.
+    """Records when steps of one loop end.
 
-    Can stand in for the ``stop`` flag it was made with; waiting for it beats meanwhile.
+    It can be used instead of its ``stop`` flag. Then ``wait`` also records beats while it waits.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Pulse:
         return self.rest(self._stop, timeout)
 
     def beat(self) -> None:
-        """Record that a step or a try is over, however it ended."""
+        """Record that a step or a try has ended, with or without an error."""
         if self._liveness.returned(self._loop, time.monotonic()):
             self._feed()
 
@@ -55,7 +59,7 @@ class Pulse:
         self.beat()
 
     def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait for a flag in parts, with a beat after each; return whether it was set."""
+        """Wait for a flag in parts, and record a beat after each part. Return whether the flag was set."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()
@@ -65,7 +69,7 @@ class Pulse:
 
 
 class Supervision:
-    """Reports the state of one process, from its start to its end."""
+    """Reports the state of this process from its start to its end."""
 
     def __init__(self, settings: Settings, telemetry: Telemetry, notifier: Notifier) -> None:
         self._settings, self._telemetry, self._notifier = settings, telemetry, notifier
@@ -77,44 +81,44 @@ class Supervision:
             telemetry.watchdog_is_short(watchdog, limit)
 
     def answering(self) -> AbstractContextManager[object]:
-        """Serve HTTP inside the ``with`` block, unless it is off."""
+        """Serve HTTP inside the ``with`` block, unless OUTBOX_HTTP_LISTEN is off."""
         if self._settings.listen is None:
             return nullcontext()
         return Endpoints(self._settings.listen, self._settings.http_hosts, self._liveness, self._telemetry)
 
     def pulses(self, loops: int, stop: Stop) -> list[Pulse]:
-        """One pulse for each of the loops that run from now on and end with ``stop``."""
+        """Return one pulse for each loop. The loops run from now on until ``stop`` is set."""
         self._liveness.expect(loops, time.monotonic())
         return [Pulse(stop, self._liveness, loop, self._feed, self._slice_seconds) for loop in range(loops)]
 
     def waits(self, error: BaseException) -> None:
-        """Report that the first look failed. A daemon that waits for its database is up, so it is READY to systemd."""
+        """Report that the start failed and is tried again. systemd gets READY, because the daemon itself runs."""
         self._say_ready(f"{reason(error)}; waiting")
 
     def serves(self) -> None:
-        """Report that the loops run."""
+        """Report that the claim loops run."""
         self._liveness.enter(None)
         self._say_ready("serving")
 
     def stops(self) -> None:
-        """Report that the loops end: a signal came, or everything due is settled."""
+        """Report that the claim loops are ending, because a signal arrived or all due events are settled."""
         self._liveness.enter(STOPPING)
-        self._notifier.tell(STOPPING=1, STATUS="stopping after the batch at hand")
+        self._notifier.tell(STOPPING=1, STATUS="stopping after the current batch")
 
     def reloads(self) -> None:
-        """Report that the settings are being read again, until ``reloaded``."""
+        """Report that the settings are being read again. Call ``reloaded`` at the end."""
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
     def reloaded(self, status: str) -> None:
         self._notifier.tell(READY=1, STATUS=status)
 
     def looked(self, status: str) -> None:
-        """Report ``status``, which the chores found, unless a loop is in trouble."""
+        """Report the ``status`` that the chores found or, if events cannot be settled, the reason."""
         self._liveness.reached(None)
         self._notifier.tell(STATUS=self._liveness.why_not_ready(time.monotonic()) or status)
 
     def looked_in_vain(self, error: BaseException) -> None:
-        """Report that the chores failed."""
+        """Report that a round of chores failed."""
         self._liveness.reached(reason(error) if classify(error) is Failure.RECONNECT else None)
         self._notifier.tell(STATUS=reason(error))
 
@@ -128,7 +132,7 @@ class Supervision:
 
 
 def reason(error: BaseException) -> str:
-    """Why nothing is settled, in one line; never repeats a row, a URL or a message of libpq."""
+    """Describe in one line why no events are settled. The line never contains a row, a URL or a message of libpq."""
     if classify(error) is Failure.RECONNECT:
         return "without database: no usable connection"
     return f"paused: {describe(error)}"

@@ -1,8 +1,9 @@
-"""Carries messages to systemd; ``supervision`` says which.
+"""Sends messages to systemd. ``supervision`` decides which.
 
-They are datagrams of NAME=VALUE lines on ``NOTIFY_SOCKET``, as in sd_notify(3).
+A message is a datagram of NAME=VALUE lines that is sent to ``NOTIFY_SOCKET``, as in sd_notify(3).
 
-The protocol is stable and these few lines are all of it; bindings to libsystemd would have to be built on each machine.
+This module implements the protocol itself, because the protocol is small and stable, and the bindings to libsystemd
+would have to be compiled on each machine.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 
 _PATIENCE_SECONDS = 1.0
-"""A manager that does not read its socket holds up a claim loop no longer than this."""
+"""The longest time that a claim loop waits if the service manager does not read its socket."""
 
 
 class Notifier:
-    """Sends messages to the service manager that started this process; sends nothing if there is none.
+    """Sends messages to the service manager that started this process, or nothing if there is no service manager.
 
-    Removes its variables from the environment, so that child processes do not speak for the service.
+    It removes its variables from the environment, so that child processes do not send messages for the service.
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
@@ -28,7 +29,7 @@ class Notifier:
         self.watchdog_seconds = _watchdog_seconds(environment) if address else None
 
     def tell(self, **fields: object) -> None:
-        """Send one datagram: ``tell(READY=1, STATUS="…")``. A message that cannot be sent is lost."""
+        """Send one datagram, for example ``tell(READY=1, STATUS="…")``. A message that cannot be sent is dropped."""
         if not self._address:
             return
         lines = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
@@ -38,7 +39,7 @@ class Notifier:
 
 
 def _watchdog_seconds(environment: MutableMapping[str, str]) -> float | None:
-    """The silence after which systemd restarts this process; None if it does not watch it."""
+    """Return the silence in seconds after which systemd restarts this process, or None if its watchdog is off."""
     microseconds, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
     is_meant = pid in ("", str(os.getpid()))
     return int(microseconds) / 1e6 if is_meant and microseconds.isdecimal() and int(microseconds) else None

@@ -1,7 +1,7 @@
-"""The daemon: start, serve, stop. ``run`` is a loop over ``run_once``.
+"""Starts, runs and stops the daemon.
 
-Claim loops, chores, listener and periodic backfill are threads. The main thread waits for signals and never asks the
-database while they run, so that a stop does not wait for an answer.
+Claim loops, chores, listener and periodic backfill are threads. While they run, the main thread only waits for signals
+and sends no queries, so it can stop the process even if the database does not answer.
 """
 
 from __future__ import annotations
@@ -42,21 +42,20 @@ from outbox_worker.telemetry.reporter import Telemetry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What the look before the first claim found."""
+    """The facts that the worker reads from the database before its first claim."""
 
     tables: Tables
-    """As they are in the database: the payload column may be json or text."""
+    """The tables with the column types of the database; the payload column may be jsonb, json or text."""
     event_types: tuple[str, ...] | None
-    """The types to claim; None: all."""
+    """The event types to claim, or None to claim all types."""
     follows_a_crash: bool
-    """A worker died before this one: its events are isolated, one by one."""
+    """Whether another worker died. If so, the first events are processed one at a time."""
 
 
 class Worker:
-    """One process: ``settings.concurrency`` claim loops over one database.
+    """Runs ``settings.concurrency`` claim loops in one process, on one database.
 
-    ``reread`` reads the settings again when SIGHUP asks for it. Nothing is asked of the database before ``run`` or
-    ``drain``.
+    ``reread`` is called after SIGHUP to read the settings again. The constructor does not connect to the database.
     """
 
     def __init__(self, settings: Settings, reread: Callable[[], Settings] | None = None) -> None:
@@ -73,7 +72,7 @@ class Worker:
         self._loops: list[ClaimLoop] = []
 
     def run(self, signals: Signals) -> int:
-        """Serve until a signal comes; return the exit status. Waits for a database that is not there yet."""
+        """Serve until a stop signal arrives. Return the exit status. If the database is down at start, wait for it."""
         with self._supervision.answering():
             start = self._wait_for_start(signals)
             if start is None:
@@ -84,9 +83,9 @@ class Worker:
         return 0
 
     def drain(self, signals: Signals) -> int:
-        """Settle all that is due now, then end: 0, or 1 if rows that others hold did not come free in time.
+        """Settle all events that are due now, then end.
 
-        Raises DatabaseUnavailable if the database is not there.
+        Return 0, or 1 if other transactions kept due rows locked for too long. Raises DatabaseUnavailable.
         """
         self._database.check()
         start = self.start()
@@ -100,9 +99,9 @@ class Worker:
         return 0 if all(emptied) else 1
 
     def start(self) -> Start:
-        """Look before the first claim: is everything there, which guard is in force, whose outbox is it.
+        """Check the tables, the guard and the types of events to claim, and insert this process into ``workers``.
 
-        Writes this process's row into ``workers``. Raises SchemaError, and what the database raises.
+        Raises SchemaError, and any error of the database.
         """
         with self._database.transaction() as session:
             tables = check_schema(session, build_tables(self._settings))
@@ -116,8 +115,10 @@ class Worker:
         return Start(tables=tables, event_types=event_types, follows_a_crash=follows_a_crash)
 
     def _wait_for_start(self, signals: Signals) -> Start | None:
-        """Start as soon as the database can be reached; None if told to stop before. Waiting counts as a loop that
-        lives."""
+        """Start as soon as the database can be reached. Return None if a stop signal arrives before.
+
+        While this waits, /livez reports that the process is alive.
+        """
         (pulse,) = self._supervision.pulses(1, signals)
         return wait_out_outage(self.start, pulse, partial(self._meet_trouble_at_start, signals, pulse))
 
@@ -175,7 +176,7 @@ class Worker:
         return processor
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """The periodic backfill, in a thread of its own: it must hold up neither claim loops nor heartbeat."""
+        """Return the periodic backfill if it is on. In its own thread, it delays neither claims nor heartbeats."""
         if not self._settings.backfill_every_seconds:
             return []
         given = self._settings, start.tables, self._guard, self._stop, self.telemetry, chores.meet_trouble
@@ -184,10 +185,10 @@ class Worker:
     def _run_loops(
         self, signals: Signals, bodies: Sequence[Callable[[], bool]], beside: Sequence[Callable[[], bool]]
     ) -> list[bool]:
-        """Run the claim loops in threads, and ``beside`` in others until the loops have ended.
+        """Run the claim loops in threads. Run ``beside`` in other threads until the claim loops have ended.
 
-        The first signal stops the loops after their batch. The second does not wait: the server rolls back what is not
-        committed by then.
+        After the first stop signal, each loop finishes its batch. After the second, the process ends without waiting,
+        and the server rolls back all open transactions.
         """
         loops, others = ([LoopThread(body, signals) for body in each] for each in (bodies, beside))
         for thread in (*others, *loops):
@@ -207,19 +208,19 @@ class Worker:
         return [thread.result() for thread in loops]
 
     def _wake_loop(self) -> None:
-        """Wake one loop that rests, because there is work; all of them if none rests, or at the end."""
+        """Wake one sleeping loop, because there is work. If no loop sleeps or the worker stops, wake all loops."""
         resting = [loop for loop in self._loops if loop.is_resting]
         for loop in self._loops if self._stop.is_set() else resting[:1] or self._loops:
             loop.wake()
 
     def _await(self, threads: Sequence[LoopThread], signals: Signals) -> None:
-        """Wait until all threads are done, for one deadline at most, and not after a second signal."""
+        """Wait until all threads have ended, for at most ``database_deadline_seconds``, or until a second signal."""
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
 
     def _reload_if_asked(self, signals: Signals) -> None:
-        """Read the settings again; if they cannot be used, nothing changes."""
+        """Read the settings again if SIGHUP arrived. If one of them is invalid, keep the old settings."""
         if self._reread is None or not signals.take_reload():
             return
         self._supervision.reloads()
@@ -228,12 +229,12 @@ class Worker:
             self._supervision.reloaded("the settings were read again")
         except SettingError as error:
             self.telemetry.reload_refused(in_one_line(error))
-            self._supervision.reloaded("nothing was reloaded: a setting cannot be used")
+            self._supervision.reloaded("nothing was reloaded, because a setting is invalid")
 
     def _adopt(self, found: Settings) -> None:
-        """Take log level and limits from ``found``; each loop uses them from its next step on.
+        """Use log level and limits of ``found``; each loop uses them from its next step on.
 
-        Every other changed setting needs a restart, and is reported.
+        Report other changed settings, because they need a restart.
         """
         before = self._settings
         changed = [name for name in Settings.model_fields if getattr(found, name) != getattr(before, name)]
@@ -251,6 +252,6 @@ class Worker:
             return not outbox.has_due(session, until)
 
     def _now(self) -> datetime:
-        """The database's clock: only it says what is due."""
+        """Return the time of the database's clock, because only this clock decides which events are due."""
         with self._database.transaction() as session:
             return database_time(session)

@@ -1,6 +1,7 @@
-"""The path of an event, from the claim to COMMIT: processor → settlement → handlers → ``store``.
+"""Settles events, from the claim to COMMIT. The order of calls is processor → settlement → handlers → ``store``.
 
-``Processor.process_batch`` is the door; it owns the transaction. ``settlement`` records outcomes (mark, removal, retry,
-dead letter); ``pacing`` sizes and places the next claim; how long a failed event waits is ``decision.retry_delay``.
-Do not write SQL here: statements are in ``store``. Do not report before COMMIT.
+Call ``Processor.process_batch``, which owns the transaction. ``settlement`` records outcomes (mark, deletion, retry,
+dead letter). ``pacing`` decides how many events the next claim asks for, and where it begins in the queue.
+``decision.retry_delay`` decides how long a failed event waits. Do not write SQL here: statements are in ``store``. Do
+not log or count an outcome before COMMIT.
 """

@@ -1,4 +1,4 @@
-"""What the worker does with each type of event: a table with one entry per type."""
+"""Handles each type of event: ``build_handlers`` returns a table with one handler per event type."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ _VIA_FAST_PATH = Verdict(Outcome.CREATED, writes=True, via_fast_path=True)
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """How this attempt treats the batch: guard, locks, marks, whether each event is judged."""
+    """The way in which one attempt settles a batch: the guard, the locks, and what is checked first."""
 
     guard: GuardState
     locks: PairLocks | None = None
-    """The pairs that are locked already; None: the handler locks the pairs of the events that it must judge."""
+    """The pairs that are already locked. If None, the handler locks the pairs of the events that it must judge."""
     looks_at_marks: bool = True
-    """Look for marks first. Otherwise all events are taken for new, and the attempt fails (23505) if one is marked."""
+    """Whether to check for marks first. If false, the attempt fails (23505) if one of the events has a mark."""
     judges_all: bool = False
-    """Judge every event instead of running the fast statement, which would write purchases out of order."""
+    """Whether to judge every event. If false, one fast statement first inserts all purchases that pass every rule."""
 
 
 class OutOfOrder(Exception):
-    """A purchase would be written out of the order in which all workers write: every event must be judged instead."""
+    """Raised if a purchase would be written out of the order that all workers use. Then every event must be judged."""
 
 
 class Handler(Protocol):
     """Handles a batch of claimed events of one type inside the session's transaction."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Do the work and return a verdict per event; an event without a verdict stays in the outbox as it was.
+        """Write the purchases and return a verdict per event. An event without a verdict stays unchanged in the outbox.
 
-        The settlement writes marks, retries and dead letters, and deletes events. An exception rolls back all of it.
+        ``Settlement`` then writes marks, retries and dead letters, and deletes events. If this method raises an
+        exception, everything is rolled back.
         """
         ...
 
@@ -58,17 +59,17 @@ UnknownTypes = Literal["bury", "ignore"] | None
 
 
 def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes) -> tuple[str, ...] | None:
-    """The event types to claim; None: all types, so that events of unknown types become dead letters.
+    """Return the event types to claim, or None to claim all types and make dead letters of unknown ones.
 
-    ``unknown_types`` decides. By default, unknown types become dead letters if the worker's migrations made the outbox;
-    an adopted outbox is shared, and events of unknown types are left to its other consumers.
+    The setting ``unknown_types`` decides. If it is not set, the worker claims all types if its own migrations created
+    the outbox. If not, other consumers share the outbox, and events of unknown types are left to them.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
     return None if choice == "bury" else HANDLED_TYPES
 
 
 def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handlers:
-    """The table of handlers, by event type."""
+    """Return the handler of each event type."""
     return {
         PURCHASE_CONFIRMED: ConfirmedPurchases(repository, policy),
         PURCHASE_REFUNDED: RefundedPurchases(repository, policy),
@@ -76,12 +77,12 @@ def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handl
 
 
 def judge_unhandled(batch: Batch) -> Verdicts:
-    """Judge events of a type without a handler: rule 1."""
+    """Judge events whose type has no handler, by rule 1 of ``decide``."""
     return dict.fromkeys(batch, decide(Facts(handled=False)))
 
 
 class _UnderLocks(ABC):
-    """What both handlers share: look, decide and write under the pairs' locks."""
+    """Base class of both handlers: reads the facts, decides and writes while the pairs are locked."""
 
     def __init__(self, repository: PurchaseRepository, policy: RetryPolicy) -> None:
         self._repository = repository
@@ -89,14 +90,14 @@ class _UnderLocks(ABC):
 
     @abstractmethod
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
-        """Choose the events that one statement can write; the others are judged again afterwards."""
+        """Choose events that one statement can write together. The others are judged again afterwards."""
 
     @abstractmethod
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        """Write the purchases of these events; return the events that were written."""
+        """Write the purchases of these events. Return the ids of the events whose purchase was written."""
 
     def _lock(self, session: Session, batch: Batch, plan: AttemptPlan) -> frozenset[int]:
-        """Lock the pairs of the events, unless the plan has done so; return the lock keys."""
+        """Lock the pairs of the events, unless the plan says that they are locked. Return the lock keys."""
         locks = plan.locks or self._repository.lock_pairs(session, batch, plan.guard.lock_capacity)
         return locks.keys
 
@@ -113,9 +114,9 @@ class _UnderLocks(ABC):
         *,
         may_write: bool = True,
     ) -> Verdicts:
-        """Judge the events, write their purchases, and judge the others again by what the write changed.
+        """Judge the events, write their purchases, and judge again the events that were not written.
 
-        Each round settles at least one event, or is the last.
+        Each round gives a verdict to at least one event; otherwise it is the last round.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -139,13 +140,13 @@ class _UnderLocks(ABC):
 
 
 class ConfirmedPurchases(_UnderLocks):
-    """Makes the purchase of a confirmed payment."""
+    """Creates the purchases of confirmed payments."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Insert the purchases of all clean events by one statement, and judge the others under their pairs' locks.
+        """Insert the purchases of all clean events by one statement. Then lock the pairs of the others and judge them.
 
-        Raises OutOfOrder if one of the others is owed a purchase: purchases are written in one order, and the statement
-        has already written those of later pairs.
+        Raises OutOfOrder if one of the others must get a purchase, because the statement may have written purchases
+        that come later in the order of all workers.
         """
         inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
         verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
@@ -157,10 +158,11 @@ class ConfirmedPurchases(_UnderLocks):
         return verdicts | self._judge(session, rest, seen, held, plan.guard, may_write=not inserted)
 
     def _insert_clean(self, session: Session, batch: Batch, plan: AttemptPlan) -> set[int]:
-        """Insert the purchases of clean events; return the events written.
+        """Insert the purchases of clean events. Return the ids of the events whose purchase was inserted.
 
-        Only the first event of each payment is offered, so that a written purchase tells which event made it. Under the
-        guard ``lock`` its pair must be locked: the payment may have become visible after the locks were taken.
+        Only the first event of each payment is used, so that each inserted purchase belongs to exactly one event. Under
+        the guard ``lock``, only events with a locked pair are used. A pair can be unlocked if its payment became
+        visible only after the locks were taken.
         """
         firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
         offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))
@@ -179,10 +181,10 @@ class ConfirmedPurchases(_UnderLocks):
 
 
 class RefundedPurchases(_UnderLocks):
-    """Takes back the purchase of a refunded payment, and grants the course to another payment of the pair."""
+    """Makes purchases of refunded payments inactive, and creates a purchase for another payment of the same pair."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Write all refunds by one statement; then find the other payments of these pairs and grant their purchases."""
+        """Write all refunds. Then create purchases for other payments of these pairs that have no purchase yet."""
         held = self._lock(session, batch, plan)
         seen = self._look(session, batch)
         verdicts = self._judge(session, batch, seen, held, plan.guard)
@@ -198,10 +200,10 @@ class RefundedPurchases(_UnderLocks):
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], guard: GuardState
     ) -> Verdicts:
-        """Grant each pair that is free now to the oldest payment that is owed it; look again if one was not written.
+        """Create a purchase for each pair that is free now, from its oldest payment without a purchase.
 
-        The other payments are read after the refunds are written, under the pairs' locks: meanwhile no other worker can
-        judge one of them to be a duplicate.
+        If a purchase was not written, read the payments again. They are read after the refunds are written, and while
+        the pairs are locked. So no other worker can judge one of them as a duplicate in between.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -221,10 +223,10 @@ class RefundedPurchases(_UnderLocks):
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
-    """The oldest unexplained payment of a pair; None if there is none, or another worker may be granting the pair.
+    """Return the oldest unexplained payment of a pair, or None if another worker may be writing the pair's purchase.
 
-    If the refund freed the pair, any other worker waits for this transaction. If the pair was free before, a payment in
-    flight means that another worker may be writing its purchase, and waiting for it could deadlock.
+    If this refund made the pair free, every other worker waits for this transaction. If the pair was already free,
+    another worker may be writing the purchase of a payment in flight, and waiting for that worker could deadlock.
     """
     is_open = event_facts.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)
@@ -240,7 +242,7 @@ def _is_locked(event_facts: EventFacts, held: frozenset[int]) -> bool:
 
 
 def _first_of_each(batch: Batch, belongs_to: Mapping[int, Hashable]) -> Batch:
-    """Keep the first event of each pair, or of each payment."""
+    """Keep the first event for each value in ``belongs_to``, which is a pair's key or a payment."""
     firsts: dict[Hashable, int] = {}
     for key in batch:
         firsts.setdefault(belongs_to[key], key)

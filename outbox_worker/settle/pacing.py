@@ -1,4 +1,4 @@
-"""How many events the next claim takes, and from which position in the queue. Pure; the caller passes the time."""
+"""Decides how many events the next claim asks for, and where it begins. It does no I/O: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ from dataclasses import dataclass, field
 from outbox_worker.model import Position
 
 FEWEST = 50
-"""A slow database shrinks batches to this size; smaller batches would mostly pay for their transactions."""
+"""The size below which batches do not shrink if the database is slow.
+
+In smaller batches, most of the time would be spent on BEGIN and COMMIT.
+"""
 STUCK_PASSES_MAX = 5
-"""After this many full claims in a row of which no event could be settled, the events are postponed."""
+"""If no event could be settled in this many full claims in a row, the claimed events are postponed."""
 FEW_IN_DOUBT = 15
-"""The savepoints of one transaction suffice to try each of this many events, whatever happens to them."""
+"""The largest batch for which one transaction certainly has enough savepoints to try each event alone."""
 START_SHARE = 0.05
-"""Largest share of loop time spent on claims from the start of the queue, while claims come back full."""
+"""The largest share of a loop's time that it spends on claims from the start of the queue, while claims are full."""
 
 
 @dataclass
 class Frontier:
-    """How far the claim loops of one process have come in the queue; they share it.
+    """The position that the claim loops of one process have reached in the queue; the loops share one frontier.
 
-    A claim from the start of the queue passes all index entries that were deleted since the oldest snapshot of the
-    database, and all rows that other loops have locked. So while claims come back full and are settled completely, the
-    next claim begins where the last one ended. Events that become visible before that position (a late commit, a clock
-    set back) are found by a claim from the start now and then.
+    A claim from the start of the queue is slow: it reads all index entries that were deleted since the oldest snapshot
+    of the database, and all rows that other loops have locked. So while claims are full and all their events are
+    settled, the next claim begins where the last one ended. An event can become visible before that position, because
+    of a late commit or a clock that was set back. So a claim from the start happens from time to time.
     """
 
     mark: Position | None = None
-    """Where the last full claim ended; None: the next claim begins at the start."""
+    """The position where the last full claim ended. If None, the next claim begins at the start of the queue."""
     start_due: float = 0.0
-    """When the next claim from the start is due."""
+    """The time from which the next claim begins at the start of the queue."""
     turn: int = 0
-    """Counts returns to the start: a claim that was running meanwhile does not move the mark."""
+    """The number of returns to the start. If it changed while a claim was running, that claim does not set ``mark``."""
 
     def go_back(self) -> None:
-        """An event was left before the mark: the next claim begins at the start."""
+        """Begin the next claim at the start of the queue, because an event before ``mark`` is not settled yet."""
         self.mark = None
         self.turn += 1
 
@@ -44,8 +47,8 @@ class Frontier:
 class Pacing:
     """The state of one claim loop between two batches.
 
-    ``target_seconds`` bounds the duration of a batch: a producer that inserts a claimed event id again waits for the
-    batch's COMMIT.
+    ``target_seconds`` is the longest time that a batch should take. There is a limit because a producer that inserts
+    the event id of a claimed event again waits for the COMMIT of the batch.
     """
 
     batch_size: int
@@ -53,12 +56,12 @@ class Pacing:
     frontier: Frontier = field(default_factory=Frontier)
     limit: int = field(init=False)
     is_alone: bool = field(default=False, init=False)
-    """The last transaction that failed had claimed one event only."""
+    """Whether the last transaction failed and had claimed only one event."""
     _passes_without_success: int = field(default=0, init=False)
     _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
     _beyond: Position | None = field(default=None, init=False)
-    """The next claim begins after this position, behind events that are in doubt."""
+    """The position after which the next claim begins, to skip refused events; None if no events are to be skipped."""
     _chosen: str | None = field(default=None, init=False)
     _chosen_before: str | None = field(default=None, init=False)
 
@@ -67,55 +70,58 @@ class Pacing:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the first events of the queue could not be settled several times, and must be postponed."""
+        """Whether the first events must be postponed, because ``STUCK_PASSES_MAX`` full claims settled no event."""
         return self._passes_without_success >= STUCK_PASSES_MAX
 
     def adopt(self, batch_size: int, target_seconds: float) -> None:
-        """Use other limits from the next claim on; batches grow to a larger size as they succeed."""
+        """Use new limits from the next claim on. If the new size is larger, batches grow to it step by step."""
         self.batch_size, self.target_seconds = batch_size, target_seconds
         self.limit = min(self.limit, batch_size)
 
     def start(self, now: float) -> Position | None:
-        """The position after which the next claim begins; None: the start. ``now`` in seconds, monotonic."""
+        """Return the position after which the next claim begins, or None for the start. ``now``: monotonic seconds."""
         self._turn = self.frontier.turn
         if self._beyond is not None:
             return self._beyond
         return None if now >= self.frontier.start_due else self.frontier.mark
 
     def claimed(self, end: Position | None) -> None:
-        """A claim came back full, with ``end`` as its last event: the next claim begins there."""
+        """Begin the next claim at ``end``, where a full claim ended."""
         if self._turn == self.frontier.turn:
             self.frontier.mark = end
 
     def claimed_from_start(self, began: float, now: float) -> None:
-        """A claim from the start took from ``began`` to ``now``: the next one waits until its share of time allows."""
+        """Delay the next claim from the start so that such claims use at most ``START_SHARE`` of the time.
+
+        The last one took from ``began`` to ``now``.
+        """
         self.frontier.start_due = now + (now - began) * (1 / START_SHARE - 1)
 
     def choose(self, kinds: Sequence[str]) -> str:
-        """Choose one of the event types that a claim brought: the first, but no type twice in a row.
+        """Choose the first event type of a claim that was not chosen for the last batch.
 
-        If one type had all turns, the others would wait as long as its first events cannot be settled. A transaction
-        that is repeated keeps its choice.
+        If the same type could be chosen twice in a row, events of other types would wait while its events cannot be
+        settled. If a transaction is repeated, its choice stays the same.
         """
         self._chosen = next(kind for kind in kinds if kind != self._chosen_before)
         return self._chosen
 
     def failed(self) -> None:
-        """A transaction failed because of another one: claim half as many next time, from the start."""
+        """Claim half as many events next time, from the start, because another transaction made this one fail."""
         self.is_alone = self.limit == 1
         self.limit = max(1, self.limit // 2)
         self.frontier.go_back()
 
     def interrupted(self) -> None:
-        """The transaction was rolled back: its events are where they were."""
+        """Begin the next claim at the start, because the transaction was rolled back and its events are still due."""
         self._beyond = None
         self.frontier.go_back()
 
     def in_doubt(self, end: Position | None) -> None:
-        """Events were refused, and it is not clear whether the fault is theirs or the database's: other events show it.
+        """Adapt the next claim to find out whether refused events or the database itself caused the refusals.
 
-        The next claim is so small that each event is tried; the one after it begins behind ``end``, where a full claim
-        ended.
+        First claim only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these are refused, too, begin the next
+        claim after ``end`` (the last event of a full claim). If other events succeed, the database is not the cause.
         """
         if self.limit > FEW_IN_DOUBT:
             self.limit = FEW_IN_DOUBT
@@ -123,15 +129,15 @@ class Pacing:
             self._beyond = end
 
     def gave_up(self) -> None:
-        """The database failed, perhaps only for this type of event: the next claim chooses another type."""
+        """Choose another event type next time, because the database error may occur only with this type."""
         self._end_turn()
 
     def made_way(self) -> None:
-        """An event that was claimed alone was postponed."""
+        """Record that the event that was claimed alone is postponed now."""
         self.is_alone = False
 
     def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:
-        """A batch was committed; it took ``seconds`` from its claim on."""
+        """Record that a batch was committed, ``seconds`` after its claim."""
         self.is_alone = False
         self._end_turn()
         in_vain = is_full and not settled and not self.is_stuck
@@ -143,14 +149,17 @@ class Pacing:
         self._ran_out = False
 
     def ran_out(self) -> None:
-        """A batch used up the savepoints before all events were tried: claim half as many next time."""
+        """Claim half as many events next time, because this batch used all savepoints before every event was tried."""
         self._ran_out = True
 
     def _end_turn(self) -> None:
         self._chosen, self._chosen_before = None, self._chosen
 
     def _grown(self, claimed: int, seconds: float) -> int:
-        """Twice as many events, up to the full size, and no more than fit into the target time."""
+        """Double the limit, but not beyond ``batch_size`` or the number of events that fit into ``target_seconds``.
+
+        A slow database does not reduce the limit below ``FEWEST``.
+        """
         grown = min(self.batch_size, self.limit * 2)
         if not claimed or seconds <= 0:
             return grown

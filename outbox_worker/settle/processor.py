@@ -1,6 +1,7 @@
-"""One batch, one transaction: claim, settle, record, commit. Only the processor begins and commits transactions.
+"""Processes one batch in one transaction: claim, settle, record, commit.
 
-Transient failures are retried with half the batch; an event that blocks others is postponed.
+In ``settle``, only the processor begins and commits transactions. It retries transient failures with half the batch,
+and postpones an event that prevents others from being settled.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 
 class RefusedAtCommit(Exception):
-    """A constraint that is checked at COMMIT failed: an event of the batch violates it."""
+    """Raised if COMMIT fails because an event of the batch violates a deferred constraint."""
 
 
 def _nothing() -> None:
-    """Do nothing: the default of ``tell_of_tries``."""
+    """Do nothing. This is used until ``tell_of_tries`` gives another function."""
 
 
 class Processor:
-    """Settles batches, one connection at a time; each claim loop has its own processor."""
+    """Settles batches on one connection. Each claim loop has its own processor."""
 
     def __init__(
         self,
@@ -69,33 +70,34 @@ class Processor:
         self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
 
     def isolate_next(self, events: int) -> None:
-        """Handle the next ``events`` events one by one: a worker died, and one of them may have killed it."""
+        """Process the next ``events`` events one at a time, because a worker died and one of them may be the cause."""
         self._to_isolate = events
 
     def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
-        """Call ``on_failed_try`` after each failed try that is repeated; one ``process_batch`` may take many tries."""
+        """Call ``on_failed_try`` after each transaction that failed and is tried again within ``process_batch``."""
         self._on_failed_try = on_failed_try
 
     def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
-        """Use other limits from the next batch on. Unproven refusals are forgotten; isolated events stay isolated."""
+        """Use new limits from the next batch on. Forgets unproven refusals, but not which events are isolated."""
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
         self._settlement = Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy)
         self._pacing.adopt(batch_size, target_seconds)
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
-        """Claim and settle up to one batch of events due by ``until`` (None: now), all in one transaction.
+        """Claim and settle one batch of events due by ``until`` (by now, if None) in one transaction.
 
-        Raises the database's error if the fault is no event's; then nothing was changed, and no try was counted.
+        Raises the database's error if no event is its cause. Then nothing was changed, and no try was counted.
         """
         if self._isolated or self._crash_suspects or self._to_isolate:
             return self._process_alone(until)
         return self._process(until)
 
     def _process_alone(self, until: datetime | None) -> BatchReport:
-        """Handle one event alone. Its crash is counted and committed before the work, and reset together with the work.
+        """Process one event alone.
 
-        If the work raises an error, the process did not crash: the event stays isolated, and the next call repeats it.
-        After ``STUCK_PASSES_MAX`` errors that say nothing about other events, it is postponed.
+        Before that, a crash of the event is counted and committed; the transaction that settles the event resets the
+        count. If an error is raised, the process did not crash: the event stays isolated, and the next call tries it
+        again. After ``STUCK_PASSES_MAX`` transient or unclear errors, the event is postponed.
         """
         if self._isolated is None:
             key = self._crash_suspects.pop() if self._crash_suspects else None
@@ -144,7 +146,7 @@ class Processor:
             raise
 
     def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
-        """One transaction: claim, settle, commit."""
+        """Claim, settle and commit in one transaction."""
         claim, limit, isolated = Claim(), self._claim_size(), self._isolated
         try:
             with self._database.transaction(**self._plans()) as session:
@@ -180,7 +182,7 @@ class Processor:
         return report
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
-        """Claim from where the last claim ended; if nothing is found there, or it is time to, from the start."""
+        """Claim after the end of the last claim. If no event is there or it is time to, claim from the start."""
         began = time.monotonic()
         start = self._pacing.start(began)
         if start is not None and (claim := self._outbox.claim(session, limit, until, start)).batch:
@@ -191,7 +193,7 @@ class Processor:
         return claim
 
     def _claim_size(self) -> int:
-        """How many events to claim; under the guard ``lock`` no more than the pairs that one transaction may lock."""
+        """Return the number of events to claim. Under the guard ``lock``, ``lock_capacity`` is a limit, too."""
         guard = self._guard.state
         return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
 
@@ -199,17 +201,17 @@ class Processor:
         return INDEX_PLANS if self._guard.state.has_index_paths else {}
 
     def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
-        """COMMIT; if the answer is lost, ask whether the transaction was committed, since it may have been."""
+        """Commit. If the connection is lost before the answer arrives, ask whether the transaction was committed."""
         try:
             session.commit()
         except DBAPIError as error:
             failure = classify(error)
             if failure is Failure.RECONNECT and transaction_id is not None:
                 session.close()
-                with suppress(DBAPIError):  # no server answers, or a promoted standby that does not know it
+                with suppress(DBAPIError):  # no server answers, or a promoted standby does not know the transaction
                     if self._database.was_committed(transaction_id):
                         return "unknown"
-                raise CommitLost("The answer to COMMIT was lost; the batch is settled again.") from error
+                raise CommitLost("The connection was lost during COMMIT; the batch is settled again.") from error
             if failure in (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR):
                 raise RefusedAtCommit(describe(error)) from error
             raise
@@ -233,9 +235,9 @@ class Processor:
         return verdicts
 
     def _of_one_kind(self, batch: Batch) -> Batch:
-        """Events of one handler, and those without a handler; the others stay in the outbox for the next claim.
+        """Keep the events of one handler, and those without a handler. The others stay in the outbox until later.
 
-        Two handlers in one transaction would write purchases in two ascending passes, and two workers could deadlock.
+        Two handlers in one transaction would write purchases in ascending order twice, so two workers could deadlock.
         """
         kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
         if len(kinds) < 2:
@@ -244,7 +246,7 @@ class Processor:
         return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
-        """The first event, claimed alone, waits for another transaction: postpone it without counting a try."""
+        """Postpone the first event without counting a try. It was claimed alone, and another transaction blocked it."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             self._postpone_uncharged(session, batch)

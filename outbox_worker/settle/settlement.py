@@ -1,7 +1,7 @@
-"""What happens to a claimed batch before its COMMIT: it is settled, at once or in parts, and recorded.
+"""Settles a claimed batch, at once or in parts, and records the outcomes, before the processor commits.
 
-The fast way settles the whole batch in one savepoint. If that fails, the batch is halved, each half in a savepoint of
-its own, until each event that the database refuses is alone.
+The fast way settles the whole batch in one savepoint. If that fails, the batch is halved, and each half is tried in its
+own savepoint. Halving goes on until each event that the database refuses is a part by itself.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from outbox_worker.store.outbox import Outbox, Postponement
 from outbox_worker.store.purchases import PurchaseRepository
 
 MAX_SAVEPOINTS = 32
-"""Most savepoints of one transaction; beyond 64 subtransactions PostgreSQL gets slow for everybody."""
+"""Most savepoints of one transaction. A transaction with more than 64 subtransactions slows down all sessions."""
 
 BATCHES_TO_LOOK_AT = 100
-"""After an event that was taken for new turned out to be marked, this many batches look for marks first."""
+"""The number of batches that check for marks first, after a batch failed because one of its events had a mark."""
 
 _NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
 
-# what: checks deferred constraints now, inside the savepoint, instead of at COMMIT · lock: none
+# what: checks deferred constraints inside the savepoint instead of at COMMIT · lock: none
 _CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
-# what: defers them again, until the end of the next part · lock: none
+# what: defers the constraints again, until the end of the next part · lock: none
 _DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
 
 
 class Settled(NamedTuple):
-    """What became of a batch."""
+    """The result of settling a batch."""
 
     verdicts: Verdicts
     is_through: bool = True
-    """Whether all events were tried; otherwise the savepoints did not suffice, and the rest has no verdict."""
+    """Whether all events were tried. If the savepoints were used up before, the other events have no verdict."""
 
 
 @dataclass
 class _Savepoints:
-    """The savepoints that one transaction still may use."""
+    """The number of savepoints that one transaction may still use."""
 
     session: Session
     left: int = MAX_SAVEPOINTS
@@ -64,34 +64,34 @@ class _Savepoints:
 
 @dataclass
 class _Bisection:
-    """The result of halving a batch: verdicts, and the errors of the events that the database refuses."""
+    """The state of halving a batch: verdicts, and the errors of the events that the database refused."""
 
     plan: AttemptPlan
     parts: list[Batch]
-    """Parts that are still to be tried; the next one is the last of the list."""
+    """The parts that are not tried yet. The last part of the list is tried next."""
     verdicts: Verdicts = field(default_factory=dict)
     refusals: dict[int, DBAPIError] = field(default_factory=dict)
     _looked_again: set[int] = field(default_factory=set)
 
     def failed(self, part: Batch, error: DBAPIError) -> None:
-        """Halve the part; if it is one event, the event is refused."""
+        """Halve the part that failed. If it is a single event, record the event as refused."""
         if len(part) > 1:
             self.parts += reversed(_halves(part))
         elif sqlstate(error) == UNIQUE_VIOLATION and not self._looked_again & part.keys():
             self._looked_again |= part.keys()
-            self.parts.append(part)  # another transaction was first: look again
+            self.parts.append(part)  # another transaction has written the same key: read the facts once more
         else:
             self.refusals |= dict.fromkeys(part, error)
 
     def rest(self, batch: Batch, part: Batch) -> Batch:
-        """The events of this part and of all parts that are still to be tried."""
+        """Return the events of this part and of all parts that are not tried yet."""
         return batch.only(key for each in (part, *reversed(self.parts)) for key in each)
 
 
 class _UnprovenRefusals:
-    """Events that the database refused while it wrote no purchase: the fault may be theirs or the database's.
+    """Remembers events that were refused in a batch that wrote no purchase. The cause may be the event or the database.
 
-    If it refuses one of them again after another purchase was written, the fault is the event's own.
+    If such an event is refused again after another purchase was written, the event itself is the cause.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class _UnprovenRefusals:
         self._recent.update(keys)
 
     def proven(self, keys: Iterable[int]) -> set[int]:
-        """Those of these events whose refusal is their own fault."""
+        """Return those of these events that are known to be the cause of their refusal."""
         return self._proven.intersection(keys)
 
     def committed(self, verdicts: Verdicts) -> None:
@@ -115,7 +115,7 @@ class _UnprovenRefusals:
 
 
 class Settlement:
-    """Settles claimed events inside the session's transaction; one per claim loop."""
+    """Settles claimed events inside the session's transaction. Each claim loop has its own settlement."""
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class Settlement:
         self._unproven = _UnprovenRefusals()
 
     def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
-        """Settle and record the batch. ``careful``: settle in parts, and check deferred constraints in each.
+        """Settle and record the batch. If ``careful``, settle in parts, and check deferred constraints in each part.
 
-        Raises the database's error if no event is known to be at fault.
+        Raises the database's error unless single events are known to be its cause.
         """
         savepoints = _Savepoints(session)
         settled = None if careful else self._settle_fast(session, batch, savepoints)
@@ -145,11 +145,11 @@ class Settlement:
         return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
 
     def committed(self, verdicts: Verdicts) -> None:
-        """The batch was committed; if it wrote a purchase, earlier refusals are the fault of their events."""
+        """Record that the batch was committed. If it wrote a purchase, the database did not cause earlier refusals."""
         self._unproven.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
-        """Settle all in one savepoint, by the guard in force; return the error if the fault may be an event's."""
+        """Settle the batch in one savepoint. Return the error if an event may be the cause; raise any other error."""
         if self._guard.state.guard is Guard.INDEX:
             settled = self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
@@ -160,14 +160,14 @@ class Settlement:
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
     def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
-        """Settle in halves until each event that the database refuses is alone; those events are retried or dead."""
+        """Halve the batch until each event that the database refuses is a part by itself. Retry or bury such events."""
         found = self._bisect(session, batch, savepoints, judges_all)
         verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
         recorded = self.record(session, batch, verdicts)
         return Settled(found.verdicts | recorded, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
-        """The refusals that are the events' own fault. Raises the error if none is known to be."""
+        """Return the refusals that the events themselves caused. If this is unclear, raise the database's error."""
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals
@@ -198,9 +198,9 @@ class Settlement:
         return found
 
     def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
-        """Plan to settle a batch in parts: take the locks, and sort the events in the order in which all workers write.
+        """Prepare to settle a batch in parts: lock its pairs, and sort its events in the order that all workers use.
 
-        Under the guard ``index`` no locks are taken beforehand, unless every event is to be judged.
+        Under the guard ``index``, pairs are locked here only if ``judges_all``.
         """
         guard = self._guard.state
         needs_locks = judges_all or guard.guard is Guard.LOCK
@@ -222,7 +222,7 @@ class Settlement:
         *,
         checks_deferred: bool = False,
     ) -> Verdicts:
-        """Handle and record a batch in one savepoint: all of it or nothing is written."""
+        """Handle and record a batch in one savepoint, so that either everything is written or nothing."""
         with savepoints.take():
             verdicts = self.record(session, batch, self._handle(session, batch, plan))
             if checks_deferred:
@@ -233,7 +233,10 @@ class Settlement:
     def _attempt_as_new(
         self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
     ) -> Verdicts | Exception:
-        """Attempt the batch without looking for marks: nearly all events are new, and writing a second mark fails."""
+        """Settle the batch without a check for marks. If this fails because of a mark, try again with the check.
+
+        The check is left out first because nearly all events are new.
+        """
         if not self._batches_to_look_at:
             settled = self._attempt_all(session, batch, replace(plan, looks_at_marks=False), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) != UNIQUE_VIOLATION:
@@ -259,9 +262,9 @@ class Settlement:
         return verdicts
 
     def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Verdicts:
-        """Write the marks, retries and dead letters that the verdicts ask for.
+        """Write the marks, retries and dead letters that follow from the verdicts.
 
-        Returns the verdicts; those that are logged one by one carry the traceparent of their event.
+        Return the verdicts. Add the event's traceparent to each verdict that is logged individually.
         """
         logged = [key for key, verdict in verdicts.items() if not verdict.via_fast_path and verdict.logged_individually]
         traces = self._outbox.traceparents(session, batch, logged) if logged else {}
@@ -286,7 +289,7 @@ class Settlement:
         return refused(describe(error), self._policy.is_last(event.attempts))
 
     def _later(self, event: Event, verdict: Verdict) -> Postponement:
-        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spread, not secrecy
+        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spreads load, no secret
         return Postponement(delay, charged=True, error=f"{verdict.reason}: {verdict.detail}")
 
 
@@ -296,12 +299,12 @@ def _wrote_purchase(verdicts: Verdicts) -> bool:
 
 def _dead_letter_reason(verdict: Verdict) -> tuple[Reason, str]:
     if verdict.reason is None:
-        raise Inconsistent(f"a dead event without a reason: {verdict}")
+        raise Inconsistent(f"this verdict has the outcome dead, but no reason: {verdict}")
     return verdict.reason, verdict.detail
 
 
 def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
-    """The plan with a part's share of the lock capacity, so that all parts together stay within it."""
+    """Give a part its share of the lock capacity, so that all parts together do not lock too many pairs."""
     capacity = max(1, int(plan.guard.lock_capacity * share))
     return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
 

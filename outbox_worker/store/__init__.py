@@ -1,12 +1,13 @@
-"""The doors to the tables: every statement that claims, settles or writes, and what such statements are made of.
+"""Reads and writes the tables: every statement that claims and settles events, and the parts of these statements.
 
-- ``outbox``: claims due events; removes, postpones and buries them
-- ``purchases``: purchases and marks (``processed_events``); takes the locks of pairs (``lock_pairs``)
-- ``dead_letters``, ``workers``, ``backfill_runs``: the tables of those names
-- ``guard``: which guard is in force; takes no lock
-- parts of statements: ``pairs`` (lock and facts of a pair), ``claimed`` (finds claimed events again), ``payload``,
-  ``payment_classes`` (the equation behind audit, backfill and why), ``queries``, ``processes`` (which process runs)
+- ``outbox``: claims due events; deletes them, postpones them, or moves them to the dead letters
+- ``purchases``: writes purchases and marks (``processed_events``), and locks pairs
+- ``dead_letters``, ``workers``, ``backfill_runs``: one module for each of these tables
+- ``guard``: finds out which guard is in force
+- parts of statements: ``pairs`` (locks and facts of pairs), ``claimed`` (finds the rows of claimed events),
+  ``payload``, ``payment_classes`` (the SQL CASE of audit, backfill and why), ``queries``
+- ``processes``: tells whether a process still runs
 
-Every function takes the session first; the caller owns the transaction. Do not commit, retry or log here, and do not
-decide what becomes of an event.
+Every function has the session as its first parameter, and the caller owns the transaction. Do not commit, retry or log
+here, and do not decide the outcome of an event.
 """

@@ -1,7 +1,7 @@
-"""The door to ``backfill_runs``: what each backfill looked at and made, and how far it came.
+"""Reads and writes ``backfill_runs``: the range, the progress and the result of each backfill.
 
-Cursor and counts are written in the transaction of the purchases that they count. A backfill that is not finished and
-whose process is gone was killed: the next one with the same range continues from its cursor.
+Cursor and counts are written in the same transaction as the purchases that they count. If a backfill is not finished
+and its process no longer runs, it was killed. The next backfill with the same range continues from its cursor.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from outbox_worker.schema.tables import Tables, by_column
 from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone, this_process
 
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
-"""How long the rows of periodic backfills are kept."""
+"""The age at which the rows of finished periodic backfills are deleted."""
 CONTINUED_WITHIN = timedelta(days=1)
-"""A backfill that was killed longer ago is not continued: it would leave out too many later payments."""
+"""An age limit: a backfill that was killed earlier is not continued, because its cutoff leaves out later payments."""
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
 # what: whether this process may decide about the next periodic backfill
-# lock: an advisory lock of the transaction, tried and not waited for; works behind a pooler
+# lock: pg_try_advisory_xact_lock, which does not wait and works behind a transaction pooler
 _TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:key, 0))")
 
 
@@ -38,21 +38,21 @@ class RunKind(StrEnum):
 
 
 class RunOutcome(StrEnum):
-    """How a backfill ended."""
+    """The way in which a backfill ended."""
 
     MADE = "made"
-    """It made what was owed, or tried to."""
+    """It tried to create every missing purchase."""
     REPORTED = "reported"
-    """It only looked."""
+    """It counted missing purchases and created none, because it was only asked to report them."""
     REFUSED = "refused"
-    """More purchases were owed than it may make: it made none."""
+    """It created no purchase, because more purchases were missing than it may create."""
     INTERRUPTED = "interrupted"
     """The worker stopped, the scan failed, or the process was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackfillRange:
-    """The payments that a backfill looks at: created before ``cutoff``, and in [since, until) if these are given."""
+    """The payments that a backfill scans: created before ``cutoff``, and in [since, until) if these are given."""
 
     since: datetime | None
     until: datetime | None
@@ -64,7 +64,7 @@ class BackfillRange:
 
     @property
     def is_full(self) -> bool:
-        """Whether it looks at all payments that were created before the cutoff."""
+        """Whether the range contains all payments that were created before the cutoff."""
         return self.since is None and (self.until is None or self.until >= self.cutoff)
 
 
@@ -81,13 +81,13 @@ class BackfillRun:
 
 
 class BackfillRuns:
-    """The backfills of one database. Holds no state: a backfill is named by the id of its row."""
+    """Reads and writes the rows of backfills. Keeps no state: each call names the backfill by the id of its row."""
 
     def __init__(self, tables: Tables) -> None:
         self._runs = tables.backfill_runs
 
     def begin(self, session: Session, kind: RunKind, span: BackfillRange, actor: str, reason: str | None) -> UUID:
-        """Write the row of a backfill that starts now; return its id."""
+        """Insert the row of a backfill that starts now. Return the id of the row."""
         given = {"since": span.since, "until": span.until, "cutoff": span.cutoff, "is_full": span.is_full}
         key, who = uuid4(), {"actor": actor, "reason": reason}
         session.execute(insert(self._runs).values(id=key, kind=kind.value, **given, **who, **this_process()))
@@ -96,9 +96,9 @@ class BackfillRuns:
     def continue_killed(
         self, session: Session, since: datetime | None, until: datetime | None, actor: str
     ) -> BackfillRun | None:
-        """Take over an operator's backfill of this range that was killed; None if there is none.
+        """Take over an operator's backfill that had this range and was killed. Return None if there is none.
 
-        ``actor`` is added to the names of those who worked on it before.
+        ``actor`` is added to the row's actors.
         """
         runs = self._runs
         same = [runs.c.since.is_not_distinct_from(since), runs.c.until.is_not_distinct_from(until)]
@@ -110,24 +110,25 @@ class BackfillRuns:
         return None
 
     def advance(self, session: Session, key: UUID, counts: Mapping[str, Any], cursor: Sequence[str] | None) -> None:
-        """Write how far a backfill came, in the transaction of the purchases that it made."""
+        """Write counts and cursor of a backfill, in the transaction that inserts its purchases."""
         values = {"counts": dict(counts), "cursor": null() if cursor is None else list(cursor)}
         self._update(session, key, **values)
 
     def beat(self, session: Session, key: UUID) -> None:
-        """Write that a backfill still runs."""
+        """Record that a backfill still runs."""
         self._update(session, key)
 
     def finish(self, session: Session, key: UUID, outcome: RunOutcome, counts: Mapping[str, Any]) -> None:
-        """Write how a backfill ended."""
+        """Record the outcome and the final counts of a backfill."""
         self._update(
             session, key, finished_at=func.clock_timestamp(), outcome=outcome.value, counts=dict(counts), cursor=null()
         )
 
     def take_periodic_turn(self, session: Session, every: timedelta) -> bool:
-        """Whether this process should run the periodic backfill: none runs, and the last began at least ``every`` ago.
+        """Return whether this process should run the periodic backfill now.
 
-        If so, other processes are told no until this transaction ends; it should write the row of the backfill.
+        Return True if no periodic backfill runs and the last one began at least ``every`` ago. Then all other processes
+        get False until this transaction ends; before it ends, the caller should insert the row of the backfill.
         """
         if not session.scalar(_TAKE_TURN, {"key": _TURN_KEY}):
             return False
@@ -138,19 +139,19 @@ class BackfillRuns:
         return not self._rows(session, runs.c.kind == RunKind.PERIODIC.value, fresh, done)
 
     def last_full(self, session: Session) -> BackfillRun | None:
-        """The last finished backfill that looked at all payments."""
+        """Return the last finished backfill that scanned all payments."""
         row = next(iter(self._rows(session, self._runs.c.is_full, self._has_result())), None)
         return _run(row) if row else None
 
     def latest_counts(self, session: Session) -> Mapping[str, Any]:
-        """The counts of the last backfill that accounts for all payments: a periodic one, or an operator's full one."""
+        """Return the counts of the last finished backfill that is periodic or scanned all payments; {} if none is."""
         runs = self._runs
         whole = or_(runs.c.kind == RunKind.PERIODIC.value, runs.c.is_full)
         found = select(runs.c.counts).where(whole, self._has_result()).order_by(runs.c.finished_at.desc()).limit(1)
         return session.scalar(found) or {}
 
     def was_made_by_hand(self, session: Session) -> bool:
-        """Whether an operator has completed a backfill on this database: then periodic ones may make purchases."""
+        """Return whether an operator has completed a backfill. Only then may periodic backfills create purchases."""
         runs = self._runs
         by_hand = runs.c.kind == RunKind.OPERATOR.value, runs.c.outcome == RunOutcome.MADE.value
         return bool(session.scalar(select(select(runs.c.id).where(*by_hand).exists())))
@@ -159,7 +160,7 @@ class BackfillRuns:
         return and_(self._runs.c.finished_at.is_not(None), self._runs.c.counts.has_key("left"))
 
     def _rows(self, session: Session, *where: ColumnElement[bool]) -> Sequence[Row[Any]]:
-        """Rows that meet the conditions, newest first."""
+        """Read the rows that meet the conditions, newest first."""
         runs = self._runs
         silent = seconds_since(runs.c.seen_at).label("silent_seconds")
         columns = [column.label(column.key) for column in runs.c]
@@ -177,7 +178,7 @@ class BackfillRuns:
         return session.scalar(taken.values(by_column(runs, now_ours)).returning(runs.c.id)) is not None
 
     def _tidy_up(self, session: Session) -> None:
-        """Finish the rows of periodic backfills whose process is gone, and delete old ones."""
+        """Close the rows of periodic backfills whose process no longer runs, and delete old rows."""
         runs, ours = self._runs, self._runs.c.kind == RunKind.PERIODIC.value
         for row in self._rows(session, ours, runs.c.finished_at.is_(None)):
             if self._is_gone(row):
@@ -190,7 +191,10 @@ class BackfillRuns:
 
 
 def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:
-    """What stays unexplained, for ``counts``; ``carried`` leaves out what the next scan sees again (``recent``)."""
+    """Build the part of ``counts`` that describes payments that stay unexplained.
+
+    ``carried`` leaves out the ``recent`` payments, because the next scan counts them again.
+    """
     return {"left": left.written(), "carried": (left - recent).written()}
 
 

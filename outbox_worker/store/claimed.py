@@ -1,4 +1,4 @@
-"""How statements find claimed events again: by id, and by the due times between which they lie."""
+"""Builds the part of a statement that finds the rows of claimed events, by id and by the due times of the batch."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from outbox_worker.model import Batch, DueWindow
 
 
 def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
-    """The due time is in the window of the batch: parameters ``window_first`` and ``window_last``.
+    """Build the condition that the due time is between the parameters ``window_first`` and ``window_last``.
 
-    Every statement that finds an event by its id names the window, too. If the queue was empty when its statistics were
-    gathered, the planner takes all indexes for equally good, and may search the whole index ``(due_at, id)`` for an id.
+    Every statement that finds events by id has this condition, too. If ANALYZE ran while the queue was empty, the
+    planner may search for an id in the index ``(due_at, id)``. Without the condition it would read this whole index.
     """
     first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in DueWindow._fields)
     return due_at.between(first, last)
 
 
 def event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """The row of each event, found by the ``id`` of ``keys``; join it ON true.
+    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``; join it ON true.
 
-    OFFSET 0 keeps the planner from starting the join at the outbox, which it may take for empty.
+    OFFSET 0 forces the planner to start the join at ``keys``. Without it, the planner may start at the outbox if the
+    outbox was empty when ANALYZE ran.
     """
     row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at))
     return row.offset(literal_column("0")).lateral("event")
 
 
 def window_of(batch: Batch) -> dict[str, str]:
-    """The parameters of ``within``."""
+    """Return the parameters of ``within``."""
     return {f"window_{end}": due_at for end, due_at in batch.window._asdict().items()}

@@ -1,6 +1,6 @@
-"""The operators' side of ``dead_letters``: what waits for a person, and what that person decides.
+"""Lists dead letters for operators, and carries out what an operator decides: requeue or discard.
 
-``outbox`` moves events to the dead letters, and closes the letter of an event that is settled after all.
+The module ``outbox`` does the rest: it writes dead letters, and closes the letter of an event that is settled later.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from outbox_worker.store.payment_classes import waivable
 from outbox_worker.store.queries import is_succeeded
 
 CONTENT_MAX = 10_000
-"""How many characters of a payload, or of headers, are shown."""
+"""Most characters that are shown of a payload, and of the headers."""
 _NAMED_AT_MOST = 3
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
-"""A line that ``_resolve`` writes: state, actor, time, reason."""
+"""The pattern of a line that ``_resolve`` adds to a letter's note: state, actor, time, reason."""
 
 
 class Decision(StrEnum):
-    """What a person can decide about dead letters."""
+    """A decision that an operator can make about dead letters."""
 
     REQUEUE = "requeue"
-    """Try the event again, as if it were new."""
+    """Put the event back into the outbox as a new event."""
     DISCARD = "discard"
-    """Give nothing for it; the reason is kept."""
+    """Close the letter without creating a purchase; the operator's reason is stored in the letter."""
 
 
 _RESULTS = {Decision.REQUEUE: DeadLetterState.REQUEUED, Decision.DISCARD: DeadLetterState.DISCARDED}
@@ -63,7 +63,7 @@ DECIDABLE = {
     Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
     Decision.DISCARD: (DeadLetterState.OPEN,),
 }
-"""The states in which a letter can be requeued, or discarded."""
+"""The states that a letter may have for each decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +75,17 @@ class DeadLetter:
     reason: str
     detail: str
     created_at: datetime | None
-    """None: a time that Python cannot represent, such as ``-infinity``."""
+    """None if Python cannot represent the time, for example ``-infinity``."""
     dead_at: datetime
     state: str
     resolved_at: datetime | None
     actor: str | None
     note: str | None
-    """The decisions so far, one a line: what, by whom, when, why."""
+    """The history of the letter: one line per decision, with state, actor, time and reason."""
 
 
 class Content(NamedTuple):
-    """Payload and headers of a letter's event, as text, cut to a bound."""
+    """Payload and headers of a letter's event as text, each cut to ``CONTENT_MAX`` characters."""
 
     payload: str
     headers: str | None
@@ -93,7 +93,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which letters: those of ``event_ids``; if none are given, those in ``state`` that match the other fields."""
+    """A choice of letters: those of ``event_ids``; if ``event_ids`` is empty, those that match all other fields."""
 
     event_ids: Sequence[UUID] = ()
     state: DeadLetterState = DeadLetterState.OPEN
@@ -116,16 +116,16 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What a decision would affect."""
+    """The letters and the money that a decision would affect."""
 
     count: int
     reasons: Mapping[str, int]
     money: Mapping[str, Decimal]
-    """The money of the letters' payments by currency; each payment is counted once."""
+    """The sum of the letters' payments in each currency; each payment is counted once."""
     waived: Mapping[str, Decimal]
-    """The part of it that a discard gives up: money of payments that are owed a purchase."""
+    """The part of ``money`` that is paid, not refunded and without a purchase. A discard gives up these purchases."""
     token: str
-    """A digest of the letters and their payments: it differs as soon as one of them has changed."""
+    """A digest of the letters and their payments. It changes if any of these rows changes."""
 
 
 class Decided(NamedTuple):
@@ -138,7 +138,7 @@ class Decided(NamedTuple):
 
 
 class LetterCursor(NamedTuple):
-    """The last letter of a page: the next page begins after it."""
+    """The position of a page's last letter; the next page begins after this position."""
 
     dead_at: datetime
     event_id: UUID
@@ -148,36 +148,36 @@ class LetterCursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> LetterCursor:
-        """Read what ``str`` wrote. Raises WrongUsage."""
+        """Parse the text that ``str(cursor)`` returns. Raises WrongUsage for any other text."""
         dead_at, _, event_id = text.partition("/")
         try:
             return cls(datetime.fromisoformat(dead_at), UUID(event_id))
         except ValueError:
-            raise WrongUsage("--after: give the value that the previous page printed.") from None
+            raise WrongUsage("--after: give the value that was printed below the previous page.") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
     letters: Sequence[DeadLetter]
     end: LetterCursor | None
-    """None: this is the last page."""
+    """The cursor for the next page; None if this is the last page."""
 
 
 def history(note: str | None) -> list[Decided]:
-    """The decisions about a letter, oldest first; other lines of the note are skipped."""
+    """Read the decisions from a letter's note, oldest first; skip all other lines."""
     found = (_DECIDED.fullmatch(line) for line in (note or "").splitlines())
     return [Decided(datetime.fromisoformat(each[3]), each[1], each[2], each[4]) for each in found if each]
 
 
 def count_open(session: Session, tables: Tables) -> int:
-    """How many dead letters are open."""
+    """Count the open dead letters."""
     letters = tables.dead_letters
     counted = select(func.count()).select_from(letters).where(letters.c.state == DeadLetterState.OPEN.value)
     return session.scalars(counted).one()
 
 
 def open_confirmations(session: Session, tables: Tables, payment_ids: Collection[str]) -> Sequence[UUID]:
-    """The events of open dead letters that confirm one of these payments."""
+    """Return the ids of events that confirm one of these payments and have an open dead letter."""
     letters = tables.dead_letters
     of_them = letters.c.payment_id == func.any(ids_as(letters.c.payment_id.type, payment_ids))
     is_open = letters.c.state == DeadLetterState.OPEN.value
@@ -193,9 +193,9 @@ def list_letters(
     after: LetterCursor | None = None,
     limit: int = 100,
 ) -> Page:
-    """A page of the selected letters, oldest first, after the end of the previous page.
+    """Read one page of the selected letters, oldest first. ``after``: the end of the previous page.
 
-    what: a page · lock: none · index: that of open letters, by (dead_at, event_id)
+    what: one page of letters · lock: none · index: the one of open letters, on (dead_at, event_id)
     """
     letters = tables.dead_letters
     conditions = selection.conditions(letters)
@@ -209,7 +209,7 @@ def list_letters(
 def read_letters(
     session: Session, tables: Tables, *conditions: ColumnElement[bool], limit: int | None = None
 ) -> list[DeadLetter]:
-    """The letters that meet all conditions, oldest first."""
+    """Read the letters that meet all conditions, oldest first."""
     letters = tables.dead_letters
     times = ("created_at", "dead_at", "resolved_at")
     keys = DeadLetter.__dataclass_fields__
@@ -221,11 +221,11 @@ def read_letters(
 
 
 def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadLetter, Content]:
-    """One letter with payload and headers of its event. Raises Refused if there is none."""
+    """Read one letter, and payload and headers of its event. Raises Refused if the event has no letter."""
     letters = tables.dead_letters
     found = read_letters(session, tables, letters.c.event_id == event_id)
     if not found:
-        raise Refused(f"There is no dead letter of the event {event_id}.")
+        raise Refused(f"There is no dead letter for the event {event_id}.")
     texts = (payload.from_dead_letter(letters.c.payload, tables.outbox), letters.c.headers)
     content = select(*(func.left(cast(each, Text), CONTENT_MAX) for each in texts)).where(
         letters.c.event_id == event_id
@@ -234,14 +234,17 @@ def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadL
 
 
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
-    """Count the selected letters and the money of their payments. Call it in a snapshot, so that the numbers agree."""
+    """Count the selected letters and sum their payments.
+
+    Several queries do this. Call it in ``Database.snapshot``, so that all numbers are from the same moment.
+    """
     letters, payments = tables.dead_letters, tables.payments
     chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
     found = select(*chosen, waivable(letters).label("waivable")).where(*selection.conditions(letters)).cte("found")
     reasons = session.execute(
         select(found.c.reason, func.count()).group_by(found.c.reason).order_by(func.count().desc())
     )
-    by_reason = {reason: count for reason, count in reasons}  # noqa: C416 - rows
+    by_reason = {reason: count for reason, count in reasons}  # noqa: C416 - unpacks rows
     named = select(found.c.payment_id).where(found.c.payment_id.is_not(None))
     own = tables.purchases
     is_given = exists().where(own.c.payment_id == payments.c.id)
@@ -255,20 +258,20 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
 def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) -> dict[str, Decimal]:
     currency = cast(payments.c.currency, Text)
     rows = session.execute(select(currency, func.sum(payments.c.amount)).where(*which).group_by(currency))
-    return {name: amount for name, amount in rows}  # noqa: C416 - rows
+    return {name: amount for name, amount in rows}  # noqa: C416 - unpacks rows
 
 
 def decide_letters(
     session: Session, tables: Tables, selection: Selection, decision: Decision, *, token: str, actor: str, why: str
 ) -> int:
-    """Carry out a decision on the letters of a preview; return how many they were. Each letter keeps the decision.
+    """Requeue or discard the previewed letters, and add a line to each note. Return the number of letters.
 
-    Raises Refused if one of the letters or its payment has changed since the preview.
+    Raises Refused if one of the letters, or the payment of one, has changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
     if session.scalars(_token(tables, selection)).one() != token:
         raise Refused(
-            "The dead letters or their payments have changed since the preview. Nothing was done; run it again."
+            "The dead letters or their payments have changed since the preview. Nothing was done; repeat the command."
         )
     if decision is Decision.REQUEUE:
         session.execute(_requeue(tables, ids))
@@ -279,16 +282,16 @@ def decide_letters(
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused if a named event has no letter, or a letter in a state that does not allow the decision."""
+    """Raise Refused if an event of ``selection.event_ids`` has no letter, or a letter whose state forbids this."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters
     rows = session.execute(select(letters.c.event_id, letters.c.state).where(*selection.conditions(letters)))
-    states = {event_id: state for event_id, state in rows}  # noqa: C416 - rows
+    states = {event_id: state for event_id, state in rows}  # noqa: C416 - unpacks rows
     if unknown := [str(each) for each in selection.event_ids if each not in states]:
-        raise Refused(f"There is no dead letter of {_listed(unknown)}.")
+        raise Refused(f"There is no dead letter for these events: {_listed(unknown)}.")
     if closed := [f"{key} is {state}" for key, state in states.items() if state not in DECIDABLE[decision]]:
-        raise Refused(f"Cannot {decision}: the dead letter of {_listed(closed)}.")
+        raise Refused(f"Cannot {decision} these dead letters: {_listed(closed)}.")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -297,14 +300,14 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _lock(tables: Tables, selection: Selection) -> Select[Any]:
-    """what: the events of the selected letters · lock: FOR UPDATE in the order of event ids · index: open letters"""
+    """what: ids of the selected letters · lock: FOR UPDATE, ordered by event id · index: the one of open letters"""
     letters = tables.dead_letters
     chosen = select(letters.c.event_id).where(*selection.conditions(letters))
     return chosen.order_by(letters.c.event_id).with_for_update()
 
 
 def _token(tables: Tables, selection: Selection) -> Select[Any]:
-    """what: a digest of the letters and their payments · lock: none · index: open letters, primary keys"""
+    """what: a digest of the letters and their payments · lock: none · index: the one of open letters, primary keys"""
     letters, payments = tables.dead_letters, tables.payments
     of_letter = [letters.c[key] for key in ("event_id", "state", "dead_at", "reason", "attempts")]
     of_payment = [payments.c[key] for key in ("student_id", "course_id", "amount", "currency", "status")]
@@ -316,9 +319,10 @@ def _token(tables: Tables, selection: Selection) -> Select[Any]:
 
 
 def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
-    """what: the events of letters, due now, as new ones · lock: theirs, held · index: primary key of dead_letters
+    """what: copies the events of letters into the outbox, due now
+    lock: the letters' rows (already locked) · index: primary key of dead_letters
 
-    An event that is in the outbox again, because the producer wrote it once more, stays as it is.
+    An event that the outbox already contains, because the producer wrote it again, is not changed.
     """
     letters, outbox = tables.dead_letters, tables.outbox
     columns = ["event_id", "event_type", "payload", "headers", "created_at", "due_at"]
@@ -334,7 +338,7 @@ def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
 
 
 def _resolve(tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> Update:
-    """what: letters closed by a person, with one more line in their history · lock: held · index: primary key"""
+    """what: closes letters, and adds a line to their notes · lock: already held · index: primary key"""
     letters, state = tables.dead_letters, _RESULTS[decision].value
     now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SS.MSZ")
     line = literal(f"{state} by {_one_line(actor)}, ") + now + literal(f": {_one_line(why)}")

@@ -1,4 +1,4 @@
-"""The guard: what prevents a second active purchase of a pair, and how the worker finds out which guard is in force."""
+"""Finds out which guard is in force. A guard prevents a second active purchase of a pair."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
 from outbox_worker.schema.tables import relation_name
 
 _LOCKS_PER_TRANSACTION = 10
-"""A batch locks at most a tenth of the server's lock table; one lock per event would fill it (53200)."""
+"""A divisor: one batch may use at most a tenth of the server's lock table. A full lock table would raise 53200."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """The guard in force. ``predicate`` is that of the index, as the catalogue prints it; empty for ``lock``."""
+    """The guard in force. ``predicate`` is the WHERE condition of the unique index; it is empty for ``lock``."""
 
     guard: Guard
     predicate: str = ""
     lock_capacity: int = 1
-    """How many pairs one transaction may lock."""
+    """The number of pairs that one transaction may lock."""
     has_index_paths: bool = True
-    """Whether indexes find a purchase by its payment and by its pair; if not, the planner may hash whole tables."""
+    """Whether ``purchases`` has indexes on the payment and on the pair. If not, the planner may hash whole tables."""
 
 
 class GuardWatch:
-    """The guard as this process last found it; its claim loops share one watch.
+    """Remembers the guard that this process found last. All claim loops of the process share one watch.
 
-    Assigning ``state`` is atomic. A state that is out of date costs one savepoint, never a purchase.
+    Assigning ``state`` is atomic. If the state is out of date, a batch is rolled back to its savepoint and settled
+    again; no purchase is lost or doubled.
     """
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
@@ -47,7 +48,7 @@ class GuardWatch:
         self.state = GuardState(Guard.LOCK)
 
     def probe(self, session: Session) -> GuardState:
-        """Find out which guard is in force; one query if no index has changed since the last probe."""
+        """Find out which guard is in force. This takes one query if no index has changed since the last probe."""
         versions = session.scalar(_INDEX_VERSIONS, {"relation": relation_name(self._purchases)})
         if versions != self._index_versions:
             self._set(probe_guard(session, self._purchases))
@@ -55,7 +56,10 @@ class GuardWatch:
         return self.state
 
     def fall_back(self) -> GuardState:
-        """The index failed (42P10, 55000): go by the lock, and by no index path, until the next probe."""
+        """Use the guard ``lock`` until the next probe, because the unique index failed (42P10 or 55000).
+
+        Until then, the planner is also allowed to use plans without indexes.
+        """
         self._index_versions = None
         return self._set(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
 
@@ -67,7 +71,7 @@ class GuardWatch:
 
 
 def probe_guard(session: Session, purchases: Table) -> GuardState:
-    """Find a sound unique index, and prove by EXPLAIN that the planner takes it as arbiter."""
+    """Find a valid unique index on the pair, and check by EXPLAIN that the planner uses it for ON CONFLICT."""
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
     has_paths = has_index_paths(session, purchases)
     sound = pair_indexes(session, purchases)
@@ -78,16 +82,16 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
 
 
 def guard_in_force(session: Session, purchases: Table) -> Guard:
-    """The guard in force. A role that may not insert cannot EXPLAIN an INSERT: for it the catalogue decides."""
+    """Return the guard in force. A role without the INSERT privilege cannot run EXPLAIN: only check the catalogue."""
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
         return probe_guard(session, purchases).guard
     return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK
 
 
 def doubled_pairs(session: Session | Connection, purchases: Table, limit: int) -> Sequence[Row[Any]]:
-    """Pairs (``student_id``, ``course_id``) with more than one active purchase, and their ``count``.
+    """Find pairs with more than one active purchase. Return ``student_id``, ``course_id`` and ``count`` of each.
 
-    While there are any, the unique index cannot be built.
+    While such pairs exist, the unique index cannot be built.
     """
     pair = [purchases.c[key].label(key) for key in ("student_id", "course_id")]
     columns = *pair, func.count().label("count")
@@ -96,27 +100,27 @@ def doubled_pairs(session: Session | Connection, purchases: Table, limit: int) -
 
 
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
-    """The conflict target, spelled out so that the planner asserts a valid index behind it at every execution.
+    """Build the ON CONFLICT target. It names the columns, so PostgreSQL checks each time that a valid index exists.
 
-    The predicate is literal text: as a bind parameter it makes generic plans raise 42P10 although the index is valid.
+    The predicate is literal text. As a bind parameter, it would raise 42P10 in generic plans even with a valid index.
     """
     return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": text(predicate)}
 
 
-# what: how many locks fit into the server's lock table · lock: none
+# what: the number of locks for which the server's lock table has room · lock: none
 _LOCK_TABLE_SIZE = text(
     "SELECT CAST(current_setting('max_locks_per_transaction') AS int)"
     " * (CAST(current_setting('max_connections') AS int) + CAST(current_setting('max_prepared_transactions') AS int))"
 )
 
-# what: every index of a table with the version of its catalogue row · lock: none · index: the catalogue's own
+# what: all indexes of a table, each with the version of its catalogue row · lock: none · index: those of pg_index
 _INDEX_VERSIONS = text(
     "SELECT concat(CAST(CAST(to_regclass(:relation) AS oid) AS text), ' ',"
     " string_agg(concat_ws(' ', indexrelid, xmin, ctid), ' ' ORDER BY indexrelid))"
     " FROM pg_index WHERE indrelid = to_regclass(:relation)"
 )
 
-# what: whether one of these indexes is deferrable · lock: none · index: the catalogue's own
+# what: whether one of these indexes is deferrable · lock: none · index: those of pg_index and pg_class
 _SOME_DEFERRABLE = text(
     "SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
     " WHERE i.indrelid = to_regclass(:relation) AND c.relname = ANY(:names) AND NOT i.indimmediate)"
@@ -124,9 +128,9 @@ _SOME_DEFERRABLE = text(
 
 
 def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
-    """The indexes that EXPLAIN names as arbiters; none if the INSERT would raise 42P10 or 55000.
+    """Return the indexes that EXPLAIN names as arbiters of ON CONFLICT; [] if the INSERT would raise 42P10 or 55000.
 
-    EXPLAIN also names a deferrable constraint on the pair, although every execution would raise 55000.
+    EXPLAIN does not raise 55000 if an index is deferrable, but the INSERT does. So this is checked separately.
     """
     nothing = select(null(), null()).where(text("false"))
     columns = [purchases.c.student_id, purchases.c.course_id]

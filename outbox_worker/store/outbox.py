@@ -1,7 +1,7 @@
-"""The door to ``outbox``; also moves events to ``dead_letters`` and closes the letters of settled events.
+"""Claims and settles the rows of ``outbox``, moves events to ``dead_letters``, closes the letters of settled events.
 
-A claim locks the rows of due events; the row lock is the lease. Settling deletes the row in the same transaction, so
-the outbox holds only events that are not settled yet.
+A claim locks the rows of due events until its transaction ends, so no other worker can claim them. Settling deletes a
+row in the same transaction, so the outbox contains only events that are not settled yet.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from outbox_worker.store.claimed import event_of, window_of, within
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
-"""A traceparent as W3C Trace Context defines it; any other text in that header is ignored."""
+"""The pattern of a traceparent, as W3C Trace Context defines it. A header with any other text is ignored."""
 _TRACEPARENT_LENGTH = 55
 
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
 _FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
-"""With ``_FIRST_MOMENT``: a position before every event."""
+"""The smallest id. Together with ``_FIRST_MOMENT``, it is a position before every event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,48 +68,53 @@ class Claim:
 
     batch: Batch = field(default_factory=Batch)
     transaction_id: str | None = None
-    """For ``pg_xact_status``, if the answer to COMMIT is lost."""
+    """The transaction's id. If the answer to COMMIT is lost, ``pg_xact_status`` tells whether it was committed."""
     end: Position | None = None
-    """The position of the last event."""
+    """The position of the last event; None if no event was claimed."""
     crash_suspects: Sequence[int] = ()
-    """Events of the batch that a process died of before: each is handled alone."""
+    """Events of the batch whose crash count is not 0. Each of them is processed alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class IsolatedEvent:
-    """An event that is handled alone. ``isolate`` counts a crash before the work; ``claim_isolated`` resets it."""
+    """An event that is processed alone.
+
+    ``isolate`` counts a crash before the event is processed; ``claim_isolated`` resets the count. The count stays if
+    the process crashes in between.
+    """
 
     id: int
     crashes: int
-    """How many processes died of it before this attempt."""
+    """The number of processes that crashed on this event before this attempt."""
     due_at: str
-    """Its own due time, as PostgreSQL writes it; the row is due later meanwhile, so that no other worker claims it."""
+    """The original due time, as PostgreSQL writes it. ``isolate`` sets a later one, so no other worker claims it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Postponement:
-    """When to try one event again."""
+    """The delay until an event is tried again."""
 
     delay: timedelta
     charged: bool
-    """Whether the failed try counts towards the maximum."""
+    """Whether the try that failed counts towards the maximum of tries."""
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """How many events wait. Counts stop at ``Outbox.BACKLOG_BOUND``."""
+    """The length of the queue. Each count stops at ``Outbox.BACKLOG_BOUND``."""
 
     due: int
     waiting: int
-    """Events that are due later."""
+    """The number of events that are due later than now."""
     oldest_due_seconds: float
 
 
 class Outbox:
-    """The queue and its dead letters. Holds statements, no state.
+    """Reads and writes the queue. Keeps the compiled statements, but no state.
 
-    ``event_types``: claim only events of these types, because other consumers share the outbox; None: claim all.
+    ``event_types``: the types of events to claim, if other consumers share the outbox. If None, events of all types are
+    claimed.
     """
 
     BACKLOG_BOUND = 100_000
@@ -140,9 +145,9 @@ class Outbox:
     def claim(
         self, session: Session, limit: int, until: datetime | None = None, start: Position | None = None
     ) -> Claim:
-        """Lock up to ``limit`` due events that nobody else has locked, in the order ``(due_at, id)``.
+        """Lock up to ``limit`` due events that no other transaction has locked, in the order ``(due_at, id)``.
 
-        ``until``: claim events due by then; None: by now. ``start``: claim events after this position; None: all.
+        Claim only events that are due by ``until`` (by now, if None) and that are after ``start`` (if it is given).
         """
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
@@ -151,9 +156,10 @@ class Outbox:
     def isolate(
         self, session: Session, key: int | None, until: datetime | None, delay: timedelta
     ) -> IsolatedEvent | None:
-        """Count a crash of one due event and make it due later: of ``key``, or of the first event that is not locked.
+        """Count a crash of one due event, and make the event due later by ``delay``.
 
-        Commit this before the event is handled: if it kills the process, the next process knows of it after ``delay``.
+        ``key`` is the id of the event. If it is None, the first event is used that no other transaction has locked.
+        Commit before the event is processed. If the process then crashes, the next process finds the count.
         """
         values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
         statement = self._isolate_first if key is None else self._isolate
@@ -161,9 +167,9 @@ class Outbox:
         return None if row is None else IsolatedEvent(row.id, row.crashes, row.due_at)
 
     def claim_isolated(self, session: Session, isolated: IsolatedEvent) -> Claim:
-        """Re-lock the event and reset its crash count in this transaction; a real crash rolls the reset back.
+        """Lock the event again and reset its crash count in this transaction. A real crash rolls the reset back.
 
-        Waits if another transaction has the event locked. The claim is empty if the event is gone.
+        Waits if another transaction has locked the event. If the event no longer exists, the claim is empty.
         """
         claim = _claim_of(self._claim_isolated.execute(session, {"id": isolated.id}).one())
         if claim.batch:
@@ -171,15 +177,15 @@ class Outbox:
         return replace(claim, batch=replace(claim.batch, window=DueWindow(isolated.due_at, isolated.due_at)))
 
     def has_due(self, session: Session, until: datetime) -> bool:
-        """Whether any event is due by ``until``, even if another worker has it locked. Takes no lock."""
+        """Return whether any event is due by ``until``, including events that another worker has locked."""
         return bool(session.scalar(self._due, {"until": until}))
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
-        """Delete events that the caller has marked, or moved to the dead letters, in this transaction."""
+        """Delete events. In the same transaction, the caller must have marked them or written their dead letters."""
         write(session, self._remove, {"ids": list(ids), **window_of(batch)}, len(ids))
 
     def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
-        """Make events due later, by the database's clock; a ``charged`` postponement counts as a failed try."""
+        """Make events due later, by the database's clock. A ``charged`` postponement also counts a failed try."""
         given = postponements.values()
         values = {
             "ids": list(postponements),
@@ -191,7 +197,7 @@ class Outbox:
         write(session, self._postpone, values, len(postponements))
 
     def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
-        """Move events to the dead letters; if the event already has a letter, that letter is opened again."""
+        """Move events to the dead letters. If an event already has a letter, that letter is reopened."""
         values = {
             "ids": list(letters),
             "payment_ids": [batch[key].payment_id for key in letters],
@@ -203,16 +209,16 @@ class Outbox:
         self.remove(session, batch, letters)
 
     def traceparents(self, session: Session, batch: Batch, ids: Collection[int]) -> dict[int, str]:
-        """The traceparents in the headers of these events; the worker reads no other header."""
+        """Read the traceparents from the headers of these events. The worker reads no other header."""
         rows = self._traceparents.execute(session, {"ids": list(ids), **window_of(batch)})
         return {row.id: row.traceparent for row in rows if _TRACEPARENT.fullmatch(row.traceparent)}
 
     def close_letters(self, session: Session, event_ids: Sequence[UUID | str]) -> None:
-        """Close the open dead letters of events that are settled after all."""
+        """Close the open dead letters of events that are settled now."""
         self._close_letters.execute(session, {"event_ids": event_ids})
 
     def backlog(self, session: Session) -> Backlog:
-        """How many events are due, and how late the oldest is; the work is bounded however long the queue is."""
+        """Count due events and measure how late the oldest is. Counts are bounded, so a long queue is counted fast."""
         due, waiting, oldest = session.execute(self._backlog).one()
         return Backlog(due, waiting, oldest or 0.0)
 
@@ -229,7 +235,7 @@ def _claim_of(row: Row[Any]) -> Claim:
 
 
 def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
-    """The payments that the payloads name, and what json and text payloads repeat of them."""
+    """Return the payment ids in the payloads and, if payloads are json or text, the other fields of each payload."""
     if "documents" not in row._fields:
         return payload.usable_payment_ids(row.candidates), ()
     found = [payload.read_document(document) for document in row.documents]
@@ -237,7 +243,7 @@ def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
 
 
 def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: due events after a position, oldest first, with the keys that settling them needs, as one row of arrays
+    """what: claims due events after a position, oldest first; returns what settling needs as one row of arrays
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
     start = tuple_(
@@ -254,7 +260,7 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
 
 
 def _claim_isolated_statement(outbox: Table) -> Select[Any]:
-    """what: the keys of one event, as a claim returns them · lock: FOR UPDATE, waiting · index: primary key"""
+    """what: claims one event by its id · lock: FOR UPDATE (waits) · index: primary key"""
     return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
 
 
@@ -263,7 +269,7 @@ def _due_by() -> ColumnElement[Any]:
 
 
 def _keys(outbox: Table) -> Select[Any]:
-    """The columns that settling needs of each event."""
+    """Select the columns of an event that settling needs."""
     return select(
         outbox.c.id,
         outbox.c.event_id,
@@ -277,7 +283,7 @@ def _keys(outbox: Table) -> Select[Any]:
 
 
 def _gathered(keys: Select[Any]) -> Select[Any]:
-    """One row of arrays out of the locked rows."""
+    """Aggregate the locked rows into one row of arrays."""
     claimed = keys.cte("claimed").prefix_with("MATERIALIZED")
     first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
     one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
@@ -300,12 +306,12 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
 
 
 def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The array of a column's values as one text, which the client parses only if it needs a single value."""
+    """Aggregate a column into an array in text form. The client parses this text only if it needs a single value."""
     return cast(func.array_agg(column), Text)
 
 
 def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
-    """what: one more crash of the first due event, which becomes due later
+    """what: adds 1 to the crash count of the first due event, and makes the event due later
     lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key if ``ours`` names the event
     """
     first = (
@@ -323,19 +329,19 @@ def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update
 
 
 def _clear_crash_statement(outbox: Table) -> Update:
-    """what: the event's own due time again, and no crashes · lock: held · index: primary key"""
+    """what: restores the due time and sets the crash count to 0 · lock: already held · index: primary key"""
     given = cast(bindparam("due_at", type_=Text), DateTime(timezone=True))
     return update(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).values(crashes=0, due_at=given)
 
 
 def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: whether anything is due · lock: none · index: (due_at, id)"""
+    """what: whether any event is due · lock: none · index: (due_at, id)"""
     due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))
     return select(select(outbox.c.id).where(due, *ours).exists())
 
 
 def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
-    """what: bounded counts of due and postponed events, age of the oldest due · lock: none · index: (due_at, id)"""
+    """what: counts due and later events up to a bound, age of the oldest · lock: none · index: (due_at, id)"""
     now = func.statement_timestamp()
     due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
     later = select(outbox.c.id).where(outbox.c.due_at > now, *ours).limit(bound).subquery()
@@ -344,12 +350,12 @@ def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: in
 
 
 def _remove_statement(outbox: Table) -> Delete:
-    """what: settled or dead events · lock: theirs, held since the claim · index: primary key or (due_at, id)"""
+    """what: deletes settled and dead events · lock: held since the claim · index: primary key or (due_at, id)"""
     return delete(outbox).where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
 def _postpone_statement(outbox: Table) -> Update:
-    """what: a later due time, and one more failed try if charged · lock: held since the claim · index: primary key"""
+    """what: makes events due later, counts charged tries · lock: held since the claim · index: primary key"""
     given = _arrays(delay=Interval(), charge=BigInteger(), error=Text())
     return (
         update(outbox)
@@ -363,7 +369,7 @@ def _postpone_statement(outbox: Table) -> Update:
 
 
 def _bury_statement(tables: Tables) -> postgresql.Insert:
-    """what: dead letters of claimed events; an existing letter is rewritten and opened again, and keeps its history
+    """what: writes dead letters of claimed events; an existing letter is overwritten and reopened, but keeps its note
     lock: held since the claim · index: primary keys
     """
     letters = tables.dead_letters
@@ -387,14 +393,14 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _traceparents_statement(outbox: Table) -> Select[Any]:
-    """what: traceparents of claimed events, as bounded text · lock: none (theirs are held) · index: primary key"""
+    """what: reads traceparents of claimed events · lock: none (rows are already locked) · index: primary key"""
     traceparent = func.left(outbox.c.headers["traceparent"].astext, _TRACEPARENT_LENGTH + 1)
     named = select(outbox.c.id, traceparent.label("traceparent")).where(traceparent.is_not(None))
     return named.where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
 def _close_letters_statement(letters: Table) -> Update:
-    """what: open dead letters of settled events · lock: taken in the order of event ids · index: primary key"""
+    """what: closes open dead letters of settled events · lock: FOR UPDATE, ordered by event id · index: primary key"""
     event_ids = bindparam("event_ids", type_=Keys("uuid"))
     found = (
         select(letters.c.event_id, letters.c.state)
@@ -410,6 +416,6 @@ def _close_letters_statement(letters: Table) -> Update:
 
 
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
-    """A relation (id, …) from one array parameter per column; a parameter is the column's name in the plural."""
+    """Build a relation (id, …) from array parameters, one per column: the column ``delay`` from ``delays``."""
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

@@ -1,8 +1,10 @@
-"""Pairs (student, course): their locks, the facts about claimed events, and the other payments of a pair.
+"""Builds statements about pairs (student, course): their locks, the facts about events, the other payments of a pair.
 
-The pair's lock is public: ``hashtextextended(student_id::text || ':' || course_id::text, 0)``, transaction-scoped.
-Every verdict but a clean insert is reached under this lock, and so is every refund, under both guards. Lock, look and
-write are one statement each. ``PurchaseRepository`` runs the statements.
+The lock of a pair is a transaction-level advisory lock. Its key, ``hashtextextended(student_id::text || ':' ||
+course_id::text, 0)``, is public: other code may take the lock, too. Under both guards, the worker holds the lock when
+it judges an event or carries out a refund; only a clean insert under the guard ``index`` does not need the lock.
+
+Locking, reading the facts and writing are one statement each. ``PurchaseRepository`` runs these statements.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ class PairLocks:
     keys: frozenset[int]
     """The lock keys of these pairs."""
     locked: frozenset[int]
-    """Events (``outbox.id``) whose pair is locked. An event without a pair is in neither set."""
+    """Events (``outbox.id``) whose pair is locked. An event without a pair is neither here nor in ``contended``."""
     contended: frozenset[int]
-    """Events whose pair another transaction has locked, or that exceed the capacity."""
+    """Events whose pair is not locked, because another transaction has locked it or the capacity was used up."""
     order: tuple[int, ...]
-    """All events, in the order in which every statement writes purchases."""
+    """All events of the batch, in the order in which every statement writes purchases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +64,32 @@ class EventFacts:
 
     facts: Facts
     key: int | None
-    """The lock key of its pair; None if neither a payment nor a purchase names a pair."""
+    """The lock key of the event's pair; None if the event has neither a payment row nor a purchase."""
 
 
 class StandingPayment(NamedTuple):
-    """A succeeded payment of a pair, and its class."""
+    """A succeeded payment of a pair, with its class."""
 
     payment_id: str
     kind: PaymentClass
 
 
 EventOf = Callable[[FromClause, Table], FromClause]
-"""Joins keys to the rows of their events: ``queue.event_of``, or a substitute for events that were never written."""
+"""A function that joins keys to event rows: ``claimed.event_of``, or for a backfill ``purchases.backfill_event_of``."""
 
 
 def keys_of(batch: Batch) -> dict[str, Any]:
-    """The parameters of ``claimed_keys``."""
+    """Return the parameters of ``claimed_keys`` and ``within``."""
     read = Repeated._fields if batch.repeated else ()
     texts = {f"given_{key}": [getattr(each, key) for each in batch.repeated] for key in read}
     return {"ids": batch.ids, "payment_ids": batch.payment_ids, **texts, **window_of(batch)}
 
 
 def claimed_keys(outbox: Table) -> FromClause:
-    """The keys of a batch as a relation (id, payment_id); of documents also what the client read of each payload."""
+    """Build a relation (id, payment_id) with the keys of a batch.
+
+    If the payload column is json or text, the relation also has the payload fields that the client parsed.
+    """
     ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
     read = Repeated._fields if payload.is_document(outbox) else ()
     texts = [bindparam(f"given_{key}", type_=ARRAY(Text)) for key in read]
@@ -92,41 +97,44 @@ def claimed_keys(outbox: Table) -> FromClause:
 
 
 def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
-    """The relation that holds the optional keys of a payload: the event's row, or what the client read of it."""
+    """Return the relation that has the optional payload fields.
+
+    If the client parsed the payloads, it is ``claimed``, because the fields are parameters; otherwise it is ``event``.
+    """
     return claimed if "amount" in claimed.c else event
 
 
 def payment_of(claimed: FromClause, payments: Table) -> FromClause:
-    """The payment of a claimed event, found by its id, as ``event_of`` finds the event."""
+    """Build a lateral subquery that finds the payment of each claimed event by its id. OFFSET 0: see ``event_of``."""
     read = (payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "status"))
     row = select(*read).where(payments.c.id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("payment")
 
 
 def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
-    """The pair of the purchase of a claimed event's payment, found in the same way."""
+    """Build a lateral subquery that finds the pair in the purchase of a claimed event's payment."""
     row = select(purchases.c.student_id, purchases.c.course_id).where(purchases.c.payment_id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("purchase")
 
 
 def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The key of a pair's advisory lock, a bigint; its formula is public."""
+    """Build the key of a pair's advisory lock, a bigint. Other programs may use this formula, so it never changes."""
     return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
 
 
 def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
-    """The purchase is active, of the payment's pair, and of another payment or of none (a gift)."""
+    """Build the condition that the purchase is active, has the payment's pair, and does not come from this payment."""
     is_other = purchases.c.payment_id.is_distinct_from(payments.c.id)
     return and_(same_pair(purchases, payments), purchases.c.is_active, is_other)
 
 
 def _pair_of(payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
-    """The pair of the payment, or of its purchase if the payment row is archived."""
+    """Return the pair of the payment. If the payment row is archived, the pair comes from its purchase."""
     return [func.coalesce(payments.c[key], purchases.c[key]) for key in ("student_id", "course_id")]
 
 
 def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
-    """what: advisory locks on the pairs of claimed events, in ascending key order, tried without waiting
+    """what: locks the pairs of claimed events in ascending key order, without waiting
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
@@ -149,8 +157,8 @@ def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
 
 
 def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
-    """what: the facts about claimed events, all in one snapshot
-    lock: none (the pairs' locks are held) · index: primary keys, purchases.payment_id, the pair's index
+    """what: reads the facts about claimed events in one snapshot
+    lock: none (the pairs are already locked) · index: primary keys, purchases.payment_id, the pair's index
     """
     claimed, payments, purchases, marks = (
         claimed_keys(tables.outbox),
@@ -183,13 +191,13 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
 
 
 def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[Any]:
-    """A column of the payment's own purchase, which names the pair if the payment row is archived."""
+    """Read a pair column from the payment's own purchase. It is needed if the payment row is archived."""
     own = purchases.alias()
     return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
 
 
 def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFacts:
-    """The facts in a row of ``look_statement`` about an event of this type."""
+    """Convert a row of ``look_statement`` into the facts about an event of this type."""
     facts = Facts(
         is_refund=event_type == PURCHASE_REFUNDED,
         payment_id=row.payment_id,
@@ -204,9 +212,9 @@ def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFa
 
 
 def standing_statement(tables: Tables) -> Select[Any]:
-    """what: the succeeded payments of the pairs of claimed events, oldest first, each with its class
-    lock: none (the pairs' locks are held) · index: the payments' on the pair; without one they are read once, and so is
-    the outbox if a payment is found that nothing else explains
+    """what: reads the succeeded payments of the events' pairs, oldest first, each with its class
+    lock: none (the pairs are already locked) · index: the pair's index of payments; if it is missing, payments is
+    scanned once; the outbox is scanned once if purchases do not suffice to classify each payment
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
     refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)

@@ -1,11 +1,11 @@
-"""What the worker reads of a payload: five keys, as bounded text.
+"""Reads payloads: five fields, each as text of bounded length.
 
-In a jsonb column, SQL expressions read the keys, and the payload stays in the database: PostgreSQL accepts payloads
-that a client cannot decode (deep nesting, huge integers).
+In a jsonb column, SQL expressions read the fields. The payload is not sent to the client, because PostgreSQL accepts
+payloads that Python cannot decode (deep nesting, huge integers).
 
-A json or text column may hold what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. A statement that reads
-a key of one such row fails for all rows. So the values of these columns (*documents*) are sent to the client up to a
-bound and read here, one by one; a document that cannot be read makes only its own event unusable.
+A json or text column may contain what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field
+of such a row, the statement would fail for all rows. So the client gets these payloads (*documents*) and parses them
+one by one. If a document is too long or cannot be parsed, only its own event is unusable.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _IS_UUID = re.compile(_UUID, re.ASCII).fullmatch
 _ARE_UUIDS = re.compile(rf"\{{{_UUID}(?:,{_UUID})*\}}", re.ASCII).fullmatch
 _ELEMENTS = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,]+)', re.DOTALL)
-"""One element of an array's text: in quotes, or without."""
+"""The pattern of one element in the text form of an array, with or without quotes."""
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
 LONGEST_DOCUMENT = 262_144
-"""Bytes. A longer document is not usable: the client reads a thousand documents at a time."""
+"""Most bytes of a document that is read. There is a limit because the client receives up to 1,000 documents at once."""
 _LONGEST_KEPT = 100_000_000
-"""Characters of a document that its dead letter keeps; a jsonb string must be shorter than 256 MB."""
+"""Most characters of a document that its dead letter stores, because a jsonb string must be shorter than 256 MB."""
 _NEVER_EQUAL = "\N{REPLACEMENT CHARACTER}"
 _PAYMENT_ID_IN_DOCUMENT = rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"'
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
-"""A token of JSON: a string, or a bracket."""
+"""The pattern of a string or a bracket in JSON."""
 
 
 def is_document(outbox: FromClause) -> bool:
-    """Whether the payload column is of type json or text."""
+    """Return whether the payload column has the type json or text."""
     return not isinstance(outbox.c.payload.type, JSONB)
 
 
 def document(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload as text; NULL if it is too long to be read."""
+    """Build the payload as text; NULL if it is longer than ``LONGEST_DOCUMENT``."""
     written = cast(outbox.c.payload, Text)
     return case((func.octet_length(written) <= LONGEST_DOCUMENT, written))
 
 
 def to_dead_letter(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload as its dead letter keeps it, in jsonb: a jsonb payload as it is, a document as one string."""
+    """Convert a payload to the jsonb value of its dead letter. A document becomes one JSON string."""
     if not is_document(outbox):
         return outbox.c.payload
     return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
 
 
 def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any]:
-    """The payload that a dead letter keeps, in the type of the outbox's column."""
+    """Convert the payload of a dead letter back to the type of the outbox's payload column."""
     if not is_document(outbox):
         return kept
     is_string = func.jsonb_typeof(kept) == "string"
@@ -68,14 +68,17 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
 
 
 def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
-    """What a claim reads of a payload: the ``candidate`` for the payment's id, or the whole ``document``."""
+    """Build the payload column of a claim: the ``candidate`` for the payment's id, or the whole ``document``."""
     return (
         document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
     )
 
 
 def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
-    """Read a value of ``claim_columns``: the payment's id, None if it is not usable, and the keys of a document."""
+    """Parse a value of ``claim_columns``. Return the payment's id (None if it is no UUID) and the other fields.
+
+    If the column is jsonb, the other fields are empty, because SQL reads them.
+    """
     if is_document(outbox):
         return read_document(found)
     given = (found or "").lower()
@@ -83,7 +86,7 @@ def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | Non
 
 
 def read_document(text: str | None) -> tuple[str | None, Repeated]:
-    """The ``payment_id`` of a document in lower case, None if it is not usable; and what it repeats of the payment."""
+    """Parse a document. Return its ``payment_id`` in lower case (None if it is no UUID) and its other fields."""
     try:
         found = _parse(text or "")
     except (ValueError, RecursionError):
@@ -95,7 +98,7 @@ def read_document(text: str | None) -> tuple[str | None, Repeated]:
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON and keep numbers as they are written. Raises ValueError if the text is no JSON."""
+    """Parse JSON, and keep each number as the text that was written. Raises ValueError if the text is not JSON."""
     try:
         return json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
     except RecursionError:
@@ -103,11 +106,11 @@ def _parse(text: str) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _first_level(text: str) -> str:
-    """The document with ``{}`` for everything below its first level, for one that is nested too deeply to be parsed."""
+    """Replace every nested object and array of a document by ``{}``, because deep nesting cannot be parsed."""
     depth, start, parts = 0, 0, []
     for token in _TOKEN.finditer(text):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
@@ -120,7 +123,11 @@ def _first_level(text: str) -> str:
 
 
 def _text_of(value: Any) -> str | None:
-    """The value as ``->>`` writes it, bounded; a text that equals none if it is no scalar or cannot be stored."""
+    """Convert a value to the text that ``->>`` returns, cut to ``_LONGEST``.
+
+    For an object or array, return ``_NEVER_EQUAL``, which differs from the text of every payment column. The same
+    character replaces parts of a string that PostgreSQL cannot store.
+    """
     match value:
         case None:
             return None
@@ -133,28 +140,28 @@ def _text_of(value: Any) -> str | None:
 
 
 def _written(source: FromClause, key: str) -> ColumnElement[Any]:
-    """The text of a key: from the row of an event, or from a relation with what the client read of documents."""
+    """Build the text of a payload field: from an event's row, or from a relation with the fields that were parsed."""
     if "payload" not in source.c:
         return source.c[key]
     return source.c.payload.op("->>", return_type=Text())(key)
 
 
 def key_text(source: FromClause, key: str) -> ColumnElement[Any]:
-    """The text of one payload key, cut to a bound; NULL if it is absent or null, or the payload is no object."""
+    """Build the text of a payload field, cut to ``_LONGEST``; NULL if the payload has no such field or is no object."""
     return func.left(_written(source, key), _LONGEST)
 
 
 def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload's ``payment_id`` if it has the length and the hyphens of a UUID string; otherwise NULL."""
+    """Build the payload's ``payment_id`` if it has the length and the hyphens of a UUID; otherwise NULL."""
     written = _written(outbox, "payment_id")
     return case((written.like(_UUID_SHAPE), written))
 
 
 def usable_payment_ids(candidates: str) -> Sequence[str | None]:
-    """Check an array of candidates in PostgreSQL's text form: UUID strings in lower case; None for any other text.
+    """Parse an array of candidates. Return UUIDs in lower case, and None for every candidate that is not a UUID.
 
-    The client checks them because a regular expression on the server would cost a tenth of its whole work on an event.
-    If all candidates are usable as they are, the text of the array is not split.
+    The client does this because a regular expression on the server would take a tenth of the server's time per event.
+    If all candidates are UUIDs in lower case, the text of the array is not split.
     """
     if _ARE_UUIDS(candidates):
         return ArrayText(candidates)
@@ -163,10 +170,10 @@ def usable_payment_ids(candidates: str) -> Sequence[str | None]:
 
 
 def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
-    """The payload's ``payment_id`` in lower case, UUID or not. Never fails.
+    """Build the payload's ``payment_id`` in lower case, even if it is not a UUID. The expression never raises an error.
 
-    In a document it is found by its text, so one below the first level is found, too. In jsonb no regular expression is
-    used: the value is compared with the text of a UUID, and the expression would cost more than reading the table.
+    In a document, a regular expression finds it, even below the first level. In jsonb, the value is not checked by a
+    regular expression, because that would be slower than reading the table. It is only compared with UUIDs.
     """
     if is_document(outbox):
         return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))
@@ -174,10 +181,10 @@ def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
 
 
 def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
-    """For each optional key: whether the payload repeats it and the value differs from the payment row.
+    """Build one condition per optional field: the payload has this field, and its value differs from the payment row.
 
-    ``source``: the event's row, or a relation with the keys of its document. One comparison suffices if the value is
-    written as the row's text, as most producers write it.
+    ``source`` is the event's row, or a relation with the fields that the client parsed. The texts are compared first,
+    because they are equal in most payloads; then nothing else is computed.
     """
     rules = {
         "student_id": _id_differs(key_text(source, "student_id"), payments.c.student_id),
@@ -189,7 +196,7 @@ def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElem
 
 
 def mismatched_keys(source: FromClause, payments: FromClause) -> ColumnElement[Any]:
-    """The names of the keys that differ, as text[]; {} if there is no payment row."""
+    """Build a text[] with the names of the fields that differ; {} if there is no payment row."""
     names = [case((differs, key)) for key, differs in mismatches(source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 
@@ -203,7 +210,7 @@ def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnEle
 
 
 def _id_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Compare UUIDs regardless of case, and other ids as they are written."""
+    """Build the condition that two ids differ. Upper and lower case are equal in UUIDs, but not in other ids."""
     return _differs(case((given.like(_UUID_SHAPE), func.lower(given)), else_=given), cast(actual, Text))
 
 

@@ -1,7 +1,8 @@
-"""The conservation equation: every *standing* payment (succeeded, not refunded) is in exactly one of seven classes.
+"""Classifies payments: every *standing* payment (succeeded, not refunded) is in exactly one of seven classes.
 
-``audit``, ``backfill``, ``why`` and refunds use the same SQL CASE. ``page_statement`` classes a page of all payments,
-most of which a purchase explains; ``portion_statement`` classes given payments that no purchase explains.
+``audit``, ``backfill``, ``why`` and refunds use the same SQL CASE. A scan has two steps. ``page_statement`` reads one
+page of payments and classifies those that can be classified by purchases alone, usually nearly all.
+``portion_statement`` then classifies the others.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from outbox_worker.store.queries import has_status, is_succeeded, same_pair
 
 
 class PaymentClass(StrEnum):
-    """What explains a standing payment; the first class that applies."""
+    """The class of a standing payment. If several classes apply, the first of this list is used."""
 
     ACTIVE = "active"
     REVOKED = "revoked"
@@ -56,10 +57,10 @@ class PaymentClass(StrEnum):
 
 
 RECENT = timedelta(hours=1)
-"""The end of a scanned range: a payment created in it may become visible only after the scan has passed."""
+"""The last part of a scanned range. A payment created here may be committed only after the scan has read this part."""
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
-"""With ``REFUNDED_BUT_ACTIVE``: payments that are not standing and that a person should look at."""
+"""A kind of payment, like ``REFUNDED_BUT_ACTIVE``: it is not standing, and an operator should check it."""
 
 _READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
 
@@ -69,9 +70,10 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 def page_statement(
     tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
 ) -> Select[Any]:
-    """what: the next payments in the order of a key: counts of those that a purchase explains by class and currency,
-    the ids of the others, how many there are and which is the last; each duplicate too if ``lists_duplicates``
-    lock: none · index: the key's; payment_id and the pair's of purchases
+    """what: reads the next page of payments in the order of a key. If purchases suffice to classify a payment, it is
+    counted by class and currency; the ids of all other payments are returned. Also returns the page's length and last
+    key, and lists each duplicate if ``lists_duplicates``
+    lock: none · index: the one on the key; those of purchases on payment_id and on the pair
     """
     keys = [tables.payments.c[key] for key in order]
     read = select(*(tables.payments.c[key] for key in _READ)).where(*span(tables, order))
@@ -87,8 +89,9 @@ def page_statement(
 
 
 def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
-    """what: counts of given payments by class and currency; each unexplained one too if ``lists``
-    lock: none · index: primary key of payments, those of a page, payment_id of dead_letters; the outbox in one scan
+    """what: counts given payments by class and currency, and lists each unexplained payment if ``lists``
+    lock: none · index: primary key of payments, dead_letters.payment_id, those of purchases on payment_id and on the
+    pair; the outbox is scanned once
     """
     ids = func.unnest(bindparam("ids", type_=Keys("uuid"))).table_valued("id").render_derived(name="given")
     rows = select(*(tables.payments.c[key] for key in _READ)).where(tables.payments.c.id == ids.c.id)
@@ -102,15 +105,16 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
 
 
 def waivable(letters: FromClause) -> ColumnElement[bool]:
-    """Whether discarding a letter waives the purchase of its payment, if that payment is standing."""
+    """Build the condition that discarding the letter waives the purchase of its payment, if the payment is standing."""
     reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
     return and_(letters.c.event_type == PURCHASE_CONFIRMED, reasons)
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
-    """The class of each of a few standing payments, given as (id, student_id, course_id).
+    """Classify a few standing payments, given as a relation (id, student_id, course_id).
 
-    CASE keeps the planner from joining the outbox: the outbox is read once at most, whatever its statistics say.
+    The CASE prevents the planner from joining the outbox, so the outbox is read at most once, even if its statistics
+    are wrong.
     """
     outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
     told = select(named).where(outbox.c.event_type == PURCHASE_CONFIRMED, case((named.in_(ids), true())))
@@ -118,7 +122,7 @@ def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
 
 
 def span(tables: Tables, order: Sequence[str]) -> list[ColumnElement[bool]]:
-    """The bounds of a scan in the order of ``created_at``; a scan in another order passes all payments."""
+    """Build the bounds of a scan in the order of ``created_at``. A scan in another order has no bounds."""
     if order[0] != "created_at":
         return []
     created_at = tables.payments.c.created_at
@@ -144,7 +148,7 @@ def _materialized(rows: Select[Any], name: str) -> CTE:
 
 
 def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: bool) -> Select[Any]:
-    """The page with the ``kind`` of each payment: its class if it is standing."""
+    """Add the column ``kind`` to the page: the class of a standing payment, or why the payment is not standing."""
     is_active = _has_purchase(page, tables, by_index, tables.purchases.c.is_active)
     kind = case(
         (is_succeeded(page), equation),
@@ -156,7 +160,7 @@ def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: 
 
 
 def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
-    """Count and money of each kind and currency; each listed payment has a row of its own."""
+    """Count and sum the payments of each kind and currency. Each payment that is to be listed gets its own row."""
     kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
     is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
     is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
@@ -206,7 +210,7 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
 
 
 def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
-    """Payments whose confirmation waits in the outbox; events of other types explain nothing."""
+    """Find payments that have a ``PURCHASE_CONFIRMED`` event in the outbox."""
     outbox = tables.outbox
     is_named = _named(tables) == cast(page.c.id, Text)
     of_ours = outbox.c.event_type == PURCHASE_CONFIRMED
@@ -214,7 +218,7 @@ def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
 
 
 def _named(tables: Tables) -> ColumnElement[Any]:
-    """The payment that an event names, as text."""
+    """Read the payment's id, as text, from the payload of an event."""
     return payload.payment_id_text(tables.outbox)
 
 
@@ -234,5 +238,5 @@ def _has_letter(page: CTE, tables: Tables, *which: ColumnElement[bool]) -> Colum
 
 
 def _exists(rows: Select[Any], by_index: bool) -> ColumnElement[bool]:
-    """OFFSET 0 makes the planner look each row up by index; without it, it may hash the whole table for every page."""
+    """Build EXISTS. If ``by_index``, OFFSET 0 forces one index lookup per row instead of a hash of the whole table."""
     return (rows.offset(literal_column("0")) if by_index else rows).exists()

@@ -1,4 +1,4 @@
-"""Which process wrote a row of ``workers`` or ``backfill_runs``, and whether it still runs."""
+"""Names the process that writes a row of ``workers`` or ``backfill_runs``, and tells whether it still runs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import os
 import socket
 
 WORKER_SILENT_AFTER_SECONDS = 30.0
-"""A worker that is silent for longer and has not closed its row is taken for dead."""
+"""A worker is considered dead if its row is open and had no heartbeat for longer than this."""
 
 BACKFILL_SILENT_AFTER_SECONDS = 60.0
-"""A backfill that is silent for longer and is not finished was killed; each of its statements is shorter."""
+"""A backfill is considered killed if its row is open and was not updated for longer than this.
+
+Each statement of a backfill takes less time, so a running backfill updates its row more often.
+"""
 
 
 def this_process() -> dict[str, str | int]:
-    """The columns ``host`` and ``pid`` of a row that this process writes."""
+    """Return the columns ``host`` and ``pid`` of a row that this process writes."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: float) -> bool:
-    """Whether the process behind an open row is dead: silent for too long, or of this host and no longer running."""
+    """Return whether the process of an open row is dead.
+
+    It is dead if its row was not updated for too long, or if it ran on this host and no longer runs.
+    """
     return silent_seconds > silent_after_seconds or (host == socket.gethostname() and not _is_running(pid))
 
 
 def _is_running(pid: int) -> bool:
-    """Whether another process of this host has the id. Our own id is taken as free: its previous owner has ended."""
+    """Return whether another process of this host has this id.
+
+    If the id is our own, return False: the process that wrote the row had the id before us and has ended.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,7 +1,7 @@
-"""The door to ``purchases`` and ``processed_events``; it also reads ``payments``.
+"""Writes ``purchases`` and ``processed_events``, and reads ``payments``. Use the class ``PurchaseRepository``.
 
-``PurchaseRepository`` makes the purchase and marks the event. Claimed events are passed as keys, and ``unnest`` joins
-them to their rows: on the happy path the client receives no rows.
+Each statement receives the keys of claimed events as arrays, and joins the keys to the rows. If every event gets its
+purchase, the client receives no rows.
 
 Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id).
 """
@@ -66,13 +66,14 @@ from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import is_succeeded
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
-"""The event id of a backfill's mark is the MD5 of this text and the payment's id."""
+"""A prefix. When a backfill marks a payment, the mark's event id is the MD5 of this prefix and the payment's id."""
 
 
 class PurchaseRepository:
-    """Purchases and marks of one set of tables. Holds statements, no state.
+    """Reads and writes purchases and marks. Keeps the compiled statements, but no state.
 
-    ``event_of``: joins the keys of a batch to rows of the outbox, or to substitutes for events that were never written.
+    ``event_of`` joins the keys of a batch to outbox rows. A backfill gives another function, because its payments have
+    no outbox rows.
     """
 
     def __init__(self, tables: Tables, event_of: EventOf = event_of) -> None:
@@ -87,23 +88,26 @@ class PurchaseRepository:
         self._mark = Statement(_remark_statement(tables))
 
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
-        """Insert the purchases of all events that pass every rule; return those events (``outbox.id``).
+        """Insert the purchases of all events that pass every rule; return the ids (``outbox.id``) of these events.
 
-        Each event must be of another payment; under the guard ``lock`` the caller holds the locks of all their pairs.
-        Without ``looks_at_marks`` a marked event is inserted, too, and ``mark_first`` fails on it.
+        No two events may name the same payment. If the guard is ``lock``, the caller must have locked all pairs.
+        If ``looks_at_marks`` is false, purchases of marked events are inserted, too; then ``mark_first`` fails.
         """
         statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
         return self._run_insert(session, batch, statement)
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        """Insert the purchases of events that ``decide`` granted, under their pairs' locks; return those events."""
+        """Insert the purchases that ``decide`` allowed, and return the ids of the events whose purchase was inserted.
+
+        The caller must have locked the pairs.
+        """
         return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
-        """Lock the pairs of a batch in ascending key order, without waiting, at most ``capacity`` of them.
+        """Lock up to ``capacity`` pairs of a batch in ascending key order, without waiting for other transactions.
 
-        Two workers that both wrote purchases would deadlock if they waited for each other. An event whose pair another
-        worker has locked stays in the outbox until the next claim.
+        Waiting could deadlock, because both workers may have written purchases already. If another worker has locked a
+        pair, the events of this pair stay in the outbox until the next claim.
         """
         rows = self._lock.execute(session, {**keys_of(batch), "capacity": capacity}).all()
         return PairLocks(
@@ -114,7 +118,7 @@ class PurchaseRepository:
         )
 
     def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, EventFacts]:
-        """Read the facts about every event of the batch, in a snapshot taken after the locks."""
+        """Read the facts about every event of the batch. Call it after the pairs are locked."""
         rows = self._look.execute(session, keys_of(batch))
         events = ((row, batch[row.id]) for row in rows)
         return {
@@ -123,18 +127,18 @@ class PurchaseRepository:
         }
 
     def revoke(self, session: Session, batch: Batch) -> set[int]:
-        """Make the purchases of refunded payments inactive, under their pairs' locks; return the events written.
+        """Make the purchases of refunded payments inactive. Return the ids of the events whose refund was written.
 
-        Each event must be of another payment. If the payment has no purchase, an inactive one is inserted, so that a
-        later confirmation grants nothing.
+        The caller must have locked the pairs, and no two events may name the same payment. If a payment has no
+        purchase, an inactive one is inserted, so that a later confirmation creates no active purchase.
         """
         with relying_on_a_key():
             return self._run_insert(session, batch, self._revoke)
 
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
-        """The succeeded payments of the events' pairs, oldest first.
+        """Read the succeeded payments of the events' pairs, oldest first.
 
-        The shop's payments may have no index on the pair, so the planner may choose to read the whole table once.
+        ``payments`` may have no index on the pair. So here the planner is allowed to scan the whole table.
         """
         found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
@@ -143,11 +147,14 @@ class PurchaseRepository:
         return found
 
     def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
-        """Mark events that have no mark yet. Raises IntegrityError (23505) if one of them has a mark."""
+        """Write the first mark of these events. Raises IntegrityError (23505) if one of them is already marked."""
         self._run_mark(session, batch, outcome, self._mark_first)
 
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
-        """Mark events with their final outcome. A mark is written once; only a grant rewrites it."""
+        """Mark events with their final outcome. An existing mark keeps its outcome unless ``outcome`` is a grant.
+
+        A grant is an outcome of an event that has just created a purchase.
+        """
         self._run_mark(session, batch, outcome, self._mark)
 
     def _run_mark(self, session: Session, batch: Batch, outcome: Outcome, statement: Statement) -> None:
@@ -174,12 +181,12 @@ class PurchaseRepository:
 
 
 def backfill_event_id(payment_id: UUID) -> UUID:
-    """The event id under which a backfill marks a payment; always the same, and SQL can compute it, too."""
+    """Compute the event id with which a backfill marks a payment. ``backfill_event_of`` computes the same id in SQL."""
     return UUID(hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest())
 
 
 def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """A substitute for the event of a payment that has none: it repeats nothing but the payment's id."""
+    """Build a row that replaces the missing event of a payment. Its payload is NULL, so nothing in it can mismatch."""
     named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
     event = select(
         keys.c.id,
@@ -191,7 +198,7 @@ def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
 
 
 def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
-    """The payments whose purchases the statement wrote; NULL if it wrote all that were offered."""
+    """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases."""
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
     written = func.coalesce(func.array_agg(made.c.payment_id), none)
@@ -201,9 +208,9 @@ def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
 def _insert_statement(
     tables: Tables, event_of: EventOf, guard: Guard, *, nothing_against: bool, looks_at_marks: bool
 ) -> postgresql.Insert:
-    """what: purchases of claimed events, from their payment rows, in the order in which all workers write
-    lock: the claimed rows' (held) · index: primary keys of outbox and payments, purchases.payment_id
-    guard: the caller's ON CONFLICT; or, under the pairs' locks, one event per pair and none if the pair is held
+    """what: inserts the purchases of claimed events, copied from payment rows, in the order in which all workers write
+    lock: the claimed rows (already locked) · index: primary keys of outbox and payments, purchases.payment_id
+    guard: ``index``: the caller adds ON CONFLICT; ``lock``: one event per pair, none if the pair has an active purchase
     """
     claimed, purchases = claimed_keys(tables.outbox), tables.purchases
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
@@ -234,10 +241,10 @@ def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
 def _nothing_speaks_against(
     tables: Tables, outbox: FromClause, source: FromClause, payments: FromClause
 ) -> list[ColumnElement[bool]]:
-    """The predicates of a clean insert: the event passes rules 4 to 7 and has no open dead letter.
+    """Build the conditions of a clean insert: the event passes rules 4 to 7 and has no open dead letter.
 
-    The letter is found by its event alone, and its state compared afterwards: with the state in the condition, the
-    planner may read the index of open letters from end to end.
+    The subquery finds the letter by its event id only; its state is compared outside. If the subquery named the state,
+    the planner might read the whole index of open letters.
     """
     letters = tables.dead_letters
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
@@ -249,8 +256,8 @@ def _nothing_speaks_against(
 
 
 def _revoke_statement(tables: Tables) -> postgresql.Insert:
-    """what: the purchases of refunded payments made inactive, or inserted inactive if there is none, in the same order
-    lock: their pairs' (held), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
+    """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order that all workers use
+    lock: pairs (already locked), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
     """
     claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
@@ -274,7 +281,7 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _mark_statement(tables: Tables) -> postgresql.Insert:
-    """what: marks of settled events · lock: the claimed rows' (held) · index: primary key of processed_events"""
+    """what: marks settled events · lock: claimed rows (already locked) · index: primary key of processed_events"""
     marks, given = tables.processed_events, bindparam("outcome", type_=Text)
     arrays = [bindparam(name, type_=Keys("uuid")) for name in ("event_ids", "payment_ids")]
     settled = func.unnest(*arrays).table_valued("event_id", "payment_id").render_derived(name="settled")
@@ -288,8 +295,8 @@ def _mark_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _remark_statement(tables: Tables) -> postgresql.Insert:
-    """what: the same; an existing mark keeps its outcome unless a purchase was granted now
-    lock: the claimed rows' (held) · index: primary key of processed_events
+    """what: marks settled events; an existing mark keeps its outcome unless the new outcome created a purchase
+    lock: the claimed rows (already locked) · index: primary key of processed_events
     """
     marks, statement = tables.processed_events, _mark_statement(tables)
     new = statement.excluded

@@ -1,7 +1,7 @@
-"""The door to ``workers``: which processes run, and what they have counted so far.
+"""Reads and writes ``workers``: one row per process, with its last heartbeat and its counters.
 
-A worker writes its row at start and at every heartbeat, and closes it when it stops cleanly. An open row that is no
-longer written belongs to a worker that died.
+A worker writes its row at start and at every heartbeat, and closes the row when it stops cleanly. If an open row is no
+longer updated, its worker has died.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from outbox_worker.schema.tables import Tables, by_column
 from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS, is_gone, this_process
 
 ROWS_KEPT_FOR = timedelta(days=1)
-"""How long the row of a process that has ended is kept."""
+"""The age at which the row of an ended process is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A row of ``workers``; ``silent_seconds`` is the time since its last heartbeat, by the database's clock."""
+    """A row of ``workers``. ``silent_seconds`` is the time since the last heartbeat, by the database's clock."""
 
     id: UUID
     host: str
@@ -42,23 +42,24 @@ class WorkerRow:
 
 
 class Workers:
-    """The row of this process, and those of the others."""
+    """Writes the row of this process, and finds rows of dead workers."""
 
     def __init__(self, tables: Tables, worker_id: UUID) -> None:
         self._workers = tables.workers
         self._id = worker_id
 
     def join(self, session: Session, guard: Guard) -> None:
-        """Write the row of this process; delete rows of processes that ended more than a day ago."""
+        """Insert the row of this process, and delete the rows of processes that ended more than a day ago."""
         workers = self._workers
         last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
         session.execute(delete(workers).where(last_seen < func.clock_timestamp() - ROWS_KEPT_FOR))
         self.beat(session, guard, {})
 
     def take_over_dead_worker(self, session: Session) -> bool:
-        """Take over one dead worker that no other worker has taken over; False if there is none.
+        """Take over one dead worker that no other worker has taken over. Return False if there is none.
 
-        A worker is dead if its row is open and it is silent, or ran on this host and its process is gone.
+        A worker is dead if its row is open and either has no recent heartbeat, or names a process of this host that no
+        longer runs.
         """
         workers = self._workers
         is_open = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
@@ -71,7 +72,7 @@ class Workers:
         return False
 
     def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
-        """Write that this process runs, and what it has counted; ``stopped`` closes the row."""
+        """Write a heartbeat and the counters of this process. If ``stopped``, close the row."""
         now = func.clock_timestamp()
         who = {"id": self._id, "version": __version__, **this_process()}
         seen = {"seen_at": now, "guard": guard.value, "metrics": dict(metrics), "stopped_at": now if stopped else None}
@@ -82,7 +83,7 @@ class Workers:
 
 
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
-    """The processes of the last day, open rows first."""
+    """Read the rows of all processes, open rows first."""
     workers = tables.workers
     silent = seconds_since(workers.c.seen_at)
     columns = [workers.c[key] for key in ("id", "host", "pid", "version", "started_at")]

@@ -38,7 +38,7 @@ def test_the_slowest_loop_counts() -> None:
         liveness.returned(0, now)
         liveness.returned(2, now)
     assert liveness.why_not_alive(LIMIT) is None
-    assert liveness.why_not_alive(91) == "claim loop 2: no step has returned for 91 s (limit 60 s)"
+    assert liveness.why_not_alive(91) == "claim loop 2: no step has ended for 91 s (limit 60 s)"
     liveness.returned(1, 91)
     assert liveness.why_not_alive(92) is None
 

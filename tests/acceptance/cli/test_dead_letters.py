@@ -196,7 +196,7 @@ def test_a_reason_that_nothing_dies_of(verb: str, database_url: str, shop: Shop)
 
 
 def test_an_event_without_a_letter(database_url: str) -> None:
-    assert "no dead letter of" in decide(database_url, "requeue", str(uuid4()), *WHO, code=1).stderr
+    assert "no dead letter for" in decide(database_url, "requeue", str(uuid4()), *WHO, code=1).stderr
 
 
 def test_nothing_to_decide(database_url: str) -> None:

@@ -54,7 +54,7 @@ def test_nothing_has_this_id(database_url: str) -> None:
         assert done.stderr.startswith(f"outbox-worker: Nothing is known of {asked}: ")
     done = finish("dead-letters", "show", str(uuid4()), url=database_url)
     assert (done.code, done.stdout) == (1, "")
-    assert "no dead letter of" in done.stderr
+    assert "no dead letter for" in done.stderr
 
 
 def test_what_is_asked_for_does_not_drive_the_terminal(database_url: str) -> None:

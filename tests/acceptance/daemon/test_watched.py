@@ -99,7 +99,7 @@ def test_one_wedged_loop_of_two_starves_the_watchdog_and_is_named(
         manager.wait_for_feeds(3)
         flag.touch()
         address = address_of(process)
-        assert "no step has returned" in eventually_answers(address, "/livez", 503).body
+        assert "no step has ended" in eventually_answers(address, "/livez", 503).body
         checked = finish("healthcheck", **settings)
         assert (checked.code, checked.stdout[:10]) == (1, "claim loop")
         last = manager.feeds_since(0)[-1]
