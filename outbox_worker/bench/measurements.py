@@ -62,7 +62,7 @@ def wal_bytes(connection: psycopg.Connection) -> int:
 
 
 def server_cpu(connection: psycopg.Connection) -> float | None:
-    """Return the CPU seconds that all server processes, even ended ones, have used. None if /proc does not show them."""
+    """Return the CPU seconds of all server processes so far, even ended ones. None if /proc does not show them."""
     stats = {int(entry.name): _stat(entry) for entry in Path("/proc").glob("[0-9]*")}
     backend = stats.get(connection.info.backend_pid)
     if backend is None or backend.name != "postgres":

@@ -134,7 +134,10 @@ def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchRep
 
 @contextmanager
 def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
-    """Create the benchmark's database and its tables, and drop it at the end. Yields its connection string. Raises Refused."""
+    """Create the benchmark's database with its tables, and drop it at the end. Yields the connection string.
+
+    Raises Refused if somebody else's tables are in the database.
+    """
     server = _conninfo(settings)
     with psycopg.connect(server, autocommit=True) as connection:
         own = psycopg.conninfo.make_conninfo(server, dbname=DATABASE)

@@ -119,7 +119,7 @@ def time_outs(subject: Subject) -> Iterator[Finding]:
         )
     if 0 < idle < _IDLE_SECONDS:
         yield warning(
-            f"idle_session_timeout is {idle:g} s: the server closes idle connections, and the worker must open new ones",
+            f"idle_session_timeout is {idle:g} s: the server closes idle connections, and the worker must reconnect",
             f"ALTER ROLE {subject.role} SET idle_session_timeout = 0;",
         )
     if not whole and not 0 < idle < _IDLE_SECONDS:
