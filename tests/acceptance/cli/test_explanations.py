@@ -24,7 +24,11 @@ def test_one_reads_what_happened_which_rule_decided_and_what_would_happen(databa
     payment, event = lose(shop)
     done = finish("why", str(payment), url=database_url)
     assert (done.code, done.stderr) == (0, "")
-    for said in (f"event marked {event}: processed", "unexplained: money taken, nothing given", "rule 9"):
+    for said in (
+        f"event marked {event}: processed",
+        "unexplained: money taken, no purchase, no known reason",
+        "rule 9",
+    ):
         assert said in done.stdout
 
 
