@@ -1,8 +1,8 @@
-"""The long figures of docs/explanation/performance.md; URL in OUTBOX_DATABASE_URL.
+"""Measures the figures of docs/explanation/performance.md that take long. Set OUTBOX_DATABASE_URL.
 
     python benchmarks/long.py SCENE [SCENE ...]
 
-Everything happens in the benchmark's own database. Scenes: loops, history, backlog, horizon, pages, idle.
+Uses only the benchmark's own database. Scenes: loops, history, backlog, horizon, pages, idle.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HISTORY = """
 
 
 class Worker:
-    """Runs the real command in a process of its own and reads its output at the end."""
+    """Runs the real command in its own process and reads its log records."""
 
     def __init__(self, conninfo: str, *arguments: str) -> None:
         command = bench.worker_command(*arguments)
@@ -76,7 +76,7 @@ class Worker:
         self.process.wait()
 
     def settled(self) -> tuple[int, float]:
-        """How many purchases it made, and in how many seconds between its first and its last record."""
+        """Return how many purchases the worker made, and the seconds from its first to its last log record."""
         last = self.records[-1]
         begin, end = (datetime.fromisoformat(record["time"]) for record in (self.records[0], last))
         return last.get("created", 0), (end - begin).total_seconds()
@@ -88,7 +88,7 @@ def fill(connection: psycopg.Connection[Any], events: int, statement: str = benc
 
 
 def rate_of_worker(conninfo: str) -> float:
-    """Events per second of one slice, while nothing else runs."""
+    """Run one worker alone for ``SLICE_SECONDS``. Return the events per second."""
     worker = Worker(conninfo)
     time.sleep(SLICE_SECONDS)
     worker.stop()
@@ -105,7 +105,10 @@ def rate_of_bare(conninfo: str) -> float:
 
 
 def ratio(conninfo: str, rounds: int = ROUNDS) -> float:
-    """The worker's rate divided by the bare statement's, in turn on the same tables; both need enough events."""
+    """Return the worker's rate divided by the rate of the bare statement, in turn on the same tables.
+
+    The outbox must contain more events than both can settle.
+    """
     found = []
     for turn in range(rounds):
         rates = {}
@@ -127,7 +130,7 @@ def database(guard: str = "index") -> Iterator[tuple[psycopg.Connection[Any], st
 
 
 def loops() -> None:
-    """1, 2, 4, 8 claim loops, in one process and in as many; interleaved."""
+    """Rates of 1, 2, 4 and 8 claim loops in one process, and of 2, 4 and 8 processes with one loop each."""
     ways = [(loops, 1) for loops in (1, 2, 4, 8)] + [(1, processes) for processes in (2, 4, 8)]
     rates: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     with database() as (connection, conninfo):
@@ -148,7 +151,7 @@ def loops() -> None:
 
 
 def history() -> None:
-    """The ratio with ten million marks and purchases, divided by the ratio with fresh tables."""
+    """The ratio to bare SQL with ten million marks and purchases, compared with the ratio on fresh tables."""
     with database() as (connection, conninfo):
         fill(connection, 3_000_000)
         connection.execute("VACUUM ANALYZE")
@@ -162,7 +165,7 @@ def history() -> None:
 
 
 def backlog() -> None:
-    """The ratio with five million due events; then one worker settles all of them while its memory is measured."""
+    """The ratio to bare SQL with five million due events. Then the memory of one worker that settles them all."""
     with database() as (connection, conninfo):
         fill(connection, 1_500_000)
         connection.execute("VACUUM ANALYZE")
@@ -209,7 +212,7 @@ def horizon() -> None:
 
 
 def sample(connection: psycopg.Connection[Any]) -> tuple[float, float, int]:
-    """The time, the server's CPU seconds, and how many events were settled so far."""
+    """Return the time, the server's CPU seconds, and how many events were settled so far."""
     connection.execute("SELECT pg_stat_clear_snapshot()")
     marks = connection.execute("SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = 'processed_events'")
     return time.monotonic(), bench.server_cpu(connection) or 0.0, marks.fetchall()[0][0]
@@ -224,7 +227,7 @@ def produce(connection: psycopg.Connection[Any], per_second: int, seconds: float
 
 
 def pages() -> None:
-    """WAL per event with random keys: right after a checkpoint, when each page is written whole, and later."""
+    """WAL per event with random keys, right after a checkpoint (which makes PostgreSQL log whole pages) and later."""
     with database() as (connection, conninfo):
         fill(connection, HISTORY // 5, _HISTORY)
         for turn in range(4):

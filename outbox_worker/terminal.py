@@ -1,7 +1,7 @@
-"""How results look: tables on a terminal, columns between tabs in a pipe, one JSON object with ``--json``.
+"""Prints results: as tables on a terminal, as tab-separated columns in a pipe, as one JSON object with ``--json``.
 
-On a terminal lines are broken at spaces only, so that ids, commands and URLs stay whole and can be copied. In a pipe
-nothing is broken, cut or aligned: ``cut`` and ``awk -F'\\t'`` read the columns of a table.
+On a terminal, lines are broken only at spaces, so that ids, commands and URLs can be copied. In a pipe, lines are not
+broken, cut or aligned, so that ``cut`` and ``awk -F'\\t'`` can read the columns of a table.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _GAP = "  "
 _WORD = re.compile(r"\s*\S+")
 _INDENT = re.compile(r"\s*(?:→ )?")
 _LEAST_PROSE = 20
-"""The last column of a table wraps its text if at least so many characters are left for it."""
+"""The smallest width, in characters, at which the last column of a table wraps its text."""
 
 
 def print_json(value: object) -> None:
-    """Print one object on stdout: money as strings, times as RFC 3339 in UTC."""
+    """Print one JSON object on stdout, with money as strings and times as RFC 3339 in UTC."""
     sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
 
 
 def plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
-    """Return a value as JSON and CSV write it."""
+    """Convert a value into the form that JSON and CSV output use."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
@@ -63,14 +63,14 @@ def plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
 
 
 def line(text: str, style: str = "") -> None:
-    """Print a sentence, or several lines."""
+    """Print one or more lines of text."""
     for each in text.split("\n"):
         for part in _wrapped(printable(each), _width()):
             _print(Text(part, style=style))
 
 
 def next_commands(commands: Sequence[Sequence[str]]) -> None:
-    """Name the commands to run next, given as their words, ready to be pasted into a shell."""
+    """Print the commands to run next, quoted so that they can be pasted into a shell."""
     for position, words in enumerate(commands):
         label = "\nNext: " if position == 0 else "      "
         quoted = [printable(shlex.quote(word)) for word in words]
@@ -81,10 +81,10 @@ def next_commands(commands: Sequence[Sequence[str]]) -> None:
 def columns(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = ()
 ) -> None:
-    """Print rows under headings; ``numbers`` are the positions of columns that line up on the right.
+    """Print rows under headings. ``numbers``: the positions of columns to align on the right.
 
-    A cell that is a list has one line for each of its values. If a terminal is too narrow for the table, the text in
-    the last column is wrapped; if that does not help, each row becomes a block with one line per column. In a pipe
+    A cell that is a list gets one line for each value. If the terminal is too narrow for the table, the text in the
+    last column is wrapped. If that is not enough, each row is printed as a block with one line per column. In a pipe,
     each row is one line with a tab between columns.
     """
     if title:
@@ -116,7 +116,7 @@ def _print_row(row: Sequence[Sequence[str]], widths: Sequence[int], numbers: Seq
 
 
 def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
-    """Print names and values, one a line; a name may bring its own style, a list of values has a line for each."""
+    """Print one line for each name and value. A name may have a style. A list gets one line for each value."""
     names = [Text(name, style="dim") if isinstance(name, str) else name for name, _ in rows]
     indent = max((name.cell_len for name in names), default=0) + len(_GAP)
     for name, (_, value) in zip(names, rows, strict=True):
@@ -129,17 +129,17 @@ def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
 
 
 def _lines(value: object) -> list[str]:
-    """What a cell shows: nothing in it drives the terminal, even if others wrote it."""
+    """Return the lines of a cell, without control characters, because other people may have written its text."""
     return [printable(str(each)) for each in (value if isinstance(value, list) else [value])] or [""]
 
 
 def _width() -> int:
-    """How long a line on stdout may be: as wide as the terminal, without limit in a pipe."""
+    """Return the longest line to print on stdout: the terminal's width, or no limit in a pipe."""
     return _console().width if sys.stdout.isatty() else sys.maxsize
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Break a text at spaces into lines of at most ``width``, all of them indented as the first one is."""
+    """Break a text at spaces into lines of at most ``width``, all indented like the first line."""
     mark = _INDENT.match(text)
     indent = mark.end() if mark else 0
     first, *others = _fitted(_WORD.findall(text), width, indent)
@@ -147,9 +147,9 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _fitted(words: Sequence[str], width: int, indent: int = 0) -> list[str]:
-    """Put words, each with the spaces before it, into lines; a word that is too long stays whole on a line of its own.
+    """Distribute words, each with the spaces before it, over lines. A word that is too long gets its own line.
 
-    ``indent``: how many spaces go before each line but the first.
+    ``indent``: how many spaces the caller will put before each line but the first.
     """
     lines, room = [""], width
     for word in words:
@@ -162,7 +162,7 @@ def _fitted(words: Sequence[str], width: int, indent: int = 0) -> list[str]:
 
 
 def _print(text: Text) -> None:
-    """Print a line on stdout as it stands, with its style if stdout is a terminal."""
+    """Print a line on stdout without wrapping it. Its style is used only on a terminal."""
     _console().print(text, soft_wrap=True)
 
 
@@ -172,14 +172,14 @@ def _console() -> Console:
 
 
 def complain(text: str) -> None:
-    """Print an error on stderr: wrapped on a terminal, one line for each of its lines elsewhere."""
+    """Print an error on stderr. On a terminal, its lines are wrapped."""
     width = Console(stderr=True).width if sys.stderr.isatty() else sys.maxsize
     for each in text.split("\n"):
         sys.stderr.writelines(f"{part}\n" for part in _wrapped(printable(each), width))
 
 
 def show_repeatedly(show: Callable[[], None], seconds: float, *, clears: bool) -> None:
-    """Show something again and again until Ctrl-C. With ``clears`` a terminal is cleared first each time."""
+    """Call ``show`` again and again until Ctrl-C. If ``clears`` is set, clear the terminal before each call."""
     with suppress(KeyboardInterrupt):
         while True:
             if clears:
@@ -191,10 +191,11 @@ def show_repeatedly(show: Callable[[], None], seconds: float, *, clears: bool) -
 
 @contextmanager
 def progress(noun: str, estimate: Callable[[], int], *, then: str) -> Iterator[Callable[[int, float], bool]]:
-    """Show a bar with rate and remaining time if stderr is a terminal; yields what is to be called with each new count.
+    """Show a progress bar if stderr is a terminal. Yields a function to call with each new count.
 
-    ``estimate`` returns about how many there are; it is called only if a bar is shown. ``then`` names the work that
-    begins when all are counted, or when the count stands still: a second bar moves from that moment on.
+    ``noun`` names the counted things. ``estimate`` returns about how many there are; it is called only if a bar is
+    shown. ``then`` names the work after counting: a second bar shows it when the count reaches the estimate or stops
+    growing.
     """
     if not sys.stderr.isatty():
         yield lambda done, _: done >= 0

@@ -1,4 +1,4 @@
-"""The benchmark: the worker beside bare SQL on the same machine and database, in a database of its own.
+"""The benchmark compares the worker with bare SQL on the same server, in a separate database.
 
-Only ``cli`` imports from here. Do not change how the worker behaves for a measurement; measure the real command.
+Only ``cli`` imports from here. Measure the real command; do not change how the worker behaves for a measurement.
 """

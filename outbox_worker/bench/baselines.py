@@ -1,4 +1,4 @@
-"""What the worker is compared with: the bare SQL that does the same work, and a loop that takes events one by one."""
+"""The baselines of the benchmark: bare SQL that does the same work, and a loop that settles events one by one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MARK_ONE = """
 
 
 def drain_bare(conninfo: str, connections: int) -> float:
-    """Settle all events by the bare statement on this many connections; return the seconds."""
+    """Settle all events by the bare statement on ``connections`` connections. Return the seconds it took."""
     with ThreadPoolExecutor(connections) as pool:
         begin = time.monotonic()
         list(pool.map(_drain_bare, [conninfo] * connections))
@@ -68,7 +68,7 @@ def _drain_bare(conninfo: str) -> None:
 
 
 def drain_one_by_one(conninfo: str) -> float:
-    """Settle all events one at a time, each in its own transaction; return the seconds."""
+    """Settle all events one at a time, each in its own transaction. Return the seconds it took."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         begin = time.monotonic()
         while all(map(partial(_settle_one, connection), range(100))):

@@ -1,4 +1,4 @@
-"""What the benchmark measures: CPU, WAL, statements sent, start-up time, and how long a purchase takes."""
+"""The measurements of the benchmark: CPU, WAL, number of statements, start-up time, and latency of purchases."""
 
 from __future__ import annotations
 
@@ -35,19 +35,22 @@ _ONE_ROW = """
 
 
 def url_of(conninfo: str) -> str:
-    """Turn a connection string into the URL that settings take."""
+    """Convert a connection string into the URL that the settings accept."""
     given = {key: str(value) for key, value in psycopg.conninfo.conninfo_to_dict(conninfo).items()}
     name = given.pop("dbname")
     return f"postgresql:///{name}?{urlencode(given)}"
 
 
 def worker_command(*arguments: str) -> list[str]:
-    """Return the real command, as an operator runs it."""
+    """Return the command that starts a worker, as an operator runs it."""
     return [sys.executable, "-m", "outbox_worker", "run", "--log-format", "json", *arguments]
 
 
 def worker_environment(conninfo: str) -> dict[str, str]:
-    """Return our environment with no OUTBOX_* but the database; HTTP is off, because several workers run at once."""
+    """Return the environment of a worker: ours without OUTBOX_*, plus the database's URL.
+
+    HTTP is off, because several workers run at the same time and would need the same port.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("OUTBOX_")}
     return kept | {"OUTBOX_DATABASE_URL": url_of(conninfo), "OUTBOX_HTTP_LISTEN": "off"}
 
@@ -59,7 +62,7 @@ def wal_bytes(connection: psycopg.Connection) -> int:
 
 
 def server_cpu(connection: psycopg.Connection) -> float | None:
-    """Return the CPU seconds of all server processes so far, also of ended ones; None if /proc does not show them."""
+    """Return the CPU seconds of all server processes so far, even ended ones. None if /proc does not show them."""
     stats = {int(entry.name): _stat(entry) for entry in Path("/proc").glob("[0-9]*")}
     backend = stats.get(connection.info.backend_pid)
     if backend is None or backend.name != "postgres":
@@ -70,7 +73,7 @@ def server_cpu(connection: psycopg.Connection) -> float | None:
 
 
 class _Stat(NamedTuple):
-    """CPU of a process in clock ticks; see proc_pid_stat(5)."""
+    """The CPU time of a process in clock ticks, see proc_pid_stat(5)."""
 
     name: str = ""
     parent: int = 0
@@ -89,7 +92,7 @@ def _stat(entry: Path) -> _Stat:
 
 
 def commits(connection: psycopg.Connection) -> list[float]:
-    """Return the milliseconds of 200 durable commits of one row."""
+    """Commit one row 200 times. Return the milliseconds that each commit took."""
     times = []
     for _ in range(200):
         begin = time.monotonic()
@@ -99,7 +102,7 @@ def commits(connection: psycopg.Connection) -> list[float]:
 
 
 def start_ups(conninfo: str, rounds: int) -> list[float]:
-    """Return the time until a worker is ready to claim, as a multiple of importing SQLAlchemy and psycopg."""
+    """Return how long a worker takes to start, as multiples of the time to import SQLAlchemy and psycopg."""
     found = []
     for _ in range(rounds):
         begin = time.monotonic()
@@ -111,9 +114,10 @@ def start_ups(conninfo: str, rounds: int) -> list[float]:
 
 
 def statements_per_batch(conninfo: str, events: int) -> float:
-    """Return how many statements one claim loop sends for a full batch, BEGIN and COMMIT included.
+    """Return how many statements one claim loop sends for a full batch, including BEGIN and COMMIT.
 
-    ``events``: how many are in the outbox. A second drain, of an empty outbox, counts the statements of start and end.
+    ``events``: how many events are in the outbox. A second run, with an empty outbox, counts the statements of start
+    and stop, which are subtracted.
     """
     settings = load_settings(database_url=url_of(conninfo))
     first, second = (_statements_of_a_drain(settings) for _ in range(2))
@@ -145,7 +149,7 @@ def latencies(conninfo: str) -> list[float]:
 
 @contextmanager
 def _serving(conninfo: str) -> Iterator[None]:
-    """Run a daemon; enter when it is ready to claim."""
+    """Run a daemon in the background. The ``with`` block begins when the daemon is ready to claim."""
     process = subprocess.Popen(worker_command(), env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     try:
         assert process.stderr is not None  # noqa: S101 - asked for above
@@ -158,7 +162,7 @@ def _serving(conninfo: str) -> Iterator[None]:
 
 
 class _Watch:
-    """A producer that holds each transaction open for up to 20 ms, and a reader that waits for the purchase."""
+    """A producer whose transactions stay open for up to 20 ms, and a reader that waits for each purchase."""
 
     def __init__(self, conninfo: str) -> None:
         self._conninfo = conninfo
@@ -166,7 +170,7 @@ class _Watch:
         self._done = threading.Event()
 
     def run(self) -> list[float]:
-        """Return latencies in milliseconds; leaves out the first second, in which the worker may not listen yet."""
+        """Return latencies in milliseconds. Leaves out the first second, because the worker may not listen yet."""
         producer = threading.Thread(target=self._produce)
         producer.start()
         found, begin = [], time.monotonic()

@@ -1,6 +1,6 @@
-"""The benchmark: the real worker and the bare SQL that does the same work, in turn, on one server.
+"""Runs the benchmark: the real worker and bare SQL that does the same work settle events in turn, on one server.
 
-Absolute figures depend on the machine; compare ratios. Everything happens in a database of its own.
+Absolute figures depend on the machine, so compare ratios. The benchmark uses only its own database.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from outbox_worker.schema.tables import OWNED, build_tables
 from outbox_worker.settings import Settings, load_settings
 
 DATABASE = "outbox_worker_bench"
-"""Created on the server of OUTBOX_DATABASE_URL, and dropped afterwards."""
+"""The benchmark's database on the server of OUTBOX_DATABASE_URL. It is dropped afterwards."""
 ONE_BY_ONE_SHARE = 0.04
-"""Share of the events for the loop that takes them one by one, so that it needs about as long as the others."""
+"""The share of events for ``one by one``, so that it takes about as long as the other contestants."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -53,7 +53,7 @@ _STRANGERS = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure."""
+    """The options of a benchmark."""
 
     events: int = 50_000
     rounds: int = 3
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRun:
-    """One contestant that settled a full outbox once."""
+    """The measurements of one round of one contestant, which settled a full outbox."""
 
     events: int
     seconds: float
@@ -79,14 +79,14 @@ class BenchRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """All runs by contestant, in order; latencies in milliseconds, by polling and by notify."""
+    """All runs of each contestant in order, and latencies in milliseconds, by polling and by notify."""
 
     plan: Plan
     runs: Mapping[str, Sequence[BenchRun]]
     statements_per_batch: float = 0.0
-    """Round trips of a full batch, BEGIN and COMMIT included."""
+    """How many round trips a full batch needs, including BEGIN and COMMIT."""
     start_ups: Sequence[float] = ()
-    """Time until the first claim, as a multiple of importing SQLAlchemy and psycopg."""
+    """How long a worker takes to start, as multiples of the time to import SQLAlchemy and psycopg."""
     latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def median(self, contestant: str, of: Callable[[BenchRun], float | None]) -> float | None:
@@ -94,16 +94,16 @@ class BenchReport:
         return statistics.median(values) if values else None
 
     def ratio(self, contestant: str) -> float:
-        """Return the rate divided by that of the bare SQL of the same round; the median of the rounds."""
+        """Return the median over the rounds of the contestant's rate divided by the rate of bare SQL."""
         pairs = zip(self.runs[contestant], self.runs["bare SQL"], strict=True)
         return statistics.median(mine.rate / limit.rate for mine, limit in pairs)
 
 
 def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
-    """Run the benchmark; calls ``say`` after each step.
+    """Run the benchmark and call ``say`` after each step.
 
-    Raises Refused if the benchmark's database holds tables of somebody else, DatabaseUnavailable without a connection,
-    and OutboxWorkerError if the database refuses.
+    Raises Refused if the benchmark's database has tables that the benchmark did not create, DatabaseUnavailable if it
+    cannot connect, and OutboxWorkerError if the database refuses a statement.
     """
     try:
         return _run(settings, plan, say)
@@ -134,7 +134,10 @@ def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchRep
 
 @contextmanager
 def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
-    """Create and migrate the benchmark's database; yields its connection string. Raises Refused."""
+    """Create the benchmark's database with its tables, and drop it at the end. Yields the connection string.
+
+    Raises Refused if somebody else's tables are in the database.
+    """
     server = _conninfo(settings)
     with psycopg.connect(server, autocommit=True) as connection:
         own = psycopg.conninfo.make_conninfo(server, dbname=DATABASE)
@@ -161,8 +164,8 @@ def _expect_no_strangers(conninfo: str) -> None:
         found = [name for (name,) in connection.execute(_STRANGERS, (VERSION_TABLE, OWNED))]
     if found:
         raise Refused(
-            f"The database {DATABASE} holds tables that are not the benchmark's: {', '.join(found)}. "
-            "Rename or drop it. Nothing was changed."
+            f"The database {DATABASE} has tables that the benchmark did not create: {', '.join(found)}. "
+            "Rename or drop this database. Nothing was changed."
         )
 
 
@@ -174,7 +177,7 @@ def _conninfo(settings: Settings) -> str:
 
 
 def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
-    """Fill the outbox and let one contestant settle it; the CPU of the worker's start is not counted."""
+    """Fill the outbox, let one contestant settle it, and measure. Leaves out the CPU time of the worker's start."""
     idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
     fill(connection, events)
@@ -189,7 +192,7 @@ def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: st
             seconds = drain_one_by_one(conninfo)
     after = server_cpu(connection)
     if connection.execute("SELECT count(*) FROM purchases").fetchone() != (events,):
-        raise OutboxWorkerError(f"{name}: not every event became a purchase, so the figures would mean nothing.")
+        raise OutboxWorkerError(f"{name}: not every event has a purchase, so the figures would be wrong.")
     return BenchRun(
         events=events,
         seconds=seconds,
@@ -208,7 +211,7 @@ def fill(connection: psycopg.Connection, events: int) -> None:
 
 
 def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
-    """Run the real command; return the seconds from its first to its last log record, and its CPU seconds."""
+    """Run the real command. Return the seconds from its first to its last log record, and its CPU seconds."""
     command = worker_command("--drain", "--concurrency", str(plan.concurrency))
     process = subprocess.Popen(command, env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     assert process.stderr is not None  # noqa: S101 - asked for above
@@ -224,7 +227,7 @@ def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
 def _measure_latencies(
     connection: psycopg.Connection, conninfo: str, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Return the milliseconds from a producer's COMMIT to the purchase, and those of one durable commit."""
+    """Return the milliseconds from a producer's COMMIT to its purchase, and those of a single COMMIT."""
     fill(connection, 1)
     found = {"one commit": commits(connection)}
     mine = load_settings(database_url=url_of(conninfo))

@@ -1,4 +1,4 @@
-"""What an operator types: one file per group of commands, and ``views`` for what each command shows.
+"""The commands that an operator types: one file per group of commands, and ``views`` for their output.
 
 Only ``__main__`` imports from here. A command parses options, calls one function of the product, shows the result,
 names the next command and chooses the exit code. Do not put SQL, transactions or rules here.

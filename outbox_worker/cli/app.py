@@ -1,4 +1,4 @@
-"""The command line: every command with its name, and the exit status of the program."""
+"""The command line: lists every command and determines the exit status of the program."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from outbox_worker.errors import OutboxWorkerError
 app = typer.Typer(
     name="outbox-worker",
     help="Turns every paid outbox event into exactly one purchase.\n\n"
-    "A payment that succeeded gets its purchase even if a mark says that its event was processed.",
-    epilog="Every command reads OUTBOX_DATABASE_URL: postgresql://USER:PASSWORD@HOST/DATABASE, or embedded:DIR for a "
-    "private PostgreSQL in DIR.\n\nExit codes: 0 fine · 1 the command found something · 2 wrong usage · "
+    "A succeeded payment gets its purchase even if its event is already marked as processed.",
+    epilog="Set OUTBOX_DATABASE_URL for every command: postgresql://USER:PASSWORD@HOST/DATABASE, or embedded:DIR for a "
+    "private PostgreSQL in DIR.\n\nExit codes: 0 success · 1 the command found a problem · 2 wrong usage · "
     "69 no connection · 78 a setting, table or privilege is wrong.",
     no_args_is_help=True,
     rich_markup_mode=None if not sys.stdout.isatty() else "rich",
@@ -61,7 +61,7 @@ def _top(
 
 
 def run_command() -> int:
-    """Run the command line and return its exit status; print every foreseen failure as one sentence on stderr."""
+    """Run the command line and return its exit status. Print every expected error as one sentence on stderr."""
     try:
         app()
     except OutboxWorkerError as error:
@@ -80,7 +80,7 @@ def run_command() -> int:
 
 
 def _fail(error: OutboxWorkerError) -> int:
-    """Print the error on stderr, and with ``--json`` also as an object on stdout; return its exit status."""
+    """Print the error on stderr, and with ``--json`` also as an object on stdout. Return its exit status."""
     from outbox_worker.terminal import print_json
 
     if "--json" in sys.argv[1:]:
@@ -89,16 +89,16 @@ def _fail(error: OutboxWorkerError) -> int:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Tell whether a signal caused this error: a library was interrupted, and its clean-up failed."""
+    """Return whether Ctrl-C caused this error: it interrupted a library, whose clean-up then failed."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def _fail_unforeseen(error: Exception) -> int:
-    """Print a bug of this program and where it was raised, without its message: that may repeat data of a row."""
+    """Print an unexpected error and where it was raised, without its message, which may contain data of a row."""
     from outbox_worker.terminal import complain
 
     places = "".join(f"\n  {place}" for place in trace(error))
-    complain(f"outbox-worker: This is a bug; please report it: {describe(error)}{places}")
+    complain(f"outbox-worker: This is a bug. Please report it: {describe(error)}{places}")
     return 1

@@ -1,4 +1,4 @@
-"""What all commands share: common options, opening the database, naming the next command, failing in one sentence."""
+"""Options and helpers that all commands share: open the database, suggest the next command, print an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outbox_worker.telemetry.logs import configure_logging
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file with settings (also OUTBOX_CONFIG).", show_default=False),
+    typer.Option("--config", "-c", help="TOML file with settings (default: OUTBOX_CONFIG).", show_default=False),
 ]
 Limit = Annotated[
     int, typer.Option(metavar="N", min=0, help="Show the oldest N payments of each list; --json shows all.")
@@ -33,8 +33,8 @@ def open_database(
 ) -> tuple[Settings, Database, Tables]:
     """Load the settings and connect to the database.
 
-    A statement may take as long as the settings allow, or ``deadline_seconds`` if that is longer; with ``patient``
-    there is no limit. Raises SettingError and DatabaseUnavailable.
+    A statement may take as long as the settings allow, or ``deadline_seconds`` if that is longer. If ``patient`` is
+    set, a statement may take any time. Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)
@@ -45,7 +45,7 @@ def open_database(
 
 
 def start_logging(settings: Settings) -> None:
-    """Configure the log, and warn of OUTBOX_ variables that are not settings."""
+    """Configure the log, and warn about OUTBOX_ variables that are not settings."""
     configure_logging(settings.log_level, settings.log_format)
     for name, near in unknown_variables(os.environ).items():
         hint = f"; did you mean {near}?" if near else ""
@@ -53,7 +53,7 @@ def start_logging(settings: Settings) -> None:
 
 
 def suggest(config: Path | None, *commands: Sequence[str]) -> None:
-    """Name the commands to run next, with the ``--config`` of this one."""
+    """Print the commands to run next, with the same ``--config`` as this command."""
     from outbox_worker import terminal
 
     ending = ["--config", str(config)] if config else []
@@ -66,11 +66,11 @@ _REMEDIES = {
     "42703": "Name your column in OUTBOX_COLUMNS.",
     "42501": "",
 }
-"""By SQLSTATE."""
+"""The remedy for each SQLSTATE."""
 
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
-    """Turn a failure of the database into an error with a sentence, a remedy and an exit code."""
+    """Convert a database error into an error with a sentence, a remedy and an exit code."""
     match classify(error):
         case Failure.RECONNECT | Failure.RETRY:
             return unavailable(error)
@@ -82,7 +82,7 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
 
 
 def fail(error: OutboxWorkerError) -> int:
-    """Print the error on stderr; return its exit status."""
+    """Print the error on stderr and return its exit status."""
     from outbox_worker import terminal
 
     terminal.complain(f"outbox-worker: {error}")

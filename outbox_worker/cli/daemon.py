@@ -1,4 +1,4 @@
-"""The daemon's commands: `run` and `healthcheck`."""
+"""Commands of the daemon: `run` and `healthcheck`."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def run(
 ) -> None:
     """Run the worker: settle events until stopped.
 
-    SIGTERM or Ctrl-C stops it after the current batch; a second one stops it
-    at once. While the database is down, the worker waits. Any number of
+    SIGTERM or Ctrl-C stops the worker after the current batch; a second signal
+    stops it at once. While the database is down, the worker waits. Any number of
     workers may run on one database. SIGHUP reloads log level and limits.
     """
     import faulthandler
@@ -61,7 +61,7 @@ def run(
     )
     settings = read()
     start_logging(settings)
-    faulthandler.enable()  # SIGABRT of a watchdog prints where each thread is
+    faulthandler.enable()  # a watchdog's SIGABRT prints the stack of each thread
     with make_signals() as signals:
         worker = Worker(settings, read)
         status = worker.drain(signals) if drain else worker.run(signals)
@@ -74,9 +74,9 @@ def healthcheck(
 ) -> None:
     """Ask the daemon on this machine whether it is alive.
 
-    Asks at the address of OUTBOX_HTTP_LISTEN. Exit code 1 if the daemon
-    answers that it is stuck (with --ready: that it settles no events), 69 if
-    nothing answers.
+    Sends the request to the address in OUTBOX_HTTP_LISTEN. Exit code 1 if the
+    daemon answers that it is stuck (with --ready: that it settles no events),
+    69 if there is no answer.
     """
     from outbox_worker.daemon.healthcheck import ask
 

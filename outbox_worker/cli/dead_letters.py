@@ -29,14 +29,14 @@ def _complete_reason(incomplete: str) -> list[str]:
     return [reason for reason in Reason if reason.startswith(incomplete)]
 
 
-letters_app = typer.Typer(help="Show and decide on events that wait for a person.", no_args_is_help=True)
+letters_app = typer.Typer(help="Show dead letters, and requeue or discard them.", no_args_is_help=True)
 EventIds = Annotated[list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Ids of events.", show_default=False)]
 DeadReason = Annotated[
     str | None,
     typer.Option(
         "--dead-reason",
         metavar="REASON",
-        help="Only events that died of REASON.",
+        help="Only events whose dead letter has REASON.",
         show_default=False,
         autocompletion=_complete_reason,
     ),
@@ -44,18 +44,28 @@ DeadReason = Annotated[
 OfType = Annotated[str | None, typer.Option("--type", metavar="TYPE", help="Only events of TYPE.", show_default=False)]
 OlderThan = Annotated[
     str | None,
-    typer.Option(metavar="DURATION", help="Only events that died longer ago: 90s, 5m, 2h, 1d.", show_default=False),
+    typer.Option(
+        metavar="DURATION", help="Only events that died more than DURATION ago: 90s, 5m, 2h or 1d.", show_default=False
+    ),
 ]
-AllOfThem = Annotated[bool, typer.Option("--all", metavar="", help="All open dead letters.")]
-Actor = Annotated[str | None, typer.Option(metavar="NAME", help="Who decides.", show_default=False)]
+AllOfThem = Annotated[bool, typer.Option("--all", metavar="", help="Choose all open dead letters.")]
+Actor = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Your name, kept in the dead letter.", show_default=False)
+]
 Why = Annotated[
-    str | None, typer.Option("--reason", metavar="TEXT", help="Why; kept in the dead letter.", show_default=False)
+    str | None,
+    typer.Option("--reason", metavar="TEXT", help="Why you decide so, kept in the dead letter.", show_default=False),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Only show the counts and the money.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Show only how many events and how much money; change nothing.")
+]
 Token = Annotated[
     str | None,
     typer.Option(
-        "--preview", metavar="TOKEN", help="Act only if nothing changed since the --dry-run.", show_default=False
+        "--preview",
+        metavar="TOKEN",
+        help="Act only if nothing changed since the --dry-run that printed TOKEN.",
+        show_default=False,
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask for confirmation.")]
@@ -74,17 +84,17 @@ def list_dead_letters(
             "--reason",
             "--dead-reason",
             metavar="REASON",
-            help="Only events that died of REASON.",
+            help="Only events whose dead letter has REASON.",
             show_default=False,
             autocompletion=_complete_reason,
         ),
     ] = None,
     event_type: OfType = None,
     older_than: OlderThan = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show the oldest N.")] = _PAGE,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="Show at most N, oldest first.")] = _PAGE,
     after: Annotated[
         str | None,
-        typer.Option(metavar="PLACE", help="Continue after a page; the page names PLACE.", show_default=False),
+        typer.Option(metavar="PLACE", help="Start after PLACE, which the previous page printed.", show_default=False),
     ] = None,
 ) -> None:
     """List dead letters, oldest first."""
@@ -121,7 +131,7 @@ def show_dead_letter(
     config: Config = None,
     json: AsJson = False,
 ) -> None:
-    """Show one: its event, why it died, its payment, and what would happen now."""
+    """Show one dead letter: event, reason, payment, and what would happen now."""
     from outbox_worker import terminal
     from outbox_worker.cli.views import explanation
     from outbox_worker.store.dead_letters import read_letter
@@ -155,8 +165,8 @@ def requeue_dead_letters(
 ) -> None:
     """Put dead events back into the outbox, due now.
 
-    Takes events by their ids, or all open dead letters that match. Shows first
-    how many they are and how much money is concerned.
+    Choose events by their ids, or all open dead letters that match options.
+    Before it asks, the command shows how many events and how much money.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "requeue", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -180,8 +190,9 @@ def discard_dead_letters(
 ) -> None:
     """Close dead letters without settling their events.
 
-    If a letter holds the purchase that its payment is owed, the payment is
-    waived: nothing is given for it. Shows first how much money that is.
+    If a letter is the reason why its payment has no purchase, discarding the
+    letter waives the payment: the student gets no course for it. Before it
+    asks, the command shows how much money that is.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "discard", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -190,12 +201,14 @@ def discard_dead_letters(
 def _select(
     events: list[UUID] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
 ) -> tuple[Selection, Sequence[str]]:
-    """Return which letters are meant, and the words that choose them on a command line. Raises WrongUsage."""
+    """Return the chosen letters, and the command-line words that choose them. Raises WrongUsage."""
     from outbox_worker.store.dead_letters import Selection
 
     chosen = bool(reason or event_type or older_than)
     if bool(events) == (all_ or chosen):
-        raise WrongUsage("Name events by their ids, or choose open ones: --all, --dead-reason, --type, --older-than.")
+        raise WrongUsage(
+            "Give ids of events, or choose open dead letters by --all, --dead-reason, --type or --older-than."
+        )
     age = parse_duration(older_than, "--older-than") if older_than else None
     selection = Selection(event_ids=events or (), reason=_reason(reason), event_type=event_type, older_than=age)
     filters = _words({"--dead-reason": reason, "--type": event_type, "--older-than": older_than})
@@ -203,7 +216,7 @@ def _select(
 
 
 def _reason(given: str | None) -> str | None:
-    """Check the reason of a dead letter. Raises WrongUsage."""
+    """Return ``given`` if it is a reason of dead letters or None. Raises WrongUsage otherwise."""
     if given is not None and given not in set(Reason):
         raise WrongUsage(f"{given} is not a reason of a dead letter. Reasons are: {', '.join(Reason)}.")
     return given
@@ -222,7 +235,7 @@ def _decide(
     token: str | None,
     yes: bool,
 ) -> None:
-    """Preview a decision; ask who decides and why; carry it out."""
+    """Show a preview of a decision, ask who decides and why, and carry out the decision."""
     from outbox_worker import terminal
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import DECIDING
@@ -260,5 +273,5 @@ def _decide(
 
 
 def _words(options: Mapping[str, str | None]) -> list[str]:
-    """Write options and their values as on a command line; leaves out those without a value."""
+    """Return options and their values as command-line words. Leaves out options without a value."""
     return [word for option, value in options.items() if value for word in (option, value)]

@@ -30,7 +30,10 @@ def status(
     config: Config = None,
     json: AsJson = False,
     watch: Annotated[
-        bool, typer.Option("--watch", metavar="", help="Repeat every two seconds until Ctrl-C, also through an outage.")
+        bool,
+        typer.Option(
+            "--watch", metavar="", help="Repeat every two seconds until Ctrl-C, even while the database is down."
+        ),
     ] = False,
 ) -> None:
     """Show backlog, guard, dead letters and workers."""
@@ -55,7 +58,7 @@ def status(
 
 
 def _outlast(show: Callable[[], None]) -> None:
-    """Show; if that fails, print why and return, so that the next turn tries again."""
+    """Call ``show``. If it fails, print the error and return, so that the caller can try again later."""
     try:
         show()
     except OutboxWorkerError as error:
@@ -65,12 +68,13 @@ def _outlast(show: Callable[[], None]) -> None:
 
 
 def doctor(config: Config = None, json: AsJson = False) -> None:
-    """Check database and set-up; name a remedy for each finding.
+    """Check database and set-up, and suggest a remedy for each problem.
 
     Changes nothing. Run it as the worker's role, with the worker's settings.
-    It also reports the checks for which the role lacks a privilege.
+    It also lists checks that were not possible because the role lacks a
+    privilege.
 
-    Exit code 1 if there is a problem; a warning is not a problem.
+    Exit code 1 if there is a problem. Warnings alone give exit code 0.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import doctor as view
@@ -96,8 +100,8 @@ def why(
 ) -> None:
     """Explain an event, payment, purchase or student.
 
-    Shows what is on record, which rule decided, and what would happen now: it
-    judges the same facts by the same rules as the worker. Changes nothing.
+    Shows all records, which rule decided, and what would happen now. It uses
+    the same facts and rules as the worker. Changes nothing.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import explanation
@@ -113,7 +117,7 @@ def why(
 
 @contextmanager
 def looking(config: Path | None) -> Iterator[tuple[Session, Tables, Callable[[str], Explanation]]]:
-    """Open a read-only snapshot; yields its session, the tables, and a function that explains an id in it."""
+    """Open a read-only snapshot. Yields its session, the tables, and a function that explains an id."""
     from outbox_worker.diagnose.explanation import explain
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
     from outbox_worker.schema.privileges import EXPLAINING

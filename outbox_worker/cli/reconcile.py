@@ -14,7 +14,7 @@ from outbox_worker.errors import WrongUsage
 
 duplicates_app = typer.Typer(help="List payments that must be refunded.", no_args_is_help=True)
 
-_LOOKING_AGAIN = "looking again at payments without a purchase"
+_LOOKING_AGAIN = "checking payments without a purchase"
 _LOOK_BACK = "5m"
 _MAX_REPAIRS = 1000
 
@@ -23,10 +23,10 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     """Prove that nothing is owed.
 
     Puts every succeeded payment (not refunded) that was created before the
-    audit began into one class, and counts them.
+    audit began into one class, and counts the payments of each class.
 
-    Exit code 1 if a payment is unexplained (money taken, nothing given), or if
-    a refunded payment still has its course.
+    Exit code 1 if a payment is unexplained (paid, but no purchase and no known
+    reason), or if a refunded payment still has its course.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -49,7 +49,7 @@ def backfill(
     config: Config = None,
     json: AsJson = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", metavar="", help="Find and count what is owed; change nothing.")
+        bool, typer.Option("--dry-run", metavar="", help="Find and count the owed purchases, but change nothing.")
     ] = False,
     since: Annotated[
         str | None, typer.Option(metavar="TIME", help="Only payments created at TIME or later.", show_default=False)
@@ -58,33 +58,38 @@ def backfill(
         str | None, typer.Option(metavar="TIME", help="Only payments created before TIME.", show_default=False)
     ] = None,
     older_than: Annotated[
-        str, typer.Option(metavar="DURATION", help="Leave younger payments to the workers.")
+        str,
+        typer.Option(metavar="DURATION", help="Skip payments younger than DURATION, which workers may still settle."),
     ] = _LOOK_BACK,
     max_repairs: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Make nothing if more than N purchases are owed.")
+        int, typer.Option(metavar="N", min=0, help="Make no purchase if more than N are owed.")
     ] = _MAX_REPAIRS,
     max_rate: Annotated[
         float | None,
-        typer.Option(metavar="N", min=1, help="Look at no more than N payments per second.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Read at most N payments per second.", show_default=False),
     ] = None,
     actor: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Who does it; by default your user name.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Your name, kept in backfill_runs; default: your user name.", show_default=False
+        ),
     ] = None,
     reason: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Why; kept in backfill_runs.", show_default=False)
+        str | None,
+        typer.Option(metavar="TEXT", help="Why you run this backfill, kept in backfill_runs.", show_default=False),
     ] = None,
     limit: Limit = 100,
 ) -> None:
     """Make the purchases that payments prove are owed.
 
-    Finds and counts the succeeded payments (not refunded) for which no purchase
-    was made and no event, dead letter or decision says why; then makes their
-    purchases. Safe beside workers and other backfills. If it is killed, run it
-    again with the same range: it continues. TIME is a date, or a time as in RFC
-    3339, in UTC if it names no zone.
+    Finds and counts succeeded payments (not refunded) that have no purchase and
+    no event, dead letter or decision that explains why. Then makes their
+    purchases. Safe while workers or other backfills run. If it is killed, run it
+    again with the same range, and it continues. TIME is a date or an RFC 3339
+    time. Without a time zone, TIME is in UTC.
 
-    Exit code 1 if more is owed than --max-repairs, or if a purchase that is
-    owed could not be made.
+    Exit code 1 if more purchases are owed than --max-repairs allows, or if an
+    owed purchase could not be made.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import backfill as view
@@ -92,7 +97,7 @@ def backfill(
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 
     if since and until and parse_moment(until, "--until") <= parse_moment(since, "--since"):
-        raise WrongUsage("--until must be later than --since: no payment lies between them.")
+        raise WrongUsage("--until must be later than --since.")
     request = Request(
         actor=actor or current_user(),
         reason=reason,
@@ -107,7 +112,7 @@ def backfill(
     work = Backfill.start(database, tables, settings.retry_policy, request)
     with terminal.progress("payments", work.estimate, then=_LOOKING_AGAIN) as told:
         owed = work.look(told)
-    with terminal.progress("purchases", lambda: owed, then="finishing, and trying again what was locked") as told:
+    with terminal.progress("purchases", lambda: owed, then="retrying locked payments, then finishing") as told:
         report = work.make(told)
     if json:
         terminal.print_json(view.backfill_object(report))
@@ -120,7 +125,7 @@ def backfill(
 
 
 def current_user() -> str:
-    """Return the user's name, or the number if the system has no name for it."""
+    """Return the user's name, or the user id if the system has no name for it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -131,14 +136,12 @@ def current_user() -> str:
 def list_duplicates(
     config: Config = None,
     json: AsJson = False,
-    csv: Annotated[
-        bool, typer.Option("--csv", metavar="", help="Print all payments as CSV, for the accounts.")
-    ] = False,
+    csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print all payments as CSV, for accounting.")] = False,
     limit: Limit = 100,
 ) -> None:
     """List payments of students who paid twice for a course, oldest first.
 
-    A payment leaves the list when its status is refunded.
+    A payment disappears from the list when its status becomes `refunded`.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import duplicates as view

@@ -17,7 +17,7 @@ from outbox_worker.settings import load_settings
 
 
 class Option(StrEnum):
-    """Optional migrations."""
+    """An optional migration."""
 
     UNIQUE_INDEX = "unique_index"
     NOTIFY = "notify"
@@ -29,15 +29,15 @@ def migrate(
         list[Option] | None,
         typer.Option(
             "--with",
-            help="Also unique_index (the guard `index`, built without blocking writers) or notify (lower latency).",
+            help="Also create unique_index (for the guard `index`; does not block writers) or notify (lower latency).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Create the tables that are missing.
 
-    Never alters a table that exists: adopts it as it is. Safe to repeat, and
-    safe on a live database.
+    Never alters an existing table; the worker uses it as it is. Safe to run
+    again, and safe while the database is in use.
     """
     from outbox_worker import terminal
     from outbox_worker.schema.migrate import upgrade
@@ -56,7 +56,7 @@ def migrate(
         terminal.line(f"created  {name}")
     for name in done.named:
         terminal.line(
-            f"  CHECK  {name} is new and empty. If you meant another table, drop this one and correct the name.",
+            f"  CHECK  {name} is new and empty. If you meant an existing table, drop this one and correct the name.",
             "red",
         )
     for name in done.adopted:
@@ -73,7 +73,7 @@ def migrate(
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
-    """Print what adopted tables lack, and the remedies; tell whether anything is missing."""
+    """Print what adopted tables lack, and the remedies. Return whether anything is missing."""
     from outbox_worker import terminal
     from outbox_worker.schema.requirements import find_problems
 
@@ -86,7 +86,7 @@ def _say_what_is_missing(database: Database, tables: Tables) -> bool:
 
 def psql(
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="Arguments of psql, after `--`.", show_default=False)
+        list[str] | None, typer.Argument(help="Arguments for psql; put them after `--`.", show_default=False)
     ] = None,
     config: Config = None,
 ) -> None:
@@ -99,7 +99,7 @@ def psql(
     directory = settings.embedded_directory
     if directory is None:
         raise SettingError(
-            "OUTBOX_DATABASE_URL names a server of your own, not embedded:DIR: connect with your own psql."
+            "OUTBOX_DATABASE_URL is not embedded:DIR but a server of your own. Connect to it with your own psql."
         )
     where = ensure_server(directory, bin_dir=settings.embedded_bin_dir)
     program = find_binaries(settings.embedded_bin_dir) / "psql"

@@ -14,11 +14,11 @@ from outbox_worker.settings import load_settings
 def demo(
     payments: Annotated[int, typer.Option(min=50, max=1_000_000, help="How many payments to make.")] = 2000,
 ) -> None:
-    """See it work: payments, troubles, a killed worker, the proof.
+    """Show the worker with simulated payments, errors and a killed worker.
 
-    Runs real workers on a private PostgreSQL of its own and ignores
-    OUTBOX_DATABASE_URL. Exit code 1 if a payment stays unexplained or a
-    purchase was made twice.
+    Runs real workers on a temporary private PostgreSQL and ignores
+    OUTBOX_DATABASE_URL. At the end, an audit proves that nothing is owed. Exit
+    code 1 if a payment stays unexplained or a purchase was made twice.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -27,7 +27,7 @@ def demo(
 
     proof = run_demo(payments)
     if proof is None:
-        terminal.line("Interrupted: nothing was proved, and no process is left running.")
+        terminal.line("Interrupted. Nothing was proved. All processes are stopped.")
         return
     print_events(proof.outcomes)
     view.print_audit(proof.audit, 100)
@@ -39,9 +39,9 @@ def bench(
     config: Config = None,
     json: AsJson = False,
     events: Annotated[int, typer.Option(min=1000, max=10_000_000, help="Events to settle in each round.")] = 50_000,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often each contestant settles them.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How many rounds each contestant runs.")] = 3,
     concurrency: Annotated[
-        int, typer.Option(min=1, max=64, help="Claim loops of the worker, connections of the bare SQL.")
+        int, typer.Option(min=1, max=64, help="Claim loops of the worker, and connections of the bare SQL.")
     ] = 1,
     guard: Annotated[Guard, typer.Option(metavar="GUARD", help="Guard to measure: index or lock.")] = Guard.INDEX,
     latency: Annotated[
@@ -49,9 +49,9 @@ def bench(
         typer.Option("--latency/--no-latency", help="Also measure the time from a producer's COMMIT to the purchase."),
     ] = True,
 ) -> None:
-    """Measure the worker beside the bare SQL on this machine.
+    """Compare the worker's speed with bare SQL on this machine.
 
-    Creates a database of its own, outbox_worker_bench, on the server of
+    Creates the database outbox_worker_bench on the server of
     OUTBOX_DATABASE_URL, and drops it afterwards. The role must be allowed to
     create databases.
     """

@@ -1,4 +1,4 @@
-"""The demonstration: a simulated payments service, a killed worker, and the proof that nothing is owed (``make demo``).
+"""The demonstration (``make demo``): a simulated payments service, a killed worker, and a proof that nothing is owed.
 
 Only ``cli`` imports from here. Do not put code here that the worker needs.
 """

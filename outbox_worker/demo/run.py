@@ -1,7 +1,7 @@
-"""The demonstration: a payments service with all its troubles, two workers, one of them killed, and the audit.
+"""Runs the demonstration: a payments service that makes mistakes, two workers of which one is killed, and the audit.
 
-Uses real processes, connections, commits and SIGKILL, on a private PostgreSQL in a temporary directory that is removed
-at the end.
+Uses real processes, connections, commits and SIGKILL. A private PostgreSQL runs in a temporary directory, which is
+removed at the end.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""How long the payments service writes, whatever the number of payments; longer only if that is too fast for it."""
+"""How long the payments service writes payments. It takes longer only if it cannot write that fast."""
 DAMAGE_SHARE = 0.05
-"""Payments that the old worker lost, as a share of the payments of the demonstration."""
+"""The number of payments that the simulated old worker lost, as a share of all payments."""
 SETTLE_SECONDS = 60.0
-"""How long the workers may take to settle the rest after the payments service has ended."""
+"""How long the workers may take to settle the last events after the payments service has ended."""
 
 _WORKER_SETTINGS = {
     "OUTBOX_RETRY_BASE_SECONDS": "0.5",
@@ -80,25 +80,25 @@ class Proof:
 
     audit: AuditReport
     doubled: int
-    """Active purchases beyond the first of each pair."""
+    """How many active purchases there are beyond one per pair."""
     unpaid: int
-    """Active purchases without a succeeded payment of the same student, course and amount."""
+    """How many active purchases have no succeeded payment of the same student, course and amount."""
     lost: int
-    """Events that have neither a mark nor a dead letter, or are still in the outbox."""
+    """How many events have neither a mark nor a dead letter, or are still in the outbox."""
     outcomes: Mapping[str, int]
-    """Counts events by outcome, dead ones by reason."""
+    """The number of events for each outcome. Dead events are counted by reason."""
 
     @property
     def holds(self) -> bool:
         return self.audit.ok and not (self.doubled or self.unpaid or self.lost)
 
     def sentence(self) -> str:
-        """Say what was proved, or why it was not."""
+        """Return a sentence with what was proved, or what was not."""
         if not self.holds:
             unexplained = len(self.audit.unexplained)
             return (
                 f"NOT proved: {count_of(unexplained, 'payment')} unexplained, {count_of(self.doubled, 'purchase')} "
-                f"too many, {count_of(self.unpaid, 'purchase')} that nobody paid, {count_of(self.lost, 'event')} lost."
+                f"too many, {count_of(self.unpaid, 'purchase')} without payment, {count_of(self.lost, 'event')} lost."
             )
         counts = self.audit.counts
         return (
@@ -110,7 +110,7 @@ class Proof:
 
 
 def run_demo(payments: int) -> Proof | None:
-    """Run the demonstration with about ``payments`` payments; return None if it was interrupted.
+    """Run the demonstration with about ``payments`` payments. Return None if it was interrupted.
 
     Raises OutboxWorkerError if a worker ends, if the outbox is not settled in time, or if the database refuses.
     """
@@ -129,7 +129,7 @@ def run_demo(payments: int) -> Proof | None:
 
 @contextmanager
 def _private_database(directory: Path) -> Iterator[Settings]:
-    """Start a private PostgreSQL in ``directory`` and migrate it. Drops OUTBOX_* and PG* from the environment first."""
+    """Start a private PostgreSQL in ``directory`` and create the tables. First deletes OUTBOX_* and PG* variables."""
     for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
     where = embedded.ensure_server(directory)
@@ -144,7 +144,7 @@ def _private_database(directory: Path) -> Iterator[Settings]:
 
 
 class Crew:
-    """The worker processes. A context manager: stops those that still run at its end."""
+    """The worker processes. As a context manager, it stops all of them at the end."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._url = settings.conninfo
@@ -160,7 +160,7 @@ class Crew:
         self.stop()
 
     def hire(self) -> int:
-        """Start a worker; return its pid."""
+        """Start a worker and return its process id."""
         environment = {**os.environ, **_WORKER_SETTINGS, "OUTBOX_DATABASE_URL": self._url}
         command = [sys.executable, "-m", "outbox_worker", "run"]
         with self._log.open("ab") as log:
@@ -174,21 +174,21 @@ class Crew:
         return self._processes[-1].pid
 
     def kill_one(self) -> int:
-        """SIGKILL the worker that has run longest; return its pid."""
+        """Kill (SIGKILL) the worker that has run longest and return its process id."""
         victim = self._processes.pop(0)
         victim.kill()
         victim.wait()
         return victim.pid
 
     def check(self) -> None:
-        """Raise OutboxWorkerError, with the last line of the log, if a worker ended by itself."""
+        """Raise OutboxWorkerError with the last line of the log if a worker failed."""
         for process in self._processes:
             if process.poll() not in (None, 0):
                 last_words = self._log.read_text().splitlines()[-1:] or ["nothing"]
                 raise OutboxWorkerError(f"Worker {process.pid} ended with {process.returncode}: {last_words[0]}")
 
     def stop(self) -> None:
-        """SIGTERM all and wait for them."""
+        """Send SIGTERM to all workers and wait until they have ended."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -198,7 +198,7 @@ class Crew:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """Something to do when the payments service has made this share of its orders."""
+    """An action to take when the payments service has made ``progress``, a share, of its orders."""
 
     progress: float
     act: Callable[[], str]
@@ -226,23 +226,23 @@ class Demo:
         )
 
     def play(self, signals: Signals) -> Proof | None:
-        """Run to the end, or until a signal; return None after a signal."""
+        """Run until every event is settled and return the proof. Return None after a signal."""
         self._service.leave_damage(self._damage)
-        self._say(f"the old worker marked {count_of(self._damage, 'event')} as done and wrote no purchase")
+        self._say(f"the old worker marked {count_of(self._damage, 'event')} as processed but made no purchase")
         self._say(f"{WORKERS} workers start: " + ", ".join(f"process {self._crew.hire()}" for _ in range(WORKERS)))
         self._service.start()
-        self._say("the payments service starts to pay")
+        self._say("the payments service starts to write payments")
         try:
             if self._watch(signals):
                 return self._proof()
-            self._say("interrupted; stopping everything")
+            self._say("interrupted; all processes stop")
             return None
         finally:
             self._service.stop()
             self._connection.close()
 
     def _watch(self, signals: Signals) -> bool:
-        """Show what happens until every event is settled; return False after a signal."""
+        """Show the state until every event is settled, then return True. Return False after a signal."""
         ended: float | None = None
         while not signals.wait(0.25):
             self._crew.check()
@@ -292,10 +292,10 @@ class Demo:
         self._view.say(time.monotonic() - self._begin, sentence)
 
     def _kill_a_worker(self) -> str:
-        return f"kill -9 {self._crew.kill_one()}: one worker dies in the middle of its work"
+        return f"kill -9 {self._crew.kill_one()}: one worker is killed while it works"
 
     def _replace_it(self) -> str:
-        return f"process {self._crew.hire()} takes its place; nobody repairs anything"
+        return f"process {self._crew.hire()} replaces it; nobody repairs anything by hand"
 
     def _drop_the_index(self) -> str:
         self._connection.execute(f"DROP INDEX {PAIR_INDEX}")

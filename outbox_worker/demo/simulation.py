@@ -1,6 +1,6 @@
-"""A payments service with the troubles of a real one: double payments, double and late events, refunds, bad payloads.
+"""Simulates a payments service, with double payments, double events, late events, refunds and bad payloads.
 
-Writes payments and events over its own connections, payment and event in one transaction, as every producer must.
+Writes payment and event in one transaction, as every producer must, over its own connections.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""How long a late payment comes after its event, and a refund after its purchase."""
+"""How long after its event a late payment is written, and how long after its order a refund."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One student, one course, one price."""
+    """An order of one course by one student."""
 
     student_id: UUID = field(default_factory=uuid4)
     course_id: UUID = field(default_factory=uuid4)
@@ -42,14 +42,14 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class _Late:
-    """Something to do at ``due``."""
+    """An action to take at the time ``due``."""
 
     due: float
     act: Callable[[psycopg.Connection], None]
 
 
 class PaymentsService:
-    """Makes ``count`` orders with a fixed mix of troubles, in a thread; ``events`` counts the events that it wrote."""
+    """Makes ``count`` orders in a thread, with fixed shares of errors. ``events`` is the number of events written."""
 
     def __init__(self, conninfo: str, count: int, seconds: float) -> None:
         self.events = 0
@@ -64,11 +64,11 @@ class PaymentsService:
 
     @property
     def progress(self) -> float:
-        """The share of the orders that are made, 0 to 1."""
+        """Return the share of orders that are made, from 0 to 1."""
         return self.orders / self._count
 
     def is_done(self) -> bool:
-        """Tell whether every order is written. Raises the exception of the thread, if there is one."""
+        """Return whether every order is written. Raises the thread's exception, if there was one."""
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
@@ -77,12 +77,12 @@ class PaymentsService:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop making orders, and wait for the thread."""
+        """Stop making orders and wait until the thread has ended."""
         self._stop.set()
         self._thread.join()
 
     def leave_damage(self, count: int) -> None:
-        """Write what the old worker left behind: events that are marked as processed, without a purchase."""
+        """Write events as a faulty old worker left them: marked as processed, but without a purchase."""
         with psycopg.connect(self._conninfo, autocommit=True) as connection:
             for _ in range(count):
                 payment_id, event_id = uuid4(), uuid4()
@@ -109,7 +109,7 @@ class PaymentsService:
             self._deliver_late(connection, time.monotonic())
 
     def _order(self, connection: psycopg.Connection, number: int) -> None:
-        """Make one order; its number decides what goes wrong with it."""
+        """Make one order. Its number decides which error is simulated, if any."""
         order, payment_id = Order(), uuid4()
         match number % 50:
             case 7 | 32:
@@ -159,7 +159,7 @@ class PaymentsService:
         self._later(partial(_pay, payment_id=payment_id, order=order))
 
     def _refund_at_once(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
-        """Refund a payment before its confirmation is settled; the refund comes first in the outbox."""
+        """Refund a payment before its confirmation is settled. The outbox has the refund event first."""
         with connection.transaction():
             _pay(connection, payment_id, order, PaymentStatus.REFUNDED)
             self._tell(connection, _payload(payment_id, order), event_type=PURCHASE_REFUNDED)

@@ -1,4 +1,4 @@
-"""How the demonstration looks: a live picture on a terminal, plain lines elsewhere."""
+"""The output of the demonstration: a live picture on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Outcome, Reason
 
 WIDTH = 80
-"""Characters in a plain line."""
+"""The length of a plain line in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The state of the tables at one moment."""
+    """The state of the demonstration at one moment."""
 
     seconds: float
     progress: float
@@ -53,8 +53,8 @@ def open_view() -> Iterator[View]:
 
 
 def print_events(outcomes: Mapping[str, int]) -> None:
-    """Print how many events had each outcome, and what it means."""
-    terminal.line(f"\nWhat became of {count_of(sum(outcomes.values()), 'event')}", "bold")
+    """Print each outcome with its meaning and the number of events that had it."""
+    terminal.line(f"\nOutcomes of {count_of(sum(outcomes.values()), 'event')}", "bold")
     terminal.facts(
         [(name, f"{outcomes[name]:>7,}  {meaning}") for name, meaning in _MEANINGS.items() if name in outcomes]
     )
@@ -62,7 +62,7 @@ def print_events(outcomes: Mapping[str, int]) -> None:
 
 
 def print_sentence(sentence: str, style: str) -> None:
-    """Print the result."""
+    """Print the sentence with the result."""
     terminal.line(sentence if sys.stdout.isatty() else fill(sentence, WIDTH), style)
 
 
@@ -84,7 +84,7 @@ class PlainView:
 
 
 class LiveView:
-    """Draws a picture on a terminal a few times a second."""
+    """Draws a picture on a terminal that is refreshed several times per second."""
 
     LINES = 10
 
@@ -123,11 +123,11 @@ def _picture(scene: Scene) -> Table:
 
 _MEANINGS = {
     Outcome.CREATED: "paid: the purchase was made",
-    Outcome.RECOVERED: "marked by the old worker, no purchase: made now",
+    Outcome.RECOVERED: "marked by the old worker without purchase: made now",
     Outcome.ALREADY_EXISTS: "delivered a second time",
-    Outcome.DUPLICATE_PAYMENT: "paid a second time: not granted, reported",
-    Outcome.SUPPRESSED: "refunded meanwhile: not granted",
-    Outcome.REVOKED: "refunded: taken back, or passed on",
+    Outcome.DUPLICATE_PAYMENT: "paid a second time: no purchase, to be refunded",
+    Outcome.SUPPRESSED: "refunded before it was settled: no purchase",
+    Outcome.REVOKED: "refunded: purchase taken back, or given to the next payment",
     Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
     Reason.INVALID_PAYLOAD: "payload is not an object: a dead letter",
     Reason.UNSUPPORTED_EVENT_TYPE: "unknown event type: a dead letter",

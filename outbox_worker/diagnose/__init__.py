@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: ``status``, ``doctor``, and ``why`` (``records``, then ``explanation``).
+"""Commands that only read: ``status``, ``doctor``, and ``why`` (``records`` reads, ``explanation`` explains).
 
-Do not write here, and do not judge by rules of your own: call ``decision``.
+Do not write to the database here. Do not decide about events by other rules: call ``decision``.
 """

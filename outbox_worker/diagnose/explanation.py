@@ -1,7 +1,7 @@
-"""Why a payment has a purchase or none: its records, the rules that decided, and what would happen to its events now.
+"""Explains why a payment has a purchase or none: its records, the rules that decided, and predictions for its events.
 
-The predictions are not guessed: the facts are read by the worker's own statement and judged by the same ``decide``, in
-one READ ONLY snapshot.
+A prediction uses the worker's own statement to read the facts and the same ``decide`` to judge them, in one READ ONLY
+snapshot.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id
 from outbox_worker.store.queries import is_succeeded
 
 SHOWN = 100
-"""How many characters of an unknown id are repeated."""
+"""How many characters of an unknown id an error message repeats."""
 _GIVES = "already gives the student this course"
 
 
 class Occasion(StrEnum):
-    """The occasion on which an event would be judged again."""
+    """The occasion on which a worker or a backfill would judge an event."""
 
     DUE = "due"
     POSTPONED = "postponed"
@@ -54,12 +54,12 @@ class Occasion(StrEnum):
     DELIVERED = "delivered_again"
     BACKFILL = "backfill"
     NEVER = "never"
-    """Never: the worker does not claim events of this type."""
+    """The event is never judged, because workers do not claim events of its type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What would happen to an event now."""
+    """What would happen to an event if it were judged now."""
 
     event_id: UUID
     event_type: str
@@ -69,14 +69,14 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """What happened at a time; ``subject`` is the id of the payment, event or purchase concerned."""
+    """What happened at one time. ``subject`` is the id of the payment, event or purchase that it happened to."""
 
     at: datetime | None
     what: str
     subject: Any
     detail: str = ""
     rules: tuple[int, ...] = ()
-    """The rules of docs/explanation/state-machine.md that can have decided it."""
+    """Numbers of the rules in docs/explanation/state-machine.md that can have led to this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ class PaymentStory:
 
     payment_id: UUID | None
     payment: PaymentRow | None
-    """None: its row is not visible."""
+    """None: ``payments`` has no such row, or the role cannot see it."""
     kind: str | None
-    """Its class, or ``refunded_but_active``; None: the payment is not standing."""
+    """The class of the payment, or ``refunded_but_active``. None: the payment did not succeed or was refunded."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     predictions: Sequence[Prediction]
@@ -97,12 +97,12 @@ class PaymentStory:
 class Explanation:
     asked: str
     kinds: Sequence[str]
-    """What the id is the id of: event, payment, purchase, student."""
+    """The kinds of things that have the id: ``event``, ``payment``, ``purchase``, ``student``."""
     stories: Sequence[PaymentStory]
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: those of the student, or the one that was asked for."""
+    """Purchases without a payment: those of the student, or the purchase that has the id."""
     has_more: bool
-    """The student has more payments than ``stories``."""
+    """Whether the student has more payments than ``stories`` contains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +111,13 @@ class _Candidate:
 
     occasion: Occasion
     payment_id: UUID | None = None
-    """The payment of an event whose payload is gone, or that never had one."""
+    """The payment of an event that has no payload (any more)."""
     first: UUID | None = None
-    """For a backfill: the payment of the pair that it would grant."""
+    """For a backfill: the payment of the pair for which it would create the purchase."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether a backfill would grant another payment of the pair instead."""
+        """Whether a backfill would create the purchase for another payment of the pair instead."""
         return self.first != self.payment_id and self.first is not None
 
 
@@ -130,7 +130,7 @@ def explain(
     """
     found = look_up(session, tables, asked)
     if not found.kinds:
-        raise Refused(f"Nothing is known of {asked[:SHOWN]}: no event, payment, purchase or student has this id.")
+        raise Refused(f"No event, payment, purchase or student has the id {asked[:SHOWN]}.")
     classes = _classes(session, tables, [each.id for each in found.records.payments])
     owed = [payment_id for payment_id, kind in classes.items() if kind is PaymentClass.UNEXPLAINED]
     candidates = _candidates(found.records, _firsts(session, tables, owed), claimed_types)
@@ -143,7 +143,7 @@ def explain(
 
 
 def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID, PaymentClass]:
-    """what: the classes of those payments that are standing · lock: none · index: primary keys; see ``class_among``"""
+    """what: the classes of the succeeded payments · lock: none · index: primary keys; see ``class_among``"""
     payments = tables.payments
     columns = [payments.c[key] for key in ("id", "student_id", "course_id")]
     few = select(*columns).where(payments.c.id.in_(ids), is_succeeded(payments)).cte("few")
@@ -152,7 +152,7 @@ def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
-    """For each owed payment, the oldest unexplained payment of its pair, which a backfill would grant."""
+    """Return for each owed payment the oldest unexplained payment of its pair, which would get the purchase."""
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
     unexplained = {
@@ -165,7 +165,7 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
 def _candidates(
     records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
 ) -> dict[UUID, _Candidate]:
-    """Each event on record, and the substitute that a backfill would use for each payment that is owed."""
+    """Return all events that have a record, and for each owed payment the event that a backfill would make up."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},
@@ -188,7 +188,7 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
 ) -> list[Prediction]:
-    """Read the facts as the worker does, except for the locks, and decide."""
+    """Read the facts as the worker does, but without locks, and decide."""
     known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
@@ -257,7 +257,7 @@ def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
 
 
 def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
-    """The row of ``known`` in place of the event's row in the outbox."""
+    """Return the event's row of ``known``, which replaces its row in the outbox."""
     return select(known).where(known.c.id == keys.c.id).lateral("event")
 
 
@@ -267,7 +267,7 @@ def _story(
     classes: Mapping[UUID, PaymentClass],
     predictions: Sequence[Prediction],
 ) -> PaymentStory:
-    """The story of one payment; None: of the events that name no payment."""
+    """Return the story of one payment. If ``payment_id`` is None, return that of the events that name no payment."""
     payment = next((each for each in records.payments if each.id == payment_id), None)
     events = {each.event_id for each in records.traces if payment_id in (None, each.payment_id)}
     traces = [each for each in records.traces if each.event_id in events]
@@ -301,7 +301,7 @@ def _kind(
 
 
 def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:
-    """The payment's own purchase, and the active purchase of its pair."""
+    """Return the payment's own purchases and the active purchase of its pair."""
     pair = payment and (payment.student_id, payment.course_id)
     return [
         each

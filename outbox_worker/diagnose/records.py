@@ -1,6 +1,7 @@
-"""The records of a payment: its row, events, dead letters, marks and purchases. Reads only.
+"""Reads the records of a payment: its row, events, dead letters, marks and purchases.
 
-They are found by the id of an event, a payment, a purchase or a student. Read them in one snapshot.
+``look_up`` finds them by the id of an event, a payment, a purchase or a student. Call it in a snapshot, so that the
+records of all tables are of the same moment.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from outbox_worker.store.queries import same_pair
 _Row = TypeVar("_Row")
 
 PAYMENTS_MAX = 100
-"""Most payments of one student; the oldest are listed."""
+"""The largest number of payments to read for one student. If there are more, the oldest are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class PaymentRow:
     currency: str
     status: str
     created_at: datetime | None
-    """None, here and below: a time that Python cannot represent, such as ``-infinity``."""
+    """None if Python cannot represent the time, for example ``-infinity``. The same holds for all times below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class PurchaseRow:
     student_id: Any
     course_id: Any
     payment_id: UUID | None
-    """None: a gift."""
+    """None: the purchase is a gift."""
     is_active: bool
     created_at: datetime | None
     deactivated_at: datetime | None
@@ -91,37 +92,37 @@ class Records:
 
     @property
     def traces(self) -> Sequence[WaitingEvent | DeadLetter | MarkRow]:
-        """The records of events: waiting events, dead letters and marks."""
+        """Return the records of events: waiting events, dead letters and marks."""
         return [*self.waiting, *self.letters, *self.marks]
 
     @property
     def event_ids(self) -> list[UUID]:
-        """The ids of all events on record."""
+        """Return the ids of all events that have a record."""
         return list(dict.fromkeys(each.event_id for each in self.traces))
 
     @property
     def payment_ids(self) -> list[UUID]:
-        """The ids of all payments that have a row, and then of those that only another record names."""
+        """Return the ids of payments that have a row, then those that only an event, mark or purchase names."""
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
         return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an id is the id of, and the records of it."""
+    """The kinds of things that have a given id, and their records."""
 
     kinds: Sequence[str]
-    """event, payment, purchase, student: usually one of them; none if the id is unknown."""
+    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one; empty if nothing has the id."""
     payment_ids: Sequence[UUID]
     records: Records
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: those of the student, or the one that was asked for."""
+    """Purchases without a payment: those of the student, or the purchase that has the id."""
     has_more: bool
-    """The student has more payments than are listed."""
+    """Whether the student has more payments than ``PAYMENTS_MAX``."""
 
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
-    """Find everything that has this id, also payments that only an event, a mark or a purchase names."""
+    """Find everything that has this id, even a payment without a row that only an event, mark or purchase names."""
     given = _uuid_of(asked)
     of_event = _read_events(session, tables, events=[given]) if given else Records()
     own = tables.purchases.c
@@ -144,7 +145,7 @@ def look_up(session: Session, tables: Tables, asked: str) -> Found:
 
 
 def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]:
-    """The rows found; none if the given id is no value of the column's type."""
+    """Return the rows that ``read`` finds, or none if the given id is not a valid value of the column's type."""
     try:
         with savepoint(session):
             return read()
@@ -173,7 +174,7 @@ def _uuid_of(text: str) -> UUID | None:
 
 
 def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
-    """The column equals this text, read as a value of the column's own type."""
+    """Return the condition that the column equals this text, which is cast to the column's type."""
     return type_coerce(column, NullType()) == literal(given, NullType())
 
 
@@ -219,7 +220,7 @@ def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElem
 def _read_events(
     session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
 ) -> Records:
-    """The records of events, found by their own ids or by those of their payments."""
+    """Read the records of events that have one of these ids or one of these payments."""
     letters = tables.dead_letters
     of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
     return Records(

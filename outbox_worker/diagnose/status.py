@@ -1,4 +1,4 @@
-"""The present state: backlog, guard, dead letters, workers and their counters."""
+"""The state of the queue now: backlog, guard, dead letters, workers and their counters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Status:
     workers: Sequence[WorkerRow]
 
     def metrics(self) -> dict[str, float]:
-        """The sum of the counters of all processes of the last day, and the gauges as of now."""
+        """Return the counters, summed over all processes of the last day, and the present values of the gauges."""
         total: Counter[str] = Counter()
         for worker in self.workers:
             total.update({name: value for name, value in worker.metrics.items() if name != "events_per_second"})
@@ -42,14 +42,14 @@ class Status:
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
     def events_per_second(self) -> float:
-        """Events that the running workers settled per second, at their last heartbeat."""
+        """Return the events that all running workers together settled per second, as of their last heartbeats."""
         return sum(
             worker.metrics.get("events_per_second", 0) for worker in self.workers if condition(worker) == "running"
         )
 
 
 def condition(worker: WorkerRow) -> str:
-    """``running``, ``stopped`` (it closed its row) or ``silent`` (it did not, and is taken for dead)."""
+    """Return ``running``, ``stopped`` (it ended and recorded that) or ``silent`` (no heartbeat, so probably dead)."""
     if worker.stopped_at is not None:
         return "stopped"
     return "silent" if worker.silent_seconds > WORKER_SILENT_AFTER_SECONDS else "running"

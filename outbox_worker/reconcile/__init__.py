@@ -1,5 +1,5 @@
-"""Payments against purchases: ``audit`` proves that nothing is owed, ``backfill`` makes what is owed.
+"""Compares payments with purchases: ``audit`` proves that no purchase is owed, ``backfill`` makes those that are owed.
 
-``scan`` walks through the payments once for all of them and counts by ``store.payment_classes``; ``owed`` makes
-purchases through the repository and the guard of the daemon. Do not insert purchases by statements of your own.
+``audit``, ``duplicates`` and both backfills read the payments by ``scan``, which uses ``store.payment_classes``.
+``owed`` inserts purchases through the daemon's repository and guard. Do not insert purchases by other statements.
 """

@@ -1,4 +1,4 @@
-"""The proof that nothing is owed: every succeeded payment is classed and counted."""
+"""The proof that no purchase is owed: the audit puts every succeeded payment into one class and counts each class."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class AuditReport:
     unexplained: Sequence[FoundPayment]
     refunded_but_active: Sequence[FoundPayment]
     unknown_statuses: Mapping[str, int]
-    """Payments with a status that the worker does not know, by that status; they are not judged."""
+    """The number of payments for each status that the worker does not know. The audit leaves these payments out."""
     dated_ahead: int
-    """Succeeded payments whose ``created_at`` is more than an hour in the future; they are not judged."""
+    """Succeeded payments whose ``created_at`` is more than an hour in the future. The audit leaves them out."""
 
     @property
     def ok(self) -> bool:
@@ -39,7 +39,7 @@ class AuditReport:
 
 
 class Audit:
-    """Classes every succeeded payment that was created before the audit began. Reads only."""
+    """Classifies every succeeded payment that was created before the audit began. Changes nothing."""
 
     def __init__(self, scan: PaymentScan, dated_ahead: int) -> None:
         self._scan = scan
@@ -47,7 +47,7 @@ class Audit:
 
     @classmethod
     def start(cls, database: Database, tables: Tables) -> Audit:
-        """Check tables and privileges, and fix the time up to which payments are judged. Raises SchemaError."""
+        """Check tables and privileges, and remember the database's time as the end of the range. Raises SchemaError."""
         with database.transaction() as session:
             tables = check_schema(session, tables, EXPLAINING)
             began, paths = database_time(session), ScanPaths.read(session, tables)
@@ -55,11 +55,11 @@ class Audit:
         return cls(PaymentScan(database, tables, paths, ScanRange(None, began)), dated_ahead)
 
     def estimate(self) -> int:
-        """About how many payments there are."""
+        """Return the planner's estimate of the number of payments."""
         return self._scan.estimate()
 
     def run(self, throttle: Throttle = lambda *_: True) -> AuditReport:
-        """Class all payments; calls ``throttle`` after each statement."""
+        """Classify all payments. Calls ``throttle`` after each statement."""
         self._scan.run(throttle)
         totals = self._scan.totals
         return AuditReport(
@@ -74,7 +74,7 @@ class Audit:
 
 def _count_dated_ahead(tables: Tables) -> Select[Any]:
     """what: how many succeeded payments are dated far in the future
-    lock: none · index: the shop's on created_at; if there is none, all payments are read once
+    lock: none · index: the shop's index on created_at; if there is none, the statement reads all payments
     """
     payments = tables.payments
     is_ahead = payments.c.created_at > func.statement_timestamp() + _SOON

@@ -1,7 +1,7 @@
-"""The backfill by hand: finds succeeded payments that nothing explains, counts them, and makes their purchases.
+"""The backfill that an operator starts: finds unexplained succeeded payments, counts them, and makes their purchases.
 
-One scan finds all of them before the first purchase is made: if they are more than expected, none is made (the fuse).
-A backfill may be killed at any time; the next one with the same range continues it.
+The scan finds all these payments before the first purchase is made. If they are more than ``max_repairs`` (the fuse),
+no purchase is made. A backfill may be killed at any time: the next backfill with the same range continues its work.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from outbox_worker.store.payment_classes import RECENT, PaymentClass
 from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
-"""How often payments whose pair another transaction has locked are tried again, at the end."""
+"""How often the backfill, at its end, retries payments whose pair another transaction had locked."""
 _ROUND_SECONDS = 0.5
 _BEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What an operator asks for."""
+    """The options of ``backfill`` that an operator chose."""
 
     actor: str
     reason: str | None = None
@@ -55,13 +55,13 @@ class Request:
     older_than: timedelta = timedelta(minutes=5)
     max_repairs: int = 1000
     max_rate: float | None = None
-    """Most payments looked at per second; None: no limit."""
+    """The largest number of payments to read per second. None: no limit."""
     dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """A backfill in numbers: the first four are known after the scan, the others grow with each transaction."""
+    """The counts of a backfill. The scan sets the first four; each transaction adds to the others."""
 
     looked_at: int = 0
     unexplained: PaymentTotals = field(default_factory=PaymentTotals)
@@ -69,16 +69,16 @@ class Counts:
     duplicates: PaymentTotals = field(default_factory=PaymentTotals)
     made: PaymentTotals = field(default_factory=PaymentTotals)
     recovered: PaymentTotals = field(default_factory=PaymentTotals)
-    """The part of ``made`` that an earlier backfill had marked."""
+    """The part of ``made`` whose purchase an earlier backfill had made and somebody has deleted since."""
     explained: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments that were owed at the scan, and explained when their purchase was to be made."""
+    """Payments that were owed a purchase at the scan, but no longer when the backfill came to make it."""
     contended: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments whose pair another transaction had locked, to the end."""
+    """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose purchase the database refused."""
 
     def plus(self, result: BackfillResult) -> Counts:
-        """The counts after a transaction with this result."""
+        """Return these counts plus the result of one transaction."""
         return replace(
             self,
             made=self.made + PaymentTotals.of(result.purchases),
@@ -89,12 +89,12 @@ class Counts:
         )
 
     def written(self) -> dict[str, Any]:
-        """The counts for a JSON column."""
+        """Return the counts as a JSON column stores them."""
         return {"looked_at": self.looked_at} | {name: getattr(self, name).written() for name in _VALUES}
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Counts:
-        """Read what ``written`` wrote."""
+        """Return the counts that ``written`` turned into JSON."""
         return cls(written.get("looked_at", 0), *(PaymentTotals.read(written.get(name)) for name in _VALUES))
 
 
@@ -103,7 +103,7 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackfillReport:
-    """What a backfill did. The counts include what a killed backfill did that it continues; the lists do not."""
+    """The result of a backfill. Its counts include those of the killed backfill that it continued; its lists do not."""
 
     dry_run: bool
     range: BackfillRange
@@ -114,28 +114,28 @@ class BackfillReport:
     made: BackfillResult
     seconds: float
     payments_per_second: float
-    """The speed of the scan."""
+    """How many payments the scan read per second."""
 
     @property
     def ok(self) -> bool:
-        """Whether every owed purchase was made; a dry run is always ok."""
+        """Return whether every owed purchase was made. A dry run is always ok."""
         return self.dry_run or not (self.made.contended or self.made.refused)
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What a backfill found when it began."""
+    """The range of a backfill, and what it read from the database before its scan."""
 
     range: BackfillRange
     paths: ScanPaths
     run: UUID | None = None
-    """Its row in ``backfill_runs``; None: a dry run."""
+    """The id of its row in ``backfill_runs``. None: a dry run has no row."""
     continued: BackfillRun | None = None
-    """The killed backfill that it continues."""
+    """The killed backfill that this one continues."""
 
 
 class Backfill:
-    """One backfill: ``look``, then ``make``."""
+    """One backfill. Call ``look`` to find what is owed, then ``make``."""
 
     def __init__(
         self, database: Database, tables: Tables, policy: RetryPolicy, request: Request, beginning: Beginning
@@ -145,7 +145,7 @@ class Backfill:
         self._began = self._beaten = time.monotonic()
         self.range, self._run, self._continued = beginning.range, beginning.run, beginning.continued
         known = Counts.read(self._continued.counts if self._continued else {})
-        self._counts = replace(known, contended=PaymentTotals())  # they are found again
+        self._counts = replace(known, contended=PaymentTotals())  # the scan finds contended payments again
         self._cursor: ScanCursor | None = self._continued.cursor if self._continued else None
         self._is_cursor_held = False
         rate = request.max_rate
@@ -153,7 +153,7 @@ class Backfill:
         span = ScanRange(request.since, self.range.before)
         self._scan = PaymentScan(database, tables, beginning.paths, span, limits=ScanLimits(page_max=page_max))
         if self._cursor is not None and len(self._cursor) != len(self._scan.order):
-            self._cursor = None  # the index in whose order it was written came or went meanwhile
+            self._cursor = None  # the cursor has another key: an index was created or dropped since
         self._owed: list[FoundPayment] = []
         self._duplicates: list[FoundPayment] = []
         self._made = BackfillResult()
@@ -161,9 +161,9 @@ class Backfill:
 
     @classmethod
     def start(cls, database: Database, tables: Tables, policy: RetryPolicy, request: Request) -> Backfill:
-        """Check tables and privileges, and write the row of this backfill unless it is a dry run. Raises SchemaError.
+        """Check tables and privileges, and write this backfill's row in ``backfill_runs``. Raises SchemaError.
 
-        If an operator's backfill of the same range was killed, it is continued.
+        A dry run writes no row. If an operator's backfill of the same range was killed, continue that backfill.
         """
         with database.transaction() as session:
             tables = check_schema(session, tables, EXPLAINING if request.dry_run else BACKFILLING)
@@ -171,11 +171,11 @@ class Backfill:
         return cls(database, tables, policy, request, beginning)
 
     def estimate(self) -> int:
-        """About how many payments there are to look at."""
+        """Return the planner's estimate of the number of payments in the range."""
         return self._scan.estimate()
 
     def look(self, progress: Throttle) -> int:
-        """Find the purchases that are owed; return how many. Raises Refused if they are more than may be made."""
+        """Find the owed purchases and return their number. Raises Refused if they are more than ``max_repairs``."""
         self._scan.run(self._paced(progress), self._cursor)
         totals = self._scan.totals
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
@@ -194,13 +194,13 @@ class Backfill:
         return len(self._owed)
 
     def make(self, progress: Throttle) -> BackfillReport:
-        """Make the purchases that are owed, unless this is a dry run; calls ``progress`` after each transaction."""
+        """Make the owed purchases, unless this is a dry run. Calls ``progress`` after each transaction."""
         total = self._made
         if self._run is not None:
             self._make(self._run, progress)
             counts = self._counts.plus(total)
             left = self._left(left_of(self._scan.totals.unexplained, total))
-            if self._continued:  # the killed backfill counted its part; this process did not see it
+            if self._continued:  # this process did not scan the killed backfill's part, so use its counts
                 left = written_left(counts.contended + counts.refused, PaymentTotals())
             with self._database.transaction() as session:
                 self._runs.finish(session, self._run, RunOutcome.MADE, counts.written() | left)
@@ -222,13 +222,13 @@ class Backfill:
             if owed.count <= most:
                 self._runs.advance(session, run, self._counts.written(), self._cursor)
                 return
-            if self._continued is None:  # a killed one can still be continued from its cursor
+            if self._continued is None:  # keep the row of a continued backfill, so that it can be continued again
                 left = self._left(self._scan.totals.unexplained)
                 self._runs.finish(session, run, RunOutcome.REFUSED, self._counts.written() | left)
         money = ", ".join(f"{amount:,.2f} {currency}" for currency, amount in owed.money.items())
         now = " now" if self._continued else ""
         raise Refused(
-            f"A purchase is owed for {count_of(owed.count, 'payment')} ({money}) and at most {most:,} may be made. "
+            f"A purchase is owed for {count_of(owed.count, 'payment')} ({money}), but --max-repairs allows {most:,}. "
             f"Nothing was made{now}. List them with --dry-run; if they are right, pass --max-repairs {owed.count}."
         )
 
@@ -246,7 +246,10 @@ class Backfill:
             time.sleep(_ROUND_SECONDS)
 
     def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
-        """Write cursor and counts in the transaction of the purchases; the cursor stops before a locked pair."""
+        """Save cursor and counts in the transaction of the purchases.
+
+        The cursor never passes a locked pair: a continued backfill must find its payment again.
+        """
         self._is_cursor_held = self._is_cursor_held or bool(result.contended)
         if not self._is_cursor_held:
             self._cursor = self._scan.cursor_of(part[-1])
@@ -254,14 +257,14 @@ class Backfill:
         self._runs.advance(session, run, counts.written(), self._cursor)
 
     def _left(self, payments: Sequence[FoundPayment]) -> dict[str, Any]:
-        """What stays unexplained, for the gauges."""
+        """Return, for the gauges, the sums of the payments that stay unexplained."""
         edge = self.range.before - RECENT
         return written_left(
             PaymentTotals.of(payments), PaymentTotals.of(each for each in payments if each.is_since(edge))
         )
 
     def _paced(self, progress: Throttle) -> Throttle:
-        """Keep to ``max_rate``, and write a heartbeat now and then."""
+        """Return a throttle that sleeps to keep to ``max_rate``, and writes a heartbeat every few seconds."""
 
         def throttle(passed: int, seconds: float) -> bool:
             progress(passed, seconds)

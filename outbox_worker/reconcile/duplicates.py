@@ -1,7 +1,8 @@
-"""Who paid twice for a course: succeeded payments whose pair is held by the purchase of another payment, or by a gift.
+"""Lists payments of students who paid twice: another purchase, paid or a gift, already gives the student this course.
 
-A duplicate is owed back only while the other payment is not refunded, too: refunding both would take the course away.
-It leaves the list as soon as it is refunded, or the other purchase becomes inactive. Nothing is stored.
+A duplicate is owed back only if the payment of that other purchase is not refunded, because refunding both payments
+would take the course away. A duplicate leaves the list if it is refunded, or if the other purchase becomes inactive.
+The list is computed each time; no table stores it.
 """
 
 from __future__ import annotations
@@ -26,29 +27,30 @@ from outbox_worker.store.queries import database_time, has_status, same_pair
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
-"""Duplicates whose holders are looked up by one statement."""
+"""The number of duplicates for which one statement reads the purchases that hold their pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A payment for a course that the student already has, and the purchase that gives it."""
+    """A payment for a course that the student already has, and the purchase that gives the course."""
 
     payment: FoundPayment
     purchase_id: Any
     held_by: UUID | None
-    """The payment of that purchase; None: a gift."""
+    """The payment of that purchase. None: the purchase is a gift."""
     held_since: datetime
     is_holder_refunded: bool
-    """The payment of that purchase is refunded: once its refund event is settled, this payment gets the course."""
+    """Whether the payment of that purchase is refunded. If so, this payment gets the course when a worker settles the
+    refund event."""
 
 
 def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
-    """The duplicates that should be refunded."""
+    """Return the duplicates that must be refunded."""
     return [each for each in found if not each.is_holder_refunded]
 
 
 class Duplicates:
-    """Lists the duplicates among the payments that were created before the listing began. Reads only."""
+    """Lists the duplicates among the payments that were created before the listing began. Changes nothing."""
 
     def __init__(self, database: Database, tables: Tables, scan: PaymentScan) -> None:
         self._database = database
@@ -57,7 +59,7 @@ class Duplicates:
 
     @classmethod
     def start(cls, database: Database, tables: Tables) -> Duplicates:
-        """Check tables and privileges, and fix the time up to which payments are listed. Raises SchemaError."""
+        """Check tables and privileges, and remember the database's time as the end of the range. Raises SchemaError."""
         with database.transaction() as session:
             tables = check_schema(session, tables, _NEEDED)
             began, paths = database_time(session), ScanPaths.read(session, tables)
@@ -65,11 +67,11 @@ class Duplicates:
         return cls(database, tables, scan)
 
     def estimate(self) -> int:
-        """About how many payments there are."""
+        """Return the planner's estimate of the number of payments."""
         return self._scan.estimate()
 
     def list(self, throttle: Throttle = lambda *_: True) -> Sequence[Duplicate]:
-        """List all duplicates, oldest first; calls ``throttle`` after each statement."""
+        """List all duplicates, oldest first. Calls ``throttle`` after each statement."""
         self._scan.run(throttle)
         found = sorted(self._scan.totals.duplicates, key=lambda payment: payment.age)
         parts = [found[start : start + _TOGETHER] for start in range(0, len(found), _TOGETHER)]
@@ -77,7 +79,7 @@ class Duplicates:
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]
 
     def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[UUID, Any]:
-        """The purchase that holds the pair of each payment; a payment whose pair has become free is left out."""
+        """Return the purchase that holds each payment's pair; leave out payments whose pair has no other purchase."""
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
         return {row.id: (row.purchase_id, row.held_by, row.held_since, row.is_refunded) for row in rows}

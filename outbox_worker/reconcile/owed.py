@@ -1,7 +1,7 @@
-"""Makes the purchases that payments prove are owed: lock the pairs, look again, write purchase and mark together.
+"""Makes the purchases that are owed: locks the pairs, checks the payments again, writes purchases and marks together.
 
-It works in transactions of bounded size, through the repository and the guard of the daemon. If the database refuses a
-transaction, its payments are halved until the refused one is alone.
+Each transaction has at most ``CHUNK`` payments and uses the daemon's repository and guard. If the database refuses a
+transaction, the payments are split in halves until the refused payment is alone.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from outbox_worker.store.payment_classes import PaymentClass, portion_statement
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
 
 CHUNK = 500
-"""Most payments in one transaction."""
+"""The largest number of payments in one transaction."""
 _ATTEMPTS = 8
 _PAYMENTS_FAULT = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A payment whose purchase the database refuses, and its error."""
+    """A payment whose purchase the database refused, and the error."""
 
     payment: FoundPayment
     detail: str
@@ -46,15 +46,15 @@ class Refusal:
 
 @dataclass
 class BackfillResult:
-    """What became of payments that were owed a purchase."""
+    """The payments that were owed a purchase, by what the backfill did with them."""
 
     created: list[FoundPayment] = field(default_factory=list)
     recovered: list[FoundPayment] = field(default_factory=list)
-    """Their purchase was made again: a mark says that it was made before."""
+    """Their purchase was made again, because a mark proves that it had been made before and is missing."""
     explained: list[FoundPayment] = field(default_factory=list)
-    """Something explains them by now: they are owed nothing."""
+    """They are no longer owed a purchase, because somebody else settled them after the scan."""
     contended: list[FoundPayment] = field(default_factory=list)
-    """Another transaction has their pair locked."""
+    """Their purchase was not made, because another transaction had locked their pair."""
     refused: list[Refusal] = field(default_factory=list)
 
     @property
@@ -68,7 +68,7 @@ class BackfillResult:
 
 
 def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
-    """The oldest payment of each pair, which is owed a purchase; and the others, which will be duplicates."""
+    """Return the oldest payment of each pair, which is owed a purchase; and the others, which are duplicates."""
     by_age = sorted(unexplained, key=lambda payment: payment.age)
     oldest = {payment.pair: payment for payment in reversed(by_age)}
     return (
@@ -78,17 +78,17 @@ def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment]
 
 
 def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list[FoundPayment]:
-    """The payments that stay unexplained: those whose purchase was not made, and the duplicates of those."""
+    """Return the payments that stay unexplained: all payments of those pairs for which no purchase was made."""
     failed = {payment.pair for payment in [*result.contended, *(each.payment for each in result.refused)]}
     return [payment for payment in unexplained if payment.pair in failed]
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""Called inside each transaction with its payments and its result: what it writes is committed with them."""
+"""A function that is called at the end of each transaction with its payments and result. It may write, too."""
 
 
 class OwedPurchases:
-    """Makes the purchases that payments are owed, on one database."""
+    """Makes the purchases that are owed, in one database."""
 
     def __init__(
         self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch, *, by_index: bool
@@ -103,15 +103,15 @@ class OwedPurchases:
 
     @classmethod
     def start(cls, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> OwedPurchases:
-        """Probe the guard, and see whether indexes find purchases."""
+        """Check which guard is in force and whether indexes find purchases."""
         with database.transaction() as session:
             state = guard.probe(session)
         return cls(database, tables, policy, guard, by_index=state.has_index_paths)
 
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
-        """Make the purchases of payments, each of another pair; yields the result of each transaction.
+        """Make one purchase for each payment, and yield the result of each transaction after its COMMIT.
 
-        Raises the database's error if the fault is no payment's; what was yielded is committed.
+        No two payments may have the same pair. Raises the database's error if no single payment causes it.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
@@ -126,7 +126,7 @@ class OwedPurchases:
                     parts += smaller
                     continue
                 if classify(error) is Failure.UNCLEAR and not is_writable:
-                    raise  # no purchase could be written so far: the fault may be the database's
+                    raise  # no purchase was written yet, so the cause may be the database, not this payment
                 result = BackfillResult(refused=[Refusal(part[0], describe(error))])
             is_writable = is_writable or bool(result.purchases)
             yield result
@@ -134,9 +134,9 @@ class OwedPurchases:
     def _without_fault(
         self, part: Sequence[FoundPayment], error: DBAPIError, tried: set[UUID]
     ) -> Sequence[Sequence[FoundPayment]]:
-        """The parts to try instead, the next one last; none if a payment that is alone is refused.
+        """Return the parts to try instead, the first one at the end. Returns none if ``part`` is one refused payment.
 
-        Raises the error if the fault is no payment's.
+        Raises the error if no payment can be its cause.
         """
         if classify(error) not in _PAYMENTS_FAULT:
             raise error
@@ -148,11 +148,11 @@ class OwedPurchases:
             return [part[middle:], part[:middle]]
         if sqlstate(error) == UNIQUE_VIOLATION and part[0].payment_id not in tried:
             tried.add(part[0].payment_id)
-            return [part]  # another transaction was first: look again
+            return [part]  # another transaction inserted a purchase first, so check this payment again
         return []
 
     def _transact(self, part: Sequence[FoundPayment], on_written: OnWritten, _failed: int) -> BackfillResult:
-        """One transaction: lock, look again, write."""
+        """Lock the pairs, check the payments again and write their purchases, in one transaction."""
         batch, guard = _as_batch(part), self._guard.state
         with self._database.transaction(**self._writing) as session:
             locks = self._repository.lock_pairs(session, batch, guard.lock_capacity)
@@ -163,7 +163,7 @@ class OwedPurchases:
         return result
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """The events whose payments are still unexplained, in a snapshot taken after the locks."""
+        """Return the events whose payments are still unexplained, read in a snapshot that is newer than the locks."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
@@ -174,7 +174,7 @@ class OwedPurchases:
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
     def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Write the purchases and marks that ``decide`` grants, and close the dead letters of these payments."""
+        """Create the purchases that ``decide`` allows, mark them, and close the dead letters of their payments."""
         seen = self._repository.look(session, batch, self._policy)
         judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
         grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
@@ -190,12 +190,12 @@ class OwedPurchases:
 
 
 def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
-    """The planner settings that switch on again what ``plans`` switch off."""
+    """Return planner settings that switch on again everything that ``plans`` switches off."""
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 
 def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
-    """A batch of substitutes for the events of payments, numbered."""
+    """Return a batch with one substitute event per payment. Its ids are the payments' positions."""
     return Batch(
         ids=range(len(payments)),
         event_ids=[str(backfill_event_id(payment.payment_id)) for payment in payments],

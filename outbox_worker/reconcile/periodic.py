@@ -1,7 +1,8 @@
-"""The daemon's backfill: now and then one of the workers looks for payments that nothing explains, and reports them.
+"""The daemon's backfill: at intervals, one of the workers looks for unexplained payments and reports them.
 
-It makes purchases only if an operator has completed a backfill on this database by hand: otherwise the first start on
-adopted tables would grant years of history. It works a tenth of the time at most, on a connection of its own.
+It makes their purchases only if an operator has completed a backfill on this database by hand. Otherwise the first
+start on adopted tables would create purchases for years of old payments. It runs statements at most a tenth of the
+time, on its own connection.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ from outbox_worker.store.queries import database_time
 from outbox_worker.telemetry.reporter import Telemetry
 
 OLDER_THAN = timedelta(minutes=5)
-"""Younger payments are left to the claim loops."""
+"""The periodic backfill skips younger payments, because the claim loops may still settle their events."""
 FULL_EVERY = timedelta(days=1)
-"""The time between two scans of all payments; other scans begin where the last full one ended, with an overlap."""
+"""The time between two scans of all payments.
+
+The scans between them read only payments created since ``RECENT`` before the end of the last full scan.
+"""
 FUSE = 100
-"""If more purchases are owed, none is made: a person must look first."""
+"""The largest number of purchases to make. If more are owed, none is made, because a person must check them first."""
 _SHARE = 0.1
-"""Largest share of the time spent in statements."""
+"""The largest share of its time that the periodic backfill spends in statements."""
 ACTOR = "outbox-worker run"
 _LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
@@ -54,13 +58,13 @@ class Turn:
     range: BackfillRange
     paths: ScanPaths
     carried: PaymentTotals
-    """Unexplained payments that the last full scan found and this one does not look at."""
+    """Unexplained payments of the last full scan that are older than the range of this scan."""
     may_make: bool
-    """Whether it may make purchases, or only report."""
+    """Whether this backfill may make purchases. If not, it only reports."""
 
 
 class PeriodicBackfill:
-    """Runs every ``settings.backfill_every_seconds``, in one of the workers, until told to stop."""
+    """Runs a backfill every ``settings.backfill_every_seconds``. The workers of a database share the turns."""
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class PeriodicBackfill:
         self._every = timedelta(seconds=settings.backfill_every_seconds)
 
     def run(self) -> bool:
-        """Run until told to stop; a failure is reported and tried again."""
+        """Run until ``stop`` is set. After a failure, report it and try again."""
         asks = min(60.0, self._every.total_seconds() / 10)
         while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
             wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
@@ -87,7 +91,7 @@ class PeriodicBackfill:
         return True
 
     def run_once(self) -> bool:
-        """Look at the payments if it is this worker's turn; return whether it was."""
+        """Run one backfill if it is this worker's turn. Return whether it was."""
         with self._database.transaction() as session:
             turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:
@@ -128,7 +132,7 @@ class PeriodicBackfill:
             self._finish(turn, RunOutcome.INTERRUPTED, {})
 
     def _rest(self, turn: Turn, seconds: float) -> bool:
-        """Wait, and write heartbeats meanwhile; False if the daemon is to stop."""
+        """Sleep and write heartbeats meanwhile. Return False if the daemon stops."""
         over = time.monotonic() + seconds
         while not self._stop_serving.is_set():
             if time.monotonic() - self._beaten > _BEAT_SECONDS:
@@ -139,7 +143,7 @@ class PeriodicBackfill:
         return False
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
-        """Report what was found, and make the purchases if that is allowed."""
+        """Report the unexplained payments, and make their purchases if this turn may make them."""
         unexplained = totals.value(PaymentClass.UNEXPLAINED)
         owed, others = choose_owed(totals.unexplained)
         counts = Counts(totals.passed, unexplained, PaymentTotals.of(owed), PaymentTotals.of(others))

@@ -1,8 +1,8 @@
-"""A scan of the payments: page by page in the order of a key, each payment classed.
+"""A scan reads the payments page by page, in the order of a key, and classifies each of them.
 
-Most payments are explained by a purchase, which a page finds by indexes. The others are classed in portions, by the
-whole equation, with one read of the outbox for each portion. A statement that takes longer than the database's deadline
-is repeated with half as many payments.
+The statement of a page finds payments that have a purchase, which are most, by indexes. The other payments are
+collected into portions. The statement of a portion also checks the outbox, dead letters and marks, and reads the
+outbox once. A statement that exceeds the database's deadline is repeated with half as many payments.
 """
 
 from __future__ import annotations
@@ -38,18 +38,21 @@ from outbox_worker.store.payment_classes import (
 )
 
 STATEMENT_SECONDS = 30.0
-"""The statement deadline of commands that look at all payments."""
+"""The statement deadline of commands that scan all payments."""
 
 PAGE_FIRST = 1_000
-"""Payments of the first page; later pages grow and shrink."""
+"""The size of the first page. Later pages are larger or smaller, depending on how long pages take."""
 
 PAGE_MAX = 50_000
 
 PORTION = 100_000
-"""Payments without a purchase that are classed together: a million in flight cost ten reads of the outbox."""
+"""The number of payments without a purchase that one statement classifies.
+
+Each portion reads the outbox once, so a million such payments need ten reads.
+"""
 
 LEAST = 50
-"""A statement with no more payments that is still too slow fails: its size is not the reason."""
+"""The smallest size that is halved. A statement that is too slow even at this size fails: its size is not the cause."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -58,10 +61,10 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""Pages are read from an index, in its order, whatever the statistics say; the outbox is hashed, in one read."""
+"""Planner settings that force a page to be read from an index in key order, and the outbox to be hashed in one read."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
-"""Room for a hash of all purchases, if no index finds them by payment and pair."""
+"""Memory for a hash of all purchases. It is needed if no index finds purchases by payment and by pair."""
 
 _QUERY_CANCELED = "57014"
 
@@ -78,11 +81,11 @@ _LEADS_AN_INDEX = text(
 )
 
 ScanCursor = Sequence[str]
-"""How far a scan has come: the key of a payment, as text."""
+"""The key of the last payment that a scan has passed, as text."""
 
 
 class ScanRange(NamedTuple):
-    """The payments that are judged: created at ``since`` or later (None: at any time), and before ``before``."""
+    """The range of a scan: payments created at ``since`` or later, and before ``before``. ``since`` None: no start."""
 
     since: datetime | None
     before: datetime
@@ -90,57 +93,57 @@ class ScanRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanLimits:
-    """How much one statement of a scan takes on."""
+    """Limits for one statement of a scan."""
 
     target_seconds: float = 1.0
-    """Pages grow and shrink to take about as long."""
+    """How long a page should take. The scan chooses page sizes accordingly."""
     page_max: int = PAGE_MAX
-    """Most payments of a page."""
+    """The largest number of payments in a page."""
     portion: int = PORTION
-    """Most payments without a purchase that are classed together."""
+    """The largest number of payments without a purchase that one statement classifies."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScanPaths:
-    """How the rows of this database are found."""
+    """The indexes of this database that a scan can use."""
 
     order: tuple[str, ...]
-    """The key in whose order payments are passed: ``created_at, id``, or ``id`` alone."""
+    """The key that orders the payments: ``created_at, id``, or ``id`` alone."""
     by_index: bool
-    """Whether indexes find a purchase by its payment and by its pair; otherwise purchases are read into a hash."""
+    """Whether indexes find a purchase by its payment and by its pair. If not, the scan hashes all purchases."""
 
     @classmethod
     def read(cls, session: Session, tables: Tables) -> ScanPaths:
-        """Ask the catalogue."""
+        """Read from the catalogue which of these indexes exist."""
         return cls(order_of(session, tables), has_index_paths(session, tables.purchases))
 
 
 class Throttle(Protocol):
-    """Called after each statement of a scan; may wait."""
+    """A function that a scan calls after each statement. It may sleep."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
-        """``passed``: payments so far; ``seconds``: duration of the statement. Returning False ends the scan."""
+        """Return whether to go on. ``passed``: payments so far. ``seconds``: duration of the statement."""
         ...
 
 
 @dataclass
 class ScanTotals:
-    """What a scan has found so far."""
+    """The counts, sums and payments that a scan has found so far."""
 
     passed: int = 0
     counts: dict[PaymentClass, int] = field(default_factory=lambda: dict.fromkeys(PaymentClass, 0))
     money: dict[PaymentClass, dict[str, Decimal]] = field(default_factory=lambda: {each: {} for each in PaymentClass})
     recent: PaymentTotals = field(default_factory=PaymentTotals)
-    """The unexplained payments of the last hour of the range."""
+    """The count and sums of unexplained payments in the last hour of the range."""
     unexplained: list[FoundPayment] = field(default_factory=list)
-    """Not all of them if ``lists`` limits the scan."""
+    """The unexplained payments one by one. Incomplete if ``lists`` limits them."""
     duplicates: list[FoundPayment] = field(default_factory=list)
-    """Empty unless ``lists_duplicates``."""
+    """The duplicates one by one. Empty unless ``lists_duplicates`` is set."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
     unknown_statuses: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row[Any]) -> None:
-        """Add a row of a statement: the payments of one kind and currency, or a single payment that is listed."""
+        """Add a row of a statement: the totals of one class and currency, or one listed payment."""
         if row.kind == UNKNOWN_STATUS:
             self.unknown_statuses[row.status] += row.payments
         elif row.kind == REFUNDED_BUT_ACTIVE:
@@ -160,10 +163,10 @@ class ScanTotals:
 
 
 class PaymentScan:
-    """One pass over the payments of a range; each statement is a transaction of its own.
+    """One pass over the payments of a range. Each statement runs in its own transaction.
 
-    Counts and money are those of all payments. ``lists``: about how many unexplained payments are listed one by one
-    (None: all); ``lists_duplicates``: duplicates are listed, too.
+    Counts and sums include every payment of the range, even payments that are not listed one by one. ``lists``: about
+    how many unexplained payments to list (None: all). ``lists_duplicates``: whether to list duplicates, too.
     """
 
     def __init__(
@@ -189,12 +192,12 @@ class PaymentScan:
         self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
 
     def cursor_of(self, payment: FoundPayment) -> ScanCursor:
-        """The cursor of a scan that has just passed this payment."""
+        """Return the cursor of a scan that has just passed this payment."""
         created_at = payment.created_at.isoformat() if payment.created_at else "-infinity"
         return [{"id": str(payment.payment_id), "created_at": created_at}[key] for key in self.order]
 
     def estimate(self) -> int:
-        """About how many payments there are to pass, as the planner estimates."""
+        """Return the planner's estimate of the number of payments in the range."""
         asked = select(self._tables.payments.c.id).where(*span(self._tables, self.order))
         values = dict(zip(ScanRange._fields, self._span, strict=True))
         sql = str(asked.params(values).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
@@ -203,7 +206,7 @@ class PaymentScan:
         return int(plan[0]["Plan"]["Plan Rows"]) if plan else 0
 
     def run(self, throttle: Throttle, after: ScanCursor | None = None) -> bool:
-        """Pass all payments after the cursor ``after``; False if ``throttle`` ended the scan."""
+        """Scan all payments after the cursor ``after``. Return False if ``throttle`` ended the scan."""
         waiting: list[str] = []
         for unexplained in self._pages(after):
             waiting += unexplained
@@ -217,7 +220,7 @@ class PaymentScan:
         return self._look_again(waiting, throttle)
 
     def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
-        """Yield the payments of each page that no purchase explains."""
+        """Yield, for each page, the payments that have no purchase."""
         while True:
             size, statement = self._size, self._first if after is None else self._next
             values = {} if after is None else {f"after_{key}": at for key, at in zip(self.order, after, strict=True)}
@@ -234,7 +237,10 @@ class PaymentScan:
             after = rows[0].last
 
     def _look_again(self, ids: Sequence[str], throttle: Throttle) -> bool:
-        """Class payments by the whole equation, in halves if that is too slow; False if ``throttle`` ended the scan."""
+        """Classify payments without a purchase, in halves if one statement is too slow.
+
+        Return False if ``throttle`` ended the scan.
+        """
         parts = [ids] if ids else []
         while parts:
             part = parts.pop()
@@ -260,25 +266,31 @@ class PaymentScan:
 
 
 def plans(by_index: bool) -> Mapping[str, str]:
-    """The planner settings under which payments are classed."""
+    """Return the planner settings for statements that classify payments."""
     return _BY_INDEX if by_index else _BY_HASH
 
 
 def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
-    """By time if an index allows it, so that a range costs no more than its payments; otherwise by the primary key."""
+    """Return the key that orders the payments: their time if an index has it, otherwise the primary key.
+
+    In the order of time, a scan reads only the payments of its range; by primary key, it reads all payments.
+    """
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
     return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)
 
 
 def _half(size: int, error: DBAPIError) -> int:
-    """Half the size if the statement took too long. Raises the error if it is another one, or the size is small."""
+    """Return half the size if the statement was cancelled because it took too long.
+
+    Raises any other error, and also this one if the size is already ``LEAST``.
+    """
     if sqlstate(error) != _QUERY_CANCELED or size <= LEAST:
         raise error
     return size // 2
 
 
 def _fitting(size: int, ratio: float, most: int) -> int:
-    """The size of the next page: at most twice as large, and as large as fits into the time."""
+    """Return the size of the next page: as many payments as fit the target time, at most twice the last size."""
     return max(min(LEAST, most), min(size * 2, int(size * ratio), most))
 
 

@@ -1,4 +1,4 @@
-"""What commands show: text for people (``print_…``), the object of ``--json``, and commands to run next (``next_…``).
+"""The output of commands: text (``print_…``), objects for ``--json``, and commands to run next (``next_…``).
 
-Only ``cli`` imports from here. Views get finished results: do not query a database or decide anything here.
+Only ``cli`` imports from here. Views only format results: do not query a database or decide anything here.
 """

@@ -1,4 +1,4 @@
-"""What `audit` shows."""
+"""The output of `audit`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def audit_object(report: AuditReport) -> dict[str, Any]:
 
 
 def print_audit(report: AuditReport, limit: int) -> None:
-    """Print the classes, the payments that need a person (at most ``limit`` of each list), and the result."""
+    """Print the classes, the payments that a person must check (at most ``limit`` of each list), and the result."""
     rows = [
         (
             name.replace("_", " "),
@@ -34,10 +34,10 @@ def print_audit(report: AuditReport, limit: int) -> None:
         print_payments(title, found, limit)
     if report.unknown_statuses:
         listed = ", ".join(f"{status} ({count:,})" for status, count in report.unknown_statuses.items())
-        terminal.line(f"\nNot judged, because their status is none of {_STATUSES}: {listed}.", "yellow")
+        terminal.line(f"\nNot audited, because the status is none of {_STATUSES}: {listed}.", "yellow")
     if report.dated_ahead:
         terminal.line(
-            f"\nNot judged, because they are dated in the future: {count_of(report.dated_ahead, 'payment')}.", "yellow"
+            f"\nNot audited, because created_at is in the future: {count_of(report.dated_ahead, 'payment')}.", "yellow"
         )
     if report.ok:
         terminal.line("\nNothing is owed: every succeeded payment (not refunded) is explained.", "green")
@@ -51,7 +51,7 @@ def print_audit(report: AuditReport, limit: int) -> None:
 
 
 def next_steps(report: AuditReport) -> list[list[str]]:
-    """Return the commands that follow from what the audit found."""
+    """Return the commands to run next, depending on the audit's result."""
     steps = []
     if report.unexplained:
         steps.append(["backfill", "--dry-run"])
@@ -69,9 +69,9 @@ _STATUSES = ", ".join(PaymentStatus)
 MEANINGS = {
     PaymentClass.ACTIVE: "the purchase is there",
     PaymentClass.REVOKED: "the purchase was taken back",
-    PaymentClass.DUPLICATE: "paid a second time; to be refunded",
+    PaymentClass.DUPLICATE: "paid a second time: must be refunded",
     PaymentClass.IN_FLIGHT: "its event waits in the outbox",
-    PaymentClass.DEAD: "contradicts its event: a dead letter",
-    PaymentClass.WAIVED: "a person decided, with a reason",
-    PaymentClass.UNEXPLAINED: "money taken, nothing given",
+    PaymentClass.DEAD: "its event is an open dead letter",
+    PaymentClass.WAIVED: "a person decided to give no course",
+    PaymentClass.UNEXPLAINED: "money taken, no purchase, no known reason",
 }

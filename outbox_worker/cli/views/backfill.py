@@ -1,4 +1,4 @@
-"""What `backfill` shows."""
+"""The output of `backfill`."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def backfill_object(report: BackfillReport) -> dict[str, Any]:
 
 
 def print_backfill(report: BackfillReport, max_repairs: int, limit: int) -> None:
-    """Print what was looked at, found and made; the payments that need a person; the result."""
+    """Print what the backfill read, found and made, the payments that a person must check, and the result."""
     if killed := report.continued:
         terminal.line(f"Continues the backfill of {_minute(killed.started_at)} ({killed.actor}), which was killed.")
     terminal.line(
-        f"Looked at {count_of(report.counts.looked_at, 'payment')} created before {_minute(report.range.before)}, "
+        f"Read {count_of(report.counts.looked_at, 'payment')} created before {_minute(report.range.before)}, "
         f"in {report.seconds:,.1f} s ({report.payments_per_second:,.0f}/s)."
     )
     terminal.columns("", ["found", "payments", "money", "meaning"], _rows(report), numbers=(1, 2))
@@ -56,11 +56,11 @@ def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
     meanings = {
         "owed": "paid, and no purchase was ever made",
         "made": "the purchase was made now",
-        "recovered": "of these, made by an earlier backfill and deleted since",
-        "duplicates": "paid again for the same course: not granted",
-        "explained": "owed at first, settled meanwhile by somebody else",
-        "contended": "another transaction locks the student and course",
-        "refused": "the database refuses the purchase",
+        "recovered": "of these, made by an earlier backfill but deleted since",
+        "duplicates": "paid again for the same course: no purchase made",
+        "explained": "settled by somebody else after the scan",
+        "contended": "another transaction keeps student and course locked",
+        "refused": "the database refused the purchase",
     }
     shown = {name: getattr(counts, name) for name in meanings}
     always = {"owed"} if report.dry_run else {"owed", "made"}
@@ -74,15 +74,15 @@ def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
 def _verdict(report: BackfillReport, max_repairs: int) -> str:
     owed, left = report.counts.owed.count, report.counts.contended.count + report.counts.refused.count
     if not report.dry_run:
-        settled = "Everything that was owed is settled." if owed else "Nothing was owed."
-        return settled if report.ok else f"{count_of(left, 'purchase')} could not be made and stay owed."
+        settled = "Every owed purchase is settled." if owed else "Nothing was owed."
+        return settled if report.ok else f"{count_of(left, 'purchase')} could not be made; still owed."
     if owed > max_repairs:
-        return f"Nothing was changed. More is owed than --max-repairs allows ({max_repairs:,})."
+        return f"Nothing was changed. More purchases are owed than --max-repairs allows ({max_repairs:,})."
     return "Nothing was changed."
 
 
 def next_steps(report: BackfillReport, span: Sequence[str], max_repairs: int) -> list[list[str]]:
-    """Return the commands that follow; ``span`` are the options that chose the payments."""
+    """Return the commands to run next. ``span``: the options that chose the payments."""
     counts, made, steps = report.counts, report.made, []
     if report.dry_run and counts.owed.count:
         most = ["--max-repairs", str(counts.owed.count)] if counts.owed.count > max_repairs else []

@@ -1,4 +1,4 @@
-"""What `bench` shows."""
+"""The output of `bench`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 def bench_object(report: BenchReport) -> dict[str, Any]:
-    """Return the object of ``bench --json``: medians of the rounds."""
-    """The object of ``bench --json``."""
+    """Return the object of ``bench --json``, which has the medians of the rounds."""
     contestants = {
         name: {
             "events_per_second": report.median(name, lambda run: run.rate),
@@ -40,7 +39,7 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
 
 
 def print_bench(report: BenchReport) -> None:
-    """Print the medians of the rounds; a ratio is to the bare SQL of the same round."""
+    """Print the medians of the rounds. A ratio compares with the bare SQL of the same round."""
     found, plan = bench_object(report), report.plan
     terminal.columns(
         f"{count_of(plan.events, 'event')}, {count_of(plan.rounds, 'round')}, {count_of(plan.concurrency, 'loop')}, "
@@ -60,8 +59,8 @@ def print_bench(report: BenchReport) -> None:
         numbers=(1, 2, 3, 4, 5),
     )
     terminal.line(
-        f"\nA full batch of one loop takes {found['statements_per_batch']:.1f} round trips, with BEGIN and COMMIT."
-        f"\nA worker is ready to claim after {found['start_up_ratio']:.1f} times the import of SQLAlchemy and psycopg."
+        f"\nA full batch of one loop needs {found['statements_per_batch']:.1f} round trips, including BEGIN and COMMIT."
+        f"\nA worker starts in {found['start_up_ratio']:.1f} times the time of importing SQLAlchemy and psycopg."
     )
     if report.latencies:
         terminal.columns(

@@ -1,4 +1,4 @@
-"""What `dead-letters` shows."""
+"""The output of `dead-letters`."""
 
 from __future__ import annotations
 
@@ -12,37 +12,35 @@ from outbox_worker.store.dead_letters import Decision, Page, Preview
 
 
 def print_preview(seen: Preview, decision: Decision) -> None:
-    """Print how many events a decision concerns, why they died, and how much money is concerned."""
+    """Print how many events a decision concerns, why they died, and the sum of their payments."""
     if not seen.count:
         terminal.line(f"Nothing to {decision}: no open dead letter matches.")
         return
     money = money_line(seen.money) or "no payment known"
     rows: list[tuple[str, object]] = [(f"to {decision}", count_of(seen.count, "event")), ("money", money)]
     if decision is Decision.DISCARD and seen.waived:
-        rows.append(("never given", f"{money_line(seen.waived)}: paid, no purchase made; a discard waives it"))
+        rows.append(("never given", f"{money_line(seen.waived)}: paid, but no purchase was made; a discard waives it"))
     terminal.facts(
         [*rows, *((reason, f"{count:,}") for reason, count in seen.reasons.items()), ("preview", seen.token)]
     )
 
 
 def print_decided(seen: Preview, decision: Decision) -> None:
-    """Print what was done, and what happens next."""
+    """Print how many letters were decided, and what happens next."""
     match decision:
         case Decision.REQUEUE:
-            terminal.line(
-                f"{count_of(seen.count, 'event')} requeued. Workers settle requeued events like new ones.", "green"
-            )
+            terminal.line(f"{count_of(seen.count, 'event')} requeued. Workers settle them like new events.", "green")
         case Decision.DISCARD:
             terminal.line(f"{count_of(seen.count, 'dead letter')} discarded. {_waived(seen)}", "green")
 
 
 def _waived(seen: Preview) -> str:
-    """Say what a discard means for the payments."""
+    """Return a sentence about what a discard means for the payments."""
     if seen.waived:
-        return f"{money_line(seen.waived)} waived: nothing is given for it."
+        return f"{money_line(seen.waived)} waived: the students get no course for it."
     if not seen.money:
-        return "No payment is known, so nothing can be said about money."
-    return "No payment is waived: a purchase that is owed stays owed."
+        return "The letters name no known payment, so the amount of money is unknown."
+    return "No payment is waived. Purchases that are owed stay owed."
 
 
 def print_letters(page: Page, state: DeadLetterState) -> None:
@@ -71,7 +69,7 @@ def print_letters(page: Page, state: DeadLetterState) -> None:
 
 
 def next_steps(page: Page, filters: Sequence[str]) -> list[list[str]]:
-    """Return the commands that follow; ``filters`` are the options that chose the letters."""
+    """Return the commands to run next. ``filters``: the options that chose the letters."""
     steps = [["dead-letters", "show", str(each.event_id)] for each in page.letters[:1]]
     if page.end is not None:
         steps.append(["dead-letters", "list", *filters, "--after", str(page.end)])

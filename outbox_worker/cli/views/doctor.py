@@ -1,4 +1,4 @@
-"""What `doctor` shows."""
+"""The output of `doctor`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outbox_worker.diagnose.doctor.report import Diagnosis, Report
 from outbox_worker.durations import count_of
 
 _ORDER = (Severity.OK, Severity.UNSEEN, Severity.WARNING, Severity.PROBLEM)
-"""The worst comes last: that is what a terminal shows without scrolling."""
+"""The order of findings: the worst last, because a terminal shows the end of the output."""
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "red", Severity.UNSEEN: "magenta"}
 
 
@@ -22,7 +22,7 @@ def doctor_object(report: Report) -> dict[str, Any]:
 
 
 def print_report(report: Report) -> None:
-    """Print each finding with its remedy, problems last, and the result in one sentence."""
+    """Print each finding with its remedy, problems last, then the counts in one line."""
     found = sorted(report.checks, key=lambda each: _ORDER.index(each.verdict))
     terminal.facts([(Text(each.verdict, style=_STYLES[each.verdict]), _described(each)) for each in found])
     counts = {verdict: report.count(verdict) for verdict in Severity}

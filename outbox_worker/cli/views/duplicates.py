@@ -1,4 +1,4 @@
-"""What `duplicates list` shows, also as CSV."""
+"""The output of `duplicates list`, also as CSV."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def print_duplicates(found: Sequence[Duplicate], limit: int) -> None:
         _print_owed_back(owed, limit)
     if next_payments:
         terminal.line(
-            f"\nDo not refund {count_of(len(next_payments), 'other payment')}: the payment that holds the course was "
-            "refunded, and that refund is not settled yet. Once it is, this payment gets the course. `outbox-worker "
-            "audit` lists the refunded one under `refunded but active`.",
+            f"\nDo not refund {count_of(len(next_payments), 'other payment')}: the payment whose purchase gives the "
+            "course was refunded. When a worker settles that refund, the other payment gets the course. "
+            "`outbox-worker audit` lists the refunded payment under `refunded but active`.",
             "yellow",
         )
 
@@ -54,19 +54,19 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
     ]
     terminal.columns("", ["payment", "student", "course", "amount", "age", "held by"], rows, numbers=(3, 4))
     if len(found) > limit:
-        terminal.line(f"… and {len(found) - limit:,} more; show more with --limit N, all with --csv or --json.", "dim")
+        terminal.line(f"… and {len(found) - limit:,} more; use --limit N, --csv or --json to see more.", "dim")
     owed = PaymentTotals.of(each.payment for each in found)
     terminal.line(f"\n{count_of(owed.count, 'payment')} to refund: {money_line(owed.money)}.")
 
 
 def next_steps(found: Sequence[Duplicate]) -> list[list[str]]:
-    """Return the commands that follow: why the oldest is a duplicate; where the refund of a holder is."""
+    """Return the commands to run next: ``why`` for the oldest duplicate, and ``audit`` for refunds not settled yet."""
     steps = [["why", str(each.payment.payment_id)] for each in owed_back(found)[:1]]
     return [*steps, ["audit"]] if any(each.is_holder_refunded for each in found) else steps
 
 
 def write_duplicates(found: Sequence[Duplicate]) -> None:
-    """Write all payments to refund as CSV with a heading; times in UTC."""
+    """Write all payments to refund as CSV with a heading line. Times are in UTC."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(_OF_DUPLICATE)
     for each in owed_back(found):

@@ -1,4 +1,4 @@
-"""What `why` and `dead-letters show` show."""
+"""The output of `why` and `dead-letters show`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OCCASIONS = {
     Occasion.REQUEUED: "if it is requeued",
     Occasion.DELIVERED: "if it is delivered again",
     Occasion.BACKFILL: "by a backfill",
-    Occasion.NEVER: "and later: workers leave events of this type to other consumers",
+    Occasion.NEVER: "and later: workers do not claim events of this type",
 }
 
 
@@ -75,7 +75,7 @@ def _place(trace: object) -> str:
 
 
 def print_explanation(found: Explanation) -> None:
-    """Print for each payment what it is, what happened, and what would happen now."""
+    """Print for each payment its data, what happened to it, and what would happen now."""
     shown = [
         *(partial(_print_story, story) for story in found.stories),
         *(partial(_print_gift, g) for g in found.gifts),
@@ -85,7 +85,7 @@ def print_explanation(found: Explanation) -> None:
             terminal.line("")
         show()
     if found.has_more:
-        terminal.line("\nThe student has more payments. Ask for one of them by its id.", "yellow")
+        terminal.line("\nThe student has more payments. To see another one, give its id.", "yellow")
 
 
 def _print_gift(gift: PurchaseRow) -> None:
@@ -100,12 +100,12 @@ def _print_story(story: PaymentStory) -> None:
     _print_predictions(story.predictions)
     if sum(each.verdict.writes for each in story.predictions) > 1:
         terminal.line(
-            "\nEach event is judged as if it came alone: the first one that is settled makes the purchase.", "dim"
+            "\nEach prediction ignores the other events: only the first event to be settled makes the purchase.", "dim"
         )
 
 
 def next_steps(found: Explanation) -> list[list[str]]:
-    """Return the commands that follow from the class of the payments and their dead letters."""
+    """Return the commands to run next, depending on the payments' classes and dead letters."""
     steps = [["backfill", "--dry-run"]] if any(s.kind == PaymentClass.UNEXPLAINED for s in found.stories) else []
     letters = [each for s in found.stories for each in s.traces if isinstance(each, DeadLetter)]
     opened = [each for each in letters if each.state == DeadLetterState.OPEN]
@@ -113,7 +113,7 @@ def next_steps(found: Explanation) -> list[list[str]]:
 
 
 def next_steps_of(letter: DeadLetter) -> list[list[str]]:
-    """Return the decisions that are possible for a letter, and the command that explains its payment."""
+    """Return the command that explains the letter's payment, and a command for each possible decision."""
     verbs = [str(decision) for decision, states in DECIDABLE.items() if letter.state in states]
     about = [["why", str(letter.payment_id)]] if letter.payment_id else []
     return [*about, *(["dead-letters", verb, str(letter.event_id)] for verb in verbs)]

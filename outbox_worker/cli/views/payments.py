@@ -1,4 +1,4 @@
-"""Lists of payments and sums of money, as several commands show them."""
+"""Lists of payments and sums of money in the output of several commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outbox_worker.model import FoundPayment
 
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
-    """Print the first ``limit`` payments of a list, and how many more there are."""
+    """Print the first ``limit`` payments of a list, then how many more there are."""
     if not found:
         return
     rows = [
@@ -27,14 +27,14 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
     if rows:
         terminal.columns(f"\n{title}", ["payment", "student", "course", "amount", "age"], rows, numbers=(3, 4))
     if len(found) > limit:
-        terminal.line(f"… and {len(found) - limit:,} more {title}; show more with --limit N, all with --json.", "dim")
+        terminal.line(f"… and {len(found) - limit:,} more {title}; use --limit N or --json to see more.", "dim")
 
 
 def money_line(money: Mapping[str, Decimal]) -> str:
-    """Write the sums of all currencies on one line."""
+    """Return the sums of all currencies on one line."""
     return ", ".join(money_lines(money))
 
 
 def money_lines(money: Mapping[str, Decimal]) -> list[str]:
-    """Write the sums of all currencies, one line for each."""
+    """Return one line with the sum of each currency."""
     return [f"{amount:,.2f} {currency}" for currency, amount in money.items()]

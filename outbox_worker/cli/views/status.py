@@ -1,4 +1,4 @@
-"""What `status` shows."""
+"""The output of `status`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outbox_worker.store.workers import WorkerRow
 
 
 def print_status(now: Status) -> None:
-    """Print the facts, then the workers."""
+    """Print guard, backlog and dead letters, then the workers."""
     backlog = now.backlog
     terminal.facts(
         [
@@ -43,7 +43,7 @@ def print_status(now: Status) -> None:
 
 
 def next_steps(now: Status) -> list[list[str]]:
-    """Return the commands that follow: start a worker if none runs and events are due; look at dead letters."""
+    """Return the commands to run next: ``run`` if events are due but no worker runs; a list of open dead letters."""
     is_idle = bool(now.backlog.due) and not any(condition(row) == "running" for row in now.workers)
     return [*([["run"]] if is_idle else []), *([["dead-letters", "list"]] if now.open_letters else [])]
 
@@ -75,6 +75,6 @@ def status_object(now: Status) -> dict[str, Any]:
 
 
 def _settled(row: WorkerRow) -> int:
-    """Count the events that this process settled: every outcome but ``retried``."""
+    """Return how many events this process settled. Every outcome but ``retried`` settles an event."""
     counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
     return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))

@@ -1,5 +1,5 @@
 """The checks of ``outbox-worker doctor``: each yields findings with evidence and a remedy.
 
-``report`` lists and runs them; ``finding`` holds their result. A check only reads; if it
-fails, the others run all the same.
+``report`` lists and runs the checks; ``finding`` defines their results. A check only reads the database. If one check
+fails, the others still run.
 """

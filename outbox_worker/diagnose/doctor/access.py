@@ -1,4 +1,4 @@
-"""What the role may do: all that a worker needs, no more, and on every row."""
+"""Checks that the role has exactly the privileges that a worker needs, and that row security hides no rows from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outbox_worker.schema.privileges import PRIVILEGES, STRUCTURE
 from outbox_worker.schema.requirements import find_problems
 from outbox_worker.schema.tables import relation_name
 
-_GRANTS = "create the role with deploy/grants.sql, which grants exactly what a worker needs"
+_GRANTS = "create the worker's role with deploy/grants.sql, which grants exactly the privileges that a worker needs"
 
 # what: what the role may do beyond any table · lock: none · index: the catalogue's own
 _ROLE = text(
@@ -57,22 +57,22 @@ _POLICIES = text(
 
 _ANY_PRIVILEGE = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER")
 _COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DELETE": "d"}
-"""As ``pg_policy`` writes them; ``*`` is all of them."""
+"""The letter of each command in ``pg_policy``, where ``*`` stands for all commands."""
 
 
 def grants(subject: Subject) -> Iterator[Finding]:
-    """The privileges that the role of a worker lacks, and those that it does not need."""
+    """Report the privileges that the worker's role lacks, and those that it does not need."""
     session, tables = subject.session, subject.tables
     elsewhere = find_problems(session, tables, STRUCTURE)
     lacking = [each for each in find_problems(session, tables) if each not in elsewhere]
     yield from (problem(each.finding, each.remedy) for each in lacking)
     role = subject.role
     if subject.settings.embedded_directory is not None:
-        yield ok("the private PostgreSQL has one role, which may do everything")
+        yield ok("the private PostgreSQL has only one role, which has all privileges")
     elif excess := list(_excess(subject)):
         yield warning(f"the role {role} has privileges that it does not need: {'; '.join(excess)}", _GRANTS)
     elif not lacking:
-        yield ok(f"the role {role} has the privileges that it needs, and no others")
+        yield ok(f"the role {role} has exactly the privileges that it needs")
 
 
 def _excess(subject: Subject) -> Iterator[str]:
@@ -98,14 +98,14 @@ def _rights(subject: Subject, table: Table) -> Row[Any] | None:
 
 
 def row_security(subject: Subject) -> Iterator[Finding]:
-    """Whether row level security hides rows: they are never claimed, and no error says so."""
+    """Check whether row level security hides rows. A worker never claims hidden events, and gets no error."""
     active = [
         (key, table)
         for key, table in subject.present().items()
         if subject.session.scalar(text("SELECT row_security_active(:name)"), {"name": relation_name(table)})
     ]
     if not active:
-        yield ok("none that applies to this role")
+        yield ok("no row security applies to this role")
     for key, table in active:
         yield _through_policies(subject, key, table)
 
@@ -118,21 +118,21 @@ def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
     remedy = f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"
     if barred:
         return problem(
-            f"row security on {name} has no policy for {', '.join(barred)} by {role}: rows are skipped without an "
-            "error, or refused",
+            f"row security on {name} has no policy for {', '.join(barred)} by {role}: the database hides rows "
+            "without an error, or refuses them",
             remedy,
         )
     restrictive = [each.name for each in policies if not (each.is_permissive or each.is_for_all_rows)]
     if restrictive or _not_among([each for each in permissive if each.is_for_all_rows], key):
         return warning(
-            f"row security on {name} shows {role} only the rows that these policies let through: "
-            f"{', '.join(each.name for each in policies)}; rows that the worker does not see stay unsettled",
-            f"check that these policies let all rows of the shop through, or: {remedy}",
+            f"row security on {name} shows {role} only rows that these policies allow: "
+            f"{', '.join(each.name for each in policies)}; the worker never settles events that it cannot see",
+            f"check that these policies allow all rows of the shop, or: {remedy}",
         )
-    return ok(f"row security on {name} lets all rows through")
+    return ok(f"row security on {name} allows all rows")
 
 
 def _not_among(policies: Sequence[Row[Any]], key: str) -> list[str]:
-    """The commands that a worker needs on a table and that none of the policies allows."""
+    """Return the commands that a worker needs on a table but that none of the policies allows."""
     commands = {each.command for each in policies}
     return [each for each in PRIVILEGES[key] if not commands & {_COMMANDS[each], "*"}]

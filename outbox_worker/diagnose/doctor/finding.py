@@ -1,4 +1,4 @@
-"""What a check found: how bad it is, the evidence, and what to do about it."""
+"""The result of a check: its severity, the evidence, and the remedy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from outbox_worker.settings import Settings
 class Severity(StrEnum):
     OK = "ok"
     WARNING = "warning"
-    """It works, but a person should know."""
+    """The worker works, but a person should know about this."""
     PROBLEM = "problem"
-    """It does not work, or purchases may be lost or made twice."""
+    """The worker does not work, or purchases may be lost or made twice."""
     UNSEEN = "unseen"
-    """It could not be checked."""
+    """The check was not possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a check may look at: a READ ONLY transaction, and the settings of a worker of this database."""
+    """The input of a check: a READ ONLY transaction, and the settings of a worker on this database."""
 
     session: Session
     settings: Settings
@@ -41,12 +41,12 @@ class Subject:
     database: Database
 
     def present(self) -> dict[str, Table]:
-        """The tables that exist, by their roles."""
+        """Return the tables that exist, by their roles."""
         return {key: table for key, table in self.tables.by_role().items() if exists(self.session, table)}
 
     @property
     def role(self) -> str:
-        """The role of the session, quoted."""
+        """The session's role, quoted as an SQL identifier."""
         return role_name(self.session)
 
 

@@ -1,4 +1,4 @@
-"""The doctor: runs every check, whatever the others find. Each check is a short READ ONLY transaction of its own."""
+"""Runs all checks of the doctor, even if some fail. Each check runs in its own short READ ONLY transaction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Look = Callable[[Subject], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check; it cannot run if one of the tables with the roles ``needs`` is missing."""
+    """A check. It cannot run if a table whose role is in ``needs`` is missing."""
 
     look: Look
     needs: Sequence[str] = ()
@@ -54,7 +54,7 @@ CHECKS: Mapping[str, Check] = {
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """A finding, and the name of its check."""
+    """A finding with the name of its check."""
 
     name: str
     verdict: Severity
@@ -76,7 +76,7 @@ class Report:
 
 def examine(settings: Settings) -> Report:
     """Run all checks. Raises DatabaseUnavailable if the database cannot be reached."""
-    unprepared = settings.model_copy(update={"pooler": "transaction"})  # works through any pooler, set or not
+    unprepared = settings.model_copy(update={"pooler": "transaction"})  # no prepared statements, so any pooler works
     longest = max(settings.database_deadline_seconds, STATEMENT_SECONDS)
     database = Database(unprepared, connections=2, deadline_seconds=longest)
     try:
@@ -94,15 +94,20 @@ def examine(settings: Settings) -> Report:
 
 
 def _look(database: Database, settings: Settings, check: Check) -> Sequence[Finding]:
-    """Run one check; if the database refuses a statement of it, that is its finding."""
+    """Run one check and return its findings. If the database refuses a statement, return that error as the finding."""
     tables = build_tables(settings)
     try:
         with database.snapshot() as session:
             needed = {role: table for role, table in tables.by_role().items() if role in check.needs}
             absent = [relation_name(table) for table in needed.values() if not exists(session, table)]
             if absent:
-                return [unseen(f"not checked: these tables are missing: {', '.join(absent)}", "see tables")]
+                return [unseen(f"not checked; missing tables: {', '.join(absent)}", "see the check `tables`")]
             return list(check.look(Subject(session, settings, tables, database)))
     except DBAPIError as error:
         database.check()
-        return [unseen(f"not checked: {server_message(error)}", "see tables and grants")]
+        return [
+            unseen(
+                f"not checked, because the database refused: {server_message(error)}",
+                "see the checks `tables` and `grants`",
+            )
+        ]

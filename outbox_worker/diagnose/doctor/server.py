@@ -1,4 +1,4 @@
-"""The server and the connection to it: version, durability, connections, time-outs, clocks, poolers."""
+"""Checks of the server and the connection to it: version, durability, connections, time-outs, clocks, poolers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _TRIED = range(15, 19)
 _ROUNDS = 5
 _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
-"""A shorter idle_session_timeout closes connections that are idle between two events."""
+"""An idle_session_timeout below this closes connections that are idle between two events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
-"""Sources of a parameter that is set for this role only."""
+"""Values of ``pg_settings.source`` if a parameter is set for one role only."""
 
 # what: version, database and role of the session · lock: none
 _SERVER = text(
@@ -66,19 +66,19 @@ class _Parameter:
 
 
 def server(subject: Subject) -> Iterator[Finding]:
-    """Whether the worker was tested on this version."""
+    """Check whether the tests of the worker run on this version of PostgreSQL."""
     row = subject.session.execute(_SERVER).one()
     evidence = f"PostgreSQL {row.version}, database {row.database}, role {row.role}"
     if row.major < _TRIED.start:
         yield problem(evidence, f"upgrade to PostgreSQL {_TRIED.start} or newer")
     elif row.major not in _TRIED:
-        yield warning(f"{evidence}; the newest tested version is {_TRIED.stop - 1}", "watch the worker for some days")
+        yield warning(f"{evidence}; the newest tested version is {_TRIED.stop - 1}", "watch the worker for a few days")
     else:
         yield ok(evidence)
 
 
 def durability(subject: Subject) -> Iterator[Finding]:
-    """Whether committed transactions survive a crash of the machine."""
+    """Check whether committed transactions survive a crash of the machine."""
     parameters = _parameters(subject, "fsync", "full_page_writes")
     off = [name for name, parameter in sorted(parameters.items()) if parameter.value == "off"]
     for name in off:
@@ -91,22 +91,22 @@ def durability(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Off is safe for the worker's role only (docs/explanation/decisions/010)."""
+    """Check synchronous_commit. Off is safe for the worker's role only (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.value != "off":
         yield ok(found.value)
     elif found.is_of_one_role:
-        yield ok("off for this role alone: a crash can undo the last batches; their events are then settled again")
+        yield ok("off for this role only: a crash can undo the last batches, but then their events are settled again")
     else:
         yield problem(
             f"off for all roles (source: {found.source}): a crash can undo payments that were confirmed to customers",
-            "set it to on for server and database; only for the worker's role off is safe "
+            "set it to on for the server and the database; off is safe only for the worker's role "
             "(docs/explanation/decisions/010)",
         )
 
 
 def time_outs(subject: Subject) -> Iterator[Finding]:
-    """The session's time-outs that the worker does not set itself in each transaction."""
+    """Check the time-outs of the session that the worker does not set itself in each transaction."""
     parameters = _parameters(subject, "transaction_timeout", "idle_session_timeout")
     seconds = {name: int(parameter.value) / 1000 for name, parameter in parameters.items()}
     deadline = subject.settings.database_deadline_seconds
@@ -114,33 +114,33 @@ def time_outs(subject: Subject) -> Iterator[Finding]:
     if whole > 0:
         say = problem if whole <= deadline else warning
         yield say(
-            f"transaction_timeout is {whole:g} s: it aborts long batches and index builds",
-            f"ALTER ROLE {subject.role} SET transaction_timeout = 0; the worker limits its transactions itself",
+            f"transaction_timeout is {whole:g} s: the server aborts batches and index builds that take longer",
+            f"ALTER ROLE {subject.role} SET transaction_timeout = 0; -- the worker limits its own transactions",
         )
     if 0 < idle < _IDLE_SECONDS:
         yield warning(
-            f"idle_session_timeout is {idle:g} s: idle connections are closed, and opened again for the next event",
+            f"idle_session_timeout is {idle:g} s: the server closes idle connections, and the worker must reconnect",
             f"ALTER ROLE {subject.role} SET idle_session_timeout = 0;",
         )
     if not whole and not 0 < idle < _IDLE_SECONDS:
-        yield ok("none that hurts; the worker sets those of statements, locks and idle transactions itself")
+        yield ok("no harmful one is set; the worker itself sets those for statements, locks and idle transactions")
 
 
 def clock(subject: Subject, now: Callable[[], float] = time.time) -> Iterator[Finding]:
-    """The difference between this machine's clock and the database's, which alone decides what is due."""
+    """Compare this machine's clock with the database's. Only the database's clock decides which events are due."""
     rounds = [_compare(subject, now) for _ in range(_ROUNDS)]
     difference, uncertainty = min(rounds, key=lambda each: each[1])
     evidence = (
         f"this machine is {abs(difference):.3f} s {'behind' if difference > 0 else 'ahead'}, ± {uncertainty:.3f} s"
     )
     if abs(difference) - uncertainty > _CLOCK_SECONDS:
-        yield warning(f"{evidence}: times in logs and in the database differ", "synchronise both clocks by NTP")
+        yield warning(f"{evidence}; times in logs do not match times in the database", "synchronise both clocks by NTP")
     else:
         yield ok(evidence)
 
 
 def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
-    """How far the database's clock is ahead, and the uncertainty: half the duration of the query."""
+    """Return how many seconds the database's clock is ahead, and the uncertainty: half the duration of the query."""
     before = now()
     there: float = subject.session.scalars(_CLOCK).one()
     after = now()
@@ -148,7 +148,10 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
 
 
 def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
-    """Most connections of one worker process; ``has_notify``: the outbox has the trigger of the option ``notify``."""
+    """Return the most connections that one worker process opens, by purpose.
+
+    ``has_notify``: whether the outbox has the trigger of the option ``notify``.
+    """
     listens = has_notify and (settings.pooler == "none" or settings.listen_conninfo is not None)
     return {
         "for claims": settings.concurrency,
@@ -159,7 +162,7 @@ def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
 
 
 def connections(subject: Subject) -> Iterator[Finding]:
-    """Whether there are connections enough for the workers, and for as many new ones while they are replaced."""
+    """Check whether there are enough connections for all workers, and for twice as many during a deployment."""
     row = subject.session.execute(_CONNECTIONS, {"name": APPLICATION_NAME}).one()
     workers = max(1, sum(condition(each) == "running" for each in list_workers(subject.session, subject.tables)))
     of_one = connections_of(subject.settings, has_notify=notifies(subject.session, subject.tables.outbox))
@@ -168,14 +171,15 @@ def connections(subject: Subject) -> Iterator[Finding]:
     room = min(limits)
     formula = " + ".join(f"{count} {name}" for name, count in of_one.items())
     evidence = (
-        f"{count_of(workers, 'worker')} x ({formula}) = {needed}; max_connections {row.most} - {row.reserved} reserved"
-        f" - {row.others} of others" + (f", and at most {room} by CONNECTION LIMIT" if room < limits[0] else "")
+        f"{count_of(workers, 'worker')} x ({formula}) = {needed} needed; max_connections {row.most}"
+        f" - {row.reserved} reserved - {row.others} of others"
+        + (f"; CONNECTION LIMIT allows {room} in all" if room < limits[0] else "")
     )
     if subject.settings.pooler == "transaction":
-        yield ok(f"{evidence}; the pooler serves them with fewer connections")
+        yield ok(f"{evidence}; the pooler needs fewer connections to the server")
     elif needed > room:
         more = _more_connections(subject, room, limits[0], row.of_role)
-        yield problem(f"{evidence}: not enough", f"fewer workers, a smaller OUTBOX_CONCURRENCY, a pooler, or {more}")
+        yield problem(f"{evidence}: not enough", f"fewer workers, lower OUTBOX_CONCURRENCY, a pooler, or {more}")
     elif 2 * needed > room:
         more = _more_connections(subject, room, limits[0], row.of_role)
         yield warning(f"{evidence}: not enough to start new workers before the old ones end", more)
@@ -184,7 +188,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
 
 
 def _more_connections(subject: Subject, room: int, of_server: int, of_role: int) -> str:
-    """The remedy for the narrowest limit."""
+    """Return the remedy for the lowest limit."""
     if room == of_server:
         return "raise max_connections"
     if room == of_role:
@@ -193,12 +197,12 @@ def _more_connections(subject: Subject, room: int, of_server: int, of_role: int)
 
 
 def pooler(subject: Subject) -> Iterator[Finding]:
-    """Whether there is a pooler between, and whether each session keeps its own backend.
+    """Check whether the connection goes through a pooler, and whether each session keeps its own backend.
 
-    A pooler reports a made-up process id to its clients. In transaction mode, a backend that served one client can be
-    held by the transaction of another client while the first is still connected.
+    A pooler reports an invented process id to its clients. In transaction mode, a backend that served one client can
+    serve the transaction of another client while the first client is still connected.
     """
-    subject.session.rollback()  # releases the backend of this transaction
+    subject.session.rollback()  # ends the transaction, so that a pooler can reuse its backend
     engine = subject.database.engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as first:
         pid: int = first.scalars(_BACKEND).one()
@@ -215,21 +219,23 @@ def _told_pid(connection: Connection) -> int:
 
 def _judge_pooler(is_set: bool, is_between: bool, is_shared: bool) -> Finding:
     if is_shared and is_set:
-        return ok("a pooler in transaction mode, as OUTBOX_POOLER says")
+        return ok("a pooler in transaction mode, as OUTBOX_POOLER is set")
     if is_shared:
         return problem(
-            "a pooler in transaction mode: prepared statements are lost between transactions, and LISTEN receives "
-            "nothing",
+            "a pooler in transaction mode, but OUTBOX_POOLER is not set to transaction: prepared statements fail, and "
+            "LISTEN receives nothing",
             "set OUTBOX_POOLER=transaction, and OUTBOX_LISTEN_DATABASE_URL to a URL that bypasses the pooler",
         )
     if is_set and not is_between:
-        return warning("none, but OUTBOX_POOLER is transaction, so no statements are prepared", "unset OUTBOX_POOLER")
+        return warning(
+            "no pooler, but OUTBOX_POOLER is transaction, so no statements are prepared", "unset OUTBOX_POOLER"
+        )
     if is_between:
-        return ok("a pooler; each session kept its backend, so it seems to be in session mode")
-    return ok("none")
+        return ok("a pooler, probably in session mode, because each session kept its backend")
+    return ok("no pooler")
 
 
 def _parameters(subject: Subject, *names: str) -> dict[str, _Parameter]:
-    """The values of those parameters that this version of PostgreSQL has."""
+    """Return the values of these parameters; leave out those that this version of PostgreSQL does not have."""
     rows = subject.session.execute(_PARAMETERS, {"names": list(names)})
     return {name: _Parameter(value, source) for name, value, source in rows}

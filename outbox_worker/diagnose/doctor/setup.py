@@ -1,4 +1,4 @@
-"""The worker's tables: whether they fit, are guarded, indexed, announced by NOTIFY, and were backfilled once."""
+"""Checks of the worker's tables: columns and keys, guard, indexes, NOTIFY, and the first backfill."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
 def tables(subject: Subject) -> Iterator[Finding]:
-    """Everything that is wrong with tables, columns, types and unique keys."""
+    """Report missing or wrong tables, columns, types and unique keys."""
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
     if not problems:
         found = subject.tables.by_role().values()
         adopted = [relation_name(table) for table in found if not is_owned(subject.session, table)]
-        yield ok(f"all {len(found)} tables fit; adopted: {', '.join(adopted) or 'none'}")
+        yield ok(f"all {len(found)} tables have what the worker needs; adopted: {', '.join(adopted) or 'none'}")
 
 
 def guard(subject: Subject) -> Iterator[Finding]:
-    """Which guard is in force; if it is ``lock``, what keeps the index from being built."""
+    """Report which guard is in force. If it is ``lock``, report duplicates that prevent a unique index."""
     session, purchases = subject.session, subject.tables.purchases
     if guard_in_force(session, purchases) is Guard.INDEX:
         names = ", ".join(pair_indexes(session, purchases))
-        yield ok(f"index: {names} allows one active purchase of a student and a course")
+        yield ok(f"index: {names} allows only one active purchase per student and course")
         return
     blind = "lock: there is no unique index, so other code that inserts purchases can create duplicates"
     doubled = doubled_pairs(session, purchases, _SHOWN + 1)
@@ -85,7 +85,7 @@ def guard(subject: Subject) -> Iterator[Finding]:
 
 
 def invalid_indexes(subject: Subject) -> Iterator[Finding]:
-    """Indexes that were not built to the end: every write updates them, and a unique one refuses rows."""
+    """Report indexes whose build failed. Every write updates them, and a unique one refuses rows."""
     clean = True
     for table in subject.tables.by_role().values():
         for row in subject.session.execute(_INVALID, {"relation": relation_name(table)}):
@@ -96,24 +96,24 @@ def invalid_indexes(subject: Subject) -> Iterator[Finding]:
             say = problem if row.indisunique else warning
             rebuild = f"REINDEX INDEX CONCURRENTLY {row.name}; or: DROP INDEX CONCURRENTLY {row.name};"
             yield say(
-                f"{row.name} is INVALID: building it failed, no query uses it, and every write updates it",
+                f"{row.name} is INVALID, because its build failed: no query uses it, but every write updates it",
                 _MIGRATE if row.relname == PAIR_INDEX else rebuild,
             )
     if clean:
-        yield ok("none")
+        yield ok("no index is invalid")
 
 
 @dataclass(frozen=True, slots=True)
 class _Helpful:
-    """An index that some statement needs."""
+    """An index that a statement of the worker needs."""
 
     role: str
     keys: tuple[str, ...]
     without: str
-    """What happens without it."""
+    """The consequence if the index is missing."""
     may_be_partial: bool = False
     is_for_large: bool = True
-    """Needed only if the table is large."""
+    """Whether only a large table needs the index."""
 
 
 _HELPFUL = (
@@ -122,13 +122,13 @@ _HELPFUL = (
     _Helpful("payments", ("id",), "each event reads all payments"),
     _Helpful("payments", ("student_id", "course_id"), "each batch of refunds reads all payments"),
     _Helpful("purchases", ("payment_id",), "each event reads all purchases", may_be_partial=True),
-    _Helpful("purchases", ("student_id", "course_id"), "each look for a pair reads all purchases", may_be_partial=True),
+    _Helpful("purchases", ("student_id", "course_id"), "each check of a pair reads all purchases", may_be_partial=True),
     _Helpful("dead_letters", ("payment_id",), "audit and backfill read all dead letters"),
 )
 
 
 def indexes(subject: Subject, small_bytes: int = _SMALL_BYTES) -> Iterator[Finding]:
-    """Indexes that adopted tables lack; the remedy is the statement that builds the index."""
+    """Report indexes that adopted tables lack. The remedy is the statement that creates the index."""
     present = subject.present()
     missing = [each for each in _HELPFUL if each.role in present and _is_missed(subject, each, small_bytes)]
     for each in missing:
@@ -166,13 +166,13 @@ def _size(subject: Subject, table: Table) -> int:
 
 
 def notify(subject: Subject) -> Iterator[Finding]:
-    """Whether workers hear of an event at its producer's COMMIT, if the option ``notify`` is in force."""
+    """Check, if the option ``notify`` is in force, whether workers are notified when a producer commits an event."""
     settings = subject.settings
     if not notifies(subject.session, subject.tables.outbox):
-        yield ok(f"not in force: workers look for events, at least every {settings.poll_max_seconds:g} s")
+        yield ok(f"not in force: each worker polls for events, at least every {settings.poll_max_seconds:g} s")
     elif settings.pooler == "transaction" and settings.listen_conninfo is None:
         yield warning(
-            "the trigger announces events, but workers do not hear it through the pooler",
+            "the trigger sends notifications, but the pooler does not pass them to workers",
             "set OUTBOX_LISTEN_DATABASE_URL to a URL that bypasses the pooler",
         )
     else:
@@ -180,8 +180,8 @@ def notify(subject: Subject) -> Iterator[Finding]:
 
 
 def _hears(subject: Subject) -> Finding:
-    """Try the connection that a worker listens on: is it possible, to this database, and without a pooler?"""
-    what = "the trigger announces events, but"
+    """Open a connection as a worker does to listen; check that it reaches this database without a pooler."""
+    what = "the trigger sends notifications, but"
     remedy = "set OUTBOX_LISTEN_DATABASE_URL to a URL of this database that bypasses any pooler"
     outbox = relation_name(subject.tables.outbox)
     try:
@@ -189,22 +189,22 @@ def _hears(subject: Subject) -> Finding:
             pid, relation = connection.execute(_LISTENER, [outbox]).fetchall()[0]
             is_direct = pid == connection.info.backend_pid
     except psycopg.Error as error:
-        return warning(f"{what} workers get no connection to listen on: {server_message(error)}", remedy)
+        return warning(f"{what} workers cannot open a connection to listen: {server_message(error)}", remedy)
     if relation is None:
         return warning(f"{what} workers listen on another database", remedy)
     if not is_direct:
-        return warning(f"{what} workers listen through a pooler; in transaction mode they hear nothing", remedy)
-    return ok("in force: workers hear of events at their producer's COMMIT")
+        return warning(f"{what} workers listen through a pooler, which passes on none in transaction mode", remedy)
+    return ok("in force: workers are notified when a producer commits an event")
 
 
 def backfill(subject: Subject) -> Iterator[Finding]:
-    """Until a person completes one backfill, the periodic one only reports (docs/explanation/decisions/018)."""
+    """Check whether the periodic backfill may make purchases (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
-        yield ok("one was completed by hand, so the periodic one makes the purchases that are owed")
+        yield ok("a backfill was completed by hand, so the periodic one makes the purchases that are owed")
     elif not subject.settings.backfill_every_seconds:
-        yield ok("the periodic one is switched off")
+        yield ok("the periodic backfill is switched off")
     else:
         yield warning(
-            "none was completed by hand on this database: until you complete one, the periodic one only reports",
-            "outbox-worker backfill --dry-run; if what it finds is right: outbox-worker backfill",
+            "no backfill was completed by hand on this database, so the periodic backfill only reports",
+            "outbox-worker backfill --dry-run; if its result is right: outbox-worker backfill",
         )

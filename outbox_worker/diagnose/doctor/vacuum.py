@@ -1,4 +1,7 @@
-"""Whether vacuum removes the rows that the worker deletes: until then every claim passes their index entries."""
+"""Checks whether vacuum removes the rows that the worker deletes.
+
+Until vacuum has run, every claim must skip the index entries of deleted rows.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from outbox_worker.durations import ago, count_of
 from outbox_worker.schema.tables import relation_name
 
 _PATIENCE_SECONDS = 60.0
-"""A transaction that is open for longer slows claims down."""
+"""A transaction that is open for more than this many seconds is reported, because it slows down claims."""
 _PATIENCE_IDS = 100_000
-"""The same, if its age is known in transactions only."""
+"""The same limit in transaction ids, if the role can see only these."""
 _OVERDUE = 10
-"""Vacuum is far behind if there are this many times the dead rows at which it is due."""
+"""Vacuum is far behind if there are this many times more dead rows than those that start it."""
 _OVERDUE_SECONDS = 3600.0
-"""And if it has not run for longer."""
+"""Vacuum is far behind only if, besides ``_OVERDUE``, it has not run for more than this many seconds."""
 
 # what: when a table was vacuumed, and when its next vacuum is due · lock: none · index: the catalogue's own
 _VACUUMS = text(
@@ -93,7 +96,7 @@ _STANDBYS = text(
 
 
 def autovacuum(subject: Subject) -> Iterator[Finding]:
-    """Whether autovacuum is on for the outbox, and keeps up."""
+    """Check whether autovacuum is on for the outbox and removes dead rows fast enough."""
     name = relation_name(subject.tables.outbox)
     row = subject.session.execute(_VACUUMS, {"relation": name}).one()
     last = f"{ago(row.seconds)} ago" if row.seconds is not None else "never"
@@ -101,7 +104,7 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
     evidence = f"{name}: {count_of(row.dead, 'dead row')}, {row.size}; {ran}"
     if not row.is_on_everywhere:
         yield problem(
-            f"autovacuum is off on this server (or track_counts, without which it does nothing); {evidence}",
+            f"autovacuum or track_counts, which it needs, is off on this server; {evidence}",
             "ALTER SYSTEM SET autovacuum = on; ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();",
         )
     elif not row.is_on:
@@ -109,7 +112,7 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
     elif row.dead > _OVERDUE * row.due_at and (row.seconds is None or row.seconds > _OVERDUE_SECONDS):
         yield warning(
             f"autovacuum is far behind, or cannot remove dead rows; {evidence}",
-            f"see what holds it back (horizon), raise autovacuum_max_workers, or now: VACUUM {name};",
+            f"see the check `horizon`, raise autovacuum_max_workers, or run now: VACUUM {name};",
         )
     else:
         yield ok(evidence)
@@ -118,7 +121,7 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
 def horizon(
     subject: Subject, seconds: float = _PATIENCE_SECONDS, transaction_ids: int = _PATIENCE_IDS
 ) -> Iterator[Finding]:
-    """Every transaction, slot and standby that keeps vacuum from removing dead rows."""
+    """Report every transaction, replication slot and standby that prevents vacuum from removing dead rows."""
     found = [
         *_open_transactions(subject, seconds, transaction_ids),
         *_prepared_transactions(subject, seconds),
@@ -128,11 +131,11 @@ def horizon(
     yield from found
     if not subject.session.scalar(_SEES_ALL):
         yield unseen(
-            "how long transactions of other roles have been open is not visible to this role; the rest was checked",
+            "this role cannot see how long transactions of other roles have been open; everything else was checked",
             f"GRANT pg_read_all_stats TO {subject.role};",
         )
     elif not found:
-        yield ok(f"nothing has held back vacuum for longer than {ago(seconds)}")
+        yield ok(f"no transaction, slot or standby has held back vacuum for more than {ago(seconds)}")
 
 
 def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -> Iterator[Finding]:
@@ -140,18 +143,18 @@ def _open_transactions(subject: Subject, seconds: float, transaction_ids: int) -
         who = ", ".join(filter(None, (row.role, row.program, row.state)))
         since = f"for {ago(row.seconds)}" if row.seconds is not None else f"since {row.age:,} transactions ago"
         yield warning(
-            f"process {row.pid} ({who}) has had a transaction open {since}: rows that were deleted since then cannot "
-            "be removed",
-            f"end it, or: SELECT pg_terminate_backend({row.pid}); to prevent the next one: ALTER ROLE {row.role} SET "
-            "idle_in_transaction_session_timeout = '1min';",
+            f"process {row.pid} ({who}) has had a transaction open {since}: vacuum cannot remove rows that were "
+            "deleted since then",
+            f"end the transaction, or: SELECT pg_terminate_backend({row.pid}); to prevent the next one: "
+            f"ALTER ROLE {row.role} SET idle_in_transaction_session_timeout = '1min';",
         )
 
 
 def _prepared_transactions(subject: Subject, seconds: float) -> Iterator[Finding]:
     for row in subject.session.execute(_PREPARED, {"seconds": seconds}):
         yield problem(
-            f"the transaction {row.gid} of {row.role} was prepared {ago(row.seconds)} ago and not ended: rows that "
-            "were deleted since then cannot be removed, not even after a restart",
+            f"the transaction {row.gid} of {row.role} was prepared {ago(row.seconds)} ago and is still open: "
+            "vacuum cannot remove rows that were deleted since then, not even after a restart",
             f"COMMIT PREPARED {row.gid}; or ROLLBACK PREPARED {row.gid};",
         )
 
@@ -159,10 +162,10 @@ def _prepared_transactions(subject: Subject, seconds: float) -> Iterator[Finding
 def _slots(subject: Subject, transaction_ids: int) -> Iterator[Finding]:
     for row in subject.session.execute(_SLOTS, {"ids": transaction_ids}):
         held = f"holds back vacuum by {count_of(row.age, 'transaction')}" if (row.age or 0) > transaction_ids else ""
-        idle = "" if row.active else f"has no reader and keeps {row.kept} of write-ahead log, until the disk is full"
+        idle = "" if row.active else f"has no reader; it keeps {row.kept} of write-ahead log and can fill the disk"
         yield warning(
             f"the replication slot {row.name} {' and '.join(filter(None, (held, idle)))}",
-            f"start its standby or subscriber; if there is none any more: SELECT pg_drop_replication_slot({row.name});",
+            f"start its standby or subscriber; if it no longer exists: SELECT pg_drop_replication_slot({row.name});",
         )
 
 

@@ -23,7 +23,7 @@ def test_it_refuses_somebodys_database_and_measures_in_its_own(server: servers.S
                 theirs.execute("CREATE TABLE customers AS SELECT 1 AS n")
             refused = finish(*SMALL, url=server.url)
             assert refused.code == 1
-            assert "holds tables that are not the benchmark's: public.customers" in refused.stderr
+            assert "has tables that the benchmark did not create: public.customers" in refused.stderr
             with psycopg.connect(own, autocommit=True) as theirs:
                 assert theirs.execute("SELECT n FROM customers").fetchall() == [(1,)]
         finally:

@@ -65,7 +65,7 @@ def test_discarded_its_payment_is_waived(database_url: str, shop: Shop) -> None:
     event = shop.dead_letter(payment, reason="payment_mismatch")
     told = decide(database_url, "discard", str(event), *WHO)
     assert "never given       49.90 EUR" in told.stdout
-    assert "1 dead letter discarded. 49.90 EUR waived: nothing is given for it." in told.stdout
+    assert "1 dead letter discarded. 49.90 EUR waived: the students get no course for it." in told.stdout
     audit = finish("audit", "--json", url=database_url)
     assert (audit.code, audit.object["counts"]["waived"]) == (0, 1)
     assert shop.count("outbox") == 0
@@ -174,8 +174,8 @@ def test_a_document_is_delivered_again_as_it_was(column: str, database_url: str,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--actor", "ann", "--reason", "x"], "Name events by their ids, or choose"),
-        (["--all", str(uuid4()), *WHO], "Name events by their ids, or choose"),
+        (["--actor", "ann", "--reason", "x"], "Give ids of events, or choose"),
+        (["--all", str(uuid4()), *WHO], "Give ids of events, or choose"),
         (["--all"], "--actor and --reason are required"),
         (["--all", "--actor", "ann"], "--actor and --reason are required"),
         (["--older-than", "soon", *WHO], "--older-than: a duration is expected"),

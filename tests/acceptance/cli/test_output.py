@@ -139,7 +139,7 @@ def test_payments_of_the_future_are_told(database_url: str, shop: Shop) -> None:
         shop.rows("UPDATE payments SET created_at = %s WHERE id = %s", moment, shop.payment().id)
     assert finish("audit", "--json", url=database_url).object["dated_ahead"] == 2
     shown = finish("audit", url=database_url).stdout
-    assert "Not judged, because they are dated in the future: 2 payments." in shown
+    assert "Not audited, because created_at is in the future: 2 payments." in shown
     shop.rows("UPDATE payments SET status = 'refunded'")
     assert "future" not in finish("audit", url=database_url).stdout
 

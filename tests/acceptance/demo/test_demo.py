@@ -94,7 +94,7 @@ def test_however_it_ends_nothing_is_left_running(number: signal.Signals, short: 
     with demo(short) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "starts to pay" in line:
+            if "starts to write payments" in line:
                 break
         assert len(processes_of(short)) > 3
         process.send_signal(number)
@@ -102,5 +102,5 @@ def test_however_it_ends_nothing_is_left_running(number: signal.Signals, short: 
     eventually(lambda: not processes_of(short), "its processes are gone")
     if number != signal.SIGKILL:
         assert (process.returncode, complaints) == (0, "")
-        assert "interrupted; stopping everything" in shown
+        assert "interrupted; all processes stop" in shown
         assert list(short.iterdir()) == []

@@ -170,12 +170,12 @@ def test_an_index_that_is_being_built_is_no_failure(look: Look, connect: Connect
     holder.execute(A_PURCHASE)
     building = pool.submit(builder.execute, "CREATE INDEX CONCURRENTLY slow_idx ON purchases (amount)")
     try:
-        eventually(lambda: look("invalid_indexes")[0].evidence != "none", "it is begun")
+        eventually(lambda: look("invalid_indexes")[0].evidence != "no index is invalid", "it is begun")
         only(look("invalid_indexes"), Severity.OK, "slow_idx is being built")
     finally:
         holder.rollback()
         building.result()
-    only(look("invalid_indexes"), Severity.OK, "none")
+    only(look("invalid_indexes"), Severity.OK, "no index is invalid")
 
 
 def test_indexes_that_would_help(look: Look, shop: Shop) -> None:
@@ -228,20 +228,24 @@ def test_who_hears_of_events(look: Look, make_url: Callable[[str | None], str]) 
     told = Database(settings, connections=2, deadline_seconds=10)
     upgrade(told, settings, build_tables(settings), ["notify"])
     url = {"database_url": settings.database_url}
-    only(look("notify", told, with_settings=url), Severity.OK, "hear of events")
+    only(look("notify", told, with_settings=url), Severity.OK, "are notified")
     pooled = url | {"pooler": "transaction"}
-    only(look("notify", told, with_settings=pooled), Severity.WARNING, "do not hear it")
+    only(look("notify", told, with_settings=pooled), Severity.WARNING, "does not pass them")
     past = pooled | {"listen_database_url": settings.database_url}
-    only(look("notify", told, with_settings=past), Severity.OK, "hear of events")
+    only(look("notify", told, with_settings=past), Severity.OK, "are notified")
     elsewhere = load_settings(listen_database_url=make_url(None)).listen_database_url
     only(look("notify", told, with_settings=pooled | {"listen_database_url": elsewhere}), Severity.WARNING, "another")
     gone = load_settings(listen_database_url="postgresql://127.0.0.1:1/x").listen_database_url
-    only(look("notify", told, with_settings=pooled | {"listen_database_url": gone}), Severity.WARNING, "no connection")
+    only(
+        look("notify", told, with_settings=pooled | {"listen_database_url": gone}),
+        Severity.WARNING,
+        "cannot open a connection",
+    )
     told.close()
 
 
 def test_a_backfill_by_hand(look: Look, database: Database, tables: Tables, settings: Settings) -> None:
-    found = only(look("backfill"), Severity.WARNING, "none was completed")
+    found = only(look("backfill"), Severity.WARNING, "no backfill was completed")
     assert "backfill --dry-run" in found.remedy
     only(look("backfill", with_settings={"backfill_every_seconds": 0}), Severity.OK, "switched off")
     work = Backfill.start(database, tables, settings.retry_policy, Request(actor="ann"))
@@ -319,7 +323,7 @@ def test_rows_that_are_seen_and_never_claimed(look: Look, shop: Shop, guest: Cle
     found = only(look("row_security", guest.database), Severity.PROBLEM, "no policy for UPDATE, DELETE")
     for statement in remedies([found]):
         shop.rows(statement)
-    only(look("row_security", guest.database), Severity.OK, "lets all rows through")
+    only(look("row_security", guest.database), Severity.OK, "allows all rows")
     shop.rows("CREATE POLICY narrow ON outbox AS RESTRICTIVE USING (id < 5)")
     only(look("row_security", guest.database), Severity.WARNING, "narrow")
     shop.rows("DROP POLICY narrow ON outbox")
@@ -327,14 +331,14 @@ def test_rows_that_are_seen_and_never_claimed(look: Look, shop: Shop, guest: Cle
     only(look("row_security", guest.database), Severity.OK)  # permissive ones add up
     shop.rows("DROP POLICY outbox_worker ON outbox")
     only(look("row_security", guest.database), Severity.WARNING, "seen, wider")
-    only(look("row_security"), Severity.OK, "none that applies")  # a superuser passes them all
+    only(look("row_security"), Severity.OK, "no row security applies")  # a superuser passes them all
 
 
 # --- the server
 
 
 def test_poolers_that_are_not_there(look: Look) -> None:
-    only(look("pooler"), Severity.OK, "none")
+    only(look("pooler"), Severity.OK, "no pooler")
     only(look("pooler", with_settings={"pooler": "transaction"}), Severity.WARNING, "no statements are prepared")
 
 
@@ -343,7 +347,7 @@ def test_room_for_connections(look: Look, shop: Shop, clerk: Clerk) -> None:
     found = only(look("connections", clerk.database), Severity.OK, "1 worker x")
     assert "(1 for claims + 1 for chores + 1 for backfills + 0 to listen) = 3" in found.evidence
     clerk.shop_rows("ALTER ROLE {role} CONNECTION LIMIT 5")
-    only(look("connections", clerk.database), Severity.WARNING, "at most 5 by CONNECTION LIMIT")
+    only(look("connections", clerk.database), Severity.WARNING, "CONNECTION LIMIT allows 5")
     many = {"concurrency": 4, "backfill_every_seconds": 0}
     only(look("connections", clerk.database, with_settings=many), Severity.WARNING, "= 5")
     found = only(look("connections", clerk.database, with_settings=many | {"concurrency": 5}), Severity.PROBLEM, "= 6")

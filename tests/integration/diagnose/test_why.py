@@ -301,7 +301,7 @@ def test_students_that_are_known_by_something_else(kind: str, shop: Shop, ask: A
     assert only(ask("7")).payment_id == payment_id
     assert [each.occasion for each in only(ask("7")).predictions] == [Occasion.BACKFILL]
     for unknown in ("8", "seven", uuid4(), "", "\N{SNOWMAN}", "9" * 40):
-        with pytest.raises(Refused, match="no event, payment, purchase or student has this id"):
+        with pytest.raises(Refused, match="No event, payment, purchase or student has the id"):
             ask(unknown)
 
 
