@@ -105,7 +105,7 @@ def rate_of_bare(conninfo: str) -> float:
 
 
 def ratio(conninfo: str, rounds: int = ROUNDS) -> float:
-    """Return the worker's rate divided by the rate of the bare statement, in turn on the same tables.
+    """Run the worker and the bare statement in turn on the same tables. Return the ratio of their rates.
 
     The outbox must contain more events than both can settle.
     """

@@ -54,7 +54,7 @@ Actor = Annotated[
 ]
 Why = Annotated[
     str | None,
-    typer.Option("--reason", metavar="TEXT", help="Why you decide so, kept in the dead letter.", show_default=False),
+    typer.Option("--reason", metavar="TEXT", help="Your reason, kept in the dead letter.", show_default=False),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", metavar="", help="Show only how many events and how much money; change nothing.")

@@ -76,7 +76,7 @@ def backfill(
     ] = None,
     reason: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Why you run this backfill, kept in backfill_runs.", show_default=False),
+        typer.Option(metavar="TEXT", help="Your reason, kept in backfill_runs.", show_default=False),
     ] = None,
     limit: Limit = 100,
 ) -> None:

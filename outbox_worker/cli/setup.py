@@ -29,7 +29,7 @@ def migrate(
         list[Option] | None,
         typer.Option(
             "--with",
-            help="Also create unique_index (for the guard `index`; does not block writers) or notify (lower latency).",
+            help="Also create unique_index (guard `index`, built without blocking writers) or notify (lower latency).",
             show_default=False,
         ),
     ] = None,

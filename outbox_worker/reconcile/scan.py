@@ -114,7 +114,7 @@ class ScanPaths:
 
     @classmethod
     def read(cls, session: Session, tables: Tables) -> ScanPaths:
-        """Read from the catalogue which of these indexes exist."""
+        """Read from the catalogue which indexes a scan can use."""
         return cls(order_of(session, tables), has_index_paths(session, tables.purchases))
 
 

@@ -119,7 +119,7 @@ def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
     if barred:
         return problem(
             f"row security on {name} has no policy for {', '.join(barred)} by {role}: the database hides rows "
-            "without an error, or refuses them",
+            "without an error, or refuses to write them",
             remedy,
         )
     restrictive = [each.name for each in policies if not (each.is_permissive or each.is_for_all_rows)]
