@@ -1,4 +1,4 @@
-"""Durations and moments as people write them."""
+"""Durations, moments and counts as people write and read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from outbox_worker.durations import parse_duration, parse_moment
+from outbox_worker.durations import count_of, parse_duration, parse_moment
 from outbox_worker.errors import WrongUsage
 
 
@@ -50,3 +50,8 @@ def test_moments_without_a_zone_are_utc(text: str) -> None:
 def test_what_is_no_moment(text: str) -> None:
     with pytest.raises(WrongUsage, match=r"^--since: a date or time is expected"):
         parse_moment(text, "--since")
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 payments"), (1, "1 payment"), (1200, "1,200 payments")])
+def test_counts_with_their_nouns(number: int, said: str) -> None:
+    assert count_of(number, "payment") == said
