@@ -19,6 +19,7 @@ from loguru import logger
 from outbox_worker import __version__
 from outbox_worker.database.engine import unavailable
 from outbox_worker.database.failures import Failure, classify, describe, login_refusal, sqlstate, trace
+from outbox_worker.durations import count_of
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
 from outbox_worker.telemetry.events import log_events
@@ -67,7 +68,7 @@ class Telemetry:
     def started(self, concurrency: int, guard: Guard) -> None:
         """Log that the database contains everything that the worker needs, and that the claim loops start."""
         logger.bind(event="worker_started", version=__version__, concurrency=concurrency, guard=str(guard)).info(
-            "ready; {} claim loop(s)", concurrency
+            "ready; {}", count_of(concurrency, "claim loop")
         )
 
     def isolating_after_crash(self, events: int) -> None:
@@ -163,20 +164,20 @@ class Telemetry:
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
         """Log that a periodic backfill found payments without a purchase, but is only allowed to report them."""
         logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
-            "{} payment(s) without a purchase. To list them, run: outbox-worker backfill --dry-run", payments
+            "{} without a purchase. To list them, run: outbox-worker backfill --dry-run", count_of(payments, "payment")
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
         """Log that a periodic backfill found more missing purchases than it is allowed to create."""
         logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
-            "{} payment(s) without a purchase, more than the periodic backfill may create; a person must check them",
-            payments,
+            "{} without a purchase, more than the periodic backfill may create; a person must check them",
+            count_of(payments, "payment"),
         )
 
     def purchases_backfilled(self, made: int, contended: int, refused: int) -> None:
         """Log that a periodic backfill created missing purchases."""
         logger.bind(event="purchases_backfilled", made=made, contended=contended, refused=refused).warning(
-            "created {} missing purchase(s), because their payments have no event in the outbox", made
+            "created {}, because the payments have no event in the outbox", count_of(made, "missing purchase")
         )
 
     def beat(self) -> dict[str, float]:
