@@ -22,7 +22,7 @@ from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""The seconds between two rounds of chores. The worker notices a change of the guard at the next round at the latest."""
+"""The seconds between two rounds of chores. The next round, at the latest, notices a change of the guard."""
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 
@@ -73,7 +73,7 @@ class Chores:
         self._is_schema_suspect = False
 
     def run(self, is_over: threading.Event) -> bool:
-        """Run rounds of chores until ``is_over`` is set. Then run one more round, which records that the process stopped."""
+        """Run rounds until ``is_over`` is set. Then run one more round, which records that the process stopped."""
         while not is_over.is_set():
             self.do_round()
             is_over.wait(CHORE_SECONDS)

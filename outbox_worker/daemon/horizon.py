@@ -1,4 +1,4 @@
-"""Measures for how long the vacuum horizon has not moved. The horizon is the oldest transaction that a snapshot needs.
+"""Measures for how long the vacuum horizon has not moved. The horizon is the oldest transaction still in use.
 
 VACUUM cannot remove rows that were deleted after the horizon, so claims must step over their index entries.
 """
@@ -10,7 +10,7 @@ import time
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# what: the oldest transaction id that keeps dead rows of this database; NULL if no transaction has written since
+# what: the oldest transaction id that keeps dead rows of this database; NULL if nothing was written after it
 # lock: none · index: none (one row per connection, slot and prepared transaction; every role may read these columns)
 # guard: skips processes of the server itself (autovacuum), which have no user and keep no dead rows
 _OLDEST = text("""
@@ -32,7 +32,7 @@ class HorizonWatch:
         self._since = 0.0
 
     def stood_still_seconds(self, session: Session) -> float:
-        """Return for how many seconds calls have found the same horizon. Return 0 if no transaction holds the horizon."""
+        """Return for how many seconds calls have found the same horizon, or 0 if no transaction holds it."""
         oldest, now = session.scalar(_OLDEST), time.monotonic()
         if oldest is None or oldest != self._oldest:
             self._oldest, self._since = oldest, now

@@ -112,7 +112,7 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """Answer 200 while every claim loop ends its steps in time, even if the database is down or the worker is stopping."""
+        """Answer 200 while every claim loop ends its steps in time, even if the database is down or the worker stops."""
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:
@@ -143,7 +143,7 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def _bind_path(path: str) -> socket.socket:
-    """Open a Unix socket for all users, because the directory's permissions limit access. Replace an unused socket file."""
+    """Open a Unix socket for all users. The directory's permissions limit access. Replaces an unused socket file."""
     line = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)

@@ -70,7 +70,7 @@ class Liveness:
         self._unreachable = trouble
 
     def why_not_alive(self, now: float) -> str | None:
-        """Describe in one line the loop whose last step ended first, if it is late. Return None if no loop is late."""
+        """Describe in one line the loop that is late by the most seconds. Return None if no loop is late."""
         with self._lock:
             loop, since = min(
                 enumerate(each.returned for each in self._loops), key=lambda pair: pair[1], default=(0, now)

@@ -76,7 +76,7 @@ class Signals:
         return self.is_set()
 
     def pause(self, timeout: float) -> None:
-        """Wait at most ``timeout`` seconds for the next signal or ``wake``, even if a stop signal has already arrived."""
+        """Wait at most ``timeout`` seconds for the next signal or ``wake``, even after a stop signal."""
         if select.select([self._reader], [], [], timeout)[0]:
             os.read(self._reader, 1024)
 
@@ -87,7 +87,7 @@ class Signals:
 
 
 def make_signals() -> Signals:
-    """Return the signals of the daemon. SIGHUP stops a process that runs in a terminal; otherwise it reloads the settings."""
+    """Return the signals of the daemon. SIGHUP reloads the settings, except in a terminal: there it stops the process."""
     if sys.stdin is not None and sys.stdin.isatty():
         return Signals(signal.SIGHUP)
     return Signals(reload=signal.SIGHUP)

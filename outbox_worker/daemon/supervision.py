@@ -59,7 +59,7 @@ class Pulse:
         self.beat()
 
     def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the flag, in parts. Record a beat after each part. Return whether the flag was set."""
+        """Wait at most ``seconds`` for the flag. Record beats during the wait. Return whether the flag was set."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()

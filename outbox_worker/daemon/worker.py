@@ -176,7 +176,7 @@ class Worker:
         return processor
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """Return the periodic backfill, if it is on. It needs its own thread, so that it delays no claims or heartbeats."""
+        """Return the periodic backfill, if it is on. Its own thread ensures that no claim or heartbeat is delayed."""
         if not self._settings.backfill_every_seconds:
             return []
         given = self._settings, start.tables, self._guard, self._stop, self.telemetry, chores.meet_trouble
@@ -187,8 +187,8 @@ class Worker:
     ) -> list[bool]:
         """Run the claim loops in threads. Run ``beside`` in other threads until the claim loops have ended.
 
-        After the first stop signal, each loop finishes its batch. After the second stop signal, the process ends without
-        waiting, and the server rolls back all open transactions.
+        After the first stop signal, each loop finishes its batch. After the second stop signal, the process ends
+        without waiting, and the server rolls back all open transactions.
         """
         loops, others = ([LoopThread(body, signals) for body in each] for each in (bodies, beside))
         for thread in (*others, *loops):

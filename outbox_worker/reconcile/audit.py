@@ -31,7 +31,7 @@ class AuditReport:
     unknown_statuses: Mapping[str, int]
     """The number of payments for each status that the worker does not know. The audit leaves these payments out."""
     dated_ahead: int
-    """The number of succeeded payments whose ``created_at`` is over an hour in the future. The audit leaves them out."""
+    """The number of succeeded payments dated more than an hour in the future. The audit leaves them out."""
 
     @property
     def ok(self) -> bool:

@@ -87,7 +87,7 @@ def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""A function that is called at the end of each transaction, with its payments and result. It may write to the database."""
+"""A function that is called at the end of each transaction, with its payments and result. It may write, too."""
 
 
 class OwedPurchases:
@@ -112,7 +112,7 @@ class OwedPurchases:
         return cls(database, tables, policy, guard, by_index=state.has_index_paths)
 
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
-        """Make the purchase of each payment, in several transactions. Yield the result of each transaction after its COMMIT.
+        """Make one purchase for each payment. Yield the result of each transaction after its COMMIT.
 
         No two payments may have the same pair. If an error of the database is not caused by one payment, it is raised.
         """
@@ -167,7 +167,7 @@ class OwedPurchases:
         return result
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """Return the events whose payments are still unexplained. Reads them in a snapshot that is newer than the locks."""
+        """Return the events whose payments are still unexplained, in a snapshot that is newer than the locks."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
@@ -178,7 +178,7 @@ class OwedPurchases:
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
     def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Create the purchases that ``decide`` allows, write their marks, and close the dead letters of their payments."""
+        """Create the purchases that ``decide`` allows, write marks, and close the dead letters of their payments."""
         seen = self._repository.look(session, batch, self._policy)
         judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
         grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)

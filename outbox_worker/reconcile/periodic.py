@@ -58,13 +58,13 @@ class Turn:
     range: BackfillRange
     paths: ScanPaths
     carried: PaymentTotals
-    """The unexplained payments of the last full scan that this scan does not read, because they are older than its range."""
+    """The unexplained payments of the last full scan that are older than the range of this scan."""
     may_make: bool
     """Whether this backfill may make purchases. If not, it only reports."""
 
 
 class PeriodicBackfill:
-    """Runs a backfill every ``settings.backfill_every_seconds``. Each time, only one of the database's workers runs it."""
+    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker of a database runs each backfill."""
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""Planner settings that force PostgreSQL to read a page in the order of an index, and to hash the outbox in one read."""
+"""Planner settings. They force PostgreSQL to read a page in the order of an index, and to hash the outbox in one read."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
 """Memory for a hash of all purchases, which is built if no indexes find purchases by payment and by pair."""
@@ -70,7 +70,7 @@ _QUERY_CANCELED = "57014"
 
 _CLASSES = {each.value: each for each in PaymentClass}
 
-# what: whether the first column of an index is this one, which must be NOT NULL · lock: none · index: the catalogue's own
+# what: whether an index starts with this column, which must be NOT NULL · lock: none · index: the catalogue's own
 _LEADS_AN_INDEX = text(
     """
     SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -85,7 +85,7 @@ ScanCursor = Sequence[str]
 
 
 class ScanRange(NamedTuple):
-    """The payments created at or after ``since``, and before ``before``. If ``since`` is None, the range has no start."""
+    """Payments created at or after ``since``, and before ``before``. If ``since`` is None, the range has no start."""
 
     since: datetime | None
     before: datetime
@@ -122,7 +122,7 @@ class Throttle(Protocol):
     """A function that a scan calls after each statement. It may sleep."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
-        """Return whether the scan continues. ``passed``: payments read so far. ``seconds``: duration of the statement."""
+        """Return whether the scan continues. ``passed``: payments read so far. ``seconds``: time of the statement."""
         ...
 
 
@@ -271,9 +271,9 @@ def plans(by_index: bool) -> Mapping[str, str]:
 
 
 def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
-    """Return the columns by which a scan orders the payments: ``created_at, id`` if an index starts with ``created_at``.
+    """Return the columns by which a scan orders payments: ``created_at, id`` if an index starts with ``created_at``.
 
-    Otherwise return ``id``. A scan in the order of ``created_at`` reads only the payments of its range. A scan in the
+    Otherwise return ``id`` alone. A scan in the order of ``created_at`` reads only the payments of its range. A scan in the
     order of ``id`` reads all payments.
     """
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
