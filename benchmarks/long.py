@@ -165,7 +165,7 @@ def history() -> None:
 
 
 def backlog() -> None:
-    """Measure the ratio to bare SQL with five million due events, then the memory of a worker that settles all of them."""
+    """Measure the ratio to bare SQL with five million due events, then the memory of a worker that settles all."""
     with database() as (connection, conninfo):
         fill(connection, 1_500_000)
         connection.execute("VACUUM ANALYZE")

@@ -2,8 +2,8 @@
 --
 --     psql -d DATABASE -f deploy/grants.sql
 --
--- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first run creates the roles.
--- Each later run grants privileges on the tables that migrate has created. You may repeat this at any time, because a run
+-- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first run creates roles.
+-- Each later run grants privileges on the tables that migrate has created. You may repeat this at any time. Each run
 -- also revokes the privileges that an older version of this file granted. The file is one transaction. Run it as a
 -- superuser, or as the database's owner. The owner must have CREATEROLE, and must be allowed to grant privileges on
 -- tables that other roles own.

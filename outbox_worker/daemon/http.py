@@ -112,7 +112,7 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """Answer 200 while every claim loop ends its steps in time, even if the database is down or the worker stops."""
+        """Answer 200 while each claim loop ends its steps in time, even if the database is down or the worker stops."""
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:

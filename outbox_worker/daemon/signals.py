@@ -87,7 +87,7 @@ class Signals:
 
 
 def make_signals() -> Signals:
-    """Return the signals of the daemon. SIGHUP reloads the settings, except in a terminal: there it stops the process."""
+    """Return the signals of the daemon. SIGHUP reloads the settings; in a terminal, it stops the process."""
     if sys.stdin is not None and sys.stdin.isatty():
         return Signals(signal.SIGHUP)
     return Signals(reload=signal.SIGHUP)

@@ -28,7 +28,7 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""A late payment is written this many seconds after its event. A refund is written this many seconds after its order."""
+"""A late payment is written this many seconds after its event; a refund, this many seconds after its order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
-    """Return, for each owed payment, the oldest unexplained payment of its pair. A backfill makes the purchase for it."""
+    """Return, for each owed payment, the oldest unexplained payment of its pair. A backfill makes its purchase."""
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
     unexplained = {
@@ -165,7 +165,7 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
 def _candidates(
     records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
 ) -> dict[UUID, _Candidate]:
-    """Return all events that have a record and, for each owed payment, the substitute event that a backfill would use."""
+    """Return all events that have a record and, for each owed payment, the event that a backfill would use."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},

@@ -102,7 +102,7 @@ class Records:
 
     @property
     def payment_ids(self) -> list[UUID]:
-        """Return the ids of all payments that have a row, then of payments that only an event, mark or purchase names."""
+        """Return the ids of payments that have a row, then of payments that only an event, mark or purchase names."""
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
         return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
 

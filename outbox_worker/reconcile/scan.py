@@ -61,7 +61,7 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""Planner settings. They force PostgreSQL to read a page in the order of an index, and to hash the outbox in one read."""
+"""Planner settings. They force PostgreSQL to read a page in index order, and to hash the outbox in one read."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
 """Memory for a hash of all purchases, which is built if no indexes find purchases by payment and by pair."""
@@ -273,8 +273,8 @@ def plans(by_index: bool) -> Mapping[str, str]:
 def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
     """Return the columns by which a scan orders payments: ``created_at, id`` if an index starts with ``created_at``.
 
-    Otherwise return ``id`` alone. A scan in the order of ``created_at`` reads only the payments of its range. A scan in the
-    order of ``id`` reads all payments.
+    Otherwise return ``id`` alone. A scan in the order of ``created_at`` reads only the payments of its range. A scan in
+    the order of ``id`` reads all payments.
     """
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
     return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)

@@ -98,7 +98,7 @@ def _rights(subject: Subject, table: Table) -> Row[Any] | None:
 
 
 def row_security(subject: Subject) -> Iterator[Finding]:
-    """Check whether row level security hides rows. A worker never claims hidden events, and PostgreSQL raises no error."""
+    """Check whether row level security hides rows. A worker never claims hidden events, and gets no error."""
     active = [
         (key, table)
         for key, table in subject.present().items()
