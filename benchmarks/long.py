@@ -1,8 +1,8 @@
-"""Measures the figures of docs/explanation/performance.md that take long. Set OUTBOX_DATABASE_URL.
+"""Measures the figures of docs/explanation/performance.md that take many minutes. Set OUTBOX_DATABASE_URL first.
 
-    python benchmarks/long.py SCENE [SCENE ...]
+    python benchmarks/long.py MEASUREMENT [MEASUREMENT ...]
 
-Uses only the benchmark's own database. Scenes: loops, history, backlog, horizon, pages, idle.
+Uses only the benchmark's own database. Measurements: loops, history, backlog, horizon, pages, idle.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def database(guard: str = "index") -> Iterator[tuple[psycopg.Connection[Any], st
 
 
 def loops() -> None:
-    """Rates of 1, 2, 4 and 8 claim loops in one process, and of 2, 4 and 8 processes with one loop each."""
+    """Measure the rates of 1, 2, 4 and 8 claim loops in one process, and of 2, 4 and 8 processes with one loop each."""
     ways = [(loops, 1) for loops in (1, 2, 4, 8)] + [(1, processes) for processes in (2, 4, 8)]
     rates: dict[tuple[int, int], list[float]] = {way: [] for way in ways}
     with database() as (connection, conninfo):
@@ -151,7 +151,7 @@ def loops() -> None:
 
 
 def history() -> None:
-    """The ratio to bare SQL with ten million marks and purchases, compared with the ratio on fresh tables."""
+    """Measure the ratio to bare SQL with ten million marks and purchases, compared with the ratio on fresh tables."""
     with database() as (connection, conninfo):
         fill(connection, 3_000_000)
         connection.execute("VACUUM ANALYZE")
@@ -165,7 +165,7 @@ def history() -> None:
 
 
 def backlog() -> None:
-    """The ratio to bare SQL with five million due events. Then the memory of one worker that settles them all."""
+    """Measure the ratio to bare SQL with five million due events, then the memory of a worker that settles all."""
     with database() as (connection, conninfo):
         fill(connection, 1_500_000)
         connection.execute("VACUUM ANALYZE")
@@ -189,7 +189,7 @@ def backlog() -> None:
 
 
 def horizon() -> None:
-    """Time per 1,000 events while another transaction holds the vacuum horizon, with producer and worker running."""
+    """Measure the time per 1,000 events while a worker and a producer run and another transaction holds the horizon."""
     for name, before, produced in (("behind a backlog", 5_000_000, 1000), ("keeping up", 0, 4000)):
         with database() as (connection, conninfo), psycopg.connect(conninfo) as holder:
             fill(connection, before)
@@ -212,7 +212,7 @@ def horizon() -> None:
 
 
 def sample(connection: psycopg.Connection[Any]) -> tuple[float, float, int]:
-    """Return the time, the server's CPU seconds, and how many events were settled so far."""
+    """Return the present time, and the server's CPU seconds and number of settled events so far."""
     connection.execute("SELECT pg_stat_clear_snapshot()")
     marks = connection.execute("SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = 'processed_events'")
     return time.monotonic(), bench.server_cpu(connection) or 0.0, marks.fetchall()[0][0]
@@ -227,7 +227,7 @@ def produce(connection: psycopg.Connection[Any], per_second: int, seconds: float
 
 
 def pages() -> None:
-    """WAL per event with random keys, right after a checkpoint (which makes PostgreSQL log whole pages) and later."""
+    """Measure WAL per event with random keys: right after a checkpoint, when whole pages are logged, and later."""
     with database() as (connection, conninfo):
         fill(connection, HISTORY // 5, _HISTORY)
         for turn in range(4):
@@ -245,7 +245,7 @@ def pages() -> None:
 
 
 def idle() -> None:
-    """Server CPU of forty workers that have nothing to do."""
+    """Measure the server's CPU time while forty workers have nothing to do."""
     with database() as (connection, conninfo):
         crew = [Worker(conninfo) for _ in range(IDLE_WORKERS)]
         time.sleep(10)

@@ -1,25 +1,26 @@
--- Makes the roles of the purchase outbox worker and grants each of them what it needs, and nothing else.
+-- Creates the roles of the purchase outbox worker. Grants each role exactly the privileges that it needs.
 --
 --     psql -d DATABASE -f deploy/grants.sql
 --
--- Run it before the first `outbox-worker migrate`, and again after every migrate: the first run makes the roles, the
--- second one grants privileges on the tables that migrate has made. You may repeat it at any time; it also revokes what
--- an older version of this file granted. It is one transaction. Run it as a superuser, or as the database's owner if
--- that role may create roles (CREATEROLE) and may grant on the tables that it does not own.
+-- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first run creates roles.
+-- Each later run grants privileges on the tables that migrate has created. You may repeat this at any time. Each run
+-- also revokes the privileges that an older version of this file granted. The file is one transaction. Run it as a
+-- superuser, or as the database's owner. The owner must have CREATEROLE, and must be allowed to grant privileges on
+-- tables that other roles own.
 --
 -- Set the passwords yourself, for example with \password outbox_worker.
 --
--- If your names differ, give them as variables, tables as in OUTBOX_TABLES, columns as in OUTBOX_COLUMNS:
+-- If your tables or columns have other names, give these names as variables (as in OUTBOX_TABLES and OUTBOX_COLUMNS):
 --
 --     psql -d DATABASE -v schema=shop -v worker=shop_worker -v payments=billing.payment \
 --          -v payments_read='id, user_id, product_id, amount, currency, status, created_at' -f deploy/grants.sql
 --
--- If the worker's tables exist already, name the role that owns them: -v owner=ROLE. No ownership is changed.
+-- If the worker's tables exist already, name their owner with -v owner=ROLE. This file never changes a table's owner.
 
 \set ON_ERROR_STOP on
 \set QUIET on
 
--- owner: owns the tables; nobody logs in as it · migrator: migrate, acting as the owner · worker: run, doctor
+-- owner: owns the tables, cannot log in · migrator: runs migrate as the owner · worker: run, doctor
 -- reader: status, audit, duplicates · operator: dead-letters requeue and discard, backfill
 \if :{?owner}    \else \set owner    outbox_owner    \endif
 \if :{?migrator} \else \set migrator outbox_migrator \endif
@@ -64,12 +65,12 @@ FROM (VALUES (:'owner', 'NOLOGIN'), (:'migrator', 'LOGIN'), (:'worker', 'LOGIN')
              (:'operator', 'LOGIN')) AS wanted (name, kind)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 
--- what: memberships; migrate also checks what a worker may do, on adopted tables, too
+-- what: memberships; the owner is a member of the worker's role, because migrate also checks the worker's privileges
 GRANT :"owner" TO :"migrator";
 GRANT :"worker" TO :"owner";
 SELECT format('GRANT %I TO CURRENT_USER', :'owner') WHERE NOT pg_has_role(:'owner', 'USAGE') \gexec
 
--- what: rights on the database and the schema; temporary tables only for roles that are granted them
+-- what: rights on database and schema; afterwards only roles with an explicit grant may create temporary tables
 REVOKE TEMPORARY ON DATABASE :"DBNAME" FROM PUBLIC;
 GRANT CONNECT ON DATABASE :"DBNAME" TO :"migrator", :"worker", :"reader", :"operator";
 CREATE SCHEMA IF NOT EXISTS :"schema";
@@ -89,7 +90,7 @@ FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'d
                   :'backfill_runs']) AS name
 WHERE to_regclass(name) IS NOT NULL \gexec
 
--- what: the schemas of tables that have one of their own
+-- what: the schemas of tables that are not in the worker's schema
 SELECT DISTINCT format('GRANT USAGE ON SCHEMA %s TO %I, %I, %I', relnamespace::regnamespace, :'worker', :'reader',
                        :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
@@ -128,7 +129,7 @@ FROM (VALUES
 ) AS wanted (grantee, name, privileges)
 WHERE to_regclass(name) IS NOT NULL \gexec
 
--- what: the sequences behind serial columns of adopted tables; identity columns need nothing
+-- what: the sequences of serial columns of adopted tables; identity columns need no privilege
 SELECT format('GRANT USAGE ON SEQUENCE %s TO %I', d.objid::regclass, grantee)
 FROM (VALUES (:'worker', :'purchases'), (:'operator', :'purchases'), (:'operator', :'outbox')) AS wanted (grantee, name)
 JOIN pg_depend d ON d.refobjid = to_regclass(name) AND d.refclassid = 'pg_class'::regclass

@@ -1,7 +1,7 @@
-"""The source of outbox-worker.json; `make dashboard` writes it.
+"""The source of outbox-worker.json. `make dashboard` writes that file.
 
-Rows follow the questions of an operator at three in the morning. Gauges of the database are the same in every worker
-(max); counters are each process's own (sum).
+The rows are in the order in which an operator needs them during an incident. All workers export the same gauges of the
+database, so queries use max. Each process counts its own events, so queries use sum for counters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLUMNS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One or more queries by their legends; $job selects the database. ``bad``: values from here on are red."""
+    """A panel with queries, by their legends. $job selects the database. Values of ``bad`` or more are red."""
 
     title: str
     asks: Mapping[str, str]
@@ -168,7 +168,7 @@ ROWS: Mapping[str, list[Panel]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """Grafana's JSON model of a dashboard. Source: grafana.com/docs, "Dashboard JSON model"."""
+    """Return Grafana's JSON model of a dashboard. Source: grafana.com/docs, "Dashboard JSON model"."""
     return {
         "uid": "outbox-worker",
         "title": "Purchase outbox worker",
@@ -192,7 +192,7 @@ def _datasource() -> dict[str, Any]:
 
 
 def _job() -> dict[str, Any]:
-    """One job is one database."""
+    """Return the variable that selects a job. One job is one database."""
     asks = "label_values(outbox_build_info, job)"
     query = {"query": asks, "refId": "job"}
     return {"type": "query", "name": "job", "label": "Database", "datasource": SOURCE, "query": query, "refresh": 2}

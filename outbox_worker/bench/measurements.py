@@ -47,7 +47,7 @@ def worker_command(*arguments: str) -> list[str]:
 
 
 def worker_environment(conninfo: str) -> dict[str, str]:
-    """Return the environment of a worker: ours without OUTBOX_*, plus the database's URL.
+    """Return the environment of a worker: that of this process without OUTBOX_*, plus the database's URL.
 
     HTTP is off, because several workers run at the same time and would need the same port.
     """

@@ -1,6 +1,6 @@
 """Runs the benchmark: the real worker and bare SQL that does the same work settle events in turn, on one server.
 
-Absolute figures depend on the machine, so compare ratios. The benchmark uses only its own database.
+Events per second depend on the machine, so compare ratios. The benchmark uses only its own database.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ONE_BY_ONE_SHARE = 0.04
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
-# what: tables that are not the benchmark's · lock: none · index: the catalogue's own
+# what: tables that the benchmark did not create · lock: none · index: the catalogue's own
 _STRANGERS = """
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
@@ -84,7 +84,7 @@ class BenchReport:
     plan: Plan
     runs: Mapping[str, Sequence[BenchRun]]
     statements_per_batch: float = 0.0
-    """How many round trips a full batch needs, including BEGIN and COMMIT."""
+    """How many round trips to the server a full batch needs, including BEGIN and COMMIT."""
     start_ups: Sequence[float] = ()
     """How long a worker takes to start, as multiples of the time to import SQLAlchemy and psycopg."""
     latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class BenchReport:
         return statistics.median(values) if values else None
 
     def ratio(self, contestant: str) -> float:
-        """Return the median over the rounds of the contestant's rate divided by the rate of bare SQL."""
+        """Divide, in each round, the contestant's rate by the rate of bare SQL. Return the median of these ratios."""
         pairs = zip(self.runs[contestant], self.runs["bare SQL"], strict=True)
         return statistics.median(mine.rate / limit.rate for mine, limit in pairs)
 
@@ -227,7 +227,7 @@ def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
 def _measure_latencies(
     connection: psycopg.Connection, conninfo: str, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Return the milliseconds from a producer's COMMIT to its purchase, and those of a single COMMIT."""
+    """Return the milliseconds from a producer's COMMIT to its purchase, and the milliseconds of a single COMMIT."""
     fill(connection, 1)
     found = {"one commit": commits(connection)}
     mine = load_settings(database_url=url_of(conninfo))

@@ -33,8 +33,8 @@ def open_database(
 ) -> tuple[Settings, Database, Tables]:
     """Load the settings and connect to the database.
 
-    A statement may take as long as the settings allow, or ``deadline_seconds`` if that is longer. If ``patient`` is
-    set, a statement may take any time. Raises SettingError and DatabaseUnavailable.
+    A statement may take as long as the settings allow, or ``deadline_seconds`` if this is longer. If ``patient`` is
+    True, a statement may take any time. Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)
@@ -70,7 +70,7 @@ _REMEDIES = {
 
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
-    """Convert a database error into an error with a sentence, a remedy and an exit code."""
+    """Convert a database error into an error that has one sentence, a remedy and an exit code."""
     match classify(error):
         case Failure.RECONNECT | Failure.RETRY:
             return unavailable(error)

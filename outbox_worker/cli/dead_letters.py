@@ -261,7 +261,7 @@ def _decide(
         with database.transaction() as session:
             decide_letters(session, tables, selection, decision, token=token or seen.token, actor=actor, why=why)
         logger.bind(event="dead_letters_decided", decision=str(decision), count=seen.count, actor=actor).info(
-            "a person has decided on dead letters"
+            "a person requeued or discarded dead letters"
         )
     if json:
         terminal.print_json({"decision": decision, "is_done": is_done, "preview": seen})

@@ -22,14 +22,14 @@ from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""The time between two rounds of chores. If the guard changes, the worker notices this at the next round or before."""
+"""The seconds between two rounds of chores. The next round, at the latest, notices a change of the guard."""
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """The facts that one round of chores read."""
+    """The facts that one round of chores has read."""
 
     guard: Guard
     backlog: Backlog
@@ -49,8 +49,8 @@ class _Look:
 class Chores:
     """Runs one round of chores every ``CHORE_SECONDS``, in its own thread.
 
-    A round that fails is logged; the next round tries again. ``start_listening`` is called once, when the option
-    ``notify`` is first found in the database; if it is None, the worker never listens.
+    If a round fails, the failure is logged and the next round tries again. ``start_listening`` is called once, when a
+    round first finds the option ``notify`` in the database. If ``start_listening`` is None, the worker never listens.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Chores:
         self._is_schema_suspect = False
 
     def run(self, is_over: threading.Event) -> bool:
-        """Do the chores until ``is_over`` is set, and then once more, to record that the process stopped."""
+        """Run rounds until ``is_over`` is set. Then run one more round, which records that the process stopped."""
         while not is_over.is_set():
             self.do_round()
             is_over.wait(CHORE_SECONDS)

@@ -1,6 +1,6 @@
-"""Measures how long the vacuum horizon has not moved.
+"""Measures for how long the vacuum horizon has not moved. The horizon is the oldest transaction still in use.
 
-VACUUM cannot remove rows that were deleted since then, so claims must read over them.
+VACUUM cannot remove rows that were deleted after the horizon, so claims must step over their index entries.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# what: the oldest transaction that keeps dead rows of this database; NULL if nothing was written since it began
+# what: the oldest transaction id that keeps dead rows of this database; NULL if nothing was written after it
 # lock: none · index: none (one row per connection, slot and prepared transaction; every role may read these columns)
 # guard: skips processes of the server itself (autovacuum), which have no user and keep no dead rows
 _OLDEST = text("""
@@ -25,14 +25,14 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers since when the oldest transaction is the same, because not every role may read when it began."""
+    """Remembers since when the oldest transaction is the same. Not every role may read when a transaction began."""
 
     def __init__(self) -> None:
         self._oldest: str | None = None
         self._since = 0.0
 
     def stood_still_seconds(self, session: Session) -> float:
-        """Return the seconds, since the first call, that the horizon has not moved; 0 if no transaction holds it."""
+        """Return for how many seconds calls have found the same horizon, or 0 if no transaction holds it."""
         oldest, now = session.scalar(_OLDEST), time.monotonic()
         if oldest is None or oldest != self._oldest:
             self._oldest, self._since = oldest, now

@@ -1,7 +1,7 @@
 """Serves /livez, /readyz and /metrics by HTTP, in its own thread, which sends no queries to the database.
 
-This thread imports the HTTP libraries, so the claim loops start before they are loaded, and other commands never load
-them.
+Only this thread imports the HTTP libraries. So the claim loops do not wait for the import, and other commands never
+load these libraries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves HTTP in its block. If the address is in use, it logs this once and keeps trying."""
+    """Context manager that serves HTTP inside the block. If the address is in use, logs this once and keeps trying."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -53,7 +53,7 @@ class Endpoints(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the answers that have begun, then stop serving."""
+        """Complete the responses to requests that have already arrived, then stop serving."""
         self._is_over.set()
         if self._server is not None:
             self._server.should_exit = True
@@ -143,7 +143,7 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def _bind_path(path: str) -> socket.socket:
-    """Open a Unix socket for all users; the directory's permissions limit access. Replaces an unused socket file."""
+    """Open a Unix socket for all users. The directory's permissions limit access. Replaces an unused socket file."""
     line = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)

@@ -1,4 +1,4 @@
-"""Wakes the claim loops by LISTEN when a producer commits. This is optional, because polling finds every event, too."""
+"""Wakes a claim loop by LISTEN when a producer commits. This is optional, because polling also finds every event."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATIENCE_SECONDS = 1.0
 class Listener(threading.Thread):
     """Calls ``wake`` when notifications arrive on its own direct connection.
 
-    While the connection is lost, no notifications arrive. So it also calls ``wake`` once after each LISTEN.
+    While the connection is lost, no notifications arrive. So the listener also calls ``wake`` once after each LISTEN.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Decides whether the claim loops are alive and whether they settle events. It does no I/O: the caller passes the time.
+"""Decides whether the claim loops are alive and whether they settle events. Does no I/O; the caller passes the time.
 
-A loop is alive while its steps end in time, even if they end with errors. So a worker whose database is down is alive,
-because a restart would not help.
+A loop is alive while its steps end in time, even if they end with errors. So a worker whose database is down counts as
+alive. This is intended, because a restart of the worker would not help.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 STARTING = "starting: the database is not checked yet"
 STOPPING = "stopping"
 FEED_SECONDS = 0.1
-"""The shortest time between two messages to the watchdog. Without this limit, very short steps would send too many."""
+"""The shortest time between two messages to the watchdog. Without it, very short steps would send too many messages."""
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _Loop:
 
 
 class Liveness:
-    """Remembers when the last step of each loop ended, and how. ``limit_seconds`` is the longest time of a step."""
+    """Remembers when the last step of each loop ended, and why it failed. A step may take at most ``limit_seconds``."""
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
@@ -47,7 +47,7 @@ class Liveness:
     def returned(self, loop: int, now: float) -> bool:
         """Record that a loop has ended a step, a try, or a part of its sleep.
 
-        Return True if the watchdog must get a message now, because every loop has done so since the last message.
+        Return True if the watchdog must get a message now, because every loop has returned since the last message.
         """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True
@@ -63,14 +63,14 @@ class Liveness:
         self._loops[loop].trouble = trouble
 
     def reached(self, trouble: str | None) -> None:
-        """Record why the chores cannot reach the database, or None if they can.
+        """Record why the chores cannot reach the database, or None if they can reach it.
 
         This is recorded here because the claim loops can sleep for up to an hour and would not notice.
         """
         self._unreachable = trouble
 
     def why_not_alive(self, now: float) -> str | None:
-        """Describe in one line the loop that is late the longest. Return None if no loop is late."""
+        """Describe in one line the loop that is late by the most seconds. Return None if no loop is late."""
         with self._lock:
             loop, since = min(
                 enumerate(each.returned for each in self._loops), key=lambda pair: pair[1], default=(0, now)
@@ -80,7 +80,7 @@ class Liveness:
         return f"claim loop {loop + 1}: no step has ended for {now - since:.0f} s (limit {self.limit_seconds:.0f} s)"
 
     def why_not_ready(self, now: float) -> str | None:
-        """Describe in one line why no events can be settled. Return None if they can."""
+        """Describe in one line why no events can be settled. Return None if events can be settled."""
         trouble = next((each.trouble for each in self._loops if each.trouble), None) or self._unreachable
         if self._phase == STARTING and trouble:
             return f"starting: {trouble}"

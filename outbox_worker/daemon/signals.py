@@ -1,4 +1,4 @@
-"""Lets the main thread wait for signals: those that stop the process, and SIGHUP, which reloads the settings.
+"""Lets the main thread wait for the signals that stop the process, and for SIGHUP, which reloads the settings.
 
 The signal handler only sets a flag. The interpreter also writes a byte into a pipe, which wakes the waiting thread. A
 ``threading.Event`` is not used, because setting it in a signal handler can deadlock with a thread that calls ``wait``.
@@ -23,7 +23,7 @@ class Signals:
     """Context manager for the main thread, with the methods of a ``threading.Event`` that a stop signal sets.
 
     The signals ``more`` stop the process like SIGTERM and SIGINT. The signal ``reload`` only wakes the main thread;
-    ``take_reload`` tells whether it arrived.
+    ``take_reload`` returns whether this signal has arrived.
     """
 
     def __init__(self, *more: signal.Signals, reload: signal.Signals | None = None) -> None:
@@ -70,13 +70,13 @@ class Signals:
         return self._received > 1
 
     def wait(self, timeout: float) -> bool:
-        """Wait for a signal or ``wake``, at most ``timeout`` seconds. Return whether a stop signal has arrived."""
+        """Wait at most ``timeout`` seconds for a signal or ``wake``. Return whether a stop signal has arrived."""
         if not self.is_set():
             self.pause(timeout)
         return self.is_set()
 
     def pause(self, timeout: float) -> None:
-        """Wait for the next signal or ``wake``, even if a stop signal has already arrived."""
+        """Wait at most ``timeout`` seconds for the next signal or ``wake``, even after a stop signal."""
         if select.select([self._reader], [], [], timeout)[0]:
             os.read(self._reader, 1024)
 
@@ -87,7 +87,7 @@ class Signals:
 
 
 def make_signals() -> Signals:
-    """Return the signals of the daemon. SIGHUP reloads the settings, but stops a process that runs in a terminal."""
+    """Return the signals of the daemon. SIGHUP reloads the settings; in a terminal, it stops the process."""
     if sys.stdin is not None and sys.stdin.isatty():
         return Signals(signal.SIGHUP)
     return Signals(reload=signal.SIGHUP)

@@ -1,7 +1,7 @@
 """Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
-The watchdog gets a message when claim loops end a step. A timer is not used, because it would send messages even if a
-claim loop hangs.
+The watchdog gets a message when every claim loop has ended a step since the last message. A timer is not used, because
+it would send messages even if a claim loop hangs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
 STEP_DEADLINES = 6
-"""The longest time of one step, in database deadlines.
+"""The longest time of one step, as a multiple of the database deadline.
 
-A step opens a connection and runs a few statements, and each of these actions ends within one deadline.
+A step opens a connection and runs a few statements. Each of these actions ends within one database deadline.
 """
 _SLICES = 3
-"""A divisor: a loop sleeps in parts, and each part is at most a third of the limit."""
+"""A loop sleeps in parts. The longest part is the watchdog's limit or that of a step divided by this number."""
 
 
 class Pulse:
-    """Records when steps of one loop end.
+    """Records when the steps of one loop end. Each record is called a beat.
 
-    It can be used instead of its ``stop`` flag. Then ``wait`` also records beats while it waits.
+    A pulse can replace the flag ``stop``, because it has the same methods. Its ``wait`` also records beats.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Pulse:
         self.beat()
 
     def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait for a flag in parts, and record a beat after each part. Return whether the flag was set."""
+        """Wait at most ``seconds`` for the flag. Record beats during the wait. Return whether the flag was set."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()
@@ -92,7 +92,7 @@ class Supervision:
         return [Pulse(stop, self._liveness, loop, self._feed, self._slice_seconds) for loop in range(loops)]
 
     def waits(self, error: BaseException) -> None:
-        """Report that the start failed and is tried again. systemd gets READY, because the daemon itself runs."""
+        """Report that the start failed and will be tried again. systemd gets READY, because the process itself runs."""
         self._say_ready(f"{reason(error)}; waiting")
 
     def serves(self) -> None:
@@ -113,7 +113,7 @@ class Supervision:
         self._notifier.tell(READY=1, STATUS=status)
 
     def looked(self, status: str) -> None:
-        """Report the ``status`` that the chores found or, if events cannot be settled, the reason."""
+        """Report the ``status`` that the chores found. If events cannot be settled, report the reason instead."""
         self._liveness.reached(None)
         self._notifier.tell(STATUS=self._liveness.why_not_ready(time.monotonic()) or status)
 

@@ -1,9 +1,9 @@
-"""Sends messages to systemd. ``supervision`` decides which.
+"""Sends messages to systemd. ``supervision`` decides which messages to send.
 
-A message is a datagram of NAME=VALUE lines that is sent to ``NOTIFY_SOCKET``, as in sd_notify(3).
+A message is a datagram of NAME=VALUE lines. It is sent to the socket ``NOTIFY_SOCKET``, as in sd_notify(3).
 
-This module implements the protocol itself, because the protocol is small and stable, and the bindings to libsystemd
-would have to be compiled on each machine.
+This module implements the protocol itself. The protocol is small and stable, and the bindings to libsystemd would have
+to be compiled on each machine.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 
 _PATIENCE_SECONDS = 1.0
-"""The longest time that a claim loop waits if the service manager does not read its socket."""
+"""The longest time that a claim loop waits while the service manager does not read messages from its socket."""
 
 
 class Notifier:
-    """Sends messages to the service manager that started this process, or nothing if there is no service manager.
+    """Sends messages to the service manager that started this process. If there is no service manager, sends nothing.
 
-    It removes its variables from the environment, so that child processes do not send messages for the service.
+    The constructor removes systemd's variables from the environment, so that child processes do not send messages.
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
@@ -39,7 +39,7 @@ class Notifier:
 
 
 def _watchdog_seconds(environment: MutableMapping[str, str]) -> float | None:
-    """Return the silence in seconds after which systemd restarts this process, or None if its watchdog is off."""
+    """Return after how many seconds without a message systemd restarts this process. None: the watchdog is off."""
     microseconds, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
     is_meant = pid in ("", str(os.getpid()))
     return int(microseconds) / 1e6 if is_meant and microseconds.isdecimal() and int(microseconds) else None

@@ -49,13 +49,13 @@ class Start:
     event_types: tuple[str, ...] | None
     """The event types to claim, or None to claim all types."""
     follows_a_crash: bool
-    """Whether another worker died. If so, the first events are processed one at a time."""
+    """Whether another worker died before this start. If so, the first events are processed one at a time."""
 
 
 class Worker:
     """Runs ``settings.concurrency`` claim loops in one process, on one database.
 
-    ``reread`` is called after SIGHUP to read the settings again. The constructor does not connect to the database.
+    After SIGHUP, ``reread`` is called to read the settings again. The constructor does not connect to the database.
     """
 
     def __init__(self, settings: Settings, reread: Callable[[], Settings] | None = None) -> None:
@@ -99,7 +99,7 @@ class Worker:
         return 0 if all(emptied) else 1
 
     def start(self) -> Start:
-        """Check the tables, the guard and the types of events to claim, and insert this process into ``workers``.
+        """Check the tables and the guard, read the event types to claim, and insert this process into ``workers``.
 
         Raises SchemaError, and any error of the database.
         """
@@ -115,9 +115,9 @@ class Worker:
         return Start(tables=tables, event_types=event_types, follows_a_crash=follows_a_crash)
 
     def _wait_for_start(self, signals: Signals) -> Start | None:
-        """Start as soon as the database can be reached. Return None if a stop signal arrives before.
+        """Start as soon as the database can be reached. Return None if a stop signal arrives before that.
 
-        While this waits, /livez reports that the process is alive.
+        During the wait, /livez reports that the process is alive.
         """
         (pulse,) = self._supervision.pulses(1, signals)
         return wait_out_outage(self.start, pulse, partial(self._meet_trouble_at_start, signals, pulse))
@@ -176,7 +176,7 @@ class Worker:
         return processor
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """Return the periodic backfill if it is on. In its own thread, it delays neither claims nor heartbeats."""
+        """Return the periodic backfill, if it is on. Its own thread ensures that no claim or heartbeat is delayed."""
         if not self._settings.backfill_every_seconds:
             return []
         given = self._settings, start.tables, self._guard, self._stop, self.telemetry, chores.meet_trouble
@@ -187,8 +187,8 @@ class Worker:
     ) -> list[bool]:
         """Run the claim loops in threads. Run ``beside`` in other threads until the claim loops have ended.
 
-        After the first stop signal, each loop finishes its batch. After the second, the process ends without waiting,
-        and the server rolls back all open transactions.
+        After the first stop signal, each loop finishes its batch. After the second stop signal, the process ends
+        without waiting, and the server rolls back all open transactions.
         """
         loops, others = ([LoopThread(body, signals) for body in each] for each in (bodies, beside))
         for thread in (*others, *loops):
@@ -214,13 +214,13 @@ class Worker:
             loop.wake()
 
     def _await(self, threads: Sequence[LoopThread], signals: Signals) -> None:
-        """Wait until all threads have ended, for at most ``database_deadline_seconds``, or until a second signal."""
+        """Wait until all threads have ended or a second stop signal arrives, at most ``database_deadline_seconds``."""
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
 
     def _reload_if_asked(self, signals: Signals) -> None:
-        """Read the settings again if SIGHUP arrived. If one of them is invalid, keep the old settings."""
+        """Read the settings again if SIGHUP arrived. If a setting is invalid, keep all old settings."""
         if self._reread is None or not signals.take_reload():
             return
         self._supervision.reloads()
@@ -232,9 +232,9 @@ class Worker:
             self._supervision.reloaded("nothing was reloaded, because a setting is invalid")
 
     def _adopt(self, found: Settings) -> None:
-        """Use log level and limits of ``found``; each loop uses them from its next step on.
+        """Apply the log level and the limits of ``found``. Each loop uses the new limits from its next step on.
 
-        Report other changed settings, because they need a restart.
+        Report all other settings that changed, because they need a restart.
         """
         before = self._settings
         changed = [name for name in Settings.model_fields if getattr(found, name) != getattr(before, name)]
@@ -252,6 +252,6 @@ class Worker:
             return not outbox.has_due(session, until)
 
     def _now(self) -> datetime:
-        """Return the time of the database's clock, because only this clock decides which events are due."""
+        """Return the time of the database's clock. Only this clock decides which events are due."""
         with self._database.transaction() as session:
             return database_time(session)

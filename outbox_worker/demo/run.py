@@ -40,11 +40,11 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""How long the payments service writes payments. It takes longer only if it cannot write that fast."""
+"""For how many seconds the payments service writes payments. It takes longer only if the database is too slow."""
 DAMAGE_SHARE = 0.05
 """The number of payments that the simulated old worker lost, as a share of all payments."""
 SETTLE_SECONDS = 60.0
-"""How long the workers may take to settle the last events after the payments service has ended."""
+"""For how many seconds the workers may settle the last events after the payments service has ended."""
 
 _WORKER_SETTINGS = {
     "OUTBOX_RETRY_BASE_SECONDS": "0.5",
@@ -198,7 +198,7 @@ class Crew:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """An action to take when the payments service has made ``progress``, a share, of its orders."""
+    """An action to take when the payments service has made this share of its orders (``progress``, from 0 to 1)."""
 
     progress: float
     act: Callable[[], str]

@@ -1,6 +1,6 @@
 """Simulates a payments service, with double payments, double events, late events, refunds and bad payloads.
 
-Writes payment and event in one transaction, as every producer must, over its own connections.
+Writes each payment and its event in one transaction, as every producer must. Uses its own connections.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""How long after its event a late payment is written, and how long after its order a refund."""
+"""A late payment is written this many seconds after its event; a refund, this many seconds after its order."""
 
 
 @dataclass(frozen=True, slots=True)

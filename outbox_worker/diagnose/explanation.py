@@ -1,4 +1,4 @@
-"""Explains why a payment has a purchase or none: its records, the rules that decided, and predictions for its events.
+"""Explains why a payment has a purchase or none: shows its records, the rules that applied, and what events would do.
 
 A prediction uses the worker's own statement to read the facts and the same ``decide`` to judge them, in one READ ONLY
 snapshot.
@@ -41,7 +41,7 @@ from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id
 from outbox_worker.store.queries import is_succeeded
 
 SHOWN = 100
-"""How many characters of an unknown id an error message repeats."""
+"""An error message shows at most this many characters of an unknown id."""
 _GIVES = "already gives the student this course"
 
 
@@ -69,7 +69,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """What happened at one time. ``subject`` is the id of the payment, event or purchase that it happened to."""
+    """Something that happened, and when. ``subject`` is the id of the payment, event or purchase that was concerned."""
 
     at: datetime | None
     what: str
@@ -81,7 +81,7 @@ class TimelineEntry:
 
 @dataclass(frozen=True, slots=True)
 class PaymentStory:
-    """The history of one payment, or of events that name no payment."""
+    """The history of one payment, or the history of events that name no payment."""
 
     payment_id: UUID | None
     payment: PaymentRow | None
@@ -100,7 +100,7 @@ class Explanation:
     """The kinds of things that have the id: ``event``, ``payment``, ``purchase``, ``student``."""
     stories: Sequence[PaymentStory]
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: those of the student, or the purchase that has the id."""
+    """Purchases without a payment: all of the student, or the purchase that has the given id."""
     has_more: bool
     """Whether the student has more payments than ``stories`` contains."""
 
@@ -111,7 +111,7 @@ class _Candidate:
 
     occasion: Occasion
     payment_id: UUID | None = None
-    """The payment of an event that has no payload (any more)."""
+    """The payment of an event whose payload does not exist or was deleted."""
     first: UUID | None = None
     """For a backfill: the payment of the pair for which it would create the purchase."""
 
@@ -152,7 +152,7 @@ def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
-    """Return for each owed payment the oldest unexplained payment of its pair, which would get the purchase."""
+    """Return, for each owed payment, the oldest unexplained payment of its pair. A backfill makes its purchase."""
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
     unexplained = {
@@ -165,7 +165,7 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
 def _candidates(
     records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
 ) -> dict[UUID, _Candidate]:
-    """Return all events that have a record, and for each owed payment the event that a backfill would make up."""
+    """Return all events that have a record and, for each owed payment, the event that a backfill would use."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},
@@ -188,7 +188,7 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
 ) -> list[Prediction]:
-    """Read the facts as the worker does, but without locks, and decide."""
+    """Read the facts as the worker reads them, but without locks. Return what ``decide`` predicts."""
     known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
@@ -257,7 +257,7 @@ def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
 
 
 def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
-    """Return the event's row of ``known``, which replaces its row in the outbox."""
+    """Return the event's row in the relation ``known``. It replaces the event's row in the outbox."""
     return select(known).where(known.c.id == keys.c.id).lateral("event")
 
 
@@ -267,7 +267,7 @@ def _story(
     classes: Mapping[UUID, PaymentClass],
     predictions: Sequence[Prediction],
 ) -> PaymentStory:
-    """Return the story of one payment. If ``payment_id`` is None, return that of the events that name no payment."""
+    """Return the story of one payment. If ``payment_id`` is None, return the story of events that name no payment."""
     payment = next((each for each in records.payments if each.id == payment_id), None)
     events = {each.event_id for each in records.traces if payment_id in (None, each.payment_id)}
     traces = [each for each in records.traces if each.event_id in events]

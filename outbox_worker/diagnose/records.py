@@ -1,7 +1,7 @@
 """Reads the records of a payment: its row, events, dead letters, marks and purchases.
 
-``look_up`` finds them by the id of an event, a payment, a purchase or a student. Call it in a snapshot, so that the
-records of all tables are of the same moment.
+``look_up`` finds these records by the id of an event, payment, purchase or student. Call ``look_up`` in a snapshot, so
+that the records of all tables are of the same moment.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Records:
 
     @property
     def payment_ids(self) -> list[UUID]:
-        """Return the ids of payments that have a row, then those that only an event, mark or purchase names."""
+        """Return the ids of payments that have a row, then of payments that only an event, mark or purchase names."""
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
         return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
 
@@ -112,17 +112,17 @@ class Found:
     """The kinds of things that have a given id, and their records."""
 
     kinds: Sequence[str]
-    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one; empty if nothing has the id."""
+    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one kind; no kind if nothing has the id."""
     payment_ids: Sequence[UUID]
     records: Records
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: those of the student, or the purchase that has the id."""
+    """Purchases without a payment: all of the student, or the purchase that has the given id."""
     has_more: bool
     """Whether the student has more payments than ``PAYMENTS_MAX``."""
 
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
-    """Find everything that has this id, even a payment without a row that only an event, mark or purchase names."""
+    """Find everything that has this id. Also find a payment without a row if an event, mark or purchase names it."""
     given = _uuid_of(asked)
     of_event = _read_events(session, tables, events=[given]) if given else Records()
     own = tables.purchases.c
@@ -174,12 +174,12 @@ def _uuid_of(text: str) -> UUID | None:
 
 
 def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
-    """Return the condition that the column equals this text, which is cast to the column's type."""
+    """Return the condition that the column equals this text. The database casts the text to the column's type."""
     return type_coerce(column, NullType()) == literal(given, NullType())
 
 
 def _payments_of(tables: Tables, student: str) -> Select[Any]:
-    """what: the payments of a student, by rows and purchases · lock: none · index: those on the pair, if any"""
+    """what: the payments of a student, by payments and purchases · lock: none · index: on the pair, if any"""
     paid, own = tables.payments, tables.purchases
     of_rows = select(paid.c.id, paid.c.created_at).where(_is_as(paid.c.student_id, student))
     of_purchases = select(own.c.payment_id, own.c.created_at).where(_is_as(own.c.student_id, student))
@@ -211,7 +211,7 @@ def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement
 
 
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
-    """what: the purchases of payments, and those that hold their pairs · lock: none · index: payment_id, the pair's"""
+    """what: purchases of payments, and active purchases of their pairs · lock: none · index: payment_id, the pair's"""
     own, paid = tables.purchases.alias("own"), tables.payments
     holding = select(own.c.id).join(paid, same_pair(own, paid)).where(paid.c.id.in_(ids), own.c.is_active)
     return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))

@@ -30,7 +30,10 @@ class Status:
     workers: Sequence[WorkerRow]
 
     def metrics(self) -> dict[str, float]:
-        """Return the counters, summed over all processes of the last day, and the present values of the gauges."""
+        """Return each counter and each gauge.
+
+        A counter is summed over all worker processes that reported within the last day. A gauge has its current value.
+        """
         total: Counter[str] = Counter()
         for worker in self.workers:
             total.update({name: value for name, value in worker.metrics.items() if name != "events_per_second"})
@@ -42,14 +45,14 @@ class Status:
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
     def events_per_second(self) -> float:
-        """Return the events that all running workers together settled per second, as of their last heartbeats."""
+        """Return how many events per second all running workers together settled, by their last heartbeats."""
         return sum(
             worker.metrics.get("events_per_second", 0) for worker in self.workers if condition(worker) == "running"
         )
 
 
 def condition(worker: WorkerRow) -> str:
-    """Return ``running``, ``stopped`` (it ended and recorded that) or ``silent`` (no heartbeat, so probably dead)."""
+    """Return ``running``, ``stopped`` (the worker recorded its end) or ``silent`` (no heartbeat, so probably dead)."""
     if worker.stopped_at is not None:
         return "stopped"
     return "silent" if worker.silent_seconds > WORKER_SILENT_AFTER_SECONDS else "running"

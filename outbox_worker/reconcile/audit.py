@@ -1,4 +1,4 @@
-"""The proof that no purchase is owed: the audit puts every succeeded payment into one class and counts each class."""
+"""Checks whether any purchase is owed: the audit classifies every succeeded payment and counts each class."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AuditReport:
     unknown_statuses: Mapping[str, int]
     """The number of payments for each status that the worker does not know. The audit leaves these payments out."""
     dated_ahead: int
-    """Succeeded payments whose ``created_at`` is more than an hour in the future. The audit leaves them out."""
+    """The number of succeeded payments dated more than an hour in the future. The audit leaves them out."""
 
     @property
     def ok(self) -> bool:
@@ -73,7 +73,7 @@ class Audit:
 
 
 def _count_dated_ahead(tables: Tables) -> Select[Any]:
-    """what: how many succeeded payments are dated far in the future
+    """what: how many succeeded payments are dated more than an hour in the future
     lock: none · index: the shop's index on created_at; if there is none, the statement reads all payments
     """
     payments = tables.payments

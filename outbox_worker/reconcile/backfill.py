@@ -1,7 +1,9 @@
 """The backfill that an operator starts: finds unexplained succeeded payments, counts them, and makes their purchases.
 
-The scan finds all these payments before the first purchase is made. If they are more than ``max_repairs`` (the fuse),
-no purchase is made. A backfill may be killed at any time: the next backfill with the same range continues its work.
+A payment is unexplained if it has no purchase and no record gives a reason for this. The scan finds all unexplained
+payments before the first purchase is made. If more than ``max_repairs`` purchases are owed, no purchase is made; this
+limit is called the fuse. An operator may kill a backfill at any time, because the next backfill with the same range
+continues the work.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from outbox_worker.store.payment_classes import RECENT, PaymentClass
 from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
-"""How often the backfill, at its end, retries payments whose pair another transaction had locked."""
+"""How many times, at its end, the backfill retries the payments whose pair another transaction had locked."""
 _ROUND_SECONDS = 0.5
 _BEAT_SECONDS = 5.0
 
@@ -61,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The counts of a backfill. The scan sets the first four; each transaction adds to the others."""
+    """The counts of a backfill. The scan sets the first four counts; each transaction adds to the other counts."""
 
     looked_at: int = 0
     unexplained: PaymentTotals = field(default_factory=PaymentTotals)
@@ -69,9 +71,9 @@ class Counts:
     duplicates: PaymentTotals = field(default_factory=PaymentTotals)
     made: PaymentTotals = field(default_factory=PaymentTotals)
     recovered: PaymentTotals = field(default_factory=PaymentTotals)
-    """The part of ``made`` whose purchase an earlier backfill had made and somebody has deleted since."""
+    """The payments of ``made`` whose purchase had been made before, and was deleted since."""
     explained: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments that were owed a purchase at the scan, but no longer when the backfill came to make it."""
+    """Payments that were owed a purchase during the scan, but no longer when the backfill checked them again."""
     contended: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
@@ -89,12 +91,12 @@ class Counts:
         )
 
     def written(self) -> dict[str, Any]:
-        """Return the counts as a JSON column stores them."""
+        """Return the counts as an object for a JSON column."""
         return {"looked_at": self.looked_at} | {name: getattr(self, name).written() for name in _VALUES}
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Counts:
-        """Return the counts that ``written`` turned into JSON."""
+        """Return the counts from an object that the method ``written`` returned."""
         return cls(written.get("looked_at", 0), *(PaymentTotals.read(written.get(name)) for name in _VALUES))
 
 
@@ -103,7 +105,7 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackfillReport:
-    """The result of a backfill. Its counts include those of the killed backfill that it continued; its lists do not."""
+    """The result of a backfill. If it continued a killed backfill, only the counts include what that backfill did."""
 
     dry_run: bool
     range: BackfillRange
@@ -118,7 +120,7 @@ class BackfillReport:
 
     @property
     def ok(self) -> bool:
-        """Return whether every owed purchase was made. A dry run is always ok."""
+        """Return whether every owed purchase was made. Return True for every dry run."""
         return self.dry_run or not (self.made.contended or self.made.refused)
 
 
@@ -129,13 +131,13 @@ class Beginning:
     range: BackfillRange
     paths: ScanPaths
     run: UUID | None = None
-    """The id of its row in ``backfill_runs``. None: a dry run has no row."""
+    """The id of this backfill's row in ``backfill_runs``. None: this is a dry run, which has no row."""
     continued: BackfillRun | None = None
-    """The killed backfill that this one continues."""
+    """The killed backfill that this backfill continues. None: this backfill continues no other."""
 
 
 class Backfill:
-    """One backfill. Call ``look`` to find what is owed, then ``make``."""
+    """One backfill. Call ``look`` to find the owed purchases, then ``make`` to make them."""
 
     def __init__(
         self, database: Database, tables: Tables, policy: RetryPolicy, request: Request, beginning: Beginning
@@ -153,7 +155,7 @@ class Backfill:
         span = ScanRange(request.since, self.range.before)
         self._scan = PaymentScan(database, tables, beginning.paths, span, limits=ScanLimits(page_max=page_max))
         if self._cursor is not None and len(self._cursor) != len(self._scan.order):
-            self._cursor = None  # the cursor has another key: an index was created or dropped since
+            self._cursor = None  # the killed backfill scanned in another order, because an index has changed since
         self._owed: list[FoundPayment] = []
         self._duplicates: list[FoundPayment] = []
         self._made = BackfillResult()
@@ -175,7 +177,7 @@ class Backfill:
         return self._scan.estimate()
 
     def look(self, progress: Throttle) -> int:
-        """Find the owed purchases and return their number. Raises Refused if they are more than ``max_repairs``."""
+        """Find the owed purchases and return their number. Raises Refused if more than ``max_repairs`` are owed."""
         self._scan.run(self._paced(progress), self._cursor)
         totals = self._scan.totals
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
@@ -200,7 +202,7 @@ class Backfill:
             self._make(self._run, progress)
             counts = self._counts.plus(total)
             left = self._left(left_of(self._scan.totals.unexplained, total))
-            if self._continued:  # this process did not scan the killed backfill's part, so use its counts
+            if self._continued:  # this process scanned only the rest of the range, so use the counts of both backfills
                 left = written_left(counts.contended + counts.refused, PaymentTotals())
             with self._database.transaction() as session:
                 self._runs.finish(session, self._run, RunOutcome.MADE, counts.written() | left)
@@ -248,7 +250,8 @@ class Backfill:
     def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
         """Save cursor and counts in the transaction of the purchases.
 
-        The cursor never passes a locked pair: a continued backfill must find its payment again.
+        The cursor stays before the first payment whose pair was locked. So a backfill that continues this one finds
+        the payment again.
         """
         self._is_cursor_held = self._is_cursor_held or bool(result.contended)
         if not self._is_cursor_held:
@@ -257,14 +260,14 @@ class Backfill:
         self._runs.advance(session, run, counts.written(), self._cursor)
 
     def _left(self, payments: Sequence[FoundPayment]) -> dict[str, Any]:
-        """Return, for the gauges, the sums of the payments that stay unexplained."""
+        """Return the counts and sums of the payments that stay unexplained, for the gauges."""
         edge = self.range.before - RECENT
         return written_left(
             PaymentTotals.of(payments), PaymentTotals.of(each for each in payments if each.is_since(edge))
         )
 
     def _paced(self, progress: Throttle) -> Throttle:
-        """Return a throttle that sleeps to keep to ``max_rate``, and writes a heartbeat every few seconds."""
+        """Return a throttle that sleeps if the scan exceeds ``max_rate``, and writes a heartbeat every few seconds."""
 
         def throttle(passed: int, seconds: float) -> bool:
             progress(passed, seconds)

@@ -1,8 +1,8 @@
-"""Lists payments of students who paid twice: another purchase, paid or a gift, already gives the student this course.
+"""Lists duplicates: payments for a course that the student already has by another active purchase, paid or a gift.
 
-A duplicate is owed back only if the payment of that other purchase is not refunded, because refunding both payments
-would take the course away. A duplicate leaves the list if it is refunded, or if the other purchase becomes inactive.
-The list is computed each time; no table stores it.
+The shop must refund a duplicate only if the payment of the other purchase is not refunded. If both payments were
+refunded, the student would lose the course. A duplicate is no longer listed after it is refunded, or after the other
+purchase becomes inactive. The list is computed on each call; no table stores it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from outbox_worker.store.queries import database_time, has_status, same_pair
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
-"""The number of duplicates for which one statement reads the purchases that hold their pairs."""
+"""The largest number of duplicates for which one statement reads the other purchases."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A payment for a course that the student already has, and the purchase that gives the course."""
+    """A payment for a course that the student already has, and the other purchase, which gives the course."""
 
     payment: FoundPayment
     purchase_id: Any
     held_by: UUID | None
-    """The payment of that purchase. None: the purchase is a gift."""
+    """The payment of the other purchase. None: the other purchase is a gift."""
     held_since: datetime
     is_holder_refunded: bool
-    """Whether the payment of that purchase is refunded. If so, this payment gets the course when a worker settles the
-    refund event."""
+    """Whether the payment of the other purchase is refunded. If so, a worker that settles the refund event creates a
+    purchase for the duplicate."""
 
 
 def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
@@ -79,14 +79,14 @@ class Duplicates:
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]
 
     def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[UUID, Any]:
-        """Return the purchase that holds each payment's pair; leave out payments whose pair has no other purchase."""
+        """Return the other active purchase of each payment's pair. Leave out payments whose pair has none."""
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
         return {row.id: (row.purchase_id, row.held_by, row.held_since, row.is_refunded) for row in rows}
 
 
 def _holders(tables: Tables) -> Select[Any]:
-    """what: the purchases that hold the pairs of payments · lock: none · index: primary key of payments, the pair's"""
+    """what: the active purchases of the pairs of payments · lock: none · index: primary key of payments, the pair's"""
     payments, held = tables.payments, tables.purchases.alias("held")
     holder = payments.alias("holder")
     is_refunded = func.coalesce(has_status(holder, PaymentStatus.REFUNDED), false())

@@ -1,7 +1,7 @@
-"""Makes the purchases that are owed: locks the pairs, checks the payments again, writes purchases and marks together.
+"""Makes owed purchases: locks the pairs, checks the payments again, and writes purchases and marks in one transaction.
 
-Each transaction has at most ``CHUNK`` payments and uses the daemon's repository and guard. If the database refuses a
-transaction, the payments are split in halves until the refused payment is alone.
+Each transaction handles at most ``CHUNK`` payments and uses the daemon's repository and guard. If the database refuses
+a transaction, its payments are split in halves and retried, until each refused payment is alone in a transaction.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Refusal:
 
 @dataclass
 class BackfillResult:
-    """The payments that were owed a purchase, by what the backfill did with them."""
+    """The payments that were owed a purchase. Each list contains the payments with the same result."""
 
     created: list[FoundPayment] = field(default_factory=list)
     recovered: list[FoundPayment] = field(default_factory=list)
-    """Their purchase was made again, because a mark proves that it had been made before and is missing."""
+    """Payments whose missing purchase was made again. A mark proves that the purchase had been made before."""
     explained: list[FoundPayment] = field(default_factory=list)
-    """They are no longer owed a purchase, because somebody else settled them after the scan."""
+    """Payments that are no longer owed a purchase, because another process settled them after the scan."""
     contended: list[FoundPayment] = field(default_factory=list)
-    """Their purchase was not made, because another transaction had locked their pair."""
+    """Payments whose purchase was not made, because another transaction had locked their pair."""
     refused: list[Refusal] = field(default_factory=list)
 
     @property
@@ -68,7 +68,10 @@ class BackfillResult:
 
 
 def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
-    """Return the oldest payment of each pair, which is owed a purchase; and the others, which are duplicates."""
+    """Return two lists: the oldest payment of each pair (it is owed a purchase), and all other payments.
+
+    The payments of the second list are duplicates.
+    """
     by_age = sorted(unexplained, key=lambda payment: payment.age)
     oldest = {payment.pair: payment for payment in reversed(by_age)}
     return (
@@ -78,13 +81,13 @@ def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment]
 
 
 def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list[FoundPayment]:
-    """Return the payments that stay unexplained: all payments of those pairs for which no purchase was made."""
+    """Return the payments that stay unexplained: all payments of each pair whose purchase was contended or refused."""
     failed = {payment.pair for payment in [*result.contended, *(each.payment for each in result.refused)]}
     return [payment for payment in unexplained if payment.pair in failed]
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""A function that is called at the end of each transaction with its payments and result. It may write, too."""
+"""A function that is called at the end of each transaction, with its payments and result. It may write, too."""
 
 
 class OwedPurchases:
@@ -109,9 +112,9 @@ class OwedPurchases:
         return cls(database, tables, policy, guard, by_index=state.has_index_paths)
 
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
-        """Make one purchase for each payment, and yield the result of each transaction after its COMMIT.
+        """Make one purchase for each payment. Yield the result of each transaction after its COMMIT.
 
-        No two payments may have the same pair. Raises the database's error if no single payment causes it.
+        No two payments may have the same pair. If an error of the database is not caused by one payment, it is raised.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
@@ -134,9 +137,10 @@ class OwedPurchases:
     def _without_fault(
         self, part: Sequence[FoundPayment], error: DBAPIError, tried: set[UUID]
     ) -> Sequence[Sequence[FoundPayment]]:
-        """Return the parts to try instead, the first one at the end. Returns none if ``part`` is one refused payment.
+        """Return the parts to try instead of ``part``, in reverse order.
 
-        Raises the error if no payment can be its cause.
+        Return no parts if ``part`` is one payment that the database refuses. Raises ``error`` if no payment can be the
+        cause.
         """
         if classify(error) not in _PAYMENTS_FAULT:
             raise error
@@ -163,7 +167,7 @@ class OwedPurchases:
         return result
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """Return the events whose payments are still unexplained, read in a snapshot that is newer than the locks."""
+        """Return the events whose payments are still unexplained, in a snapshot that is newer than the locks."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
@@ -174,7 +178,7 @@ class OwedPurchases:
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
     def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Create the purchases that ``decide`` allows, mark them, and close the dead letters of their payments."""
+        """Create the purchases that ``decide`` allows, write marks, and close the dead letters of their payments."""
         seen = self._repository.look(session, batch, self._policy)
         judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
         grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
@@ -190,12 +194,12 @@ class OwedPurchases:
 
 
 def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
-    """Return planner settings that switch on again everything that ``plans`` switches off."""
+    """Return planner settings that switch on again every setting that ``plans`` switches off."""
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 
 def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
-    """Return a batch with one substitute event per payment. Its ids are the payments' positions."""
+    """Return a batch with one substitute event per payment. The id of an event is the position of its payment."""
     return Batch(
         ids=range(len(payments)),
         event_ids=[str(backfill_event_id(payment.payment_id)) for payment in payments],

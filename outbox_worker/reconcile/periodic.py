@@ -1,8 +1,8 @@
-"""The daemon's backfill: at intervals, one of the workers looks for unexplained payments and reports them.
+"""The periodic backfill of the daemon: at intervals, one of the workers finds and reports unexplained payments.
 
-It makes their purchases only if an operator has completed a backfill on this database by hand. Otherwise the first
-start on adopted tables would create purchases for years of old payments. It runs statements at most a tenth of the
-time, on its own connection.
+The periodic backfill makes their purchases only if an operator has completed a backfill on this database by hand.
+Otherwise the first start on adopted tables would create purchases for years of old payments. The periodic backfill has
+its own connection, and spends at most a tenth of its time in statements.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from outbox_worker.store.queries import database_time
 from outbox_worker.telemetry.reporter import Telemetry
 
 OLDER_THAN = timedelta(minutes=5)
-"""The periodic backfill skips younger payments, because the claim loops may still settle their events."""
+"""The periodic backfill skips payments younger than this, because the claim loops may still settle their events."""
 FULL_EVERY = timedelta(days=1)
-"""The time between two scans of all payments.
+"""The time between two full scans, which read all payments.
 
-The scans between them read only payments created since ``RECENT`` before the end of the last full scan.
+All other scans read only new payments and those created up to ``RECENT`` before the end of the last full scan's range.
 """
 FUSE = 100
-"""The largest number of purchases to make. If more are owed, none is made, because a person must check them first."""
+"""The largest number of purchases to make. If more are owed, none are made, because a person must check them first."""
 _SHARE = 0.1
 """The largest share of its time that the periodic backfill spends in statements."""
 ACTOR = "outbox-worker run"
@@ -58,13 +58,13 @@ class Turn:
     range: BackfillRange
     paths: ScanPaths
     carried: PaymentTotals
-    """Unexplained payments of the last full scan that are older than the range of this scan."""
+    """The unexplained payments of the last full scan that are older than the range of this scan."""
     may_make: bool
     """Whether this backfill may make purchases. If not, it only reports."""
 
 
 class PeriodicBackfill:
-    """Runs a backfill every ``settings.backfill_every_seconds``. The workers of a database share the turns."""
+    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker of a database runs each backfill."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class PeriodicBackfill:
         self._every = timedelta(seconds=settings.backfill_every_seconds)
 
     def run(self) -> bool:
-        """Run until ``stop`` is set. After a failure, report it and try again."""
+        """Run until ``stop`` is set. Report each failure and try again."""
         asks = min(60.0, self._every.total_seconds() / 10)
         while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
             wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
@@ -91,7 +91,7 @@ class PeriodicBackfill:
         return True
 
     def run_once(self) -> bool:
-        """Run one backfill if it is this worker's turn. Return whether it was."""
+        """Run one backfill if one is due and no other worker runs it. Return whether this worker ran it."""
         with self._database.transaction() as session:
             turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:
@@ -132,7 +132,7 @@ class PeriodicBackfill:
             self._finish(turn, RunOutcome.INTERRUPTED, {})
 
     def _rest(self, turn: Turn, seconds: float) -> bool:
-        """Sleep and write heartbeats meanwhile. Return False if the daemon stops."""
+        """Sleep, and write heartbeats during the sleep. Return False if the daemon stops, otherwise True."""
         over = time.monotonic() + seconds
         while not self._stop_serving.is_set():
             if time.monotonic() - self._beaten > _BEAT_SECONDS:

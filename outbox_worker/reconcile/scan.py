@@ -1,8 +1,8 @@
 """A scan reads the payments page by page, in the order of a key, and classifies each of them.
 
-The statement of a page finds payments that have a purchase, which are most, by indexes. The other payments are
-collected into portions. The statement of a portion also checks the outbox, dead letters and marks, and reads the
-outbox once. A statement that exceeds the database's deadline is repeated with half as many payments.
+Most payments have a purchase. The statement of a page classifies these payments by indexes. All other payments are
+collected into portions. The statement of a portion also checks dead letters and marks, and reads the outbox once. A
+statement that exceeds the statement deadline is repeated with half as many payments.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ STATEMENT_SECONDS = 30.0
 """The statement deadline of commands that scan all payments."""
 
 PAGE_FIRST = 1_000
-"""The size of the first page. Later pages are larger or smaller, depending on how long pages take."""
+"""The number of payments in the first page. The size of each later page depends on how long the page before it took."""
 
 PAGE_MAX = 50_000
 
 PORTION = 100_000
 """The number of payments without a purchase that one statement classifies.
 
-Each portion reads the outbox once, so a million such payments need ten reads.
+The statement of each portion reads the outbox once. So a million such payments need ten reads of the outbox.
 """
 
 LEAST = 50
-"""The smallest size that is halved. A statement that is too slow even at this size fails: its size is not the cause."""
+"""At this size or less, a page or portion is not halved: if its statement is too slow, the scan fails."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -61,16 +61,16 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""Planner settings that force a page to be read from an index in key order, and the outbox to be hashed in one read."""
+"""Planner settings. They force PostgreSQL to read a page in index order, and to hash the outbox in one read."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
-"""Memory for a hash of all purchases. It is needed if no index finds purchases by payment and by pair."""
+"""Memory for a hash of all purchases, which is built if no indexes find purchases by payment and by pair."""
 
 _QUERY_CANCELED = "57014"
 
 _CLASSES = {each.value: each for each in PaymentClass}
 
-# what: whether an index leads with a column that is never NULL · lock: none · index: the catalogue's own
+# what: whether an index starts with this column, which must be NOT NULL · lock: none · index: the catalogue's own
 _LEADS_AN_INDEX = text(
     """
     SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -85,7 +85,7 @@ ScanCursor = Sequence[str]
 
 
 class ScanRange(NamedTuple):
-    """The range of a scan: payments created at ``since`` or later, and before ``before``. ``since`` None: no start."""
+    """Payments created at or after ``since``, and before ``before``. If ``since`` is None, the range has no start."""
 
     since: datetime | None
     before: datetime
@@ -96,7 +96,7 @@ class ScanLimits:
     """Limits for one statement of a scan."""
 
     target_seconds: float = 1.0
-    """How long a page should take. The scan chooses page sizes accordingly."""
+    """How many seconds the statement of a page should take. The scan adjusts page sizes to this."""
     page_max: int = PAGE_MAX
     """The largest number of payments in a page."""
     portion: int = PORTION
@@ -108,7 +108,7 @@ class ScanPaths:
     """The indexes of this database that a scan can use."""
 
     order: tuple[str, ...]
-    """The key that orders the payments: ``created_at, id``, or ``id`` alone."""
+    """The columns by which the scan orders the payments: ``created_at, id``, or ``id`` alone."""
     by_index: bool
     """Whether indexes find a purchase by its payment and by its pair. If not, the scan hashes all purchases."""
 
@@ -122,7 +122,7 @@ class Throttle(Protocol):
     """A function that a scan calls after each statement. It may sleep."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
-        """Return whether to go on. ``passed``: payments so far. ``seconds``: duration of the statement."""
+        """Return whether the scan continues. ``passed``: payments read so far. ``seconds``: time of the statement."""
         ...
 
 
@@ -136,14 +136,14 @@ class ScanTotals:
     recent: PaymentTotals = field(default_factory=PaymentTotals)
     """The count and sums of unexplained payments in the last hour of the range."""
     unexplained: list[FoundPayment] = field(default_factory=list)
-    """The unexplained payments one by one. Incomplete if ``lists`` limits them."""
+    """The unexplained payments, one by one. The list is incomplete if there are more than ``PaymentScan`` may list."""
     duplicates: list[FoundPayment] = field(default_factory=list)
-    """The duplicates one by one. Empty unless ``lists_duplicates`` is set."""
+    """The duplicates, one by one. The list is empty unless the scan has ``lists_duplicates``."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
     unknown_statuses: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row[Any]) -> None:
-        """Add a row of a statement: the totals of one class and currency, or one listed payment."""
+        """Add a row that a statement returned: the totals of one class and currency, or one listed payment."""
         if row.kind == UNKNOWN_STATUS:
             self.unknown_statuses[row.status] += row.payments
         elif row.kind == REFUNDED_BUT_ACTIVE:
@@ -192,7 +192,7 @@ class PaymentScan:
         self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
 
     def cursor_of(self, payment: FoundPayment) -> ScanCursor:
-        """Return the cursor of a scan that has just passed this payment."""
+        """Return the cursor of a scan whose last payment is this one."""
         created_at = payment.created_at.isoformat() if payment.created_at else "-infinity"
         return [{"id": str(payment.payment_id), "created_at": created_at}[key] for key in self.order]
 
@@ -220,7 +220,7 @@ class PaymentScan:
         return self._look_again(waiting, throttle)
 
     def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
-        """Yield, for each page, the payments that have no purchase."""
+        """Read all pages. Yield the ids of the payments without a purchase, page by page."""
         while True:
             size, statement = self._size, self._first if after is None else self._next
             values = {} if after is None else {f"after_{key}": at for key, at in zip(self.order, after, strict=True)}
@@ -237,7 +237,7 @@ class PaymentScan:
             after = rows[0].last
 
     def _look_again(self, ids: Sequence[str], throttle: Throttle) -> bool:
-        """Classify payments without a purchase, in halves if one statement is too slow.
+        """Classify payments without a purchase. If a statement is too slow, repeat it for each half of its payments.
 
         Return False if ``throttle`` ended the scan.
         """
@@ -271,9 +271,10 @@ def plans(by_index: bool) -> Mapping[str, str]:
 
 
 def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
-    """Return the key that orders the payments: their time if an index has it, otherwise the primary key.
+    """Return the columns by which a scan orders payments: ``created_at, id`` if an index starts with ``created_at``.
 
-    In the order of time, a scan reads only the payments of its range; by primary key, it reads all payments.
+    Otherwise return ``id`` alone. A scan in the order of ``created_at`` reads only the payments of its range. A scan in
+    the order of ``id`` reads all payments.
     """
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
     return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)
@@ -290,7 +291,7 @@ def _half(size: int, error: DBAPIError) -> int:
 
 
 def _fitting(size: int, ratio: float, most: int) -> int:
-    """Return the size of the next page: as many payments as fit the target time, at most twice the last size."""
+    """Return the size of the next page: as many payments as fit the target time, but at most twice the last size."""
     return max(min(LEAST, most), min(size * 2, int(size * ratio), most))
 
 

@@ -12,7 +12,7 @@ from outbox_worker.store.dead_letters import Decision, Page, Preview
 
 
 def print_preview(seen: Preview, decision: Decision) -> None:
-    """Print how many events a decision concerns, why they died, and the sum of their payments."""
+    """Print how many events would be requeued or discarded, why they died, and the sum of their payments."""
     if not seen.count:
         terminal.line(f"Nothing to {decision}: no open dead letter matches.")
         return
@@ -26,7 +26,7 @@ def print_preview(seen: Preview, decision: Decision) -> None:
 
 
 def print_decided(seen: Preview, decision: Decision) -> None:
-    """Print how many letters were decided, and what happens next."""
+    """Print how many dead letters were requeued or discarded, and what happens next."""
     match decision:
         case Decision.REQUEUE:
             terminal.line(f"{count_of(seen.count, 'event')} requeued. Workers settle them like new events.", "green")
@@ -35,7 +35,7 @@ def print_decided(seen: Preview, decision: Decision) -> None:
 
 
 def _waived(seen: Preview) -> str:
-    """Return a sentence about what a discard means for the payments."""
+    """Return a sentence about the payments that get no purchase if the letters are discarded."""
     if seen.waived:
         return f"{money_line(seen.waived)} waived: the students get no course for it."
     if not seen.money:

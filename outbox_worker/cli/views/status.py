@@ -43,7 +43,7 @@ def print_status(now: Status) -> None:
 
 
 def next_steps(now: Status) -> list[list[str]]:
-    """Return the commands to run next: ``run`` if events are due but no worker runs; a list of open dead letters."""
+    """Return the commands to run next: ``run`` if events are due but no worker runs, and the list of dead letters."""
     is_idle = bool(now.backlog.due) and not any(condition(row) == "running" for row in now.workers)
     return [*([["run"]] if is_idle else []), *([["dead-letters", "list"]] if now.open_letters else [])]
 

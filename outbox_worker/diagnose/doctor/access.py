@@ -14,7 +14,7 @@ from outbox_worker.schema.tables import relation_name
 
 _GRANTS = "create the worker's role with deploy/grants.sql, which grants exactly the privileges that a worker needs"
 
-# what: what the role may do beyond any table · lock: none · index: the catalogue's own
+# what: privileges of the role other than those on tables · lock: none · index: the catalogue's own
 _ROLE = text(
     """
     SELECT rolsuper AS is_superuser,

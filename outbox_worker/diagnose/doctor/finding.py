@@ -17,7 +17,7 @@ from outbox_worker.settings import Settings
 class Severity(StrEnum):
     OK = "ok"
     WARNING = "warning"
-    """The worker works, but a person should know about this."""
+    """The worker works, but a person should know about this finding."""
     PROBLEM = "problem"
     """The worker does not work, or purchases may be lost or made twice."""
     UNSEEN = "unseen"
@@ -41,7 +41,7 @@ class Subject:
     database: Database
 
     def present(self) -> dict[str, Table]:
-        """Return the tables that exist, by their roles."""
+        """Return the tables that exist. Each key is the table's role, for example ``outbox``."""
         return {key: table for key, table in self.tables.by_role().items() if exists(self.session, table)}
 
     @property

@@ -22,7 +22,7 @@ _TRIED = range(15, 19)
 _ROUNDS = 5
 _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
-"""An idle_session_timeout below this closes connections that are idle between two events."""
+"""An idle_session_timeout of fewer seconds would close connections that are idle between two events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
 """Values of ``pg_settings.source`` if a parameter is set for one role only."""
 
@@ -37,7 +37,7 @@ _PARAMETERS = text(
     "SELECT CAST(name AS text), reset_val, source FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))"
 )
 
-# what: how many connections are allowed, and how many others hold · lock: none · index: the catalogue's own
+# what: how many connections are allowed, and how many other clients use · lock: none · index: the catalogue's own
 _CONNECTIONS = text(
     """
     SELECT CAST(current_setting('max_connections') AS int) AS most,
@@ -148,7 +148,7 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
 
 
 def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
-    """Return the most connections that one worker process opens, by purpose.
+    """Return, for each purpose, the largest number of connections that one worker process opens.
 
     ``has_notify``: whether the outbox has the trigger of the option ``notify``.
     """
@@ -197,7 +197,7 @@ def _more_connections(subject: Subject, room: int, of_server: int, of_role: int)
 
 
 def pooler(subject: Subject) -> Iterator[Finding]:
-    """Check whether the connection goes through a pooler, and whether each session keeps its own backend.
+    """Check whether there is a pooler, and whether it gives each session its own backend.
 
     A pooler reports an invented process id to its clients. In transaction mode, a backend that served one client can
     serve the transaction of another client while the first client is still connected.
@@ -236,6 +236,6 @@ def _judge_pooler(is_set: bool, is_between: bool, is_shared: bool) -> Finding:
 
 
 def _parameters(subject: Subject, *names: str) -> dict[str, _Parameter]:
-    """Return the values of these parameters; leave out those that this version of PostgreSQL does not have."""
+    """Return the values of these parameters. Leave out parameters that this version of PostgreSQL does not have."""
     rows = subject.session.execute(_PARAMETERS, {"names": list(names)})
     return {name: _Parameter(value, source) for name, value, source in rows}

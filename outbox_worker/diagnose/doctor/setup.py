@@ -22,7 +22,7 @@ from outbox_worker.store.guard import doubled_pairs, guard_in_force
 
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20
-"""A table up to this size needs no index."""
+"""A table up to this size, in bytes, needs no index for the worker."""
 _MIGRATE = "outbox-worker migrate --with unique_index"
 
 # what: the indexes of a table that are not valid, and whether one is being built · lock: none · index: the catalogue's
@@ -85,7 +85,11 @@ def guard(subject: Subject) -> Iterator[Finding]:
 
 
 def invalid_indexes(subject: Subject) -> Iterator[Finding]:
-    """Report indexes whose build failed. Every write updates them, and a unique one refuses rows."""
+    """Report indexes whose build failed.
+
+    PostgreSQL does not use such an index for queries, but still updates it on every write. If it is unique, it can
+    still refuse rows.
+    """
     clean = True
     for table in subject.tables.by_role().values():
         for row in subject.session.execute(_INVALID, {"relation": relation_name(table)}):
@@ -180,7 +184,7 @@ def notify(subject: Subject) -> Iterator[Finding]:
 
 
 def _hears(subject: Subject) -> Finding:
-    """Open a connection as a worker does to listen; check that it reaches this database without a pooler."""
+    """Open the same connection as a listening worker. Check that it reaches this database without a pooler."""
     what = "the trigger sends notifications, but"
     remedy = "set OUTBOX_LISTEN_DATABASE_URL to a URL of this database that bypasses any pooler"
     outbox = relation_name(subject.tables.outbox)

@@ -16,9 +16,9 @@ from outbox_worker.schema.tables import relation_name
 _PATIENCE_SECONDS = 60.0
 """A transaction that is open for more than this many seconds is reported, because it slows down claims."""
 _PATIENCE_IDS = 100_000
-"""The same limit in transaction ids, if the role can see only these."""
+"""The same limit as a number of transaction ids, if the role cannot see times."""
 _OVERDUE = 10
-"""Vacuum is far behind if there are this many times more dead rows than those that start it."""
+"""Vacuum is far behind if there are this many times as many dead rows as are needed to start autovacuum."""
 _OVERDUE_SECONDS = 3600.0
 """Vacuum is far behind only if, besides ``_OVERDUE``, it has not run for more than this many seconds."""
 
@@ -46,7 +46,7 @@ _VACUUMS = text(
 )
 
 # what: other transactions of this database that hold back its vacuums · lock: none
-# their start is visible to other roles only with pg_read_all_stats, their age in transactions to all
+# the start time of other roles' transactions is visible only with pg_read_all_stats, their transaction ids to all
 _TRANSACTIONS = text(
     """
     SELECT pid, quote_ident(usename) AS role, application_name AS program, state,
