@@ -1,8 +1,8 @@
 """Runs the migrations. `outbox-worker migrate` passes a connection; for plain `alembic`, this file makes one.
 
 `alembic check` compares the tables that our migrations created with the tables that the program expects. The optional
-branches do not change the result. `alembic check` does not compare tables of other applications. Adopted tables are
-such tables, too.
+branches do not change the result. The check does not compare tables of other applications, not even
+adopted tables, that is, tables of other applications that the worker uses.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The owner is the process that uses the server and started it. The standard input of this script is called the lifeline.
 It is a pipe whose other end only the owner has open. End-of-file therefore means that the owner has ended, even if the
 owner was killed. PostgreSQL ends if this process ends. This process and PostgreSQL inherit the lock, so the lock
-becomes free only when the last of these processes has ended. The script has one thread. It is run by its path (``python
--I -S``) and imports only the standard library.
+becomes free only when the last of these processes has ended. The script has one thread. It is run by its path with
+``python -I -S``, and imports only the standard library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """

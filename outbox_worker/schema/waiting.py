@@ -1,5 +1,6 @@
-"""Logs which transactions a migration waits for. CREATE INDEX CONCURRENTLY waits until all older
-transactions have ended.
+"""Logs which transactions a migration waits for.
+
+CREATE INDEX CONCURRENTLY waits until all older transactions have ended.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
 def _blockers(engine: Engine, pid: int) -> list[Row[Any]]:
     """Return the blocking transactions.
 
-    End the own transaction at once, because the migration would wait for it, too.
+    End the transaction of this query at once, because the migration would wait for this transaction, too.
     """
     with engine.connect() as connection:
         return [*connection.execute(_BLOCKERS, {"pid": pid})]

@@ -34,8 +34,10 @@ class AttemptPlan:
     Without this check, the attempt fails (23505) if an event has a mark already.
     """
     judges_all: bool = False
-    """Whether to judge every event individually. If false, one fast statement first inserts the purchases of all events
-    that fulfil every rule, and only the other events are judged.
+    """Whether to judge every event individually.
+
+    If false, one fast statement first inserts the purchases of all events to which none of rules 1 to 8 applies. Then
+    only the other events are judged individually.
     """
 
 
@@ -69,8 +71,8 @@ UnknownTypes = Literal["bury", "ignore"] | None
 def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes) -> tuple[str, ...] | None:
     """Return the event types to claim, or None to claim all types and make dead letters of unknown ones.
 
-    The setting ``unknown_types`` decides. If the setting is not given, it depends on who created the outbox. If our
-    migrations did, the worker claims all types. If another application did, other consumers may share the outbox.
+    The setting ``unknown_types`` decides. If the setting is not given, the worker claims all types if our migrations
+    created the outbox. If another application created the outbox, other consumers may share it.
     The worker then leaves events of unknown types to these consumers.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
@@ -157,9 +159,9 @@ class ConfirmedPurchases(_UnderLocks):
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         """Insert the purchases of all clean events by one statement.
 
-        Then lock the pairs of the other events and judge them. An event is clean if it fulfils every rule. Raises
-        OutOfOrder if one of the other events must get a purchase, because the statement may already have written
-        purchases that all workers write after this purchase.
+        Then lock the pairs of the other events and judge them. An event is clean if none of rules 1 to 8
+        applies to it. Raises OutOfOrder if one of the other events must get a purchase, because the statement may
+        already have written purchases that come after this purchase in the order of all workers.
         """
         inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
         verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
@@ -174,8 +176,8 @@ class ConfirmedPurchases(_UnderLocks):
         """Insert the purchases of clean events. Return the ids of the events whose purchase was inserted.
 
         Only the first event of each payment is used, so that each inserted purchase belongs to exactly one event. Under
-        the guard ``lock``, only events with a locked pair are used. The pair of an event is not
-        locked if its payment became visible only after the locks were taken.
+        the guard ``lock``, only events with a locked pair are used. The pair of an event is not locked if its payment
+        became visible only after the pairs of the batch were locked.
         """
         firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
         offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))

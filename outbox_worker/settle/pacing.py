@@ -1,4 +1,4 @@
-"""Decides how many events the next claim asks for, and where it begins in the queue.
+"""Decides how many events the next claim asks for, and where the claim begins in the queue.
 
 This module does no I/O. It does not read the clock either, because the caller passes the time.
 """

@@ -171,8 +171,9 @@ class Settlement:
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
     def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
-        """Halve the batch until each event that the database refuses is a part by itself. Retry these
-        events later, or move them to the dead letters.
+        """Halve the batch until each event that the database refuses is a part by itself.
+
+        Retry these events later, or move them to the dead letters.
         """
         found = self._bisect(session, batch, savepoints, judges_all)
         verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}

@@ -25,9 +25,9 @@ from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
 """The age at which the rows of finished periodic backfills are deleted."""
 CONTINUED_WITHIN = timedelta(days=1)
-"""The age up to which a killed backfill is continued.
+"""The longest time since the last update of its row after which a killed backfill is still continued.
 
-An older one is not continued, because its cutoff excludes all newer payments.
+An older backfill is not continued, because its cutoff excludes all newer payments.
 """
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"

@@ -88,7 +88,7 @@ class PurchaseRepository:
         self._mark = Statement(_remark_statement(tables))
 
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
-        """Insert the purchases of all events that fulfil every rule. Return the ids (``outbox.id``) of these events.
+        """Insert the purchases of all events to which none of rules 1 to 8 applies. Return the ids (``outbox.id``).
 
         No two events may name the same payment. If the guard is ``lock``, the caller must have locked all pairs.
         If ``looks_at_marks`` is false, purchases of marked events are inserted, too. ``mark_first`` then fails, and
