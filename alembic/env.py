@@ -1,7 +1,8 @@
 """Runs the migrations. `outbox-worker migrate` passes a connection; for plain `alembic`, this file makes one.
 
 `alembic check` compares the tables that our migrations created with the tables that the program expects. The optional
-branches do not change its result. It does not compare tables of other applications, adopted tables included.
+branches do not change the result. The check does not compare tables of other applications, not even
+adopted tables, that is, tables of other applications that the worker uses.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Compare even if the database has no revision of an optional branch. Alembic alone would refuse that."""
+    """Compare even if the database has no revision of an optional branch. Alembic alone would refuse to compare."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)

@@ -4,8 +4,8 @@ This file and the revisions import nothing from ``outbox_worker``. ``env.py`` lo
 ``Naming`` in ``context.config.attributes["naming"]``, where the revisions find it. The directory is not a package,
 because a package with the name ``alembic`` would hide the library.
 
-This file must not contain ``from __future__ import annotations``. With it, ``dataclass`` would search for this module
-in ``sys.modules``, but a module that was loaded by its path is not there.
+This file must not contain ``from __future__ import annotations``. With this import, ``dataclass`` would search for this
+module in ``sys.modules``, but a module that was loaded by its path is not there.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql
 
 
 class RevisionRefused(CommandError):
-    """A refusal to run a revision. The message tells what a person must do first. Nothing was changed."""
+    """A refusal to run a revision. The message says what a person must do first. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class TableNaming:
         return f"{preparer.quote_schema(self.schema)}.{preparer.quote(self.table)}"
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Return whether our migrations created the table. They never alter or drop any other table."""
+        """Return whether our migrations created the table. The migrations never alter or drop a table of others."""
         asked = sa.text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
         return bool(bind.scalar(asked, {"name": self.relation, "owned": self.owned}))
 

@@ -1,4 +1,4 @@
-"""Starts the command line, and chooses its exit status if a signal arrives or stdout cannot be written."""
+"""Runs the command line, and chooses the exit status if a signal arrives or stdout cannot be written."""
 
 from __future__ import annotations
 

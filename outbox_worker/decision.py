@@ -11,7 +11,7 @@ from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, P
 CRASHES_MAX = 3
 """The number of crashes after which an event becomes a dead letter.
 
-A crash is counted if a process died while the event was the only one in its batch.
+A crash is counted if a process died while the event was the only event in its batch.
 """
 
 _FIRST_RULES: Mapping[int, str] = {
@@ -53,13 +53,18 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
     Outcome.RECOVERED: (9,),
     Outcome.REVOKED: (4, 8),
 }
-"""For each outcome and reason, the rules that can lead to it. No rule leads to ``rejected_by_database`` or
-``crashed_worker``, so these are missing here."""
+"""The rules that can lead to each outcome and reason.
+
+``rejected_by_database`` and ``crashed_worker`` are missing, because no rule leads to these reasons.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The number of tries of an event, and the waits between them. Outages of the database do not count as tries."""
+    """The number of tries of an event, and the waits between two tries.
+
+    Outages of the database do not count as tries.
+    """
 
     max_attempts: int
     base: timedelta
@@ -132,10 +137,10 @@ def refused(detail: str, last_try: bool) -> Verdict:
 
 
 def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
-    """Compute how long to wait after failed try number ``attempts``, which is 1 for the first.
+    """Compute how long to wait after failed try number ``attempts``. The first try has the number 1.
 
-    The wait doubles with each try up to the maximum of ``policy``. Then ``spread``, a random number in [0, 1) from the
-    caller, adds up to a quarter, so that events that failed together become due at different times.
+    The wait doubles with each try up to the maximum of ``policy``. ``spread`` is a random number in [0, 1) from the
+    caller. It makes the wait up to a quarter longer, so that events that failed together become due at different times.
     """
     grown = policy.base.total_seconds() * 2.0 ** min(attempts - 1, 62)
     return timedelta(seconds=min(grown, policy.maximum.total_seconds())) * (1 + spread / 4)
@@ -147,5 +152,5 @@ def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> G
 
 
 def next_pause(previous: float, *, minimum: float, maximum: float) -> float:
-    """Compute the pause in seconds after a claim that found nothing: twice the previous pause, within the bounds."""
+    """Compute the pause in seconds after a claim that found no event: twice the previous pause, within the bounds."""
     return min(maximum, max(minimum, previous * 2))

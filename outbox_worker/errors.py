@@ -1,7 +1,7 @@
 """All errors of the program, as a tree.
 
-Beside each error is the exit code of a command that ends with it, or the class of failure that decides what happens to
-the batch.
+Each line of the tree has an exit code or a class of failure. A command that raises the error ends with the exit code.
+The class of failure decides what happens to the batch in which the error was raised.
 
     OutboxWorkerError
     ├── SettingError          exit 78   a setting or a URL cannot be used
@@ -15,8 +15,8 @@ the batch.
     ├── KeyMissing            pause     a unique key that an upsert needs was dropped
     └── Inconsistent          bug       a statement did not change as many rows as it must
 
-The program does not wrap errors that the database reports. ``database.failures.classify`` returns their class of
-failure, and ``settle`` decides by the class what to do.
+The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
+failure of such an error, and ``settle`` uses the class to decide what to do.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from typing import ClassVar
 
 
 class OutboxWorkerError(Exception):
-    """The base of all errors whose message is written for the operator. A command that raises one exits with
-    ``exit_code``."""
+    """The base of all errors whose message is written for the operator.
+
+    A command that raises such an error exits with ``exit_code``.
+    """
 
     exit_code: ClassVar[int] = 1
 
@@ -74,7 +76,7 @@ class Refused(OutboxWorkerError):
 class KeyMissing(OutboxWorkerError):
     """A unique key that an upsert needs and that was dropped while the worker runs.
 
-    ``find_problems`` finds out which key it is.
+    ``find_problems`` finds out which key was dropped.
     """
 
     sqlstate: ClassVar[str] = "42P10"
@@ -87,7 +89,7 @@ class Inconsistent(OutboxWorkerError):
 class CommitLost(OutboxWorkerError):
     """A COMMIT without an answer, because the connection broke.
 
-    Raised if the transaction was rolled back, or if the server can no longer report what happened to it.
+    Raised if the transaction was rolled back, or if the server no longer knows whether it was committed.
     """
 
 

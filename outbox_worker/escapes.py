@@ -1,4 +1,4 @@
-"""Removes control characters from text that other programs wrote, because terminals and logs would obey them."""
+"""Removes control characters from text that other programs wrote, because terminals and logs would interpret it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data types of the product: enumerations and frozen records. They do no I/O and use no clock and no randomness."""
+"""Data types of the program: enumerations and frozen records. They do no I/O and use no clock and no randomness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
 """Outcomes whose mark does not prove that an active purchase was created.
 
-A mark with any other outcome proves it, even if this version does not know the outcome.
+A mark with any other outcome proves that one was created, even if this version does not know the outcome.
 """
 
 
@@ -128,7 +128,7 @@ ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
-    """The payment's columns that a payload repeats, as text of limited length. None: the key is missing or null."""
+    """The payment's columns that a payload repeats, as text of limited length. None if the key is missing or null."""
 
     student_id: str | None = None
     course_id: str | None = None
@@ -140,8 +140,8 @@ class Repeated(NamedTuple):
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
 
-    The events are stored as columns because the database sends columns. The fast path reads no single event and sends
-    the columns back unchanged.
+    The events are stored as columns, because the claim returns one array per column. The fast path reads no single
+    event and sends the arrays back unchanged.
     """
 
     ids: Sequence[int] = ()
@@ -215,10 +215,10 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Everything that ``decide`` needs to know. One statement reads it while the event and its pair are locked."""
+    """Everything that ``decide`` needs to know. One statement reads these facts while event and pair are locked."""
 
     crashes: int = 0
-    """The number of processes that died while this event was the only one in their batch."""
+    """The number of processes that died while this event was the only event in their batch."""
     handled: bool = True
     is_refund: bool = False
     """True if the event reports a refund; False if it confirms a purchase."""
@@ -249,7 +249,7 @@ class Verdict:
     """Whether the fast statement created the purchase.
 
     The worker then does not search for a mark or an open dead letter, because the fast statement skips events that have
-    one.
+    a mark or an open dead letter.
     """
     passed_to: str | None = None
     """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
@@ -269,7 +269,7 @@ Verdicts = dict[int, Verdict]
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """Group the events by outcome. Usually all events share one verdict object, so this case has a shortcut."""
+    """Group the events by outcome. There is a shortcut for the usual case that all events share one verdict object."""
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
         return {verdict.outcome: list(verdicts) for verdict in distinct.values()}

@@ -412,11 +412,11 @@ _SENTENCES = {
     "dict_type": "expected NAME=NAME, separated by commas",
     "tuple_type": "expected names, separated by commas",
 }
-"""Error texts by pydantic's error type. A key of one word is for all types that begin with this word."""
+"""Error texts by pydantic's error type. A key that is a single word applies to all types that begin with this word."""
 
 
 def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
-    """Return a sentence about one problem: where the setting was given and what is expected, without the value."""
+    """Return a sentence about one problem: where the setting was given and what is expected. Omit the value."""
     if not detail["loc"]:
         return _reason(detail)
     name = str(detail["loc"][0])

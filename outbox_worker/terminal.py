@@ -81,7 +81,7 @@ def next_commands(commands: Sequence[Sequence[str]]) -> None:
 def columns(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[int] = ()
 ) -> None:
-    """Print rows under headings. ``numbers``: the positions of columns to align on the right.
+    """Print rows under headings. ``numbers`` contains the positions of the columns to align on the right.
 
     A cell that is a list gets one line for each value. If the terminal is too narrow for the table, the text in the
     last column is wrapped. If that is not enough, each row is printed as a block with one line per column. In a pipe,
@@ -129,12 +129,12 @@ def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
 
 
 def _lines(value: object) -> list[str]:
-    """Return the lines of a cell, without control characters, because other people may have written its text."""
+    """Return the lines of a cell without control characters, because its text may come from other programs."""
     return [printable(str(each)) for each in (value if isinstance(value, list) else [value])] or [""]
 
 
 def _width() -> int:
-    """Return the longest line to print on stdout: the terminal's width, or no limit in a pipe."""
+    """Return the largest number of characters in a line on stdout: the terminal's width, or no limit in a pipe."""
     return _console().width if sys.stdout.isatty() else sys.maxsize
 
 
@@ -149,7 +149,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _fitted(words: Sequence[str], width: int, indent: int = 0) -> list[str]:
     """Distribute words, each with the spaces before it, over lines. A word that is too long gets its own line.
 
-    ``indent``: how many spaces the caller will put before each line but the first.
+    ``indent`` is the number of spaces that the caller will put before each line except the first.
     """
     lines, room = [""], width
     for word in words:
@@ -193,9 +193,9 @@ def show_repeatedly(show: Callable[[], None], seconds: float, *, clears: bool) -
 def progress(noun: str, estimate: Callable[[], int], *, then: str) -> Iterator[Callable[[int, float], bool]]:
     """Show a progress bar if stderr is a terminal. Yields a function to call with each new count.
 
-    ``noun`` names the counted things. ``estimate`` returns about how many there are; it is called only if a bar is
-    shown. ``then`` names the work after counting: a second bar shows it when the count reaches the estimate or stops
-    growing.
+    ``noun`` names the counted things. ``estimate`` returns their approximate number, and is called only if a bar is
+    shown. ``then`` names the work after counting. A second bar shows this name when the count reaches the estimate or
+    stops growing.
     """
     if not sys.stderr.isatty():
         yield lambda done, _: done >= 0

@@ -139,9 +139,9 @@ def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
-    """Return pairs with more than one active purchase, and their numbers of purchases.
+    """Return pairs with more than one active purchase, each with the number of its active purchases.
 
-    The limit is one pair more than ``SHOWN``, so that the caller can tell whether there are more.
+    The limit is one pair more than ``SHOWN``, so that the caller knows whether more than ``SHOWN`` pairs exist.
     """
     table = sa.table(purchases.table, schema=purchases.schema)
     student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))

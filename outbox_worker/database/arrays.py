@@ -15,7 +15,8 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 class Keys(UserDefinedType[Sequence[Any]]):
     """The type of an array parameter that is sent as one array literal. None becomes NULL.
 
-    Its elements must not contain a comma, brace or quote: integers, UUIDs, names. Use ARRAY for all other texts.
+    Its elements must not contain a comma, brace or quote, as is true for integers, UUIDs and names. Use ARRAY for other
+    texts.
     """
 
     render_bind_cast = True
@@ -31,7 +32,7 @@ class Keys(UserDefinedType[Sequence[Any]]):
 class ArrayText(Sequence[Any]):
     """An array of keys in the text form that PostgreSQL sent. The text is split when an element is first read.
 
-    The fast path reads no element, so it sends the text back without splitting it.
+    The fast path reads no element, so it sends the unsplit text back to PostgreSQL.
     """
 
     def __init__(self, text: str) -> None:
@@ -59,7 +60,7 @@ class ArrayText(Sequence[Any]):
 
 
 def array_literal(keys: Sequence[Any] | None) -> str:
-    """Return the keys as a PostgreSQL array literal; ``{}`` if there are no keys."""
+    """Return the keys as a PostgreSQL array literal. Return ``{}`` if there are no keys."""
     if isinstance(keys, ArrayText):
         return str(keys)
     keys = keys or ()

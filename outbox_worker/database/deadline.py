@@ -18,7 +18,10 @@ from weakref import WeakSet
 import psycopg
 
 GRACE_SECONDS = 1.0
-"""The time that the client waits longer than ``statement_timeout``, because the server's error message is better."""
+"""The seconds that the client waits longer than ``statement_timeout``.
+
+The server should cancel the statement first, because its error message is better.
+"""
 _LOOK_SECONDS = 0.25
 
 
@@ -33,7 +36,7 @@ class BoundedConnection(psycopg.Connection[Any]):
     waiting_since: float | None = None
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Record the start of the wait and wait for the answer. Psycopg calls this for every round trip."""
+        """Record the start of the wait, then wait for the answer. Psycopg calls this method for every round trip."""
         self.waiting_since = time.monotonic()
         try:
             return super().wait(*given, **named)

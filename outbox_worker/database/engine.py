@@ -31,7 +31,7 @@ class Database:
     """An engine with transactions for one database.
 
     Each transaction sets its own time-outs, so that they also work through a pooler. ``deadline_seconds`` is the
-    longest wait for a statement and for each answer. None means no limit; only migrations use None.
+    longest wait for a statement and for each answer of the server. None means no limit. Only migrations use None.
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
@@ -55,9 +55,9 @@ class Database:
             yield session
 
     def was_committed(self, transaction_id: str) -> bool | None:
-        """Return whether a transaction was committed, if its COMMIT got no answer; None if the server no longer knows.
+        """Return whether a transaction whose COMMIT got no answer was committed; None if the server no longer knows.
 
-        While the transaction is still in progress, this asks ``pg_xact_status`` repeatedly.
+        While the transaction is still in progress, this method calls ``pg_xact_status`` repeatedly.
         """
         decided = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda status: status == "in progress"),
@@ -106,7 +106,8 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
 def savepoint(session: Session) -> Iterator[None]:
     """Roll back everything that was done inside if an error is raised inside. Do not nest.
 
-    The savepoint uses plain statements, because a nested transaction of SQLAlchemy takes as long as one more statement.
+    The savepoint uses plain statements, because a nested transaction of SQLAlchemy would take longer, by about the time
+    of one statement.
     There is no RELEASE SAVEPOINT: COMMIT ends all savepoints, and a later savepoint with the same name shadows this
     one.
     """
@@ -168,6 +169,6 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:
-    """Drop a connection on which later statements would fail, too, for example because the node became read-only."""
+    """Drop a connection if later statements would fail on it, too, for example because the node became read-only."""
     if classify(context.original_exception) is Failure.RECONNECT:
         context.is_disconnect = True

@@ -25,7 +25,7 @@ class Failure(StrEnum):
     EVENT = "event"
     """Find the event that the database rejects and count an attempt for it; settle the other events."""
     GUARD = "guard"
-    """Check guard and marks again: the guard has changed, or another transaction inserted the same key first."""
+    """Check guard and marks again, because the guard has changed or another transaction inserted the same key first."""
     UNCLEAR = "unclear"
     """Try parts of the batch, because either an event or the database is at fault.
 
@@ -39,7 +39,10 @@ UNIQUE_VIOLATION = "23505"
 """The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
 
 NO_ARBITER = ("42P10", "55000")
-"""The SQLSTATEs if no index, or only a deferrable one, matches ON CONFLICT: the guard ``index`` is not in force."""
+"""The SQLSTATEs if no index, or only a deferrable index, matches ON CONFLICT.
+
+The guard ``index`` is then not in force.
+"""
 
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
@@ -89,7 +92,10 @@ _PASSES = re.compile(
     r"the database system|recovery|too many|connection slots|terminating|shutting down"
     r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
 )
-"""The refusals that end without a person: a server starts, stops or is full, or the server of a pooler is down."""
+"""The pattern of refusals that end without the action of a person.
+
+Examples: the server starts, stops or has no free connection, or the server behind a pooler is down.
+"""
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -98,7 +104,10 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def classify(error: BaseException) -> Failure:
-    """Return the class of an error. Outside the savepoint that settles events, treat ``unclear`` as ``pause``."""
+    """Return the class of an error.
+
+    Callers outside the savepoint that settles events must treat ``unclear`` as ``pause``.
+    """
     if isinstance(error, KeyMissing):
         return Failure.PAUSE
     state = sqlstate(error)
@@ -127,8 +136,8 @@ def server_message(error: BaseException) -> str:
 def login_refusal(error: BaseException) -> str | None:
     """Return the server's message if it refuses the role, password or database; otherwise None.
 
-    Such a refusal lasts until a person acts. It is found in the text of the error, because the driver reports no
-    SQLSTATE for a connection that was not made.
+    Such a refusal lasts until a person acts. This function searches the text of the error, because the driver reports
+    no SQLSTATE for a connection that was not made.
     """
     original = getattr(error, "orig", None) or error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:

@@ -16,10 +16,10 @@ INDEX_PLANS: Mapping[str, str] = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
 }
-"""Parameters that allow only index plans and plan each statement once.
+"""Parameters that make the planner use indexes and plan each statement only once.
 
-The statistics of a queue are often outdated and mislead the planner. For a small batch, planning at each execution
-takes longer than the execution.
+The planner gets no choice because the statistics of a queue are often outdated. Each statement is planned only once
+because for a small batch, planning takes longer than the execution.
 """
 
 FREE_PLANS: Mapping[str, str] = {

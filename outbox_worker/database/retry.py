@@ -26,8 +26,8 @@ class Stop(Protocol):
 def retry_transaction(work: Callable[[int], T], *, attempts: int) -> T:
     """Run ``work`` again if it fails with an error of class ``retry``, at most ``attempts`` times in total.
 
-    ``work`` is called with the number of failures so far. Raises the last error if all attempts fail, and any other
-    error at once.
+    ``work`` is called with the number of failures so far. If all attempts fail, raises the last error. Raises an error
+    of any other class at once.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_worth_repeating),

@@ -34,7 +34,7 @@ def relying_on_a_key() -> Iterator[None]:
 class Statement:
     """A statement that is rendered to SQL once and executed many times.
 
-    If SQLAlchemy processed the statement at each execution, a batch of 1,000 events would take a tenth longer.
+    If SQLAlchemy rendered the statement at each execution, a batch of 1,000 events would take a tenth longer.
     """
 
     def __init__(self, clause: ClauseElement) -> None:
@@ -56,7 +56,8 @@ class Statement:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must change exactly ``rows`` rows.
 
-    Raises Inconsistent if it changes another number of rows, and KeyMissing if no unique index exists for its upsert.
+    Raises Inconsistent if the number of changed rows is different. Raises KeyMissing if the write is an upsert and no
+    unique index matches it.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount

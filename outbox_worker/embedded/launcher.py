@@ -1,9 +1,10 @@
 """Runs as the parent process of one private PostgreSQL. ``server`` starts this script in a new session.
 
-The standard input is called the lifeline: a pipe whose other end only the owner has open. End-of-file therefore means
-that the owner has ended, even if it was killed. PostgreSQL ends if this process ends. Both inherit the lock, so it
-becomes free only when the last process of PostgreSQL has ended. The script has one thread. It is run by its path
-(``python -I -S``) and imports only the standard library.
+The owner is the process that uses the server and started it. The standard input of this script is called the lifeline.
+It is a pipe whose other end only the owner has open. End-of-file therefore means that the owner has ended, even if the
+owner was killed. PostgreSQL ends if this process ends. This process and PostgreSQL inherit the lock, so the lock
+becomes free only when the last of these processes has ended. The script has one thread. It is run by its path with
+``python -I -S``, and imports only the standard library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """
@@ -103,7 +104,7 @@ def leave_root(home: Home) -> None:
 def namespace_permitted() -> bool:
     """Return whether this process may enter a user namespace. macOS has none.
 
-    A child process tries it, because a process cannot leave a user namespace.
+    A child process tries to enter one, because a process cannot leave a user namespace again.
     """
     child = os.fork()
     if child == 0:
@@ -195,7 +196,10 @@ def note(_number: int, _frame: object) -> None:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """Stop the server with a fast shutdown, or kill it if that takes too long. No committed data is lost."""
+    """Stop the server with a fast shutdown.
+
+    If the shutdown takes too long, kill the server. No committed data is lost.
+    """
     for number, patience_seconds in STOP_SIGNALS:
         server.send_signal(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -237,7 +241,7 @@ def end_with(parent: int) -> None:
 
 
 def telling_line(log: Path, start: int) -> str:
-    """Return the last line after byte `start` that reports an error; if there is none, the last line."""
+    """Return the last line after byte `start` that reports an error. If there is no such line, return the last line."""
     with log.open("rb") as stream:
         stream.seek(start)
         lines = stream.read().decode(errors="replace").strip().splitlines() or ["the log is empty"]

@@ -6,9 +6,9 @@ that needs the server starts it again. The programs of PostgreSQL come from the 
 the system.
 
 A lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
-PostgreSQL inherit it, so it becomes free only when the last of these processes has ended. To find out whether a server
-runs, this module checks whether a process listens at the socket that ``postmaster.pid`` names. The process number in
-that file is no proof, because it may belong to another process by now.
+PostgreSQL inherit the lock. So the lock becomes free only when the last of these processes has ended. To find out
+whether a server runs, this module checks whether a process listens at the socket that ``postmaster.pid`` names. The
+process number in that file is no proof, because it may belong to another process by now.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SYSTEM = (
     "Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
-_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # the standard input of each is the lifeline of its server
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # the standard input of each is its server's lifeline
 _turn = threading.Lock()  # only one thread at a time starts or stops a launcher
 
 
@@ -82,7 +82,7 @@ def stop_server(directory: Path) -> None:
 
 
 def find_binaries(bin_dir: Path | None = None) -> Path:
-    """Return the directory of ``postgres`` and ``initdb``: `bin_dir`, or else from a wheel, the system or PATH."""
+    """Return the directory of ``postgres`` and ``initdb``: `bin_dir`, else one of a wheel, the system or PATH."""
     candidates = [bin_dir] if bin_dir else [*_of_wheels(), *_of_system()]
     for candidate in candidates:
         if all(os.access(candidate / program, os.X_OK) for program in ("postgres", "initdb")):
@@ -120,7 +120,8 @@ class _Postmaster(NamedTuple):
     def listens(self) -> bool:
         """Return whether a process listens at the socket.
 
-        The wrong type of socket makes the kernel answer with an error, so that the server does not notice the check.
+        The check uses the wrong type of socket on purpose. The kernel then returns an error, and the server does not
+        notice the check.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
@@ -140,7 +141,7 @@ def _pid_file(directory: Path) -> _Postmaster | None:
 def _postmaster(directory: Path) -> _Postmaster | None:
     """Return the running server of this directory, or None.
 
-    A pid file that names another data directory is ignored, because it was copied here together with the data.
+    If the pid file names another data directory, it is ignored, because it was copied here together with the data.
     """
     found = _pid_file(directory)
     return found if found and found.data == str(directory / "data") and found.listens() else None
@@ -189,7 +190,10 @@ def _try_lock(directory: Path) -> int | None:
 
 
 def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, str]:
-    """Start the server, or wait if another process is starting it. If it is stopping, wait for its end first."""
+    """Start the server, or wait if another process is starting it.
+
+    If the server is stopping, wait for its end first.
+    """
     _adopt(directory)
     launcher: subprocess.Popen[bytes] | None = None
     deadline = time.monotonic() + START_SECONDS
@@ -269,9 +273,9 @@ def _drop_stale_pid_file(directory: Path) -> None:
     """Remove a stale ``postmaster.pid``.
 
     PostgreSQL does not start if the process number in the file belongs to any running process, which is common in
-    containers. The file is stale if this process has the lock and nobody listens at the socket that the file names, or
-    if the file was copied with the data. A file that names no socket belongs to a single-user session and is not
-    removed.
+    containers. This process has the lock. Therefore the file is stale if no process listens at the socket that the file
+    names, or if the file was copied with the data. A file that names no socket belongs to a single-user session and is
+    not removed.
     """
     found = _pid_file(directory)
     if found is not None and found.socket_directory and _postmaster(directory) is None:
@@ -311,7 +315,10 @@ def _is_nameable(directory: Path) -> bool:
 
 
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """Raise an error with the launcher's last line if it failed. Status 0 means that another process stopped it."""
+    """Raise an error with the launcher's last line if the launcher failed.
+
+    Status 0 is no failure, because it means that another process stopped the server.
+    """
     _launchers.pop(directory, None)
     words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
     _release(launcher)

@@ -36,7 +36,7 @@ class Migrated:
 
     created: tuple[str, ...]
     named: tuple[str, ...]
-    """The created tables that OUTBOX_TABLES names. For these, the user may have meant an existing table."""
+    """The created tables that OUTBOX_TABLES names. With such a name, the user may have meant an existing table."""
     adopted: tuple[str, ...]
     """Existing tables of other applications, which the migrations did not change."""
     built: tuple[str, ...]
@@ -48,8 +48,8 @@ class Migrated:
 def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
     """Upgrade the database to ``core@head``, and to the head of every branch in ``options``.
 
-    This can be repeated, and two processes can run it at the same time. If the index or trigger of an option was
-    dropped, this creates it again.
+    It is safe to call this again, and to call it in two processes at the same time. If the index or trigger of an
+    option was dropped, this function creates it again.
 
     Raises SettingError if OUTBOX_TABLES names a payments table that does not exist. Raises SchemaError if this role may
     not migrate, or if an existing table does not fit. Raises Refused if duplicates prevent ``unique_index``.
@@ -73,7 +73,8 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
 def _expect_rights(connection: Connection, settings: Settings, tables: Tables, options: Sequence[str]) -> None:
     """Refuse to start without the rights that the migrations need.
 
-    PostgreSQL's own error would come in the middle of the work and would name neither the owner nor a remedy.
+    Without this check, PostgreSQL would raise an error in the middle of the migration. That error would name neither
+    the owner nor a remedy.
     """
     versions = Table(VERSION_TABLE, MetaData(), schema=settings.schema_name)
     if missing := find_missing_rights(connection, tables, versions, options):
@@ -83,7 +84,7 @@ def _expect_rights(connection: Connection, settings: Settings, tables: Tables, o
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
     """Refuse to create a payments table that OUTBOX_TABLES names.
 
-    The name is probably a typing error, which an empty new table would hide.
+    The name probably contains a typing error, and an empty new table would hide the error.
     """
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(
@@ -170,10 +171,10 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 
 def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
-    """Try to get the lock repeatedly.
+    """Try repeatedly to get the lock.
 
-    A statement that waits for the lock would keep a snapshot open, and CREATE INDEX CONCURRENTLY waits for old
-    snapshots.
+    A statement that waits for the lock would keep its snapshot open. CREATE INDEX CONCURRENTLY in the other migration
+    would then wait for this snapshot, and the two migrations would block each other.
     """
     while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
         connection.commit()

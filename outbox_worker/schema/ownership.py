@@ -65,7 +65,7 @@ class _Present:
 def find_missing_rights(
     connection: Connection, tables: Tables, versions: Table, options: Collection[str]
 ) -> list[SchemaProblem]:
-    """Return a problem for each right that the migrations need and this role lacks, with the owner and a remedy."""
+    """Return a problem, with the owner and a remedy, for each right that the migrations need and this role lacks."""
     wanted = [*tables.by_role().values(), versions]
     present = {table: row for table in wanted if (row := _present(connection, table)) is not None}
     schemas = {str(table.schema) for table in wanted}
@@ -136,6 +136,9 @@ def _not_writable(present: Mapping[Table, _Present], versions: Table) -> Iterato
 
 
 def _as_owner(row: _Present) -> str:
-    """Return the remedy: run migrate as the owner, or get the owner's role. It never grants the role of a superuser."""
+    """Return the remedy: run migrate as the owner, or get the owner's role.
+
+    It never suggests to grant the role of a superuser.
+    """
     run = f"run migrate as {row.owner}"
     return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"

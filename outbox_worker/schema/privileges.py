@@ -11,7 +11,7 @@ from outbox_worker.model import COLUMNS
 from outbox_worker.schema.tables import quoted, relation_name
 
 Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""The needed privileges for each table, each with the keys of its columns. No keys means the whole table."""
+"""The needed privileges for each table. Each privilege has the keys of its columns; no keys mean the whole table."""
 
 _WHOLE: tuple[str, ...] = ()
 
@@ -96,7 +96,7 @@ CLOSED_SCHEMAS = text(
 
 
 def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
-    """Format a privilege for GRANT, on the columns with these keys or, without keys, on the whole table."""
+    """Format a privilege for GRANT. It is for the columns with these keys or, without keys, for the whole table."""
     return f"{privilege} ({', '.join(quoted(table.c[key].name) for key in keys)})" if keys else privilege
 
 

@@ -31,7 +31,10 @@ _NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
-"""The column of each table that must be unique for ON CONFLICT. The index of a nullable column may exclude NULLs."""
+"""For each table, the column that must be unique for ON CONFLICT.
+
+If the column is nullable, its unique index may exclude rows with NULL.
+"""
 
 _TEXTS = {"text", "varchar", "bpchar", "citext"}
 
@@ -42,7 +45,7 @@ _KINDS = {"text": _TEXTS, "integer": _INTEGERS}
 _KEYS = {"uuid", *_INTEGERS, *_TEXTS}
 
 _DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
-"""The types of ``outbox.payload`` that fit, other than jsonb."""
+"""The types that ``outbox.payload`` may have besides jsonb."""
 
 _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     UUID: {"uuid"},

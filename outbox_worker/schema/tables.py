@@ -46,7 +46,10 @@ A table without this comment is adopted: the migrations never alter or drop it.
 """
 
 NOTIFY_CHANNEL = "outbox_worker"
-"""The channel of the trigger of the optional branch ``notify``. The payload is the schema and name of the outbox."""
+"""The NOTIFY channel of the trigger of the optional branch ``notify``.
+
+The payload of a notification is the schema and name of the outbox.
+"""
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
 """The name of the trigger of the optional branch ``notify``, and of the function of the trigger."""

@@ -1,4 +1,7 @@
-"""Logs which transactions a migration waits for. CREATE INDEX CONCURRENTLY waits until all older ones have ended."""
+"""Logs which transactions a migration waits for.
+
+CREATE INDEX CONCURRENTLY waits until all older transactions have ended.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 LOOK_SECONDS = 2.0
-"""The seconds before the first check and between two checks. Most shorter waits are not logged."""
+"""The seconds before the first check and between two checks. Most waits that are shorter than this are not logged."""
 REPEAT_SECONDS = 30.0
 
 # what: the transactions that a session waits for; an ordinary role does not see state and times of other roles'
@@ -29,9 +32,9 @@ _BLOCKERS = text(
 
 @contextmanager
 def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
-    """Log which transactions ``connection`` waits for while it works inside.
+    """Log which transactions ``connection`` waits for inside the ``with`` block.
 
-    A thread with its own connection does this.
+    A thread with its own connection finds and logs these transactions.
     """
     pid = connection.scalar(text("SELECT pg_backend_pid()"))
     connection.rollback()
@@ -58,7 +61,10 @@ def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
 
 
 def _blockers(engine: Engine, pid: int) -> list[Row[Any]]:
-    """Return the blocking transactions. End this transaction at once, because the migration would wait for it, too."""
+    """Return the blocking transactions.
+
+    End the transaction of this query at once, because the migration would wait for this transaction, too.
+    """
     with engine.connect() as connection:
         return [*connection.execute(_BLOCKERS, {"pid": pid})]
 

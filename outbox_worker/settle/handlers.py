@@ -23,19 +23,29 @@ _VIA_FAST_PATH = Verdict(Outcome.CREATED, writes=True, via_fast_path=True)
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """The way in which one attempt settles a batch: the guard, the locks, and what is checked first."""
+    """The way in which one attempt settles a batch: the guard, the locks, and whether to use the fast statement."""
 
     guard: GuardState
     locks: PairLocks | None = None
     """The pairs that are already locked. If None, the handler locks the pairs of the events that it must judge."""
     looks_at_marks: bool = True
-    """Whether to check for marks first. If false, the attempt fails (23505) if one of the events has a mark."""
+    """Whether to check for marks first.
+
+    Without this check, the attempt fails (23505) if an event has a mark already.
+    """
     judges_all: bool = False
-    """Whether to judge every event. If false, one fast statement first inserts all purchases that pass every rule."""
+    """Whether to judge every event individually.
+
+    If false, one fast statement first inserts the purchases of all events to which none of rules 1 to 8 applies. Then
+    only the other events are judged individually.
+    """
 
 
 class OutOfOrder(Exception):
-    """Raised if a purchase would be written out of the order that all workers use. Then every event must be judged."""
+    """Raised if a purchase would be written out of the order in which all workers write purchases.
+
+    The batch is then rolled back to its savepoint and settled again, and every event is judged individually.
+    """
 
 
 class Handler(Protocol):
@@ -45,7 +55,7 @@ class Handler(Protocol):
         """Write the purchases and return a verdict per event. An event without a verdict stays unchanged in the outbox.
 
         ``Settlement`` then writes marks, retries and dead letters, and deletes events. If this method raises an
-        exception, everything is rolled back.
+        exception, everything that it wrote is rolled back.
         """
         ...
 
@@ -61,8 +71,9 @@ UnknownTypes = Literal["bury", "ignore"] | None
 def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes) -> tuple[str, ...] | None:
     """Return the event types to claim, or None to claim all types and make dead letters of unknown ones.
 
-    The setting ``unknown_types`` decides. If it is not set, the worker claims all types if its own migrations created
-    the outbox. If not, other consumers share the outbox, and events of unknown types are left to them.
+    The setting ``unknown_types`` decides. If the setting is not given, the worker claims all types if our migrations
+    created the outbox. If another application created the outbox, other consumers may share it.
+    The worker then leaves events of unknown types to these consumers.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
     return None if choice == "bury" else HANDLED_TYPES
@@ -90,14 +101,17 @@ class _UnderLocks(ABC):
 
     @abstractmethod
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
-        """Choose events that one statement can write together. The others are judged again afterwards."""
+        """Choose events whose purchases one statement can write together.
+
+        All other events are judged again afterwards.
+        """
 
     @abstractmethod
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Write the purchases of these events. Return the ids of the events whose purchase was written."""
 
     def _lock(self, session: Session, batch: Batch, plan: AttemptPlan) -> frozenset[int]:
-        """Lock the pairs of the events, unless the plan says that they are locked. Return the lock keys."""
+        """Lock the pairs of the events, unless the plan contains locks already. Return the keys of the locked pairs."""
         locks = plan.locks or self._repository.lock_pairs(session, batch, plan.guard.lock_capacity)
         return locks.keys
 
@@ -116,7 +130,7 @@ class _UnderLocks(ABC):
     ) -> Verdicts:
         """Judge the events, write their purchases, and judge again the events that were not written.
 
-        Each round gives a verdict to at least one event; otherwise it is the last round.
+        Each round except the last gives a verdict to at least one event.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -143,10 +157,11 @@ class ConfirmedPurchases(_UnderLocks):
     """Creates the purchases of confirmed payments."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Insert the purchases of all clean events by one statement. Then lock the pairs of the others and judge them.
+        """Insert the purchases of all clean events by one statement.
 
-        Raises OutOfOrder if one of the others must get a purchase, because the statement may have written purchases
-        that come later in the order of all workers.
+        Then lock the pairs of the other events and judge them. An event is clean if none of rules 1 to 8
+        applies to it. Raises OutOfOrder if one of the other events must get a purchase, because the statement may
+        already have written purchases that come after this purchase in the order of all workers.
         """
         inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
         verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
@@ -161,8 +176,8 @@ class ConfirmedPurchases(_UnderLocks):
         """Insert the purchases of clean events. Return the ids of the events whose purchase was inserted.
 
         Only the first event of each payment is used, so that each inserted purchase belongs to exactly one event. Under
-        the guard ``lock``, only events with a locked pair are used. A pair can be unlocked if its payment became
-        visible only after the locks were taken.
+        the guard ``lock``, only events with a locked pair are used. The pair of an event is not locked if its payment
+        became visible only after the pairs of the batch were locked.
         """
         firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
         offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))
@@ -200,10 +215,10 @@ class RefundedPurchases(_UnderLocks):
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], guard: GuardState
     ) -> Verdicts:
-        """Create a purchase for each pair that is free now, from its oldest payment without a purchase.
+        """Create a purchase for each pair that has no active purchase now, from its oldest payment without a purchase.
 
-        If a purchase was not written, read the payments again. They are read after the refunds are written, and while
-        the pairs are locked. So no other worker can judge one of them as a duplicate in between.
+        If a purchase was not written, read the payments again. This method reads the payments after the refunds are
+        written, and while the pairs are locked. So no other worker can judge a payment as a duplicate in between.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -223,10 +238,12 @@ class RefundedPurchases(_UnderLocks):
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
-    """Return the oldest unexplained payment of a pair, or None if another worker may be writing the pair's purchase.
+    """Return the oldest payment of a pair that is in the class ``unexplained``, that is, nothing explains why it has no
+    purchase. Return None if there is no such payment, or if another worker may be writing the pair's purchase.
 
-    If this refund made the pair free, every other worker waits for this transaction. If the pair was already free,
-    another worker may be writing the purchase of a payment in flight, and waiting for that worker could deadlock.
+    If this refund deactivated the active purchase of the pair, every other worker that writes a purchase of the pair
+    waits for this transaction. If the pair had no active purchase before, another worker may be writing the purchase of
+    a payment whose event is in the outbox. Waiting for that worker could deadlock.
     """
     is_open = event_facts.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)
@@ -242,7 +259,10 @@ def _is_locked(event_facts: EventFacts, held: frozenset[int]) -> bool:
 
 
 def _first_of_each(batch: Batch, belongs_to: Mapping[int, Hashable]) -> Batch:
-    """Keep the first event for each value in ``belongs_to``, which is a pair's key or a payment."""
+    """Keep only the first of all events that have the same value in ``belongs_to``.
+
+    ``belongs_to`` maps each event's key to a pair's key or to a payment.
+    """
     firsts: dict[Hashable, int] = {}
     for key in batch:
         firsts.setdefault(belongs_to[key], key)

@@ -1,4 +1,7 @@
-"""Decides how many events the next claim asks for, and where it begins. It does no I/O: the caller passes the time."""
+"""Decides how many events the next claim asks for, and where the claim begins in the queue.
+
+This module does no I/O. It does not read the clock either, because the caller passes the time.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,32 @@ from dataclasses import dataclass, field
 from outbox_worker.model import Position
 
 FEWEST = 50
-"""The size below which batches do not shrink if the database is slow.
+"""The number of events below which batches do not shrink because the database is slow.
 
-In smaller batches, most of the time would be spent on BEGIN and COMMIT.
+Smaller batches would spend most of their time on BEGIN and COMMIT.
 """
 STUCK_PASSES_MAX = 5
-"""If no event could be settled in this many full claims in a row, the claimed events are postponed."""
+"""The number of full claims in a row without a settled event, after which the claimed events are postponed."""
 FEW_IN_DOUBT = 15
-"""The largest batch for which one transaction certainly has enough savepoints to try each event alone."""
+"""The largest batch in which each event can always be tried alone within one transaction, which may use
+``MAX_SAVEPOINTS`` savepoints (two per halving).
+"""
 START_SHARE = 0.05
-"""The largest share of a loop's time that it spends on claims from the start of the queue, while claims are full."""
+"""The largest share of its time that a claim loop spends on claims from the start of the queue.
+
+It applies only while claims are full.
+"""
 
 
 @dataclass
 class Frontier:
-    """The position that the claim loops of one process have reached in the queue; the loops share one frontier.
+    """The position that the claim loops of one process have reached in the queue. The loops share one frontier.
 
-    A claim from the start of the queue is slow: it reads all index entries that were deleted since the oldest snapshot
-    of the database, and all rows that other loops have locked. So while claims are full and all their events are
-    settled, the next claim begins where the last one ended. An event can become visible before that position, because
-    of a late commit or a clock that was set back. So a claim from the start happens from time to time.
+    A claim from the start of the queue is slow, because it must read the index entries of all rows that were deleted
+    after the oldest open snapshot, and all rows that other loops have locked. So while claims are full and all their
+    events are settled, the next claim begins where the last claim ended. An event can still appear before that
+    position, because of a late commit or because the clock was set back. So from time to time, a claim begins at the
+    start of the queue again.
     """
 
     mark: Position | None = None
@@ -35,7 +44,7 @@ class Frontier:
     start_due: float = 0.0
     """The time from which the next claim begins at the start of the queue."""
     turn: int = 0
-    """The number of returns to the start. If it changed while a claim was running, that claim does not set ``mark``."""
+    """The number of calls of ``go_back``. If it changed during a claim, that claim does not set ``mark``."""
 
     def go_back(self) -> None:
         """Begin the next claim at the start of the queue, because an event before ``mark`` is not settled yet."""
@@ -47,8 +56,8 @@ class Frontier:
 class Pacing:
     """The state of one claim loop between two batches.
 
-    ``target_seconds`` is the longest time that a batch should take. There is a limit because a producer that inserts
-    the event id of a claimed event again waits for the COMMIT of the batch.
+    ``target_seconds`` is the longest time that a batch should take. There is a limit because a
+    producer may insert the event id of a claimed event a second time. This producer waits for the COMMIT of the batch.
     """
 
     batch_size: int
@@ -61,7 +70,7 @@ class Pacing:
     _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
     _beyond: Position | None = field(default=None, init=False)
-    """The position after which the next claim begins, to skip refused events; None if no events are to be skipped."""
+    """The position after which the next claim begins, to skip refused events. None means that no event is skipped."""
     _chosen: str | None = field(default=None, init=False)
     _chosen_before: str | None = field(default=None, init=False)
 
@@ -93,21 +102,21 @@ class Pacing:
     def claimed_from_start(self, began: float, now: float) -> None:
         """Delay the next claim from the start so that such claims use at most ``START_SHARE`` of the time.
 
-        The last one took from ``began`` to ``now``.
+        The last claim from the start took from ``began`` to ``now``.
         """
         self.frontier.start_due = now + (now - began) * (1 / START_SHARE - 1)
 
     def choose(self, kinds: Sequence[str]) -> str:
         """Choose the first event type of a claim that was not chosen for the last batch.
 
-        If the same type could be chosen twice in a row, events of other types would wait while its events cannot be
-        settled. If a transaction is repeated, its choice stays the same.
+        Without this rule, events of a type that cannot be settled could be chosen again and again, and events of other
+        types would wait. If a transaction is repeated, the same type is chosen again.
         """
         self._chosen = next(kind for kind in kinds if kind != self._chosen_before)
         return self._chosen
 
     def failed(self) -> None:
-        """Claim half as many events next time, from the start, because another transaction made this one fail."""
+        """Claim half as many events next time, from the start, because another transaction caused this failure."""
         self.is_alone = self.limit == 1
         self.limit = max(1, self.limit // 2)
         self.frontier.go_back()
@@ -120,8 +129,9 @@ class Pacing:
     def in_doubt(self, end: Position | None) -> None:
         """Adapt the next claim to find out whether refused events or the database itself caused the refusals.
 
-        First claim only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these are refused, too, begin the next
-        claim after ``end`` (the last event of a full claim). If other events succeed, the database is not the cause.
+        First claim only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these events are refused, too, begin
+        the next claim after ``end``, the position of the last event of a full claim. If an event after ``end``
+        succeeds, the database is not the cause.
         """
         if self.limit > FEW_IN_DOUBT:
             self.limit = FEW_IN_DOUBT
@@ -133,7 +143,7 @@ class Pacing:
         self._end_turn()
 
     def made_way(self) -> None:
-        """Record that the event that was claimed alone is postponed now."""
+        """Record that the event that was claimed alone is postponed now, so that other events can be claimed."""
         self.is_alone = False
 
     def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Processes one batch in one transaction: claim, settle, record, commit.
 
 In ``settle``, only the processor begins and commits transactions. It retries transient failures with half the batch,
-and postpones an event that prevents others from being settled.
+and postpones an event that prevents other events from being settled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RefusedAtCommit(Exception):
 
 
 def _nothing() -> None:
-    """Do nothing. This is used until ``tell_of_tries`` gives another function."""
+    """Do nothing. The processor calls this function until ``tell_of_tries`` sets another one."""
 
 
 class Processor:
@@ -70,23 +70,27 @@ class Processor:
         self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
 
     def isolate_next(self, events: int) -> None:
-        """Process the next ``events`` events one at a time, because a worker died and one of them may be the cause."""
+        """Process the next ``events`` events one at a time, because one of them may have killed a worker."""
         self._to_isolate = events
 
     def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
-        """Call ``on_failed_try`` after each transaction that failed and is tried again within ``process_batch``."""
+        """Call ``on_failed_try`` after each failed transaction that ``process_batch`` tries again."""
         self._on_failed_try = on_failed_try
 
     def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
-        """Use new limits from the next batch on. Forgets unproven refusals, but not which events are isolated."""
+        """Use new limits from the next batch on.
+
+        This forgets which events were refused for an unclear cause, but not which events are processed alone.
+        """
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
         self._settlement = Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy)
         self._pacing.adopt(batch_size, target_seconds)
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
-        """Claim and settle one batch of events due by ``until`` (by now, if None) in one transaction.
+        """Claim and settle one batch of events in one transaction.
 
-        Raises the database's error if no event is its cause. Then nothing was changed, and no try was counted.
+        The events are due by ``until``, or by now if ``until`` is None. Raises the database's error if no event is
+        known to be the cause. Then the batch is unchanged, and no try is counted.
         """
         if self._isolated or self._crash_suspects or self._to_isolate:
             return self._process_alone(until)
@@ -95,9 +99,10 @@ class Processor:
     def _process_alone(self, until: datetime | None) -> BatchReport:
         """Process one event alone.
 
-        Before that, a crash of the event is counted and committed; the transaction that settles the event resets the
-        count. If an error is raised, the process did not crash: the event stays isolated, and the next call tries it
-        again. After ``STUCK_PASSES_MAX`` transient or unclear errors, the event is postponed.
+        First, one transaction adds 1 to the crash count of the event. A second transaction settles the event and resets
+        the count. So the higher count stays only if the process crashes in between. If an error is raised, the process
+        has not crashed, and the next call tries the same event again. After ``STUCK_PASSES_MAX`` transient or unclear
+        errors, the event is postponed.
         """
         if self._isolated is None:
             key = self._crash_suspects.pop() if self._crash_suspects else None
@@ -182,7 +187,10 @@ class Processor:
         return report
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
-        """Claim after the end of the last claim. If no event is there or it is time to, claim from the start."""
+        """Claim events after the end of the last claim.
+
+        If there are none, or if a claim from the start of the queue is due, claim from the start.
+        """
         began = time.monotonic()
         start = self._pacing.start(began)
         if start is not None and (claim := self._outbox.claim(session, limit, until, start)).batch:
@@ -193,7 +201,7 @@ class Processor:
         return claim
 
     def _claim_size(self) -> int:
-        """Return the number of events to claim. Under the guard ``lock``, ``lock_capacity`` is a limit, too."""
+        """Return the number of events to claim. Under the guard ``lock``, it is at most ``lock_capacity``."""
         guard = self._guard.state
         return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
 
@@ -235,9 +243,11 @@ class Processor:
         return verdicts
 
     def _of_one_kind(self, batch: Batch) -> Batch:
-        """Keep the events of one handler, and those without a handler. The others stay in the outbox until later.
+        """Keep the events of one handler, and events without a handler.
 
-        Two handlers in one transaction would write purchases in ascending order twice, so two workers could deadlock.
+        All other events stay in the outbox until later. Each handler writes its purchases in ascending order. If two
+        handlers wrote in one transaction, the whole transaction would not be in ascending order, and two workers could
+        deadlock.
         """
         kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
         if len(kinds) < 2:
@@ -246,7 +256,7 @@ class Processor:
         return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
-        """Postpone the first event without counting a try. It was claimed alone, and another transaction blocked it."""
+        """Postpone the first event without counting a try, because another transaction blocks it even alone."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             self._postpone_uncharged(session, batch)

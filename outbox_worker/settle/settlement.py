@@ -27,7 +27,10 @@ from outbox_worker.store.outbox import Outbox, Postponement
 from outbox_worker.store.purchases import PurchaseRepository
 
 MAX_SAVEPOINTS = 32
-"""Most savepoints of one transaction. A transaction with more than 64 subtransactions slows down all sessions."""
+"""The largest number of savepoints in one transaction.
+
+There is a limit because a transaction with more than 64 subtransactions slows down all sessions.
+"""
 
 BATCHES_TO_LOOK_AT = 100
 """The number of batches that check for marks first, after a batch failed because one of its events had a mark."""
@@ -45,7 +48,7 @@ class Settled(NamedTuple):
 
     verdicts: Verdicts
     is_through: bool = True
-    """Whether all events were tried. If the savepoints were used up before, the other events have no verdict."""
+    """Whether all events were tried. If the savepoints were used up earlier, the events not tried have no verdict."""
 
 
 @dataclass
@@ -89,9 +92,10 @@ class _Bisection:
 
 
 class _UnprovenRefusals:
-    """Remembers events that were refused in a batch that wrote no purchase. The cause may be the event or the database.
+    """A record of the events that the database refused in a batch that wrote no purchase.
 
-    If such an event is refused again after another purchase was written, the event itself is the cause.
+    The cause of such a refusal may be the event or the database. If the event is refused again after a purchase of
+    another event was written, the event itself is the cause.
     """
 
     def __init__(self) -> None:
@@ -102,7 +106,7 @@ class _UnprovenRefusals:
         self._recent.update(keys)
 
     def proven(self, keys: Iterable[int]) -> set[int]:
-        """Return those of these events that are known to be the cause of their refusal."""
+        """Return the events among ``keys`` that are known to be the cause of their own refusal."""
         return self._proven.intersection(keys)
 
     def committed(self, verdicts: Verdicts) -> None:
@@ -134,9 +138,10 @@ class Settlement:
         self._unproven = _UnprovenRefusals()
 
     def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
-        """Settle and record the batch. If ``careful``, settle in parts, and check deferred constraints in each part.
+        """Settle and record the batch.
 
-        Raises the database's error unless single events are known to be its cause.
+        If ``careful`` is true, settle in parts, and check deferred constraints in each part. Raises the database's
+        error unless single events are known to be the cause of the error.
         """
         savepoints = _Savepoints(session)
         settled = None if careful else self._settle_fast(session, batch, savepoints)
@@ -145,11 +150,17 @@ class Settlement:
         return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
 
     def committed(self, verdicts: Verdicts) -> None:
-        """Record that the batch was committed. If it wrote a purchase, the database did not cause earlier refusals."""
+        """Record that the batch was committed.
+
+        If the batch wrote a purchase, the database works, so earlier refusals were caused by the refused events.
+        """
         self._unproven.committed(verdicts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
-        """Settle the batch in one savepoint. Return the error if an event may be the cause; raise any other error."""
+        """Settle the batch in one savepoint.
+
+        If an event may be the cause of an error, return the error; else raise it.
+        """
         if self._guard.state.guard is Guard.INDEX:
             settled = self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
             if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
@@ -160,14 +171,20 @@ class Settlement:
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
     def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
-        """Halve the batch until each event that the database refuses is a part by itself. Retry or bury such events."""
+        """Halve the batch until each event that the database refuses is a part by itself.
+
+        Retry these events later, or move them to the dead letters.
+        """
         found = self._bisect(session, batch, savepoints, judges_all)
         verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
         recorded = self.record(session, batch, verdicts)
         return Settled(found.verdicts | recorded, is_through=not found.parts)
 
     def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
-        """Return the refusals that the events themselves caused. If this is unclear, raise the database's error."""
+        """Return the refusals that the events themselves caused.
+
+        If the cause is unclear, raise the database's error.
+        """
         unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
         if not unclear or _wrote_purchase(found.verdicts):
             return found.refusals
@@ -200,7 +217,7 @@ class Settlement:
     def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
         """Prepare to settle a batch in parts: lock its pairs, and sort its events in the order that all workers use.
 
-        Under the guard ``index``, pairs are locked here only if ``judges_all``.
+        Under the guard ``index``, this locks the pairs only if ``judges_all`` is true.
         """
         guard = self._guard.state
         needs_locks = judges_all or guard.guard is Guard.LOCK
@@ -222,7 +239,7 @@ class Settlement:
         *,
         checks_deferred: bool = False,
     ) -> Verdicts:
-        """Handle and record a batch in one savepoint, so that either everything is written or nothing."""
+        """Handle and record a batch in one savepoint, so that either all of its writes stay or none."""
         with savepoints.take():
             verdicts = self.record(session, batch, self._handle(session, batch, plan))
             if checks_deferred:
@@ -235,7 +252,7 @@ class Settlement:
     ) -> Verdicts | Exception:
         """Settle the batch without a check for marks. If this fails because of a mark, try again with the check.
 
-        The check is left out first because nearly all events are new.
+        The first attempt has no check because nearly all events are new and have no mark.
         """
         if not self._batches_to_look_at:
             settled = self._attempt_all(session, batch, replace(plan, looks_at_marks=False), savepoints)

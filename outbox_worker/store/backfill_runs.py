@@ -1,7 +1,8 @@
 """Reads and writes ``backfill_runs``: the range, the progress and the result of each backfill.
 
-Cursor and counts are written in the same transaction as the purchases that they count. If a backfill is not finished
-and its process no longer runs, it was killed. The next backfill with the same range continues from its cursor.
+A backfill writes its cursor and counts in the same transaction as the purchases that the counts include. If the row of
+a backfill is not finished and its process no longer runs, the backfill was killed. The next backfill with the same
+range continues from the cursor of the killed one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
 """The age at which the rows of finished periodic backfills are deleted."""
 CONTINUED_WITHIN = timedelta(days=1)
-"""An age limit: a backfill that was killed earlier is not continued, because its cutoff leaves out later payments."""
+"""The longest time since the last update of its row after which a killed backfill is still continued.
+
+An older backfill is not continued, because its cutoff excludes all newer payments.
+"""
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
-# what: whether this process may decide about the next periodic backfill
+# what: gives one process the right to decide whether to run the next periodic backfill
 # lock: pg_try_advisory_xact_lock, which does not wait and works behind a transaction pooler
 _TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:key, 0))")
 
@@ -41,18 +45,21 @@ class RunOutcome(StrEnum):
     """The way in which a backfill ended."""
 
     MADE = "made"
-    """It tried to create every missing purchase."""
+    """The backfill tried to create every missing purchase."""
     REPORTED = "reported"
-    """It counted missing purchases and created none, because it was only asked to report them."""
+    """The backfill counted missing purchases and created none, because it was only asked to report them."""
     REFUSED = "refused"
-    """It created no purchase, because more purchases were missing than it may create."""
+    """The backfill created no purchase, because more purchases were missing than it may create."""
     INTERRUPTED = "interrupted"
     """The worker stopped, the scan failed, or the process was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackfillRange:
-    """The payments that a backfill scans: created before ``cutoff``, and in [since, until) if these are given."""
+    """The payments that a backfill scans: created before ``cutoff``, not before ``since``, and before ``until``.
+
+    ``since`` and ``until`` are None if they are not given.
+    """
 
     since: datetime | None
     until: datetime | None
@@ -81,7 +88,10 @@ class BackfillRun:
 
 
 class BackfillRuns:
-    """Reads and writes the rows of backfills. Keeps no state: each call names the backfill by the id of its row."""
+    """Reads and writes the rows of backfills.
+
+    Keeps no state, because each call names the backfill by the id of its row.
+    """
 
     def __init__(self, tables: Tables) -> None:
         self._runs = tables.backfill_runs
@@ -96,9 +106,9 @@ class BackfillRuns:
     def continue_killed(
         self, session: Session, since: datetime | None, until: datetime | None, actor: str
     ) -> BackfillRun | None:
-        """Take over an operator's backfill that had this range and was killed. Return None if there is none.
+        """Take over an operator's backfill that had this range and was killed.
 
-        ``actor`` is added to the row's actors.
+        Return None if there is no such backfill. This adds ``actor`` to the actors in the row.
         """
         runs = self._runs
         same = [runs.c.since.is_not_distinct_from(since), runs.c.until.is_not_distinct_from(until)]
@@ -128,7 +138,7 @@ class BackfillRuns:
         """Return whether this process should run the periodic backfill now.
 
         Return True if no periodic backfill runs and the last one began at least ``every`` ago. Then all other processes
-        get False until this transaction ends; before it ends, the caller should insert the row of the backfill.
+        get False until this transaction ends. Therefore the caller inserts the row of the backfill in this transaction.
         """
         if not session.scalar(_TAKE_TURN, {"key": _TURN_KEY}):
             return False
@@ -144,7 +154,10 @@ class BackfillRuns:
         return _run(row) if row else None
 
     def latest_counts(self, session: Session) -> Mapping[str, Any]:
-        """Return the counts of the last finished backfill that is periodic or scanned all payments; {} if none is."""
+        """Return the counts of the last finished backfill that was periodic or scanned all payments.
+
+        Return {} if there is no such backfill.
+        """
         runs = self._runs
         whole = or_(runs.c.kind == RunKind.PERIODIC.value, runs.c.is_full)
         found = select(runs.c.counts).where(whole, self._has_result()).order_by(runs.c.finished_at.desc()).limit(1)
@@ -191,9 +204,9 @@ class BackfillRuns:
 
 
 def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:
-    """Build the part of ``counts`` that describes payments that stay unexplained.
+    """Build the part of ``counts`` about payments that are still in the class ``unexplained`` after the backfill.
 
-    ``carried`` leaves out the ``recent`` payments, because the next scan counts them again.
+    ``carried`` excludes the ``recent`` payments, because the next scan counts these payments again.
     """
     return {"left": left.written(), "carried": (left - recent).written()}
 

@@ -1,4 +1,4 @@
-"""Builds the part of a statement that finds the rows of claimed events, by id and by the due times of the batch."""
+"""Builds the part of a statement that finds the rows of claimed events by their ids and due times."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from outbox_worker.model import Batch, DueWindow
 def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
     """Build the condition that the due time is between the parameters ``window_first`` and ``window_last``.
 
-    Every statement that finds events by id has this condition, too. If ANALYZE ran while the queue was empty, the
-    planner may search for an id in the index ``(due_at, id)``. Without the condition it would read this whole index.
+    Every statement that finds events by id also has this condition. If ANALYZE ran while the queue was empty, the
+    planner may search for an id in the index ``(due_at, id)``. Without this condition, the search would read the whole
+    index.
     """
     first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in DueWindow._fields)
     return due_at.between(first, last)
 
 
 def event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``; join it ON true.
+    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``. The caller joins it ON true.
 
-    OFFSET 0 forces the planner to start the join at ``keys``. Without it, the planner may start at the outbox if the
-    outbox was empty when ANALYZE ran.
+    OFFSET 0 forces the planner to start the join at ``keys``. Without OFFSET 0, the planner may start at the outbox if
+    the outbox was empty when ANALYZE ran.
     """
     row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at))
     return row.offset(literal_column("0")).lateral("event")

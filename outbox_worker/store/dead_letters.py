@@ -1,6 +1,6 @@
 """Lists dead letters for operators, and carries out what an operator decides: requeue or discard.
 
-The module ``outbox`` does the rest: it writes dead letters, and closes the letter of an event that is settled later.
+The module ``outbox`` writes dead letters, and closes the dead letter of an event that is settled later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from outbox_worker.store.payment_classes import waivable
 from outbox_worker.store.queries import is_succeeded
 
 CONTENT_MAX = 10_000
-"""Most characters that are shown of a payload, and of the headers."""
+"""The largest number of characters shown of a payload. The same limit applies to the headers."""
 _NAMED_AT_MOST = 3
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
 """The pattern of a line that ``_resolve`` adds to a letter's note: state, actor, time, reason."""
@@ -55,7 +55,7 @@ class Decision(StrEnum):
     REQUEUE = "requeue"
     """Put the event back into the outbox as a new event."""
     DISCARD = "discard"
-    """Close the letter without creating a purchase; the operator's reason is stored in the letter."""
+    """Close the letter without creating a purchase. The letter stores the operator's reason."""
 
 
 _RESULTS = {Decision.REQUEUE: DeadLetterState.REQUEUED, Decision.DISCARD: DeadLetterState.DISCARDED}
@@ -63,7 +63,7 @@ DECIDABLE = {
     Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
     Decision.DISCARD: (DeadLetterState.OPEN,),
 }
-"""The states that a letter may have for each decision."""
+"""For each decision, the states in which a letter must be so that the decision is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A choice of letters: those of ``event_ids``; if ``event_ids`` is empty, those that match all other fields."""
+    """A choice of letters: those of ``event_ids`` or, if it is empty, all letters that match the other fields."""
 
     event_ids: Sequence[UUID] = ()
     state: DeadLetterState = DeadLetterState.OPEN
@@ -121,9 +121,12 @@ class Preview:
     count: int
     reasons: Mapping[str, int]
     money: Mapping[str, Decimal]
-    """The sum of the letters' payments in each currency; each payment is counted once."""
+    """The sum of the letters' payments in each currency. A payment with several letters is counted once."""
     waived: Mapping[str, Decimal]
-    """The part of ``money`` that is paid, not refunded and without a purchase. A discard gives up these purchases."""
+    """The sum of the payments in ``money`` whose purchases the worker would not create if the letters were discarded.
+
+    These payments succeeded, are not refunded and have no purchase, and their letters are ``waivable``.
+    """
     token: str
     """A digest of the letters and their payments. It changes if any of these rows changes."""
 
@@ -138,7 +141,7 @@ class Decided(NamedTuple):
 
 
 class LetterCursor(NamedTuple):
-    """The position of a page's last letter; the next page begins after this position."""
+    """The position of the last letter of a page. The next page begins after this position."""
 
     dead_at: datetime
     event_id: UUID
@@ -164,7 +167,7 @@ class Page:
 
 
 def history(note: str | None) -> list[Decided]:
-    """Read the decisions from a letter's note, oldest first; skip all other lines."""
+    """Read the decisions from a letter's note, oldest first. Skip lines that are not decisions."""
     found = (_DECIDED.fullmatch(line) for line in (note or "").splitlines())
     return [Decided(datetime.fromisoformat(each[3]), each[1], each[2], each[4]) for each in found if each]
 
@@ -236,7 +239,8 @@ def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadL
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     """Count the selected letters and sum their payments.
 
-    Several queries do this. Call it in ``Database.snapshot``, so that all numbers are from the same moment.
+    This takes several queries. Call it in ``Database.snapshot``, so that all queries see the same state of the
+    database.
     """
     letters, payments = tables.dead_letters, tables.payments
     chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
@@ -266,7 +270,7 @@ def decide_letters(
 ) -> int:
     """Requeue or discard the previewed letters, and add a line to each note. Return the number of letters.
 
-    Raises Refused if one of the letters, or the payment of one, has changed since the preview.
+    Raises Refused if one of the letters or one of their payments has changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
     if session.scalars(_token(tables, selection)).one() != token:
@@ -282,7 +286,7 @@ def decide_letters(
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused if an event of ``selection.event_ids`` has no letter, or a letter whose state forbids this."""
+    """Raise Refused if an event of ``selection.event_ids`` has no letter, or its state forbids the decision."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters

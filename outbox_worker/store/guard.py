@@ -18,7 +18,10 @@ from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
 from outbox_worker.schema.tables import relation_name
 
 _LOCKS_PER_TRANSACTION = 10
-"""A divisor: one batch may use at most a tenth of the server's lock table. A full lock table would raise 53200."""
+"""The divisor that limits the locks of one batch to a tenth of the server's lock table.
+
+If the lock table were full, PostgreSQL would raise 53200 (out_of_memory) in any session.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +33,17 @@ class GuardState:
     lock_capacity: int = 1
     """The number of pairs that one transaction may lock."""
     has_index_paths: bool = True
-    """Whether ``purchases`` has indexes on the payment and on the pair. If not, the planner may hash whole tables."""
+    """Whether ``purchases`` has indexes on the payment and on the pair.
+
+    If not, the planner is allowed to use plans that read whole tables.
+    """
 
 
 class GuardWatch:
-    """Remembers the guard that this process found last. All claim loops of the process share one watch.
+    """The memory of the guard that this process found last. All claim loops of the process share one ``GuardWatch``.
 
-    Assigning ``state`` is atomic. If the state is out of date, a batch is rolled back to its savepoint and settled
-    again; no purchase is lost or doubled.
+    The loops need no lock for it, because assigning ``state`` is atomic. If the state is out of date, a batch is rolled
+    back to its savepoint and settled again; no purchase is lost or doubled.
     """
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
@@ -82,7 +88,10 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
 
 
 def guard_in_force(session: Session, purchases: Table) -> Guard:
-    """Return the guard in force. A role without the INSERT privilege cannot run EXPLAIN: only check the catalogue."""
+    """Return the guard in force.
+
+    Check only the catalogue if the role may not INSERT, because EXPLAIN would then fail.
+    """
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
         return probe_guard(session, purchases).guard
     return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK

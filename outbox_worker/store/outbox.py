@@ -59,7 +59,7 @@ _TRACEPARENT_LENGTH = 55
 
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
 _FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
-"""The smallest id. Together with ``_FIRST_MOMENT``, it is a position before every event."""
+"""The smallest possible id. Together with ``_FIRST_MOMENT``, it forms a position before every event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +68,32 @@ class Claim:
 
     batch: Batch = field(default_factory=Batch)
     transaction_id: str | None = None
-    """The transaction's id. If the answer to COMMIT is lost, ``pg_xact_status`` tells whether it was committed."""
+    """The transaction's id.
+
+    With this id, ``pg_xact_status`` finds out what happened if the answer to COMMIT is lost.
+    """
     end: Position | None = None
     """The position of the last event; None if no event was claimed."""
     crash_suspects: Sequence[int] = ()
-    """Events of the batch whose crash count is not 0. Each of them is processed alone."""
+    """The events of the batch whose crash count is not 0. Each of these events is processed alone later."""
 
 
 @dataclass(frozen=True, slots=True)
 class IsolatedEvent:
     """An event that is processed alone.
 
-    ``isolate`` counts a crash before the event is processed; ``claim_isolated`` resets the count. The count stays if
-    the process crashes in between.
+    ``isolate`` adds 1 to the crash count before the event is processed. ``claim_isolated`` resets the count in the
+    transaction that settles the event. If the process crashes before this transaction commits, the higher count stays.
     """
 
     id: int
     crashes: int
-    """The number of processes that crashed on this event before this attempt."""
+    """The number of processes that crashed while they processed this event alone, before this attempt."""
     due_at: str
-    """The original due time, as PostgreSQL writes it. ``isolate`` sets a later one, so no other worker claims it."""
+    """The original due time, as text from PostgreSQL.
+
+    ``isolate`` makes the event due later, so that no other worker claims the event.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ class Postponement:
 
     delay: timedelta
     charged: bool
-    """Whether the try that failed counts towards the maximum of tries."""
+    """Whether the failed try counts towards the maximum number of tries."""
     error: str | None = None
 
 
@@ -113,8 +119,8 @@ class Backlog:
 class Outbox:
     """Reads and writes the queue. Keeps the compiled statements, but no state.
 
-    ``event_types``: the types of events to claim, if other consumers share the outbox. If None, events of all types are
-    claimed.
+    ``event_types``: the types of events to claim. It is given if other consumers share the outbox. None means that
+    events of all types are claimed.
     """
 
     BACKLOG_BOUND = 100_000
@@ -147,7 +153,8 @@ class Outbox:
     ) -> Claim:
         """Lock up to ``limit`` due events that no other transaction has locked, in the order ``(due_at, id)``.
 
-        Claim only events that are due by ``until`` (by now, if None) and that are after ``start`` (if it is given).
+        Claim only events that are due by ``until``, or by now if ``until`` is None. If ``start`` is given, claim only
+        events after this position.
         """
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
@@ -156,10 +163,10 @@ class Outbox:
     def isolate(
         self, session: Session, key: int | None, until: datetime | None, delay: timedelta
     ) -> IsolatedEvent | None:
-        """Count a crash of one due event, and make the event due later by ``delay``.
+        """Add 1 to the crash count of one due event, and make the event due ``delay`` from now.
 
-        ``key`` is the id of the event. If it is None, the first event is used that no other transaction has locked.
-        Commit before the event is processed. If the process then crashes, the next process finds the count.
+        ``key`` is the id of the event. None means the first event that no other transaction has locked. The caller
+        must commit before it processes the event. If the process then crashes, the next process reads the count.
         """
         values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
         statement = self._isolate_first if key is None else self._isolate
@@ -181,7 +188,10 @@ class Outbox:
         return bool(session.scalar(self._due, {"until": until}))
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
-        """Delete events. In the same transaction, the caller must have marked them or written their dead letters."""
+        """Delete events.
+
+        In the same transaction, the caller must have written a mark or a dead letter for each event.
+        """
         write(session, self._remove, {"ids": list(ids), **window_of(batch)}, len(ids))
 
     def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
@@ -218,7 +228,10 @@ class Outbox:
         self._close_letters.execute(session, {"event_ids": event_ids})
 
     def backlog(self, session: Session) -> Backlog:
-        """Count due events and measure how late the oldest is. Counts are bounded, so a long queue is counted fast."""
+        """Count due and later events, and measure how late the oldest event is.
+
+        Count at most ``BACKLOG_BOUND`` of each.
+        """
         due, waiting, oldest = session.execute(self._backlog).one()
         return Backlog(due, waiting, oldest or 0.0)
 
@@ -416,6 +429,6 @@ def _close_letters_statement(letters: Table) -> Update:
 
 
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
-    """Build a relation (id, …) from array parameters, one per column: the column ``delay`` from ``delays``."""
+    """Build a relation (id, …) from one array parameter per column. The column ``delay`` comes from ``delays``."""
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

@@ -1,10 +1,10 @@
-"""Builds statements about pairs (student, course): their locks, the facts about events, the other payments of a pair.
+"""Builds statements about pairs (student, course): locks of pairs, facts about events, and payments of a pair.
 
 The lock of a pair is a transaction-level advisory lock. Its key, ``hashtextextended(student_id::text || ':' ||
-course_id::text, 0)``, is public: other code may take the lock, too. Under both guards, the worker holds the lock when
-it judges an event or carries out a refund; only a clean insert under the guard ``index`` does not need the lock.
+course_id::text, 0)``, is public, so other programs may use the same lock. Under both guards, the worker has locked the
+pair when it judges an event or writes a refund. Only ``insert_clean`` under the guard ``index`` needs no lock.
 
-Locking, reading the facts and writing are one statement each. ``PurchaseRepository`` runs these statements.
+``PurchaseRepository`` locks pairs, reads facts and writes purchases with one statement for each of these steps.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def claimed_keys(outbox: Table) -> FromClause:
 def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
     """Return the relation that has the optional payload fields.
 
-    If the client parsed the payloads, it is ``claimed``, because the fields are parameters; otherwise it is ``event``.
+    If the client parsed the payloads, return ``claimed``, because the fields are parameters. Otherwise return
+    ``event``.
     """
     return claimed if "amount" in claimed.c else event
 
@@ -118,7 +119,10 @@ def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
 
 
 def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Build the key of a pair's advisory lock, a bigint. Other programs may use this formula, so it never changes."""
+    """Build the key (bigint) of a pair's advisory lock.
+
+    Do not change this formula, because other programs may use it.
+    """
     return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
 
 
@@ -129,7 +133,7 @@ def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[boo
 
 
 def _pair_of(payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
-    """Return the pair of the payment. If the payment row is archived, the pair comes from its purchase."""
+    """Return the pair of the payment. If the payment row does not exist any more, use the pair of its purchase."""
     return [func.coalesce(payments.c[key], purchases.c[key]) for key in ("student_id", "course_id")]
 
 
@@ -191,7 +195,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
 
 
 def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[Any]:
-    """Read a pair column from the payment's own purchase. It is needed if the payment row is archived."""
+    """Read a pair column from the payment's own purchase, because the payment row may not exist any more."""
     own = purchases.alias()
     return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
 
@@ -214,7 +218,7 @@ def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFa
 def standing_statement(tables: Tables) -> Select[Any]:
     """what: reads the succeeded payments of the events' pairs, oldest first, each with its class
     lock: none (the pairs are already locked) · index: the pair's index of payments; if it is missing, payments is
-    scanned once; the outbox is scanned once if purchases do not suffice to classify each payment
+    scanned once; the outbox is scanned once if purchases are not enough to classify each payment
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
     refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)

@@ -4,8 +4,9 @@ In a jsonb column, SQL expressions read the fields. The payload is not sent to t
 payloads that Python cannot decode (deep nesting, huge integers).
 
 A json or text column may contain what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field
-of such a row, the statement would fail for all rows. So the client gets these payloads (*documents*) and parses them
-one by one. If a document is too long or cannot be parsed, only its own event is unusable.
+of such a row, the statement would fail for all rows. So the client reads these payloads and parses
+them one by one. A json or text payload is called a *document*. If a document is too long or cannot be parsed, only the
+event of this document becomes a dead letter.
 """
 
 from __future__ import annotations
@@ -31,9 +32,15 @@ _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
 LONGEST_DOCUMENT = 262_144
-"""Most bytes of a document that is read. There is a limit because the client receives up to 1,000 documents at once."""
+"""The largest document, in bytes, that the client reads.
+
+There is a limit because the client receives up to 1,000 documents at once.
+"""
 _LONGEST_KEPT = 100_000_000
-"""Most characters of a document that its dead letter stores, because a jsonb string must be shorter than 256 MB."""
+"""The largest number of characters of a document that its dead letter stores.
+
+There is a limit because a jsonb string must be shorter than 256 MB.
+"""
 _NEVER_EQUAL = "\N{REPLACEMENT CHARACTER}"
 _PAYMENT_ID_IN_DOCUMENT = rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"'
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
@@ -68,7 +75,10 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
 
 
 def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload column of a claim: the ``candidate`` for the payment's id, or the whole ``document``."""
+    """Build the payload column of a claim.
+
+    From jsonb, it is the ``candidate``: a text that may be the payment's id. Otherwise it is the whole ``document``.
+    """
     return (
         document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
     )
@@ -77,7 +87,7 @@ def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
 def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
     """Parse a value of ``claim_columns``. Return the payment's id (None if it is no UUID) and the other fields.
 
-    If the column is jsonb, the other fields are empty, because SQL reads them.
+    If the column is jsonb, the other fields are empty, because later statements read these fields in SQL.
     """
     if is_document(outbox):
         return read_document(found)
@@ -125,8 +135,8 @@ def _first_level(text: str) -> str:
 def _text_of(value: Any) -> str | None:
     """Convert a value to the text that ``->>`` returns, cut to ``_LONGEST``.
 
-    For an object or array, return ``_NEVER_EQUAL``, which differs from the text of every payment column. The same
-    character replaces parts of a string that PostgreSQL cannot store.
+    For an object or array, return ``_NEVER_EQUAL``, because no payment column contains this text. The same character
+    replaces the parts of a string that PostgreSQL cannot store.
     """
     match value:
         case None:
@@ -140,7 +150,7 @@ def _text_of(value: Any) -> str | None:
 
 
 def _written(source: FromClause, key: str) -> ColumnElement[Any]:
-    """Build the text of a payload field: from an event's row, or from a relation with the fields that were parsed."""
+    """Build the text of a payload field, from an event's row or from a relation with the parsed fields."""
     if "payload" not in source.c:
         return source.c[key]
     return source.c.payload.op("->>", return_type=Text())(key)
@@ -160,8 +170,8 @@ def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
 def usable_payment_ids(candidates: str) -> Sequence[str | None]:
     """Parse an array of candidates. Return UUIDs in lower case, and None for every candidate that is not a UUID.
 
-    The client does this because a regular expression on the server would take a tenth of the server's time per event.
-    If all candidates are UUIDs in lower case, the text of the array is not split.
+    The client checks the candidates, because a regular expression on the server would take a tenth of the server's time
+    per event. If all candidates are UUIDs in lower case, the text of the array is not split.
     """
     if _ARE_UUIDS(candidates):
         return ArrayText(candidates)
@@ -172,8 +182,9 @@ def usable_payment_ids(candidates: str) -> Sequence[str | None]:
 def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` in lower case, even if it is not a UUID. The expression never raises an error.
 
-    In a document, a regular expression finds it, even below the first level. In jsonb, the value is not checked by a
-    regular expression, because that would be slower than reading the table. It is only compared with UUIDs.
+    In a document, a regular expression finds the ``payment_id``, even in a nested object. In jsonb, no regular
+    expression checks the value, because the check would take longer than reading the table. The check is not needed,
+    because the value is only compared with UUIDs.
     """
     if is_document(outbox):
         return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))
@@ -183,8 +194,8 @@ def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
 def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """Build one condition per optional field: the payload has this field, and its value differs from the payment row.
 
-    ``source`` is the event's row, or a relation with the fields that the client parsed. The texts are compared first,
-    because they are equal in most payloads; then nothing else is computed.
+    ``source`` is the event's row, or a relation with the fields that the client parsed. The condition first
+    compares the texts of both values. In most payloads they are equal, and then nothing else is computed.
     """
     rules = {
         "student_id": _id_differs(key_text(source, "student_id"), payments.c.student_id),
@@ -210,7 +221,7 @@ def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnEle
 
 
 def _id_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that two ids differ. Upper and lower case are equal in UUIDs, but not in other ids."""
+    """Build the condition that two ids differ. In UUIDs, upper and lower case are equal; in other ids, they differ."""
     return _differs(case((given.like(_UUID_SHAPE), func.lower(given)), else_=given), cast(actual, Text))
 
 

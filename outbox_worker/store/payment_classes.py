@@ -1,8 +1,8 @@
 """Classifies payments: every *standing* payment (succeeded, not refunded) is in exactly one of seven classes.
 
 ``audit``, ``backfill``, ``why`` and refunds use the same SQL CASE. A scan has two steps. ``page_statement`` reads one
-page of payments and classifies those that can be classified by purchases alone, usually nearly all.
-``portion_statement`` then classifies the others.
+page of payments. It classifies each payment for which the table ``purchases`` alone determines the class; usually,
+these are nearly all payments. ``portion_statement`` then classifies the remaining payments of the page.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from outbox_worker.store.queries import has_status, is_succeeded, same_pair
 
 
 class PaymentClass(StrEnum):
-    """The class of a standing payment. If several classes apply, the first of this list is used."""
+    """The class of a standing payment. If several classes are possible, the first one in this list is used."""
 
     ACTIVE = "active"
     REVOKED = "revoked"
@@ -57,10 +57,14 @@ class PaymentClass(StrEnum):
 
 
 RECENT = timedelta(hours=1)
-"""The last part of a scanned range. A payment created here may be committed only after the scan has read this part."""
+"""The length of the last part of a scanned range.
+
+A payment that was created in this part may be committed only after the scan has read it, so the next scan reads the
+part again.
+"""
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
-"""A kind of payment, like ``REFUNDED_BUT_ACTIVE``: it is not standing, and an operator should check it."""
+"""A kind of payment. Like ``REFUNDED_BUT_ACTIVE``, such a payment is not standing, and an operator should check it."""
 
 _READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
 
@@ -70,7 +74,7 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 def page_statement(
     tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
 ) -> Select[Any]:
-    """what: reads the next page of payments in the order of a key. If purchases suffice to classify a payment, it is
+    """what: reads the next page of payments in the order of a key. If purchases are enough to classify a payment, it is
     counted by class and currency; the ids of all other payments are returned. Also returns the page's length and last
     key, and lists each duplicate if ``lists_duplicates``
     lock: none · index: the one on the key; those of purchases on payment_id and on the pair
@@ -113,8 +117,8 @@ def waivable(letters: FromClause) -> ColumnElement[bool]:
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
     """Classify a few standing payments, given as a relation (id, student_id, course_id).
 
-    The CASE prevents the planner from joining the outbox, so the outbox is read at most once, even if its statistics
-    are wrong.
+    The CASE prevents the planner from using a join with the outbox. So the outbox is read at most once, even if its
+    statistics are wrong.
     """
     outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
     told = select(named).where(outbox.c.event_type == PURCHASE_CONFIRMED, case((named.in_(ids), true())))

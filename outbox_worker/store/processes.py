@@ -1,4 +1,4 @@
-"""Names the process that writes a row of ``workers`` or ``backfill_runs``, and tells whether it still runs."""
+"""Identifies the process that writes a row of ``workers`` or ``backfill_runs``, and finds out whether it still runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import socket
 
 WORKER_SILENT_AFTER_SECONDS = 30.0
-"""A worker is considered dead if its row is open and had no heartbeat for longer than this."""
+"""The seconds without a heartbeat after which a worker with an open row is considered dead."""
 
 BACKFILL_SILENT_AFTER_SECONDS = 60.0
-"""A backfill is considered killed if its row is open and was not updated for longer than this.
+"""The seconds without an update of its open row after which a backfill is considered killed.
 
-Each statement of a backfill takes less time, so a running backfill updates its row more often.
+Each statement of a backfill takes less than this time, so a running backfill updates its row more often.
 """
 
 
@@ -31,7 +31,7 @@ def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: fl
 def _is_running(pid: int) -> bool:
     """Return whether another process of this host has this id.
 
-    If the id is our own, return False: the process that wrote the row had the id before us and has ended.
+    If the id is our own, return False, because an earlier process with this id wrote the row and has ended.
     """
     try:
         os.kill(pid, 0)

@@ -1,7 +1,7 @@
 """Writes ``purchases`` and ``processed_events``, and reads ``payments``. Use the class ``PurchaseRepository``.
 
-Each statement receives the keys of claimed events as arrays, and joins the keys to the rows. If every event gets its
-purchase, the client receives no rows.
+Each statement receives the keys of claimed events as arrays, and joins the keys to the rows of the tables. If every
+event gets its purchase, the INSERT returns only NULL.
 
 Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id).
 """
@@ -66,7 +66,7 @@ from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import is_succeeded
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
-"""A prefix. When a backfill marks a payment, the mark's event id is the MD5 of this prefix and the payment's id."""
+"""The prefix of a payment's id in a hash: when a backfill marks a payment, the mark's event id is the MD5 of both."""
 
 
 class PurchaseRepository:
@@ -88,10 +88,11 @@ class PurchaseRepository:
         self._mark = Statement(_remark_statement(tables))
 
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
-        """Insert the purchases of all events that pass every rule; return the ids (``outbox.id``) of these events.
+        """Insert the purchases of all events to which none of rules 1 to 8 applies. Return the ids (``outbox.id``).
 
         No two events may name the same payment. If the guard is ``lock``, the caller must have locked all pairs.
-        If ``looks_at_marks`` is false, purchases of marked events are inserted, too; then ``mark_first`` fails.
+        If ``looks_at_marks`` is false, purchases of marked events are inserted, too. ``mark_first`` then fails, and
+        these purchases are rolled back.
         """
         statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
         return self._run_insert(session, batch, statement)
@@ -106,8 +107,8 @@ class PurchaseRepository:
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
         """Lock up to ``capacity`` pairs of a batch in ascending key order, without waiting for other transactions.
 
-        Waiting could deadlock, because both workers may have written purchases already. If another worker has locked a
-        pair, the events of this pair stay in the outbox until the next claim.
+        Waiting could deadlock, because this transaction and the other one may have written purchases already. If
+        another transaction has locked a pair, the events of this pair stay in the outbox until the next claim.
         """
         rows = self._lock.execute(session, {**keys_of(batch), "capacity": capacity}).all()
         return PairLocks(
@@ -138,7 +139,7 @@ class PurchaseRepository:
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
         """Read the succeeded payments of the events' pairs, oldest first.
 
-        ``payments`` may have no index on the pair. So here the planner is allowed to scan the whole table.
+        The planner is allowed to scan the whole table here, because ``payments`` may have no index on the pair.
         """
         found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
@@ -151,9 +152,10 @@ class PurchaseRepository:
         self._run_mark(session, batch, outcome, self._mark_first)
 
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
-        """Mark events with their final outcome. An existing mark keeps its outcome unless ``outcome`` is a grant.
+        """Mark events with their final outcome.
 
-        A grant is an outcome of an event that has just created a purchase.
+        An existing mark keeps its outcome unless the event has just created a purchase, that is, unless ``outcome`` is
+        one of ``GRANTS``.
         """
         self._run_mark(session, batch, outcome, self._mark)
 
@@ -186,7 +188,10 @@ def backfill_event_id(payment_id: UUID) -> UUID:
 
 
 def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """Build a row that replaces the missing event of a payment. Its payload is NULL, so nothing in it can mismatch."""
+    """Build a row in place of the missing event of a payment.
+
+    Its payload is NULL, so it cannot contradict the payment.
+    """
     named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
     event = select(
         keys.c.id,
@@ -241,10 +246,10 @@ def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
 def _nothing_speaks_against(
     tables: Tables, outbox: FromClause, source: FromClause, payments: FromClause
 ) -> list[ColumnElement[bool]]:
-    """Build the conditions of a clean insert: the event passes rules 4 to 7 and has no open dead letter.
+    """Build the conditions of ``insert_clean``: rules 4 to 7 do not apply, and the event has no open dead letter.
 
-    The subquery finds the letter by its event id only; its state is compared outside. If the subquery named the state,
-    the planner might read the whole index of open letters.
+    The subquery finds the letter only by its event id, and the state of the letter is compared outside the subquery. If
+    the subquery compared the state, the planner might read the whole index of open letters.
     """
     letters = tables.dead_letters
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()

@@ -22,7 +22,10 @@ def same_pair(one: FromClause, other: FromClause) -> ColumnElement[bool]:
 
 
 def has_status(payments: FromClause, status: PaymentStatus) -> ColumnElement[bool]:
-    """Build the condition that the payment has this status. It compares text, because the column may be an enum."""
+    """Build the condition that the payment has this status.
+
+    The status is compared as text, because it may be an enum.
+    """
     return cast(payments.c.status, Text) == status.value
 
 

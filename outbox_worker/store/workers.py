@@ -56,10 +56,10 @@ class Workers:
         self.beat(session, guard, {})
 
     def take_over_dead_worker(self, session: Session) -> bool:
-        """Take over one dead worker that no other worker has taken over. Return False if there is none.
+        """Mark one dead worker as taken over by this worker. Return False if there is no dead worker left.
 
-        A worker is dead if its row is open and either has no recent heartbeat, or names a process of this host that no
-        longer runs.
+        A worker is dead if its row is open, and the row either has no recent heartbeat or names a process of this host
+        that no longer runs.
         """
         workers = self._workers
         is_open = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]

@@ -9,9 +9,9 @@ from loguru import logger
 from outbox_worker.model import Batch, Event, Outcome, Reason, Verdict, Verdicts
 
 SINGLES_MAX = 10
-"""The limit up to which each event of one kind in a batch gets its own log record.
+"""The largest number of events of one kind in a batch that still get a log record each at their usual level.
 
-If a batch has more events of a kind, they share one record, and their own records are written only at DEBUG.
+If a batch has more events of a kind, one shared record reports all of them, and their own records have the level DEBUG.
 """
 EXAMPLES_MAX = 10
 """The largest number of event ids in a shared record."""
@@ -64,7 +64,7 @@ def _log_event(event: Event, verdict: Verdict, *, in_crowd: bool) -> None:
             )
         case Outcome.DEAD:
             record.bind(event="event_buried", reason=str(verdict.reason), detail=verdict.detail).log(
-                "DEBUG" if in_crowd else "ERROR", "the event cannot succeed unchanged; it is a dead letter now"
+                "DEBUG" if in_crowd else "ERROR", "the event failed for good; it is a dead letter now"
             )
         case Outcome.RETRIED:
             record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).debug(
@@ -95,7 +95,7 @@ def _log_crowd(outcome: Outcome, reason: Reason | None, event_ids: Sequence[str]
             )
         case Outcome.DEAD:
             record.bind(event="events_buried", reason=str(reason)).error(
-                "{} events cannot succeed unchanged ({}); they are dead letters now", count, str(reason)
+                "{} events failed for good ({}); they are dead letters now", count, str(reason)
             )
         case _:
             record.bind(event="purchases_passed_on").info(

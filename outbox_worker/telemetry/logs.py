@@ -1,8 +1,8 @@
 """Writes log records to stderr, one line per record: JSON for machines, or text for people.
 
 This module also writes the records of libraries (SQLAlchemy, alembic, psycopg, uvicorn). Errors may contain rows,
-statements and addresses. Therefore it writes only the name and the code lines of an error. From a record of a library
-it writes only the fixed text, not the inserted values.
+statements and addresses. Therefore this module writes only the name and the code lines of an error. From a record of a
+library, this module writes only the fixed text, not the inserted values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outbox_worker.escapes import printable
 Style = Literal["json", "console"]
 
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-"""The priorities of syslog and the journal for each log level."""
+"""The priority for each log level, as syslog and the journal define it."""
 
 _COLOURS = {"DEBUG": "34", "INFO": "1", "WARNING": "1;33", "ERROR": "1;31"}
 
@@ -62,7 +62,7 @@ def _stderr_is_the_journal() -> bool:
 
 
 def _write(form: Callable[[Record], str], with_priority: bool, message: Message) -> None:
-    """Write a record; drop it if stderr fails, because loguru would print the failure with secret values."""
+    """Write a record. If stderr fails, drop the record, because loguru would print the failure with secret values."""
     priority = f"<{_PRIORITIES[message.record['level'].name]}>" if with_priority else ""
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{priority}{form(message.record)}\n")

@@ -108,7 +108,7 @@ class Metrics:
             "Number of succeeded payments without a purchase that nothing explains",
             registry=registry,
         )
-        self.unexplained.set(math.nan)  # no backfill has searched yet
+        self.unexplained.set(math.nan)  # no backfill has searched for such payments yet
         self.at_risk = Gauge(
             "outbox_value_at_risk",
             "Sum of the amounts of unexplained payments, by currency",
@@ -136,11 +136,11 @@ class Metrics:
         self._polled_at = time.monotonic()
 
     def count_events(self, event_type: str, outcome: Outcome, count: int) -> None:
-        """Count events. All unknown types share one label, because producers could write any number of types."""
+        """Count events. All unknown types share one label value, because producers could write any number of types."""
         self.events.labels(event_type if event_type in _KNOWN_TYPES else _OTHER, outcome).inc(count)
 
     def _begin_at_zero(self) -> None:
-        """Create every series with the value 0: ``rate`` and ``increase`` ignore the first value of a series."""
+        """Create every series with the value 0, because ``rate`` and ``increase`` ignore its first value."""
         for event_type, outcome in product((*_KNOWN_TYPES, _OTHER), Outcome):
             self.events.labels(event_type, outcome)
         for counter, values in (
@@ -165,7 +165,10 @@ class Metrics:
         return +tally
 
     def snapshot(self) -> dict[str, float]:
-        """Return counters, and sums and counts of histograms, keyed by ``name{label="value"}``, for ``status``."""
+        """Return counters, and sums and counts of histograms, for ``status``.
+
+        Each key has the form ``name{label="value"}``.
+        """
         samples = (sample for family in self.registry.collect() for sample in family.samples)
         return {
             _series(sample.name, sample.labels): sample.value

@@ -1,4 +1,4 @@
-"""Writes the log records and metrics of the worker: for each batch, and for starts, stops, outages and backfills.
+"""Writes the log records and metrics of the worker about batches, starts, stops, outages and backfills.
 
 A log record never contains payload text or a secret. Its fields are ids, counts, sums of money and names of errors.
 """
@@ -82,7 +82,7 @@ class Telemetry:
         logger.bind(event="http_listening", address=address).info("HTTP at {}", address)
 
     def http_unavailable(self, address: str, error: str) -> None:
-        """Log that the worker cannot answer HTTP. The worker settles events all the same."""
+        """Log that the worker cannot answer HTTP. The worker still settles events."""
         logger.bind(event="http_unavailable", address=address, error=error).error(
             "cannot answer HTTP at {}: {}; trying again; events are settled meanwhile", address, error
         )
@@ -116,7 +116,7 @@ class Telemetry:
         logger.bind(event="worker_stopped", **counts).info("stopped; since the start {}", _counted(_outcomes(counts)))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """Log that a step failed and is tried again after a pause. The failure is no attempt of any event."""
+        """Log that a step failed and is tried again after a pause. The failure is not counted as a try of any event."""
         cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
         failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
@@ -151,7 +151,10 @@ class Telemetry:
         self.metrics.open_letters.set(open_letters)
 
     def observe_horizon(self, stood_still_seconds: float) -> None:
-        """Set the time since the vacuum horizon last moved. Until it moves, vacuum cannot remove settled events."""
+        """Set the seconds since the vacuum horizon last moved.
+
+        While it does not move, vacuum cannot remove deleted events.
+        """
         self.metrics.horizon.set(stood_still_seconds)
 
     def observe_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
@@ -272,7 +275,7 @@ class Telemetry:
 
 
 def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
-    """Return whether the trouble may end without a person, and a sentence that describes the trouble."""
+    """Return whether the trouble may end without the action of a person, and a sentence that describes the trouble."""
     if refusal := login_refusal(error):
         return False, f"the database refuses the connection: {refusal}; trying again until it accepts"
     if failure is Failure.RECONNECT and sqlstate(error) is None:
