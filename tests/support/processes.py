@@ -32,6 +32,9 @@ from tests.support.forkserver import Child, ForkServer
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
 """Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
 _NOT_PASSED_ON = (
+    "MAKE",
+    "MFLAGS",
+    "ARGS",
     "OUTBOX_",
     "NOTIFY_SOCKET",
     "WATCHDOG_",
