@@ -223,10 +223,15 @@ def test_settling_closes_the_open_letter(shop: Shop, processor: ProbedProcessor,
     assert shop.letter_of(bystander.event_id) == bystander
 
 
-def test_settling_leaves_a_closed_letter_as_it_was(shop: Shop, processor: ProbedProcessor) -> None:
+@pytest.mark.parametrize("is_judged", [False, True], ids=["by the fast statement", "one by one"])
+def test_settling_leaves_a_closed_letter_as_it_was(shop: Shop, processor: ProbedProcessor, is_judged: bool) -> None:
     paid = {state: shop.paid() for state in ("requeued", "discarded", "settled")}
+    for _, event in paid.values():
+        if is_judged:
+            shop.mark(event)
     was = [shop.letter_of(shop.dead_letter(*paid[state], state=state)) for state in paid]
-    assert settle(processor) == {event: Outcome.CREATED for _, event in paid.values()}
+    outcome = Outcome.RECOVERED if is_judged else Outcome.CREATED
+    assert settle(processor) == {event: outcome for _, event in paid.values()}
     assert [shop.letter_of(event) for _, event in paid.values()] == was
 
 
