@@ -44,6 +44,9 @@ _NOT_PASSED_ON = (
     "LINES",
     "NO_COLOR",
     "FORCE_COLOR",
+    "ARGS",
+    "MAKE",
+    "MFLAGS",
 )
 _END = b"\x1e"
 Given = dict[str, Any]

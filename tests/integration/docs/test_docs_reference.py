@@ -15,8 +15,8 @@ from outbox_worker.errors import OutboxWorkerError
 from outbox_worker.model import COLUMNS, Outcome, Reason
 from outbox_worker.settings import RELOADABLE, load_settings
 from outbox_worker.telemetry.metrics import Metrics
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 SAMPLE = ROOT / "deploy" / "outbox-worker.toml"
 

@@ -11,8 +11,9 @@ from alembic.util import load_python_file
 
 from outbox_worker.schema import tables as schema
 from outbox_worker.settings import load_settings
+from tests.support import ROOT
 
-MIGRATIONS = Path(__file__).parents[2] / "alembic"
+MIGRATIONS = ROOT / "alembic"
 FROZEN = [MIGRATIONS / "naming.py", *sorted((MIGRATIONS / "versions").rglob("*.py"))]
 REVISIONS_MIN = 5
 ALLOWED = {"__future__", "alembic", "collections", "dataclasses", "naming", "sqlalchemy", "typing"}
