@@ -44,9 +44,6 @@ _NOT_PASSED_ON = (
     "LINES",
     "NO_COLOR",
     "FORCE_COLOR",
-    "ARGS",
-    "MAKE",
-    "MFLAGS",
 )
 _END = b"\x1e"
 Given = dict[str, Any]
