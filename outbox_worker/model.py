@@ -43,7 +43,8 @@ _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
 """Outcomes whose mark does not prove that an active purchase was created.
 
-A mark with any other outcome proves that one was created, even if this version does not know the outcome.
+A mark with any other outcome proves that an active purchase was created, even if this version does not know the
+outcome.
 """
 
 
@@ -70,9 +71,9 @@ The worker creates no purchase for the payment until a person decides.
 WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
 """Reasons whose dead letters waive a purchase: if a person discards such a letter, its payment gets no purchase.
 
-This is true only for the dead letters of confirmations. The other reasons mean that the payment is missing or has not
-succeeded. If a person discards a letter with one of the other reasons and the payment succeeds later, the payment still
-gets its purchase.
+Only a dead letter whose event confirms a payment can waive a purchase. The other reasons mean that the payment is
+missing or has not succeeded. If a person discards a letter with one of the other reasons and the payment succeeds
+later, the payment still gets its purchase.
 """
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 class Keys(UserDefinedType[Sequence[Any]]):
     """The type of an array parameter that is sent as one array literal. None becomes NULL.
 
-    Its elements must not contain a comma, brace or quote, as is true for integers, UUIDs and names. Use ARRAY for other
+    Its elements must not contain a comma, brace or quote. Integers, UUIDs and names contain none. Use ARRAY for other
     texts.
     """
 

@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.25
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is cut if an answer takes longer than ``answer_seconds``. None means no limit.
 
-    If the connection is cut, the waiting call raises psycopg.OperationalError without a SQLSTATE, like for every lost
+    If the connection is cut, the waiting call raises psycopg.OperationalError without a SQLSTATE, as for every lost
     connection.
     """
 

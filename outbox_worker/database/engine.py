@@ -30,8 +30,9 @@ _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "
 class Database:
     """An engine with transactions for one database.
 
-    Each transaction sets its own time-outs, so that they also work through a pooler. ``deadline_seconds`` is the
-    longest wait for a statement and for each answer of the server. None means no limit. Only migrations use None.
+    Each transaction sets its own time-outs, so that they also work through a pooler. No statement may run longer than
+    ``deadline_seconds``, and the client waits no longer than this for any answer from the server. None means no limit.
+    Only migrations use None.
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
@@ -55,9 +56,10 @@ class Database:
             yield session
 
     def was_committed(self, transaction_id: str) -> bool | None:
-        """Return whether a transaction whose COMMIT got no answer was committed; None if the server no longer knows.
+        """Return whether a transaction whose COMMIT got no answer was committed.
 
-        While the transaction is still in progress, this method calls ``pg_xact_status`` repeatedly.
+        Return None if the server no longer knows. While the transaction is still in progress, this method calls
+        ``pg_xact_status`` repeatedly.
         """
         decided = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda status: status == "in progress"),

@@ -2,9 +2,9 @@
 
 The owner is the process that uses the server and started it. The standard input of this script is called the lifeline.
 It is a pipe whose other end only the owner has open. End-of-file therefore means that the owner has ended, even if the
-owner was killed. PostgreSQL ends if this process ends. This process and PostgreSQL inherit the lock, so the lock
-becomes free only when the last of these processes has ended. The script has one thread. It is run by its path with
-``python -I -S``, and imports only the standard library.
+owner was killed. PostgreSQL ends if this process ends. The owner has locked a file in the directory. This process and
+PostgreSQL inherit this lock, so the lock becomes free only when the last of these processes has ended. The script has
+one thread. It is run by its path with ``python -I -S``, and imports only the standard library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """
@@ -79,9 +79,9 @@ def main(arguments: list[str]) -> None:
 def leave_root(home: Home) -> None:
     """Stop running as uid 0, because PostgreSQL refuses to run as root.
 
-    If root does not own the directory, become its owner. If root owns it, enter a user namespace, in which this process
-    keeps its access to root's files but has no other rights of root. If that is not permitted, become `nobody` and give
-    the files to `nobody`.
+    If root does not own the directory, change to the account that owns it. If root owns it, enter a user namespace, in
+    which this process keeps its access to root's files but has no other rights of root. If that is not permitted,
+    become `nobody` and give the files to `nobody`.
     """
     status = home.directory.stat()
     if status.st_uid == 0 and namespace_permitted():
@@ -104,7 +104,8 @@ def leave_root(home: Home) -> None:
 def namespace_permitted() -> bool:
     """Return whether this process may enter a user namespace. macOS has none.
 
-    A child process tries to enter one, because a process cannot leave a user namespace again.
+    A process cannot leave a user namespace after it has entered it. So a child process tries it, and this process stays
+    outside.
     """
     child = os.fork()
     if child == 0:

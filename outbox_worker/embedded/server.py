@@ -120,8 +120,8 @@ class _Postmaster(NamedTuple):
     def listens(self) -> bool:
         """Return whether a process listens at the socket.
 
-        The check uses the wrong type of socket on purpose. The kernel then returns an error, and the server does not
-        notice the check.
+        The check uses the wrong type of socket on purpose. If a server listens, the kernel answers with a particular
+        error (EPROTOTYPE) and makes no connection, so the server does not notice the check.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
@@ -141,7 +141,7 @@ def _pid_file(directory: Path) -> _Postmaster | None:
 def _postmaster(directory: Path) -> _Postmaster | None:
     """Return the running server of this directory, or None.
 
-    If the pid file names another data directory, it is ignored, because it was copied here together with the data.
+    A pid file that names another data directory is ignored, because it was copied here together with the data.
     """
     found = _pid_file(directory)
     return found if found and found.data == str(directory / "data") and found.listens() else None

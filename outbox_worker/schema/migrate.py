@@ -82,7 +82,7 @@ def _expect_rights(connection: Connection, settings: Settings, tables: Tables, o
 
 
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
-    """Refuse to create a payments table that OUTBOX_TABLES names.
+    """Raise an error if OUTBOX_TABLES names a payments table that does not exist. Do not create it.
 
     The name probably contains a typing error, and an empty new table would hide the error.
     """

@@ -82,7 +82,7 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
-    """Return a problem for everything that is missing or does not fit, for the tables in ``privileges``."""
+    """Check the tables in ``privileges``. Return a problem for everything that is missing or does not fit."""
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}

@@ -103,7 +103,7 @@ class _UnderLocks(ABC):
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         """Choose events whose purchases one statement can write together.
 
-        All other events are judged again afterwards.
+        The other events are judged again after this statement.
         """
 
     @abstractmethod
@@ -128,7 +128,7 @@ class _UnderLocks(ABC):
         *,
         may_write: bool = True,
     ) -> Verdicts:
-        """Judge the events, write their purchases, and judge again the events that were not written.
+        """Judge the events and write their purchases. Judge an event again if its purchase was not written.
 
         Each round except the last gives a verdict to at least one event.
         """
@@ -159,9 +159,9 @@ class ConfirmedPurchases(_UnderLocks):
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         """Insert the purchases of all clean events by one statement.
 
-        Then lock the pairs of the other events and judge them. An event is clean if none of rules 1 to 8
-        applies to it. Raises OutOfOrder if one of the other events must get a purchase, because the statement may
-        already have written purchases that come after this purchase in the order of all workers.
+        Then lock the pairs of the other events and judge them. An event is clean if none of rules 1 to 8 applies to it.
+        Raises OutOfOrder if one of the other events must get a purchase, because the first statement may already have
+        written purchases that come after this purchase in the order that all workers use.
         """
         inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
         verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
@@ -218,7 +218,8 @@ class RefundedPurchases(_UnderLocks):
         """Create a purchase for each pair that has no active purchase now, from its oldest payment without a purchase.
 
         If a purchase was not written, read the payments again. This method reads the payments after the refunds are
-        written, and while the pairs are locked. So no other worker can judge a payment as a duplicate in between.
+        written, and while the pairs are locked. So no other worker can judge a payment as a duplicate between the
+        refund and the new purchase.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -242,8 +243,9 @@ def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str |
     purchase. Return None if there is no such payment, or if another worker may be writing the pair's purchase.
 
     If this refund deactivated the active purchase of the pair, every other worker that writes a purchase of the pair
-    waits for this transaction. If the pair had no active purchase before, another worker may be writing the purchase of
-    a payment whose event is in the outbox. Waiting for that worker could deadlock.
+    waits for this transaction. Therefore this transaction may create one. If the pair had no active purchase before,
+    another worker may be writing the purchase of a payment whose event is in the outbox. If this worker waited for that
+    worker, both could deadlock.
     """
     is_open = event_facts.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)

@@ -11,20 +11,21 @@ from dataclasses import dataclass, field
 from outbox_worker.model import Position
 
 FEWEST = 50
-"""The number of events below which batches do not shrink because the database is slow.
+"""The smallest batch size to which a slow database may reduce the batches.
 
 Smaller batches would spend most of their time on BEGIN and COMMIT.
 """
 STUCK_PASSES_MAX = 5
 """The number of full claims in a row without a settled event, after which the claimed events are postponed."""
 FEW_IN_DOUBT = 15
-"""The largest batch in which each event can always be tried alone within one transaction, which may use
-``MAX_SAVEPOINTS`` savepoints (two per halving).
+"""The largest batch size at which one transaction can always try each event alone.
+
+The limit exists because a transaction may use only ``MAX_SAVEPOINTS`` savepoints (two per halving).
 """
 START_SHARE = 0.05
 """The largest share of its time that a claim loop spends on claims from the start of the queue.
 
-It applies only while claims are full.
+This limit applies only while claims are full.
 """
 
 
@@ -56,8 +57,8 @@ class Frontier:
 class Pacing:
     """The state of one claim loop between two batches.
 
-    ``target_seconds`` is the longest time that a batch should take. There is a limit because a
-    producer may insert the event id of a claimed event a second time. This producer waits for the COMMIT of the batch.
+    ``target_seconds`` is the longest time that a batch should take. There is a limit because a producer that inserts
+    the event id of a claimed event a second time must wait for the COMMIT of the batch.
     """
 
     batch_size: int
@@ -88,7 +89,10 @@ class Pacing:
         self.limit = min(self.limit, batch_size)
 
     def start(self, now: float) -> Position | None:
-        """Return the position after which the next claim begins, or None for the start. ``now``: monotonic seconds."""
+        """Return the position after which the next claim begins, or None for the start.
+
+        ``now`` is in monotonic seconds.
+        """
         self._turn = self.frontier.turn
         if self._beyond is not None:
             return self._beyond
@@ -116,7 +120,10 @@ class Pacing:
         return self._chosen
 
     def failed(self) -> None:
-        """Claim half as many events next time, from the start, because another transaction caused this failure."""
+        """Claim half as many events next time, from the start of the queue.
+
+        The events are not at fault, because another transaction caused this failure.
+        """
         self.is_alone = self.limit == 1
         self.limit = max(1, self.limit // 2)
         self.frontier.go_back()
@@ -127,11 +134,11 @@ class Pacing:
         self.frontier.go_back()
 
     def in_doubt(self, end: Position | None) -> None:
-        """Adapt the next claim to find out whether refused events or the database itself caused the refusals.
+        """Change the next claim to find out whether the refused events or the database are the cause.
 
-        First claim only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these events are refused, too, begin
-        the next claim after ``end``, the position of the last event of a full claim. If an event after ``end``
-        succeeds, the database is not the cause.
+        The first such claim asks for only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these events are
+        refused, too, the next claim begins after ``end``, the position of the last event of a full claim. If an event
+        after ``end`` succeeds, the database is not the cause.
         """
         if self.limit > FEW_IN_DOUBT:
             self.limit = FEW_IN_DOUBT

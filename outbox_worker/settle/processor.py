@@ -100,9 +100,9 @@ class Processor:
         """Process one event alone.
 
         First, one transaction adds 1 to the crash count of the event. A second transaction settles the event and resets
-        the count. So the higher count stays only if the process crashes in between. If an error is raised, the process
-        has not crashed, and the next call tries the same event again. After ``STUCK_PASSES_MAX`` transient or unclear
-        errors, the event is postponed.
+        the count. So the higher count stays only if the process crashes between the two transactions. If an error is
+        raised, the process has not crashed, and the next call tries the same event again. After ``STUCK_PASSES_MAX``
+        transient or unclear errors, the event is postponed.
         """
         if self._isolated is None:
             key = self._crash_suspects.pop() if self._crash_suspects else None
@@ -256,7 +256,10 @@ class Processor:
         return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
-        """Postpone the first event without counting a try, because another transaction blocks it even alone."""
+        """Postpone the first event without counting a try.
+
+        Another transaction blocks this event although it was the only event of its batch.
+        """
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until).batch
             self._postpone_uncharged(session, batch)

@@ -48,7 +48,7 @@ class Settled(NamedTuple):
 
     verdicts: Verdicts
     is_through: bool = True
-    """Whether all events were tried. If the savepoints were used up earlier, the events not tried have no verdict."""
+    """Whether all events were tried. If no savepoint was left for some events, they have no verdict."""
 
 
 @dataclass

@@ -25,9 +25,9 @@ from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
 """The age at which the rows of finished periodic backfills are deleted."""
 CONTINUED_WITHIN = timedelta(days=1)
-"""The longest time since the last update of its row after which a killed backfill is still continued.
+"""The largest age of the last update of a killed backfill's row at which the next backfill continues it.
 
-An older backfill is not continued, because its cutoff excludes all newer payments.
+If the last update is older, the backfill is not continued, because its cutoff excludes all newer payments.
 """
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
@@ -138,7 +138,8 @@ class BackfillRuns:
         """Return whether this process should run the periodic backfill now.
 
         Return True if no periodic backfill runs and the last one began at least ``every`` ago. Then all other processes
-        get False until this transaction ends. Therefore the caller inserts the row of the backfill in this transaction.
+        get False until this transaction ends. Therefore the caller must insert the row of the new backfill in this
+        transaction.
         """
         if not session.scalar(_TAKE_TURN, {"key": _TURN_KEY}):
             return False

@@ -63,7 +63,7 @@ DECIDABLE = {
     Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
     Decision.DISCARD: (DeadLetterState.OPEN,),
 }
-"""For each decision, the states in which a letter must be so that the decision is allowed."""
+"""For each decision, the states of a letter in which the decision is allowed."""
 
 
 @dataclass(frozen=True, slots=True)

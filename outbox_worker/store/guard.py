@@ -40,7 +40,7 @@ class GuardState:
 
 
 class GuardWatch:
-    """The memory of the guard that this process found last. All claim loops of the process share one ``GuardWatch``.
+    """A store for the guard that this process found last. All claim loops of the process share one ``GuardWatch``.
 
     The loops need no lock for it, because assigning ``state`` is atomic. If the state is out of date, a batch is rolled
     back to its savepoint and settled again; no purchase is lost or doubled.
@@ -139,7 +139,8 @@ _SOME_DEFERRABLE = text(
 def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
     """Return the indexes that EXPLAIN names as arbiters of ON CONFLICT; [] if the INSERT would raise 42P10 or 55000.
 
-    EXPLAIN does not raise 55000 if an index is deferrable, but the INSERT does. So this is checked separately.
+    EXPLAIN does not raise 55000 if an index is deferrable, but the INSERT does. So a separate query checks whether an
+    index is deferrable.
     """
     nothing = select(null(), null()).where(text("false"))
     columns = [purchases.c.student_id, purchases.c.course_id]

@@ -174,9 +174,10 @@ class Outbox:
         return None if row is None else IsolatedEvent(row.id, row.crashes, row.due_at)
 
     def claim_isolated(self, session: Session, isolated: IsolatedEvent) -> Claim:
-        """Lock the event again and reset its crash count in this transaction. A real crash rolls the reset back.
+        """Lock the event again and reset its crash count in this transaction.
 
-        Waits if another transaction has locked the event. If the event no longer exists, the claim is empty.
+        If the process crashes, PostgreSQL rolls the reset back. This method waits if another transaction has locked the
+        event. If the event no longer exists, the claim is empty.
         """
         claim = _claim_of(self._claim_isolated.execute(session, {"id": isolated.id}).one())
         if claim.batch:
@@ -319,7 +320,7 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
 
 
 def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Aggregate a column into an array in text form. The client parses this text only if it needs a single value."""
+    """Aggregate a column into an array in text form. The worker parses it only if it needs a single value."""
     return cast(func.array_agg(column), Text)
 
 
@@ -429,6 +430,9 @@ def _close_letters_statement(letters: Table) -> Update:
 
 
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
-    """Build a relation (id, …) from one array parameter per column. The column ``delay`` comes from ``delays``."""
+    """Build a relation (id, …) from one array parameter per column.
+
+    The column ``delay`` has the parameter ``delays``.
+    """
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

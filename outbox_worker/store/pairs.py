@@ -55,7 +55,7 @@ class PairLocks:
     contended: frozenset[int]
     """Events whose pair is not locked, because another transaction has locked it or the capacity was used up."""
     order: tuple[int, ...]
-    """All events of the batch, in the order in which every statement writes purchases."""
+    """All events of the batch. Every statement that writes purchases writes them in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def keys_of(batch: Batch) -> dict[str, Any]:
 def claimed_keys(outbox: Table) -> FromClause:
     """Build a relation (id, payment_id) with the keys of a batch.
 
-    If the payload column is json or text, the relation also has the payload fields that the client parsed.
+    If the payload column is json or text, the relation also has the payload fields that the worker parsed in Python.
     """
     ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
     read = Repeated._fields if payload.is_document(outbox) else ()
@@ -99,7 +99,7 @@ def claimed_keys(outbox: Table) -> FromClause:
 def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
     """Return the relation that has the optional payload fields.
 
-    If the client parsed the payloads, return ``claimed``, because the fields are parameters. Otherwise return
+    If the worker parsed the payloads in Python, return ``claimed``, because the fields are parameters. Otherwise return
     ``event``.
     """
     return claimed if "amount" in claimed.c else event

@@ -1,12 +1,12 @@
 """Reads payloads: five fields, each as text of bounded length.
 
-In a jsonb column, SQL expressions read the fields. The payload is not sent to the client, because PostgreSQL accepts
-payloads that Python cannot decode (deep nesting, huge integers).
+In a jsonb column, SQL expressions read the fields. The payload is not sent to the worker (in Python), because
+PostgreSQL accepts payloads that Python cannot decode (deep nesting, huge integers).
 
 A json or text column may contain what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field
-of such a row, the statement would fail for all rows. So the client reads these payloads and parses
-them one by one. A json or text payload is called a *document*. If a document is too long or cannot be parsed, only the
-event of this document becomes a dead letter.
+of such a row, the statement would fail for all rows. So the worker reads json and text payloads as text and parses them
+one by one in Python. In this module, a json or text payload is called a *document*. If a payload is too long or cannot
+be parsed, only its own event becomes a dead letter.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
 
 LONGEST_DOCUMENT = 262_144
-"""The largest document, in bytes, that the client reads.
+"""The largest document (a json or text payload), in bytes, that the worker reads.
 
-There is a limit because the client receives up to 1,000 documents at once.
+There is a limit because the worker receives up to 1,000 payloads at once.
 """
 _LONGEST_KEPT = 100_000_000
-"""The largest number of characters of a document that its dead letter stores.
+"""The largest number of characters of a document (a json or text payload) that its dead letter stores.
 
 There is a limit because a jsonb string must be shorter than 256 MB.
 """
@@ -53,13 +53,13 @@ def is_document(outbox: FromClause) -> bool:
 
 
 def document(outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload as text; NULL if it is longer than ``LONGEST_DOCUMENT``."""
+    """Build a document (a json or text payload) as text. It is NULL if it is longer than ``LONGEST_DOCUMENT``."""
     written = cast(outbox.c.payload, Text)
     return case((func.octet_length(written) <= LONGEST_DOCUMENT, written))
 
 
 def to_dead_letter(outbox: FromClause) -> ColumnElement[Any]:
-    """Convert a payload to the jsonb value of its dead letter. A document becomes one JSON string."""
+    """Convert a payload to the jsonb value of its dead letter. A json or text payload becomes one JSON string."""
     if not is_document(outbox):
         return outbox.c.payload
     return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
@@ -77,7 +77,8 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
 def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload column of a claim.
 
-    From jsonb, it is the ``candidate``: a text that may be the payment's id. Otherwise it is the whole ``document``.
+    From jsonb, it is the ``candidate``: a text that may be the payment's id. From json or text, it is the whole payload
+    (``document``).
     """
     return (
         document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
@@ -96,7 +97,10 @@ def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | Non
 
 
 def read_document(text: str | None) -> tuple[str | None, Repeated]:
-    """Parse a document. Return its ``payment_id`` in lower case (None if it is no UUID) and its other fields."""
+    """Parse a document (a json or text payload).
+
+    Return its ``payment_id`` in lower case (None if it is no UUID) and its other fields.
+    """
     try:
         found = _parse(text or "")
     except (ValueError, RecursionError):
@@ -120,7 +124,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _first_level(text: str) -> str:
-    """Replace every nested object and array of a document by ``{}``, because deep nesting cannot be parsed."""
+    """Replace every nested object and array of a JSON text by ``{}``, because Python cannot parse deep nesting."""
     depth, start, parts = 0, 0, []
     for token in _TOKEN.finditer(text):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
@@ -170,8 +174,8 @@ def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
 def usable_payment_ids(candidates: str) -> Sequence[str | None]:
     """Parse an array of candidates. Return UUIDs in lower case, and None for every candidate that is not a UUID.
 
-    The client checks the candidates, because a regular expression on the server would take a tenth of the server's time
-    per event. If all candidates are UUIDs in lower case, the text of the array is not split.
+    The worker checks the candidates in Python, because a regular expression on the server would take a tenth of the
+    server's time per event. If all candidates are UUIDs in lower case, the text of the array is not split.
     """
     if _ARE_UUIDS(candidates):
         return ArrayText(candidates)
@@ -182,9 +186,9 @@ def usable_payment_ids(candidates: str) -> Sequence[str | None]:
 def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` in lower case, even if it is not a UUID. The expression never raises an error.
 
-    In a document, a regular expression finds the ``payment_id``, even in a nested object. In jsonb, no regular
-    expression checks the value, because the check would take longer than reading the table. The check is not needed,
-    because the value is only compared with UUIDs.
+    In a json or text payload, a regular expression finds the ``payment_id``, even in a nested object. In jsonb, no
+    regular expression checks the value, because the check would take longer than reading the table. The check is not
+    needed, because the value is only compared with UUIDs.
     """
     if is_document(outbox):
         return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))
@@ -194,8 +198,8 @@ def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
 def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """Build one condition per optional field: the payload has this field, and its value differs from the payment row.
 
-    ``source`` is the event's row, or a relation with the fields that the client parsed. The condition first
-    compares the texts of both values. In most payloads they are equal, and then nothing else is computed.
+    ``source`` is the event's row, or a relation with the fields that the worker parsed in Python. The condition first
+    compares the texts of both values. In most payloads the texts are equal, and then nothing else is computed.
     """
     rules = {
         "student_id": _id_differs(key_text(source, "student_id"), payments.c.student_id),

@@ -66,7 +66,7 @@ from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import is_succeeded
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
-"""The prefix of a payment's id in a hash: when a backfill marks a payment, the mark's event id is the MD5 of both."""
+"""The text from which, together with a payment's id, a backfill computes the event id of its mark (by MD5)."""
 
 
 class PurchaseRepository:
@@ -154,8 +154,8 @@ class PurchaseRepository:
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
         """Mark events with their final outcome.
 
-        An existing mark keeps its outcome unless the event has just created a purchase, that is, unless ``outcome`` is
-        one of ``GRANTS``.
+        An existing mark gets the new outcome only if the event has just created a purchase, that is, if ``outcome`` is
+        one of ``GRANTS``. Otherwise the existing mark does not change.
         """
         self._run_mark(session, batch, outcome, self._mark)
 

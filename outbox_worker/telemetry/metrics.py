@@ -140,7 +140,7 @@ class Metrics:
         self.events.labels(event_type if event_type in _KNOWN_TYPES else _OTHER, outcome).inc(count)
 
     def _begin_at_zero(self) -> None:
-        """Create every series with the value 0, because ``rate`` and ``increase`` ignore its first value."""
+        """Create every series with the value 0, because ``rate`` and ``increase`` ignore a series' first value."""
         for event_type, outcome in product((*_KNOWN_TYPES, _OTHER), Outcome):
             self.events.labels(event_type, outcome)
         for counter, values in (
