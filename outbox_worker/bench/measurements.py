@@ -47,7 +47,7 @@ def worker_command(*arguments: str) -> list[str]:
 
 
 def worker_environment(conninfo: str) -> dict[str, str]:
-    """Return the environment of a worker: that of this process without OUTBOX_*, plus the database's URL.
+    """Return the environment of a worker: this process's environment without OUTBOX_*, plus the database's URL.
 
     HTTP is off, because several workers run at the same time and would need the same port.
     """
@@ -62,7 +62,10 @@ def wal_bytes(connection: psycopg.Connection) -> int:
 
 
 def server_cpu(connection: psycopg.Connection) -> float | None:
-    """Return the CPU seconds of all server processes so far, even ended ones. None if /proc does not show them."""
+    """Return the CPU seconds of all server processes so far, even of ended ones.
+
+    Return None if /proc does not show them.
+    """
     stats = {int(entry.name): _stat(entry) for entry in Path("/proc").glob("[0-9]*")}
     backend = stats.get(connection.info.backend_pid)
     if backend is None or backend.name != "postgres":
@@ -117,7 +120,7 @@ def statements_per_batch(conninfo: str, events: int) -> float:
     """Return how many statements one claim loop sends for a full batch, including BEGIN and COMMIT.
 
     ``events``: how many events are in the outbox. A second run, with an empty outbox, counts the statements of start
-    and stop, which are subtracted.
+    and stop. They are subtracted from the statements of the first run.
     """
     settings = load_settings(database_url=url_of(conninfo))
     first, second = (_statements_of_a_drain(settings) for _ in range(2))
@@ -152,7 +155,7 @@ def _serving(conninfo: str) -> Iterator[None]:
     """Run a daemon in the background. The ``with`` block begins when the daemon is ready to claim."""
     process = subprocess.Popen(worker_command(), env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     try:
-        assert process.stderr is not None  # noqa: S101 - asked for above
+        assert process.stderr is not None  # noqa: S101 - not None, because stderr=PIPE
         next(line for line in process.stderr if "worker_started" in line)
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield
@@ -170,7 +173,10 @@ class _Watch:
         self._done = threading.Event()
 
     def run(self) -> list[float]:
-        """Return latencies in milliseconds. Leaves out the first second, because the worker may not listen yet."""
+        """Return the latencies in milliseconds.
+
+        Leave out those of the first second, because the worker may not listen yet.
+        """
         producer = threading.Thread(target=self._produce)
         producer.start()
         found, begin = [], time.monotonic()
@@ -192,7 +198,7 @@ class _Watch:
                 begin = time.monotonic()
                 with connection.transaction():
                     payment = self._pay(connection)
-                    self._done.wait(random.uniform(0, 0.02))  # noqa: S311 - a load, no secret
+                    self._done.wait(random.uniform(0, 0.02))  # noqa: S311 - a random load; not a secret
                 self._waiting[payment] = time.monotonic()
                 self._done.wait(max(0.0, 1 / LATENCY_RATE - (time.monotonic() - begin)))
         self._done.set()

@@ -37,9 +37,10 @@ from outbox_worker.schema.tables import OWNED, build_tables
 from outbox_worker.settings import Settings, load_settings
 
 DATABASE = "outbox_worker_bench"
-"""The benchmark's database on the server of OUTBOX_DATABASE_URL. It is dropped afterwards."""
+"""The benchmark's database on the server of OUTBOX_DATABASE_URL. The benchmark drops it at the end."""
 ONE_BY_ONE_SHARE = 0.04
-"""The share of events for ``one by one``, so that it takes about as long as the other contestants."""
+"""The share of the events that the contestant ``one by one`` settles. With this share, it takes about as long as the
+other contestants."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -79,7 +80,7 @@ class BenchRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """All runs of each contestant in order, and latencies in milliseconds, by polling and by notify."""
+    """All runs of each contestant in order, and the latencies in milliseconds with polling and with NOTIFY."""
 
     plan: Plan
     runs: Mapping[str, Sequence[BenchRun]]
@@ -177,7 +178,7 @@ def _conninfo(settings: Settings) -> str:
 
 
 def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
-    """Fill the outbox, let one contestant settle it, and measure. Leaves out the CPU time of the worker's start."""
+    """Fill the outbox and measure how one contestant settles it. Leave out the CPU time of the worker's start."""
     idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
     fill(connection, events)
@@ -214,7 +215,7 @@ def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
     """Run the real command. Return the seconds from its first to its last log record, and its CPU seconds."""
     command = worker_command("--drain", "--concurrency", str(plan.concurrency))
     process = subprocess.Popen(command, env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
-    assert process.stderr is not None  # noqa: S101 - asked for above
+    assert process.stderr is not None  # noqa: S101 - not None, because stderr=PIPE
     lines = process.stderr.read().splitlines()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -89,7 +89,10 @@ def _fail(error: OutboxWorkerError) -> int:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C caused this error: Ctrl-C interrupted a library, and then the library's clean-up failed."""
+    """Return whether Ctrl-C caused this error.
+
+    Ctrl-C can interrupt a library, whose clean-up then raises another error.
+    """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

@@ -33,8 +33,8 @@ def open_database(
 ) -> tuple[Settings, Database, Tables]:
     """Load the settings and connect to the database.
 
-    A statement may take as long as the settings allow, or ``deadline_seconds`` if this is longer. If ``patient`` is
-    True, a statement may take any time. Raises SettingError and DatabaseUnavailable.
+    A statement may take as long as the settings allow, or ``deadline_seconds`` if this is longer than the settings
+    allow. If ``patient`` is True, a statement may take any time. Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)

@@ -201,7 +201,7 @@ def discard_dead_letters(
 def _select(
     events: list[UUID] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
 ) -> tuple[Selection, Sequence[str]]:
-    """Return the chosen letters, and the command-line words that choose them. Raises WrongUsage."""
+    """Return the chosen letters, and the command-line words that choose the same letters. Raises WrongUsage."""
     from outbox_worker.store.dead_letters import Selection
 
     chosen = bool(reason or event_type or older_than)
@@ -216,7 +216,7 @@ def _select(
 
 
 def _reason(given: str | None) -> str | None:
-    """Return ``given`` if it is a reason of dead letters or None. Raises WrongUsage otherwise."""
+    """Return ``given`` if it is None or a reason of dead letters. Otherwise raises WrongUsage."""
     if given is not None and given not in set(Reason):
         raise WrongUsage(f"{given} is not a reason of a dead letter. Reasons are: {', '.join(Reason)}.")
     return given

@@ -107,7 +107,7 @@ def why(
     from outbox_worker.cli.views import explanation
 
     with looking(config) as (_, _, explain):
-        found = explain(asked.encode(errors="replace").decode())  # bytes on the command line need not be valid text
+        found = explain(asked.encode(errors="replace").decode())  # the command line may contain invalid text
     if json:
         terminal.print_json(explanation.explanation_object(found))
     else:

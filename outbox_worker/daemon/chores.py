@@ -1,4 +1,4 @@
-"""Runs the chores of a worker: it writes heartbeats, updates gauges, checks the guard, and starts the listener."""
+"""Runs the chores of a worker: writes heartbeats, updates gauges, checks the guard, and starts the listener."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""The seconds between two rounds of chores. The next round, at the latest, notices a change of the guard."""
+"""The seconds between two rounds of chores. If the guard changes, the next round notices this, unless a claim loop
+notices it before."""
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 
@@ -85,7 +86,7 @@ class Chores:
         try:
             self._check_schema_if_suspect()
             look = self._look(stopped)
-        except Exception as error:  # noqa: BLE001 - reported, with its traceback if it is our own mistake
+        except Exception as error:  # noqa: BLE001 - reported; with a traceback if it is a bug
             self.meet_trouble(error, CHORE_SECONDS)
             self._supervision.looked_in_vain(error)
             return
@@ -95,7 +96,10 @@ class Chores:
             self._start_listening = None
 
     def meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """Log a failed step of any thread. If a table or privilege may be missing, check for it in the next round."""
+        """Log a failed step of any thread.
+
+        If the error may be caused by a missing table or privilege, check in the next round.
+        """
         self._telemetry.trouble(error, pause_seconds)
         if (sqlstate(error) or "").startswith(_NAMES_AND_RIGHTS):
             self._is_schema_suspect = True

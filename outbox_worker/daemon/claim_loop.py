@@ -21,7 +21,7 @@ from outbox_worker.telemetry.reporter import BatchReport
 class ClaimLoop:
     """Claims and settles events on one connection until ``pulse`` is set.
 
-    A step settles one batch. The pulse records every step, every failed try and every part of a pause.
+    A step settles one batch. The pulse records every step, every failed try and every part of a sleep.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class ClaimLoop:
         processor.tell_of_tries(pulse.beat)
 
     def wake(self) -> None:
-        """Wake the loop if it sleeps. Otherwise end its next sleep at once, so that the loop claims once more."""
+        """Wake the loop if it sleeps.
+
+        If it does not sleep, end its next sleep at once, so that the loop claims once more.
+        """
         self._woken.set()
 
     def adopt(self, settings: Settings) -> None:
@@ -50,7 +53,7 @@ class ClaimLoop:
         self._settings = settings
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
-        """Settle one batch. If the database fails, try again for ``patience`` seconds. None: try again without limit.
+        """Settle one batch. If the database fails, try again for ``patience`` seconds, or without limit if it is None.
 
         Return None if ``pulse`` was set before a batch was settled.
         """
@@ -93,9 +96,10 @@ class ClaimLoop:
         self._on_trouble(error, pause_seconds)
 
     def _rest(self, report: BatchReport) -> None:
-        """Sleep, unless the claim was full. While no events arrive, each sleep is twice as long as the sleep before.
+        """Sleep, unless the claim returned a full batch.
 
-        Each sleep is shortened by a random part, so that workers do not all claim at the same moment.
+        While no events arrive, each sleep is twice as long as the last one. Each sleep is shortened by a random part,
+        so that workers do not all claim at the same moment.
         """
         low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
         if report.verdicts:
@@ -104,7 +108,7 @@ class ClaimLoop:
                 return
         self._pause = next_pause(self._pause, minimum=low, maximum=high)
         self.is_resting = True
-        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spreads load, no secret
+        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spreads load; not a secret
         self.is_resting = False
         self._woken.clear()
 

@@ -1,4 +1,4 @@
-"""Asks the daemon on this machine by HTTP whether it is healthy. So containers and scripts need no curl."""
+"""Asks the daemon on this machine by HTTP whether it is healthy. Containers and scripts then need no curl."""
 
 from __future__ import annotations
 

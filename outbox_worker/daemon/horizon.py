@@ -1,6 +1,6 @@
 """Measures for how long the vacuum horizon has not moved. The horizon is the oldest transaction still in use.
 
-VACUUM cannot remove rows that were deleted after the horizon, so claims must step over their index entries.
+VACUUM cannot remove rows that were deleted after the horizon, so every claim must skip the index entries of these rows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers since when the oldest transaction is the same. Not every role may read when a transaction began."""
+    """Remembers when it first saw the present horizon, because not every role may read when a transaction began."""
 
     def __init__(self) -> None:
         self._oldest: str | None = None
         self._since = 0.0
 
     def stood_still_seconds(self, session: Session) -> float:
-        """Return for how many seconds calls have found the same horizon, or 0 if no transaction holds it."""
+        """Return for how many seconds all calls have found the same horizon. Return 0 if there is no horizon."""
         oldest, now = session.scalar(_OLDEST), time.monotonic()
         if oldest is None or oldest != self._oldest:
             self._oldest, self._since = oldest, now

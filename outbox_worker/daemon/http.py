@@ -36,7 +36,7 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves HTTP inside the block. If the address is in use, logs this once and keeps trying."""
+    """Context manager that serves HTTP inside the block. If the address is in use, logs this once and tries again."""
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -65,7 +65,7 @@ class Endpoints(threading.Thread):
             try:
                 with bind(self._listen) as line:
                     self._serve(line)
-            except Exception as error:  # noqa: BLE001 - logged; the worker settles events without HTTP, too
+            except Exception as error:  # noqa: BLE001 - logged; the worker can settle events without HTTP
                 self._meet_trouble(error)
 
     def _meet_trouble(self, error: Exception) -> None:

@@ -17,7 +17,8 @@ _PATIENCE_SECONDS = 1.0
 class Listener(threading.Thread):
     """Calls ``wake`` when notifications arrive on its own direct connection.
 
-    While the connection is lost, no notifications arrive. So the listener also calls ``wake`` once after each LISTEN.
+    While the connection is lost, no notifications arrive. So the listener also calls ``wake`` once after it has
+    connected and sent LISTEN.
     """
 
     def __init__(

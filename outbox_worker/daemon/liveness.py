@@ -12,7 +12,8 @@ from dataclasses import dataclass
 STARTING = "starting: the database is not checked yet"
 STOPPING = "stopping"
 FEED_SECONDS = 0.1
-"""The shortest time between two messages to the watchdog. Without it, very short steps would send too many messages."""
+"""The shortest time between two messages to the watchdog. Without this limit, very short steps would cause too many
+messages."""
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Liveness:
     def returned(self, loop: int, now: float) -> bool:
         """Record that a loop has ended a step, a try, or a part of its sleep.
 
-        Return True if the watchdog must get a message now, because every loop has returned since the last message.
+        Return True if the watchdog must get a message now, because this method was called for every loop since the last
+        message.
         """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True
@@ -70,7 +72,7 @@ class Liveness:
         self._unreachable = trouble
 
     def why_not_alive(self, now: float) -> str | None:
-        """Describe in one line the loop that is late by the most seconds. Return None if no loop is late."""
+        """Describe in one line the loop whose step is most overdue. Return None if no step is overdue."""
         with self._lock:
             loop, since = min(
                 enumerate(each.returned for each in self._loops), key=lambda pair: pair[1], default=(0, now)

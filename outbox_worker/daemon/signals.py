@@ -20,7 +20,7 @@ _CLOSED = -1
 
 
 class Signals:
-    """Context manager for the main thread, with the methods of a ``threading.Event`` that a stop signal sets.
+    """Context manager for the main thread. Has the methods of a ``threading.Event``, which a stop signal sets.
 
     The signals ``more`` stop the process like SIGTERM and SIGINT. The signal ``reload`` only wakes the main thread;
     ``take_reload`` returns whether this signal has arrived.
@@ -81,13 +81,13 @@ class Signals:
             os.read(self._reader, 1024)
 
     def wake(self) -> None:
-        """Wake the main thread. Any thread may call this; after the ``with`` block, it does nothing."""
+        """Wake the main thread. Any thread may call this. After the ``with`` block, the call does nothing."""
         with suppress(OSError):
             os.write(self._writer, _WAKE)
 
 
 def make_signals() -> Signals:
-    """Return the signals of the daemon. SIGHUP reloads the settings; in a terminal, it stops the process."""
+    """Return the signals of the daemon. SIGHUP reloads the settings, but in a terminal SIGHUP stops the process."""
     if sys.stdin is not None and sys.stdin.isatty():
         return Signals(signal.SIGHUP)
     return Signals(reload=signal.SIGHUP)

@@ -1,7 +1,7 @@
 """Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
 The watchdog gets a message when every claim loop has ended a step since the last message. A timer is not used, because
-it would send messages even if a claim loop hangs.
+a timer would send messages even if a claim loop hangs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ STEP_DEADLINES = 6
 A step opens a connection and runs a few statements. Each of these actions ends within one database deadline.
 """
 _SLICES = 3
-"""A loop sleeps in parts. The longest part is the watchdog's limit or that of a step divided by this number."""
+"""A loop sleeps in parts. To find the longest part, take the shorter of two limits (the watchdog's limit and the limit
+of one step) and divide it by this number. Without a watchdog, take the limit of one step."""
 
 
 class Pulse:
-    """Records when the steps of one loop end. Each record is called a beat.
+    """Records when the steps and the parts of the sleep of one loop end. Each record is called a beat.
 
-    A pulse can replace the flag ``stop``, because it has the same methods. Its ``wait`` also records beats.
+    A caller can use a pulse instead of the flag ``stop``, because a pulse has the same methods. The pulse's ``wait``
+    also records beats.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Pulse:
         self.beat()
 
     def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the flag. Record beats during the wait. Return whether the flag was set."""
+        """Wait at most ``seconds`` for the flag ``until``. Record beats meanwhile. Return whether it was set."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()
@@ -92,11 +94,11 @@ class Supervision:
         return [Pulse(stop, self._liveness, loop, self._feed, self._slice_seconds) for loop in range(loops)]
 
     def waits(self, error: BaseException) -> None:
-        """Report that the start failed and will be tried again. systemd gets READY, because the process itself runs."""
+        """Report that the start failed and will be tried again. Send READY to systemd, because the process runs."""
         self._say_ready(f"{reason(error)}; waiting")
 
     def serves(self) -> None:
-        """Report that the claim loops run."""
+        """Report that the claim loops have started."""
         self._liveness.enter(None)
         self._say_ready("serving")
 

@@ -2,8 +2,8 @@
 
 A message is a datagram of NAME=VALUE lines. It is sent to the socket ``NOTIFY_SOCKET``, as in sd_notify(3).
 
-This module implements the protocol itself. The protocol is small and stable, and the bindings to libsystemd would have
-to be compiled on each machine.
+This module implements the protocol itself. The protocol is small and stable. The alternative, the bindings to
+libsystemd, would have to be compiled on each machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 
 _PATIENCE_SECONDS = 1.0
-"""The longest time that a claim loop waits while the service manager does not read messages from its socket."""
+"""The longest time that a claim loop waits to send a message if systemd does not read messages from its socket."""
 
 
 class Notifier:
@@ -39,7 +39,10 @@ class Notifier:
 
 
 def _watchdog_seconds(environment: MutableMapping[str, str]) -> float | None:
-    """Return after how many seconds without a message systemd restarts this process. None: the watchdog is off."""
+    """Return after how many seconds without a message systemd restarts this process.
+
+    Return None if the watchdog is off.
+    """
     microseconds, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
     is_meant = pid in ("", str(os.getpid()))
     return int(microseconds) / 1e6 if is_meant and microseconds.isdecimal() and int(microseconds) else None

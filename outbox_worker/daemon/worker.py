@@ -55,7 +55,8 @@ class Start:
 class Worker:
     """Runs ``settings.concurrency`` claim loops in one process, on one database.
 
-    After SIGHUP, ``reread`` is called to read the settings again. The constructor does not connect to the database.
+    After SIGHUP, the worker calls ``reread`` to read the settings again. The constructor does not connect to the
+    database.
     """
 
     def __init__(self, settings: Settings, reread: Callable[[], Settings] | None = None) -> None:
@@ -72,7 +73,7 @@ class Worker:
         self._loops: list[ClaimLoop] = []
 
     def run(self, signals: Signals) -> int:
-        """Serve until a stop signal arrives. Return the exit status. If the database is down at start, wait for it."""
+        """Serve until a stop signal arrives. Return the exit status. If the database is down at start, wait."""
         with self._supervision.answering():
             start = self._wait_for_start(signals)
             if start is None:
@@ -176,7 +177,10 @@ class Worker:
         return processor
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """Return the periodic backfill, if it is on. Its own thread ensures that no claim or heartbeat is delayed."""
+        """Return the periodic backfill, if it is on.
+
+        It runs in its own thread, so that it delays no claim or heartbeat.
+        """
         if not self._settings.backfill_every_seconds:
             return []
         given = self._settings, start.tables, self._guard, self._stop, self.telemetry, chores.meet_trouble
@@ -208,13 +212,13 @@ class Worker:
         return [thread.result() for thread in loops]
 
     def _wake_loop(self) -> None:
-        """Wake one sleeping loop, because there is work. If no loop sleeps or the worker stops, wake all loops."""
+        """Wake one sleeping loop, because events may be due. If no loop sleeps or the worker stops, wake all loops."""
         resting = [loop for loop in self._loops if loop.is_resting]
         for loop in self._loops if self._stop.is_set() else resting[:1] or self._loops:
             loop.wake()
 
     def _await(self, threads: Sequence[LoopThread], signals: Signals) -> None:
-        """Wait until all threads have ended or a second stop signal arrives, at most ``database_deadline_seconds``."""
+        """Wait at most ``database_deadline_seconds`` until all threads have ended or a second stop signal arrives."""
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
@@ -234,7 +238,7 @@ class Worker:
     def _adopt(self, found: Settings) -> None:
         """Apply the log level and the limits of ``found``. Each loop uses the new limits from its next step on.
 
-        Report all other settings that changed, because they need a restart.
+        Report all other settings that changed, because they take effect only after a restart.
         """
         before = self._settings
         changed = [name for name in Settings.model_fields if getattr(found, name) != getattr(before, name)]

@@ -1,4 +1,4 @@
-"""Runs the demonstration: a payments service that makes mistakes, two workers of which one is killed, and the audit.
+"""Runs the demonstration: a payments service that makes mistakes, two workers, and the audit. One worker is killed.
 
 Uses real processes, connections, commits and SIGKILL. A private PostgreSQL runs in a temporary directory, which is
 removed at the end.
@@ -40,7 +40,7 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""For how many seconds the payments service writes payments. It takes longer only if the database is too slow."""
+"""For how many seconds the payments service writes payments. It needs more time only if the database is too slow."""
 DAMAGE_SHARE = 0.05
 """The number of payments that the simulated old worker lost, as a share of all payments."""
 SETTLE_SECONDS = 60.0
@@ -80,7 +80,7 @@ class Proof:
 
     audit: AuditReport
     doubled: int
-    """How many active purchases there are beyond one per pair."""
+    """How many active purchases are too many, because their pair already has another active purchase."""
     unpaid: int
     """How many active purchases have no succeeded payment of the same student, course and amount."""
     lost: int
@@ -93,7 +93,7 @@ class Proof:
         return self.audit.ok and not (self.doubled or self.unpaid or self.lost)
 
     def sentence(self) -> str:
-        """Return a sentence with what was proved, or what was not."""
+        """Return a sentence that states what was proved, or what could not be proved."""
         if not self.holds:
             unexplained = len(self.audit.unexplained)
             return (
@@ -112,7 +112,8 @@ class Proof:
 def run_demo(payments: int) -> Proof | None:
     """Run the demonstration with about ``payments`` payments. Return None if it was interrupted.
 
-    Raises OutboxWorkerError if a worker ends, if the outbox is not settled in time, or if the database refuses.
+    Raises OutboxWorkerError if a worker ends, if the outbox is not settled in time, or if the database refuses a
+    statement.
     """
     try:
         with (
@@ -129,7 +130,7 @@ def run_demo(payments: int) -> Proof | None:
 
 @contextmanager
 def _private_database(directory: Path) -> Iterator[Settings]:
-    """Start a private PostgreSQL in ``directory`` and create the tables. First deletes OUTBOX_* and PG* variables."""
+    """Start a private PostgreSQL in ``directory`` and create the tables. First delete OUTBOX_* and PG* variables."""
     for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
     where = embedded.ensure_server(directory)
@@ -174,7 +175,7 @@ class Crew:
         return self._processes[-1].pid
 
     def kill_one(self) -> int:
-        """Kill (SIGKILL) the worker that has run longest and return its process id."""
+        """Send SIGKILL to the worker that was started first. Return this worker's process id."""
         victim = self._processes.pop(0)
         victim.kill()
         victim.wait()
@@ -198,7 +199,7 @@ class Crew:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """An action to take when the payments service has made this share of its orders (``progress``, from 0 to 1)."""
+    """An action, and the share of orders (``progress``, from 0 to 1) after which the demonstration does this action."""
 
     progress: float
     act: Callable[[], str]

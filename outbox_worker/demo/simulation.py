@@ -28,7 +28,7 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""A late payment is written this many seconds after its event; a refund, this many seconds after its order."""
+"""A late payment is written this many seconds after its event. A refund follows this many seconds after its order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,10 @@ class _Late:
 
 
 class PaymentsService:
-    """Makes ``count`` orders in a thread, with fixed shares of errors. ``events`` is the number of events written."""
+    """Makes ``count`` orders in a thread. Fixed shares of the orders have errors.
+
+    ``events`` is the number of events written.
+    """
 
     def __init__(self, conninfo: str, count: int, seconds: float) -> None:
         self.events = 0
@@ -68,7 +71,7 @@ class PaymentsService:
         return self.orders / self._count
 
     def is_done(self) -> bool:
-        """Return whether every order is written. Raises the thread's exception, if there was one."""
+        """Return whether every order is written. If the thread failed, raises the thread's exception."""
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
@@ -159,7 +162,10 @@ class PaymentsService:
         self._later(partial(_pay, payment_id=payment_id, order=order))
 
     def _refund_at_once(self, connection: psycopg.Connection, payment_id: UUID, order: Order) -> None:
-        """Refund a payment before its confirmation is settled. The outbox has the refund event first."""
+        """Refund a payment before its confirmation is settled.
+
+        The refund event enters the outbox before the confirmation event.
+        """
         with connection.transaction():
             _pay(connection, payment_id, order, PaymentStatus.REFUNDED)
             self._tell(connection, _payload(payment_id, order), event_type=PURCHASE_REFUNDED)

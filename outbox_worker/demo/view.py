@@ -1,4 +1,4 @@
-"""The output of the demonstration: a live picture on a terminal, plain lines elsewhere."""
+"""The output of the demonstration: a live picture on a terminal, plain lines if stdout is not a terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class View(Protocol):
 
 @contextmanager
 def open_view() -> Iterator[View]:
-    """Open the live view if stdout is a terminal, otherwise the plain one."""
+    """Open the live view if stdout is a terminal, otherwise the plain view."""
     if not sys.stdout.isatty():
         yield PlainView()
         return

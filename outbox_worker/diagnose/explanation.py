@@ -1,7 +1,7 @@
-"""Explains why a payment has a purchase or none: shows its records, the rules that applied, and what events would do.
+"""Explains why a payment has a purchase or none: its records, the rules that applied, and what its events would do now.
 
-A prediction uses the worker's own statement to read the facts and the same ``decide`` to judge them, in one READ ONLY
-snapshot.
+A prediction reads the facts by the worker's own statement and judges them by the same ``decide`` as the worker. All
+reads use one READ ONLY snapshot.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """Something that happened, and when. ``subject`` is the id of the payment, event or purchase that was concerned."""
+    """Something that happened, and when. ``subject`` is the id of its payment, event or purchase."""
 
     at: datetime | None
     what: str
     subject: Any
     detail: str = ""
     rules: tuple[int, ...] = ()
-    """Numbers of the rules in docs/explanation/state-machine.md that can have led to this."""
+    """Numbers of the rules in docs/explanation/state-machine.md that can be the reason for this entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ class PaymentStory:
     payment: PaymentRow | None
     """None: ``payments`` has no such row, or the role cannot see it."""
     kind: str | None
-    """The class of the payment, or ``refunded_but_active``. None: the payment did not succeed or was refunded."""
+    """The class of the payment, or ``refunded_but_active``. None: the payment did not succeed, or was refunded and has
+    no active purchase."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     predictions: Sequence[Prediction]
@@ -100,9 +101,9 @@ class Explanation:
     """The kinds of things that have the id: ``event``, ``payment``, ``purchase``, ``student``."""
     stories: Sequence[PaymentStory]
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: all of the student, or the purchase that has the given id."""
+    """Purchases without a payment: all those of the student, or the one that has the given id."""
     has_more: bool
-    """Whether the student has more payments than ``stories`` contains."""
+    """Whether the student has more payments than those in ``stories``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class _Candidate:
     payment_id: UUID | None = None
     """The payment of an event whose payload does not exist or was deleted."""
     first: UUID | None = None
-    """For a backfill: the payment of the pair for which it would create the purchase."""
+    """Only for a backfill: the payment of the pair for which the backfill would create the purchase."""
 
     @property
     def is_behind(self) -> bool:
@@ -152,7 +153,10 @@ def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
-    """Return, for each owed payment, the oldest unexplained payment of its pair. A backfill makes its purchase."""
+    """Return, for each owed payment, the oldest unexplained payment of its pair.
+
+    A backfill would use this oldest payment.
+    """
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
     unexplained = {
@@ -257,7 +261,7 @@ def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
 
 
 def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
-    """Return the event's row in the relation ``known``. It replaces the event's row in the outbox."""
+    """Return the event's row in the relation ``known``, to be used instead of the event's row in the outbox."""
     return select(known).where(known.c.id == keys.c.id).lateral("event")
 
 

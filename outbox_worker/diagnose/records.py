@@ -1,7 +1,7 @@
 """Reads the records of a payment: its row, events, dead letters, marks and purchases.
 
 ``look_up`` finds these records by the id of an event, payment, purchase or student. Call ``look_up`` in a snapshot, so
-that the records of all tables are of the same moment.
+that the records of all tables are from the same moment.
 """
 
 from __future__ import annotations
@@ -112,11 +112,12 @@ class Found:
     """The kinds of things that have a given id, and their records."""
 
     kinds: Sequence[str]
-    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one kind; no kind if nothing has the id."""
+    """Any of ``event``, ``payment``, ``purchase``, ``student``. There is usually one kind, or no kind if nothing has
+    the id."""
     payment_ids: Sequence[UUID]
     records: Records
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: all of the student, or the purchase that has the given id."""
+    """Purchases without a payment: all those of the student, or the one that has the given id."""
     has_more: bool
     """Whether the student has more payments than ``PAYMENTS_MAX``."""
 
@@ -220,7 +221,7 @@ def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElem
 def _read_events(
     session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
 ) -> Records:
-    """Read the records of events that have one of these ids or one of these payments."""
+    """Read the records of events that have one of these event ids or one of these payment ids."""
     letters = tables.dead_letters
     of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
     return Records(

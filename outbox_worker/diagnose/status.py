@@ -45,7 +45,7 @@ class Status:
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
     def events_per_second(self) -> float:
-        """Return how many events per second all running workers together settled, by their last heartbeats."""
+        """Return how many events per second all running workers settled, according to their last heartbeats."""
         return sum(
             worker.metrics.get("events_per_second", 0) for worker in self.workers if condition(worker) == "running"
         )

@@ -29,9 +29,10 @@ class AuditReport:
     unexplained: Sequence[FoundPayment]
     refunded_but_active: Sequence[FoundPayment]
     unknown_statuses: Mapping[str, int]
-    """The number of payments for each status that the worker does not know. The audit leaves these payments out."""
+    """The number of payments for each status that the worker does not know. The audit does not classify these
+    payments."""
     dated_ahead: int
-    """The number of succeeded payments dated more than an hour in the future. The audit leaves them out."""
+    """The number of succeeded payments dated more than an hour in the future. The audit does not classify them."""
 
     @property
     def ok(self) -> bool:

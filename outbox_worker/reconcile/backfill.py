@@ -1,7 +1,7 @@
 """The backfill that an operator starts: finds unexplained succeeded payments, counts them, and makes their purchases.
 
 A payment is unexplained if it has no purchase and no record gives a reason for this. The scan finds all unexplained
-payments before the first purchase is made. If more than ``max_repairs`` purchases are owed, no purchase is made; this
+payments before the first purchase is made. If more than ``max_repairs`` purchases are owed, no purchase is made. This
 limit is called the fuse. An operator may kill a backfill at any time, because the next backfill with the same range
 continues the work.
 """
@@ -41,7 +41,7 @@ from outbox_worker.store.payment_classes import RECENT, PaymentClass
 from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
-"""How many times, at its end, the backfill retries the payments whose pair another transaction had locked."""
+"""How many times the backfill, at its end, retries the payments whose pair was locked by another transaction."""
 _ROUND_SECONDS = 0.5
 _BEAT_SECONDS = 5.0
 
@@ -71,9 +71,9 @@ class Counts:
     duplicates: PaymentTotals = field(default_factory=PaymentTotals)
     made: PaymentTotals = field(default_factory=PaymentTotals)
     recovered: PaymentTotals = field(default_factory=PaymentTotals)
-    """The payments of ``made`` whose purchase had been made before, and was deleted since."""
+    """The payments of ``made`` that had an earlier purchase, which was deleted."""
     explained: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments that were owed a purchase during the scan, but no longer when the backfill checked them again."""
+    """Payments that were owed a purchase during the scan, but not when the backfill checked them again."""
     contended: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
@@ -105,7 +105,10 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackfillReport:
-    """The result of a backfill. If it continued a killed backfill, only the counts include what that backfill did."""
+    """The result of a backfill.
+
+    If it continued a killed backfill, the counts include the killed backfill's work; all other fields do not.
+    """
 
     dry_run: bool
     range: BackfillRange
@@ -126,7 +129,7 @@ class BackfillReport:
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """The range of a backfill, and what it read from the database before its scan."""
+    """The range of a backfill, and the facts that the backfill read from the database before its scan."""
 
     range: BackfillRange
     paths: ScanPaths
@@ -248,10 +251,10 @@ class Backfill:
             time.sleep(_ROUND_SECONDS)
 
     def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
-        """Save cursor and counts in the transaction of the purchases.
+        """Save cursor and counts in the transaction that writes the purchases.
 
-        The cursor stays before the first payment whose pair was locked. So a backfill that continues this one finds
-        the payment again.
+        The cursor stays before the first payment whose pair was locked. So a backfill that continues this one finds the
+        payment again.
         """
         self._is_cursor_held = self._is_cursor_held or bool(result.contended)
         if not self._is_cursor_held:

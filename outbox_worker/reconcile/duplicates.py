@@ -1,7 +1,7 @@
 """Lists duplicates: payments for a course that the student already has by another active purchase, paid or a gift.
 
-The shop must refund a duplicate only if the payment of the other purchase is not refunded. If both payments were
-refunded, the student would lose the course. A duplicate is no longer listed after it is refunded, or after the other
+The shop must refund a duplicate only if the payment of the other purchase is not refunded. If the shop refunded both
+payments, the student would lose the course. A duplicate is no longer listed after it is refunded, or after the other
 purchase becomes inactive. The list is computed on each call; no table stores it.
 """
 
@@ -27,7 +27,7 @@ from outbox_worker.store.queries import database_time, has_status, same_pair
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
-"""The largest number of duplicates for which one statement reads the other purchases."""
+"""The largest number of duplicates in one statement that reads their other purchases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Duplicate:
     """The payment of the other purchase. None: the other purchase is a gift."""
     held_since: datetime
     is_holder_refunded: bool
-    """Whether the payment of the other purchase is refunded. If so, a worker that settles the refund event creates a
-    purchase for the duplicate."""
+    """Whether the payment of the other purchase is refunded. If so, the worker that settles the refund event makes a
+    purchase for the duplicate, so the duplicate must not be refunded."""
 
 
 def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
@@ -79,7 +79,7 @@ class Duplicates:
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]
 
     def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[UUID, Any]:
-        """Return the other active purchase of each payment's pair. Leave out payments whose pair has none."""
+        """Return the other active purchase of each payment's pair. Leave out pairs without such a purchase."""
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
         return {row.id: (row.purchase_id, row.held_by, row.held_since, row.is_refunded) for row in rows}

@@ -1,7 +1,8 @@
 """Makes owed purchases: locks the pairs, checks the payments again, and writes purchases and marks in one transaction.
 
 Each transaction handles at most ``CHUNK`` payments and uses the daemon's repository and guard. If the database refuses
-a transaction, its payments are split in halves and retried, until each refused payment is alone in a transaction.
+a transaction, its payments are split in halves and retried, until each payment that the database refuses is alone in
+its transaction.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ class Refusal:
 
 @dataclass
 class BackfillResult:
-    """The payments that were owed a purchase. Each list contains the payments with the same result."""
+    """The payments that were owed a purchase during the scan, in one list for each result."""
 
     created: list[FoundPayment] = field(default_factory=list)
     recovered: list[FoundPayment] = field(default_factory=list)
-    """Payments whose missing purchase was made again. A mark proves that the purchase had been made before."""
+    """Payments whose purchase was made once more: a mark proves that an earlier purchase existed, but it is missing
+    now."""
     explained: list[FoundPayment] = field(default_factory=list)
     """Payments that are no longer owed a purchase, because another process settled them after the scan."""
     contended: list[FoundPayment] = field(default_factory=list)
@@ -87,7 +89,8 @@ def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""A function that is called at the end of each transaction, with its payments and result. It may write, too."""
+"""A function that is called before each COMMIT, with the session, the payments and the result of this transaction. The
+function may write to the database, too."""
 
 
 class OwedPurchases:
@@ -106,7 +109,7 @@ class OwedPurchases:
 
     @classmethod
     def start(cls, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> OwedPurchases:
-        """Check which guard is in force and whether indexes find purchases."""
+        """Check which guard is in force and whether indexes find purchases by payment and by pair."""
         with database.transaction() as session:
             state = guard.probe(session)
         return cls(database, tables, policy, guard, by_index=state.has_index_paths)
@@ -114,7 +117,7 @@ class OwedPurchases:
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
         """Make one purchase for each payment. Yield the result of each transaction after its COMMIT.
 
-        No two payments may have the same pair. If an error of the database is not caused by one payment, it is raised.
+        No two payments may have the same pair. Raises a database error if no single payment caused it.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
@@ -129,7 +132,7 @@ class OwedPurchases:
                     parts += smaller
                     continue
                 if classify(error) is Failure.UNCLEAR and not is_writable:
-                    raise  # no purchase was written yet, so the cause may be the database, not this payment
+                    raise  # no purchase was written yet, so the database itself may be the cause, not this payment
                 result = BackfillResult(refused=[Refusal(part[0], describe(error))])
             is_writable = is_writable or bool(result.purchases)
             yield result
@@ -137,10 +140,10 @@ class OwedPurchases:
     def _without_fault(
         self, part: Sequence[FoundPayment], error: DBAPIError, tried: set[UUID]
     ) -> Sequence[Sequence[FoundPayment]]:
-        """Return the parts to try instead of ``part``, in reverse order.
+        """Return the parts to try instead of ``part`` (its halves, or ``part`` itself).
 
-        Return no parts if ``part`` is one payment that the database refuses. Raises ``error`` if no payment can be the
-        cause.
+        The last part comes first, because the caller takes parts from the end of its list. Return no parts if ``part``
+        is one payment that the database refuses. Raises ``error`` if no payment can be its cause.
         """
         if classify(error) not in _PAYMENTS_FAULT:
             raise error
@@ -167,7 +170,7 @@ class OwedPurchases:
         return result
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """Return the events whose payments are still unexplained, in a snapshot that is newer than the locks."""
+        """Return the events whose payments are still unexplained, by a snapshot that is newer than the locks."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
@@ -178,7 +181,7 @@ class OwedPurchases:
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
     def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Create the purchases that ``decide`` allows, write marks, and close the dead letters of their payments."""
+        """Create the purchases that ``decide`` allows, write marks, and close the payments' dead letters."""
         seen = self._repository.look(session, batch, self._policy)
         judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
         grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
@@ -194,7 +197,7 @@ class OwedPurchases:
 
 
 def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
-    """Return planner settings that switch on again every setting that ``plans`` switches off."""
+    """Return the planner settings that ``plans`` switches off, with the value ``on``."""
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 

@@ -1,8 +1,8 @@
-"""The periodic backfill of the daemon: at intervals, one of the workers finds and reports unexplained payments.
+"""The periodic backfill of the daemon: at regular intervals, one worker finds and reports unexplained payments.
 
-The periodic backfill makes their purchases only if an operator has completed a backfill on this database by hand.
-Otherwise the first start on adopted tables would create purchases for years of old payments. The periodic backfill has
-its own connection, and spends at most a tenth of its time in statements.
+The periodic backfill makes the purchases of these payments only if an operator has completed a backfill on this
+database by hand. Otherwise the first start on adopted tables would create purchases for years of old payments. The
+periodic backfill has its own connection, and spends at most a tenth of its time in statements.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ OLDER_THAN = timedelta(minutes=5)
 FULL_EVERY = timedelta(days=1)
 """The time between two full scans, which read all payments.
 
-All other scans read only new payments and those created up to ``RECENT`` before the end of the last full scan's range.
+All other scans read only payments created after the end of the last full scan's range, or up to ``RECENT`` before this
+end.
 """
 FUSE = 100
-"""The largest number of purchases to make. If more are owed, none are made, because a person must check them first."""
+"""The largest number of purchases to make. If more purchases are owed, the backfill makes none, because a person must
+check them first."""
 _SHARE = 0.1
 """The largest share of its time that the periodic backfill spends in statements."""
 ACTOR = "outbox-worker run"
@@ -60,7 +62,7 @@ class Turn:
     carried: PaymentTotals
     """The unexplained payments of the last full scan that are older than the range of this scan."""
     may_make: bool
-    """Whether this backfill may make purchases. If not, it only reports."""
+    """Whether this backfill may make purchases. If not, it only reports unexplained payments."""
 
 
 class PeriodicBackfill:

@@ -1,8 +1,8 @@
-"""A scan reads the payments page by page, in the order of a key, and classifies each of them.
+"""A scan reads the payments page by page, in the order of a key, and classifies each payment.
 
-Most payments have a purchase. The statement of a page classifies these payments by indexes. All other payments are
-collected into portions. The statement of a portion also checks dead letters and marks, and reads the outbox once. A
-statement that exceeds the statement deadline is repeated with half as many payments.
+Most payments have a purchase. The statement of a page classifies these payments by indexes. All other payments of the
+pages are collected into portions. The statement of a portion also checks dead letters and marks, and reads the outbox
+once. A statement that exceeds the statement deadline is repeated with half as many payments.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STATEMENT_SECONDS = 30.0
 """The statement deadline of commands that scan all payments."""
 
 PAGE_FIRST = 1_000
-"""The number of payments in the first page. The size of each later page depends on how long the page before it took."""
+"""The number of payments in the first page. How long a page took determines the size of the next page."""
 
 PAGE_MAX = 50_000
 
@@ -52,7 +52,7 @@ The statement of each portion reads the outbox once. So a million such payments 
 """
 
 LEAST = 50
-"""At this size or less, a page or portion is not halved: if its statement is too slow, the scan fails."""
+"""A page or portion of this size or less is not halved. If its statement is too slow, the scan fails."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -61,10 +61,12 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""Planner settings. They force PostgreSQL to read a page in index order, and to hash the outbox in one read."""
+"""Planner settings that force PostgreSQL to read a page in index order, and to read the outbox once into a hash
+table."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
-"""Memory for a hash of all purchases, which is built if no indexes find purchases by payment and by pair."""
+"""Memory for a hash table of all purchases. PostgreSQL builds it if no indexes find purchases by payment and by
+pair."""
 
 _QUERY_CANCELED = "57014"
 
@@ -110,7 +112,8 @@ class ScanPaths:
     order: tuple[str, ...]
     """The columns by which the scan orders the payments: ``created_at, id``, or ``id`` alone."""
     by_index: bool
-    """Whether indexes find a purchase by its payment and by its pair. If not, the scan hashes all purchases."""
+    """Whether indexes find a purchase by its payment and by its pair. If not, PostgreSQL reads all purchases into a
+    hash table."""
 
     @classmethod
     def read(cls, session: Session, tables: Tables) -> ScanPaths:
@@ -134,9 +137,10 @@ class ScanTotals:
     counts: dict[PaymentClass, int] = field(default_factory=lambda: dict.fromkeys(PaymentClass, 0))
     money: dict[PaymentClass, dict[str, Decimal]] = field(default_factory=lambda: {each: {} for each in PaymentClass})
     recent: PaymentTotals = field(default_factory=PaymentTotals)
-    """The count and sums of unexplained payments in the last hour of the range."""
+    """The count and sums of the unexplained payments that were created in the last hour of the range."""
     unexplained: list[FoundPayment] = field(default_factory=list)
-    """The unexplained payments, one by one. The list is incomplete if there are more than ``PaymentScan`` may list."""
+    """The unexplained payments, one by one. The list is incomplete if there are more than the limit ``lists`` of
+    ``PaymentScan``."""
     duplicates: list[FoundPayment] = field(default_factory=list)
     """The duplicates, one by one. The list is empty unless the scan has ``lists_duplicates``."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
@@ -192,7 +196,7 @@ class PaymentScan:
         self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
 
     def cursor_of(self, payment: FoundPayment) -> ScanCursor:
-        """Return the cursor of a scan whose last payment is this one."""
+        """Return the cursor of a scan that has read all payments up to and including ``payment``."""
         created_at = payment.created_at.isoformat() if payment.created_at else "-infinity"
         return [{"id": str(payment.payment_id), "created_at": created_at}[key] for key in self.order]
 
@@ -283,7 +287,7 @@ def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
 def _half(size: int, error: DBAPIError) -> int:
     """Return half the size if the statement was cancelled because it took too long.
 
-    Raises any other error, and also this one if the size is already ``LEAST``.
+    Raises any other error. If the size is already ``LEAST``, raises every error.
     """
     if sqlstate(error) != _QUERY_CANCELED or size <= LEAST:
         raise error
@@ -291,7 +295,7 @@ def _half(size: int, error: DBAPIError) -> int:
 
 
 def _fitting(size: int, ratio: float, most: int) -> int:
-    """Return the size of the next page: as many payments as fit the target time, but at most twice the last size."""
+    """Return the size of the next page: as many payments as fit the target time, but at most twice ``size``."""
     return max(min(LEAST, most), min(size * 2, int(size * ratio), most))
 
 

@@ -51,7 +51,7 @@ def print_audit(report: AuditReport, limit: int) -> None:
 
 
 def next_steps(report: AuditReport) -> list[list[str]]:
-    """Return the commands to run next, depending on the audit's result."""
+    """Return the commands to run next. They depend on the audit's result."""
     steps = []
     if report.unexplained:
         steps.append(["backfill", "--dry-run"])

@@ -39,7 +39,10 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
 
 
 def print_bench(report: BenchReport) -> None:
-    """Print the medians of the rounds. A ratio compares a contestant with bare SQL in the same round."""
+    """Print the medians of the rounds.
+
+    A ratio is a contestant's rate divided by the rate of bare SQL in the same round.
+    """
     found, plan = bench_object(report), report.plan
     terminal.columns(
         f"{count_of(plan.events, 'event')}, {count_of(plan.rounds, 'round')}, {count_of(plan.concurrency, 'loop')}, "

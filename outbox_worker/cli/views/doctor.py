@@ -12,7 +12,7 @@ from outbox_worker.diagnose.doctor.report import Diagnosis, Report
 from outbox_worker.durations import count_of
 
 _ORDER = (Severity.OK, Severity.UNSEEN, Severity.WARNING, Severity.PROBLEM)
-"""The order of findings: the worst last, because a terminal shows the end of the output."""
+"""The order of findings. The worst findings are last, because a terminal shows the end of the output."""
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "red", Severity.UNSEEN: "magenta"}
 
 

@@ -11,7 +11,7 @@ from outbox_worker.model import FoundPayment
 
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
-    """Print the first ``limit`` payments of a list, then how many more there are."""
+    """Print the first ``limit`` payments of a list, then the number of payments that were not printed."""
     if not found:
         return
     rows = [

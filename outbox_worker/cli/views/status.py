@@ -75,6 +75,6 @@ def status_object(now: Status) -> dict[str, Any]:
 
 
 def _settled(row: WorkerRow) -> int:
-    """Return how many events this process settled. Every outcome but ``retried`` settles an event."""
+    """Return how many events this process settled. Every outcome except ``retried`` settles an event."""
     counted = {name: value for name, value in row.metrics.items() if name.startswith("outbox_events_total")}
     return int(sum(value for name, value in counted.items() if f'outcome="{Outcome.RETRIED}"' not in name))

@@ -133,6 +133,6 @@ def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
 
 
 def _not_among(policies: Sequence[Row[Any]], key: str) -> list[str]:
-    """Return the commands that a worker needs on a table but that none of the policies allows."""
+    """Return the commands that a worker needs on a table, but no policy allows."""
     commands = {each.command for each in policies}
     return [each for each in PRIVILEGES[key] if not commands & {_COMMANDS[each], "*"}]

@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def role(self) -> str:
-        """The session's role, quoted as an SQL identifier."""
+        """Return the session's role, quoted as an SQL identifier."""
         return role_name(self.session)
 
 

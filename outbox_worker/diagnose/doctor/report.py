@@ -94,7 +94,7 @@ def examine(settings: Settings) -> Report:
 
 
 def _look(database: Database, settings: Settings, check: Check) -> Sequence[Finding]:
-    """Run one check and return its findings. If the database refuses a statement, return that error as the finding."""
+    """Run one check and return its findings. If the database refuses a statement, return the error as a finding."""
     tables = build_tables(settings)
     try:
         with database.snapshot() as session:

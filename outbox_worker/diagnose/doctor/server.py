@@ -24,7 +24,7 @@ _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
 """An idle_session_timeout of fewer seconds would close connections that are idle between two events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
-"""Values of ``pg_settings.source`` if a parameter is set for one role only."""
+"""The values of ``pg_settings.source`` for a parameter that is set for one role only."""
 
 # what: version, database and role of the session · lock: none
 _SERVER = text(
@@ -32,7 +32,7 @@ _SERVER = text(
     " AS major, current_database() AS database, current_user AS role"
 )
 
-# what: parameters as a new session of this role has them, whatever this transaction has set · lock: none
+# what: parameters with the values of a new session of this role, not those that this transaction has set · lock: none
 _PARAMETERS = text(
     "SELECT CAST(name AS text), reset_val, source FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))"
 )
@@ -91,7 +91,7 @@ def durability(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Check synchronous_commit. Off is safe for the worker's role only (docs/explanation/decisions/010)."""
+    """Check synchronous_commit. The value off is safe only for the worker's role (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.value != "off":
         yield ok(found.value)
@@ -162,7 +162,7 @@ def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
 
 
 def connections(subject: Subject) -> Iterator[Finding]:
-    """Check whether there are enough connections for all workers, and for twice as many during a deployment."""
+    """Check whether there are enough connections for all workers, and for twice as many workers during a deployment."""
     row = subject.session.execute(_CONNECTIONS, {"name": APPLICATION_NAME}).one()
     workers = max(1, sum(condition(each) == "running" for each in list_workers(subject.session, subject.tables)))
     of_one = connections_of(subject.settings, has_notify=notifies(subject.session, subject.tables.outbox))
@@ -188,7 +188,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
 
 
 def _more_connections(subject: Subject, room: int, of_server: int, of_role: int) -> str:
-    """Return the remedy for the lowest limit."""
+    """Return the remedy for the lowest limit of connections."""
     if room == of_server:
         return "raise max_connections"
     if room == of_role:
@@ -202,7 +202,7 @@ def pooler(subject: Subject) -> Iterator[Finding]:
     A pooler reports an invented process id to its clients. In transaction mode, a backend that served one client can
     serve the transaction of another client while the first client is still connected.
     """
-    subject.session.rollback()  # ends the transaction, so that a pooler can reuse its backend
+    subject.session.rollback()  # ends the transaction, so that a pooler can give its backend to another client
     engine = subject.database.engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as first:
         pid: int = first.scalars(_BACKEND).one()

@@ -170,7 +170,7 @@ def _size(subject: Subject, table: Table) -> int:
 
 
 def notify(subject: Subject) -> Iterator[Finding]:
-    """Check, if the option ``notify`` is in force, whether workers are notified when a producer commits an event."""
+    """If the option ``notify`` is in force, check whether workers are notified when a producer commits an event."""
     settings = subject.settings
     if not notifies(subject.session, subject.tables.outbox):
         yield ok(f"not in force: each worker polls for events, at least every {settings.poll_max_seconds:g} s")
@@ -184,7 +184,10 @@ def notify(subject: Subject) -> Iterator[Finding]:
 
 
 def _hears(subject: Subject) -> Finding:
-    """Open the same connection as a listening worker. Check that it reaches this database without a pooler."""
+    """Open the same connection as a listening worker.
+
+    Check that this connection reaches this database without a pooler.
+    """
     what = "the trigger sends notifications, but"
     remedy = "set OUTBOX_LISTEN_DATABASE_URL to a URL of this database that bypasses any pooler"
     outbox = relation_name(subject.tables.outbox)

@@ -16,9 +16,9 @@ from outbox_worker.schema.tables import relation_name
 _PATIENCE_SECONDS = 60.0
 """A transaction that is open for more than this many seconds is reported, because it slows down claims."""
 _PATIENCE_IDS = 100_000
-"""The same limit as a number of transaction ids, if the role cannot see times."""
+"""The same limit as a number of transaction ids. It is used if the role cannot see when a transaction began."""
 _OVERDUE = 10
-"""Vacuum is far behind if there are this many times as many dead rows as are needed to start autovacuum."""
+"""Vacuum is far behind if the number of dead rows is more than this multiple of the number that starts autovacuum."""
 _OVERDUE_SECONDS = 3600.0
 """Vacuum is far behind only if, besides ``_OVERDUE``, it has not run for more than this many seconds."""
 
