@@ -39,7 +39,7 @@ UNIQUE_VIOLATION = "23505"
 """The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
 
 NO_ARBITER = ("42P10", "55000")
-"""The SQLSTATEs if no index, or only a deferrable index, matches ON CONFLICT.
+"""PostgreSQL raises the first one if no unique index matches ON CONFLICT, the second if only a deferrable one does.
 
 The guard ``index`` is then not in force.
 """

@@ -4,10 +4,10 @@
 - ``purchases``: writes purchases and marks (``processed_events``), and locks pairs
 - ``dead_letters``, ``workers``, ``backfill_runs``: one module for each of these tables
 - ``guard``: finds out which guard is in force
-- parts of statements: ``pairs`` (locks and facts of pairs), ``claimed`` (finds the rows of claimed events),
-  ``payload``, ``payment_classes`` (the SQL CASE that classifies payments), ``queries``
+- parts of statements: ``pairs`` (the statements that ``purchases`` runs to lock and read pairs), ``claimed`` (finds
+  the rows of claimed events), ``payload``, ``payment_classes`` (the SQL CASE that classifies payments), ``queries``
 - ``processes``: finds out whether a process still runs
 
-Every function has the session as its first parameter, and the caller owns the transaction. Do not commit, retry or log
-here, and do not decide the outcome of an event.
+Every function has the session as its first parameter, and the caller owns the transaction. Do not commit, retry or
+log here, and do not decide the outcome of an event.
 """

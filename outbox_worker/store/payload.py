@@ -37,7 +37,7 @@ LONGEST_DOCUMENT = 262_144
 There is a limit because the worker receives up to 1,000 payloads at once.
 """
 _LONGEST_KEPT = 100_000_000
-"""The largest number of characters of a document (a json or text payload) that its dead letter stores.
+"""A dead letter stores at most this many characters of a json or text payload.
 
 There is a limit because a jsonb string must be shorter than 256 MB.
 """

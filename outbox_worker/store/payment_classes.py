@@ -64,7 +64,8 @@ part again.
 """
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
-"""A kind of payment. Like ``REFUNDED_BUT_ACTIVE``, such a payment is not standing, and an operator should check it."""
+"""A kind of payment. Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing* (succeeded and not
+refunded). An operator should check them."""
 
 _READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
 

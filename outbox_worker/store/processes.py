@@ -31,7 +31,8 @@ def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: fl
 def _is_running(pid: int) -> bool:
     """Return whether another process of this host has this id.
 
-    If the id is our own, return False, because an earlier process with this id wrote the row and has ended.
+    If the id is that of this process, return False: process ids are reused, so an earlier process with the same id
+    wrote the row, and it has ended.
     """
     try:
         os.kill(pid, 0)

@@ -248,8 +248,9 @@ def _nothing_speaks_against(
 ) -> list[ColumnElement[bool]]:
     """Build the conditions of ``insert_clean``: rules 4 to 7 do not apply, and the event has no open dead letter.
 
-    The subquery finds the letter only by its event id, and the state of the letter is compared outside the subquery. If
-    the subquery compared the state, the planner might read the whole index of open letters.
+    The subquery finds the letter only by its event id, and the state of the letter is compared outside the
+    subquery. If the subquery also had the condition ``state = 'open'``, the planner might read the whole index of
+    open letters, instead of looking up one event id.
     """
     letters = tables.dead_letters
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
