@@ -39,7 +39,9 @@ def bench(
     config: Config = None,
     json: AsJson = False,
     events: Annotated[int, typer.Option(min=1000, max=10_000_000, help="Events to settle in each round.")] = 50_000,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="How many rounds each contestant runs.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=100, help="Rounds for the worker and for each alternative, such as bare SQL.")
+    ] = 3,
     concurrency: Annotated[
         int, typer.Option(min=1, max=64, help="Claim loops of the worker, and connections of the bare SQL.")
     ] = 1,

@@ -219,7 +219,7 @@ def _told_pid(connection: Connection) -> int:
 
 def _judge_pooler(is_set: bool, is_between: bool, is_shared: bool) -> Finding:
     if is_shared and is_set:
-        return ok("a pooler in transaction mode, as OUTBOX_POOLER is set")
+        return ok("a pooler in transaction mode; OUTBOX_POOLER is set to transaction, which is right")
     if is_shared:
         return problem(
             "a pooler in transaction mode, but OUTBOX_POOLER is not set to transaction: prepared statements fail, and "

@@ -123,9 +123,9 @@ class _Helpful:
 _HELPFUL = (
     _Helpful("outbox", ("due_at", "id"), "each claim reads and sorts all events", is_for_large=False),
     _Helpful("outbox", ("id",), "settling an event reads all events", is_for_large=False),
-    _Helpful("payments", ("id",), "each event reads all payments"),
+    _Helpful("payments", ("id",), "settling an event reads all payments"),
     _Helpful("payments", ("student_id", "course_id"), "each batch of refunds reads all payments"),
-    _Helpful("purchases", ("payment_id",), "each event reads all purchases", may_be_partial=True),
+    _Helpful("purchases", ("payment_id",), "settling an event reads all purchases", may_be_partial=True),
     _Helpful("purchases", ("student_id", "course_id"), "each check of a pair reads all purchases", may_be_partial=True),
     _Helpful("dead_letters", ("payment_id",), "audit and backfill read all dead letters"),
 )
