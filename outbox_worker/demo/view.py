@@ -123,11 +123,11 @@ def _picture(scene: Scene) -> Table:
 
 _MEANINGS = {
     Outcome.CREATED: "paid: the purchase was made",
-    Outcome.RECOVERED: "marked by the old worker without purchase: made now",
+    Outcome.RECOVERED: "marked, but without a purchase: made now",
     Outcome.ALREADY_EXISTS: "delivered a second time",
-    Outcome.DUPLICATE_PAYMENT: "paid a second time: no purchase, to be refunded",
+    Outcome.DUPLICATE_PAYMENT: "paid a second time: must be refunded",
     Outcome.SUPPRESSED: "refunded before it was settled: no purchase",
-    Outcome.REVOKED: "refunded: purchase taken back, or given to the next payment",
+    Outcome.REVOKED: "refunded: taken back, or given to another",
     Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
     Reason.INVALID_PAYLOAD: "payload is not an object: a dead letter",
     Reason.UNSUPPORTED_EVENT_TYPE: "unknown event type: a dead letter",

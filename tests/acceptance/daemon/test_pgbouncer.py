@@ -153,8 +153,8 @@ def test_the_doctor_knows_it(pooler: Pooler, database_url: str) -> None:
     assert "OUTBOX_POOLER=transaction" in found["remedy"]
     assert seen_by_the_doctor(pooler, "pooler", pooler="transaction")["verdict"] == "ok"
     assert finish("migrate", "--with", "notify", url=database_url).code == 0
-    assert "behind a pooler" in seen_by_the_doctor(pooler, "notify")["evidence"]
-    assert "nobody hears it" in seen_by_the_doctor(pooler, "notify", pooler="transaction")["evidence"]
+    assert "through a pooler" in seen_by_the_doctor(pooler, "notify")["evidence"]
+    assert "does not pass them to workers" in seen_by_the_doctor(pooler, "notify", pooler="transaction")["evidence"]
     past: Given = {"pooler": "transaction", "listen_database_url": database_url}
     assert seen_by_the_doctor(pooler, "notify", **past)["verdict"] == "ok"
 

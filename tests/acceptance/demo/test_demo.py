@@ -71,7 +71,7 @@ def test_the_proof_fails_where_anything_is_wrong(fault: str | None) -> None:
     assert fault is None or re.search(rf"\b1 (\w+ )*({SAID[fault]})", proof.sentence())
 
 
-SAID = {"doubled": "too many", "unpaid": "nobody paid", "lost": "lost", "unexplained": "unexplained"}
+SAID = {"doubled": "too many", "unpaid": "without payment", "lost": "lost", "unexplained": "unexplained"}
 
 
 def test_what_the_proof_counts(shop: Shop) -> None:

@@ -291,7 +291,7 @@ def test_more_than_expected_stops_before_anything_is_made(operator: Operator, sh
     for _ in range(4):
         shop.payment()
     before = snapshot(shop, "backfill_runs")
-    with pytest.raises(Refused, match=r"4 payments \(199\.60 EUR\) .* --max-repairs 4\.$"):
+    with pytest.raises(Refused, match=r"4 payments \(199\.60 EUR\), .* --max-repairs 4\.$"):
         operator.run(max_repairs=3)
     assert snapshot(shop, "backfill_runs") == before
     (run,) = shop.rows("SELECT outcome, finished_at, counts FROM backfill_runs")
