@@ -306,6 +306,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         "guard",
         "metrics",
         "succeeded_at",
+        "isolated_event",
+        "isolated_at",
+        "set_aside",
     ),
     "backfill_runs": (
         *("id", "kind", "started_at", "seen_at", "finished_at", "since", "until", "cutoff", "is_full"),

@@ -21,6 +21,11 @@ _OF_MARKS = ("outcome", "payment_id", "recovered_at")
 
 _OF_RUNS = ("seen_at", "finished_at", "cursor", "counts", "host", "pid", "outcome")
 
+_OF_WORKERS = (
+    *("seen_at", "stopped_at", "guard", "metrics", "succeeded_at"),
+    *("isolated_event", "isolated_at", "set_aside"),
+)
+
 _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "attempts", "reason", "detail", "dead_at")
 
 _OF_RESOLVED = ("state", "resolved_at")
@@ -49,7 +54,7 @@ PRIVILEGES: Privileges = {
     "workers": {
         "SELECT": _WHOLE,
         "INSERT": _WHOLE,
-        "UPDATE": ("seen_at", "stopped_at", "guard", "metrics", "succeeded_at"),
+        "UPDATE": _OF_WORKERS,
         "DELETE": _WHOLE,
     },
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS, "DELETE": _WHOLE},

@@ -234,6 +234,9 @@ def _workers(b: _Builder) -> Table:
         b.column("guard", Text),
         b.column("metrics", JSONB, server_default=text("'{}'")),
         b.column("succeeded_at", _TIME, nullable=True),
+        b.column("isolated_event", BigInteger, nullable=True),
+        b.column("isolated_at", _TIME, nullable=True),
+        b.column("set_aside", JSONB, server_default=text("'{}'")),
     )
 
 

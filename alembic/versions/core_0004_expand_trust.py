@@ -1,0 +1,36 @@
+"""Add to ``workers`` what one worker tells the others: the event that it processes alone, and the events set aside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+from alembic import context, op
+from sqlalchemy.dialects import postgresql
+
+if TYPE_CHECKING:
+    from naming import TableNaming
+
+revision = "core_0004"
+down_revision = "core_0003"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add the columns only to our own table. A worker of an earlier version ignores them, so it may keep running."""
+    naming: TableNaming = context.config.attributes["naming"].of("workers")
+    present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
+    if not naming.is_owned(op.get_bind()):
+        return
+    for column in (
+        sa.Column(naming.column("isolated_event"), sa.BigInteger),
+        sa.Column(naming.column("isolated_at"), sa.DateTime(timezone=True)),
+        sa.Column(naming.column("set_aside"), postgresql.JSONB, nullable=False, server_default=sa.text("'{}'")),
+    ):
+        if column.name not in present:
+            op.add_column(naming.table, column, schema=naming.schema)
+
+
+def downgrade() -> None:
+    """Keep the columns: a worker of an earlier version ignores them. ``core_0001`` drops the table if it is empty."""
