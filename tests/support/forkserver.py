@@ -95,10 +95,18 @@ class ForkServer:
         atexit.register(self.close)
 
     def spawn(
-        self, args: Sequence[str], environment: Mapping[str, str], *, stdin: int, stdout: int, stderr: int
+        self,
+        args: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        directory: str = str(ROOT),
     ) -> Child:
         """Start ``python ARGS``, which begin with ``-m MODULE`` or ``-c SCRIPT``, on these descriptors."""
-        request = json.dumps({"args": list(args), "environment": dict(environment)}).encode()
+        asked = {"args": list(args), "environment": dict(environment), "directory": directory}
+        request = json.dumps(asked).encode()
         reports, told = os.pipe()
         with self._lock:
             socket.send_fds(self._line, [_LENGTH.pack(len(request))], [stdin, stdout, stderr, told])
@@ -179,6 +187,7 @@ def become(request: dict[str, Any]) -> None:
     """Go on as ``python ARGS`` would after its start."""
     os.environ.clear()
     os.environ.update(request["environment"])
+    os.chdir(request["directory"])
     _open_streams()
     kind, what, *rest = request["args"]
     sys.argv = [kind, *rest]

@@ -27,6 +27,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, TextIO
 
 from tests.support import ROOT
+from tests.support.doorman import Doorman
 from tests.support.forkserver import Child, ForkServer
 
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
@@ -199,6 +200,17 @@ def _finish(
 def _server() -> ForkServer:
     """One for each process that runs tests, from its first command on."""
     return ForkServer(environment(None, {}))
+
+
+@contextmanager
+def command_for_shells(script: Path) -> Iterator[None]:
+    """Write ``outbox-worker`` as a script for shells. It works until the block ends."""
+    doorman = Doorman(_server(), script.parent)
+    try:
+        doorman.write_script(script)
+        yield
+    finally:
+        doorman.close()
 
 
 @dataclass

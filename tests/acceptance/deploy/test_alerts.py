@@ -69,6 +69,7 @@ def test_promtool_agrees() -> None:
 
 
 @needs_promtool
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threshold", "another"),
     [

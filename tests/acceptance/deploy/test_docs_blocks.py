@@ -33,7 +33,7 @@ from outbox_worker.settings import load_settings
 from tests.support import ROOT
 from tests.support.factories import Shop
 from tests.support.premises import find_psql
-from tests.support.processes import environment, eventually, finish
+from tests.support.processes import command_for_shells, environment, eventually, finish
 
 _HOW_TO = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/how-to/*.md"))
 PAGES = ["README.md", "docs/runbook.md", "docs/contract.md", *_HOW_TO]
@@ -333,7 +333,8 @@ def terminal(template: Path, tmp_path: Path) -> Iterator[Terminal]:
     directory.mkdir()
     (directory / "deploy").symlink_to(ROOT / "deploy")
     write_commands(directory / "bin")
-    with served(server) as where, socket.socket() as free:
+    command = directory / "bin" / "outbox-worker"
+    with served(server) as where, command_for_shells(command), socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
@@ -346,12 +347,11 @@ def terminal(template: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def write_commands(directory: Path) -> None:
-    """The commands of this environment: `make psql` and `make migrate` call the same ones, and install nothing."""
+    """Other commands than ours: `make psql` and `make migrate` call the same ones, and install nothing."""
     make = shutil.which("make")
     assert make is not None
     directory.mkdir()
     scripts = {
-        "outbox-worker": f'exec {sys.executable} -m outbox_worker "$@"',
         "psql": f'exec {find_psql()} "$@"',
         "make": f'exec {make} -s -C {ROOT} -o .venv/run -o .venv/dev BIN={directory} "$@"',
     }
