@@ -22,6 +22,7 @@ from outbox_worker.database.failures import Failure, classify, describe, login_r
 from outbox_worker.durations import count_of
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
+from outbox_worker.money import amount_texts
 from outbox_worker.telemetry.events import log_events
 from outbox_worker.telemetry.metrics import Metrics
 
@@ -166,13 +167,13 @@ class Telemetry:
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
         """Log that a periodic backfill found payments without a purchase, but is only allowed to report them."""
-        logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
+        logger.bind(event="payments_unexplained", payments=payments, money=amount_texts(money)).warning(
             "{} without a purchase. To list them, run: outbox-worker backfill --dry-run", count_of(payments, "payment")
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
         """Log that a periodic backfill found more missing purchases than it is allowed to create."""
-        logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
+        logger.bind(event="backfill_refused", payments=payments, money=amount_texts(money), most=most).error(
             "{} without a purchase, more than the periodic backfill may create; a person must check them",
             count_of(payments, "payment"),
         )
@@ -283,10 +284,6 @@ def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
     if failure is Failure.BUG:
         return False, "an error in the worker itself; the transaction was rolled back and is tried again"
     return failure in (Failure.RETRY, Failure.RECONNECT), "the database is in trouble; trying again"
-
-
-def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
-    return {currency: f"{amount:.2f}" for currency, amount in money.items()}
 
 
 def _outcomes(counts: Mapping[str, int]) -> dict[str, int]:
