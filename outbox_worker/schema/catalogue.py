@@ -7,31 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Column, Connection, Row, Table, and_, func, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from outbox_worker.database.failures import Failure, classify
 from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, ownership_list, quoted, relation_name
 
-
-def predicate_forms(purchases: Table) -> tuple[str, ...]:
-    """Return the index predicates that mean "active", in the form that ``pg_get_expr`` prints.
-
-    A partial index with any other predicate cannot be the guard.
-    """
-    column = quoted(purchases.c.is_active.name)
-    return column, f"({column} = true)", f"({column} IS TRUE)"
-
-
-# what: unique, valid, immediate, partial indexes on exactly the pair · lock: none · index: the catalogue's own
+# what: unique, valid indexes on exactly the pair: the condition of each, whether it is checked at once, and whether
+# is_active may be NULL · lock: none · index: the catalogue's own
 _PAIR_INDEXES = text(
     """
-    SELECT c.relname, pg_get_expr(i.indpred, i.indrelid)
+    SELECT c.relname AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate, i.indimmediate AS is_immediate,
+           NOT coalesce((SELECT attnotnull FROM pg_attribute
+                         WHERE attrelid = i.indrelid AND attname = :active), false) AS may_be_null
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
     WHERE i.indrelid = to_regclass(:relation)
-      AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
-      AND i.indpred IS NOT NULL AND i.indexprs IS NULL AND i.indnkeyatts = 2
+      AND i.indisunique AND i.indisvalid AND i.indisready AND i.indexprs IS NULL AND i.indnkeyatts = 2
       AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
            WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
         = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)
+    ORDER BY c.relname
     """
 )
 
@@ -54,9 +49,47 @@ _HAS_TRIGGER = text(
 
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
     """Return the names of the indexes that can be the guard, each with its predicate from ``pg_get_expr``."""
+    return {row.name: row.predicate for row in _on_pair(session, purchases) if _can_guard(session, purchases, row)}
+
+
+def unfit_pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str | None]:
+    """Return the unique indexes on the pair that cannot be the guard, each with its predicate; None if it has none."""
+    rows = _on_pair(session, purchases)
+    return {row.name: row.predicate for row in rows if not _can_guard(session, purchases, row)}
+
+
+def _on_pair(session: Session | Connection, purchases: Table) -> Sequence[Row[Any]]:
     columns = [purchases.c.student_id.name, purchases.c.course_id.name]
-    found = session.execute(_PAIR_INDEXES, {"relation": relation_name(purchases), "columns": columns})
-    return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
+    asked = {"relation": relation_name(purchases), "columns": columns, "active": purchases.c.is_active.name}
+    return session.execute(_PAIR_INDEXES, asked).all()
+
+
+def _can_guard(session: Session | Connection, purchases: Table, index: Row[Any]) -> bool:
+    """Return whether the index is checked at once, and covers exactly the active purchases."""
+    if index.predicate is None or not index.is_immediate:
+        return False
+    return _means_active(session, index.predicate, purchases.c.is_active.name, may_be_null=index.may_be_null)
+
+
+def _means_active(session: Session | Connection, predicate: str, column: str, *, may_be_null: bool) -> bool:
+    """Return whether a predicate holds for true and for no other value of ``is_active``.
+
+    PostgreSQL computes the predicate for each value, so it does not matter in which form the predicate is written.
+    PostgreSQL raises an error if the predicate reads another column. Then the predicate has another meaning.
+    """
+    active = quoted(column)
+    if predicate in (active, f"({active} = true)"):
+        return True
+    values = f"(true), (false){', (NULL)' if may_be_null else ''}"
+    asked = f"SELECT ({active} IS TRUE) = (({predicate}) IS TRUE) FROM (VALUES {values}) AS each_value ({active})"  # noqa: S608
+    connection = session.connection() if isinstance(session, Session) else session
+    try:
+        with connection.begin_nested():
+            return all(connection.exec_driver_sql(asked.replace("%", "%%"), ()).scalars())
+    except DBAPIError as error:
+        if classify(error) in (Failure.EVENT, Failure.UNCLEAR):
+            return False
+        raise
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
@@ -180,13 +213,14 @@ def has_limited_amounts(session: Session | Connection, purchases: Table) -> bool
 # lock: none · index: the catalogue's own
 _UNLOGGED = text(
     """
-    SELECT CAST(CAST(c.oid AS regclass) AS text) AS name, c.relpersistence = 't' AS is_temporary
-    FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS given (name, position)
-    CROSS JOIN LATERAL (
-        SELECT to_regclass(given.name) AS oid UNION SELECT relid FROM pg_partition_tree(to_regclass(given.name))
-    ) AS part
-    JOIN pg_class c ON c.oid = part.oid
-    WHERE c.relpersistence <> 'p' AND c.relkind = 'r' ORDER BY given.position, name
+    WITH RECURSIVE part (oid, position) AS (
+        SELECT CAST(to_regclass(given.name) AS oid), given.position
+        FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS given (name, position)
+        UNION SELECT i.inhrelid, part.position FROM pg_inherits i JOIN part ON i.inhparent = part.oid
+    )
+    SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relpersistence = 't' AS is_temporary
+    FROM part JOIN pg_class c ON c.oid = part.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relpersistence <> 'p' AND c.relkind = 'r' ORDER BY part.position, name
     """
 )
 

@@ -87,7 +87,7 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
     """Check the tables in ``privileges``. Return a problem for everything that is missing or does not fit.
 
-    Amounts that PostgreSQL would round are a problem only for a role that must be able to write purchases.
+    Amounts that PostgreSQL would round are no problem for a role that needs to read only.
     """
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
@@ -102,8 +102,12 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
             for problem in _privilege_problems(session, table, privileges[role])
         ),
         *_misfits(session, tables, present),
-        *(find_rounding(session, tables) if "INSERT" in privileges.get("purchases", {}) else ()),
+        *(find_rounding(session, tables) if _may_write_purchases(privileges, present) else ()),
     ]
+
+
+def _may_write_purchases(privileges: Privileges, present: Collection[str]) -> bool:
+    return {"payments", "purchases"} <= {*present} and [*privileges["purchases"]] != ["SELECT"]
 
 
 def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
@@ -277,7 +281,8 @@ def _column_problems(
     elif actual is None:
         yield SchemaProblem(
             f"column {name}.{column.name} is missing",
-            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: ALTER TABLE {name} ADD COLUMN {_written(column)};",
+            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
+            f"ALTER TABLE {name} ADD COLUMN {_written(column)};",
         )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
