@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.failures import Failure, classify
-from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, ownership_list, quoted, relation_name
+from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, Tables, ownership_list, quoted, relation_name
 
 # what: unique, valid indexes on exactly the pair: the condition of each, whether it is checked at once, and whether
 # is_active may be NULL · lock: none · index: the catalogue's own
@@ -151,6 +151,12 @@ def is_owned(session: Session | Connection, table: Table) -> bool:
         return bool(seen.by_comment)
     is_this = and_(listed.c.table_schema == table.schema, listed.c.table_name == table.name)
     return bool(session.scalar(select(func.count()).select_from(listed).where(is_this)))
+
+
+def adopted_tables(session: Session | Connection, tables: Tables) -> list[str]:
+    """Return the names of the existing tables that our migrations did not create."""
+    found = tables.by_role().values()
+    return [relation_name(table) for table in found if exists(session, table) and not is_owned(session, table)]
 
 
 def is_list_closed(session: Session, table: Table) -> bool:

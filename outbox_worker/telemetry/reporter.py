@@ -61,6 +61,7 @@ class Telemetry:
     _told_at: float = field(default_factory=time.monotonic)
     _telling: threading.Lock = field(default_factory=threading.Lock)
     _has_settled: bool = False
+    _has_told_ignored: bool = False
     _at_beat: Tally[str] = field(default_factory=Tally)
     _beat_at: float = field(default_factory=time.monotonic)
     _in_trouble_since: float | None = None
@@ -144,6 +145,29 @@ class Telemetry:
         logger.bind(event="schema_problems", problems=problems).error(
             "the database lacks something that the worker needs"
         )
+
+    def tables_adopted(self, tables: Sequence[str], *, ignores_types: bool) -> None:
+        """Log which tables the migrations did not create, and what the worker does with unknown event types."""
+        others = "stay in the outbox" if ignores_types else "become dead letters"
+        logger.bind(event="tables_adopted", tables=tables, ignores_types=ignores_types).info(
+            "adopted, because `outbox-worker migrate` did not create them: {}; events of unknown types {}",
+            ", ".join(tables),
+            others,
+        )
+
+    def setup_concern(self, finding: str, remedy: str) -> None:
+        """Warn of something that does not stop the worker now, but can lose rows or purchases later."""
+        logger.bind(event="setup_concern", finding=finding, remedy=remedy).warning("{}", finding)
+
+    def observe_ignored(self, events: int, types: Mapping[str, int]) -> None:
+        """Set the gauge of events of ignored types. Warn once, with the most frequent types, if there are any."""
+        self.metrics.ignored.set(events)
+        if events and not self._has_told_ignored:
+            self._has_told_ignored = True
+            logger.bind(event="types_ignored", events=events, types=types).warning(
+                "{} stay in the outbox, because no handler settles their types and OUTBOX_UNKNOWN_TYPES is `ignore`",
+                count_of(events, "event"),
+            )
 
     def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
         """Set the gauges of the queue. The worker measures their values at every heartbeat."""
