@@ -129,8 +129,7 @@ def find_rounding(session: Session, tables: Tables) -> list[SchemaProblem]:
     pair = _pair_of_columns(session, tables, "amount")
     if pair is None:
         return []
-    paid, bought = pair
-    if bought.decimals is None or (paid.decimals is not None and paid.decimals <= bought.decimals):
+    if not _rounds(*pair):
         return []
     return [_narrower(session, tables, "amount", pair, "so PostgreSQL would round amounts without an error")]
 
@@ -147,8 +146,12 @@ def find_narrower(session: Session, tables: Tables) -> list[SchemaProblem]:
     ]
 
 
+def _rounds(paid: ActualColumn, bought: ActualColumn) -> bool:
+    return bought.decimals is not None and (paid.decimals is None or paid.decimals > bought.decimals)
+
+
 def _is_narrower(paid: ActualColumn, bought: ActualColumn) -> bool:
-    if bought.limit is None or (bought.is_string and not (paid.is_string or paid.is_enum)):
+    if bought.limit is None or _rounds(paid, bought) or (bought.is_string and not (paid.is_string or paid.is_enum)):
         return False
     return paid.limit is None or paid.limit > bought.limit
 
