@@ -92,11 +92,11 @@ class Comparison:
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
 
     def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *_types: object) -> bool | None:
-        """Accept any type of ``student_id`` and ``course_id`` in purchases if the payments table is adopted.
+        """Accept any type of these columns of purchases if the payments table is adopted.
 
         The migrations copy these types from the payments table. Return None to let alembic decide.
         """
-        follows = expected.table is self._purchases and expected.key in ("student_id", "course_id")
+        follows = expected.table is self._purchases and expected.key in ("student_id", "course_id", "currency")
         return False if follows and _name(self._payments) in self._adopted else None
 
 

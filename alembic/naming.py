@@ -29,6 +29,8 @@ class TableNaming:
     table: str
     columns: Mapping[str, str]
     """The columns that have other names in the user's database: a mapping from key to name."""
+    list_schema: str
+    """The schema of the list of our tables, ``ownership_list``."""
 
     owned: ClassVar[str] = "purchase-outbox-worker: created by its migrations"
     """The comment on tables that our migrations created."""
@@ -36,6 +38,8 @@ class TableNaming:
     """The unique index of the branch ``unique_index``."""
     pair_lookup_index: ClassVar[str] = "purchases_active_student_course_idx"
     """The plain index that finds the purchase of a pair while the unique index does not exist."""
+    ownership_list: ClassVar[str] = "outbox_worker_tables"
+    """The table that lists the tables that our migrations created. The revision ``core_0005`` creates it."""
     notify_channel: ClassVar[str] = "outbox_worker"
     notify_trigger: ClassVar[str] = "outbox_worker_notify"
     """The name of the trigger of the branch ``notify``, and of the function of the trigger."""
@@ -46,13 +50,31 @@ class TableNaming:
     @property
     def relation(self) -> str:
         """The qualified name of the table for SQL and ``to_regclass``, quoted if needed."""
-        preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
-        return f"{preparer.quote_schema(self.schema)}.{preparer.quote(self.table)}"
+        return _qualified(self.schema, self.table)
+
+    @property
+    def list_relation(self) -> str:
+        """The qualified name of the list of our tables, quoted if needed."""
+        return _qualified(self.list_schema, self.ownership_list)
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Return whether our migrations created the table. The migrations never alter or drop a table of others."""
-        asked = sa.text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
-        return bool(bind.scalar(asked, {"name": self.relation, "owned": self.owned}))
+        """Return whether our migrations created the table. The migrations never alter or drop a table of others.
+
+        The comment of the table decides, or the list of our tables, which also survives a restore without comments.
+        """
+        asked = sa.text(
+            "SELECT obj_description(to_regclass(:name), 'pg_class') = :owned, to_regclass(:list) IS NOT NULL"
+        )
+        given = {"name": self.relation, "owned": self.owned, "list": self.list_relation}
+        by_comment, has_list = bind.execute(asked, given).one()
+        return bool(by_comment) or (has_list and self._is_listed(bind))
+
+    def _is_listed(self, bind: sa.Connection) -> bool:
+        listed = sa.table(
+            self.ownership_list, sa.column("table_schema"), sa.column("table_name"), schema=self.list_schema
+        )
+        is_this = sa.and_(listed.c.table_schema == self.schema, listed.c.table_name == self.table)
+        return bool(bind.scalar(sa.select(sa.exists().where(is_this))))
 
     def refuse(self, reason: str) -> NoReturn:
         raise RevisionRefused(reason)
@@ -71,4 +93,9 @@ class Naming:
     def of(self, role: str) -> TableNaming:
         schema, _, table = self.tables.get(role, role).rpartition(".")
         mine = {key.removeprefix(f"{role}."): name for key, name in self.columns.items() if key.startswith(f"{role}.")}
-        return TableNaming(schema or self.schema, table, mine)
+        return TableNaming(schema or self.schema, table, mine, self.schema)
+
+
+def _qualified(schema: str, name: str) -> str:
+    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+    return f"{preparer.quote_schema(schema)}.{preparer.quote(name)}"

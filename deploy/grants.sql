@@ -38,6 +38,8 @@ SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), f
 \if :{?dead_letters}     \else \set dead_letters     dead_letters     \endif
 \if :{?workers}          \else \set workers          workers          \endif
 \if :{?backfill_runs}    \else \set backfill_runs    backfill_runs    \endif
+-- the list of the tables that migrate created
+\set ownership_list outbox_worker_tables
 
 -- the columns of payments that are read, and the columns that are updated
 \if :{?payments_read} \else
@@ -89,14 +91,14 @@ SELECT format('ALTER ROLE %I IN DATABASE %I SET role = %I', :'migrator', current
 -- what: revokes what was granted on the tables before
 SELECT format('REVOKE ALL ON %s FROM %I, %I, %I', to_regclass(name), :'worker', :'reader', :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
-                  :'backfill_runs']) AS name
+                  :'backfill_runs', :'ownership_list']) AS name
 WHERE to_regclass(name) IS NOT NULL \gexec
 
 -- what: the schemas of tables that are not in the worker's schema
 SELECT DISTINCT format('GRANT USAGE ON SCHEMA %s TO %I, %I, %I', relnamespace::regnamespace, :'worker', :'reader',
                        :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
-                  :'backfill_runs']) AS name
+                  :'backfill_runs', :'ownership_list']) AS name
 JOIN pg_class ON pg_class.oid = to_regclass(name)
 WHERE relnamespace::regnamespace::text <> quote_ident(:'schema') \gexec
 
@@ -111,6 +113,7 @@ FROM (VALUES
      'SELECT, INSERT, UPDATE (' || :'dead_letters_buried' || ', ' || :'dead_letters_resolved' || ')'),
     (:'worker', :'workers', 'SELECT, INSERT, UPDATE (' || :'workers_updated' || '), DELETE'),
     (:'worker', :'backfill_runs', 'SELECT, INSERT, UPDATE (' || :'backfill_runs_updated' || '), DELETE'),
+    (:'worker', :'ownership_list', 'SELECT'),
 
     (:'reader', :'payments', 'SELECT (' || :'payments_read' || ')'),
     (:'reader', :'outbox', 'SELECT'),
@@ -119,6 +122,7 @@ FROM (VALUES
     (:'reader', :'dead_letters', 'SELECT'),
     (:'reader', :'workers', 'SELECT'),
     (:'reader', :'backfill_runs', 'SELECT'),
+    (:'reader', :'ownership_list', 'SELECT'),
 
     (:'operator', :'payments', 'SELECT (' || :'payments_read' || ')'),
     (:'operator', :'outbox', 'SELECT, INSERT'),
@@ -127,7 +131,8 @@ FROM (VALUES
     (:'operator', :'dead_letters',
      'SELECT, UPDATE (' || :'dead_letters_resolved' || ', ' || :'dead_letters_decided' || ')'),
     (:'operator', :'workers', 'SELECT'),
-    (:'operator', :'backfill_runs', 'SELECT, INSERT, UPDATE (' || :'backfill_runs_updated' || ')')
+    (:'operator', :'backfill_runs', 'SELECT, INSERT, UPDATE (' || :'backfill_runs_updated' || ')'),
+    (:'operator', :'ownership_list', 'SELECT')
 ) AS wanted (grantee, name, privileges)
 WHERE to_regclass(name) IS NOT NULL \gexec
 
@@ -142,5 +147,5 @@ COMMIT;
 
 SELECT name AS "table", coalesce(pg_get_userbyid(relowner), 'absent: migrate, then run this file again') AS "owner"
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
-                  :'backfill_runs']) WITH ORDINALITY AS given (name, position)
+                  :'backfill_runs', :'ownership_list']) WITH ORDINALITY AS given (name, position)
 LEFT JOIN pg_class ON pg_class.oid = to_regclass(name) ORDER BY position;

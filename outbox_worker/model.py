@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from outbox_worker import money
+
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
 
 PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
@@ -353,11 +355,11 @@ class PaymentTotals:
 
     def __add__(self, other: PaymentTotals) -> PaymentTotals:
         keys = dict.fromkeys([*self.money, *other.money])
-        sums = {key: self.money.get(key, Decimal(0)) + other.money.get(key, Decimal(0)) for key in keys}
+        sums = {key: money.add(self.money.get(key, Decimal(0)), other.money.get(key, Decimal(0))) for key in keys}
         return PaymentTotals(self.count + other.count, sums)
 
     def __sub__(self, other: PaymentTotals) -> PaymentTotals:
-        less = self + PaymentTotals(-other.count, {key: -amount for key, amount in other.money.items()})
+        less = self + PaymentTotals(-other.count, {key: amount.copy_negate() for key, amount in other.money.items()})
         return PaymentTotals(less.count, {key: amount for key, amount in less.money.items() if amount})
 
     @classmethod
@@ -372,4 +374,4 @@ class PaymentTotals:
 
     def written(self) -> dict[str, Any]:
         """Return the totals as a value for a JSON column."""
-        return {"count": self.count, "money": {key: f"{amount:.2f}" for key, amount in self.money.items()}}
+        return {"count": self.count, "money": money.amount_texts(self.money)}

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from outbox_worker.escapes import printable
+from outbox_worker.money import amount_text
 
 _GAP = "  "
 _WORD = re.compile(r"\s*\S+")
@@ -41,19 +42,19 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
 
 
-def plain(value: Any) -> Any:  # noqa: PLR0911 - one return per type
-    """Convert a value into the form that JSON and CSV output use."""
+def plain(value: Any, currency: str | None = None) -> Any:  # noqa: PLR0911 - one return per type
+    """Convert a value into the form that JSON and CSV output use. ``currency`` is the currency of an amount."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, str(value.get("currency", key))) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     match value:
         case datetime():
             return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         case Decimal():
-            return f"{value:.2f}"
+            return amount_text(value, currency)
         case UUID() | Enum():
             return str(value)
         case float():

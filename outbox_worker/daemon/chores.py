@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store.backfill_runs import BackfillRuns
 from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.ignored import count_ignored
 from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
@@ -24,6 +26,8 @@ from outbox_worker.telemetry.reporter import Telemetry
 CHORE_SECONDS = 5.0
 """The seconds between two rounds of chores. If the guard changes, the next round notices this, unless a claim loop
 notices it before."""
+IGNORED_SECONDS = 300.0
+"""The seconds between two counts of the events of ignored types. A count reads up to 100,000 entries of an index."""
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 
@@ -72,6 +76,7 @@ class Chores:
         self._runs = BackfillRuns(tables)
         self._horizon = HorizonWatch()
         self._is_schema_suspect = False
+        self._counted_ignored_at: float | None = None
 
     def run(self, is_over: threading.Event) -> bool:
         """Run rounds until ``is_over`` is set. Then run one more round, which records that the process stopped."""
@@ -90,6 +95,7 @@ class Chores:
             self.meet_trouble(error, CHORE_SECONDS)
             self._supervision.looked_in_vain(error)
             return
+        self._count_ignored_if_late()
         self._supervision.looked(look.status())
         if look.has_notify and self._start_listening is not None:
             self._start_listening()
@@ -118,6 +124,20 @@ class Chores:
             counted = self._telemetry.beat()
             self._workers.beat(session, guard, counted, stopped=stopped)
         return _Look(guard, backlog, letters, has_notify, counted)
+
+    def _count_ignored_if_late(self) -> None:
+        """Count the events of ignored types in the first round and then every ``IGNORED_SECONDS``."""
+        now = time.monotonic()
+        if self._counted_ignored_at is not None and now - self._counted_ignored_at < IGNORED_SECONDS:
+            return
+        self._counted_ignored_at = now
+        try:
+            with self._database.transaction() as session:
+                ignored = count_ignored(session, self._tables, self._outbox.event_types)
+        except Exception as error:  # noqa: BLE001 - reported; the next count tries again
+            self.meet_trouble(error, IGNORED_SECONDS)
+            return
+        self._telemetry.observe_ignored(ignored.events, {each.event_type: each.events for each in ignored.types})
 
     def _check_schema_if_suspect(self) -> None:
         """Log which tables, columns and privileges are missing now, each with its remedy."""

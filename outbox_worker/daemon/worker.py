@@ -25,6 +25,8 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.errors import SettingError, in_one_line
 from outbox_worker.reconcile.periodic import PeriodicBackfill
+from outbox_worker.schema.catalogue import adopted_tables
+from outbox_worker.schema.concerns import find_concerns
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import RELOADABLE, Settings
@@ -110,7 +112,13 @@ class Worker:
             follows_a_crash = self._workers.take_over_dead_worker(session)
             self._workers.join(session, guard)
             event_types = claimed_types(session, tables, self._settings.unknown_types)
+            adopted = adopted_tables(session, tables)
+            concerns = find_concerns(session, tables)
         self.telemetry.started(self._settings.concurrency, guard)
+        if adopted:
+            self.telemetry.tables_adopted(adopted, ignores_types=event_types is not None)
+        for concern in concerns:
+            self.telemetry.setup_concern(concern.finding, concern.remedy)
         if follows_a_crash:
             self.telemetry.isolating_after_crash(self._settings.batch_size)
         return Start(tables=tables, event_types=event_types, follows_a_crash=follows_a_crash)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 import psycopg
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, SchemaError
@@ -60,6 +61,7 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "42P05": Failure.RECONNECT,  # duplicate_prepared_statement
     "3D000": Failure.PAUSE,  # invalid_catalog_name
     "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
+    "23000": Failure.EVENT,  # integrity_constraint_violation, for example WrittenOtherwise
     "23001": Failure.EVENT,  # restrict_violation
     "23502": Failure.EVENT,  # not_null_violation
     "23503": Failure.EVENT,  # foreign_key_violation
@@ -96,6 +98,16 @@ _PASSES = re.compile(
 
 Examples: the server starts, stops or has no free connection, or the server behind a pooler is down.
 """
+
+
+class WrittenOtherwise(DBAPIError):
+    """Raised if a trigger changed a row that a statement wrote, so that the row is not what the statement says.
+
+    It is handled like an error that the database itself raises for the event.
+    """
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(None, None, psycopg.errors.IntegrityConstraintViolation(detail))
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -158,6 +170,8 @@ def trace(error: BaseException) -> list[str]:
 def describe(error: BaseException) -> str:
     """Describe an error for logs and dead letters by class, SQLSTATE and constraint, never by a value of a row."""
     original = getattr(error, "orig", None) or error
+    if isinstance(error, WrittenOtherwise):
+        return str(original)
     state = sqlstate(error)
     constraint = getattr(getattr(original, "diag", None), "constraint_name", None)
     parts = [

@@ -32,6 +32,7 @@ from outbox_worker.model import (
     Repeated,
     Verdict,
 )
+from outbox_worker.money import amount_text
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.handlers import HANDLED_TYPES
 from outbox_worker.store import payload
@@ -317,7 +318,12 @@ def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | 
 
 def _of_payment(payment: PaymentRow | None) -> Iterator[TimelineEntry]:
     if payment is not None:
-        yield TimelineEntry(payment.created_at, "paid", payment.id, f"{payment.amount:.2f} {payment.currency}")
+        yield TimelineEntry(
+            payment.created_at,
+            "paid",
+            payment.id,
+            f"{amount_text(payment.amount, payment.currency)} {payment.currency}",
+        )
 
 
 def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[TimelineEntry]:

@@ -9,12 +9,15 @@ from datetime import datetime
 
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard
+from outbox_worker.schema.catalogue import adopted_tables
+from outbox_worker.schema.concerns import find_concerns
 from outbox_worker.schema.privileges import READING
-from outbox_worker.schema.requirements import check_schema
+from outbox_worker.schema.requirements import SchemaProblem, check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.handlers import UnknownTypes, claimed_types
 from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import guard_in_force
+from outbox_worker.store.ignored import IgnoredEvents, count_ignored
 from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS
 from outbox_worker.store.queries import database_time
@@ -28,6 +31,10 @@ class Status:
     backlog: Backlog
     open_letters: int
     workers: Sequence[WorkerRow]
+    ignored: IgnoredEvents
+    adopted: Sequence[str]
+    """The tables that our migrations did not create."""
+    concerns: Sequence[SchemaProblem]
 
     def metrics(self) -> dict[str, float]:
         """Return each counter and each gauge.
@@ -41,6 +48,7 @@ class Status:
             "outbox_due_events": self.backlog.due,
             "outbox_oldest_due_seconds": self.backlog.oldest_due_seconds,
             "outbox_open_dead_letters": self.open_letters,
+            "outbox_ignored_events": self.ignored.events,
         }
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
@@ -62,10 +70,14 @@ def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes)
     """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables, READING)
+        event_types = claimed_types(session, tables, unknown_types)
         return Status(
             time=database_time(session),
             guard=guard_in_force(session, tables.purchases),
-            backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
+            backlog=Outbox(tables, event_types).backlog(session),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),
+            ignored=count_ignored(session, tables, event_types),
+            adopted=adopted_tables(session, tables),
+            concerns=find_concerns(session, tables),
         )

@@ -23,6 +23,7 @@ from outbox_worker.decision import RetryPolicy
 from outbox_worker.durations import count_of
 from outbox_worker.errors import Refused
 from outbox_worker.model import FoundPayment, PaymentTotals
+from outbox_worker.money import amount_text
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
 from outbox_worker.reconcile.scan import PAGE_MAX, PaymentScan, ScanCursor, ScanLimits, ScanPaths, ScanRange, Throttle
 from outbox_worker.schema.privileges import BACKFILLING, EXPLAINING
@@ -230,7 +231,8 @@ class Backfill:
             if self._continued is None:  # keep the row of a continued backfill, so that it can be continued again
                 left = self._left(self._scan.totals.unexplained)
                 self._runs.finish(session, run, RunOutcome.REFUSED, self._counts.written() | left)
-        money = ", ".join(f"{amount:,.2f} {currency}" for currency, amount in owed.money.items())
+        texts = (f"{amount_text(amount, currency, grouped=True)} {currency}" for currency, amount in owed.money.items())
+        money = ", ".join(texts)
         now = " now" if self._continued else ""
         raise Refused(
             f"A purchase is owed for {count_of(owed.count, 'payment')} ({money}), but --max-repairs allows {most:,}. "

@@ -26,6 +26,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
 from outbox_worker.database.statements import Statement
 from outbox_worker.model import FoundPayment, PaymentTotals
+from outbox_worker.money import add
 from outbox_worker.schema.catalogue import has_index_paths
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store.payment_classes import (
@@ -155,7 +156,7 @@ class ScanTotals:
         elif row.kind in _CLASSES:
             money = self.money[_CLASSES[row.kind]]
             self.counts[_CLASSES[row.kind]] += row.payments
-            money[row.currency] = money.get(row.currency, Decimal(0)) + row.amount
+            money[row.currency] = add(money.get(row.currency, Decimal(0)), row.amount)
             if row.is_recent:
                 self.recent = self.recent + PaymentTotals(row.payments, {row.currency: row.amount})
             if row.id is not None:

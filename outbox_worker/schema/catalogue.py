@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Table,
-    text,
-)
+from sqlalchemy import Column, Connection, Row, Table, and_, func, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, quoted, relation_name
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, Tables, ownership_list, quoted, relation_name
 
-
-def predicate_forms(purchases: Table) -> tuple[str, ...]:
-    """Return the index predicates that mean "active", in the form that ``pg_get_expr`` prints.
-
-    A partial index with any other predicate cannot be the guard.
-    """
-    column = quoted(purchases.c.is_active.name)
-    return column, f"({column} = true)", f"({column} IS TRUE)"
-
-
-# what: unique, valid, immediate, partial indexes on exactly the pair · lock: none · index: the catalogue's own
+# what: unique, valid indexes on exactly the pair: the condition of each, whether it is checked at once, and whether
+# is_active may be NULL · lock: none · index: the catalogue's own
 _PAIR_INDEXES = text(
     """
-    SELECT c.relname, pg_get_expr(i.indpred, i.indrelid)
+    SELECT c.relname AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate, i.indimmediate AS is_immediate,
+           NOT coalesce((SELECT attnotnull FROM pg_attribute
+                         WHERE attrelid = i.indrelid AND attname = :active), false) AS may_be_null
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
     WHERE i.indrelid = to_regclass(:relation)
-      AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
-      AND i.indpred IS NOT NULL AND i.indexprs IS NULL AND i.indnkeyatts = 2
+      AND i.indisunique AND i.indisvalid AND i.indisready AND i.indexprs IS NULL AND i.indnkeyatts = 2
       AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
            WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
         = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)
+    ORDER BY c.relname
     """
 )
 
@@ -57,9 +49,47 @@ _HAS_TRIGGER = text(
 
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
     """Return the names of the indexes that can be the guard, each with its predicate from ``pg_get_expr``."""
+    return {row.name: row.predicate for row in _on_pair(session, purchases) if _can_guard(session, purchases, row)}
+
+
+def unfit_pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str | None]:
+    """Return the unique indexes on the pair that cannot be the guard, each with its predicate; None if it has none."""
+    rows = _on_pair(session, purchases)
+    return {row.name: row.predicate for row in rows if not _can_guard(session, purchases, row)}
+
+
+def _on_pair(session: Session | Connection, purchases: Table) -> Sequence[Row[Any]]:
     columns = [purchases.c.student_id.name, purchases.c.course_id.name]
-    found = session.execute(_PAIR_INDEXES, {"relation": relation_name(purchases), "columns": columns})
-    return {name: predicate for name, predicate in found if predicate in predicate_forms(purchases)}
+    asked = {"relation": relation_name(purchases), "columns": columns, "active": purchases.c.is_active.name}
+    return session.execute(_PAIR_INDEXES, asked).all()
+
+
+def _can_guard(session: Session | Connection, purchases: Table, index: Row[Any]) -> bool:
+    """Return whether the index is checked at once, and covers exactly the active purchases."""
+    if index.predicate is None or not index.is_immediate:
+        return False
+    return _means_active(session, index.predicate, purchases.c.is_active.name, may_be_null=index.may_be_null)
+
+
+def _means_active(session: Session | Connection, predicate: str, column: str, *, may_be_null: bool) -> bool:
+    """Return whether a predicate holds for true and for no other value of ``is_active``.
+
+    PostgreSQL computes the predicate for each value, so it does not matter in which form the predicate is written.
+    PostgreSQL raises an error if the predicate reads another column. Then the predicate has another meaning.
+    """
+    active = quoted(column)
+    if predicate in (active, f"({active} = true)"):
+        return True
+    values = f"(true), (false){', (NULL)' if may_be_null else ''}"
+    asked = f"SELECT ({active} IS TRUE) = (({predicate}) IS TRUE) FROM (VALUES {values}) AS each_value ({active})"  # noqa: S608
+    connection = session.connection() if isinstance(session, Session) else session
+    try:
+        with connection.begin_nested():
+            return all(connection.exec_driver_sql(asked.replace("%", "%%"), ()).scalars())
+    except DBAPIError as error:
+        if classify(error) in (Failure.EVENT, Failure.UNCLEAR):
+            return False
+        raise
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
@@ -77,6 +107,15 @@ class ActualColumn:
     is_enum: bool
     must_be_written: bool
     """Whether the column is NOT NULL without a default."""
+    written_type: str
+    """The type as it stands in DDL, for example ``numeric(12,2)``."""
+    is_string: bool
+    limit: int | None
+    """The largest number of characters, or of digits before the decimal point; None if there is no limit."""
+    decimals: int | None
+    """The number of decimals to which PostgreSQL rounds; None if it does not round."""
+    is_used: bool
+    """Whether a view, a trigger, a policy or a generated column uses the column, so that its type cannot change."""
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -84,10 +123,52 @@ def exists(session: Session | Connection, table: Table) -> bool:
     return bool(session.scalar(asked, {"name": relation_name(table)}))
 
 
+# what: whether a table has our comment; whether this role can read the list of our tables · lock: none
+# index: the catalogue's own
+_OWNED = text(
+    """
+    SELECT to_regclass(:name) IS NOT NULL AS is_there,
+           coalesce(obj_description(to_regclass(:name), 'pg_class') = :owned, false) AS by_comment,
+           l.oid IS NOT NULL AS has_list,
+           coalesce(has_schema_privilege(l.relnamespace, 'USAGE') AND has_table_privilege(l.oid, 'SELECT'), false)
+               AS may_read_list
+    FROM (VALUES (1)) AS one LEFT JOIN (
+        pg_class l JOIN pg_namespace n ON n.oid = l.relnamespace AND n.nspname = :list_schema
+    ) ON l.relname = :list_name AND l.relkind = 'r'
+    """
+)
+
+
 def is_owned(session: Session | Connection, table: Table) -> bool:
-    """Return whether the worker's migrations created the table. All other tables are adopted."""
-    asked = text("SELECT obj_description(to_regclass(:name), 'pg_class') = :owned")
-    return bool(session.scalar(asked, {"name": relation_name(table), "owned": OWNED}))
+    """Return whether the worker's migrations created the table. All other tables are adopted.
+
+    The comment of the table decides, or the list of our tables, which also survives a restore without comments. If this
+    role may not read the list, the comment decides alone.
+    """
+    listed = ownership_list(table)
+    seen = _ownership_seen(session, table, listed)
+    if seen.by_comment or not (seen.is_there and seen.may_read_list):
+        return bool(seen.by_comment)
+    is_this = and_(listed.c.table_schema == table.schema, listed.c.table_name == table.name)
+    return bool(session.scalar(select(func.count()).select_from(listed).where(is_this)))
+
+
+def adopted_tables(session: Session | Connection, tables: Tables) -> list[str]:
+    """Return the names of the existing tables that our migrations did not create."""
+    found = tables.by_role().values()
+    return [relation_name(table) for table in found if exists(session, table) and not is_owned(session, table)]
+
+
+def is_list_closed(session: Session, table: Table) -> bool:
+    """Return whether the list of our tables exists, but this role may not read it."""
+    seen = _ownership_seen(session, table, ownership_list(table))
+    return bool(seen.has_list and not seen.may_read_list)
+
+
+def _ownership_seen(session: Session | Connection, table: Table, listed: Table) -> Row[Any]:
+    where = {"list_schema": listed.schema, "list_name": listed.name}
+    asked = {"name": relation_name(table), "owned": OWNED, **where}
+    return session.execute(_OWNED, asked).one()
 
 
 def role_name(session: Session) -> str:
@@ -96,17 +177,63 @@ def role_name(session: Session) -> str:
     return role
 
 
-def actual_columns(session: Session, name: str) -> dict[str, ActualColumn]:
-    rows = session.execute(
-        text(
-            "SELECT a.attname, t.typname, t.typtype = 'e',"
-            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''"
-            " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
-            " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
-        ),
-        {"name": name},
+# what: the columns of a table. An enum's limit is its longest label. The modifier of numeric holds precision and scale.
+# lock: none · index: the catalogue's own
+_COLUMNS = text(
+    """
+    SELECT a.attname, t.typname AS type_name, t.typtype = 'e' AS is_enum,
+           a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS must_be_written,
+           format_type(a.atttypid, a.atttypmod) AS written_type, t.typcategory = 'S' AS is_string,
+           CASE WHEN t.typtype = 'e' THEN (SELECT max(length(enumlabel)) FROM pg_enum WHERE enumtypid = t.oid)
+                WHEN a.atttypmod < 4 THEN NULL
+                WHEN t.typname = 'numeric' THEN ((a.atttypmod - 4) >> 16 & 65535) - (((a.atttypmod - 4) & 2047) # 1024)
+                                                + 1024
+                WHEN t.typname IN ('varchar', 'bpchar') THEN a.atttypmod - 4 END AS "limit",
+           CASE WHEN t.typname = 'numeric' AND a.atttypmod >= 4
+                THEN (((a.atttypmod - 4) & 2047) # 1024) - 1024 END AS decimals,
+           EXISTS (SELECT FROM pg_depend d
+                   LEFT JOIN pg_attrdef g ON d.classid = CAST('pg_attrdef' AS regclass) AND g.oid = d.objid
+                   WHERE d.refclassid = CAST('pg_class' AS regclass) AND d.refobjid = a.attrelid
+                     AND d.refobjsubid = a.attnum
+                     AND d.classid NOT IN (CAST('pg_class' AS regclass), CAST('pg_constraint' AS regclass),
+                                           CAST('pg_statistic_ext' AS regclass))
+                     AND g.adnum IS DISTINCT FROM a.attnum) AS is_used
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped
+    ORDER BY a.attnum
+    """
+)
+
+
+def actual_columns(session: Session | Connection, name: str) -> dict[str, ActualColumn]:
+    return {row[0]: ActualColumn(*row[1:]) for row in session.execute(_COLUMNS, {"name": name})}
+
+
+def has_limited_amounts(session: Session | Connection, purchases: Table) -> bool:
+    """Return whether the amount of a purchase has a limit that the migrations can remove."""
+    amount = actual_columns(session, relation_name(purchases)).get(purchases.c.amount.name)
+    return amount is not None and amount.decimals is not None and not amount.is_used
+
+
+# what: the tables and partitions among these that are not written to the write-ahead log: unlogged or temporary ones
+# lock: none · index: the catalogue's own
+_UNLOGGED = text(
+    """
+    WITH RECURSIVE part (oid, position) AS (
+        SELECT CAST(to_regclass(given.name) AS oid), given.position
+        FROM unnest(CAST(:names AS text[])) WITH ORDINALITY AS given (name, position)
+        UNION SELECT i.inhrelid, part.position FROM pg_inherits i JOIN part ON i.inhparent = part.oid
     )
-    return {row[0]: ActualColumn(*row[1:]) for row in rows}
+    SELECT format('%I.%I', n.nspname, c.relname) AS name, c.relpersistence = 't' AS is_temporary
+    FROM part JOIN pg_class c ON c.oid = part.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relpersistence <> 'p' AND c.relkind = 'r' ORDER BY part.position, name
+    """
+)
+
+
+def unlogged_tables(session: Session, names: Sequence[str]) -> list[tuple[str, bool]]:
+    """Return the names of tables and partitions that a crash of the server empties, and whether each is temporary."""
+    return [(row.name, row.is_temporary) for row in session.execute(_UNLOGGED, {"names": [*names]})]
 
 
 def is_unique(session: Session, name: str, column: Column[object]) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Table, text
 
-from outbox_worker.schema.catalogue import notifies, pair_indexes
+from outbox_worker.schema.catalogue import has_limited_amounts, is_owned, notifies, pair_indexes
 from outbox_worker.schema.requirements import SchemaProblem
-from outbox_worker.schema.tables import OWNED, Tables, relation_name
+from outbox_worker.schema.tables import Tables, ownership_list, relation_name
 
 # what: for each schema its owner (public belongs to the owner of the database), and whether this role may use it and
 # create objects in it; for a missing schema, whether this role may create it · lock: none · index: the catalogue's own
@@ -30,8 +30,8 @@ _SCHEMAS = text(
     """
 )
 
-# what: the owner and columns of a table, the rights of this role on it, and whether our migrations created it; also for
-# a table in a schema that this role may not use · lock: none · index: the catalogue's own
+# what: the owner and columns of a table, and the rights of this role on it; also for a table in a schema that this role
+# may not use · lock: none · index: the catalogue's own
 _TABLE = text(
     """
     SELECT quote_ident(r.rolname) AS owner, r.rolsuper AS is_superusers, quote_ident(current_user) AS me,
@@ -39,7 +39,6 @@ _TABLE = text(
            has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
                AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE') AS may_write,
            has_table_privilege(c.oid, 'TRIGGER') AS may_trigger,
-           COALESCE(obj_description(c.oid, 'pg_class') = :owned, false) AS is_ours,
            ARRAY(SELECT CAST(a.attname AS text) FROM pg_attribute a
                  WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
@@ -58,7 +57,6 @@ class _Present:
     may_alter: bool
     may_write: bool
     may_trigger: bool
-    is_ours: bool
     columns: Sequence[str]
 
 
@@ -66,12 +64,16 @@ def find_missing_rights(
     connection: Connection, tables: Tables, versions: Table, options: Collection[str]
 ) -> list[SchemaProblem]:
     """Return a problem, with the owner and a remedy, for each right that the migrations need and this role lacks."""
-    wanted = [*tables.by_role().values(), versions]
+    listed = ownership_list(tables.purchases)
+    wanted = [*tables.by_role().values(), versions, listed]
     present = {table: row for table in wanted if (row := _present(connection, table)) is not None}
     schemas = {str(table.schema) for table in wanted}
     if closed := list(_closed_schemas(connection, schemas, {str(t.schema) for t in wanted if t not in present})):
         return closed
-    altered = [table for table, row in present.items() if row.is_ours and {c.name for c in table.c} - {*row.columns}]
+    ours = [table for table in present if table is not versions and is_owned(connection, table)]
+    altered = [table for table in ours if {c.name for c in table.c} - {*present[table].columns}]
+    if tables.purchases in ours and has_limited_amounts(connection, tables.purchases):
+        altered.append(tables.purchases)
     builds_index = "unique_index" in options and not pair_indexes(connection, tables.purchases)
     builds_trigger = "notify" in options and not notifies(connection, tables.outbox)
     built_on = [tables.purchases] * builds_index + [tables.outbox] * builds_trigger
@@ -79,12 +81,12 @@ def find_missing_rights(
         *_closed_schemas(connection, schemas, {str(table.schema) for table in built_on}),
         *_not_alterable(present, [*altered, *([tables.purchases] if builds_index else [])]),
         *(_no_trigger(present, tables.outbox) if builds_trigger else ()),
-        *_not_writable(present, versions),
+        *(problem for table in (versions, listed) for problem in _not_writable(present, table)),
     ]
 
 
 def _present(connection: Connection, table: Table) -> _Present | None:
-    sought = {"schema": table.schema, "name": table.name, "owned": OWNED}
+    sought = {"schema": table.schema, "name": table.name}
     row = connection.execute(_TABLE, sought).one_or_none()
     return _Present(**row._mapping) if row else None
 
@@ -127,8 +129,8 @@ def _no_trigger(present: Mapping[Table, _Present], outbox: Table) -> Iterator[Sc
         )
 
 
-def _not_writable(present: Mapping[Table, _Present], versions: Table) -> Iterator[SchemaProblem]:
-    row, name = present.get(versions), relation_name(versions)
+def _not_writable(present: Mapping[Table, _Present], written: Table) -> Iterator[SchemaProblem]:
+    row, name = present.get(written), relation_name(written)
     if row is not None and not row.may_write:
         finding = f"the table {name} belongs to {row.owner}, and {row.me} may not write to it"
         grant = f"run migrate as {row.owner}, or as {row.owner}: GRANT SELECT, INSERT, UPDATE, DELETE ON {name} TO"

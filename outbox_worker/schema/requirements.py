@@ -27,6 +27,9 @@ _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "b
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of ``_INSERTED_INTO`` for which the worker inserts no value, so that they get their defaults."""
 
+_ADDED_LATER = {("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "set_aside")}
+"""Columns that a later revision of the migrations added to our own tables."""
+
 _NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
@@ -82,7 +85,10 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
-    """Check the tables in ``privileges``. Return a problem for everything that is missing or does not fit."""
+    """Check the tables in ``privileges``. Return a problem for everything that is missing or does not fit.
+
+    Amounts that PostgreSQL would round are no problem for a role that needs to read only.
+    """
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}
@@ -96,7 +102,12 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
             for problem in _privilege_problems(session, table, privileges[role])
         ),
         *_misfits(session, tables, present),
+        *(find_rounding(session, tables) if _may_write_purchases(privileges, present) else ()),
     ]
+
+
+def _may_write_purchases(privileges: Privileges, present: Collection[str]) -> bool:
+    return {"payments", "purchases"} <= {*present} and [*privileges["purchases"]] != ["SELECT"]
 
 
 def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
@@ -106,7 +117,72 @@ def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -
     """
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
     looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
-    return list(_misfits(session, tables, looked_at))
+    rounding = find_rounding(session, tables) if "purchases" in looked_at else []
+    return [*_misfits(session, tables, looked_at), *rounding]
+
+
+def find_rounding(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a problem if PostgreSQL would round amounts of payments when the worker copies them into purchases.
+
+    PostgreSQL raises no error then, so the worker refuses to start.
+    """
+    pair = _pair_of_columns(session, tables, "amount")
+    if pair is None:
+        return []
+    if not _rounds(*pair):
+        return []
+    return [_narrower(session, tables, "amount", pair, "so PostgreSQL would round amounts without an error")]
+
+
+def find_narrower(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a problem for each column of purchases that cannot hold all values of the column of payments.
+
+    PostgreSQL refuses such a value, so only its event fails, and the worker may start.
+    """
+    return [
+        _narrower(session, tables, key, pair, f"so PostgreSQL refuses purchases with {consequence}")
+        for key, consequence in (("amount", "larger amounts"), ("currency", "longer currencies"))
+        if (pair := _pair_of_columns(session, tables, key)) is not None and _is_narrower(*pair)
+    ]
+
+
+def _rounds(paid: ActualColumn, bought: ActualColumn) -> bool:
+    return bought.decimals is not None and (paid.decimals is None or paid.decimals > bought.decimals)
+
+
+def _is_narrower(paid: ActualColumn, bought: ActualColumn) -> bool:
+    if bought.limit is None or _rounds(paid, bought) or (bought.is_string and not (paid.is_string or paid.is_enum)):
+        return False
+    return paid.limit is None or paid.limit > bought.limit
+
+
+def _pair_of_columns(session: Session, tables: Tables, key: str) -> tuple[ActualColumn, ActualColumn] | None:
+    """Return a column of payments and the column of purchases that gets a copy of it; None if one is absent."""
+    found = [
+        actual_columns(session, relation_name(table)).get(table.c[key].name)
+        for table in (tables.payments, tables.purchases)
+    ]
+    paid, bought = found
+    return None if paid is None or bought is None else (paid, bought)
+
+
+def _narrower(
+    session: Session, tables: Tables, key: str, pair: tuple[ActualColumn, ActualColumn], consequence: str
+) -> SchemaProblem:
+    paid, bought = pair
+    purchases, wanted = relation_name(tables.purchases), paid.written_type if paid.is_string else "text"
+    if key == "amount":
+        wanted = "numeric"
+    finding = (
+        f"column {purchases}.{tables.purchases.c[key].name} is {bought.written_type}, narrower than "
+        f"{relation_name(tables.payments)}.{tables.payments.c[key].name} ({paid.written_type}), {consequence}"
+    )
+    if key == "amount" and not bought.is_used and is_owned(session, tables.purchases):
+        return SchemaProblem(finding, "run `outbox-worker migrate`")
+    ddl = f"ALTER TABLE {purchases} ALTER COLUMN {quoted(tables.purchases.c[key].name)} TYPE {wanted};"
+    locks = " (it rewrites the table; nobody can read or write the table meanwhile)" if key == "currency" else ""
+    first = "drop the views, triggers and policies that use the column, and create them again after: "
+    return SchemaProblem(finding, f"as the table's owner: {first if bought.is_used else ''}{ddl}{locks}")
 
 
 def list_problems(problems: Sequence[SchemaProblem]) -> str:
@@ -149,8 +225,13 @@ def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> 
 def _table_misfits(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
     name = relation_name(table)
     actual = actual_columns(session, name)
+    added = [column for column in table.columns if column.name not in actual and (role, column.key) in _ADDED_LATER]
+    if added and is_owned(session, table):
+        yield _not_migrated(name, added)
+    else:
+        added = []
     for column in table.columns:
-        if (role, column.key) not in _NEVER_READ:
+        if (role, column.key) not in _NEVER_READ and column not in added:
             yield from _column_problems(name, role, column, actual)
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):
@@ -158,6 +239,19 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
         yield SchemaProblem(
             f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({quoted(column_name)});"
         )
+
+
+def _not_migrated(name: str, columns: Sequence[Column[object]]) -> SchemaProblem:
+    added = ", ".join(f"ADD COLUMN {_written(column)}" for column in columns)
+    return SchemaProblem(
+        f"{name} lacks {', '.join(column.name for column in columns)}, because an older version migrated this database",
+        f"run `outbox-worker migrate`; only if it has run already: ALTER TABLE {name} {added};",
+    )
+
+
+def _written(column: Column[object]) -> str:
+    """Return a column in the form of CREATE TABLE."""
+    return str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
 
 
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
@@ -188,10 +282,10 @@ def _column_problems(
             f"column {name}.{column.name} is missing", f"name it in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
         )
     elif actual is None:
-        ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
         yield SchemaProblem(
             f"column {name}.{column.name} is missing",
-            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: ALTER TABLE {name} ADD COLUMN {ddl};",
+            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
+            f"ALTER TABLE {name} ADD COLUMN {_written(column)};",
         )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]

@@ -42,7 +42,13 @@ PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
 OWNED = "purchase-outbox-worker: created by its migrations"
 """The comment on tables that the migrations created.
 
-A table without this comment is adopted: the migrations never alter or drop it.
+A table that has no such comment and is not in ``OWNERSHIP_LIST`` is adopted: the migrations never alter or drop it.
+"""
+
+OWNERSHIP_LIST = "outbox_worker_tables"
+"""The name of the table that lists the tables that the migrations created.
+
+It stands in the schema of the version table. It tells our tables from adopted ones after a restore without comments.
 """
 
 NOTIFY_CHANNEL = "outbox_worker"
@@ -56,7 +62,9 @@ NOTIFY_TRIGGER = "outbox_worker_notify"
 
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
-_MONEY = Numeric(12, 2)
+_PAID = Numeric(12, 2)
+_RECORDED = Numeric()
+"""The type of the amounts that the worker writes. It has no limits, so that PostgreSQL never rounds an amount."""
 _NOW = text("clock_timestamp()")
 _RANDOM_ID = text("gen_random_uuid()")
 
@@ -76,7 +84,7 @@ class Tables:
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
         """Return these tables, but with another type of ``outbox.payload``: json or text."""
-        outbox = self.outbox.to_metadata(MetaData())
+        outbox = self.outbox.to_metadata(MetaData(info=self.metadata.info))
         outbox.c.payload.type = kind
         return replace(self, outbox=outbox)
 
@@ -128,6 +136,7 @@ def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
 def build_tables(settings: Settings) -> Tables:
     """Build the tables with the names from ``settings``. Needs no database."""
     metadata = MetaData()
+    metadata.info[OWNERSHIP_LIST] = _ownership_list(metadata, settings.schema_name)
     builders = {role: _Builder(metadata, Naming(settings, role)) for role in COLUMNS}
     return Tables(
         metadata,
@@ -141,12 +150,23 @@ def build_tables(settings: Settings) -> Tables:
     )
 
 
+def ownership_list(table: Table) -> Table:
+    """Return the list of our tables that belongs to the same database as ``table``."""
+    listed: Table = table.metadata.info[OWNERSHIP_LIST]
+    return listed
+
+
+def _ownership_list(metadata: MetaData, schema: str) -> Table:
+    names = (Column(key, Text, primary_key=True) for key in ("table_schema", "table_name"))
+    return Table(OWNERSHIP_LIST, metadata, *names, schema=schema)
+
+
 def _payments(b: _Builder) -> Table:
     return b.table(
         b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
         b.column("student_id", _ID),
         b.column("course_id", _ID),
-        b.column("amount", _MONEY),
+        b.column("amount", _PAID),
         b.column("currency", CHAR(3)),
         b.column("status", Text),
         b.column("created_at", _TIME, server_default=_NOW),
@@ -179,7 +199,7 @@ def _purchases(b: _Builder) -> Table:
         b.column("student_id", _ID),
         b.column("course_id", _ID),
         b.column("payment_id", _ID, nullable=True, unique=True),
-        b.column("amount", _MONEY),
+        b.column("amount", _RECORDED),
         b.column("currency", CHAR(3)),
         b.column("is_active", Boolean, server_default=text("true")),
         b.column("created_at", _TIME, server_default=_NOW),

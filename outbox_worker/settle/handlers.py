@@ -209,8 +209,8 @@ class RefundedPurchases(_UnderLocks):
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         return _first_of_each(batch, {key: seen[key].facts.payment_id for key in batch})
 
-    def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:  # noqa: ARG002 - nothing is granted
-        return self._repository.revoke(session, batch)
+    def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        return self._repository.revoke(session, batch, guard)
 
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], guard: GuardState

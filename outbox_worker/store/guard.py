@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, func, null, select, text
+from sqlalchemy import Connection, Row, Select, Table, func, literal_column, null, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -37,6 +37,11 @@ class GuardState:
 
     If not, the planner is allowed to use plans that read whole tables.
     """
+    triggers_on: frozenset[str] = frozenset()
+    """The commands, ``INSERT`` and ``UPDATE``, on which a trigger of ``purchases`` may change a row.
+
+    Rows that such a command wrote are read back, because they may differ from what the worker wrote.
+    """
 
 
 class GuardWatch:
@@ -50,15 +55,15 @@ class GuardWatch:
         self._purchases = purchases
         self._on_change = on_change
         self._known: Guard | None = None
-        self._index_versions: str | None = None
+        self._versions: str | None = None
         self.state = GuardState(Guard.LOCK)
 
     def probe(self, session: Session) -> GuardState:
-        """Find out which guard is in force. This takes one query if no index has changed since the last probe."""
-        versions = session.scalar(_INDEX_VERSIONS, {"relation": relation_name(self._purchases)})
-        if versions != self._index_versions:
+        """Find out which guard is in force. This takes one query if indexes and triggers are as at the last probe."""
+        versions = session.scalar(_VERSIONS, {"relation": relation_name(self._purchases)})
+        if versions != self._versions:
             self._set(probe_guard(session, self._purchases))
-            self._index_versions = versions
+            self._versions = versions
         return self.state
 
     def fall_back(self) -> GuardState:
@@ -66,7 +71,7 @@ class GuardWatch:
 
         Until then, the planner is also allowed to use plans without indexes.
         """
-        self._index_versions = None
+        self._versions = None
         return self._set(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
 
     def _set(self, state: GuardState) -> GuardState:
@@ -80,11 +85,12 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
     """Find a valid unique index on the pair, and check by EXPLAIN that the planner uses it for ON CONFLICT."""
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
     has_paths = has_index_paths(session, purchases)
+    triggers_on = frozenset(session.scalars(_TRIGGERS_ON, {"relation": relation_name(purchases)}))
     sound = pair_indexes(session, purchases)
     for predicate in dict.fromkeys(sound.values()):
         if choose_guard(sound, _arbiters(session, purchases, predicate)) is Guard.INDEX:
-            return GuardState(Guard.INDEX, predicate, capacity, has_paths)
-    return GuardState(Guard.LOCK, "", capacity, has_paths)
+            return GuardState(Guard.INDEX, predicate, capacity, has_paths, triggers_on)
+    return GuardState(Guard.LOCK, "", capacity, has_paths, triggers_on)
 
 
 def guard_in_force(session: Session, purchases: Table) -> Guard:
@@ -113,7 +119,7 @@ def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
 
     The predicate is literal text. As a bind parameter, it would raise 42P10 in generic plans even with a valid index.
     """
-    return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": text(predicate)}
+    return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": literal_column(predicate)}
 
 
 # what: the number of locks for which the server's lock table has room · lock: none
@@ -122,11 +128,35 @@ _LOCK_TABLE_SIZE = text(
     " * (CAST(current_setting('max_connections') AS int) + CAST(current_setting('max_prepared_transactions') AS int))"
 )
 
-# what: all indexes of a table, each with the version of its catalogue row · lock: none · index: those of pg_index
-_INDEX_VERSIONS = text(
-    "SELECT concat(CAST(CAST(to_regclass(:relation) AS oid) AS text), ' ',"
-    " string_agg(concat_ws(' ', indexrelid, xmin, ctid), ' ' ORDER BY indexrelid))"
-    " FROM pg_index WHERE indrelid = to_regclass(:relation)"
+# what: all indexes of a table, and all triggers of the table and its partitions, each with the version of its catalogue
+# row · lock: none · index: those of pg_index and pg_trigger
+_VERSIONS = text(
+    """
+    WITH RECURSIVE part (oid) AS (
+        SELECT CAST(to_regclass(:relation) AS oid)
+        UNION SELECT i.inhrelid FROM pg_inherits i JOIN part ON i.inhparent = part.oid
+    )
+    SELECT concat_ws(' ', CAST(CAST(to_regclass(:relation) AS oid) AS text),
+        (SELECT string_agg(concat_ws(' ', indexrelid, xmin, ctid), ' ' ORDER BY indexrelid)
+         FROM pg_index WHERE indrelid = to_regclass(:relation)),
+        (SELECT string_agg(concat_ws(' ', oid, xmin, ctid), ' ' ORDER BY oid)
+         FROM pg_trigger WHERE NOT tgisinternal AND tgrelid IN (SELECT oid FROM part)))
+    """
+)
+
+# what: the commands on which an enabled trigger of a table or of a partition runs; in tgtype, 4 stands for INSERT and
+# 16 for UPDATE · lock: none · index: that of pg_trigger
+_TRIGGERS_ON = text(
+    """
+    WITH RECURSIVE part (oid) AS (
+        SELECT CAST(to_regclass(:relation) AS oid)
+        UNION SELECT i.inhrelid FROM pg_inherits i JOIN part ON i.inhparent = part.oid
+    )
+    SELECT DISTINCT command
+    FROM pg_trigger CROSS JOIN (VALUES ('INSERT', 4), ('UPDATE', 16)) AS of_type (command, bit)
+    WHERE NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgtype & bit <> 0
+      AND tgrelid IN (SELECT oid FROM part)
+    """
 )
 
 # what: whether one of these indexes is deferrable · lock: none · index: those of pg_index and pg_class
@@ -149,7 +179,7 @@ def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
     sql = str(trial.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
     try:
         with session.begin_nested():
-            plan = session.scalar(text(f"EXPLAIN (FORMAT JSON) {sql}"))
+            plan = session.connection().exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", ()).scalar()
     except DBAPIError as error:
         if classify(error) is Failure.GUARD:
             return []

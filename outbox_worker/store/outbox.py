@@ -143,6 +143,11 @@ class Outbox:
         self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
         self._backlog = _backlog_statement(tables.outbox, self._ours(), self.BACKLOG_BOUND)
 
+    @property
+    def event_types(self) -> Sequence[str] | None:
+        """The types of events to claim; None if all types are claimed."""
+        return self._event_types
+
     def _ours(self) -> list[ColumnElement[bool]]:
         if self._event_types is None:
             return []

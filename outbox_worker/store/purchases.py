@@ -9,17 +9,20 @@ Every statement that writes purchases writes them in the order (student_id, cour
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     ColumnElement,
     FromClause,
     Select,
     Table,
     Text,
+    and_,
     bindparam,
     case,
     cast,
@@ -39,11 +42,12 @@ from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import Keys
+from outbox_worker.database.failures import WrittenOtherwise
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
-from outbox_worker.schema.tables import Tables
+from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, on_active_pair
@@ -84,6 +88,7 @@ class PurchaseRepository:
         self._look = Statement(look_statement(tables, event_of))
         self._standing = Statement(standing_statement(tables))
         self._revoke = Statement(_offered(_revoke_statement(tables), tables))
+        self._changed = Statement(_changed_statement(tables))
         self._mark_first = Statement(_mark_statement(tables))
         self._mark = Statement(_remark_statement(tables))
 
@@ -95,14 +100,20 @@ class PurchaseRepository:
         these purchases are rolled back.
         """
         statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
-        return self._run_insert(session, batch, statement)
+        inserted = self._run_insert(session, batch, statement)
+        if "INSERT" in guard.triggers_on:
+            self._read_back(session, batch.among(inserted), is_active=True)
+        return inserted
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Insert the purchases that ``decide`` allowed, and return the ids of the events whose purchase was inserted.
 
         The caller must have locked the pairs.
         """
-        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
+        inserted = self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
+        if "INSERT" in guard.triggers_on:
+            self._read_back(session, batch.among(inserted), is_active=True)
+        return inserted
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
         """Lock up to ``capacity`` pairs of a batch in ascending key order, without waiting for other transactions.
@@ -127,14 +138,17 @@ class PurchaseRepository:
             for row, event in events
         }
 
-    def revoke(self, session: Session, batch: Batch) -> set[int]:
+    def revoke(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Make the purchases of refunded payments inactive. Return the ids of the events whose refund was written.
 
         The caller must have locked the pairs, and no two events may name the same payment. If a payment has no
         purchase, an inactive one is inserted, so that a later confirmation creates no active purchase.
         """
         with relying_on_a_key():
-            return self._run_insert(session, batch, self._revoke)
+            revoked = self._run_insert(session, batch, self._revoke)
+        if guard.triggers_on:
+            self._read_back(session, batch.among(revoked), is_active=False)
+        return revoked
 
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
         """Read the succeeded payments of the events' pairs, oldest first.
@@ -169,7 +183,20 @@ class PurchaseRepository:
         if written is None:
             return set(batch.ids)
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
+        if not by_payment.keys() >= {*written}:
+            raise self._written_otherwise(["payment_id"])
         return {by_payment[payment_id] for payment_id in written}
+
+    def _read_back(self, session: Session, batch: Batch, *, is_active: bool) -> None:
+        """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has just written."""
+        values = {"payment_ids": batch.payment_ids, "is_active": is_active}
+        changed = sorted({key for row in self._changed.execute(session, values) for key in row.changed})
+        if changed:
+            raise self._written_otherwise(changed)
+
+    def _written_otherwise(self, changed: Iterable[str]) -> WrittenOtherwise:
+        relation = relation_name(self._tables.purchases)
+        return WrittenOtherwise(f"a trigger on {relation} changed the purchase: {', '.join(changed)}")
 
     def _build_insert(
         self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
@@ -283,6 +310,33 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
             purchases.c.is_active: false(),
             purchases.c.deactivated_at: case((purchases.c.is_active, now), else_=purchases.c.deactivated_at),
         },
+    )
+
+
+def _changed_statement(tables: Tables) -> Select[Any]:
+    """what: for each purchase that differs from what was written, the columns that differ
+    lock: none · index: primary key of payments, purchases.payment_id
+    """
+    purchases, is_active = tables.purchases, bindparam("is_active", type_=Boolean)
+    ids = bindparam("payment_ids", type_=Keys("uuid"))
+    written = func.unnest(ids).table_valued("payment_id").render_derived(name="written")
+    payments = payment_of(written, tables.payments)
+    is_there = purchases.c.payment_id.is_not(None)
+    differs = {
+        "payment_id": not_(is_there),
+        "is_active": and_(is_there, purchases.c.is_active.is_distinct_from(is_active)),
+        **{
+            key: and_(is_there, is_active, purchases.c[key].is_distinct_from(payments.c[key]))
+            for key in ("student_id", "course_id")
+        },
+    }
+    changed = func.array_remove(array([case((differs[key], literal(key, Text))) for key in differs]), None)
+    return (
+        select(changed.label("changed"))
+        .select_from(written)
+        .join(payments, true())
+        .outerjoin(purchases, purchases.c.payment_id == payments.c.id)
+        .where(or_(*differs.values()))
     )
 
 

@@ -102,6 +102,11 @@ class Metrics:
             "Number of dead letters in state `open`, which wait for a person",
             registry=registry,
         )
+        self.ignored = Gauge(
+            "outbox_ignored_events",
+            "Number of events whose type no handler settles, so that they stay in the outbox for other consumers",
+            registry=registry,
+        )
         self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
         self.unexplained = Gauge(
             "outbox_unexplained_payments",

@@ -22,6 +22,7 @@ from outbox_worker.database.failures import Failure, classify, describe, login_r
 from outbox_worker.durations import count_of
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
+from outbox_worker.money import amount_texts
 from outbox_worker.telemetry.events import log_events
 from outbox_worker.telemetry.metrics import Metrics
 
@@ -60,6 +61,7 @@ class Telemetry:
     _told_at: float = field(default_factory=time.monotonic)
     _telling: threading.Lock = field(default_factory=threading.Lock)
     _has_settled: bool = False
+    _has_told_ignored: bool = False
     _at_beat: Tally[str] = field(default_factory=Tally)
     _beat_at: float = field(default_factory=time.monotonic)
     _in_trouble_since: float | None = None
@@ -144,6 +146,29 @@ class Telemetry:
             "the database lacks something that the worker needs"
         )
 
+    def tables_adopted(self, tables: Sequence[str], *, ignores_types: bool) -> None:
+        """Log which tables the migrations did not create, and what the worker does with unknown event types."""
+        others = "stay in the outbox" if ignores_types else "become dead letters"
+        logger.bind(event="tables_adopted", tables=tables, ignores_types=ignores_types).info(
+            "adopted, because `outbox-worker migrate` did not create them: {}; events of unknown types {}",
+            ", ".join(tables),
+            others,
+        )
+
+    def setup_concern(self, finding: str, remedy: str) -> None:
+        """Warn of something that does not stop the worker now, but can lose rows or purchases later."""
+        logger.bind(event="setup_concern", finding=finding, remedy=remedy).warning("{}", finding)
+
+    def observe_ignored(self, events: int, types: Mapping[str, int]) -> None:
+        """Set the gauge of events of ignored types. Warn once, with the most frequent types, if there are any."""
+        self.metrics.ignored.set(events)
+        if events and not self._has_told_ignored:
+            self._has_told_ignored = True
+            logger.bind(event="types_ignored", events=events, types=types).warning(
+                "{} stay in the outbox, because no handler settles their types and OUTBOX_UNKNOWN_TYPES is `ignore`",
+                count_of(events, "event"),
+            )
+
     def observe_backlog(self, due: int, oldest_due_seconds: float, open_letters: int) -> None:
         """Set the gauges of the queue. The worker measures their values at every heartbeat."""
         self.metrics.due.set(due)
@@ -166,13 +191,13 @@ class Telemetry:
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
         """Log that a periodic backfill found payments without a purchase, but is only allowed to report them."""
-        logger.bind(event="payments_unexplained", payments=payments, money=_amounts(money)).warning(
+        logger.bind(event="payments_unexplained", payments=payments, money=amount_texts(money)).warning(
             "{} without a purchase. To list them, run: outbox-worker backfill --dry-run", count_of(payments, "payment")
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
         """Log that a periodic backfill found more missing purchases than it is allowed to create."""
-        logger.bind(event="backfill_refused", payments=payments, money=_amounts(money), most=most).error(
+        logger.bind(event="backfill_refused", payments=payments, money=amount_texts(money), most=most).error(
             "{} without a purchase, more than the periodic backfill may create; a person must check them",
             count_of(payments, "payment"),
         )
@@ -283,10 +308,6 @@ def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
     if failure is Failure.BUG:
         return False, "an error in the worker itself; the transaction was rolled back and is tried again"
     return failure in (Failure.RETRY, Failure.RECONNECT), "the database is in trouble; trying again"
-
-
-def _amounts(money: Mapping[str, Decimal]) -> dict[str, str]:
-    return {currency: f"{amount:.2f}" for currency, amount in money.items()}
 
 
 def _outcomes(counts: Mapping[str, int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.model import COLUMNS, Guard, Outcome
 from outbox_worker.schema import migrate as migration
 from outbox_worker.schema.migrate import VERSION_TABLE, Migrated
-from outbox_worker.schema.tables import build_tables
+from outbox_worker.schema.tables import OWNERSHIP_LIST, build_tables
 from outbox_worker.settings import load_settings
 from outbox_worker.settle.handlers import build_handlers
 from outbox_worker.settle.pacing import Pacing
@@ -138,7 +138,7 @@ class Installation:
         return catalogue.tables(self.connection)
 
     def own_tables(self) -> set[str]:
-        return self.tables() - {f"public.{VERSION_TABLE}"}
+        return self.tables() - {f"public.{VERSION_TABLE}", f"public.{OWNERSHIP_LIST}"}
 
     def snapshot(self) -> dict[str, Any]:
         return catalogue.snapshot(self.connection)

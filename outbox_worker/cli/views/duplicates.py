@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from outbox_worker import terminal
-from outbox_worker.cli.views.payments import money_line
+from outbox_worker.cli.views.payments import money_line, payment_amount
 from outbox_worker.durations import ago, count_of
 from outbox_worker.model import PaymentTotals
+from outbox_worker.money import amount_text
 from outbox_worker.reconcile.duplicates import Duplicate, owed_back
 
 _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
@@ -46,7 +47,7 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
             each.payment.payment_id,
             each.payment.student_id,
             each.payment.course_id,
-            f"{each.payment.amount:.2f} {each.payment.currency}",
+            payment_amount(each.payment),
             ago(each.payment.age_seconds),
             each.held_by or "a gift",
         )
@@ -71,5 +72,12 @@ def write_duplicates(found: Sequence[Duplicate]) -> None:
     writer.writerow(_OF_DUPLICATE)
     for each in owed_back(found):
         paid = each.payment
-        row = (paid.payment_id, paid.student_id, paid.course_id, f"{paid.amount:.2f}", paid.currency, paid.created_at)
+        row = (
+            paid.payment_id,
+            paid.student_id,
+            paid.course_id,
+            amount_text(paid.amount, paid.currency),
+            paid.currency,
+            paid.created_at,
+        )
         writer.writerow([terminal.plain(value) for value in (*row, each.held_by, each.held_since)])

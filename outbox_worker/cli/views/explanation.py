@@ -14,6 +14,7 @@ from outbox_worker.decision import REFUND_RULES, RULES
 from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
 from outbox_worker.diagnose.records import MarkRow, PurchaseRow, WaitingEvent
 from outbox_worker.model import PURCHASE_REFUNDED, DeadLetterState
+from outbox_worker.money import amount_text
 from outbox_worker.store.dead_letters import DECIDABLE, Content, DeadLetter, history
 from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass
 
@@ -174,7 +175,7 @@ def _heading(story: PaymentStory) -> list[tuple[str, object]]:
         ("payment", paid.id),
         ("student", paid.student_id),
         ("course", paid.course_id),
-        ("money", f"{paid.amount:.2f} {paid.currency}, {paid.status}"),
+        ("money", f"{amount_text(paid.amount, paid.currency)} {paid.currency}, {paid.status}"),
         ("class", _class(story.kind, paid.status)),
     ]
 

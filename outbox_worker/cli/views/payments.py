@@ -8,6 +8,7 @@ from decimal import Decimal
 from outbox_worker import terminal
 from outbox_worker.durations import ago
 from outbox_worker.model import FoundPayment
+from outbox_worker.money import amount_text
 
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
@@ -19,7 +20,7 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
             each.payment_id,
             each.student_id,
             each.course_id,
-            f"{each.amount:.2f} {each.currency}",
+            payment_amount(each),
             ago(each.age_seconds),
         )
         for each in found[:limit]
@@ -30,6 +31,11 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
         terminal.line(f"… and {len(found) - limit:,} more {title}; use --limit N or --json to see more.", "dim")
 
 
+def payment_amount(payment: FoundPayment) -> str:
+    """Return the amount of a payment and its currency."""
+    return f"{amount_text(payment.amount, payment.currency)} {payment.currency}"
+
+
 def money_line(money: Mapping[str, Decimal]) -> str:
     """Return the sums of all currencies on one line."""
     return ", ".join(money_lines(money))
@@ -37,4 +43,4 @@ def money_line(money: Mapping[str, Decimal]) -> str:
 
 def money_lines(money: Mapping[str, Decimal]) -> list[str]:
     """Return one line with the sum of each currency."""
-    return [f"{amount:,.2f} {currency}" for currency, amount in money.items()]
+    return [f"{amount_text(amount, currency, grouped=True)} {currency}" for currency, amount in money.items()]

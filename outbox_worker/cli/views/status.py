@@ -7,13 +7,14 @@ from typing import Any
 from outbox_worker import terminal
 from outbox_worker.diagnose.status import Status, condition
 from outbox_worker.durations import ago
+from outbox_worker.escapes import printable
 from outbox_worker.model import Outcome
 from outbox_worker.store.workers import WorkerRow
 
 
 def print_status(now: Status) -> None:
     """Print guard, backlog and dead letters, then the workers."""
-    backlog = now.backlog
+    backlog, ignored = now.backlog, now.ignored
     terminal.facts(
         [
             ("guard", now.guard),
@@ -21,8 +22,12 @@ def print_status(now: Status) -> None:
             ("waiting", f"{backlog.waiting:,} (due later)" if backlog.waiting else "0"),
             ("open dead letters", f"{now.open_letters:,}"),
             ("settled per second", f"{now.events_per_second():,.1f}"),
+            *([("adopted tables", ", ".join(now.adopted))] if now.adopted else ()),
+            *([("ignored events", f"{ignored.events:,}: {printable(ignored.listed())}")] if ignored.events else ()),
         ],
     )
+    for concern in now.concerns:
+        terminal.line(f"\nproblem  {concern.finding}\n         {concern.remedy}", "yellow")
     if now.workers:
         terminal.columns(
             "\nworkers of the last day",
@@ -56,6 +61,9 @@ def status_object(now: Status) -> dict[str, Any]:
         "backlog": now.backlog,
         "dead_letters": {"open": now.open_letters},
         "events_per_second": now.events_per_second(),
+        "ignored": now.ignored,
+        "adopted": now.adopted,
+        "concerns": now.concerns,
         "workers": [
             {
                 "id": row.id,

@@ -8,9 +8,10 @@ from typing import Any
 from sqlalchemy import Row, Table, text
 
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
+from outbox_worker.schema.catalogue import is_list_closed
 from outbox_worker.schema.privileges import PRIVILEGES, STRUCTURE
 from outbox_worker.schema.requirements import find_problems
-from outbox_worker.schema.tables import relation_name
+from outbox_worker.schema.tables import ownership_list, relation_name
 
 _GRANTS = "create the worker's role with deploy/grants.sql, which grants exactly the privileges that a worker needs"
 
@@ -66,6 +67,13 @@ def grants(subject: Subject) -> Iterator[Finding]:
     elsewhere = find_problems(session, tables, STRUCTURE)
     lacking = [each for each in find_problems(session, tables) if each not in elsewhere]
     yield from (problem(each.finding, each.remedy) for each in lacking)
+    if is_list_closed(session, tables.outbox):
+        name = relation_name(ownership_list(tables.outbox))
+        yield warning(
+            f"{subject.role} may not read {name}, so only the comments of tables tell which tables are ours",
+            "run deploy/grants.sql again, as after every migrate; or as its owner: "
+            f"GRANT SELECT ON {name} TO {subject.role};",
+        )
     role = subject.role
     if subject.settings.embedded_directory is not None:
         yield ok("the private PostgreSQL has only one role, which has all privileges")

@@ -11,14 +11,18 @@ from sqlalchemy import Table, text
 from outbox_worker.database.engine import connect_directly
 from outbox_worker.database.failures import server_message
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
+from outbox_worker.durations import count_of
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
-from outbox_worker.schema.catalogue import is_owned, notifies, pair_indexes
+from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
+from outbox_worker.schema.concerns import find_unfit_index, find_unlogged
 from outbox_worker.schema.privileges import STRUCTURE
-from outbox_worker.schema.requirements import find_problems
+from outbox_worker.schema.requirements import find_narrower, find_problems
 from outbox_worker.schema.tables import PAIR_INDEX, quoted, relation_name
+from outbox_worker.settle.handlers import claimed_types
 from outbox_worker.store.backfill_runs import BackfillRuns
 from outbox_worker.store.guard import doubled_pairs, guard_in_force
+from outbox_worker.store.ignored import count_ignored
 
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20
@@ -58,9 +62,41 @@ def tables(subject: Subject) -> Iterator[Finding]:
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
     if not problems:
-        found = subject.tables.by_role().values()
-        adopted = [relation_name(table) for table in found if not is_owned(subject.session, table)]
-        yield ok(f"all {len(found)} tables have what the worker needs; adopted: {', '.join(adopted) or 'none'}")
+        adopted = adopted_tables(subject.session, subject.tables)
+        count = len(subject.tables.by_role())
+        yield ok(f"all {count} tables have what the worker needs; adopted: {', '.join(adopted) or 'none'}")
+
+
+def money(subject: Subject) -> Iterator[Finding]:
+    """Report columns of purchases that cannot hold every amount and currency of payments."""
+    narrower = find_narrower(subject.session, subject.tables)
+    yield from (problem(each.finding, each.remedy) for each in narrower)
+    if not narrower:
+        yield ok("purchases can hold every amount and currency that payments can hold")
+
+
+def unlogged(subject: Subject) -> Iterator[Finding]:
+    """Report UNLOGGED tables, which PostgreSQL empties after a crash."""
+    found = find_unlogged(subject.session, subject.tables)
+    yield from (problem(each.finding, each.remedy) for each in found)
+    if not found:
+        yield ok("a crash of the server empties no table")
+
+
+def event_types(subject: Subject) -> Iterator[Finding]:
+    """Report events that stay in the outbox, because no handler settles their type."""
+    session, tables = subject.session, subject.tables
+    claimed = claimed_types(session, tables, subject.settings.unknown_types)
+    ignored = count_ignored(session, tables, claimed)
+    if claimed is None:
+        yield ok("events of unknown types become dead letters")
+    elif not ignored.events:
+        yield ok("events of unknown types stay in the outbox for other consumers; there are none now")
+    else:
+        yield warning(
+            f"{count_of(ignored.events, 'event')} of unknown types stay in the outbox: {ignored.listed()}",
+            "if no other consumer reads them, set OUTBOX_UNKNOWN_TYPES=bury, which makes dead letters of them",
+        )
 
 
 def guard(subject: Subject) -> Iterator[Finding]:
@@ -70,7 +106,9 @@ def guard(subject: Subject) -> Iterator[Finding]:
         names = ", ".join(pair_indexes(session, purchases))
         yield ok(f"index: {names} allows only one active purchase per student and course")
         return
-    blind = "lock: there is no unique index, so other code that inserts purchases can create duplicates"
+    unfit = find_unfit_index(session, subject.tables)
+    why = unfit[0].finding if unfit else "there is no unique index"
+    blind = f"lock: {why}; other code that inserts purchases can create duplicates"
     doubled = doubled_pairs(session, purchases, _SHOWN + 1)
     if not doubled:
         yield warning(blind, _MIGRATE)

@@ -1,0 +1,112 @@
+"""Let our own table ``purchases`` hold every amount and currency that ``payments`` can hold.
+
+``core_0001`` gave it ``numeric(12,2)`` and ``char(3)``. PostgreSQL rounds an amount with more decimals and raises no
+error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from alembic import context, op
+from sqlalchemy.exc import DBAPIError
+
+if TYPE_CHECKING:
+    from naming import TableNaming
+
+revision = "core_0006"
+down_revision = "core_0005"
+branch_labels = None
+depends_on = None
+
+LOCK_MILLISECONDS = 500
+"""The longest wait for the lock of the table. While ALTER TABLE waits, every statement on the table waits behind it."""
+TRIES = 40
+LOCK_NOT_AVAILABLE = "55P03"
+
+# what: the other processes that hold a lock on a table · lock: none · index: none, a function of the server
+HOLDERS = sa.text(
+    """
+    SELECT string_agg(DISTINCT CAST(pid AS text), ', ') FROM pg_locks
+    WHERE relation = to_regclass(:relation) AND granted AND pid <> pg_backend_pid()
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    """
+)
+
+# what: the type of a column, whether it is a string type, and whether a view, a rule, a trigger, a policy or a
+# generated column uses the column, so that PostgreSQL refuses another type · lock: none · index: the catalogue's own
+TYPE = sa.text(
+    """
+    SELECT format_type(a.atttypid, a.atttypmod) AS name, t.typcategory = 'S' AS is_string,
+           EXISTS (SELECT FROM pg_depend d
+                   LEFT JOIN pg_attrdef g ON d.classid = 'pg_attrdef'::regclass AND g.oid = d.objid
+                   WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+                     AND d.classid NOT IN ('pg_class'::regclass, 'pg_constraint'::regclass,
+                                           'pg_statistic_ext'::regclass)
+                     AND g.adnum IS DISTINCT FROM a.attnum) AS is_used
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = to_regclass(:relation) AND a.attname = :column AND NOT a.attisdropped
+    """
+)
+
+
+def upgrade() -> None:
+    """Alter only our own table, and only in ways that do not rewrite rows.
+
+    The amount becomes ``numeric`` without limits. The currency gets the type that payments have if the table is empty.
+    Otherwise PostgreSQL would rewrite the table, so the program prints the statement and a person chooses the time. A
+    column that a view or a trigger uses stays as it is, because PostgreSQL refuses to change its type.
+    """
+    payments: TableNaming = context.config.attributes["naming"].of("payments")
+    purchases: TableNaming = context.config.attributes["naming"].of("purchases")
+    bind = op.get_bind()
+    if not purchases.is_owned(bind):
+        return
+    amount, currency, paid = _type(purchases, "amount"), _type(purchases, "currency"), _type(payments, "currency")
+    changes = {}
+    if amount is not None and amount.name.startswith("numeric(") and not amount.is_used:
+        changes["amount"] = "numeric"
+    if currency is not None and paid is not None and not currency.is_used:
+        wanted = paid.name if paid.is_string else "text"
+        rows = sa.select(sa.literal(1)).select_from(sa.table(purchases.table, schema=purchases.schema))
+        if wanted != currency.name and not bind.scalar(sa.select(rows.exists())):
+            changes["currency"] = wanted
+    if changes:
+        _alter(purchases, changes)
+
+
+def downgrade() -> None:
+    """Keep the types: a worker of an earlier version can use them, and narrower types would round amounts."""
+
+
+def _type(naming: TableNaming, key: str) -> sa.Row[Any] | None:
+    asked = {"relation": naming.relation, "column": naming.column(key)}
+    return op.get_bind().execute(TYPE, asked).one_or_none()
+
+
+def _alter(purchases: TableNaming, changes: dict[str, str]) -> None:
+    """Alter the table as soon as no transaction uses it, in short waits, so that running workers never wait long."""
+    bind = op.get_bind()
+    quote = bind.dialect.identifier_preparer.quote
+    actions = ", ".join(
+        f"ALTER COLUMN {quote(purchases.column(key))} TYPE {type_name}" for key, type_name in changes.items()
+    )
+    for _ in range(TRIES):
+        try:
+            with bind.begin_nested():
+                bind.execute(sa.text(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}"))
+                bind.execute(sa.text(f"ALTER TABLE {purchases.relation} {actions}"))
+                bind.execute(sa.text("SET LOCAL lock_timeout = DEFAULT"))
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                raise
+            bind.execute(sa.text("SELECT pg_sleep(1)"))
+        else:
+            return
+    holders = bind.scalar(HOLDERS, {"relation": purchases.relation})
+    purchases.refuse(
+        f"{purchases.relation} was locked by other transactions in each of {TRIES} tries"
+        + (f" (now: processes {holders})" if holders else "")
+        + ". The table was not changed. Run migrate again when no long transaction uses it."
+    )

@@ -1,0 +1,50 @@
+"""Finds what does not stop the worker, but can lose rows or purchases later.
+
+Each concern has a finding and a remedy.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from outbox_worker.schema.catalogue import exists, pair_indexes, unfit_pair_indexes, unlogged_tables
+from outbox_worker.schema.requirements import SchemaProblem, find_narrower
+from outbox_worker.schema.tables import Tables, relation_name
+
+
+def find_concerns(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return all concerns about the tables that exist."""
+    return [*find_narrower(session, tables), *find_unlogged(session, tables), *find_unfit_index(session, tables)]
+
+
+def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a concern for each unique index on the pair that cannot be the guard, if no other index is the guard."""
+    purchases = tables.purchases
+    if not exists(session, purchases) or pair_indexes(session, purchases):
+        return []
+    return [
+        SchemaProblem(
+            f"a unique index on the pair exists ({name} on {relation_name(purchases)}), but it is not the guard: it is "
+            f"deferrable, or covers other rows than the active purchases (its condition: {predicate or 'none'})",
+            "outbox-worker migrate --with unique_index",
+        )
+        for name, predicate in unfit_pair_indexes(session, purchases).items()
+    ]
+
+
+def find_unlogged(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a concern for each table and partition that PostgreSQL does not write to its write-ahead log.
+
+    PostgreSQL empties such a table when the server starts after a crash, and does not copy it to standbys. Events,
+    purchases and marks would then be lost, and ``audit`` could not tell.
+    """
+    names = [relation_name(table) for table in tables.by_role().values() if exists(session, table)]
+    return [
+        SchemaProblem(
+            f"{name} is {'a temporary table' if is_temporary else 'UNLOGGED'}: a crash of the server empties it",
+            f"name a permanent table in OUTBOX_TABLES instead of {name}"
+            if is_temporary
+            else f"as its owner: ALTER TABLE {name} SET LOGGED;",
+        )
+        for name, is_temporary in unlogged_tables(session, names)
+    ]
