@@ -77,6 +77,8 @@ class ActualColumn:
     is_enum: bool
     must_be_written: bool
     """Whether the column is NOT NULL without a default."""
+    base_type: str
+    """The type below all domains. It is ``type_name`` if the type is no domain."""
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -100,7 +102,10 @@ def actual_columns(session: Session, name: str) -> dict[str, ActualColumn]:
     rows = session.execute(
         text(
             "SELECT a.attname, t.typname, t.typtype = 'e',"
-            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''"
+            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = '',"
+            " (WITH RECURSIVE up AS (SELECT t.typname, t.typtype, t.typbasetype UNION ALL"
+            "   SELECT b.typname, b.typtype, b.typbasetype FROM up JOIN pg_type b ON b.oid = up.typbasetype)"
+            "  SELECT CAST(typname AS text) FROM up WHERE typtype <> 'd')"
             " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
             " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
         ),
