@@ -204,7 +204,7 @@ def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> l
     ]
     columns += folded_pair(tables.ids, paid)
     found = select(*columns).where(paid.c.id.in_(ids)).order_by(paid.c.created_at, paid.c.id)
-    return [PaymentRow(*row, (student, course)) for *row, student, course in session.execute(found)]
+    return [PaymentRow(*_with_pair(row)) for row in session.execute(found)]
 
 
 def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement[bool]) -> list[PurchaseRow]:
@@ -213,7 +213,13 @@ def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement
     times = [readable(own.c[key]) for key in ("created_at", "deactivated_at")]
     read = select(*columns, *times, *folded_pair(tables.ids, own))
     rows = session.execute(read.where(*conditions).order_by(own.c.created_at, own.c.id))
-    return [PurchaseRow(*row, (student, course)) for *row, student, course in rows]
+    return [PurchaseRow(*_with_pair(row)) for row in rows]
+
+
+def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
+    """Put the last two values of a row, the texts of ``folded_pair``, together."""
+    *values, student, course = row
+    return *values, (student, course)
 
 
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:

@@ -216,7 +216,8 @@ def standing_statement(tables: Tables) -> Select[Any]:
         .prefix_with("MATERIALIZED")
     )
     read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
-    stands = select(pairs.c.id.label("event"), *read).join(payments, has_pair(tables.ids, payments, pairs))
+    stands = select(pairs.c.id.label("event"), *read)
+    stands = stands.select_from(pairs.join(payments, has_pair(tables.ids, payments, pairs)))
     standing = stands.where(is_succeeded(payments)).cte("standing").prefix_with("MATERIALIZED")
     kind = class_among(standing, tables).label("kind")
     found = select(standing.c.event.label("id"), cast(standing.c.id, Text).label("payment_id"), kind)
