@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
@@ -67,16 +68,19 @@ KINDS = (
 )
 
 
-def retype(shop: Shop, kind: Kind) -> None:
-    """Give the student ids of a migrated shop these types. Skips where the server cannot make them."""
-    if "icu" in kind.before and not shop.scalar("SELECT count(*) FROM pg_collation WHERE collprovider = 'i'"):
+def prepare(execute: Callable[[str], list[Any]], before: str) -> None:
+    """Make collations and extensions. Skips where the server cannot make them."""
+    if "icu" in before and not execute("SELECT 1 FROM pg_collation WHERE collprovider = 'i' LIMIT 1"):
         pytest.skip("this PostgreSQL was built without ICU")
-    if "citext" in kind.before and not shop.scalar(
-        "SELECT count(*) FROM pg_available_extensions WHERE name = 'citext'"
-    ):
+    if "citext" in before and not execute("SELECT 1 FROM pg_available_extensions WHERE name = 'citext'"):
         pytest.skip("this PostgreSQL has no extension citext")
-    for statement in filter(None, kind.before.split("; ")):
-        shop.rows(statement)
+    for statement in filter(None, before.split("; ")):
+        execute(statement)
+
+
+def retype(shop: Shop, kind: Kind) -> None:
+    """Give the student ids of a migrated shop these types, and the course ids the type text."""
+    prepare(shop.rows, kind.before)
     for table, of_kind in (("payments", kind.paid), ("purchases", kind.bought)):
         plain = of_kind.split(" COLLATE ")[0]
         shop.rows(f"ALTER TABLE {table} ALTER student_id TYPE {of_kind} USING CAST(NULL AS {plain})")
