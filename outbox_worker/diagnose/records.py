@@ -225,7 +225,8 @@ def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
     """what: purchases of payments, and active purchases of their pairs · lock: none · index: payment_id, the pair's"""
     own, paid = tables.purchases.alias("own"), tables.payments
-    holding = select(own.c.id).join(paid, same_pair(tables.ids, own, paid)).where(paid.c.id.in_(ids), own.c.is_active)
+    rows = own.join(paid, same_pair(tables.ids, own, paid))
+    holding = select(own.c.id).select_from(rows).where(paid.c.id.in_(ids), own.c.is_active)
     return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
 
 

@@ -6,7 +6,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from sqlalchemy import event as listener
 from sqlalchemy import select
 
@@ -20,9 +19,8 @@ from tests.support.factories import Shop, drain_all
 from tests.support.guarding import without_index
 from tests.support.interleaving import PATIENCE, errors
 from tests.support.makers import MakeDatabase, MakeProcessor
-from tests.support.same_ids import KINDS, Kind, pay, retype
+from tests.support.same_ids import Kind, every_kind, pay, retype
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 PUBLIC = "hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0)"
 
 PUBLIC_KINDS = {"uuid", "int4 beside int8", "text beside varchar", "char", "char beside text"}
