@@ -332,10 +332,9 @@ class FoundPayment:
     created_at: datetime | None
     """The time of the payment; None if Python cannot represent it, for example ``-infinity``."""
     age_seconds: float
-
-    @property
-    def pair(self) -> tuple[Any, Any]:
-        return self.student_id, self.course_id
+    pair: tuple[str, str] = field(repr=False)
+    """Two texts that are equal exactly if student and course are the same, even if the ids are written in different
+    ways."""
 
     def is_since(self, time: datetime) -> bool:
         return self.created_at is not None and self.created_at >= time

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
@@ -45,7 +45,7 @@ def print_json(value: object) -> None:
 def plain(value: Any, currency: str | None = None) -> Any:  # noqa: PLR0911 - one return per type
     """Convert a value into the form that JSON and CSV output use. ``currency`` is the currency of an amount."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return plain({each.name: getattr(value, each.name) for each in fields(value) if each.repr})
     if isinstance(value, Mapping):
         return {str(key): plain(item, str(value.get("currency", key))) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

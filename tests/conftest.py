@@ -230,6 +230,7 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         with default_database.transaction() as session:
             found = check_schema(session, tables)
         default_database.close()  # its pool: what the processor does with its connections is seen undisturbed
+        watch.know(found)
         with used.transaction() as session:
             watch.probe(session)
         repository = copy.copy(_repository(found))

@@ -22,6 +22,18 @@ MONEY = sa.Numeric(12, 2)
 NOW = sa.text("clock_timestamp()")
 RANDOM_ID = sa.text("gen_random_uuid()")
 
+# what: the type of a column, with its collation if this is not the type's own · lock: none · index: the catalogue's own
+TYPE_AS_WRITTEN = sa.text(
+    """
+    SELECT format_type(a.atttypid, a.atttypmod)
+           || coalesce(' COLLATE ' || quote_ident(n.nspname) || '.' || quote_ident(c.collname), '')
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_collation c ON c.oid = a.attcollation AND a.attcollation <> t.typcollation
+    LEFT JOIN pg_namespace n ON n.oid = c.collnamespace
+    WHERE a.attrelid = to_regclass(:relation) AND a.attname = :column AND NOT a.attisdropped
+    """
+)
+
 
 def upgrade() -> None:
     _create_schemas()
@@ -124,14 +136,27 @@ def _purchases(naming: TableNaming) -> None:
     )
 
 
-def _type_in_payments(key: str) -> sa.types.TypeEngine[Any]:
+class _TypeAsWritten(sa.types.UserDefinedType[Any]):
+    """A type by the text that the catalogue has for it, with its schema and collation."""
+
+    cache_ok = True
+
+    def __init__(self, written: str) -> None:
+        self.written = written
+
+    def get_col_spec(self, **_: object) -> str:
+        return self.written
+
+
+def _type_in_payments(key: str) -> _TypeAsWritten:
     """Return the type of this column in payments, because purchases must have the same type.
 
-    The worker compares the two columns. In an adopted payments table, they may be numbers instead of UUIDs.
+    The worker compares the two columns. In an adopted payments table, they may be numbers instead of UUIDs, or have a
+    type or collation of another schema.
     """
     naming: TableNaming = context.config.attributes["naming"].of("payments")
-    columns = sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)
-    return next(column["type"] for column in columns if column["name"] == naming.column(key))
+    asked = {"relation": naming.relation, "column": naming.column(key)}
+    return _TypeAsWritten(op.get_bind().execute(TYPE_AS_WRITTEN, asked).scalar_one())
 
 
 def _processed_events(naming: TableNaming) -> None:

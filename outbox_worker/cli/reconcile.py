@@ -26,7 +26,8 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     audit began into one class, and counts the payments of each class.
 
     Exit code 1 if a payment is unexplained (paid, but no purchase and no known
-    reason), or if a refunded payment still has its course.
+    reason), if a refunded payment still has its course, or if a student has more
+    than one active purchase of a course.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view

@@ -108,6 +108,7 @@ class Worker:
         """
         with self._database.transaction() as session:
             tables = check_schema(session, build_tables(self._settings))
+            self._guard.know(tables)
             guard = self._guard.probe(session).guard
             follows_a_crash = self._workers.take_over_dead_worker(session)
             self._workers.join(session, guard)

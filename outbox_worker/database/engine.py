@@ -36,8 +36,12 @@ class Database:
     """
 
     def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
-        self._deadline_seconds = deadline_seconds
+        self._settings, self._deadline_seconds = settings, deadline_seconds
         self.engine = _create_engine(settings, connections, deadline_seconds)
+
+    def with_deadline(self, seconds: float) -> Database:
+        """Return another connection to the same database, with another deadline. The caller closes it."""
+        return Database(self._settings, deadline_seconds=seconds)
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:

@@ -307,12 +307,11 @@ def _kind(
 
 def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:
     """Return the payment's own purchases and the active purchase of its pair."""
-    pair = payment and (payment.student_id, payment.course_id)
+    pair = payment and payment.pair
     return [
         each
         for each in records.purchases
-        if payment_id is not None
-        and (each.payment_id == payment_id or (each.is_active and (each.student_id, each.course_id) == pair))
+        if payment_id is not None and (each.payment_id == payment_id or (each.is_active and each.pair == pair))
     ]
 
 

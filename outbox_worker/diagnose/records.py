@@ -7,7 +7,7 @@ that the records of all tables are from the same moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from outbox_worker.database.expressions import readable
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DeadLetter, read_letters
-from outbox_worker.store.queries import same_pair
+from outbox_worker.store.identity import folded_pair, same_pair
 
 _Row = TypeVar("_Row")
 
@@ -41,6 +41,8 @@ class PaymentRow:
     status: str
     created_at: datetime | None
     """None if Python cannot represent the time, for example ``-infinity``. The same holds for all times below."""
+    pair: tuple[str, str] = field(repr=False)
+    """Two texts that are equal exactly if student and course are the same. Purchases have the same texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class PurchaseRow:
     is_active: bool
     created_at: datetime | None
     deactivated_at: datetime | None
+    pair: tuple[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,22 +202,31 @@ def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> l
         *texts,
         readable(paid.c.created_at),
     ]
+    columns += folded_pair(tables.ids, paid)
     found = select(*columns).where(paid.c.id.in_(ids)).order_by(paid.c.created_at, paid.c.id)
-    return [PaymentRow(*row) for row in session.execute(found)]
+    return [PaymentRow(*_with_pair(row)) for row in session.execute(found)]
 
 
 def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement[bool]) -> list[PurchaseRow]:
     own = tables.purchases
     columns = [own.c[key] for key in ("id", "student_id", "course_id", "payment_id", "is_active")]
     times = [readable(own.c[key]) for key in ("created_at", "deactivated_at")]
-    rows = session.execute(select(*columns, *times).where(*conditions).order_by(own.c.created_at, own.c.id))
-    return [PurchaseRow(*row) for row in rows]
+    read = select(*columns, *times, *folded_pair(tables.ids, own))
+    rows = session.execute(read.where(*conditions).order_by(own.c.created_at, own.c.id))
+    return [PurchaseRow(*_with_pair(row)) for row in rows]
+
+
+def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
+    """Put the last two values of a row, the texts of ``folded_pair``, together."""
+    *values, student, course = row
+    return *values, (student, course)
 
 
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
     """what: purchases of payments, and active purchases of their pairs · lock: none · index: payment_id, the pair's"""
     own, paid = tables.purchases.alias("own"), tables.payments
-    holding = select(own.c.id).join(paid, same_pair(own, paid)).where(paid.c.id.in_(ids), own.c.is_active)
+    rows = own.join(paid, same_pair(tables.ids, own, paid))
+    holding = select(own.c.id).select_from(rows).where(paid.c.id.in_(ids), own.c.is_active)
     return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
 
 

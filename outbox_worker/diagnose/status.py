@@ -69,11 +69,11 @@ def condition(worker: WorkerRow) -> str:
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
     """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
-        check_schema(session, tables, READING)
+        tables = check_schema(session, tables, READING)
         event_types = claimed_types(session, tables, unknown_types)
         return Status(
             time=database_time(session),
-            guard=guard_in_force(session, tables.purchases),
+            guard=guard_in_force(session, tables),
             backlog=Outbox(tables, event_types).backlog(session),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),

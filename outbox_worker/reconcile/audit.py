@@ -9,16 +9,21 @@ from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Select, func, literal, select
+from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import sqlstate
 from outbox_worker.model import FoundPayment
-from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
+from outbox_worker.reconcile.scan import QUERY_CANCELED, PaymentScan, ScanPaths, ScanRange, Throttle
 from outbox_worker.schema.privileges import EXPLAINING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
+from outbox_worker.store.doubled import DoubledPair, doubled_pairs
 from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import database_time, is_succeeded
 
+_PATIENCE_SECONDS = 3600.0
+"""The deadline of the statement that groups all purchases, if the usual deadline was too short."""
 _SOON = literal(timedelta(hours=1))
 
 
@@ -28,6 +33,8 @@ class AuditReport:
     money: dict[PaymentClass, dict[str, Decimal]]
     unexplained: Sequence[FoundPayment]
     refunded_but_active: Sequence[FoundPayment]
+    pairs_twice_active: Sequence[DoubledPair]
+    """Pairs of student and course that have more than one active purchase."""
     unknown_statuses: Mapping[str, int]
     """The number of payments for each status that the worker does not know. The audit does not classify these
     payments."""
@@ -36,13 +43,17 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        return not self.unexplained and not self.refunded_but_active
+        return not (self.unexplained or self.refunded_but_active or self.pairs_twice_active)
 
 
 class Audit:
-    """Classifies every succeeded payment that was created before the audit began. Changes nothing."""
+    """Classifies every succeeded payment that was created before the audit began, and finds pairs active twice.
 
-    def __init__(self, scan: PaymentScan, dated_ahead: int) -> None:
+    Changes nothing.
+    """
+
+    def __init__(self, database: Database, tables: Tables, scan: PaymentScan, dated_ahead: int) -> None:
+        self._database, self._tables = database, tables
         self._scan = scan
         self._dated_ahead = dated_ahead
 
@@ -53,14 +64,14 @@ class Audit:
             tables = check_schema(session, tables, EXPLAINING)
             began, paths = database_time(session), ScanPaths.read(session, tables)
             dated_ahead = session.scalars(_count_dated_ahead(tables)).one()
-        return cls(PaymentScan(database, tables, paths, ScanRange(None, began)), dated_ahead)
+        return cls(database, tables, PaymentScan(database, tables, paths, ScanRange(None, began)), dated_ahead)
 
     def estimate(self) -> int:
         """Return the planner's estimate of the number of payments."""
         return self._scan.estimate()
 
     def run(self, throttle: Throttle = lambda *_: True) -> AuditReport:
-        """Classify all payments. Calls ``throttle`` after each statement."""
+        """Classify all payments, and look for pairs that are active twice. Calls ``throttle`` after each statement."""
         self._scan.run(throttle)
         totals = self._scan.totals
         return AuditReport(
@@ -68,9 +79,31 @@ class Audit:
             money=totals.money,
             unexplained=sorted(totals.unexplained, key=lambda payment: payment.age),
             refunded_but_active=sorted(totals.refunded_but_active, key=lambda payment: payment.age),
+            pairs_twice_active=self._doubled_pairs(),
             unknown_statuses=dict(sorted(totals.unknown_statuses.items())),
             dated_ahead=self._dated_ahead,
         )
+
+    def _doubled_pairs(self) -> Sequence[DoubledPair]:
+        """Find pairs that are active twice. If the statement exceeds the deadline, repeat it with a longer one.
+
+        The statement groups all active purchases. Without an index on the pair, it sorts them, and cannot be divided.
+        """
+        try:
+            return _doubled_pairs(self._database, self._tables)
+        except DBAPIError as error:
+            if sqlstate(error) != QUERY_CANCELED:
+                raise
+        patient = self._database.with_deadline(_PATIENCE_SECONDS)
+        try:
+            return _doubled_pairs(patient, self._tables)
+        finally:
+            patient.close()
+
+
+def _doubled_pairs(database: Database, tables: Tables) -> Sequence[DoubledPair]:
+    with database.transaction() as session:
+        return doubled_pairs(session, tables)
 
 
 def _count_dated_ahead(tables: Tables) -> Select[Any]:

@@ -241,6 +241,7 @@ class Backfill:
 
     def _make(self, run: UUID, progress: Throttle) -> None:
         guard = GuardWatch(self._tables.purchases, lambda _: None)
+        guard.know(self._tables)
         purchases = OwedPurchases.start(self._database, self._tables, self._policy, guard)
         waiting, total = self._owed, self._made
         for turn in range(ROUNDS + 1):

@@ -23,7 +23,8 @@ from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Thro
 from outbox_worker.schema.privileges import Privileges, reading
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
-from outbox_worker.store.queries import database_time, has_status, same_pair
+from outbox_worker.store.identity import same_pair
+from outbox_worker.store.queries import database_time, has_status
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
@@ -98,7 +99,7 @@ def _holders(tables: Tables) -> Select[Any]:
         is_refunded.label("is_refunded"),
     ]
     ids = bindparam("ids", type_=Keys("uuid"))
-    holds = and_(same_pair(held, payments), held.c.is_active)
+    holds = and_(same_pair(tables.ids, held, payments), held.c.is_active)
     rows = payments.join(held, holds).outerjoin(holder, holder.c.id == held.c.payment_id)
     found = select(*columns).select_from(rows)
     return found.where(payments.c.id == func.any(ids), held.c.payment_id.is_distinct_from(payments.c.id))

@@ -69,7 +69,7 @@ _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
 """Memory for a hash table of all purchases. PostgreSQL builds it if no indexes find purchases by payment and by
 pair."""
 
-_QUERY_CANCELED = "57014"
+QUERY_CANCELED = "57014"
 
 _CLASSES = {each.value: each for each in PaymentClass}
 
@@ -119,7 +119,7 @@ class ScanPaths:
     @classmethod
     def read(cls, session: Session, tables: Tables) -> ScanPaths:
         """Read from the catalogue which indexes a scan can use."""
-        return cls(order_of(session, tables), has_index_paths(session, tables.purchases))
+        return cls(order_of(session, tables), tables.ids.is_indexable and has_index_paths(session, tables.purchases))
 
 
 class Throttle(Protocol):
@@ -290,7 +290,7 @@ def _half(size: int, error: DBAPIError) -> int:
 
     Raises any other error. If the size is already ``LEAST``, raises every error.
     """
-    if sqlstate(error) != _QUERY_CANCELED or size <= LEAST:
+    if sqlstate(error) != QUERY_CANCELED or size <= LEAST:
         raise error
     return size // 2
 
@@ -302,4 +302,5 @@ def _fitting(size: int, ratio: float, most: int) -> int:
 
 def _found(row: Row[Any]) -> FoundPayment:
     who = row.id, row.student_id, row.course_id
-    return FoundPayment(*who, row.amount, row.currency, row.created_at, row.age_seconds)
+    same = row.same_student, row.same_course
+    return FoundPayment(*who, row.amount, row.currency, row.created_at, row.age_seconds, same)

@@ -116,6 +116,8 @@ class ActualColumn:
     """The number of decimals to which PostgreSQL rounds; None if it does not round."""
     is_used: bool
     """Whether a view, a trigger, a policy or a generated column uses the column, so that its type cannot change."""
+    base_type: str
+    """The type below all domains. It is ``type_name`` if the type is no domain."""
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -197,7 +199,11 @@ _COLUMNS = text(
                      AND d.refobjsubid = a.attnum
                      AND d.classid NOT IN (CAST('pg_class' AS regclass), CAST('pg_constraint' AS regclass),
                                            CAST('pg_statistic_ext' AS regclass))
-                     AND g.adnum IS DISTINCT FROM a.attnum) AS is_used
+                     AND g.adnum IS DISTINCT FROM a.attnum) AS is_used,
+           (WITH RECURSIVE up AS (SELECT t.typname, t.typtype, t.typbasetype UNION ALL
+                                  SELECT b.typname, b.typtype, b.typbasetype
+                                  FROM up JOIN pg_type b ON b.oid = up.typbasetype)
+            SELECT CAST(typname AS text) FROM up WHERE typtype <> 'd') AS base_type
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
     WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attnum

@@ -19,6 +19,7 @@ from sqlalchemy.types import DateTime, TypeEngine
 
 from outbox_worker.errors import SchemaError
 from outbox_worker.schema.catalogue import ActualColumn, actual_columns, exists, is_owned, is_unique, role_name
+from outbox_worker.schema.ids import INTEGERS, TEXTS, read_ids
 from outbox_worker.schema.privileges import CLOSED_SCHEMAS, PRIVILEGES, Privileges, in_grant, may
 from outbox_worker.schema.tables import Tables, quoted, relation_name
 
@@ -39,13 +40,10 @@ _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "pur
 If the column is nullable, its unique index may exclude rows with NULL.
 """
 
-_TEXTS = {"text", "varchar", "bpchar", "citext"}
+_KEYS = {"uuid", *INTEGERS, *TEXTS}
 
-_INTEGERS = {"int2", "int4", "int8"}
-
-_KINDS = {"text": _TEXTS, "integer": _INTEGERS}
-
-_KEYS = {"uuid", *_INTEGERS, *_TEXTS}
+_IDS = {*_KEYS, "numeric"}
+"""The types that ids of students and courses may have, also as domains."""
 
 _DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
 """The types that ``outbox.payload`` may have besides jsonb."""
@@ -56,8 +54,8 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     Boolean: {"bool"},
     DateTime: {"timestamptz"},
     Numeric: {"numeric"},
-    Integer: _INTEGERS,
-    String: _TEXTS,
+    Integer: {*INTEGERS},
+    String: {*TEXTS},
 }
 
 
@@ -68,14 +66,21 @@ class SchemaProblem:
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
-    """Return the tables with the actual type of ``outbox.payload``.
+    """Return the tables with the actual type of ``outbox.payload``, and with the rules for ids of this database.
 
     Raises SchemaError, whose message lists every missing table, column and privilege.
     """
     problems = find_problems(session, tables, privileges)
     if problems:
         raise SchemaError(f"The database lacks something that the worker needs.\n{list_problems(problems)}")
+    if {"payments", "purchases"} <= privileges.keys():
+        tables = with_ids_as_found(session, tables)
     return _with_payload_as_found(session, tables) if "outbox" in privileges else tables
+
+
+def with_ids_as_found(session: Session, tables: Tables) -> Tables:
+    """Return the tables with the rules by which ids of payments and purchases are the same in this database."""
+    return tables.with_ids(read_ids(session, tables.payments, tables.purchases))
 
 
 def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
@@ -255,20 +260,11 @@ def _written(column: Column[object]) -> str:
 
 
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
-    """Report ``student_id`` and ``course_id`` if their types in ``payments`` and ``purchases`` do not match."""
-    names = [relation_name(table) for table in (tables.payments, tables.purchases)]
-    paid, bought = (actual_columns(session, name) for name in names)
-    for key in ("student_id", "course_id"):
-        one, other = (table.c[key].name for table in (tables.payments, tables.purchases))
-        if one in paid and other in bought and _kind(paid[one]) != _kind(bought[other]):
-            types = f"{paid[one].type_name} and {names[1]}.{other} is {bought[other].type_name}"
-            yield SchemaProblem(
-                f"{names[0]}.{one} is {types}", "convert one of them, because the worker compares them with each other"
-            )
-
-
-def _kind(column: ActualColumn) -> str:
-    return next((kind for kind in _KINDS if column.type_name in _KINDS[kind]), column.type_name)
+    """Report ``student_id`` and ``course_id`` if ids in ``payments`` and ``purchases`` cannot be compared."""
+    for key, same in read_ids(session, tables.payments, tables.purchases).items():
+        if same.flaw:
+            paid, bought = (f"{relation_name(each)}.{each.c[key].name}" for each in (tables.payments, tables.purchases))
+            yield SchemaProblem(f"{paid} is {same.paid} and {bought} is {same.bought}", same.flaw)
 
 
 def _column_problems(
@@ -289,7 +285,7 @@ def _column_problems(
         )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
-        if isinstance(column.type, Numeric) and actual.type_name in _INTEGERS:
+        if isinstance(column.type, Numeric) and actual.type_name in INTEGERS:
             wanted += "; amounts are whole units of the currency, not cents"
         yield SchemaProblem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
@@ -299,7 +295,7 @@ def _column_problems(
 
 def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
     if column.key in ("student_id", "course_id"):
-        return actual.type_name in _KEYS
+        return actual.base_type in _IDS
     if (role, column.key) in (("payments", "status"), ("payments", "currency"), ("purchases", "id")):
         return actual.is_enum or actual.type_name in _KEYS
     if (role, column.key) == ("outbox", "payload"):

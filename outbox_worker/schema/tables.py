@@ -31,6 +31,7 @@ from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker.model import COLUMNS
+from outbox_worker.schema.ids import UUIDS, PairIds, SameId
 from outbox_worker.settings import Settings
 
 PAIR_INDEX = "purchases_active_student_course_key"
@@ -81,12 +82,18 @@ class Tables:
     dead_letters: Table
     workers: Table
     backfill_runs: Table
+    ids: PairIds = UUIDS
+    """The rules by which ids of payments and purchases are the same. ``requirements.check_schema`` reads them."""
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
         """Return these tables, but with another type of ``outbox.payload``: json or text."""
         outbox = self.outbox.to_metadata(MetaData(info=self.metadata.info))
         outbox.c.payload.type = kind
         return replace(self, outbox=outbox)
+
+    def with_ids(self, ids: Mapping[str, SameId]) -> Tables:
+        """Return these tables with the rules for the ids of this database."""
+        return replace(self, ids=replace(self.ids, **ids))
 
     def by_role(self) -> dict[str, Table]:
         return {role: getattr(self, role) for role in COLUMNS}

@@ -40,7 +40,7 @@ from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.payment_classes import waivable
-from outbox_worker.store.queries import is_succeeded
+from outbox_worker.store.queries import currency_code, is_succeeded
 
 CONTENT_MAX = 10_000
 """The largest number of characters shown of a payload. The same limit applies to the headers."""
@@ -260,7 +260,7 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
 
 
 def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) -> dict[str, Decimal]:
-    currency = cast(payments.c.currency, Text)
+    currency = currency_code(payments.c.currency)
     rows = session.execute(select(currency, func.sum(payments.c.amount)).where(*which).group_by(currency))
     return {name: amount for name, amount in rows}  # noqa: C416 - unpacks rows
 

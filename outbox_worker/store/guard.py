@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, func, literal_column, null, select, text
+from sqlalchemy import Table, literal_column, null, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -15,7 +15,7 @@ from outbox_worker.database.failures import Failure, classify
 from outbox_worker.decision import choose_guard
 from outbox_worker.model import Guard
 from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
-from outbox_worker.schema.tables import relation_name
+from outbox_worker.schema.tables import Tables, relation_name
 
 _LOCKS_PER_TRANSACTION = 10
 """The divisor that limits the locks of one batch to a tenth of the server's lock table.
@@ -53,16 +53,21 @@ class GuardWatch:
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
         self._purchases = purchases
+        self._is_indexable = True
         self._on_change = on_change
         self._known: Guard | None = None
         self._versions: str | None = None
         self.state = GuardState(Guard.LOCK)
 
+    def know(self, tables: Tables) -> None:
+        """Use what ``check_schema`` found: whether an index of purchases can compare the ids of payments."""
+        self._purchases, self._is_indexable = tables.purchases, tables.ids.is_indexable
+
     def probe(self, session: Session) -> GuardState:
         """Find out which guard is in force. This takes one query if indexes and triggers are as at the last probe."""
         versions = session.scalar(_VERSIONS, {"relation": relation_name(self._purchases)})
         if versions != self._versions:
-            self._set(probe_guard(session, self._purchases))
+            self._set(probe_guard(session, self._purchases, is_indexable=self._is_indexable))
             self._versions = versions
         return self.state
 
@@ -81,11 +86,17 @@ class GuardWatch:
         return state
 
 
-def probe_guard(session: Session, purchases: Table) -> GuardState:
-    """Find a valid unique index on the pair, and check by EXPLAIN that the planner uses it for ON CONFLICT."""
+def probe_guard(session: Session, purchases: Table, *, is_indexable: bool = True) -> GuardState:
+    """Find a valid unique index on the pair, and check by EXPLAIN that the planner uses it for ON CONFLICT.
+
+    If payments have a type that makes more ids equal than the purchases' type (``PairIds.is_indexable``), no index of
+    purchases is a guard, because it allows two purchases of one student.
+    """
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
-    has_paths = has_index_paths(session, purchases)
     triggers_on = frozenset(session.scalars(_TRIGGERS_ON, {"relation": relation_name(purchases)}))
+    if not is_indexable:
+        return GuardState(Guard.LOCK, "", capacity, has_index_paths=False, triggers_on=triggers_on)
+    has_paths = has_index_paths(session, purchases)
     sound = pair_indexes(session, purchases)
     for predicate in dict.fromkeys(sound.values()):
         if choose_guard(sound, _arbiters(session, purchases, predicate)) is Guard.INDEX:
@@ -93,25 +104,15 @@ def probe_guard(session: Session, purchases: Table) -> GuardState:
     return GuardState(Guard.LOCK, "", capacity, has_paths, triggers_on)
 
 
-def guard_in_force(session: Session, purchases: Table) -> Guard:
-    """Return the guard in force.
+def guard_in_force(session: Session, tables: Tables) -> Guard:
+    """Return the guard in force. ``tables`` must have the rules for the ids of this database.
 
     Check only the catalogue if the role may not INSERT, because EXPLAIN would then fail.
     """
+    purchases, is_indexable = tables.purchases, tables.ids.is_indexable
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
-        return probe_guard(session, purchases).guard
-    return Guard.INDEX if pair_indexes(session, purchases) else Guard.LOCK
-
-
-def doubled_pairs(session: Session | Connection, purchases: Table, limit: int) -> Sequence[Row[Any]]:
-    """Find pairs with more than one active purchase. Return ``student_id``, ``course_id`` and ``count`` of each.
-
-    While such pairs exist, the unique index cannot be built.
-    """
-    pair = [purchases.c[key].label(key) for key in ("student_id", "course_id")]
-    columns = *pair, func.count().label("count")
-    found: Select[Any] = select(*columns).where(purchases.c.is_active).group_by(*pair)
-    return session.execute(found.having(func.count() > 1).order_by(*pair).limit(limit)).all()
+        return probe_guard(session, purchases, is_indexable=is_indexable).guard
+    return Guard.INDEX if is_indexable and pair_indexes(session, purchases) else Guard.LOCK
 
 
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Builds statements about pairs (student, course): locks of pairs, facts about events, and payments of a pair.
 
-The lock of a pair is a transaction-level advisory lock. Its key, ``hashtextextended(student_id::text || ':' ||
-course_id::text, 0)``, is public, so other programs may use the same lock. Under both guards, the worker has locked the
-pair when it judges an event or writes a refund. Only ``insert_clean`` under the guard ``index`` needs no lock.
+The lock of a pair is a transaction-level advisory lock. Its key, ``identity.pair_key``, is public, so other programs
+may use the same lock. Under both guards, the worker has locked the pair when it judges an event or writes a refund.
+Only ``insert_clean`` under the guard ``index`` needs no lock. Which pairs are the same is defined in ``identity``.
 
 ``PurchaseRepository`` locks pairs, reads facts and writes purchases with one statement for each of these steps.
 """
@@ -37,11 +37,13 @@ from sqlalchemy.dialects.postgresql import ARRAY, UUID
 
 from outbox_worker.database.arrays import Keys
 from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, Repeated
+from outbox_worker.schema.ids import PairIds
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import window_of
+from outbox_worker.store.identity import comparable_pair, has_pair, pair_key, same_pair, written_order
 from outbox_worker.store.payment_classes import PaymentClass, class_among
-from outbox_worker.store.queries import is_succeeded, same_pair
+from outbox_worker.store.queries import is_succeeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +117,13 @@ def payment_of(claimed: FromClause, payments: Table) -> FromClause:
 def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
     """Build a lateral subquery that finds the pair in the purchase of a claimed event's payment."""
     row = select(purchases.c.student_id, purchases.c.course_id).where(purchases.c.payment_id == claimed.c.payment_id)
-    return row.offset(literal_column("0")).lateral("purchase")
+    return row.limit(literal_column("1")).lateral("purchase")
 
 
-def pair_key(student_id: ColumnElement[Any], course_id: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Build the key (bigint) of a pair's advisory lock.
-
-    Do not change this formula, because other programs may use it.
-    """
-    return func.hashtextextended(cast(student_id, Text) + ":" + cast(course_id, Text), 0, type_=BigInteger)
-
-
-def holds_pair(purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
+def holds_pair(ids: PairIds, purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
     """Build the condition that the purchase is active, has the payment's pair, and does not come from this payment."""
     is_other = purchases.c.payment_id.is_distinct_from(payments.c.id)
-    return and_(same_pair(purchases, payments), purchases.c.is_active, is_other)
-
-
-def _pair_of(payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
-    """Return the pair of the payment. If the payment row does not exist any more, use the pair of its purchase."""
-    return [func.coalesce(payments.c[key], purchases.c[key]) for key in ("student_id", "course_id")]
+    return and_(same_pair(ids, purchases, payments), purchases.c.is_active, is_other)
 
 
 def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
@@ -143,10 +132,11 @@ def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
     outbox = event_of(claimed, tables.outbox)
-    student, course = _pair_of(payments, purchases)
-    ordered = func.row_number().over(order_by=(student, course, outbox.c.due_at, outbox.c.id))
+    order = written_order(tables.ids, payments)
+    ordered = func.row_number().over(order_by=(*order, outbox.c.due_at, outbox.c.id))
+    key = pair_key(tables.ids, payments, purchases)
     pairs = (
-        select(claimed.c.id, pair_key(student, course).label("key"), ordered.label("position"))
+        select(claimed.c.id, key.label("key"), ordered.label("position"))
         .select_from(claimed)
         .join(outbox, true())
         .outerjoin(payments, payments.c.id == claimed.c.payment_id)
@@ -173,7 +163,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     outbox = event_of(claimed, tables.outbox)
     own, held = purchases.alias("own"), purchases.alias("held")
     active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
-    pair = [func.coalesce(payments.c[key], _of_own(purchases, claimed, key)) for key in ("student_id", "course_id")]
+    bought = _purchase_of(claimed, purchases)
     return (
         select(
             claimed.c.id,
@@ -183,21 +173,16 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
             marks.c.payment_id.label("marked_payment_id"),
             active.label("purchase_active"),
             cast(payments.c.status, Text).label("payment_status"),
-            payload.mismatched_keys(payload_source(claimed, outbox), payments).label("mismatches"),
-            exists().where(holds_pair(held, payments)).label("pair_held"),
-            pair_key(*pair).label("key"),
+            payload.mismatched_keys(tables.ids, payload_source(claimed, outbox), payments).label("mismatches"),
+            exists().where(holds_pair(tables.ids, held, payments)).label("pair_held"),
+            pair_key(tables.ids, payments, bought).label("key"),
         )
         .select_from(claimed)
         .join(outbox, true())
         .outerjoin(payments, payments.c.id == claimed.c.payment_id)
+        .outerjoin(bought, true())
         .outerjoin(marks, marks.c.event_id == outbox.c.event_id)
     )
-
-
-def _of_own(purchases: Table, claimed: FromClause, key: str) -> ColumnElement[Any]:
-    """Read a pair column from the payment's own purchase, because the payment row may not exist any more."""
-    own = purchases.alias()
-    return select(own.c[key]).where(own.c.payment_id == claimed.c.payment_id).limit(1).scalar_subquery()
 
 
 def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFacts:
@@ -222,9 +207,8 @@ def standing_statement(tables: Tables) -> Select[Any]:
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
     refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)
-    student, course = _pair_of(refunded, own)
     pairs = (
-        select(claimed.c.id, student.label("student_id"), course.label("course_id"))
+        select(claimed.c.id, *comparable_pair(tables.ids, refunded, own))
         .select_from(claimed)
         .outerjoin(refunded, true())
         .outerjoin(own, true())
@@ -232,7 +216,8 @@ def standing_statement(tables: Tables) -> Select[Any]:
         .prefix_with("MATERIALIZED")
     )
     read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
-    stands = select(pairs.c.id.label("event"), *read).join(payments, same_pair(payments, pairs))
+    stands = select(pairs.c.id.label("event"), *read)
+    stands = stands.select_from(pairs.join(payments, has_pair(tables.ids, payments, pairs)))
     standing = stands.where(is_succeeded(payments)).cte("standing").prefix_with("MATERIALIZED")
     kind = class_among(standing, tables).label("kind")
     found = select(standing.c.event.label("id"), cast(standing.c.id, Text).label("payment_id"), kind)

@@ -16,11 +16,14 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sqlalchemy import ColumnElement, FromClause, Numeric, Text, and_, case, cast, false, func, true
+from sqlalchemy import ColumnElement, FromClause, Text, and_, case, cast, false, func, true
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, array
 
 from outbox_worker.database.arrays import ArrayText
 from outbox_worker.model import Repeated
+from outbox_worker.schema.ids import PairIds
+from outbox_worker.store import identity
+from outbox_worker.store.queries import currency_code
 
 _UUID_SHAPE = "________-____-____-____-____________"
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -28,8 +31,10 @@ _IS_UUID = re.compile(_UUID, re.ASCII).fullmatch
 _ARE_UUIDS = re.compile(rf"\{{{_UUID}(?:,{_UUID})*\}}", re.ASCII).fullmatch
 _ELEMENTS = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,]+)', re.DOTALL)
 """The pattern of one element in the text form of an array, with or without quotes."""
-_NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST = 100
+"""A payload's ``payment_id`` is cut to this many characters before it is compared with UUIDs."""
+_LONGEST_CURRENCY = 1_000
+"""A longer text in the payload, in bytes, is no currency."""
 
 LONGEST_DOCUMENT = 262_144
 """The largest document (a json or text payload), in bytes, that the worker reads.
@@ -137,10 +142,11 @@ def _first_level(text: str) -> str:
 
 
 def _text_of(value: Any) -> str | None:
-    """Convert a value to the text that ``->>`` returns, cut to ``_LONGEST``.
+    """Convert a value to the text that ``->>`` returns.
 
-    For an object or array, return ``_NEVER_EQUAL``, because no payment column contains this text. The same character
-    replaces the parts of a string that PostgreSQL cannot store.
+    The text is not cut, because ids are compared whole. ``LONGEST_DOCUMENT`` limits it. For an object or array, return
+    ``_NEVER_EQUAL``, because no payment column contains this text. The same character replaces the parts of a string
+    that PostgreSQL cannot store.
     """
     match value:
         case None:
@@ -148,7 +154,7 @@ def _text_of(value: Any) -> str | None:
         case bool():
             return str(value).lower()
         case str():
-            return value[:_LONGEST].encode(errors="replace").decode().replace("\0", _NEVER_EQUAL)
+            return value.encode(errors="replace").decode().replace("\0", _NEVER_EQUAL)
         case _:
             return _NEVER_EQUAL
 
@@ -195,24 +201,24 @@ def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
     return func.lower(key_text(outbox, "payment_id"))
 
 
-def mismatches(source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
+def mismatches(ids: PairIds, source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """Build one condition per optional field: the payload has this field, and its value differs from the payment row.
 
     ``source`` is the event's row, or a relation with the fields that the worker parsed in Python. The condition first
     compares the texts of both values. In most payloads the texts are equal, and then nothing else is computed.
+    Otherwise ids are compared by the types of the payment's columns, and currencies in upper case without blanks.
     """
     rules = {
-        "student_id": _id_differs(key_text(source, "student_id"), payments.c.student_id),
-        "course_id": _id_differs(key_text(source, "course_id"), payments.c.course_id),
-        "amount": _amount_differs(key_text(source, "amount"), payments.c.amount),
-        "currency": _differs(key_text(source, "currency"), cast(payments.c.currency, Text)),
+        **{key: identity.differs(same.paid, _written(source, key), payments.c[key]) for key, same in ids},
+        "amount": identity.number_differs(_written(source, "amount"), payments.c.amount),
+        "currency": _currency_differs(_written(source, "currency"), payments.c.currency),
     }
     return {key: case((_is_repeated(source, payments, key), false()), else_=rule) for key, rule in rules.items()}
 
 
-def mismatched_keys(source: FromClause, payments: FromClause) -> ColumnElement[Any]:
+def mismatched_keys(ids: PairIds, source: FromClause, payments: FromClause) -> ColumnElement[Any]:
     """Build a text[] with the names of the fields that differ; {} if there is no payment row."""
-    names = [case((differs, key)) for key, differs in mismatches(source, payments).items()]
+    names = [case((differs, key)) for key, differs in mismatches(ids, source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 
 
@@ -220,15 +226,6 @@ def _is_repeated(source: FromClause, payments: FromClause, key: str) -> ColumnEl
     return cast(payments.c[key], Text) == _written(source, key)
 
 
-def _differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    return and_(given.is_not(None), given.is_distinct_from(actual))
-
-
-def _id_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that two ids differ. In UUIDs, upper and lower case are equal; in other ids, they differ."""
-    return _differs(case((given.like(_UUID_SHAPE), func.lower(given)), else_=given), cast(actual, Text))
-
-
-def _amount_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    equal = case((given.op("~")(_NUMBER_TEXT), cast(given, Numeric) == actual), else_=~true())
+def _currency_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:
+    equal = case((func.octet_length(given) <= _LONGEST_CURRENCY, currency_code(given) == currency_code(actual)))
     return and_(given.is_not(None), equal.is_not(true()))

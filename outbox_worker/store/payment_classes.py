@@ -39,9 +39,11 @@ from sqlalchemy.dialects.postgresql import array
 from outbox_worker.database.arrays import Keys
 from outbox_worker.database.expressions import readable, seconds_since
 from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, WAIVABLE, DeadLetterState, PaymentStatus
+from outbox_worker.schema.ids import PairIds
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
-from outbox_worker.store.queries import has_status, is_succeeded, same_pair
+from outbox_worker.store.identity import folded_pair, same_pair
+from outbox_worker.store.queries import currency_code, has_status, is_succeeded
 
 
 class PaymentClass(StrEnum):
@@ -87,7 +89,7 @@ def page_statement(
         read = read.where(tuple_(*keys) > tuple_(*after))
     page = _materialized(read.order_by(*keys).limit(bindparam("limit", type_=BigInteger)), "page")
     classed = _classed(page, case(*_by_purchase(page, tables, by_index)), tables, by_index).where(_is_judged(page))
-    found = _gathered(_materialized(classed, "classed"), literal(False), lists_duplicates).subquery("found")
+    found = _gathered(tables.ids, _materialized(classed, "classed"), literal(False), lists_duplicates).subquery("found")
     last = select(array([cast(page.c[key], Text) for key in order])).offset(func.greatest(_count(page) - 1, 0)).limit(1)
     end = select(_count(page).label("passed"), last.scalar_subquery().label("last")).subquery("end")
     return select(end, found).select_from(end.outerjoin(found, true()))
@@ -106,7 +108,7 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
     equation = _equation(page, tables, flying.c.id.is_not(None), by_index)
     classed = _classed(page, equation, tables, by_index).select_from(page.outerjoin(flying, flying.c.id == page.c.id))
     judged = _materialized(classed.where(_is_judged(page)), "classed")
-    return _gathered(judged, bindparam("lists", type_=Boolean), lists_duplicates)
+    return _gathered(tables.ids, judged, bindparam("lists", type_=Boolean), lists_duplicates)
 
 
 def waivable(letters: FromClause) -> ColumnElement[bool]:
@@ -164,18 +166,19 @@ def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: 
     return select(page, kind.label("kind"))
 
 
-def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
+def _gathered(ids: PairIds, classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
     """Count and sum the payments of each kind and currency. Each payment that is to be listed gets its own row."""
     kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
     is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
     is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
     is_listed = or_(kind == REFUNDED_BUT_ACTIVE, and_(lists, is_unexplained), is_duplicate)
     listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id")}
+    listed |= zip(("same_student", "same_course"), folded_pair(ids, classed), strict=True)
     listed["created_at"] = readable(classed.c.created_at)
     listed["age_seconds"] = seconds_since(classed.c.created_at)
     each = select(
         kind,
-        cast(classed.c.currency, Text).label("currency"),
+        currency_code(classed.c.currency).label("currency"),
         case((kind == UNKNOWN_STATUS, cast(classed.c.status, Text))).label("status"),
         and_(is_unexplained, is_recent).label("is_recent"),
         *(case((is_listed, value)).label(name) for name, value in listed.items()),
@@ -183,8 +186,8 @@ def _gathered(classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) 
         case((kind.is_(None), classed.c.id)).label("unclear_id"),
     ).subquery("each")
     keys = [each.c[key] for key in ("kind", "currency", "status", "is_recent", *listed)]
-    ids = func.array_agg(each.c.unclear_id).filter(each.c.unclear_id.is_not(None))
-    sums = [func.count().label("payments"), func.sum(each.c.money).label("amount"), cast(ids, Text).label("ids")]
+    unclear = func.array_agg(each.c.unclear_id).filter(each.c.unclear_id.is_not(None))
+    sums = [func.count().label("payments"), func.sum(each.c.money).label("amount"), cast(unclear, Text).label("ids")]
     return select(*keys, *sums).group_by(*keys)
 
 
@@ -234,7 +237,7 @@ def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElemen
 
 def _pair_is_held(page: CTE, tables: Tables, by_index: bool) -> ColumnElement[bool]:
     held = tables.purchases.alias("held")
-    return _exists(select(held.c.payment_id).where(same_pair(held, page), held.c.is_active), by_index)
+    return _exists(select(held.c.payment_id).where(same_pair(tables.ids, held, page), held.c.is_active), by_index)
 
 
 def _has_letter(page: CTE, tables: Tables, *which: ColumnElement[bool]) -> ColumnElement[bool]:

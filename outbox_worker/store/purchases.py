@@ -3,7 +3,8 @@
 Each statement receives the keys of claimed events as arrays, and joins the keys to the rows of the tables. If every
 event gets its purchase, the INSERT returns only NULL.
 
-Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id).
+Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id), in which
+``identity.written_order`` compares the ids.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, on_active_pair
+from outbox_worker.store.identity import written_order
 from outbox_worker.store.pairs import (
     EventFacts,
     EventOf,
@@ -252,7 +254,7 @@ def _insert_statement(
         .join(outbox, true())
         .join(payments, true())
         .where(~exists().where(purchases.c.payment_id == payments.c.id))
-        .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
+        .order_by(*written_order(tables.ids, payments), outbox.c.due_at, outbox.c.id)
     )
     if nothing_against:
         source = source.where(*_nothing_speaks_against(tables, outbox, payload_source(claimed, outbox), payments))
@@ -260,8 +262,8 @@ def _insert_statement(
         marks = tables.processed_events
         source = source.where(~exists().where(marks.c.event_id == outbox.c.event_id))
     if guard is Guard.LOCK:
-        source = source.ext(distinct_on(payments.c.student_id, payments.c.course_id))
-        source = source.where(~exists().where(holds_pair(purchases, payments)))
+        source = source.ext(distinct_on(*written_order(tables.ids, payments)))
+        source = source.where(~exists().where(holds_pair(tables.ids, purchases, payments)))
     columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
     return postgresql.insert(purchases).from_select(columns, source, include_defaults=False)
 
@@ -283,7 +285,7 @@ def _nothing_speaks_against(
     state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
     return [
         is_succeeded(payments),
-        *(not_(differs) for differs in payload.mismatches(source, payments).values()),
+        *(not_(differs) for differs in payload.mismatches(tables.ids, source, payments).values()),
         state.is_distinct_from(DeadLetterState.OPEN.value),
     ]
 
@@ -299,7 +301,7 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
         .select_from(claimed)
         .join(outbox, true())
         .join(payments, true())
-        .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
+        .order_by(*written_order(tables.ids, payments), outbox.c.due_at, outbox.c.id)
     )
     columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
     statement = postgresql.insert(purchases).from_select([*columns, "deactivated_at"], source, include_defaults=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import ColumnElement, FromClause, Text, and_, cast, func, select
+from sqlalchemy import ColumnElement, FromClause, Text, cast, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.model import PaymentStatus
@@ -16,9 +17,13 @@ def database_time(session: Session) -> datetime:
     return now
 
 
-def same_pair(one: FromClause, other: FromClause) -> ColumnElement[bool]:
-    """Build the condition that both rows have the same student and the same course."""
-    return and_(one.c.student_id == other.c.student_id, one.c.course_id == other.c.course_id)
+def currency_code(currency: ColumnElement[Any]) -> ColumnElement[str]:
+    """Build the code of a currency in upper case and without blanks around it.
+
+    The collation C knows only ASCII letters. By a Turkish collation, an i would become another letter than I.
+    """
+    written = cast(currency, Text).op("COLLATE", precedence=15, return_type=Text())(literal_column('"C"'))
+    return func.upper(func.btrim(written), type_=Text)
 
 
 def has_status(payments: FromClause, status: PaymentStatus) -> ColumnElement[bool]:

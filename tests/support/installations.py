@@ -14,6 +14,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.model import COLUMNS, Guard, Outcome
 from outbox_worker.schema import migrate as migration
 from outbox_worker.schema.migrate import VERSION_TABLE, Migrated
+from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import OWNERSHIP_LIST, build_tables
 from outbox_worker.settings import load_settings
 from outbox_worker.settle.handlers import build_handlers
@@ -108,11 +109,14 @@ class Installation:
     def drain(self) -> dict[Outcome, int]:
         """What becomes of the events that are due."""
         settings = load_settings(database_url=self.url, **self.settings)
-        database, tables, telemetry = Database(settings, deadline_seconds=10), build_tables(settings), Telemetry()
+        database, telemetry = Database(settings, deadline_seconds=10), Telemetry()
+        with database.transaction() as session:
+            tables = check_schema(session, build_tables(settings))
         watch, repository = GuardWatch(tables.purchases, telemetry.guard_changed), PurchaseRepository(tables)
         policy = settings.retry_policy
         handlers, outbox = build_handlers(repository, policy), Outbox(tables, None)
         try:
+            watch.know(tables)
             with database.transaction() as session:
                 watch.probe(session)
             return drain_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from outbox_worker import terminal
@@ -9,6 +10,7 @@ from outbox_worker.cli.views.payments import money_lines, print_payments
 from outbox_worker.durations import count_of
 from outbox_worker.model import PaymentStatus
 from outbox_worker.reconcile.audit import AuditReport
+from outbox_worker.store.doubled import DoubledPair
 from outbox_worker.store.payment_classes import PaymentClass
 
 
@@ -32,6 +34,7 @@ def print_audit(report: AuditReport, limit: int) -> None:
     terminal.columns(f"{total} (not refunded)", ["class", "payments", "money", "meaning"], rows, numbers=(1, 2))
     for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
         print_payments(title, found, limit)
+    _print_doubled(report.pairs_twice_active, limit)
     if report.unknown_statuses:
         listed = ", ".join(f"{status} ({count:,})" for status, count in report.unknown_statuses.items())
         terminal.line(f"\nNot audited, because the status is none of {_STATUSES}: {listed}.", "yellow")
@@ -43,11 +46,23 @@ def print_audit(report: AuditReport, limit: int) -> None:
         terminal.line("\nNothing is owed: every succeeded payment (not refunded) is explained.", "green")
     else:
         unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
+        doubled = count_of(len(report.pairs_twice_active), "pair")
         terminal.line(
-            f"\n{count_of(unexplained, 'payment')} unexplained; {count_of(refunded, 'payment')} refunded but active.",
+            f"\n{count_of(unexplained, 'payment')} unexplained; {count_of(refunded, 'payment')} refunded but active; "
+            f"{doubled} of student and course active twice.",
             "red",
         )
         terminal.line('What to do: docs/runbook.md, "The audit found something".')
+
+
+def _print_doubled(found: Sequence[DoubledPair], limit: int) -> None:
+    rows = [(each.student_id, each.course_id, f"{each.purchases:,}", list(each.purchase_ids)) for each in found[:limit]]
+    if rows:
+        head = ["student", "course", "active", "purchases"]
+        terminal.columns("\npairs twice active: deactivate all but one purchase of each", head, rows, numbers=(2,))
+    if len(found) > limit:
+        more = count_of(len(found) - limit, "more pair")
+        terminal.line(f"… and {more} active twice; use --limit N or --json to see more.", "dim")
 
 
 def next_steps(report: AuditReport) -> list[list[str]]:
@@ -57,6 +72,8 @@ def next_steps(report: AuditReport) -> list[list[str]]:
         steps.append(["backfill", "--dry-run"])
     if found := [*report.unexplained, *report.refunded_but_active]:
         steps.append(["why", str(found[0].payment_id)])
+    if report.pairs_twice_active:
+        steps.append(["why", report.pairs_twice_active[0].purchase_ids[0]])
     if report.counts[PaymentClass.DEAD]:
         steps.append(["dead-letters", "list"])
     if report.counts[PaymentClass.DUPLICATE]:

@@ -50,8 +50,8 @@ class Subject:
         return role_name(self.session)
 
 
-def ok(evidence: str) -> Finding:
-    return Finding(Severity.OK, evidence)
+def ok(evidence: str, hint: str = "") -> Finding:
+    return Finding(Severity.OK, evidence, hint)
 
 
 def warning(evidence: str, remedy: str) -> Finding:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
 import psycopg
-from sqlalchemy import Table, text
+from sqlalchemy import Table, func, select, text
+from sqlalchemy.dialects import postgresql
 
 from outbox_worker.database.engine import connect_directly
 from outbox_worker.database.failures import server_message
@@ -16,12 +18,15 @@ from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
 from outbox_worker.schema.concerns import find_unfit_index, find_unlogged
+from outbox_worker.schema.ids import SameId
 from outbox_worker.schema.privileges import STRUCTURE
-from outbox_worker.schema.requirements import find_narrower, find_problems
-from outbox_worker.schema.tables import PAIR_INDEX, quoted, relation_name
+from outbox_worker.schema.requirements import find_narrower, find_problems, with_ids_as_found
+from outbox_worker.schema.tables import PAIR_INDEX, Tables, quoted, relation_name
 from outbox_worker.settle.handlers import claimed_types
 from outbox_worker.store.backfill_runs import BackfillRuns
-from outbox_worker.store.guard import doubled_pairs, guard_in_force
+from outbox_worker.store.doubled import doubled_pairs
+from outbox_worker.store.guard import guard_in_force
+from outbox_worker.store.identity import pair_key
 from outbox_worker.store.ignored import count_ignored
 
 _SHOWN = 5
@@ -101,24 +106,56 @@ def event_types(subject: Subject) -> Iterator[Finding]:
 
 def guard(subject: Subject) -> Iterator[Finding]:
     """Report which guard is in force. If it is ``lock``, report duplicates that prevent a unique index."""
-    session, purchases = subject.session, subject.tables.purchases
-    if guard_in_force(session, purchases) is Guard.INDEX:
-        names = ", ".join(pair_indexes(session, purchases))
+    session, tables = subject.session, with_ids_as_found(subject.session, subject.tables)
+    if guard_in_force(session, tables) is Guard.INDEX:
+        names = ", ".join(pair_indexes(session, tables.purchases))
         yield ok(f"index: {names} allows only one active purchase per student and course")
         return
-    unfit = find_unfit_index(session, subject.tables)
+    unfit = find_unfit_index(session, tables)
     why = unfit[0].finding if unfit else "there is no unique index"
-    blind = f"lock: {why}; other code that inserts purchases can create duplicates"
-    doubled = doubled_pairs(session, purchases, _SHOWN + 1)
+    blind, remedy = f"lock: {why}; other code that inserts purchases can create duplicates", _MIGRATE
+    if loose := [(key, same) for key, same in tables.ids if not same.is_indexable]:
+        blind, remedy = _explain_loose(tables, loose)
+    doubled = doubled_pairs(session, tables, _SHOWN + 1)
     if not doubled:
-        yield warning(blind, _MIGRATE)
+        yield warning(blind, remedy)
         return
     shown = doubled[:_SHOWN]
-    pairs = "; ".join(f"student {row.student_id}, course {row.course_id}: {row.count} purchases" for row in shown)
+    pairs = "; ".join(f"student {row.student_id}, course {row.course_id}: {row.purchases} purchases" for row in shown)
     more = ", and more" if len(doubled) > _SHOWN else ""
     yield problem(
         f"{blind}; the index cannot be built while there are duplicates: {pairs}{more}",
-        f"deactivate all but one purchase of each student and course, then: {_MIGRATE}",
+        f"deactivate all but one purchase of each student and course, then: {remedy}",
+    )
+
+
+def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]]) -> tuple[str, str]:
+    """Say why no index of purchases can be the guard. The remedy gives purchases the types of payments."""
+    name, paid = relation_name(tables.purchases), relation_name(tables.payments)
+    own = [(tables.payments.c[key].name, tables.purchases.c[key].name, same) for key, same in loose]
+    columns = "; ".join(f"{paid}.{a} is {same.paid}, and {name}.{b} is {same.bought}" for a, b, same in own)
+    why = (
+        f"lock: {columns}: payments make more ids equal than purchases do, so a unique index of purchases would allow "
+        "one student two purchases, and each check of a pair reads all purchases"
+    )
+    changes = [f"ALTER COLUMN {quoted(each)} TYPE {same.paid.sql_type}" for _, each, same in own]
+    return why, f"as its owner: ALTER TABLE {name} {', '.join(changes)}; then: {_MIGRATE}; then restart the workers"
+
+
+def lock_key(subject: Subject) -> Iterator[Finding]:
+    """Print the key of a pair's lock if it is not the public formula (docs/contract.md), because of the ids' types."""
+    tables = with_ids_as_found(subject.session, subject.tables)
+    if tables.ids.has_public_key:
+        yield ok("other programs lock a pair by the public formula")
+        return
+    paid = tables.payments.alias("p")
+    locked = select(func.pg_advisory_xact_lock(pair_key(tables.ids, paid))).where(paid.c.id == UUID(int=0))
+    sql = str(locked.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
+    types = " and ".join(f"{tables.payments.c[key].name} is {same.paid}" for key, same in tables.ids)
+    yield ok(
+        f"{types}: the public formula is not the key of a pair's lock, because equal ids can have different texts; "
+        "other programs must lock a pair by this statement, with the id of their payment",
+        f"{' '.join(sql.split())};",
     )
 
 

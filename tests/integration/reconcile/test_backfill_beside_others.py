@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from uuid import uuid4
 
 import pytest
@@ -180,7 +181,8 @@ def test_a_database_that_refuses_everything_is_in_trouble(operator: Operator, sh
 
 
 def found(payment: Payment) -> FoundPayment:
-    return FoundPayment(payment.id, *payment.pair, 0, payment.currency, datetime.now(UTC), 0.0)  # type: ignore[arg-type]
+    told = payment.id, *payment.pair, Decimal(0), payment.currency, datetime.now(UTC), 0.0
+    return FoundPayment(*told, (str(payment.student_id), str(payment.course_id)))
 
 
 def test_the_index_may_vanish_on_the_way(database: Database, tables: Tables, settings: Settings, shop: Shop) -> None:

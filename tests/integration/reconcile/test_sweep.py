@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -165,9 +166,8 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def executed(database: Database, statement: Statement, values: dict[str, Any], by_index: bool = True) -> list[Any]:
     """The nodes of a plan, with what they did."""
     given = {"since": None, "before": "infinity", **values}
-    explain = Statement.__new__(Statement)
-    explain.__dict__.update(statement.__dict__)
-    explain._sql = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"
+    explain = copy.copy(statement)
+    explain._rendered = statement._rendered._replace(sql=f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}")
     with database.transaction(**plans(by_index)) as session:
         found = explain.execute(session, given).scalar()
     (plan,) = json.loads(found) if isinstance(found, str) else found or []

@@ -102,7 +102,7 @@ def test_a_role_that_may_not_insert_finds_the_same_guard(
     try:
         with database.snapshot() as session:
             session.connection().exec_driver_sql("SET LOCAL ROLE looker_of_guards")
-            assert guard_in_force(session, tables.purchases) is Guard.INDEX
+            assert guard_in_force(session, tables) is Guard.INDEX
             assert pair_indexes(session, tables.purchases)
     finally:
         shop.rows("DROP OWNED BY looker_of_guards; DROP ROLE looker_of_guards")

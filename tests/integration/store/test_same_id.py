@@ -1,0 +1,102 @@
+"""Ids that are equal by their columns' types are one student, however they are written."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sqlalchemy import event as listener
+from sqlalchemy import select
+
+from outbox_worker.database.engine import Database
+from outbox_worker.model import Guard, Outcome
+from outbox_worker.reconcile.audit import Audit
+from outbox_worker.schema.requirements import with_ids_as_found
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.identity import pair_key
+from tests.support.factories import Shop, drain_all
+from tests.support.guarding import without_index
+from tests.support.interleaving import PATIENCE, errors
+from tests.support.makers import MakeDatabase, MakeProcessor
+from tests.support.same_ids import Kind, every_kind, pay, retype
+
+PUBLIC = "hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0)"
+
+PUBLIC_KINDS = {"uuid", "int4 beside int8", "text beside varchar", "char", "char beside text"}
+
+
+@every_kind
+def test_two_ways_to_write_an_id_are_one_student(
+    kind: Kind, both_guards: str, shop: Shop, database: Database, tables: Tables, make_processor: MakeProcessor
+) -> None:
+    """In one batch, in a later one, and where a refund frees the course."""
+    retype(shop, kind)
+    first, _ = pay(shop, kind.one)
+    pay(shop, kind.same)
+    pay(shop, kind.other)
+    pay(shop, kind.one, "another course")
+    processor = make_processor()
+    assert processor.watch.state.guard == (both_guards if kind.is_indexed else Guard.LOCK)
+    assert drain_all(processor) == {Outcome.CREATED: 3, Outcome.DUPLICATE_PAYMENT: 1}
+    pay(shop, kind.same)
+    assert drain_all(processor) == {Outcome.DUPLICATE_PAYMENT: 1}
+    shop.rows("UPDATE payments SET status = 'refunded' WHERE id = %s", first)
+    shop.confirm(None, event_type="PURCHASE_REFUNDED", payload={"payment_id": str(first)})
+    assert drain_all(processor) == {Outcome.REVOKED: 1}
+    active = shop.rows("SELECT payment_id FROM purchases WHERE is_active AND course_id = 'SQL'")
+    assert len(active) == 2
+    assert (first,) not in active
+    report = Audit.start(database, tables).run()
+    assert (report.ok, report.counts["duplicate"], report.counts["active"]) == (True, 1, 3)  # type: ignore[index]
+    assert errors(processor) == {}
+
+
+def keys_are_right(shop: Shop, kind: Kind, database: Database, tables: Tables) -> None:
+    """Equal ids have one key; where the texts decide, it is the formula that other programs use."""
+    with database.transaction() as session:
+        found = with_ids_as_found(session, tables)
+        keys = session.scalars(
+            select(pair_key(found.ids, tables.payments)).order_by(tables.payments.c.created_at)
+        ).all()
+    assert keys[0] == keys[1] != keys[2]
+    assert found.ids.has_public_key == (kind.name in PUBLIC_KINDS)
+    if found.ids.has_public_key:
+        assert keys == [row[0] for row in shop.rows(f"SELECT {PUBLIC} FROM payments ORDER BY created_at")]
+
+
+@without_index
+@every_kind
+def test_the_lock_knows_both_ways(
+    kind: Kind,
+    guard_kind: str,
+    shop: Shop,
+    tables: Tables,
+    make_database: MakeDatabase,
+    make_processor: MakeProcessor,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """One worker has written the purchase and stands before its COMMIT: the other must not write a second one."""
+    assert guard_kind == "lock"
+    retype(shop, kind)
+    for due_in, student in (("-2 seconds", kind.one), ("-1 second", kind.same)):
+        pay(shop, student, due_in=due_in)
+    pay(shop, kind.other, due_in="1 hour")
+    keys_are_right(shop, kind, make_database(), tables)
+    slow, fast = (make_processor(batch_size=1, database=make_database()) for _ in range(2))
+    reached, released = threading.Event(), threading.Event()
+
+    def stand(_: Any) -> None:
+        reached.set()
+        assert released.wait(PATIENCE)
+
+    listener.listen(slow.database.engine, "commit", stand)
+    slowly = pool.submit(slow.process_batch)
+    assert reached.wait(PATIENCE)
+    report = fast.process_batch()
+    released.set()
+    assert (len(report.batch), report.outcomes()) == (1, {})
+    assert slowly.result(PATIENCE).outcomes() == {Outcome.CREATED: 1}
+    assert drain_all(fast) == {Outcome.DUPLICATE_PAYMENT: 1}
+    assert shop.count("purchases") == 1
+    assert errors(slow, fast) == {}
