@@ -1,9 +1,10 @@
-"""Pure functions that parse durations and times from the command line, and format durations and counts for people."""
+"""Pure functions that parse durations and times from the command line, and format durations, counts and amounts for people."""
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 from outbox_worker.errors import WrongUsage
 
@@ -43,3 +44,8 @@ def ago(seconds: float) -> str:
 def count_of(number: int, noun: str) -> str:
     """Format a number with its noun: ``0 payments``, ``1 payment``, ``1,200 payments``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def amount_of(amount: Decimal | None, currency: str | None) -> str:
+    """Return an amount with its currency. A missing value is ``NULL``, as in SQL."""
+    return f"{'NULL' if amount is None else f'{amount:.2f}'} {currency or 'NULL'}"

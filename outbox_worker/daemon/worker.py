@@ -25,6 +25,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.errors import SettingError, in_one_line
 from outbox_worker.reconcile.periodic import PeriodicBackfill
+from outbox_worker.schema.nullable import nullable_columns
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import RELOADABLE, Settings
@@ -110,6 +111,9 @@ class Worker:
             follows_a_crash = self._workers.take_over_dead_worker(session)
             self._workers.join(session, guard)
             event_types = claimed_types(session, tables, self._settings.unknown_types)
+            nullable = nullable_columns(session, tables)
+        if nullable:
+            self.telemetry.nullable_columns(nullable)
         self.telemetry.started(self._settings.concurrency, guard)
         if follows_a_crash:
             self.telemetry.isolating_after_crash(self._settings.batch_size)

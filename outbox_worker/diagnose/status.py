@@ -9,6 +9,7 @@ from datetime import datetime
 
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard
+from outbox_worker.schema.nullable import nullable_keys
 from outbox_worker.schema.privileges import READING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
@@ -26,6 +27,8 @@ class Status:
     time: datetime
     guard: Guard
     backlog: Backlog
+    never_claimed: int
+    """The number of events that no worker can ever claim, because they lack a due time, an id or a type."""
     open_letters: int
     workers: Sequence[WorkerRow]
 
@@ -62,10 +65,12 @@ def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes)
     """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables, READING)
+        outbox = Outbox(tables, claimed_types(session, tables, unknown_types))
         return Status(
             time=database_time(session),
             guard=guard_in_force(session, tables.purchases),
-            backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
+            backlog=outbox.backlog(session),
+            never_claimed=outbox.never_claimed(session, nullable_keys(session, "outbox", tables.outbox)),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),
         )

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Select, func, literal, select
 
 from outbox_worker.database.engine import Database
-from outbox_worker.model import FoundPayment
+from outbox_worker.model import FoundPayment, UnjudgedPayment
 from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
 from outbox_worker.schema.privileges import EXPLAINING
 from outbox_worker.schema.requirements import check_schema
@@ -28,6 +28,8 @@ class AuditReport:
     money: dict[PaymentClass, dict[str, Decimal]]
     unexplained: Sequence[FoundPayment]
     refunded_but_active: Sequence[FoundPayment]
+    cannot_be_judged: Sequence[UnjudgedPayment]
+    """Succeeded payments with a value that prevents a judgement, for example without a student."""
     unknown_statuses: Mapping[str, int]
     """The number of payments for each status that the worker does not know. The audit does not classify these
     payments."""
@@ -36,7 +38,7 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        return not self.unexplained and not self.refunded_but_active
+        return not (self.unexplained or self.refunded_but_active or self.cannot_be_judged or self.unknown_statuses)
 
 
 class Audit:
@@ -53,7 +55,7 @@ class Audit:
             tables = check_schema(session, tables, EXPLAINING)
             began, paths = database_time(session), ScanPaths.read(session, tables)
             dated_ahead = session.scalars(_count_dated_ahead(tables)).one()
-        return cls(PaymentScan(database, tables, paths, ScanRange(None, began)), dated_ahead)
+        return cls(PaymentScan(database, tables, paths, ScanRange(None, began), looks_ahead=True), dated_ahead)
 
     def estimate(self) -> int:
         """Return the planner's estimate of the number of payments."""
@@ -68,6 +70,7 @@ class Audit:
             money=totals.money,
             unexplained=sorted(totals.unexplained, key=lambda payment: payment.age),
             refunded_but_active=sorted(totals.refunded_but_active, key=lambda payment: payment.age),
+            cannot_be_judged=sorted(totals.cannot_be_judged, key=lambda payment: payment.age),
             unknown_statuses=dict(sorted(totals.unknown_statuses.items())),
             dated_ahead=self._dated_ahead,
         )

@@ -77,6 +77,7 @@ class ActualColumn:
     is_enum: bool
     must_be_written: bool
     """Whether the column is NOT NULL without a default."""
+    may_be_null: bool
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -100,7 +101,7 @@ def actual_columns(session: Session, name: str) -> dict[str, ActualColumn]:
     rows = session.execute(
         text(
             "SELECT a.attname, t.typname, t.typtype = 'e',"
-            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''"
+            " a.attnotnull AND NOT a.atthasdef AND a.attidentity = '', NOT (a.attnotnull OR t.typnotnull)"
             " FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid"
             " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
         ),

@@ -27,7 +27,7 @@ _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "b
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of ``_INSERTED_INTO`` for which the worker inserts no value, so that they get their defaults."""
 
-_NEVER_READ = (("payments", "updated_at"),)
+NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
@@ -150,7 +150,7 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
     name = relation_name(table)
     actual = actual_columns(session, name)
     for column in table.columns:
-        if (role, column.key) not in _NEVER_READ:
+        if (role, column.key) not in NEVER_READ:
             yield from _column_problems(name, role, column, actual)
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):

@@ -40,7 +40,7 @@ from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import window_of
-from outbox_worker.store.payment_classes import PaymentClass, class_among
+from outbox_worker.store.payment_classes import READ_TO_CLASSIFY, class_among
 from outbox_worker.store.queries import is_succeeded, same_pair
 
 
@@ -71,7 +71,8 @@ class StandingPayment(NamedTuple):
     """A succeeded payment of a pair, with its class."""
 
     payment_id: str
-    kind: PaymentClass
+    kind: str
+    """A value of ``PaymentClass``, or ``payment_classes.CANNOT_BE_JUDGED``."""
 
 
 EventOf = Callable[[FromClause, Table], FromClause]
@@ -172,7 +173,9 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     )
     outbox = event_of(claimed, tables.outbox)
     own, held = purchases.alias("own"), purchases.alias("held")
-    active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
+    is_active = func.bool_or(own.c.is_active.is_(true()))  # a purchase whose is_active is NULL is not active
+    active = select(is_active).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
+    status = func.coalesce(cast(payments.c.status, Text), "")  # NULL would mean that there is no payment row
     pair = [func.coalesce(payments.c[key], _of_own(purchases, claimed, key)) for key in ("student_id", "course_id")]
     return (
         select(
@@ -182,7 +185,8 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
             marks.c.outcome.label("marked_outcome"),
             marks.c.payment_id.label("marked_payment_id"),
             active.label("purchase_active"),
-            cast(payments.c.status, Text).label("payment_status"),
+            case((payments.c.id.is_not(None), status)).label("payment_status"),
+            and_(*(payments.c[key].is_not(None) for key in ("student_id", "course_id"))).label("has_pair"),
             payload.mismatched_keys(payload_source(claimed, outbox), payments).label("mismatches"),
             exists().where(holds_pair(held, payments)).label("pair_held"),
             pair_key(*pair).label("key"),
@@ -210,6 +214,7 @@ def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFa
         payment_status=row.payment_status,
         mismatches=tuple(row.mismatches),
         pair_held=row.pair_held,
+        has_pair=row.has_pair,
         last_try=last_try,
     )
     return EventFacts(facts, row.key)
@@ -231,7 +236,7 @@ def standing_statement(tables: Tables) -> Select[Any]:
         .cte("pairs")
         .prefix_with("MATERIALIZED")
     )
-    read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
+    read = [payments.c[key] for key in READ_TO_CLASSIFY]
     stands = select(pairs.c.id.label("event"), *read).join(payments, same_pair(payments, pairs))
     standing = stands.where(is_succeeded(payments)).cte("standing").prefix_with("MATERIALIZED")
     kind = class_among(standing, tables).label("kind")

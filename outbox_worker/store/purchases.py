@@ -62,7 +62,6 @@ from outbox_worker.store.pairs import (
     payment_of,
     standing_statement,
 )
-from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import is_succeeded
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
@@ -144,7 +143,7 @@ class PurchaseRepository:
         found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
             for row in self._standing.execute(session, keys_of(batch)):
-                found.setdefault(row.id, []).append(StandingPayment(row.payment_id, PaymentClass(row.kind)))
+                found.setdefault(row.id, []).append(StandingPayment(row.payment_id, row.kind))
         return found
 
     def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
@@ -225,6 +224,7 @@ def _insert_statement(
         .join(outbox, true())
         .join(payments, true())
         .where(~exists().where(purchases.c.payment_id == payments.c.id))
+        .where(payments.c.student_id.is_not(None), payments.c.course_id.is_not(None))
         .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
     )
     if nothing_against:

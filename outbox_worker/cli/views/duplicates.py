@@ -9,7 +9,7 @@ from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.cli.views.payments import money_line
-from outbox_worker.durations import ago, count_of
+from outbox_worker.durations import ago, amount_of, count_of
 from outbox_worker.model import PaymentTotals
 from outbox_worker.reconcile.duplicates import Duplicate, owed_back
 
@@ -46,8 +46,8 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
             each.payment.payment_id,
             each.payment.student_id,
             each.payment.course_id,
-            f"{each.payment.amount:.2f} {each.payment.currency}",
-            ago(each.payment.age_seconds),
+            amount_of(each.payment.amount, each.payment.currency),
+            "-" if each.payment.age_seconds is None else ago(each.payment.age_seconds),
             each.held_by or "a gift",
         )
         for each in found[:limit]
@@ -71,5 +71,5 @@ def write_duplicates(found: Sequence[Duplicate]) -> None:
     writer.writerow(_OF_DUPLICATE)
     for each in owed_back(found):
         paid = each.payment
-        row = (paid.payment_id, paid.student_id, paid.course_id, f"{paid.amount:.2f}", paid.currency, paid.created_at)
+        row = (paid.payment_id, paid.student_id, paid.course_id, paid.amount, paid.currency, paid.created_at)
         writer.writerow([terminal.plain(value) for value in (*row, each.held_by, each.held_since)])

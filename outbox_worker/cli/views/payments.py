@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 from outbox_worker import terminal
-from outbox_worker.durations import ago
-from outbox_worker.model import FoundPayment
+from outbox_worker.durations import ago, amount_of
+from outbox_worker.model import FoundPayment, UnjudgedPayment
 
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
@@ -19,13 +19,15 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
             each.payment_id,
             each.student_id,
             each.course_id,
-            f"{each.amount:.2f} {each.currency}",
-            ago(each.age_seconds),
+            amount_of(each.amount, each.currency),
+            "-" if each.age_seconds is None else ago(each.age_seconds),
+            *([each.reason] if isinstance(each, UnjudgedPayment) else []),
         )
         for each in found[:limit]
     ]
     if rows:
-        terminal.columns(f"\n{title}", ["payment", "student", "course", "amount", "age"], rows, numbers=(3, 4))
+        headings = ["payment", "student", "course", "amount", "age", "reason"][: len(rows[0])]
+        terminal.columns(f"\n{title}", headings, rows, numbers=(3, 4))
     if len(found) > limit:
         terminal.line(f"… and {len(found) - limit:,} more {title}; use --limit N or --json to see more.", "dim")
 

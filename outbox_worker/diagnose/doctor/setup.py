@@ -14,6 +14,7 @@ from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem,
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import is_owned, notifies, pair_indexes
+from outbox_worker.schema.nullable import find_nullable
 from outbox_worker.schema.privileges import STRUCTURE
 from outbox_worker.schema.requirements import find_problems
 from outbox_worker.schema.tables import PAIR_INDEX, quoted, relation_name
@@ -54,10 +55,12 @@ _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
 def tables(subject: Subject) -> Iterator[Finding]:
-    """Report missing or wrong tables, columns, types and unique keys."""
+    """Report missing or wrong tables, columns, types and unique keys, and columns that may be NULL."""
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
-    if not problems:
+    nullable = find_nullable(subject.session, subject.tables)
+    yield from (problem(each.finding, each.remedy) for each in nullable)
+    if not problems and not nullable:
         found = subject.tables.by_role().values()
         adopted = [relation_name(table) for table in found if not is_owned(subject.session, table)]
         yield ok(f"all {len(found)} tables have what the worker needs; adopted: {', '.join(adopted) or 'none'}")
