@@ -1,4 +1,4 @@
-"""Pure functions that parse durations and times from the command line, and format durations, counts and amounts for people."""
+"""Pure functions that parse durations and times from the command line, and format values for people."""
 
 from __future__ import annotations
 

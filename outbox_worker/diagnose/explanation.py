@@ -62,7 +62,7 @@ class Occasion(StrEnum):
     DELIVERED = "delivered_again"
     BACKFILL = "backfill"
     NEVER = "never"
-    """The event is never judged, because workers do not claim events of its type, or it lacks a due time, id or type."""
+    """The event is never judged: workers do not claim events of its type, or it lacks a due time, id or type."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ continues the work.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -43,6 +44,8 @@ from outbox_worker.store.queries import database_time
 ROUNDS = 10
 """How many times the backfill, at its end, retries the payments whose pair was locked by another transaction."""
 _ROUND_SECONDS = 0.5
+_ROUNDS_SECONDS = 60.0
+"""The time after which no other round begins. Each blocked payment may wait for a lock in each round."""
 _BEAT_SECONDS = 5.0
 
 
@@ -259,13 +262,14 @@ class Backfill:
         guard = GuardWatch(self._tables.purchases, lambda _: None)
         given = self._database, self._tables, self._policy, guard
         purchases = OwedPurchases.start(*given, looks_for_older=self._is_partial)
-        waiting, total = self._owed, self._made
+        waiting, total, give_up = self._owed, self._made, math.inf
         for turn in range(ROUNDS + 1):
             for result in purchases.make(waiting, partial(self._advance, run)):
                 total += result
                 progress(len(self._owed) - len(total.contended), 0.0)
-            if not total.contended or turn == ROUNDS:
+            if not total.contended or turn == ROUNDS or time.monotonic() > give_up:
                 return
+            give_up = min(give_up, time.monotonic() + _ROUNDS_SECONDS)
             waiting, total.contended = total.contended, []
             time.sleep(_ROUND_SECONDS)
 

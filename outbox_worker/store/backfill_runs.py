@@ -14,7 +14,21 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, null, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Row,
+    Select,
+    and_,
+    delete,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.expressions import seconds_since
@@ -102,7 +116,7 @@ class BackfillRuns:
         given = {"since": span.since, "until": span.until, "cutoff": span.cutoff, "is_full": span.is_full}
         key, who = uuid4(), {"actor": actor, "reason": reason}
         row = insert(self._runs).values(id=key, kind=kind.value, **given, **who, **this_process())
-        self._expect_one(session.execute(row).rowcount)  # type: ignore[attr-defined]
+        self._expect_written(session, row.returning(self._runs.c.id))
         return key
 
     def continue_killed(
@@ -204,11 +218,11 @@ class BackfillRuns:
     def _update(self, session: Session, key: UUID, **values: Any) -> None:
         values = {"seen_at": func.clock_timestamp(), **values}
         written = update(self._runs).where(self._runs.c.id == key).values(by_column(self._runs, values))
-        self._expect_one(session.execute(written).rowcount)  # type: ignore[attr-defined]
+        self._expect_written(session, written.returning(self._runs.c.id))
 
-    def _expect_one(self, rows: int) -> None:
+    def _expect_written(self, session: Session, write: Executable) -> None:
         """Raise NothingWritten if a write changed no row: without its row, a killed backfill cannot be continued."""
-        if rows != 1:
+        if session.scalar(write) is None:
             raise NothingWritten(
                 f"The row of this backfill in {relation_name(self._runs)} was not written, and PostgreSQL raised no "
                 "error: another program deleted the row, or a trigger, a rule or a policy of the table prevents it. "
