@@ -113,9 +113,10 @@ def payment_of(claimed: FromClause, payments: Table) -> FromClause:
     return row.offset(literal_column("0")).lateral("payment")
 
 
-def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
-    """Build a lateral subquery that finds the pair in the purchase of a claimed event's payment."""
-    row = select(purchases.c.student_id, purchases.c.course_id).where(purchases.c.payment_id == claimed.c.payment_id)
+def purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
+    """Build a lateral subquery that finds the purchase of a claimed event's payment. OFFSET 0: see ``event_of``."""
+    read = (purchases.c[key] for key in ("student_id", "course_id", "amount", "currency"))
+    row = select(*read).where(purchases.c.payment_id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("purchase")
 
 
@@ -226,7 +227,7 @@ def standing_statement(tables: Tables) -> Select[Any]:
     scanned once; the outbox is scanned once if purchases are not enough to classify each payment
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
-    refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)
+    refunded, own = payment_of(claimed, payments), purchase_of(claimed, purchases)
     student, course = _pair_of(refunded, own)
     pairs = (
         select(claimed.c.id, student.label("student_id"), course.label("course_id"))

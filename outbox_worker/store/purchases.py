@@ -60,6 +60,7 @@ from outbox_worker.store.pairs import (
     look_statement,
     payload_source,
     payment_of,
+    purchase_of,
     standing_statement,
 )
 from outbox_worker.store.queries import is_succeeded
@@ -264,15 +265,23 @@ def _nothing_speaks_against(
 def _revoke_statement(tables: Tables) -> postgresql.Insert:
     """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order that all workers use
     lock: pairs (already locked), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
+
+    PostgreSQL checks NOT NULL before ON CONFLICT. So a value that was erased from the payment is read from the purchase.
     """
     claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
+    own = purchase_of(claimed, purchases)
+    copied = {
+        key: func.coalesce(payments.c[key], own.c[key]) for key in ("student_id", "course_id", "amount", "currency")
+    }
+    student, course, amount, currency = copied.values()
     source = (
-        select(*_copied_columns(payments), false(), now, now)
+        select(student, course, payments.c.id, amount, currency, false(), now, now)
         .select_from(claimed)
         .join(outbox, true())
         .join(payments, true())
-        .order_by(payments.c.student_id, payments.c.course_id, outbox.c.due_at, outbox.c.id)
+        .outerjoin(own, true())
+        .order_by(student, course, outbox.c.due_at, outbox.c.id)
     )
     columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
     statement = postgresql.insert(purchases).from_select([*columns, "deactivated_at"], source, include_defaults=False)

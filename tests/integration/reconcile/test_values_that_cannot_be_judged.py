@@ -174,3 +174,18 @@ def test_an_heir_that_cannot_be_judged_inherits_nothing(processor: ProbedProcess
     shop.refund(first)
     assert drain_all(processor) == {Outcome.REVOKED: 1}
     assert [row.is_active for row in shop.purchases()] == [False]
+
+
+@pytest.mark.parametrize("column", ["student_id", "course_id", "amount", "currency"])
+@pytest.mark.parametrize("is_bought", [True, False])
+def test_the_refund_of_an_erased_payment(column: str, is_bought: bool, processor: ProbedProcessor, shop: Shop) -> None:
+    """The purchase keeps what was erased from the payment. Purchases of ours refuse NULL even before ON CONFLICT."""
+    shop.rows(f"ALTER TABLE purchases ALTER COLUMN {column} SET NOT NULL")
+    payment = shop.payment()
+    if is_bought:
+        shop.purchase(payment)
+    shop.rows(f"UPDATE payments SET {column} = NULL WHERE id = %s", payment.id)
+    event = shop.refund(payment, payload={column: None}, attempts=9)
+    assert drain_all(processor) == {Outcome.REVOKED if is_bought else Outcome.DEAD: 1}
+    assert [row.is_active for row in shop.purchases()] == ([False] if is_bought else [])
+    assert (shop.outcome_of(event) == "revoked") == is_bought
