@@ -57,8 +57,8 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "doctor": {0: "it found no problem, but perhaps warnings", 1: "it found at least one problem"},
     "backfill": {
         0: "no purchase is owed any more",
-        1: "more purchases are owed than `--max-repairs` and none was created, or a purchase could not be created, or a "
-        "payment cannot be judged",
+        1: "more purchases are owed than `--max-repairs` and none was created, or a purchase could not be created, "
+        "or a payment cannot be judged",
     },
     "why": {0: "it was found", 1: "no event, payment, purchase or student has this id"},
     "demo": {

@@ -266,15 +266,14 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
     """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order that all workers use
     lock: pairs (already locked), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
 
-    PostgreSQL checks NOT NULL before ON CONFLICT. So a value that was erased from the payment is read from the purchase.
+    PostgreSQL checks NOT NULL before ON CONFLICT. So a value that the shop erased from the payment is read from the
+    purchase.
     """
     claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
     own = purchase_of(claimed, purchases)
-    copied = {
-        key: func.coalesce(payments.c[key], own.c[key]) for key in ("student_id", "course_id", "amount", "currency")
-    }
-    student, course, amount, currency = copied.values()
+    read = ("student_id", "course_id", "amount", "currency")
+    student, course, amount, currency = (func.coalesce(payments.c[key], own.c[key]) for key in read)
     source = (
         select(student, course, payments.c.id, amount, currency, false(), now, now)
         .select_from(claimed)
