@@ -30,7 +30,17 @@ from outbox_worker.database.retry import retry_transaction
 from outbox_worker.database.statements import Statement
 from outbox_worker.decision import RetryPolicy, decide
 from outbox_worker.errors import Inconsistent
-from outbox_worker.model import GRANTS, PURCHASE_BACKFILLED, Batch, FoundPayment, Guard, Outcome, Repeated
+from outbox_worker.model import (
+    GRANTS,
+    PURCHASE_BACKFILLED,
+    Batch,
+    FoundPayment,
+    Guard,
+    Outcome,
+    Repeated,
+    Verdict,
+    Verdicts,
+)
 from outbox_worker.reconcile.scan import plans
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.dead_letters import open_confirmations
@@ -227,9 +237,11 @@ class OwedPurchases:
             locks = self._repository.lock_pairs(session, batch, guard.lock_capacity)
             owed = self._still_unexplained(session, batch.only(key for key in locks.order if key in locks.locked))
             behind = self._behind_older(session, owed) if self._looks_for_older else set()
-            granted = self._grant(session, owed.without(behind), guard) if len(owed) > len(behind) else {}
+            verdicts = self._judge(session, owed.without(behind))
+            granted = self._grant(session, owed, verdicts, guard)
             settled = locks.contended | behind | granted.keys()
-            left = self._still_unexplained(session, batch.without(settled))
+            unsettled = self._still_unexplained(session, batch.without(settled))
+            left = {key: _why_not(verdicts.get(key)) for key in unsettled}
             result = _result_of(part, granted, locks.contended, behind, left)
             on_written(session, part, result)
         return result
@@ -254,13 +266,18 @@ class OwedPurchases:
         unexplained = {str(row.id) for row in rows if row.kind == PaymentClass.UNEXPLAINED.value}
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
-    def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Create the purchases that ``decide`` allows, write marks, and close the payments' dead letters."""
-        seen = self._repository.look(session, batch, self._policy)
-        judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
-        grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
+    def _judge(self, session: Session, batch: Batch) -> Verdicts:
+        """Judge the payments by the worker's rules."""
+        seen = self._repository.look(session, batch, self._policy) if batch else {}
+        return {key: decide(event_facts.facts) for key, event_facts in seen.items()}
+
+    def _grant(self, session: Session, batch: Batch, verdicts: Verdicts, guard: GuardState) -> dict[int, Outcome]:
+        """Create the purchases that the verdicts allow, write marks, and close the payments' dead letters."""
+        grants = batch.only(key for key in batch.ids if key in verdicts and verdicts[key].outcome in GRANTS)
         written = self._repository.insert_granted(session, grants, guard) if grants else set()
-        granted = {key: judged[key] for key in written}
+        if not written:
+            return {}
+        granted = {key: verdicts[key].outcome for key in written}
         for outcome in set(granted.values()):
             marked = batch.among([key for key in granted if granted[key] is outcome])
             self._repository.mark(session, marked, outcome)
@@ -293,6 +310,11 @@ def _refused(part: Sequence[FoundPayment], error: DBAPIError | Inconsistent) -> 
     return BackfillResult(refused=[Refusal(payment, detail) for payment in part])
 
 
+def _why_not(verdict: Verdict | None) -> str:
+    """Return why a payment got no purchase although nothing explains it: a rule of ``decide``, or a silent database."""
+    return NOT_WRITTEN if verdict is None or verdict.reason is None else f"{verdict.reason}: {verdict.detail}"
+
+
 def _has_timed_out(error: BaseException) -> bool:
     return sqlstate(error) in TIMED_OUT
 
@@ -302,9 +324,12 @@ def _result_of(
     granted: Mapping[int, Outcome],
     contended: Collection[int],
     behind: Collection[int],
-    left: Collection[int],
+    left: Mapping[int, str],
 ) -> BackfillResult:
-    """Sort the payments by result. ``left``: those that are still unexplained after the purchases were written."""
+    """Sort the payments by result.
+
+    ``left``: those that are still unexplained after the purchases were written, each with the reason.
+    """
     result = BackfillResult()
     for key, payment in enumerate(part):
         match granted.get(key):
@@ -317,7 +342,7 @@ def _result_of(
             case _ if key in behind:
                 result.withheld.append(payment)
             case _ if key in left:
-                result.refused.append(Refusal(payment, NOT_WRITTEN))
+                result.refused.append(Refusal(payment, left[key]))
             case _:
                 result.explained.append(payment)
     return result
