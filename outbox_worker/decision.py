@@ -99,7 +99,7 @@ def _decide_confirmation(facts: Facts) -> Verdict:
         return _not_yet(facts, Reason.PAYMENT_NOT_SUCCEEDED, "the payment has not succeeded", rule=7)
     if facts.pair_held:  # 8
         return Verdict(Outcome.DUPLICATE_PAYMENT, rule=8)
-    return Verdict(_grant(facts), writes=True, rule=9)  # 9
+    return _grant(facts)  # 9
 
 
 def _decide_refund(facts: Facts) -> Verdict:
@@ -122,9 +122,12 @@ def _flaw(facts: Facts) -> Verdict | None:
     return None
 
 
-def _grant(facts: Facts) -> Outcome:
+def _grant(facts: Facts) -> Verdict:
+    """Apply rule 9. A payment whose student was erased is refused, because nobody can be given the course."""
+    if not facts.has_pair:
+        return refused("the payment names no student or no course", facts.last_try)
     claimed = facts.mark is not None and facts.mark.outcome not in MARKS_WITHOUT_PURCHASE
-    return Outcome.RECOVERED if claimed else Outcome.CREATED
+    return Verdict(Outcome.RECOVERED if claimed else Outcome.CREATED, writes=True, rule=9)
 
 
 def _not_yet(facts: Facts, reason: Reason, detail: str, *, rule: int) -> Verdict:

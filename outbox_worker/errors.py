@@ -13,6 +13,7 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
     ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
     ├── KeyMissing            pause     a unique key that an upsert needs was dropped
+    ├── NothingWritten        pause     a trigger, a rule or another program kept a row from being written
     └── Inconsistent          bug       a statement did not change as many rows as it must
 
 The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
@@ -80,6 +81,13 @@ class KeyMissing(OutboxWorkerError):
     """
 
     sqlstate: ClassVar[str] = "42P10"
+
+
+class NothingWritten(OutboxWorkerError):
+    """A write that changed fewer rows than it must, because of a trigger, a rule or another program.
+
+    A command that raises this error has rolled back its last transaction, and exits with 1.
+    """
 
 
 class Inconsistent(OutboxWorkerError):

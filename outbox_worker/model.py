@@ -233,6 +233,8 @@ class Facts:
     """The status of the payment; None if this transaction sees no row of the payment."""
     mismatches: tuple[str, ...] = ()
     """The payload keys whose values differ from the payment row."""
+    has_pair: bool = True
+    """Whether the payment names a student and a course. A shop may erase the student of an old payment."""
     pair_held: bool = False
     """Whether another active purchase already gives the student this course."""
     last_try: bool = False
@@ -327,11 +329,13 @@ class FoundPayment:
     payment_id: UUID
     student_id: Any
     course_id: Any
-    amount: Decimal
+    amount: Decimal | None
+    """None: the column may be NULL in the shop's table, and it is."""
     currency: str
     created_at: datetime | None
     """The time of the payment; None if Python cannot represent it, for example ``-infinity``."""
-    age_seconds: float
+    age_seconds: float | None
+    """None if the payment has no time."""
     pair: tuple[str, str] = field(repr=False)
     """Two texts that are equal exactly if student and course are the same, even if the ids are written in different
     ways."""
@@ -343,6 +347,19 @@ class FoundPayment:
     def age(self) -> tuple[datetime, int]:
         """The sort key that puts the oldest payment first."""
         return self.created_at or datetime.min.replace(tzinfo=UTC), self.payment_id.int
+
+
+@dataclass(frozen=True, slots=True)
+class UnjudgedPayment(FoundPayment):
+    """A succeeded payment with a value that prevents a judgement. A person must correct the value."""
+
+    reason: str
+    """The value that is missing or cannot be used, as a clause for people: ``it names no student``."""
+
+    @property
+    def age(self) -> tuple[datetime, int]:
+        """The sort key that puts the oldest payment first. It does not need the id, because the id may be missing."""
+        return self.created_at or datetime.min.replace(tzinfo=UTC), 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +380,7 @@ class PaymentTotals:
 
     @classmethod
     def of(cls, payments: Iterable[FoundPayment]) -> PaymentTotals:
-        return sum((cls(1, {payment.currency: payment.amount}) for payment in payments), cls())
+        return sum((cls(1, {payment.currency: payment.amount or Decimal(0)}) for payment in payments), cls())
 
     @classmethod
     def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:

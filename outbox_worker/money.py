@@ -30,6 +30,11 @@ def amount_text(amount: Decimal, currency: str | None, *, grouped: bool = False)
     return f"{whole}.{decimals.rstrip('0').ljust(wanted, '0')}"
 
 
+def amount_of(amount: Decimal | None, currency: str | None) -> str:
+    """Return an amount with its currency. A missing value is ``NULL``, as in SQL."""
+    return f"{'NULL' if amount is None else amount_text(amount, currency)} {currency or 'NULL'}"
+
+
 def amount_texts(money: Mapping[str, Decimal]) -> dict[str, str]:
     """Return the sum of each currency as text."""
     return {currency: amount_text(amount, currency) for currency, amount in money.items()}

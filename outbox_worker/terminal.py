@@ -19,6 +19,7 @@ from decimal import Decimal
 from enum import Enum
 from functools import cache
 from itertools import zip_longest
+from math import isfinite
 from typing import Any
 from uuid import UUID
 
@@ -58,7 +59,7 @@ def plain(value: Any, currency: str | None = None) -> Any:  # noqa: PLR0911 - on
         case UUID() | Enum():
             return str(value)
         case float():
-            return round(value, 3)
+            return round(value, 3) if isfinite(value) else str(value)
         case _:
             return value
 

@@ -51,12 +51,14 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "status": {0: "the status was shown"},
     "audit": {
         0: "no purchase is owed",
-        1: "a payment is unexplained, or a refunded payment still has an active purchase",
+        1: "a payment is unexplained or cannot be judged, or a refunded payment still has an active purchase, or the "
+        "status of a payment is not known",
     },
     "doctor": {0: "it found no problem, but perhaps warnings", 1: "it found at least one problem"},
     "backfill": {
         0: "no purchase is owed any more",
-        1: "more purchases are owed than `--max-repairs` and none was created, or a purchase could not be created",
+        1: "more purchases are owed than `--max-repairs` and none was created, or a purchase could not be created, "
+        "or a payment cannot be judged",
     },
     "why": {0: "it was found", 1: "no event, payment, purchase or student has this id"},
     "demo": {
@@ -71,8 +73,8 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "duplicates list": {0: "the list was printed, even if it is empty"},
     "dead-letters list": {0: "the list was printed, even if it is empty"},
     "dead-letters show": {0: "the dead letter was found", 1: "no dead letter has this id"},
-    "dead-letters requeue": {0: "the events are due again", 1: _NOT_DECIDED},
-    "dead-letters discard": {0: "the dead letters are closed", 1: _NOT_DECIDED},
+    "dead-letters requeue": {0: "the events are due again", 1: f"{_NOT_DECIDED}; or some letters stay open"},
+    "dead-letters discard": {0: "the dead letters are closed", 1: f"{_NOT_DECIDED}; or some letters stay open"},
 }
 """The exit codes of each command with a meaning of their own; ``COMMON_CODES`` has those of all commands."""
 
@@ -81,7 +83,8 @@ COMMON_CODES: Mapping[int, str] = {
     1: "the command found what it looks for, or refused to act; or it failed by an error in the program, "
     "which it asks you to report",
     2: "the command line is wrong",
-    69: "there is no connection: host, port or password is wrong, or the server accepts no connections",
+    69: "there is no connection: host, port or password is wrong, or the server accepts no connections; or the "
+    "database did not serve the command in time, because of a lock, a time limit or a standby: the message says which",
     78: "a setting, URL, table, column or privilege is wrong; the message names it and the remedy",
     130: "Ctrl-C interrupted the command (`run` and `demo` end with 0 instead)",
 }

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database, unavailable
 from outbox_worker.database.failures import Failure, classify, describe, server_message, sqlstate
-from outbox_worker.errors import OutboxWorkerError, SchemaError
+from outbox_worker.errors import DatabaseUnavailable, OutboxWorkerError, SchemaError
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry.logs import configure_logging
@@ -68,12 +68,29 @@ _REMEDIES = {
 }
 """The remedy for each SQLSTATE."""
 
+_AGAIN = "Run the command again."
+_TROUBLES = {
+    "55P03": "Another transaction holds a lock that this command needs, and did not release it in time. Wait until it "
+    "ends, or end it, and run the command again.",
+    "57014": "PostgreSQL cancelled a statement of this command: it took longer than statement_timeout or "
+    "OUTBOX_DATABASE_DEADLINE_SECONDS allows, or a person cancelled it. Run the command again.",
+    "40P01": f"This command and another transaction waited for each other's locks, again and again. {_AGAIN}",
+    "40001": f"Another transaction changed the same rows at the same time, again and again. {_AGAIN}",
+    "25006": "This server or this role accepts no writes, but the command must write: the server is a standby, or "
+    "default_transaction_read_only is on.",
+}
+"""The sentence for each SQLSTATE of a trouble that is not a lost connection, although it may pass."""
+
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
     """Convert a database error into an error that has one sentence, a remedy and an exit code."""
+    if sentence := _TROUBLES.get(sqlstate(error) or ""):
+        return DatabaseUnavailable(f"{sentence} ({server_message(error)})")
     match classify(error):
-        case Failure.RECONNECT | Failure.RETRY:
+        case Failure.RECONNECT:
             return unavailable(error)
+        case Failure.RETRY:
+            return DatabaseUnavailable(f"Other transactions are in the way: {server_message(error)}. {_AGAIN}")
         case Failure.PAUSE | Failure.UNCLEAR:
             remedy = _REMEDIES.get(sqlstate(error) or "", "Run `outbox-worker doctor` to check tables and privileges.")
             return SchemaError(f"The database refused: {server_message(error)}. {remedy}".rstrip())

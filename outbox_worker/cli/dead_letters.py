@@ -167,6 +167,9 @@ def requeue_dead_letters(
 
     Choose events by their ids, or all open dead letters that match options.
     Before it asks, the command shows how many events and how much money.
+
+    Exit code 1 if the outbox did not take an event. Its dead letter stays open,
+    and the command lists it with the reason.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "requeue", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -193,6 +196,9 @@ def discard_dead_letters(
     If a letter is the reason why its payment has no purchase, discarding the
     letter waives the payment: the student gets no course for it. Before it
     asks, the command shows how much money that is.
+
+    Exit code 1 if a letter could not be closed. The command lists it with the
+    reason.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "discard", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -240,7 +246,7 @@ def _decide(
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import DECIDING
     from outbox_worker.schema.requirements import check_schema
-    from outbox_worker.store.dead_letters import Decision, check_decidable, decide_letters, preview
+    from outbox_worker.store.dead_letters import DecidedLetters, Decision, check_decidable, decide_letters, preview
 
     decision, is_asked = Decision(verb), sys.stdin.isatty() and sys.stderr.isatty()
     if not dry_run and not is_asked and not (actor and why):
@@ -252,24 +258,29 @@ def _decide(
         seen = preview(session, tables, selection)
     if not json:
         view.print_preview(seen, decision)
-    is_done = bool(seen.count) and not dry_run
-    if is_done:
+    decided = DecidedLetters(0, [])
+    if seen.count and not dry_run:
         actor = actor or typer.prompt("Your name", default=getpass.getuser(), err=True)
         why = why or typer.prompt("Reason", err=True)
         if is_asked and not yes:
             typer.confirm(f"{verb.capitalize()} {count_of(seen.count, 'event')}?", abort=True, err=True)
         with database.transaction() as session:
-            decide_letters(session, tables, selection, decision, token=token or seen.token, actor=actor, why=why)
-        logger.bind(event="dead_letters_decided", decision=str(decision), count=seen.count, actor=actor).info(
+            decided = decide_letters(
+                session, tables, selection, decision, token=token or seen.token, actor=actor, why=why
+            )
+        logger.bind(event="dead_letters_decided", decision=str(decision), count=decided.done, actor=actor).info(
             "a person requeued or discarded dead letters"
         )
+    is_done = bool(decided.done)
     if json:
-        terminal.print_json({"decision": decision, "is_done": is_done, "preview": seen})
-    elif is_done:
-        view.print_decided(seen, decision)
+        refused = [each._asdict() for each in decided.refused]
+        terminal.print_json({"decision": decision, "is_done": is_done, "preview": seen, "refused": refused})
+    elif is_done or decided.refused:
+        view.print_decided(seen, decided, decision)
     elif seen.count:
         who = _words({"--actor": actor, "--reason": why})
         suggest(config, ["dead-letters", verb, *chosen, "--preview", seen.token, *who])
+    raise typer.Exit(1 if decided.refused else 0)
 
 
 def _words(options: Mapping[str, str | None]) -> list[str]:

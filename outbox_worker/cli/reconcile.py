@@ -26,8 +26,9 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     audit began into one class, and counts the payments of each class.
 
     Exit code 1 if a payment is unexplained (paid, but no purchase and no known
-    reason), if a refunded payment still has its course, or if a student has more
-    than one active purchase of a course.
+    reason) or cannot be judged because of a value, if a refunded payment still
+    has its course, if the status of a payment is not known, or if a student has
+    more than one active purchase of a course.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -89,8 +90,8 @@ def backfill(
     again with the same range, and it continues. TIME is a date or an RFC 3339
     time. Without a time zone, TIME is in UTC.
 
-    Exit code 1 if more purchases are owed than --max-repairs allows, or if an
-    owed purchase could not be made.
+    Exit code 1 if more purchases are owed than --max-repairs allows, if an owed
+    purchase could not be made, or if a payment cannot be judged.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import backfill as view

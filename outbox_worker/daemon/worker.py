@@ -27,6 +27,7 @@ from outbox_worker.errors import SettingError, in_one_line
 from outbox_worker.reconcile.periodic import PeriodicBackfill
 from outbox_worker.schema.catalogue import adopted_tables
 from outbox_worker.schema.concerns import find_concerns
+from outbox_worker.schema.nullable import nullable_columns
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import RELOADABLE, Settings
@@ -115,6 +116,9 @@ class Worker:
             event_types = claimed_types(session, tables, self._settings.unknown_types)
             adopted = adopted_tables(session, tables)
             concerns = find_concerns(session, tables)
+            nullable = nullable_columns(session, tables)
+        if nullable:
+            self.telemetry.nullable_columns(nullable)
         self.telemetry.started(self._settings.concurrency, guard)
         if adopted:
             self.telemetry.tables_adopted(adopted, ignores_types=event_types is not None)

@@ -21,11 +21,20 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Return the seconds since a time by the database's clock, at most ``_LONGEST_SECONDS``; NULL for a NULL time."""
+    """Return the seconds since a time by the database's clock, at most ``_LONGEST_SECONDS``; NULL for a NULL time.
+
+    The result is negative for a time in the future, but at least ``-_LONGEST_SECONDS``.
+    """
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
-    return cast(case((moment.is_not(None), func.least(elapsed, _LONGEST_SECONDS))), Float)
+    bounded = func.greatest(func.least(elapsed, _LONGEST_SECONDS), -_LONGEST_SECONDS)
+    return cast(case((moment.is_not(None), bounded)), Float)
+
+
+def is_readable(moment: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Build the condition that Python can represent the time. A NULL time and ``-infinity`` do not meet it."""
+    return moment.between(_FIRST_MOMENT, _LAST_MOMENT)
 
 
 def readable(moment: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return the time, or NULL if Python cannot represent it, for example ``-infinity``."""
-    return case((moment.between(_FIRST_MOMENT, _LAST_MOMENT), moment)).label(moment.key)
+    return case((is_readable(moment), moment)).label(moment.key)

@@ -11,7 +11,7 @@ import psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, SchemaError
+from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, NothingWritten, SchemaError
 
 
 class Failure(StrEnum):
@@ -38,6 +38,12 @@ class Failure(StrEnum):
 
 UNIQUE_VIOLATION = "23505"
 """The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
+
+TIMED_OUT = ("55P03", "57014")
+"""PostgreSQL raises the first one if a lock was not released in time, the second if a statement took too long.
+
+A transaction that is repeated at once would wait as long again.
+"""
 
 NO_ARBITER = ("42P10", "55000")
 """PostgreSQL raises the first one if no unique index matches ON CONFLICT, the second if only a deferrable one does.
@@ -120,7 +126,7 @@ def classify(error: BaseException) -> Failure:
 
     Callers outside the savepoint that settles events must treat ``unclear`` as ``pause``.
     """
-    if isinstance(error, KeyMissing):
+    if isinstance(error, KeyMissing | NothingWritten):
         return Failure.PAUSE
     state = sqlstate(error)
     if state:

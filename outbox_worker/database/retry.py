@@ -23,14 +23,16 @@ class Stop(Protocol):
     def wait(self, timeout: float) -> bool: ...
 
 
-def retry_transaction(work: Callable[[int], T], *, attempts: int) -> T:
+def retry_transaction(
+    work: Callable[[int], T], *, attempts: int, gives_up: Callable[[BaseException], bool] = lambda _: False
+) -> T:
     """Run ``work`` again if it fails with an error of class ``retry``, at most ``attempts`` times in total.
 
-    ``work`` is called with the number of failures so far. If all attempts fail, raises the last error. Raises an error
-    of any other class at once.
+    If ``gives_up`` returns True for an error, raises the error at once. ``work`` is called with the number of failures
+    so far. If all attempts fail, raises the last error. Raises an error of any other class at once.
     """
     again = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_worth_repeating),
+        retry=tenacity.retry_if_exception(lambda error: _is_worth_repeating(error) and not gives_up(error)),
         wait=tenacity.wait_random_exponential(multiplier=0.02, max=0.5),
         stop=tenacity.stop_after_attempt(attempts),
         reraise=True,

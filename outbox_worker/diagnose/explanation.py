@@ -32,17 +32,25 @@ from outbox_worker.model import (
     Repeated,
     Verdict,
 )
-from outbox_worker.money import amount_text
+from outbox_worker.money import amount_of
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.handlers import HANDLED_TYPES
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DECIDABLE, DeadLetter, Decision, history
-from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass, class_among
+from outbox_worker.store.payment_classes import (
+    CANNOT_BE_JUDGED,
+    READ_TO_CLASSIFY,
+    REFUNDED_BUT_ACTIVE,
+    PaymentClass,
+    class_among,
+    why_not_judged,
+)
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id
 from outbox_worker.store.queries import is_succeeded
 
 SHOWN = 100
 """An error message shows at most this many characters of an unknown id."""
+_NULL = "NULL"
 _GIVES = "already gives the student this course"
 
 
@@ -55,7 +63,7 @@ class Occasion(StrEnum):
     DELIVERED = "delivered_again"
     BACKFILL = "backfill"
     NEVER = "never"
-    """The event is never judged, because workers do not claim events of its type."""
+    """The event is never judged: workers do not claim events of its type, or it lacks a due time, id or type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,8 @@ class PaymentStory:
     kind: str | None
     """The class of the payment, or ``refunded_but_active``. None: the payment did not succeed, or was refunded and has
     no active purchase."""
+    not_judged: str | None
+    """The value that prevents a judgement, as a clause for people; None if the payment can be judged."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     predictions: Sequence[Prediction]
@@ -133,24 +143,28 @@ def explain(
     found = look_up(session, tables, asked)
     if not found.kinds:
         raise Refused(f"No event, payment, purchase or student has the id {asked[:SHOWN]}.")
-    classes = _classes(session, tables, [each.id for each in found.records.payments])
-    owed = [payment_id for payment_id, kind in classes.items() if kind is PaymentClass.UNEXPLAINED]
+    classes, unfit = _classes(session, tables, [each.id for each in found.records.payments])
+    owed = [payment_id for payment_id, kind in classes.items() if kind == PaymentClass.UNEXPLAINED]
     candidates = _candidates(found.records, _firsts(session, tables, owed), claimed_types)
     predictions = _judge(session, tables, policy, candidates) if candidates else []
     named: list[UUID | None] = list(found.payment_ids)
     if not named and found.records.traces:
         named.append(None)
-    stories = [_story(found.records, key, classes, predictions) for key in named]
+    stories = [replace(_story(found.records, key, classes, predictions), not_judged=unfit.get(key)) for key in named]
     return Explanation(asked, found.kinds, stories, found.gifts, found.has_more)
 
 
-def _classes(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID, PaymentClass]:
-    """what: the classes of the succeeded payments · lock: none · index: primary keys; see ``class_among``"""
+def _classes(
+    session: Session, tables: Tables, ids: Sequence[UUID]
+) -> tuple[Mapping[UUID, str], Mapping[UUID | None, str]]:
+    """what: the classes of the succeeded payments, and the reasons why some cannot be judged
+    lock: none · index: primary keys; see ``class_among``
+    """
     payments = tables.payments
-    columns = [payments.c[key] for key in ("id", "student_id", "course_id")]
+    columns = [payments.c[key] for key in READ_TO_CLASSIFY]
     few = select(*columns).where(payments.c.id.in_(ids), is_succeeded(payments)).cte("few")
-    rows = session.execute(select(few.c.id, class_among(few, tables)))
-    return {payment_id: PaymentClass(kind) for payment_id, kind in rows}
+    rows = session.execute(select(few.c.id, class_among(few, tables), why_not_judged(few))).all()
+    return {key: kind for key, kind, _ in rows}, {key: why for key, kind, why in rows if kind == CANNOT_BE_JUDGED}
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
@@ -161,7 +175,7 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
     unexplained = {
-        owed[key]: [each.payment_id for each in found if each.kind is PaymentClass.UNEXPLAINED]
+        owed[key]: [each.payment_id for each in found if each.kind == PaymentClass.UNEXPLAINED]
         for key, found in standing.items()
     }
     return {payment_id: UUID(first) for payment_id, (first, *_) in unexplained.items()}
@@ -173,9 +187,13 @@ def _candidates(
     """Return all events that have a record and, for each owed payment, the event that a backfill would use."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
-        **{mark.event_id: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events},
+        **{key: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events if (key := mark.event_id)},
         **{letter.event_id: _Candidate(_occasion_of_letter(letter)) for letter in records.letters},
-        **{event.event_id: _Candidate(_occasion_of_event(event, claimed_types)) for event in records.waiting},
+        **{
+            key: _Candidate(_occasion_of_event(each, claimed_types))
+            for each in records.waiting
+            if (key := each.event_id)
+        },
         **{backfill_event_id(key): _Candidate(Occasion.BACKFILL, key, first) for key, first in owed.items()},
     }
 
@@ -185,7 +203,7 @@ def _occasion_of_letter(letter: DeadLetter) -> Occasion:
 
 
 def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None) -> Occasion:
-    if claimed_types is not None and event.event_type not in claimed_types:
+    if not event.is_claimable or (claimed_types is not None and event.event_type not in claimed_types):
         return Occasion.NEVER
     return Occasion.DUE if event.is_due else Occasion.POSTPONED
 
@@ -269,13 +287,14 @@ def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
 def _story(
     records: Records,
     payment_id: UUID | None,
-    classes: Mapping[UUID, PaymentClass],
+    classes: Mapping[UUID, str],
     predictions: Sequence[Prediction],
 ) -> PaymentStory:
     """Return the story of one payment. If ``payment_id`` is None, return the story of events that name no payment."""
     payment = next((each for each in records.payments if each.id == payment_id), None)
-    events = {each.event_id for each in records.traces if payment_id in (None, each.payment_id)}
-    traces = [each for each in records.traces if each.event_id in events]
+    named = [each for each in records.traces if payment_id in (None, each.payment_id)]
+    events = {each.event_id for each in named if each.event_id is not None}
+    traces = [each for each in records.traces if each in named or each.event_id in events]
     if payment_id is not None:
         events.add(backfill_event_id(payment_id))
     purchases = _purchases(records, payment_id, payment)
@@ -288,15 +307,14 @@ def _story(
         payment_id,
         payment,
         _kind(payment, classes, purchases),
+        None,
         sorted(dict.fromkeys(timeline), key=lambda entry: entry.at or datetime.min.replace(tzinfo=UTC)),
         traces,
         [each for each in predictions if each.event_id in events],
     )
 
 
-def _kind(
-    payment: PaymentRow | None, classes: Mapping[UUID, PaymentClass], purchases: Sequence[PurchaseRow]
-) -> str | None:
+def _kind(payment: PaymentRow | None, classes: Mapping[UUID, str], purchases: Sequence[PurchaseRow]) -> str | None:
     if payment is None:
         return None
     is_active = any(each.is_active and each.payment_id == payment.id for each in purchases)
@@ -317,12 +335,7 @@ def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | 
 
 def _of_payment(payment: PaymentRow | None) -> Iterator[TimelineEntry]:
     if payment is not None:
-        yield TimelineEntry(
-            payment.created_at,
-            "paid",
-            payment.id,
-            f"{amount_text(payment.amount, payment.currency)} {payment.currency}",
-        )
+        yield TimelineEntry(payment.created_at, "paid", payment.id, amount_of(payment.amount, payment.currency))
 
 
 def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[TimelineEntry]:
@@ -338,7 +351,7 @@ def _of_trace(trace: WaitingEvent | DeadLetter | MarkRow) -> Iterator[TimelineEn
 
 
 def _of_event(event: WaitingEvent) -> Iterator[TimelineEntry]:
-    yield TimelineEntry(event.created_at, "event written", event.event_id, event.event_type)
+    yield TimelineEntry(event.created_at, "event written", event.event_id, event.event_type or _NULL)
     if event.attempts:
         tries = f"{count_of(event.attempts, 'failed attempt')}, the last: {event.last_error}"
         yield TimelineEntry(event.due_at, "due again", event.event_id, tries)
@@ -356,14 +369,15 @@ def _of_letter(letter: DeadLetter) -> Iterator[TimelineEntry]:
 
 
 def _of_mark(mark: MarkRow) -> Iterator[TimelineEntry]:
-    key, rules = mark.event_id, RULES_BEHIND.get(mark.outcome, ())
+    key, outcome = mark.event_id, mark.outcome or _NULL
+    rules = RULES_BEHIND.get(outcome, ())
     if mark.event_type == PURCHASE_BACKFILLED:
-        yield TimelineEntry(mark.processed_at, "backfilled", key, mark.outcome, rules)
+        yield TimelineEntry(mark.processed_at, "backfilled", key, outcome, rules)
     elif mark.recovered_at is None:
-        yield TimelineEntry(mark.processed_at, "event settled" if rules else "event marked", key, mark.outcome, rules)
+        yield TimelineEntry(mark.processed_at, "event settled" if rules else "event marked", key, outcome, rules)
     else:
         yield TimelineEntry(mark.processed_at, "event marked", key, "but the purchase was missing later")
-        yield TimelineEntry(mark.recovered_at, "event settled", key, mark.outcome, rules)
+        yield TimelineEntry(mark.recovered_at, "event settled", key, outcome, rules)
 
 
 def _of_purchase(purchase: PurchaseRow, payment_id: UUID | None) -> Iterator[TimelineEntry]:

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, literal, or_, select, type_coerce
+from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, literal, or_, select, true, type_coerce
 from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
@@ -24,6 +24,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DeadLetter, read_letters
 from outbox_worker.store.identity import folded_pair, same_pair
+from outbox_worker.store.queries import is_claimable
 
 _Row = TypeVar("_Row")
 
@@ -36,9 +37,9 @@ class PaymentRow:
     id: UUID
     student_id: Any
     course_id: Any
-    amount: Decimal
-    currency: str
-    status: str
+    amount: Decimal | None
+    currency: str | None
+    status: str | None
     created_at: datetime | None
     """None if Python cannot represent the time, for example ``-infinity``. The same holds for all times below."""
     pair: tuple[str, str] = field(repr=False)
@@ -62,23 +63,26 @@ class PurchaseRow:
 class WaitingEvent:
     """A row of the outbox."""
 
-    event_id: UUID
-    event_type: str
+    event_id: UUID | None
+    """None: the column may be NULL in an adopted table, and it is. The same holds for the type."""
+    event_type: str | None
     created_at: datetime | None
     due_at: datetime | None
     attempts: int
     crashes: int
     last_error: str | None
     is_due: bool
+    is_claimable: bool
+    """Whether a worker can claim the event, now or later."""
     payment_id: UUID | None
     """The payment that the payload names."""
 
 
 @dataclass(frozen=True, slots=True)
 class MarkRow:
-    event_id: UUID
-    event_type: str
-    outcome: str
+    event_id: UUID | None
+    event_type: str | None
+    outcome: str | None
     payment_id: UUID | None
     processed_at: datetime | None
     recovered_at: datetime | None
@@ -101,7 +105,7 @@ class Records:
     @property
     def event_ids(self) -> list[UUID]:
         """Return the ids of all events that have a record."""
-        return list(dict.fromkeys(each.event_id for each in self.traces))
+        return list(dict.fromkeys(each.event_id for each in self.traces if each.event_id is not None))
 
     @property
     def payment_ids(self) -> list[UUID]:
@@ -252,8 +256,11 @@ def _read_waiting(
     columns = [
         *(outbox.c[key].label(key) for key in ("event_id", "event_type")),
         *(readable(outbox.c[key]) for key in ("created_at", "due_at")),
-        *(outbox.c[key].label(key) for key in ("attempts", "crashes", "last_error")),
-        *((outbox.c.due_at <= func.statement_timestamp()).label("is_due"), named.label("payment_id")),
+        *(func.coalesce(outbox.c[key], 0).label(key) for key in ("attempts", "crashes")),
+        outbox.c.last_error.label("last_error"),
+        (outbox.c.due_at <= func.statement_timestamp()).is_(true()).label("is_due"),
+        is_claimable(outbox).is_(true()).label("is_claimable"),
+        named.label("payment_id"),
     ]
     rows = session.execute(select(*columns).where(of_them).order_by(outbox.c.created_at, outbox.c.id))
     return [WaitingEvent(**row._asdict() | {"payment_id": _uuid_of(row.payment_id or "")}) for row in rows]

@@ -11,6 +11,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard
 from outbox_worker.schema.catalogue import adopted_tables
 from outbox_worker.schema.concerns import find_concerns
+from outbox_worker.schema.nullable import nullable_keys
 from outbox_worker.schema.privileges import READING
 from outbox_worker.schema.requirements import SchemaProblem, check_schema
 from outbox_worker.schema.tables import Tables
@@ -29,6 +30,8 @@ class Status:
     time: datetime
     guard: Guard
     backlog: Backlog
+    never_claimed: int
+    """The number of events that no worker can ever claim, because they lack a due time, an id or a type."""
     open_letters: int
     workers: Sequence[WorkerRow]
     ignored: IgnoredEvents
@@ -71,10 +74,12 @@ def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes)
     with database.transaction() as session:
         tables = check_schema(session, tables, READING)
         event_types = claimed_types(session, tables, unknown_types)
+        outbox = Outbox(tables, event_types)
         return Status(
             time=database_time(session),
             guard=guard_in_force(session, tables),
-            backlog=Outbox(tables, event_types).backlog(session),
+            backlog=outbox.backlog(session),
+            never_claimed=outbox.never_claimed(session, nullable_keys(session, "outbox", tables.outbox)),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),
             ignored=count_ignored(session, tables, event_types),

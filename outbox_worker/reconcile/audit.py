@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
-from outbox_worker.model import FoundPayment
+from outbox_worker.model import FoundPayment, UnjudgedPayment
 from outbox_worker.reconcile.scan import QUERY_CANCELED, PaymentScan, ScanPaths, ScanRange, Throttle
 from outbox_worker.schema.privileges import EXPLAINING
 from outbox_worker.schema.requirements import check_schema
@@ -35,6 +35,8 @@ class AuditReport:
     refunded_but_active: Sequence[FoundPayment]
     pairs_twice_active: Sequence[DoubledPair]
     """Pairs of student and course that have more than one active purchase."""
+    cannot_be_judged: Sequence[UnjudgedPayment]
+    """Succeeded payments with a value that prevents a judgement, for example without a student."""
     unknown_statuses: Mapping[str, int]
     """The number of payments for each status that the worker does not know. The audit does not classify these
     payments."""
@@ -43,7 +45,13 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        return not (self.unexplained or self.refunded_but_active or self.pairs_twice_active)
+        return not (
+            self.unexplained
+            or self.refunded_but_active
+            or self.pairs_twice_active
+            or self.cannot_be_judged
+            or self.unknown_statuses
+        )
 
 
 class Audit:
@@ -64,7 +72,8 @@ class Audit:
             tables = check_schema(session, tables, EXPLAINING)
             began, paths = database_time(session), ScanPaths.read(session, tables)
             dated_ahead = session.scalars(_count_dated_ahead(tables)).one()
-        return cls(database, tables, PaymentScan(database, tables, paths, ScanRange(None, began)), dated_ahead)
+        scan = PaymentScan(database, tables, paths, ScanRange(None, began), looks_ahead=True)
+        return cls(database, tables, scan, dated_ahead)
 
     def estimate(self) -> int:
         """Return the planner's estimate of the number of payments."""
@@ -80,6 +89,7 @@ class Audit:
             unexplained=sorted(totals.unexplained, key=lambda payment: payment.age),
             refunded_but_active=sorted(totals.refunded_but_active, key=lambda payment: payment.age),
             pairs_twice_active=self._doubled_pairs(),
+            cannot_be_judged=sorted(totals.cannot_be_judged, key=lambda payment: payment.age),
             unknown_statuses=dict(sorted(totals.unknown_statuses.items())),
             dated_ahead=self._dated_ahead,
         )

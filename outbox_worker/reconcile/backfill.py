@@ -8,6 +8,7 @@ continues the work.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +23,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.durations import count_of
 from outbox_worker.errors import Refused
-from outbox_worker.model import FoundPayment, PaymentTotals
+from outbox_worker.model import FoundPayment, PaymentTotals, UnjudgedPayment
 from outbox_worker.money import amount_text
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
 from outbox_worker.reconcile.scan import PAGE_MAX, PaymentScan, ScanCursor, ScanLimits, ScanPaths, ScanRange, Throttle
@@ -44,6 +45,8 @@ from outbox_worker.store.queries import database_time
 ROUNDS = 10
 """How many times the backfill, at its end, retries the payments whose pair was locked by another transaction."""
 _ROUND_SECONDS = 0.5
+_ROUNDS_SECONDS = 60.0
+"""The time after which no other round begins. Each blocked payment may wait for a lock in each round."""
 _BEAT_SECONDS = 5.0
 
 
@@ -78,7 +81,9 @@ class Counts:
     contended: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments whose purchase the database refused."""
+    """Payments whose purchase the database refused, or did not write without an error."""
+    withheld: PaymentTotals = field(default_factory=PaymentTotals)
+    """Payments whose pair has an older unexplained payment outside the range, which is owed the purchase."""
 
     def plus(self, result: BackfillResult) -> Counts:
         """Return these counts plus the result of one transaction."""
@@ -89,6 +94,7 @@ class Counts:
             explained=self.explained + PaymentTotals.of(result.explained),
             contended=self.contended + PaymentTotals.of(result.contended),
             refused=self.refused + PaymentTotals.of(each.payment for each in result.refused),
+            withheld=self.withheld + PaymentTotals.of(result.withheld),
         )
 
     def written(self) -> dict[str, Any]:
@@ -117,6 +123,9 @@ class BackfillReport:
     counts: Counts
     owed: Sequence[FoundPayment]
     duplicates: Sequence[FoundPayment]
+    withheld: Sequence[FoundPayment]
+    """Payments that get no purchase now, because an older payment of their pair lies outside the range."""
+    cannot_be_judged: Sequence[UnjudgedPayment]
     made: BackfillResult
     seconds: float
     payments_per_second: float
@@ -124,8 +133,12 @@ class BackfillReport:
 
     @property
     def ok(self) -> bool:
-        """Return whether every owed purchase was made. Return True for every dry run."""
-        return self.dry_run or not (self.made.contended or self.made.refused)
+        """Return whether every owed purchase was made and every payment was judged. Return True for every dry run.
+
+        A withheld payment does not count, because the older payment of its pair is owed the purchase, and the operator
+        has excluded that payment from the range.
+        """
+        return self.dry_run or not (self.made.contended or self.made.refused or self.cannot_be_judged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +164,15 @@ class Backfill:
         self._began = self._beaten = time.monotonic()
         self.range, self._run, self._continued = beginning.range, beginning.run, beginning.continued
         known = Counts.read(self._continued.counts if self._continued else {})
-        self._counts = replace(known, contended=PaymentTotals())  # the scan finds contended payments again
+        # the scan finds contended and withheld payments again
+        self._counts = replace(known, contended=PaymentTotals(), withheld=PaymentTotals())
         self._cursor: ScanCursor | None = self._continued.cursor if self._continued else None
-        self._is_cursor_held = False
+        self._is_cursor_held, self._by_index = False, beginning.paths.by_index
         rate = request.max_rate
         page_max = PAGE_MAX if rate is None else max(1, min(PAGE_MAX, int(rate)))
         span = ScanRange(request.since, self.range.before)
-        self._scan = PaymentScan(database, tables, beginning.paths, span, limits=ScanLimits(page_max=page_max))
+        limits, is_open = ScanLimits(page_max=page_max), request.until is None
+        self._scan = PaymentScan(database, tables, beginning.paths, span, limits=limits, looks_ahead=is_open)
         if self._cursor is not None and len(self._cursor) != len(self._scan.order):
             self._cursor = None  # the killed backfill scanned in another order, because an index has changed since
         self._owed: list[FoundPayment] = []
@@ -185,7 +200,11 @@ class Backfill:
         self._scan.run(self._paced(progress), self._cursor)
         totals = self._scan.totals
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
-        self._owed, self._duplicates = choose_owed(totals.unexplained)
+        oldest, self._duplicates = choose_owed(totals.unexplained)
+        self._made.withheld = self._forecast_withheld(oldest)
+        self._is_cursor_held = bool(self._made.withheld)  # a backfill that continues this one finds them again
+        behind = {payment.payment_id for payment in self._made.withheld}
+        self._owed = [payment for payment in oldest if payment.payment_id not in behind]
         if self._scan.order == ("id",):
             self._owed.sort(key=lambda payment: payment.payment_id.int)
         if not self._counts.looked_at:
@@ -207,7 +226,7 @@ class Backfill:
             counts = self._counts.plus(total)
             left = self._left(left_of(self._scan.totals.unexplained, total))
             if self._continued:  # this process scanned only the rest of the range, so use the counts of both backfills
-                left = written_left(counts.contended + counts.refused, PaymentTotals())
+                left = written_left(counts.contended + counts.refused + counts.withheld, PaymentTotals())
             with self._database.transaction() as session:
                 self._runs.finish(session, self._run, RunOutcome.MADE, counts.written() | left)
         return BackfillReport(
@@ -217,6 +236,8 @@ class Backfill:
             counts=self._counts.plus(total),
             owed=sorted(self._owed, key=lambda payment: payment.age),
             duplicates=self._duplicates,
+            withheld=total.withheld,
+            cannot_be_judged=sorted(self._scan.totals.cannot_be_judged, key=lambda payment: payment.age),
             made=total,
             seconds=time.monotonic() - self._began,
             payments_per_second=self._rate,
@@ -242,16 +263,28 @@ class Backfill:
     def _make(self, run: UUID, progress: Throttle) -> None:
         guard = GuardWatch(self._tables.purchases, lambda _: None)
         guard.know(self._tables)
-        purchases = OwedPurchases.start(self._database, self._tables, self._policy, guard)
-        waiting, total = self._owed, self._made
+        given = self._database, self._tables, self._policy, guard
+        purchases = OwedPurchases.start(*given, looks_for_older=self._is_partial)
+        waiting, total, give_up = self._owed, self._made, math.inf
         for turn in range(ROUNDS + 1):
             for result in purchases.make(waiting, partial(self._advance, run)):
                 total += result
                 progress(len(self._owed) - len(total.contended), 0.0)
-            if not total.contended or turn == ROUNDS:
+            if not total.contended or turn == ROUNDS or time.monotonic() > give_up:
                 return
+            give_up = min(give_up, time.monotonic() + _ROUNDS_SECONDS)
             waiting, total.contended = total.contended, []
             time.sleep(_ROUND_SECONDS)
+
+    @property
+    def _is_partial(self) -> bool:
+        """Whether this scan leaves out older payments: those before its range or before its cursor."""
+        return self._request.since is not None or self._continued is not None
+
+    def _forecast_withheld(self, oldest: Sequence[FoundPayment]) -> list[FoundPayment]:
+        guard = GuardWatch(self._tables.purchases, lambda _: None)
+        given = self._database, self._tables, self._policy, guard
+        return OwedPurchases(*given, by_index=self._by_index, looks_for_older=self._is_partial).withheld(oldest)
 
     def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
         """Save cursor and counts in the transaction that writes the purchases.

@@ -17,6 +17,7 @@ from sqlalchemy import Select, and_, bindparam, false, func, select
 
 from outbox_worker.database.arrays import Keys
 from outbox_worker.database.engine import Database
+from outbox_worker.database.expressions import readable
 from outbox_worker.database.statements import Statement
 from outbox_worker.model import FoundPayment, PaymentStatus
 from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
@@ -39,7 +40,8 @@ class Duplicate:
     purchase_id: Any
     held_by: UUID | None
     """The payment of the other purchase. None: the other purchase is a gift."""
-    held_since: datetime
+    held_since: datetime | None
+    """None if Python cannot represent the time, or if the purchase has none."""
     is_holder_refunded: bool
     """Whether the payment of the other purchase is refunded. If so, the worker that settles the refund event makes a
     purchase for the duplicate, so the duplicate must not be refunded."""
@@ -95,7 +97,7 @@ def _holders(tables: Tables) -> Select[Any]:
         payments.c.id,
         held.c.id.label("purchase_id"),
         held.c.payment_id.label("held_by"),
-        held.c.created_at.label("held_since"),
+        readable(held.c.created_at).label("held_since"),
         is_refunded.label("is_refunded"),
     ]
     ids = bindparam("ids", type_=Keys("uuid"))

@@ -1,13 +1,13 @@
 """Makes owed purchases: locks the pairs, checks the payments again, and writes purchases and marks in one transaction.
 
-Each transaction handles at most ``CHUNK`` payments and uses the daemon's repository and guard. If the database refuses
-a transaction, its payments are split in halves and retried, until each payment that the database refuses is alone in
-its transaction.
+Each transaction handles at most ``CHUNK`` payments and uses the daemon's repository and guard. If a transaction fails
+because of its payments or of a lock, its payments are split in halves and retried, until each payment that the database
+refuses, or that another transaction blocks, is alone in its transaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
@@ -16,25 +16,51 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
+from outbox_worker.database.failures import (
+    NO_ARBITER,
+    TIMED_OUT,
+    UNIQUE_VIOLATION,
+    Failure,
+    classify,
+    describe,
+    sqlstate,
+)
 from outbox_worker.database.planner import INDEX_PLANS, set_local
 from outbox_worker.database.retry import retry_transaction
 from outbox_worker.database.statements import Statement
 from outbox_worker.decision import RetryPolicy, decide
-from outbox_worker.model import GRANTS, PURCHASE_BACKFILLED, Batch, FoundPayment, Guard, Outcome, Repeated
+from outbox_worker.errors import Inconsistent
+from outbox_worker.model import (
+    GRANTS,
+    PURCHASE_BACKFILLED,
+    Batch,
+    FoundPayment,
+    Guard,
+    Outcome,
+    Repeated,
+    Verdict,
+    Verdicts,
+)
 from outbox_worker.reconcile.scan import plans
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.dead_letters import open_confirmations
 from outbox_worker.store.guard import GuardState, GuardWatch
 from outbox_worker.store.outbox import Outbox
-from outbox_worker.store.pairs import PairLocks
 from outbox_worker.store.payment_classes import PaymentClass, portion_statement
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
 
 CHUNK = 500
 """The largest number of payments in one transaction."""
 _ATTEMPTS = 8
-_PAYMENTS_FAULT = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR)
+_LOCK_SECONDS = 1.0
+"""How long a statement waits for a lock. The wait is short, because each half of a blocked part waits again."""
+_BLOCKED_IN_A_ROW = 10
+"""The number of parts in a row that were blocked, after which a blocked part is not halved any more.
+
+Another transaction then probably locks a whole table, and each half would wait as long again.
+"""
+_DIVIDED = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR, Failure.RETRY)
+"""The classes of failure after which a part is halved, because one of its payments may be the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +69,9 @@ class Refusal:
 
     payment: FoundPayment
     detail: str
+
+
+NOT_WRITTEN = "the database wrote no purchase and raised no error; a trigger or rule of the table may prevent it"
 
 
 @dataclass
@@ -56,8 +85,12 @@ class BackfillResult:
     explained: list[FoundPayment] = field(default_factory=list)
     """Payments that are no longer owed a purchase, because another process settled them after the scan."""
     contended: list[FoundPayment] = field(default_factory=list)
-    """Payments whose purchase was not made, because another transaction had locked their pair."""
+    """Payments whose purchase was not made, because another transaction had locked their pair, or a row that the
+    purchase needs."""
     refused: list[Refusal] = field(default_factory=list)
+    withheld: list[FoundPayment] = field(default_factory=list)
+    """Payments whose purchase was not made, because an older payment of their pair is unexplained, too, but the scan
+    did not read it."""
 
     @property
     def purchases(self) -> list[FoundPayment]:
@@ -83,8 +116,9 @@ def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment]
 
 
 def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list[FoundPayment]:
-    """Return the payments that stay unexplained: all payments of each pair whose purchase was contended or refused."""
-    failed = {payment.pair for payment in [*result.contended, *(each.payment for each in result.refused)]}
+    """Return the payments that stay unexplained: all payments of each pair for which no purchase was made."""
+    refused = [each.payment for each in result.refused]
+    failed = {payment.pair for payment in [*result.contended, *refused, *result.withheld]}
     return [payment for payment in unexplained if payment.pair in failed]
 
 
@@ -97,8 +131,17 @@ class OwedPurchases:
     """Makes the purchases that are owed, in one database."""
 
     def __init__(
-        self, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch, *, by_index: bool
+        self,
+        database: Database,
+        tables: Tables,
+        policy: RetryPolicy,
+        guard: GuardWatch,
+        *,
+        by_index: bool,
+        looks_for_older: bool = False,
     ) -> None:
+        """``looks_for_older``: whether unexplained payments may be older than those that the scan has read."""
+        self._looks_for_older = looks_for_older
         self._database, self._tables, self._policy, self._guard = database, tables, policy, guard
         self._repository = PurchaseRepository(tables, backfill_event_of)
         self._outbox = Outbox(tables, None)
@@ -106,46 +149,75 @@ class OwedPurchases:
         looking, writing = plans(by_index), INDEX_PLANS if by_index else {}
         self._looking = {**_switched_on(writing), **looking}
         self._writing = {**_switched_on(looking), **writing}
+        self._limits = {"lock_timeout": str(round(_LOCK_SECONDS * 1000))}
 
     @classmethod
-    def start(cls, database: Database, tables: Tables, policy: RetryPolicy, guard: GuardWatch) -> OwedPurchases:
+    def start(
+        cls,
+        database: Database,
+        tables: Tables,
+        policy: RetryPolicy,
+        guard: GuardWatch,
+        *,
+        looks_for_older: bool = False,
+    ) -> OwedPurchases:
         """Check which guard is in force and whether indexes find purchases by payment and by pair."""
         with database.transaction() as session:
             state = guard.probe(session)
-        return cls(database, tables, policy, guard, by_index=state.has_index_paths)
+        by_index = state.has_index_paths
+        return cls(database, tables, policy, guard, by_index=by_index, looks_for_older=looks_for_older)
+
+    def withheld(self, owed: Sequence[FoundPayment]) -> list[FoundPayment]:
+        """Return the payments whose pair has an older unexplained payment that the scan did not read.
+
+        Without the pairs' locks, the result is only a forecast. ``make`` looks again.
+        """
+        found: list[FoundPayment] = []
+        for start in range(0, len(owed) if self._looks_for_older else 0, CHUNK):
+            part = owed[start : start + CHUNK]
+            with self._database.transaction(**self._writing) as session:
+                behind = self._behind_older(session, _as_batch(part))
+            found += [payment for key, payment in enumerate(part) if key in behind]
+        return found
 
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
         """Make one purchase for each payment. Yield the result of each transaction after its COMMIT.
 
-        No two payments may have the same pair. Raises a database error if no single payment caused it.
+        No two payments may have the same pair. If another transaction locks a row that a purchase needs, its payment is
+        contended. Raises a database error if neither single payments nor locks caused it.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
         tried: set[UUID] = set()
-        is_writable = False
+        is_writable, blocked = False, 0
         while parts:
             part = parts.pop()
+            transact = partial(self._transact, part, on_written)
             try:
-                result = retry_transaction(partial(self._transact, part, on_written), attempts=_ATTEMPTS)
-            except DBAPIError as error:
-                if smaller := self._without_fault(part, error, tried):
+                result = retry_transaction(transact, attempts=_ATTEMPTS, gives_up=_has_timed_out)
+                blocked = 0
+            except (DBAPIError, Inconsistent) as error:
+                is_blocked = classify(error) is Failure.RETRY
+                is_stuck = is_blocked and blocked >= _BLOCKED_IN_A_ROW
+                if smaller := [] if is_stuck else self._smaller(part, error, tried):
                     parts += smaller
                     continue
                 if classify(error) is Failure.UNCLEAR and not is_writable:
                     raise  # no purchase was written yet, so the database itself may be the cause, not this payment
-                result = BackfillResult(refused=[Refusal(part[0], describe(error))])
+                blocked += is_blocked
+                result = BackfillResult(contended=list(part)) if is_blocked else _refused(part, error)
             is_writable = is_writable or bool(result.purchases)
             yield result
 
-    def _without_fault(
-        self, part: Sequence[FoundPayment], error: DBAPIError, tried: set[UUID]
+    def _smaller(
+        self, part: Sequence[FoundPayment], error: DBAPIError | Inconsistent, tried: set[UUID]
     ) -> Sequence[Sequence[FoundPayment]]:
         """Return the parts to try instead of ``part`` (its halves, or ``part`` itself).
 
         The last part comes first, because the caller takes parts from the end of its list. Return no parts if ``part``
-        is one payment that the database refuses. Raises ``error`` if no payment can be its cause.
+        is one payment that the database refuses or that is blocked. Raises ``error`` if no payment can be its cause.
         """
-        if classify(error) not in _PAYMENTS_FAULT:
+        if classify(error) not in _DIVIDED and not isinstance(error, Inconsistent):
             raise error
         if sqlstate(error) in NO_ARBITER and self._guard.state.guard is Guard.INDEX:
             self._guard.fall_back()
@@ -161,32 +233,51 @@ class OwedPurchases:
     def _transact(self, part: Sequence[FoundPayment], on_written: OnWritten, _failed: int) -> BackfillResult:
         """Lock the pairs, check the payments again and write their purchases, in one transaction."""
         batch, guard = _as_batch(part), self._guard.state
-        with self._database.transaction(**self._writing) as session:
+        with self._database.transaction(**self._limits, **self._writing) as session:
             locks = self._repository.lock_pairs(session, batch, guard.lock_capacity)
             owed = self._still_unexplained(session, batch.only(key for key in locks.order if key in locks.locked))
-            granted = self._grant(session, owed, guard) if owed else {}
-            result = _result_of(part, granted, locks)
+            behind = self._behind_older(session, owed) if self._looks_for_older else set()
+            verdicts = self._judge(session, owed.without(behind))
+            granted = self._grant(session, owed, verdicts, guard)
+            settled = locks.contended | behind | granted.keys()
+            unsettled = self._still_unexplained(session, batch.without(settled))
+            left = {key: _why_not(verdicts.get(key)) for key in unsettled}
+            result = _result_of(part, granted, locks.contended, behind, left)
             on_written(session, part, result)
         return result
+
+    def _behind_older(self, session: Session, owed: Batch) -> set[int]:
+        """Return the events whose pair has an older unexplained payment, whether or not the scan has read it."""
+        standing = self._repository.standing_payments(session, owed) if owed else {}
+        oldest = {
+            key: next((each.payment_id for each in found if each.kind == PaymentClass.UNEXPLAINED), None)
+            for key, found in standing.items()
+        }
+        return {key for key, payment_id in oldest.items() if payment_id not in (None, owed[key].payment_id)}
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
         """Return the events whose payments are still unexplained, by a snapshot that is newer than the locks."""
         if not batch:
             return batch
-        values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": "infinity"}
+        values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": None}
         set_local(session, self._looking)
         rows = self._classes.execute(session, values).all()
         set_local(session, self._writing)
         unexplained = {str(row.id) for row in rows if row.kind == PaymentClass.UNEXPLAINED.value}
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
-    def _grant(self, session: Session, batch: Batch, guard: GuardState) -> dict[int, Outcome]:
-        """Create the purchases that ``decide`` allows, write marks, and close the payments' dead letters."""
-        seen = self._repository.look(session, batch, self._policy)
-        judged = {key: decide(event_facts.facts).outcome for key, event_facts in seen.items()}
-        grants = batch.only(key for key in batch.ids if judged.get(key) in GRANTS)
+    def _judge(self, session: Session, batch: Batch) -> Verdicts:
+        """Judge the payments by the worker's rules."""
+        seen = self._repository.look(session, batch, self._policy) if batch else {}
+        return {key: decide(event_facts.facts) for key, event_facts in seen.items()}
+
+    def _grant(self, session: Session, batch: Batch, verdicts: Verdicts, guard: GuardState) -> dict[int, Outcome]:
+        """Create the purchases that the verdicts allow, write marks, and close the payments' dead letters."""
+        grants = batch.only(key for key in batch.ids if key in verdicts and verdicts[key].outcome in GRANTS)
         written = self._repository.insert_granted(session, grants, guard) if grants else set()
-        granted = {key: judged[key] for key in written}
+        if not written:
+            return {}
+        granted = {key: verdicts[key].outcome for key in written}
         for outcome in set(granted.values()):
             marked = batch.among([key for key in granted if granted[key] is outcome])
             self._repository.mark(session, marked, outcome)
@@ -214,7 +305,31 @@ def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
     )
 
 
-def _result_of(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], locks: PairLocks) -> BackfillResult:
+def _refused(part: Sequence[FoundPayment], error: DBAPIError | Inconsistent) -> BackfillResult:
+    detail = NOT_WRITTEN if isinstance(error, Inconsistent) else describe(error)
+    return BackfillResult(refused=[Refusal(payment, detail) for payment in part])
+
+
+def _why_not(verdict: Verdict | None) -> str:
+    """Return why a payment got no purchase although nothing explains it: a rule of ``decide``, or a silent database."""
+    return NOT_WRITTEN if verdict is None or verdict.reason is None else f"{verdict.reason}: {verdict.detail}"
+
+
+def _has_timed_out(error: BaseException) -> bool:
+    return sqlstate(error) in TIMED_OUT
+
+
+def _result_of(
+    part: Sequence[FoundPayment],
+    granted: Mapping[int, Outcome],
+    contended: Collection[int],
+    behind: Collection[int],
+    left: Mapping[int, str],
+) -> BackfillResult:
+    """Sort the payments by result.
+
+    ``left``: those that are still unexplained after the purchases were written, each with the reason.
+    """
     result = BackfillResult()
     for key, payment in enumerate(part):
         match granted.get(key):
@@ -222,6 +337,12 @@ def _result_of(part: Sequence[FoundPayment], granted: Mapping[int, Outcome], loc
                 result.created.append(payment)
             case Outcome.RECOVERED:
                 result.recovered.append(payment)
+            case _ if key in contended:
+                result.contended.append(payment)
+            case _ if key in behind:
+                result.withheld.append(payment)
+            case _ if key in left:
+                result.refused.append(Refusal(payment, left[key]))
             case _:
-                (result.contended if key in locks.contended else result.explained).append(payment)
+                result.explained.append(payment)
     return result

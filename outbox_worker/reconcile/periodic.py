@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
 from outbox_worker.database.retry import wait_out_outage
+from outbox_worker.errors import NothingWritten
 from outbox_worker.model import FoundPayment, PaymentTotals
 from outbox_worker.reconcile.backfill import Counts
 from outbox_worker.reconcile.owed import BackfillResult, OwedPurchases, choose_owed, left_of
@@ -101,7 +102,7 @@ class PeriodicBackfill:
         try:
             self._look(turn)
         except BaseException:
-            with suppress(DBAPIError):
+            with suppress(DBAPIError, NothingWritten):
                 self._finish(turn, RunOutcome.INTERRUPTED, {})
             raise
         return True
@@ -127,6 +128,7 @@ class PeriodicBackfill:
             span,
             limits=_LIMITS,
             lists=FUSE,
+            looks_ahead=True,
         )
         if scan.run(lambda _, seconds: self._rest(turn, seconds * (1 / _SHARE - 1))):
             self._conclude(turn, scan.totals)
@@ -146,6 +148,8 @@ class PeriodicBackfill:
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
         """Report the unexplained payments, and make their purchases if this turn may make them."""
+        if totals.cannot_be_judged:
+            self._telemetry.payments_not_judged(len(totals.cannot_be_judged))
         unexplained = totals.value(PaymentClass.UNEXPLAINED)
         owed, others = choose_owed(totals.unexplained)
         counts = Counts(totals.passed, unexplained, PaymentTotals.of(owed), PaymentTotals.of(others))
@@ -156,7 +160,7 @@ class PeriodicBackfill:
             outcome = RunOutcome.REFUSED
             self._telemetry.backfill_refused(unexplained.count, unexplained.money, FUSE)
         elif owed:
-            result = self._make(owed)
+            result = self._make(owed, is_partial=turn.range.since is not None)
             counts, outcome = counts.plus(result), RunOutcome.MADE
             remaining = left_of(totals.unexplained, result)
             left = PaymentTotals.of(remaining)
@@ -164,9 +168,11 @@ class PeriodicBackfill:
         written = written_left(left, recent) | {"left": (left + turn.carried).written()}
         self._finish(turn, outcome, counts.written() | written)
 
-    def _make(self, owed: Sequence[FoundPayment]) -> BackfillResult:
+    def _make(self, owed: Sequence[FoundPayment], *, is_partial: bool) -> BackfillResult:
+        """Make the purchases. ``is_partial``: whether the scan left out older payments."""
         total = BackfillResult()
-        purchases = OwedPurchases.start(self._database, self._tables, self._settings.retry_policy, self._guard)
+        given = self._database, self._tables, self._settings.retry_policy, self._guard
+        purchases = OwedPurchases.start(*given, looks_for_older=is_partial)
         for result in purchases.make(owed, lambda *_: None):
             total += result
         self._telemetry.purchases_backfilled(len(total.purchases), len(total.contended), len(total.refused))

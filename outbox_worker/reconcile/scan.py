@@ -15,6 +15,7 @@ from datetime import datetime
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple, Protocol
+from uuid import UUID
 
 from sqlalchemy import Row, select, text
 from sqlalchemy.dialects import postgresql
@@ -25,14 +26,16 @@ from outbox_worker.database.arrays import ArrayText
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import sqlstate
 from outbox_worker.database.statements import Statement
-from outbox_worker.model import FoundPayment, PaymentTotals
+from outbox_worker.model import FoundPayment, PaymentTotals, UnjudgedPayment
 from outbox_worker.money import add
 from outbox_worker.schema.catalogue import has_index_paths
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store.payment_classes import (
+    CANNOT_BE_JUDGED,
     REFUNDED_BUT_ACTIVE,
     UNKNOWN_STATUS,
     PaymentClass,
+    ahead_statement,
     page_statement,
     portion_statement,
     span,
@@ -51,6 +54,9 @@ PORTION = 100_000
 
 The statement of each portion reads the outbox once. So a million such payments need ten reads of the outbox.
 """
+
+AHEAD_MAX = 10_000
+"""The largest number of payments dated in the future that a scan lists."""
 
 LEAST = 50
 """A page or portion of this size or less is not halved. If its statement is too slow, the scan fails."""
@@ -145,6 +151,7 @@ class ScanTotals:
     duplicates: list[FoundPayment] = field(default_factory=list)
     """The duplicates, one by one. The list is empty unless the scan has ``lists_duplicates``."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
+    cannot_be_judged: list[UnjudgedPayment] = field(default_factory=list)
     unknown_statuses: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row[Any]) -> None:
@@ -153,15 +160,24 @@ class ScanTotals:
             self.unknown_statuses[row.status] += row.payments
         elif row.kind == REFUNDED_BUT_ACTIVE:
             self.refunded_but_active.append(_found(row))
+        elif row.kind == CANNOT_BE_JUDGED:
+            self.cannot_be_judged.append(_unjudged(row, row.reason))
         elif row.kind in _CLASSES:
             money = self.money[_CLASSES[row.kind]]
             self.counts[_CLASSES[row.kind]] += row.payments
-            money[row.currency] = add(money.get(row.currency, Decimal(0)), row.amount)
+            money[row.currency] = add(money.get(row.currency, Decimal(0)), row.money)
             if row.is_recent:
-                self.recent = self.recent + PaymentTotals(row.payments, {row.currency: row.amount})
+                self.recent = self.recent + PaymentTotals(row.payments, {row.currency: row.money})
             if row.id is not None:
                 listed = self.duplicates if row.kind == PaymentClass.DUPLICATE else self.unexplained
                 listed.append(_found(row))
+
+    def add_ahead(self, row: Row[Any]) -> None:
+        """Add a payment that is dated in the future, unless it is explained."""
+        if row.kind == CANNOT_BE_JUDGED:
+            self.cannot_be_judged.append(_unjudged(row, row.reason))
+        elif row.kind == PaymentClass.UNEXPLAINED:
+            self.cannot_be_judged.append(_unjudged(row, "its created_at is in the future"))
 
     def value(self, kind: PaymentClass) -> PaymentTotals:
         return PaymentTotals(self.counts[kind], self.money[kind])
@@ -172,6 +188,8 @@ class PaymentScan:
 
     Counts and sums include every payment of the range, even payments that are not listed one by one. ``lists``: about
     how many unexplained payments to list (None: all). ``lists_duplicates``: whether to list duplicates, too.
+    ``looks_ahead``: whether to list the payments without an explanation that are dated after the range in the future,
+    because no later scan reads them for years.
     """
 
     def __init__(
@@ -184,6 +202,7 @@ class PaymentScan:
         limits: ScanLimits = ScanLimits(),
         lists: int | None = None,
         lists_duplicates: bool = False,
+        looks_ahead: bool = False,
     ) -> None:
         self.totals = ScanTotals()
         self._database, self._tables, self._span = database, tables, judged
@@ -195,6 +214,7 @@ class PaymentScan:
         pages = partial(page_statement, tables, self.order, by_index=by_index, lists_duplicates=lists_duplicates)
         self._first, self._next = (Statement(pages(is_first=is_first)) for is_first in (True, False))
         self._again = Statement(portion_statement(tables, by_index=by_index, lists_duplicates=lists_duplicates))
+        self._ahead = Statement(ahead_statement(tables)) if looks_ahead else None
 
     def cursor_of(self, payment: FoundPayment) -> ScanCursor:
         """Return the cursor of a scan that has read all payments up to and including ``payment``."""
@@ -222,7 +242,7 @@ class PaymentScan:
                 if not self._look_again(waiting[:portion], throttle):
                     return False
                 del waiting[:portion]
-        return self._look_again(waiting, throttle)
+        return self._look_again(waiting, throttle) and self._look_ahead(throttle)
 
     def _pages(self, after: ScanCursor | None) -> Iterator[list[str]]:
         """Read all pages. Yield the ids of the payments without a purchase, page by page."""
@@ -259,6 +279,18 @@ class PaymentScan:
             if not throttle(self.totals.passed, self._seconds):
                 return False
         return True
+
+    def _look_ahead(self, throttle: Throttle) -> bool:
+        """List the payments without an explanation that are dated in the future. Return False if ``throttle`` ended."""
+        if self._ahead is None:
+            return True
+        began = time.monotonic()
+        with self._database.transaction(**self._plans) as session:
+            ids = self._ahead.execute(session, {"limit": AHEAD_MAX}).scalars().all()
+            every = {"ids": ids, "lists": True, "since": None, "before": None}
+            for row in self._again.execute(session, every) if ids else ():
+                self.totals.add_ahead(row)
+        return throttle(self.totals.passed, time.monotonic() - began)
 
     def _execute(self, statement: Statement, values: Mapping[str, Any]) -> Sequence[Row[Any]]:
         began = time.monotonic()
@@ -301,6 +333,16 @@ def _fitting(size: int, ratio: float, most: int) -> int:
 
 
 def _found(row: Row[Any]) -> FoundPayment:
+    return FoundPayment(*_described(row))
+
+
+def _unjudged(row: Row[Any], reason: str) -> UnjudgedPayment:
+    return UnjudgedPayment(*_described(row), reason)
+
+
+def _described(
+    row: Row[Any],
+) -> tuple[UUID, Any, Any, Decimal | None, str, datetime | None, float | None, tuple[str, str]]:
     who = row.id, row.student_id, row.course_id
     same = row.same_student, row.same_course
-    return FoundPayment(*who, row.amount, row.currency, row.created_at, row.age_seconds, same)
+    return *who, row.amount, row.currency, row.created_at, row.age_seconds, same

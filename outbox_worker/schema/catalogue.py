@@ -118,6 +118,7 @@ class ActualColumn:
     """Whether a view, a trigger, a policy or a generated column uses the column, so that its type cannot change."""
     base_type: str
     """The type below all domains. It is ``type_name`` if the type is no domain."""
+    may_be_null: bool
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -203,7 +204,8 @@ _COLUMNS = text(
            (WITH RECURSIVE up AS (SELECT t.typname, t.typtype, t.typbasetype UNION ALL
                                   SELECT b.typname, b.typtype, b.typbasetype
                                   FROM up JOIN pg_type b ON b.oid = up.typbasetype)
-            SELECT CAST(typname AS text) FROM up WHERE typtype <> 'd') AS base_type
+            SELECT CAST(typname AS text) FROM up WHERE typtype <> 'd') AS base_type,
+           NOT (a.attnotnull OR t.typnotnull) AS may_be_null
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
     WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attnum

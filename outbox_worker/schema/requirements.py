@@ -31,7 +31,7 @@ _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 _ADDED_LATER = {("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "set_aside")}
 """Columns that a later revision of the migrations added to our own tables."""
 
-_NEVER_READ = (("payments", "updated_at"),)
+NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
@@ -236,7 +236,7 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
     else:
         added = []
     for column in table.columns:
-        if (role, column.key) not in _NEVER_READ and column not in added:
+        if (role, column.key) not in NEVER_READ and column not in added:
             yield from _column_problems(name, role, column, actual)
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):

@@ -247,8 +247,8 @@ def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str |
     another worker may be writing the purchase of a payment whose event is in the outbox. If this worker waited for that
     worker, both could deadlock.
     """
-    is_open = event_facts.facts.purchase_active or all(each.kind is not PaymentClass.IN_FLIGHT for each in standing)
-    unexplained = (each.payment_id for each in standing if each.kind is PaymentClass.UNEXPLAINED)
+    is_open = event_facts.facts.purchase_active or all(each.kind != PaymentClass.IN_FLIGHT for each in standing)
+    unexplained = (each.payment_id for each in standing if each.kind == PaymentClass.UNEXPLAINED)
     return next(unexplained, None) if is_open else None
 
 

@@ -14,12 +14,27 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, null, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Row,
+    Select,
+    and_,
+    delete,
+    func,
+    insert,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.expressions import seconds_since
+from outbox_worker.errors import NothingWritten
 from outbox_worker.model import PaymentTotals
-from outbox_worker.schema.tables import Tables, by_column
+from outbox_worker.schema.tables import Tables, by_column, relation_name
 from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone, this_process
 
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
@@ -100,7 +115,8 @@ class BackfillRuns:
         """Insert the row of a backfill that starts now. Return the id of the row."""
         given = {"since": span.since, "until": span.until, "cutoff": span.cutoff, "is_full": span.is_full}
         key, who = uuid4(), {"actor": actor, "reason": reason}
-        session.execute(insert(self._runs).values(id=key, kind=kind.value, **given, **who, **this_process()))
+        row = insert(self._runs).values(id=key, kind=kind.value, **given, **who, **this_process())
+        self._expect_written(session, row.returning(self._runs.c.id))
         return key
 
     def continue_killed(
@@ -201,7 +217,17 @@ class BackfillRuns:
 
     def _update(self, session: Session, key: UUID, **values: Any) -> None:
         values = {"seen_at": func.clock_timestamp(), **values}
-        session.execute(update(self._runs).where(self._runs.c.id == key).values(by_column(self._runs, values)))
+        written = update(self._runs).where(self._runs.c.id == key).values(by_column(self._runs, values))
+        self._expect_written(session, written.returning(self._runs.c.id))
+
+    def _expect_written(self, session: Session, write: Executable) -> None:
+        """Raise NothingWritten if a write changed no row: without its row, a killed backfill cannot be continued."""
+        if session.scalar(write) is None:
+            raise NothingWritten(
+                f"The row of this backfill in {relation_name(self._runs)} was not written, and PostgreSQL raised no "
+                "error: another program deleted the row, or a trigger, a rule or a policy of the table prevents it. "
+                "Purchases of earlier transactions stay. Run the backfill again."
+            )
 
 
 def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:

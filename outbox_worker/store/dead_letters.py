@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -21,30 +21,37 @@ from sqlalchemy import (
     Select,
     Text,
     Update,
+    and_,
     cast,
     exists,
     func,
     literal,
     select,
+    true,
     tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import ids_as
+from outbox_worker.database.engine import savepoint
 from outbox_worker.database.expressions import readable
-from outbox_worker.errors import Inconsistent, Refused, WrongUsage
+from outbox_worker.database.failures import Failure, classify, describe
+from outbox_worker.errors import NothingWritten, Refused, WrongUsage
 from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
-from outbox_worker.store.payment_classes import waivable
-from outbox_worker.store.queries import currency_code, is_succeeded
+from outbox_worker.store.payment_classes import has_unfit_amount, waivable
+from outbox_worker.store.queries import currency_code, is_claimable, is_succeeded
 
 CONTENT_MAX = 10_000
 """The largest number of characters shown of a payload. The same limit applies to the headers."""
 _NAMED_AT_MOST = 3
+_NEVER = datetime.max.replace(tzinfo=UTC)
+"""The time in a cursor instead of a time that Python cannot represent."""
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
 """The pattern of a line that ``_resolve`` adds to a letter's note: state, actor, time, reason."""
 
@@ -75,8 +82,8 @@ class DeadLetter:
     reason: str
     detail: str
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``."""
-    dead_at: datetime
+    """None if Python cannot represent the time, for example ``-infinity``. The same holds for ``dead_at``."""
+    dead_at: datetime | None
     state: str
     resolved_at: datetime | None
     actor: str | None
@@ -138,6 +145,25 @@ class Decided(NamedTuple):
     state: str
     actor: str
     why: str
+
+
+class RefusedLetter(NamedTuple):
+    """A letter that a decision left as it was, and the reason."""
+
+    event_id: UUID
+    reason: str
+
+
+class DecidedLetters(NamedTuple):
+    """The result of a decision about letters."""
+
+    done: int
+    refused: Sequence[RefusedLetter]
+
+
+_TAKEN = "the outbox has another event with this id: of another type or payment, or one that no worker can claim"
+_NOT_INSERTED = "the outbox did not take the event, and raised no error; a trigger or rule of the table may prevent it"
+_NOT_CLOSED = "the letter was not updated, and the table raised no error; a trigger, rule or policy may prevent it"
 
 
 class LetterCursor(NamedTuple):
@@ -206,7 +232,8 @@ def list_letters(
         conditions.append(tuple_(letters.c.dead_at, letters.c.event_id) > after)
     found = read_letters(session, tables, *conditions, limit=limit + 1)
     page = found[:limit]
-    return Page(page, LetterCursor(page[-1].dead_at, page[-1].event_id) if len(found) > limit else None)
+    last = page[-1] if len(found) > limit else None
+    return Page(page, LetterCursor(last.dead_at or _NEVER, last.event_id) if last else None)
 
 
 def read_letters(
@@ -260,16 +287,19 @@ def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
 
 
 def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) -> dict[str, Decimal]:
-    currency = currency_code(payments.c.currency)
-    rows = session.execute(select(currency, func.sum(payments.c.amount)).where(*which).group_by(currency))
+    currency = func.coalesce(currency_code(payments.c.currency), "NULL")
+    summed = func.coalesce(func.sum(payments.c.amount), 0)
+    is_fit = has_unfit_amount(payments).is_not(true())
+    rows = session.execute(select(currency, summed).where(*which, is_fit).group_by(currency))
     return {name: amount for name, amount in rows}  # noqa: C416 - unpacks rows
 
 
 def decide_letters(
     session: Session, tables: Tables, selection: Selection, decision: Decision, *, token: str, actor: str, why: str
-) -> int:
-    """Requeue or discard the previewed letters, and add a line to each note. Return the number of letters.
+) -> DecidedLetters:
+    """Requeue or discard the previewed letters, and add a line to each note.
 
+    A letter stays open if the database did not write everything that the decision needs. Its neighbours are decided.
     Raises Refused if one of the letters or one of their payments has changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
@@ -277,12 +307,71 @@ def decide_letters(
         raise Refused(
             "The dead letters or their payments have changed since the preview. Nothing was done; repeat the command."
         )
+    refused = _taken_ids(session, tables, ids) if decision is Decision.REQUEUE else {}
+    parts, done = [[each for each in ids if each not in refused]], 0
+    while parts:
+        part = parts.pop()
+        try:
+            with savepoint(session):
+                _carry_out(session, tables, part, decision, actor, why)
+            done += len(part)
+        except (DBAPIError, NothingWritten) as error:
+            if not _is_letters_fault(error):
+                raise
+            if len(part) == 1:
+                refused[part[0]] = str(error) if isinstance(error, NothingWritten) else describe(error)
+            else:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+    return DecidedLetters(done, [RefusedLetter(each, refused[each]) for each in ids if each in refused])
+
+
+def _is_letters_fault(error: DBAPIError | NothingWritten) -> bool:
+    """Return whether a single letter may be the cause of the error."""
+    return isinstance(error, NothingWritten) or classify(error) in (Failure.EVENT, Failure.GUARD)
+
+
+def _carry_out(session: Session, tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> None:
+    """Write the decision about these letters. Raises NothingWritten if the database did not write every row."""
+    if not ids:
+        return
     if decision is Decision.REQUEUE:
         session.execute(_requeue(tables, ids))
+        if session.scalars(_count_waiting(tables, ids)).one() != len(ids):
+            raise NothingWritten(_NOT_INSERTED)
     updated = session.execute(_resolve(tables, ids, decision, actor, why)).rowcount  # type: ignore[attr-defined]
     if updated != len(ids):
-        raise Inconsistent(f"{decision} updated {updated} dead letters instead of {len(ids)}")
-    return len(ids)
+        raise NothingWritten(_NOT_CLOSED)
+
+
+def _taken_ids(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID, str]:
+    """what: the letters whose event id belongs to another event in the outbox, each with a reason
+    lock: none · index: outbox.event_id
+    """
+    kept = _events_of(tables, ids)
+    taken = select(kept.c.event_id).join(tables.outbox, tables.outbox.c.event_id == kept.c.event_id)
+    return dict.fromkeys(session.scalars(taken.where(_is_the_same(kept, tables.outbox).is_not(true()))), _TAKEN)
+
+
+def _count_waiting(tables: Tables, ids: Sequence[UUID]) -> Select[Any]:
+    """what: how many of the letters' events wait in the outbox · lock: none · index: outbox.event_id"""
+    kept = _events_of(tables, ids)
+    waiting = select(func.count(kept.c.event_id.distinct()))
+    waiting = waiting.join_from(kept, tables.outbox, tables.outbox.c.event_id == kept.c.event_id)
+    return waiting.where(_is_the_same(kept, tables.outbox))
+
+
+def _events_of(tables: Tables, ids: Sequence[UUID]) -> FromClause:
+    """Build the events of letters, as they were in the outbox."""
+    letters = tables.dead_letters
+    content = payload.from_dead_letter(letters.c.payload, tables.outbox).label("payload")
+    return select(letters.c.event_id, letters.c.event_type, content).where(_among(letters, ids)).subquery("kept")
+
+
+def _is_the_same(kept: FromClause, outbox: FromClause) -> ColumnElement[bool]:
+    """Build the condition that the event in the outbox is the letter's event, and that a worker can claim it."""
+    of_one_payment = payload.payment_id_text(outbox).is_not_distinct_from(payload.payment_id_text(kept))
+    return and_(outbox.c.event_type == kept.c.event_type, of_one_payment, is_claimable(outbox))
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
@@ -337,7 +426,7 @@ def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
         letters.c.headers,
         letters.c.created_at,
         func.clock_timestamp(),
-    ).where(_among(letters, ids), letters.c.event_id.not_in(select(outbox.c.event_id)))
+    ).where(_among(letters, ids), ~exists().where(outbox.c.event_id == letters.c.event_id))
     return postgresql.insert(outbox).from_select(columns, again, include_defaults=False).on_conflict_do_nothing()
 
 

@@ -32,6 +32,7 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    or_,
     select,
     true,
     tuple_,
@@ -50,6 +51,7 @@ from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Rea
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of, window_of, within
+from outbox_worker.store.queries import is_claimable
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200
@@ -241,6 +243,19 @@ class Outbox:
         due, waiting, oldest = session.execute(self._backlog).one()
         return Backlog(due, waiting, oldest or 0.0)
 
+    def never_claimed(self, session: Session, nullable: Collection[str]) -> int:
+        """Count the events that no worker can ever claim: without a due time, id or type, or due at ``infinity``.
+
+        ``nullable``: the keys of the columns that may be NULL. Count at most ``BACKLOG_BOUND``.
+        """
+        outbox = self._tables.outbox
+        lacks: list[ColumnElement[bool]] = [
+            outbox.c[key].is_(None) for key in ("due_at", "event_id", "event_type") if key in nullable
+        ]
+        counted = _never_claimed_statement(outbox, lacks, self._ours(), self.BACKLOG_BOUND)
+        found: int = session.scalars(counted).one()
+        return found
+
 
 def _claim_of(row: Row[Any]) -> Claim:
     if row.ids is None:
@@ -271,7 +286,7 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
     )
     return _gathered(
         _keys(outbox)
-        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *ours)
+        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *_complete(outbox), *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(bindparam("limit", type_=BigInteger))
         .with_for_update(skip_locked=True)
@@ -281,6 +296,20 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
 def _claim_isolated_statement(outbox: Table) -> Select[Any]:
     """what: claims one event by its id · lock: FOR UPDATE (waits) · index: primary key"""
     return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
+
+
+def _complete(outbox: FromClause) -> list[ColumnElement[bool]]:
+    """Build the conditions that the event has an id and a type, because an adopted table may allow NULL.
+
+    The worker cannot mark an event without an id, and has no handler for an event without a type. It never claims them.
+    ``doctor`` and ``status`` report them.
+    """
+    return [outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None)]
+
+
+def _counted(column: ColumnElement[int]) -> ColumnElement[int]:
+    """Build the value of a counter; a missing value is 0."""
+    return func.coalesce(column, 0)
 
 
 def _due_by() -> ColumnElement[Any]:
@@ -294,8 +323,8 @@ def _keys(outbox: Table) -> Select[Any]:
         outbox.c.event_id,
         func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
         payload.claim_columns(outbox),
-        outbox.c.attempts,
-        outbox.c.crashes,
+        _counted(outbox.c.attempts).label("attempts"),
+        _counted(outbox.c.crashes).label("crashes"),
         seconds_since(outbox.c.due_at).label("lateness"),
         outbox.c.due_at.label("due_at"),
     )
@@ -334,8 +363,8 @@ def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update
     lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key if ``ours`` names the event
     """
     first = (
-        select(outbox.c.id, outbox.c.crashes, cast(outbox.c.due_at, Text).label("due_at"))
-        .where(outbox.c.due_at <= _due_by(), *ours)
+        select(outbox.c.id, _counted(outbox.c.crashes).label("crashes"), cast(outbox.c.due_at, Text).label("due_at"))
+        .where(outbox.c.due_at <= _due_by(), *_complete(outbox), *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -356,16 +385,28 @@ def _clear_crash_statement(outbox: Table) -> Update:
 def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
     """what: whether any event is due · lock: none · index: (due_at, id)"""
     due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))
-    return select(select(outbox.c.id).where(due, *ours).exists())
+    return select(select(outbox.c.id).where(due, *_complete(outbox), *ours).exists())
 
 
 def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
     """what: counts due and later events up to a bound, age of the oldest · lock: none · index: (due_at, id)"""
     now = func.statement_timestamp()
+    ours = [*_complete(outbox), *ours]
     due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
-    later = select(outbox.c.id).where(outbox.c.due_at > now, *ours).limit(bound).subquery()
+    later = select(outbox.c.id).where(outbox.c.due_at > now, is_claimable(outbox), *ours).limit(bound).subquery()
     waiting = select(func.count()).select_from(later).scalar_subquery()
     return select(func.count(), waiting, seconds_since(func.min(due.c.due_at))).select_from(due)
+
+
+def _never_claimed_statement(
+    outbox: Table, lacks: list[ColumnElement[bool]], ours: list[ColumnElement[bool]], bound: int
+) -> Select[Any]:
+    """what: counts events that can never be claimed, up to a bound
+    lock: none · index: (due_at, id) and event_id; if the type may be NULL, the outbox is read once
+    """
+    is_never_due = outbox.c.due_at >= literal_column("CAST('infinity' AS timestamptz)")
+    found = select(outbox.c.id).where(or_(is_never_due, *lacks), *ours).limit(bound).subquery()
+    return select(func.count()).select_from(found)
 
 
 def _remove_statement(outbox: Table) -> Delete:
@@ -381,7 +422,7 @@ def _postpone_statement(outbox: Table) -> Update:
         .where(outbox.c.id == given.c.id, outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
         .values(
             due_at=func.clock_timestamp() + type_coerce(given.c.delay, Interval()),
-            attempts=outbox.c.attempts + given.c.charge,
+            attempts=_counted(outbox.c.attempts) + given.c.charge,
             last_error=func.coalesce(given.c.error, outbox.c.last_error),
         )
     )
@@ -394,11 +435,12 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     letters = tables.dead_letters
     given = _arrays(payment_id=postgresql.UUID(as_uuid=False), reason=Text(), detail=Text())
     outbox = event_of(given, tables.outbox)
-    copied = {key: outbox.c[key] for key in ("event_id", "event_type", "headers", "created_at")}
+    copied = {key: outbox.c[key] for key in ("event_id", "event_type", "headers")}
     written = copied | {
+        "created_at": func.coalesce(outbox.c.created_at, func.clock_timestamp()),
         "payload": payload.to_dead_letter(outbox),
         "payment_id": given.c.payment_id,
-        "attempts": outbox.c.attempts + 1,
+        "attempts": _counted(outbox.c.attempts) + 1,
         "reason": given.c.reason,
         "detail": given.c.detail,
         "dead_at": func.clock_timestamp(),

@@ -42,7 +42,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import window_of
 from outbox_worker.store.identity import comparable_pair, has_pair, pair_key, same_pair, written_order
-from outbox_worker.store.payment_classes import PaymentClass, class_among
+from outbox_worker.store.payment_classes import READ_TO_CLASSIFY, class_among
 from outbox_worker.store.queries import is_succeeded
 
 
@@ -73,7 +73,8 @@ class StandingPayment(NamedTuple):
     """A succeeded payment of a pair, with its class."""
 
     payment_id: str
-    kind: PaymentClass
+    kind: str
+    """A value of ``PaymentClass``, or ``payment_classes.CANNOT_BE_JUDGED``."""
 
 
 EventOf = Callable[[FromClause, Table], FromClause]
@@ -114,9 +115,10 @@ def payment_of(claimed: FromClause, payments: Table) -> FromClause:
     return row.offset(literal_column("0")).lateral("payment")
 
 
-def _purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
-    """Build a lateral subquery that finds the pair in the purchase of a claimed event's payment."""
-    row = select(purchases.c.student_id, purchases.c.course_id).where(purchases.c.payment_id == claimed.c.payment_id)
+def purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
+    """Build a lateral subquery that finds the purchase of a claimed event's payment."""
+    read = (purchases.c[key] for key in ("student_id", "course_id", "amount", "currency"))
+    row = select(*read).where(purchases.c.payment_id == claimed.c.payment_id)
     return row.limit(literal_column("1")).lateral("purchase")
 
 
@@ -162,8 +164,10 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     )
     outbox = event_of(claimed, tables.outbox)
     own, held = purchases.alias("own"), purchases.alias("held")
-    active = select(func.bool_or(own.c.is_active)).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
-    bought = _purchase_of(claimed, purchases)
+    is_active = func.bool_or(own.c.is_active.is_(true()))  # a purchase whose is_active is NULL is not active
+    active = select(is_active).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
+    status = func.coalesce(cast(payments.c.status, Text), "")  # NULL would mean that there is no payment row
+    bought = purchase_of(claimed, purchases)
     return (
         select(
             claimed.c.id,
@@ -172,7 +176,8 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
             marks.c.outcome.label("marked_outcome"),
             marks.c.payment_id.label("marked_payment_id"),
             active.label("purchase_active"),
-            cast(payments.c.status, Text).label("payment_status"),
+            case((payments.c.id.is_not(None), status)).label("payment_status"),
+            and_(*(payments.c[key].is_not(None) for key in ("student_id", "course_id"))).label("has_pair"),
             payload.mismatched_keys(tables.ids, payload_source(claimed, outbox), payments).label("mismatches"),
             exists().where(holds_pair(tables.ids, held, payments)).label("pair_held"),
             pair_key(tables.ids, payments, bought).label("key"),
@@ -195,6 +200,7 @@ def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFa
         payment_status=row.payment_status,
         mismatches=tuple(row.mismatches),
         pair_held=row.pair_held,
+        has_pair=row.has_pair,
         last_try=last_try,
     )
     return EventFacts(facts, row.key)
@@ -206,7 +212,7 @@ def standing_statement(tables: Tables) -> Select[Any]:
     scanned once; the outbox is scanned once if purchases are not enough to classify each payment
     """
     claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
-    refunded, own = payment_of(claimed, payments), _purchase_of(claimed, purchases)
+    refunded, own = payment_of(claimed, payments), purchase_of(claimed, purchases)
     pairs = (
         select(claimed.c.id, *comparable_pair(tables.ids, refunded, own))
         .select_from(claimed)
@@ -215,7 +221,7 @@ def standing_statement(tables: Tables) -> Select[Any]:
         .cte("pairs")
         .prefix_with("MATERIALIZED")
     )
-    read = [payments.c[key] for key in ("id", "student_id", "course_id", "created_at")]
+    read = [payments.c[key] for key in READ_TO_CLASSIFY]
     stands = select(pairs.c.id.label("event"), *read)
     stands = stands.select_from(pairs.join(payments, has_pair(tables.ids, payments, pairs)))
     standing = stands.where(is_succeeded(payments)).cte("standing").prefix_with("MATERIALIZED")

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sqlalchemy import ColumnElement, FromClause, Text, and_, case, cast, false, func, true
+from sqlalchemy import ColumnElement, FromClause, Text, and_, case, cast, false, func, literal_column, true
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, array
 
 from outbox_worker.database.arrays import ArrayText
@@ -64,10 +64,14 @@ def document(outbox: FromClause) -> ColumnElement[Any]:
 
 
 def to_dead_letter(outbox: FromClause) -> ColumnElement[Any]:
-    """Convert a payload to the jsonb value of its dead letter. A json or text payload becomes one JSON string."""
+    """Convert a payload to the jsonb value of its dead letter. A json or text payload becomes one JSON string.
+
+    A missing payload becomes a JSON null, because a dead letter must have a payload.
+    """
+    null: ColumnElement[Any] = literal_column("CAST('null' AS jsonb)")
     if not is_document(outbox):
-        return outbox.c.payload
-    return func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT))
+        return func.coalesce(outbox.c.payload, null)
+    return func.coalesce(func.to_jsonb(func.left(cast(outbox.c.payload, Text), _LONGEST_KEPT)), null)
 
 
 def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElement[Any]:

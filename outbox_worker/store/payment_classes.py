@@ -29,6 +29,7 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    not_,
     or_,
     select,
     true,
@@ -37,13 +38,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker.database.arrays import Keys
-from outbox_worker.database.expressions import readable, seconds_since
+from outbox_worker.database.expressions import is_readable, readable, seconds_since
 from outbox_worker.model import CONTRADICTIONS, PURCHASE_CONFIRMED, WAIVABLE, DeadLetterState, PaymentStatus
 from outbox_worker.schema.ids import PairIds
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.identity import folded_pair, same_pair
-from outbox_worker.store.queries import currency_code, has_status, is_succeeded
+from outbox_worker.store.queries import currency_code, has_status, is_claimable, is_succeeded
 
 
 class PaymentClass(StrEnum):
@@ -68,8 +69,22 @@ REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
 """A kind of payment. Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing* (succeeded and not
 refunded). An operator should check them."""
+CANNOT_BE_JUDGED = "cannot_be_judged"
+"""The kind of a standing payment that would be unexplained, but has a value that prevents a judgement.
 
-_READ = ("id", "student_id", "course_id", "amount", "currency", "status", "created_at")
+Examples: no student, no currency, a time of ``infinity``. A payment whose amount is negative, infinite or not a number
+is of this kind even if it has a purchase, because no sum can include its amount. No backfill makes a purchase for a
+payment of this kind: a person must correct the value first.
+"""
+CURRENCY_MAX = 100
+"""The largest number of characters of a currency. A payment with a longer currency cannot be judged."""
+
+READ_TO_CLASSIFY = ("id", "student_id", "course_id", "amount", "currency", "created_at")
+"""The columns of payments that determine the class of a standing payment."""
+_READ = (*READ_TO_CLASSIFY, "status")
+
+_NULL = "NULL"
+"""The name of a missing currency or status in the output of the audit."""
 
 Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 
@@ -88,7 +103,8 @@ def page_statement(
         after = [cast(bindparam(f"after_{each.key}", type_=Text), each.type) for each in keys]
         read = read.where(tuple_(*keys) > tuple_(*after))
     page = _materialized(read.order_by(*keys).limit(bindparam("limit", type_=BigInteger)), "page")
-    classed = _classed(page, case(*_by_purchase(page, tables, by_index)), tables, by_index).where(_is_judged(page))
+    equation = case((page.c.id.is_(None), CANNOT_BE_JUDGED), *_by_purchase(page, tables, by_index))
+    classed = _classed(page, equation, tables, by_index).where(_is_judged(page))
     found = _gathered(tables.ids, _materialized(classed, "classed"), literal(False), lists_duplicates).subquery("found")
     last = select(array([cast(page.c[key], Text) for key in order])).offset(func.greatest(_count(page) - 1, 0)).limit(1)
     end = select(_count(page).label("passed"), last.scalar_subquery().label("last")).subquery("end")
@@ -111,6 +127,43 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
     return _gathered(tables.ids, judged, bindparam("lists", type_=Boolean), lists_duplicates)
 
 
+def ahead_statement(tables: Tables) -> Select[Any]:
+    """what: ids of standing payments without a purchase that are dated more than ``RECENT`` in the future
+    lock: none · index: the shop's index on created_at, if any; purchases.payment_id
+    """
+    payments, own = tables.payments, tables.purchases
+    is_ahead = payments.c.created_at > func.statement_timestamp() + literal(RECENT, Interval)
+    has_none = ~select(own.c.payment_id).where(own.c.payment_id == payments.c.id).exists()
+    found = select(cast(payments.c.id, Text)).where(is_ahead, is_succeeded(payments), has_none)
+    return found.order_by(payments.c.created_at, payments.c.id).limit(bindparam("limit", type_=BigInteger))
+
+
+def why_not_judged(payments: FromClause) -> ColumnElement[str | None]:
+    """Build the reason why a payment cannot be judged, as a text for people; NULL if it can be judged."""
+    read = payments.c
+    return case(
+        (read.id.is_(None), "it has no id"),
+        (read.amount < 0, "its amount is negative"),
+        (has_unfit_amount(payments), "its amount is not a finite number"),
+        (read.student_id.is_(None), "it names no student"),
+        (read.course_id.is_(None), "it names no course"),
+        (read.amount.is_(None), "it has no amount"),
+        (func.coalesce(func.btrim(cast(read.currency, Text)), "") == "", "it has no currency"),
+        (func.length(cast(read.currency, Text)) > CURRENCY_MAX, "its currency is too long"),
+        (read.created_at.is_(None), "it has no created_at"),
+        (not_(is_readable(read.created_at)), "its created_at is infinite, before the year 1 or after the year 9999"),
+    )
+
+
+def has_unfit_amount(payments: FromClause) -> ColumnElement[bool]:
+    """Build the condition that no sum can include the amount: it is negative, infinite or not a number.
+
+    PostgreSQL sorts NaN after infinity.
+    """
+    amount = payments.c.amount
+    return or_(amount < 0, amount >= literal_column("CAST('Infinity' AS numeric)"))
+
+
 def waivable(letters: FromClause) -> ColumnElement[bool]:
     """Build the condition that discarding the letter waives the purchase of its payment, if the payment is standing."""
     reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
@@ -118,13 +171,14 @@ def waivable(letters: FromClause) -> ColumnElement[bool]:
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
-    """Classify a few standing payments, given as a relation (id, student_id, course_id).
+    """Classify a few standing payments, given as a relation with the columns ``READ_TO_CLASSIFY``.
 
     The CASE prevents the planner from using a join with the outbox. So the outbox is read at most once, even if its
     statistics are wrong.
     """
     outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
-    told = select(named).where(outbox.c.event_type == PURCHASE_CONFIRMED, case((named.in_(ids), true())))
+    of_ours = outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox)
+    told = select(named).where(*of_ours, case((named.in_(ids), true())))
     return _equation(few, tables, cast(few.c.id, Text).in_(told), by_index=False)
 
 
@@ -171,33 +225,39 @@ def _gathered(ids: PairIds, classed: CTE, lists: ColumnElement[bool], lists_dupl
     kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
     is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
     is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
-    is_listed = or_(kind == REFUNDED_BUT_ACTIVE, and_(lists, is_unexplained), is_duplicate)
-    listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id")}
+    is_unjudged = kind == CANNOT_BE_JUDGED
+    is_listed = or_(kind == REFUNDED_BUT_ACTIVE, is_unjudged, and_(lists, is_unexplained), is_duplicate)
+    listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id", "amount")}
     listed |= zip(("same_student", "same_course"), folded_pair(ids, classed), strict=True)
     listed["created_at"] = readable(classed.c.created_at)
     listed["age_seconds"] = seconds_since(classed.c.created_at)
+    listed["reason"] = case((is_unjudged, why_not_judged(classed)))
+    status = func.left(func.coalesce(cast(classed.c.status, Text), _NULL), CURRENCY_MAX)
     each = select(
         kind,
-        currency_code(classed.c.currency).label("currency"),
-        case((kind == UNKNOWN_STATUS, cast(classed.c.status, Text))).label("status"),
+        func.left(func.coalesce(currency_code(classed.c.currency), _NULL), CURRENCY_MAX).label("currency"),
+        case((kind == UNKNOWN_STATUS, status)).label("status"),
         and_(is_unexplained, is_recent).label("is_recent"),
         *(case((is_listed, value)).label(name) for name, value in listed.items()),
-        classed.c.amount.label("money"),
+        case((not_(has_unfit_amount(classed)), classed.c.amount)).label("money"),
         case((kind.is_(None), classed.c.id)).label("unclear_id"),
     ).subquery("each")
     keys = [each.c[key] for key in ("kind", "currency", "status", "is_recent", *listed)]
     unclear = func.array_agg(each.c.unclear_id).filter(each.c.unclear_id.is_not(None))
-    sums = [func.count().label("payments"), func.sum(each.c.money).label("amount"), cast(unclear, Text).label("ids")]
+    total = func.coalesce(func.sum(each.c.money), 0).label("money")
+    sums = [func.count().label("payments"), total, cast(unclear, Text).label("ids")]
     return select(*keys, *sums).group_by(*keys)
 
 
 def _equation(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool], by_index: bool) -> ColumnElement[str]:
     whens = [*_by_purchase(page, tables, by_index), *_otherwise(page, tables, is_in_flight)]
-    return case(*whens, else_=literal(PaymentClass.UNEXPLAINED.value))
+    not_judged = why_not_judged(page).is_not(None), literal(CANNOT_BE_JUDGED)
+    return case(*whens, not_judged, else_=literal(PaymentClass.UNEXPLAINED.value))
 
 
 def _by_purchase(page: CTE, tables: Tables, by_index: bool) -> Whens:
     return [
+        (has_unfit_amount(page), literal(CANNOT_BE_JUDGED)),
         (_has_purchase(page, tables, by_index, tables.purchases.c.is_active), literal(PaymentClass.ACTIVE.value)),
         (_has_purchase(page, tables, by_index), literal(PaymentClass.REVOKED.value)),
         (_pair_is_held(page, tables, by_index), literal(PaymentClass.DUPLICATE.value)),
@@ -218,11 +278,11 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
 
 
 def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
-    """Find payments that have a ``PURCHASE_CONFIRMED`` event in the outbox."""
+    """Find payments that have a ``PURCHASE_CONFIRMED`` event in the outbox, if a worker can ever claim the event."""
     outbox = tables.outbox
     is_named = _named(tables) == cast(page.c.id, Text)
-    of_ours = outbox.c.event_type == PURCHASE_CONFIRMED
-    return select(page.c.id).select_from(page.join(outbox, is_named)).where(of_ours).distinct()
+    of_ours = outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox)
+    return select(page.c.id).select_from(page.join(outbox, is_named)).where(*of_ours).distinct()
 
 
 def _named(tables: Tables) -> ColumnElement[Any]:

@@ -52,7 +52,7 @@ from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, on_active_pair
-from outbox_worker.store.identity import written_order
+from outbox_worker.store.identity import comparable_pair, written_order
 from outbox_worker.store.pairs import (
     EventFacts,
     EventOf,
@@ -66,9 +66,9 @@ from outbox_worker.store.pairs import (
     look_statement,
     payload_source,
     payment_of,
+    purchase_of,
     standing_statement,
 )
-from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import is_succeeded
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
@@ -160,7 +160,7 @@ class PurchaseRepository:
         found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
             for row in self._standing.execute(session, keys_of(batch)):
-                found.setdefault(row.id, []).append(StandingPayment(row.payment_id, PaymentClass(row.kind)))
+                found.setdefault(row.id, []).append(StandingPayment(row.payment_id, row.kind))
         return found
 
     def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
@@ -254,6 +254,7 @@ def _insert_statement(
         .join(outbox, true())
         .join(payments, true())
         .where(~exists().where(purchases.c.payment_id == payments.c.id))
+        .where(payments.c.student_id.is_not(None), payments.c.course_id.is_not(None))
         .order_by(*written_order(tables.ids, payments), outbox.c.due_at, outbox.c.id)
     )
     if nothing_against:
@@ -293,15 +294,22 @@ def _nothing_speaks_against(
 def _revoke_statement(tables: Tables) -> postgresql.Insert:
     """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order that all workers use
     lock: pairs (already locked), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
+
+    PostgreSQL checks NOT NULL before ON CONFLICT. So a value that the shop erased from the payment is read from the
+    purchase.
     """
     claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
+    own = purchase_of(claimed, purchases)
+    read = ("student_id", "course_id", "amount", "currency")
+    student, course, amount, currency = (func.coalesce(payments.c[key], own.c[key]) for key in read)
     source = (
-        select(*_copied_columns(payments), false(), now, now)
+        select(student, course, payments.c.id, amount, currency, false(), now, now)
         .select_from(claimed)
         .join(outbox, true())
         .join(payments, true())
-        .order_by(*written_order(tables.ids, payments), outbox.c.due_at, outbox.c.id)
+        .outerjoin(own, true())
+        .order_by(*comparable_pair(tables.ids, payments, own), outbox.c.due_at, outbox.c.id)
     )
     columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
     statement = postgresql.insert(purchases).from_select([*columns, "deactivated_at"], source, include_defaults=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, FromClause, Text, cast, func, literal_column, select
+from sqlalchemy import ColumnElement, FromClause, Text, and_, cast, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.model import PaymentStatus
@@ -37,3 +37,12 @@ def has_status(payments: FromClause, status: PaymentStatus) -> ColumnElement[boo
 def is_succeeded(payments: FromClause) -> ColumnElement[bool]:
     """Build the condition that the payment succeeded and is not refunded. Such a payment is called *standing*."""
     return has_status(payments, PaymentStatus.SUCCEEDED)
+
+
+def is_claimable(outbox: FromClause) -> ColumnElement[bool]:
+    """Build the condition that a worker can claim the event, now or later. Adopted tables may lack these values.
+
+    Without a due time, an event is never due. Without an id, the event has no mark. Without a type, no handler exists.
+    """
+    is_due_sometime = outbox.c.due_at < literal_column("CAST('infinity' AS timestamptz)")
+    return and_(is_due_sometime, outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None))

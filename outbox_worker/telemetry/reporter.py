@@ -73,6 +73,13 @@ class Telemetry:
             "ready; {}", count_of(concurrency, "claim loop")
         )
 
+    def nullable_columns(self, columns: Sequence[str]) -> None:
+        """Log at start which columns may be NULL, although the worker needs a value."""
+        logger.bind(event="nullable_columns", columns=columns).warning(
+            "{} may be NULL, but the worker needs a value in each row. For the remedy, run: outbox-worker doctor",
+            count_of(len(columns), "column"),
+        )
+
     def isolating_after_crash(self, events: int) -> None:
         """Log that an earlier worker died, and that its events are therefore settled one by one."""
         logger.bind(event="going_carefully", events=events).warning(
@@ -193,6 +200,13 @@ class Telemetry:
         """Log that a periodic backfill found payments without a purchase, but is only allowed to report them."""
         logger.bind(event="payments_unexplained", payments=payments, money=amount_texts(money)).warning(
             "{} without a purchase. To list them, run: outbox-worker backfill --dry-run", count_of(payments, "payment")
+        )
+
+    def payments_not_judged(self, payments: int) -> None:
+        """Log that a periodic backfill found payments whose values prevent a judgement."""
+        logger.bind(event="payments_not_judged", payments=payments).warning(
+            "{} cannot be judged, because a value is missing or cannot be used. To list them, run: outbox-worker audit",
+            count_of(payments, "payment"),
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:

@@ -32,7 +32,12 @@ def print_audit(report: AuditReport, limit: int) -> None:
     ]
     total = count_of(sum(report.counts.values()), "succeeded payment")
     terminal.columns(f"{total} (not refunded)", ["class", "payments", "money", "meaning"], rows, numbers=(1, 2))
-    for title, found in (("unexplained", report.unexplained), ("refunded but active", report.refunded_but_active)):
+    lists = {
+        "unexplained": report.unexplained,
+        "refunded but active": report.refunded_but_active,
+        "cannot be judged": report.cannot_be_judged,
+    }
+    for title, found in lists.items():
         print_payments(title, found, limit)
     _print_doubled(report.pairs_twice_active, limit)
     if report.unknown_statuses:
@@ -45,13 +50,12 @@ def print_audit(report: AuditReport, limit: int) -> None:
     if report.ok:
         terminal.line("\nNothing is owed: every succeeded payment (not refunded) is explained.", "green")
     else:
-        unexplained, refunded = len(report.unexplained), len(report.refunded_but_active)
-        doubled = count_of(len(report.pairs_twice_active), "pair")
-        terminal.line(
-            f"\n{count_of(unexplained, 'payment')} unexplained; {count_of(refunded, 'payment')} refunded but active; "
-            f"{doubled} of student and course active twice.",
-            "red",
-        )
+        counts = {title: len(found) for title, found in lists.items()}
+        counts["of a status that is not known"] = sum(report.unknown_statuses.values())
+        told = [f"{count_of(n, 'payment')} {title}" for title, n in counts.items() if n or title in _ALWAYS_COUNTED]
+        if doubled := len(report.pairs_twice_active):
+            told.append(f"{count_of(doubled, 'pair')} of student and course active twice")
+        terminal.line(f"\n{'; '.join(told)}.", "red")
         terminal.line('What to do: docs/runbook.md, "The audit found something".')
 
 
@@ -70,7 +74,7 @@ def next_steps(report: AuditReport) -> list[list[str]]:
     steps = []
     if report.unexplained:
         steps.append(["backfill", "--dry-run"])
-    if found := [*report.unexplained, *report.refunded_but_active]:
+    if found := [*report.unexplained, *report.refunded_but_active, *report.cannot_be_judged]:
         steps.append(["why", str(found[0].payment_id)])
     if report.pairs_twice_active:
         steps.append(["why", report.pairs_twice_active[0].purchase_ids[0]])
@@ -82,6 +86,7 @@ def next_steps(report: AuditReport) -> list[list[str]]:
 
 
 _STATUSES = ", ".join(PaymentStatus)
+_ALWAYS_COUNTED = ("unexplained", "refunded but active")
 
 MEANINGS = {
     PaymentClass.ACTIVE: "the purchase is there",

@@ -28,6 +28,8 @@ def backfill_object(report: BackfillReport) -> dict[str, Any]:
         "payments_per_second": report.payments_per_second,
         "owed": report.owed,
         "duplicates": report.duplicates,
+        "withheld": report.withheld,
+        "cannot_be_judged": report.cannot_be_judged,
         "contended": report.made.contended,
         "refused": [asdict(each.payment) | {"detail": each.detail} for each in report.made.refused],
     }
@@ -44,6 +46,8 @@ def print_backfill(report: BackfillReport, max_repairs: int, limit: int) -> None
     terminal.columns("", ["found", "payments", "money", "meaning"], _rows(report), numbers=(1, 2))
     print_payments("owed", report.owed if report.dry_run else [], limit)
     print_payments("duplicates", report.duplicates, limit)
+    print_payments("withheld (an older payment of the pair lies outside the range)", report.withheld, limit)
+    print_payments("cannot be judged", report.cannot_be_judged, limit)
     print_payments("contended", report.made.contended, limit)
     print_payments("refused", [each.payment for each in report.made.refused], limit)
     for detail in sorted({each.detail for each in report.made.refused}):
@@ -58,9 +62,10 @@ def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
         "made": "the purchase was made now",
         "recovered": "of these, made by an earlier backfill but deleted since",
         "duplicates": "paid again for the same course: no purchase made",
+        "withheld": "an older payment of the pair lies outside the range: no purchase made",
         "explained": "settled by somebody else after the scan",
-        "contended": "another transaction keeps student and course locked",
-        "refused": "the database refused the purchase",
+        "contended": "another transaction keeps student and course, or a row, locked",
+        "refused": "the database refused the purchase, or did not write it",
     }
     shown = {name: getattr(counts, name) for name in meanings}
     always = {"owed"} if report.dry_run else {"owed", "made"}
@@ -74,8 +79,12 @@ def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
 def _verdict(report: BackfillReport, max_repairs: int) -> str:
     owed, left = report.counts.owed.count, report.counts.contended.count + report.counts.refused.count
     if not report.dry_run:
-        settled = "Every owed purchase is settled." if owed else "Nothing was owed."
-        return settled if report.ok else f"{count_of(left, 'purchase')} could not be made; still owed."
+        outside = ", except for payments outside the range" if report.withheld else ""
+        settled = f"Every owed purchase is settled{outside}." if owed else f"Nothing was owed{outside}."
+        failed = f"{count_of(left, 'purchase')} could not be made; still owed." if left else ""
+        unjudged = f"{count_of(len(report.cannot_be_judged), 'payment')} cannot be judged; correct the listed values."
+        told = [failed, unjudged] if report.cannot_be_judged else [failed]
+        return settled if report.ok else " ".join(filter(None, told))
     if owed > max_repairs:
         return f"Nothing was changed. More purchases are owed than --max-repairs allows ({max_repairs:,})."
     return "Nothing was changed."
@@ -91,6 +100,10 @@ def next_steps(report: BackfillReport, span: Sequence[str], max_repairs: int) ->
         steps.append(["backfill", *span])
     if made.refused:
         steps.append(["why", str(made.refused[0].payment.payment_id)])
+    if report.withheld:
+        steps.append(["why", str(report.withheld[0].payment_id)])
+    if report.cannot_be_judged and report.cannot_be_judged[0].payment_id is not None:
+        steps.append(["why", str(report.cannot_be_judged[0].payment_id)])
     if counts.duplicates.count:
         steps.append(["duplicates", "list"])
     if counts.made.count:

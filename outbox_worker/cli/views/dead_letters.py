@@ -8,7 +8,7 @@ from outbox_worker import terminal
 from outbox_worker.cli.views.payments import money_line
 from outbox_worker.durations import count_of
 from outbox_worker.model import DeadLetterState
-from outbox_worker.store.dead_letters import Decision, Page, Preview
+from outbox_worker.store.dead_letters import DecidedLetters, Decision, Page, Preview
 
 
 def print_preview(seen: Preview, decision: Decision) -> None:
@@ -25,13 +25,20 @@ def print_preview(seen: Preview, decision: Decision) -> None:
     )
 
 
-def print_decided(seen: Preview, decision: Decision) -> None:
-    """Print how many dead letters were requeued or discarded, and what happens next."""
-    match decision:
-        case Decision.REQUEUE:
-            terminal.line(f"{count_of(seen.count, 'event')} requeued. Workers settle them like new events.", "green")
-        case Decision.DISCARD:
-            terminal.line(f"{count_of(seen.count, 'dead letter')} discarded. {_waived(seen)}", "green")
+def print_decided(seen: Preview, decided: DecidedLetters, decision: Decision) -> None:
+    """Print how many dead letters were requeued or discarded, what happens next, and which letters stay as they are."""
+    if decided.done and decision is Decision.REQUEUE:
+        terminal.line(f"{count_of(decided.done, 'event')} requeued. Workers settle them like new events.", "green")
+    elif decided.done:
+        waived = "" if decided.refused else f" {_waived(seen)}"
+        terminal.line(f"{count_of(decided.done, 'dead letter')} discarded.{waived}", "green")
+    if decided.refused:
+        terminal.line(f"{count_of(len(decided.refused), 'dead letter')} could not be {_DONE[decision]}:", "red")
+        rows = [(each.event_id, each.reason) for each in decided.refused]
+        terminal.columns("", ["event", "reason"], rows)
+
+
+_DONE = {Decision.REQUEUE: "requeued", Decision.DISCARD: "discarded"}
 
 
 def _waived(seen: Preview) -> str:
@@ -59,7 +66,7 @@ def print_letters(page: Page, state: DeadLetterState) -> None:
                 each.payment_id or "-",
                 each.reason,
                 each.attempts,
-                f"{each.dead_at:%Y-%m-%d %H:%M %Z}",
+                f"{each.dead_at:%Y-%m-%d %H:%M %Z}" if each.dead_at else "?",
                 each.detail,
             )
             for each in letters

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from outbox_worker import terminal
-from outbox_worker.cli.views.payments import money_line, payment_amount
+from outbox_worker.cli.views.payments import money_line
 from outbox_worker.durations import ago, count_of
 from outbox_worker.model import PaymentTotals
-from outbox_worker.money import amount_text
+from outbox_worker.money import amount_of, amount_text
 from outbox_worker.reconcile.duplicates import Duplicate, owed_back
 
 _OF_DUPLICATE = ("payment", "student", "course", "amount", "currency", "paid_at", "held_by", "held_since")
@@ -47,8 +47,8 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
             each.payment.payment_id,
             each.payment.student_id,
             each.payment.course_id,
-            payment_amount(each.payment),
-            ago(each.payment.age_seconds),
+            amount_of(each.payment.amount, each.payment.currency),
+            "-" if each.payment.age_seconds is None else ago(each.payment.age_seconds),
             each.held_by or "a gift",
         )
         for each in found[:limit]
@@ -76,7 +76,7 @@ def write_duplicates(found: Sequence[Duplicate]) -> None:
             paid.payment_id,
             paid.student_id,
             paid.course_id,
-            amount_text(paid.amount, paid.currency),
+            None if paid.amount is None else amount_text(paid.amount, paid.currency),
             paid.currency,
             paid.created_at,
         )

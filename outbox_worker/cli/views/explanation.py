@@ -13,8 +13,8 @@ from outbox_worker.cli.views.audit import MEANINGS
 from outbox_worker.decision import REFUND_RULES, RULES
 from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction, TimelineEntry
 from outbox_worker.diagnose.records import MarkRow, PurchaseRow, WaitingEvent
-from outbox_worker.model import PURCHASE_REFUNDED, DeadLetterState
-from outbox_worker.money import amount_text
+from outbox_worker.model import PURCHASE_REFUNDED, DeadLetterState, PaymentStatus
+from outbox_worker.money import amount_of
 from outbox_worker.store.dead_letters import DECIDABLE, Content, DeadLetter, history
 from outbox_worker.store.payment_classes import REFUNDED_BUT_ACTIVE, PaymentClass
 
@@ -25,7 +25,7 @@ _OCCASIONS = {
     Occasion.REQUEUED: "if it is requeued",
     Occasion.DELIVERED: "if it is delivered again",
     Occasion.BACKFILL: "by a backfill",
-    Occasion.NEVER: "and later: workers do not claim events of this type",
+    Occasion.NEVER: "and later: workers do not claim events of this type, or without a due time, id or type",
 }
 
 
@@ -45,6 +45,7 @@ def _story_object(story: PaymentStory) -> dict[str, Any]:
         "payment_id": story.payment_id,
         "payment": story.payment,
         "class": story.kind,
+        "not_judged": story.not_judged,
         "timeline": story.timeline,
         "events": [{"place": _place(trace)} | asdict(trace) for trace in story.traces],
         "now": [_prediction_object(prediction) for prediction in story.predictions],
@@ -175,12 +176,17 @@ def _heading(story: PaymentStory) -> list[tuple[str, object]]:
         ("payment", paid.id),
         ("student", paid.student_id),
         ("course", paid.course_id),
-        ("money", f"{amount_text(paid.amount, paid.currency)} {paid.currency}, {paid.status}"),
-        ("class", _class(story.kind, paid.status)),
+        ("money", f"{amount_of(paid.amount, paid.currency)}, {paid.status or 'NULL'}"),
+        ("class", _class(story, paid.status)),
     ]
 
 
-def _class(kind: str | None, status: str) -> str:
+def _class(story: PaymentStory, status: str | None) -> str:
+    kind = story.kind
+    if story.not_judged is not None:
+        return f"cannot be judged: {story.not_judged}"
+    if status not in set(PaymentStatus):
+        return f"not judged: its status is none of {', '.join(PaymentStatus)}"
     if kind is None:
         return f"none: a {status} payment is owed no purchase"
     return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"

@@ -7,8 +7,8 @@ from decimal import Decimal
 
 from outbox_worker import terminal
 from outbox_worker.durations import ago
-from outbox_worker.model import FoundPayment
-from outbox_worker.money import amount_text
+from outbox_worker.model import FoundPayment, UnjudgedPayment
+from outbox_worker.money import amount_of, amount_text
 
 
 def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> None:
@@ -20,20 +20,17 @@ def print_payments(title: str, found: Sequence[FoundPayment], limit: int) -> Non
             each.payment_id,
             each.student_id,
             each.course_id,
-            payment_amount(each),
-            ago(each.age_seconds),
+            amount_of(each.amount, each.currency),
+            "-" if each.age_seconds is None else ago(each.age_seconds),
+            *([each.reason] if isinstance(each, UnjudgedPayment) else []),
         )
         for each in found[:limit]
     ]
     if rows:
-        terminal.columns(f"\n{title}", ["payment", "student", "course", "amount", "age"], rows, numbers=(3, 4))
+        headings = ["payment", "student", "course", "amount", "age", "reason"][: len(rows[0])]
+        terminal.columns(f"\n{title}", headings, rows, numbers=(3, 4))
     if len(found) > limit:
         terminal.line(f"… and {len(found) - limit:,} more {title}; use --limit N or --json to see more.", "dim")
-
-
-def payment_amount(payment: FoundPayment) -> str:
-    """Return the amount of a payment and its currency."""
-    return f"{amount_text(payment.amount, payment.currency)} {payment.currency}"
 
 
 def money_line(money: Mapping[str, Decimal]) -> str:

@@ -20,6 +20,7 @@ def print_status(now: Status) -> None:
             ("guard", now.guard),
             ("due", f"{backlog.due:,} (oldest for {ago(backlog.oldest_due_seconds)})" if backlog.due else "0"),
             ("waiting", f"{backlog.waiting:,} (due later)" if backlog.waiting else "0"),
+            *([("never claimed", f"{now.never_claimed:,} (no due time, id or type)")] if now.never_claimed else []),
             ("open dead letters", f"{now.open_letters:,}"),
             ("settled per second", f"{now.events_per_second():,.1f}"),
             *([("adopted tables", ", ".join(now.adopted))] if now.adopted else ()),
@@ -50,7 +51,8 @@ def print_status(now: Status) -> None:
 def next_steps(now: Status) -> list[list[str]]:
     """Return the commands to run next: ``run`` if events are due but no worker runs, and the list of dead letters."""
     is_idle = bool(now.backlog.due) and not any(condition(row) == "running" for row in now.workers)
-    return [*([["run"]] if is_idle else []), *([["dead-letters", "list"]] if now.open_letters else [])]
+    steps = [["doctor"]] if now.never_claimed else []
+    return [*([["run"]] if is_idle else []), *steps, *([["dead-letters", "list"]] if now.open_letters else [])]
 
 
 def status_object(now: Status) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def status_object(now: Status) -> dict[str, Any]:
         "time": now.time,
         "guard": now.guard,
         "backlog": now.backlog,
+        "never_claimed": now.never_claimed,
         "dead_letters": {"open": now.open_letters},
         "events_per_second": now.events_per_second(),
         "ignored": now.ignored,

@@ -19,6 +19,7 @@ from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
 from outbox_worker.schema.concerns import find_unfit_index, find_unlogged
 from outbox_worker.schema.ids import SameId
+from outbox_worker.schema.nullable import find_nullable
 from outbox_worker.schema.privileges import STRUCTURE
 from outbox_worker.schema.requirements import find_narrower, find_problems, with_ids_as_found
 from outbox_worker.schema.tables import PAIR_INDEX, Tables, quoted, relation_name
@@ -63,10 +64,12 @@ _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
 def tables(subject: Subject) -> Iterator[Finding]:
-    """Report missing or wrong tables, columns, types and unique keys."""
+    """Report missing or wrong tables, columns, types and unique keys, and columns that may be NULL."""
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
-    if not problems:
+    nullable = find_nullable(subject.session, subject.tables)
+    yield from (problem(each.finding, each.remedy) for each in nullable)
+    if not problems and not nullable:
         adopted = adopted_tables(subject.session, subject.tables)
         count = len(subject.tables.by_role())
         yield ok(f"all {count} tables have what the worker needs; adopted: {', '.join(adopted) or 'none'}")

@@ -64,7 +64,7 @@ def test_it_proves_that_nothing_is_owed(short: Path) -> None:
 @pytest.mark.parametrize("fault", ["doubled", "unpaid", "lost", "unexplained", None])
 def test_the_proof_fails_where_anything_is_wrong(fault: str | None) -> None:
     found = {each: int(each == fault) for each in ("doubled", "unpaid", "lost")}
-    report = AuditReport(dict.fromkeys(PaymentClass, 2), {}, [ANY] * (fault == "unexplained"), [], [], {}, 0)
+    report = AuditReport(dict.fromkeys(PaymentClass, 2), {}, [ANY] * (fault == "unexplained"), [], [], [], {}, 0)
     proof = Proof(audit=report, outcomes={}, **found)
     assert proof.holds is (fault is None)
     assert proof.sentence().startswith("NOT proved: " if fault else "Proved: of 14 payments,")

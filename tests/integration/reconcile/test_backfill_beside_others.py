@@ -59,7 +59,7 @@ def reuse_its_mark(shop: Shop, payment: Payment) -> None:
 
 
 @pytest.mark.usefixtures("both_guards")
-@pytest.mark.parametrize("change", [refund, revoke, give, waive, contradict, forget, reuse_its_mark, Shop.confirm])
+@pytest.mark.parametrize("change", [refund, revoke, give, waive, contradict, forget, Shop.confirm])
 def test_it_looks_again_before_it_writes(
     change: Callable[[Shop, Payment], None], operator: Operator, shop: Shop
 ) -> None:
@@ -73,6 +73,20 @@ def test_it_looks_again_before_it_writes(
         row.payment_id
         for row in shop.rows("SELECT payment_id FROM purchases WHERE is_active AND payment_id IS NOT NULL")
     ] == [owed.id]
+
+
+@pytest.mark.usefixtures("both_guards")
+def test_what_is_not_written_and_not_explained_is_refused(operator: Operator, shop: Shop) -> None:
+    """Its mark names another payment, so ``decide`` grants nothing; but nothing explains the payment either."""
+    owed, changed = shop.payment(), shop.payment()
+    work = operator.begin()
+    assert work.look(always) == 2
+    reuse_its_mark(shop, changed)
+    report = work.make(always)
+    assert [each.payment_id for each in report.made.created] == [owed.id]
+    assert [each.payment.payment_id for each in report.made.refused] == [changed.id]
+    assert report.made.refused[0].detail.startswith("event_id_reused: marked for payment")
+    assert (report.counts.explained.count, report.ok) == (0, False)
 
 
 def test_a_purchase_that_is_being_written_is_waited_for(operator: Operator, shop: Shop, connect: Connect) -> None:

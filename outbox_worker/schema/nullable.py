@@ -1,0 +1,134 @@
+"""Finds columns that may be NULL although the worker needs a value, and prints the statements that forbid NULL.
+
+No such column stops the worker: a NULL is the trouble of its own row only. But nobody would notice the row otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Table, text
+from sqlalchemy.orm import Session
+
+from outbox_worker.schema.catalogue import actual_columns, exists
+from outbox_worker.schema.privileges import may
+from outbox_worker.schema.requirements import NEVER_READ, SchemaProblem
+from outbox_worker.schema.tables import Tables, quoted, relation_name
+
+_VALUES: Mapping[tuple[str, str], str] = {
+    ("outbox", "event_id"): "gen_random_uuid()",
+    ("outbox", "created_at"): "now()",
+    ("outbox", "due_at"): "now()",
+    ("outbox", "attempts"): "0",
+    ("outbox", "crashes"): "0",
+    ("purchases", "is_active"): "false",
+    ("processed_events", "processed_at"): "now()",
+    ("dead_letters", "attempts"): "0",
+}
+"""The value that means the same to the worker as NULL, or that lets the worker claim the event.
+
+Only a person can find the value of any other column.
+"""
+
+_NEVER_CLAIMED = ("event_id", "event_type", "due_at")
+"""The columns of the outbox without which no worker claims an event."""
+
+# what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's own
+_OWNER = text(
+    "SELECT quote_ident(pg_get_userbyid(relowner)) AS name, pg_has_role(relowner, 'USAGE') AS is_us"
+    " FROM pg_class WHERE oid = to_regclass(:relation)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Nullable:
+    """A table and the keys of its columns that may be NULL but should not."""
+
+    role: str
+    table: Table
+    keys: Sequence[str]
+
+    def names(self, keys: Collection[str]) -> str:
+        return ", ".join(quoted(self.table.c[key].name) for key in self.keys if key in keys)
+
+
+def nullable_keys(session: Session, role: str, table: Table) -> list[str]:
+    """Return the keys of the columns that may be NULL in the database, although the worker needs a value."""
+    actual = actual_columns(session, relation_name(table))
+    needed = [each for each in table.columns if not each.nullable and (role, each.key) not in NEVER_READ]
+    return [each.key for each in needed if each.name in actual and actual[each.name].may_be_null]
+
+
+def nullable_columns(session: Session, tables: Tables) -> list[str]:
+    """Return the names of all columns that may be NULL, although the worker needs a value. Reads no rows."""
+    return [
+        f"{relation_name(each.table)}.{quoted(each.table.c[key].name)}"
+        for each in _nullable(session, tables)
+        for key in each.keys
+    ]
+
+
+def find_nullable(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a problem for each table with such columns. The remedy can be pasted, whether or not rows have NULL.
+
+    This may read whole tables. A column of which this role may not read the values counts as a column without NULL.
+    """
+    return [problem for each in _nullable(session, tables) for problem in _problems(session, each)]
+
+
+def _nullable(session: Session, tables: Tables) -> Iterator[_Nullable]:
+    for role, table in tables.by_role().items():
+        if exists(session, table) and (keys := nullable_keys(session, role, table)):
+            yield _Nullable(role, table, keys)
+
+
+def _problems(session: Session, found: _Nullable) -> Iterator[SchemaProblem]:
+    name = relation_name(found.table)
+    empty = [key for key in found.keys if _has_null(session, found.table, key)]
+    fillable = [key for key in empty if (found.role, key) in _VALUES]
+    undecided = [key for key in empty if key not in fillable]
+    if undecided:
+        nulls = " OR ".join(f"{quoted(found.table.c[key].name)} IS NULL" for key in undecided)
+        yield SchemaProblem(
+            f"{name} has rows in which a value is NULL: {found.names(undecided)}{_consequence(found, undecided)}",
+            f"give these rows a value or delete them, then run doctor again: SELECT * FROM {name} WHERE {nulls};",  # noqa: S608
+        )
+    if settled := [key for key in found.keys if key not in undecided]:
+        filled = f", and there are rows with NULL: {found.names(fillable)}" if fillable else ""
+        yield SchemaProblem(
+            f"columns of {name} may be NULL: {found.names(settled)}{filled}{_consequence(found, settled)}",
+            _as_owner(session, name) + " ".join([*_updates(found, fillable), _alter(found, settled)]),
+        )
+
+
+def _has_null(session: Session, table: Table, key: str) -> bool:
+    """what: whether a row has NULL in a column · lock: none · index: one on the column, else the table is read"""
+    if not may(session, table, "SELECT", [key]):
+        return False
+    asked = f"SELECT EXISTS (SELECT FROM {relation_name(table)} WHERE {quoted(table.c[key].name)} IS NULL)"  # noqa: S608
+    return bool(session.scalar(text(asked)))
+
+
+def _consequence(found: _Nullable, keys: Collection[str]) -> str:
+    lacking = found.names(set(_NEVER_CLAIMED).intersection(keys)) if found.role == "outbox" else ""
+    return f"; the worker never claims an event without {lacking.replace(', ', ' or ')}" if lacking else ""
+
+
+def _updates(found: _Nullable, keys: Sequence[str]) -> list[str]:
+    name = relation_name(found.table)
+    columns = {key: quoted(found.table.c[key].name) for key in keys}
+    return [
+        f"UPDATE {name} SET {column} = {_VALUES[found.role, key]} WHERE {column} IS NULL;"  # noqa: S608 - is printed
+        for key, column in columns.items()
+    ]
+
+
+def _alter(found: _Nullable, keys: Sequence[str]) -> str:
+    forbidden = ", ".join(f"ALTER COLUMN {quoted(found.table.c[key].name)} SET NOT NULL" for key in keys)
+    return f"ALTER TABLE {relation_name(found.table)} {forbidden};"
+
+
+def _as_owner(session: Session, name: str) -> str:
+    owner = session.execute(_OWNER, {"relation": name}).one()
+    return "" if owner.is_us else f"as {owner.name}: "
