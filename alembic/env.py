@@ -91,11 +91,13 @@ class Comparison:
             return _name(item) not in self._adopted
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
 
-    def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *_types: object) -> bool | None:
+    def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *types: object) -> bool | None:
         """Accept any type of these columns of purchases if the payments table is adopted.
 
         The migrations copy these types from the payments table. Return None to let alembic decide.
         """
+        if expected.key == "amount" and getattr(types[0], "precision", None) and not expected.type.precision:
+            return True  # alembic itself takes ``numeric`` with limits for ``numeric`` without limits
         follows = expected.table is self._purchases and expected.key in ("student_id", "course_id", "currency")
         return False if follows and _name(self._payments) in self._adopted else None
 

@@ -95,6 +95,7 @@ NOTES: Mapping[str, str] = {
     "outbox_transactions_total": "With `unknown`, the answer to COMMIT was lost.",
     "outbox_unexplained_payments": "The number that the last backfill left; NaN before the first backfill.",
     "outbox_value_at_risk": "The value is in units of the currency.",
+    "outbox_ignored_events": "Counted among the 100,000 oldest events, at the start and every five minutes.",
     "outbox_guard": "The guard that is not in use has 0.",
     "outbox_since_poll_seconds": "The value is computed at each scrape.",
     "outbox_vacuum_horizon_seconds": "The time since this worker first saw the transaction that holds vacuum back.",
@@ -353,7 +354,7 @@ def tables() -> str:
         "name ([other names](../how-to/adopt-a-database.md), [grants](../how-to/roles.md)).",
         "`outbox-worker migrate` creates the tables that are missing, each with a comment that names its origin. It\n"
         "adopts the tables that exist: it never alters or drops them. The table `outbox_worker_alembic_version`\n"
-        "records which migrations have been applied.",
+        "records which migrations have been applied, and `outbox_worker_tables` lists the tables that they created.",
         *(_described(role, table) for role, table in built.by_role().items()),
         "## Indexes and triggers of the optional migrations\n\n"
         "| made by | name | what |\n| --- | --- | --- |\n"

@@ -32,6 +32,7 @@ NAMES = {
     "outbox_due_events",
     "outbox_oldest_due_seconds",
     "outbox_open_dead_letters",
+    "outbox_ignored_events",
     "outbox_guard",
     "outbox_unexplained_payments",
     "outbox_value_at_risk",

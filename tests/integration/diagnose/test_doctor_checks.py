@@ -20,7 +20,7 @@ from outbox_worker.diagnose.doctor.report import CHECKS
 from outbox_worker.model import COLUMNS
 from outbox_worker.reconcile.backfill import Backfill, Request
 from outbox_worker.schema.migrate import upgrade
-from outbox_worker.schema.tables import Tables, build_tables
+from outbox_worker.schema.tables import OWNERSHIP_LIST, Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
 from tests.support import servers
 from tests.support.factories import Clerk, Shop
@@ -105,7 +105,7 @@ def test_a_server_of_another_age(
 
 def test_tables_that_lack_something(look: Look, shop: Shop) -> None:
     only(look("tables"), Severity.OK, "adopted: none")
-    shop.rows("COMMENT ON TABLE payments IS NULL")
+    shop.rows(f"COMMENT ON TABLE payments IS NULL; DELETE FROM {OWNERSHIP_LIST} WHERE table_name = 'payments'")
     only(look("tables"), Severity.OK, "adopted: public.payments")
     shop.rows("DROP TABLE workers")
     shop.rows("ALTER TABLE outbox DROP COLUMN crashes")
@@ -272,6 +272,10 @@ def grant_what_lacks(look: Look, shop: Shop, guest: Clerk) -> None:
     assert len(found) == len(COLUMNS)
     for statement in remedies(found):
         shop.rows(statement)
+    (found_last,) = [each for each in look("grants", guest.database) if OWNERSHIP_LIST in each.evidence]
+    assert found_last.verdict is Severity.WARNING
+    assert "run deploy/grants.sql again" in found_last.remedy
+    shop.rows(found_last.remedy.partition("as its owner: ")[2])
 
 
 def test_what_lacks_and_what_is_too_much(look: Look, shop: Shop, guest: Clerk) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import make_url
 
 from outbox_worker.errors import SchemaError
 from outbox_worker.schema.migrate import VERSION_TABLE
+from outbox_worker.schema.tables import OWNERSHIP_LIST
 from tests.support import servers
 from tests.support.installations import Installation
 
@@ -87,16 +88,16 @@ def test_tables_of_another_role(owned: Installation, roles: Roles) -> None:
     site = as_role(owned, roles["migrator"])
     assert follow(site, refused(site)) == 1, "USAGE on the schema comes first: without it nothing else can be seen"
     told = refused(site, "unique_index", "notify")
-    for table in (VERSION_TABLE, "purchases", "outbox"):
+    for table in (VERSION_TABLE, OWNERSHIP_LIST, "purchases", "outbox"):
         assert f"the table work.{table} belongs to " in told
-    assert follow(site, told) == 3
+    assert follow(site, told) == 4
     assert site.migrate("unique_index", "notify").built == ("unique_index", "notify")
 
 
 def test_a_table_that_a_newer_version_alters(owned: Installation, roles: Roles) -> None:
     as_role(owned, roles["owner"]).migrate()
     execute(owned, "GRANT USAGE, CREATE ON SCHEMA work TO {migrator}", roles)
-    execute(owned, f"GRANT ALL ON work.{VERSION_TABLE} TO {{migrator}}", roles)
+    execute(owned, f"GRANT ALL ON work.{VERSION_TABLE}, work.{OWNERSHIP_LIST} TO {{migrator}}", roles)
     owned.execute("ALTER TABLE work.workers DROP COLUMN succeeded_at")
     owned.execute(f"UPDATE work.{VERSION_TABLE} SET version_num = 'core_0001'")
     owned.execute("DROP TABLE work.backfill_runs")
@@ -132,6 +133,6 @@ def test_nobody_is_advised_to_become_a_superuser(migrated: Installation, roles: 
     execute(migrated, "GRANT USAGE, CREATE ON SCHEMA public TO {migrator}", roles)
     told = refused(site, "unique_index")
     assert re.search(r"the table public\.purchases belongs to (\S+), .*\n    → run migrate as \1$", told, re.MULTILINE)
-    assert follow(site, told) == 1, "write to the version table"
+    assert follow(site, told) == 2, "write to the version table and to the list of our tables"
     site.migrate()
     execute(migrated, "DROP OWNED BY {migrator}", roles)
