@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import (
-    ClauseElement,
-    CursorResult,
-)
+from sqlalchemy import ClauseElement, CursorResult, UpdateBase
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -17,7 +14,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from outbox_worker.database.arrays import Keys, array_literal
 from outbox_worker.database.failures import sqlstate
-from outbox_worker.errors import Inconsistent, KeyMissing
+from outbox_worker.errors import Inconsistent, KeyMissing, Swallowed
 
 
 @contextmanager
@@ -42,6 +39,7 @@ class Statement:
         assert isinstance(compiled, SQLCompiler)  # noqa: S101 - always true for a statement
         self._sql = str(compiled)
         self._constants = {name: bind.value for name, bind in compiled.binds.items()}
+        self.target = _target_of(clause)
         self._keys = {name for name, bind in compiled.binds.items() if isinstance(bind.type, Keys)}
 
     def __str__(self) -> str:
@@ -56,10 +54,19 @@ class Statement:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must change exactly ``rows`` rows.
 
-    Raises Inconsistent if the number of changed rows is different. Raises KeyMissing if the write is an upsert and no
-    unique index matches it.
+    Raises Swallowed if it changed fewer rows, and Inconsistent if it changed more. Raises KeyMissing if the write is an
+    upsert and no unique index matches it.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount
+    if touched < rows:
+        raise Swallowed(*statement.target, touched, rows)
     if touched != rows:
         raise Inconsistent(f"A statement changed {touched} rows instead of {rows}: {str(statement)[:60]} …")
+
+
+def _target_of(clause: ClauseElement) -> tuple[str, str]:
+    """Return the command of a write, for example ``DELETE``, and the table that it changes."""
+    if not isinstance(clause, UpdateBase):
+        return "SELECT", ""
+    return clause.__visit_name__.upper(), str(clause.table)

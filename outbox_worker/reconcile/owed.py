@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
+from outbox_worker.database.failures import UNIQUE_VIOLATION, Failure, classify, describe, is_arbiter_lost, sqlstate
 from outbox_worker.database.planner import INDEX_PLANS, set_local
 from outbox_worker.database.retry import retry_transaction
 from outbox_worker.database.statements import Statement
@@ -147,7 +147,7 @@ class OwedPurchases:
         """
         if classify(error) not in _PAYMENTS_FAULT:
             raise error
-        if sqlstate(error) in NO_ARBITER and self._guard.state.guard is Guard.INDEX:
+        if is_arbiter_lost(error) and self._guard.state.guard is Guard.INDEX:
             self._guard.fall_back()
             return [part]
         if len(part) > 1:

@@ -14,7 +14,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.errors import Inconsistent
 from outbox_worker.model import Guard, Outcome
 from outbox_worker.schema.tables import PAIR_INDEX
-from outbox_worker.settle.settlement import MAX_SAVEPOINTS
+from outbox_worker.settle.savepoints import MAX_SAVEPOINTS
 from tests.support.factories import ProbedProcessor, Shop, drain_all
 from tests.support.refusals import BAD, GOOD, REFUSALS, pay, pay_many, run, trigger
 from tests.support.trips import RoundTrips

@@ -17,7 +17,7 @@ from outbox_worker.database.failures import Failure, classify, sqlstate
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome, Reason
 from outbox_worker.settings import Settings
-from outbox_worker.settle.settlement import MAX_SAVEPOINTS
+from outbox_worker.settle.savepoints import MAX_SAVEPOINTS
 from tests.support.factories import Clerk, Payment, ProbedProcessor, Shop, drain_all
 from tests.support.interleaving import poll
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor

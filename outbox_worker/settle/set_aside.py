@@ -1,0 +1,64 @@
+"""Keeps the events that no claim takes, because the database refuses to remove or to postpone their rows.
+
+All claim loops of a process share one ``SetAside``. The chores write its events into the worker's row of ``workers``,
+and read the events of the other workers from there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+MOST = 1000
+"""The largest number of events that one worker sets aside. If there are more, the database itself is in trouble."""
+
+TRIED_AGAIN_AFTER_SECONDS = 600.0
+"""The time after which a worker claims an event that it has set aside once more, to see whether the cause is mended.
+
+Each try makes a batch fail once, so it must be rare.
+"""
+
+
+@dataclass
+class SetAside:
+    """The events set aside by this worker, each with the refusal of the database, and those of other workers."""
+
+    ids: Sequence[int] = ()
+    """All events that a claim must not take. It is replaced as a whole, so reading it needs no lock."""
+    _own: dict[int, tuple[str, float]] = field(default_factory=dict)
+    _others: frozenset[int] = frozenset()
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def has_room(self, more: Iterable[int]) -> bool:
+        """Return whether these events can be set aside, too."""
+        return len(self._own.keys() | set(more)) <= MOST
+
+    def add(self, refusals: Mapping[int, str], now: float) -> None:
+        """Set events aside from ``now`` on, in monotonic seconds. Call it after COMMIT."""
+        if not refusals:
+            return
+        with self._lock:
+            self._own |= {key: (refusal, now) for key, refusal in refusals.items()}
+            self._gather()
+
+    def release_old(self, now: float) -> None:
+        """Let the next claim try the events again that this worker set aside long enough ago."""
+        with self._lock:
+            since = now - TRIED_AGAIN_AFTER_SECONDS
+            self._own = {key: own for key, own in self._own.items() if own[1] > since}
+            self._gather()
+
+    def learn(self, others: Iterable[int]) -> None:
+        """Replace what is known of the other workers."""
+        with self._lock:
+            self._others = frozenset(others)
+            self._gather()
+
+    def refusals(self) -> dict[str, str]:
+        """Return the events of this worker as the value of ``workers.set_aside``."""
+        with self._lock:
+            return {str(key): refusal for key, (refusal, _) in sorted(self._own.items())}
+
+    def _gather(self) -> None:
+        self.ids = sorted(self._own.keys() | self._others)
