@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from outbox_worker.database.engine import Database
@@ -18,7 +18,7 @@ from outbox_worker.store.guard import guard_in_force
 from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS
 from outbox_worker.store.queries import database_time
-from outbox_worker.store.workers import WorkerRow, list_workers
+from outbox_worker.store.workers import WorkerRow, list_workers, read_set_aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class Status:
     backlog: Backlog
     open_letters: int
     workers: Sequence[WorkerRow]
+    set_aside: Mapping[int, str] = field(default_factory=dict)
+    """The events (``outbox.id``) that workers have set aside, each with the refusal of the database."""
 
     def metrics(self) -> dict[str, float]:
         """Return each counter and each gauge.
@@ -41,6 +43,7 @@ class Status:
             "outbox_due_events": self.backlog.due,
             "outbox_oldest_due_seconds": self.backlog.oldest_due_seconds,
             "outbox_open_dead_letters": self.open_letters,
+            "outbox_set_aside_events": len(self.set_aside),
         }
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
@@ -62,10 +65,12 @@ def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes)
     """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
         check_schema(session, tables, READING)
+        set_aside = read_set_aside(session, tables)
         return Status(
             time=database_time(session),
             guard=guard_in_force(session, tables.purchases),
-            backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session),
+            backlog=Outbox(tables, claimed_types(session, tables, unknown_types)).backlog(session, set_aside=set_aside),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),
+            set_aside=set_aside,
         )

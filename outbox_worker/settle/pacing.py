@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outbox_worker.model import Position
-from outbox_worker.settle.set_aside import SetAside
+from outbox_worker.store.set_aside import SetAside
 
 FEWEST = 50
 """The smallest batch size to which a slow database may reduce the batches.

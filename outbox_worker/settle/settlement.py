@@ -37,15 +37,15 @@ from outbox_worker.settle.escalation import (
 from outbox_worker.settle.handlers import AttemptPlan, Handlers, OutOfOrder, judge_unhandled
 from outbox_worker.settle.recording import Recorded, Recording
 from outbox_worker.settle.savepoints import Savepoints
-from outbox_worker.settle.set_aside import MOST, SetAside
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.store.set_aside import MOST, SetAside
 
 BATCHES_TO_LOOK_AT = 100
 """The number of batches that check for marks first, after a batch failed because one of its events had a mark."""
 
-_FOR_RECORDING = 2
+FOR_RECORDING = 2
 """The number of savepoints that settling in parts leaves for recording which events are retried and which are dead."""
 
 _SETTLED = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
@@ -280,7 +280,7 @@ class Settlement:
 
     def _bisect(self, session: Session, batch: Batch, savepoints: Savepoints, judges_all: bool) -> _Bisection:
         found = _Bisection(*self._rearrange(session, batch, judges_all))
-        while found.parts and savepoints.left > _FOR_RECORDING:
+        while found.parts and savepoints.left > FOR_RECORDING:
             part = found.parts.pop()
             plan = _share(found.plan, len(part) / len(batch))
             try:

@@ -1,7 +1,7 @@
 """Keeps the events that no claim takes, because the database refuses to remove or to postpone their rows.
 
-All claim loops of a process share one ``SetAside``. The chores write its events into the worker's row of ``workers``,
-and read the events of the other workers from there.
+All claim loops of a process share one ``SetAside``. ``Workers`` writes its events into the process's row, and reads the
+events of the other workers from there.
 """
 
 from __future__ import annotations
