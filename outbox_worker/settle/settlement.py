@@ -162,6 +162,11 @@ class _UnprovenRefusals:
         """Return the events among ``keys`` that are known to be the cause of their own refusal."""
         return self._proven.intersection(keys)
 
+    def prove(self, keys: Iterable[int]) -> None:
+        """Record that these events are the cause of their own refusal."""
+        self._recent.difference_update(keys)
+        self._proven.update(keys)
+
     def committed(self, done: Collection[int], *, is_proof: bool) -> None:
         """Forget the events ``done``. If ``is_proof``, another event has succeeded since the earlier refusals."""
         if self._recent or self._proven:
@@ -226,7 +231,8 @@ class Settlement:
         verdicts = settled.verdicts
         self._unproven.committed(verdicts, is_proof=_wrote_purchase(verdicts))
         changed = verdicts.keys() - settled.set_aside.keys() | settled.postponed.keys()
-        self._unrecorded.committed(verdicts.keys() | settled.set_aside.keys(), is_proof=bool(changed))
+        self._unrecorded.committed(changed, is_proof=bool(changed))
+        self._unrecorded.prove(settled.set_aside)
 
     def _settle_all(self, session: Session, batch: Batch, savepoints: Savepoints, *, careful: bool) -> _Found:
         judges_all = False
