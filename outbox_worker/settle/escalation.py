@@ -57,6 +57,10 @@ class PartRefused(Exception):
         self.step, self.error = step, error
 
 
+class TrialPassed(Exception):
+    """Raised after a trial of a single event, so that its writes are rolled back: only the removal is refused."""
+
+
 def halves(batch: Batch) -> list[Batch]:
     """Return both halves of a batch. The first half of a single event is empty."""
     keys = list(batch)

@@ -163,7 +163,7 @@ class Processor:
                 if len(claim.batch) >= limit and not isolated:
                     self._pacing.claimed(claim.end)
                 claimed_at = time.monotonic()
-                settled = self._settle(session, claim, careful) if claim.batch else Settled()
+                settled = self._settle(session, claim, careful, until is not None) if claim.batch else Settled()
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
@@ -192,7 +192,10 @@ class Processor:
 
     def _committed(self, settled: Settled) -> None:
         self._settlement.committed(settled)
-        self._pacing.set_aside.add(settled.set_aside, time.monotonic())
+        set_aside = self._pacing.set_aside
+        if set_aside.known:
+            set_aside.forget(settled.verdicts.keys() - settled.set_aside.keys())
+        set_aside.add(settled.set_aside, time.monotonic())
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
         """Claim events after the end of the last claim.
@@ -233,7 +236,7 @@ class Processor:
             raise
         return "commit"
 
-    def _settle(self, session: Session, claim: Claim, careful: bool) -> Settled:
+    def _settle(self, session: Session, claim: Claim, careful: bool, drains: bool) -> Settled:
         isolated = self._isolated
         batch = claim.batch if isolated else claim.batch.without(claim.crash_suspects)
         if isolated and isolated.crashes >= CRASHES_MAX:
@@ -244,7 +247,7 @@ class Processor:
         batch = self._of_one_kind(batch)
         if self._pacing.is_stuck and not isolated:
             return self._postpone_uncharged(session, batch)
-        settled = self._settlement.settle(session, batch, careful=careful)
+        settled = self._settlement.settle(session, batch, careful=careful, is_last=drains)
         if not settled.is_through:
             self._pacing.ran_out()
         return settled

@@ -31,6 +31,7 @@ from outbox_worker.settle.escalation import (
     Concessions,
     PartRefused,
     Step,
+    TrialPassed,
     halves,
     next_concessions,
 )
@@ -82,6 +83,8 @@ class _Found:
     refusals: dict[int, Exception] = field(default_factory=dict)
     kept: dict[int, Exception] = field(default_factory=dict)
     """Settled events whose rows the database does not let the worker remove."""
+    held: dict[int, Exception] = field(default_factory=dict)
+    """Events whose rows cannot be removed now. They are not settled yet, because the rows may be removable soon."""
     checks_deferred: bool = False
     is_through: bool = True
     is_recorded: bool = False
@@ -91,13 +94,14 @@ class _Found:
 class _Bisection:
     """The state of halving a batch."""
 
-    def __init__(self, plan: AttemptPlan, parts: list[Batch]) -> None:
+    def __init__(self, plan: AttemptPlan, parts: list[Batch], stuck: Collection[int] | None) -> None:
         self.plan = plan
         self.parts = parts
         """The parts that are not tried yet. The last part of the list is tried next."""
         self.found = _Found(checks_deferred=True)
         self.foreign: set[int] = set()
         """Refused events whose unique key is neither the pair nor a payment nor an event, so the cause is unclear."""
+        self._stuck = stuck
         self._looked_again: set[int] = set()
         self._made: dict[int, Concessions] = {}
         self._causes: dict[int, dict[Concession, Exception]] = {}
@@ -105,6 +109,21 @@ class _Bisection:
     def concessions(self, part: Batch) -> Concessions:
         """Return what the next attempt at a part omits."""
         return self._made.get(next(iter(part)), NONE) if len(part) == 1 else NONE
+
+    def is_trial(self, part: Batch) -> bool:
+        """Return whether the next attempt only finds out whether the removal of the row is what the database refuses.
+
+        Its writes are then rolled back, and the event is held back until the next try.
+        """
+        return Concession.ROW in self.concessions(part) and self._is_new(next(iter(part)))
+
+    def _is_new(self, key: int) -> bool:
+        return self._stuck is not None and key not in self._stuck
+
+    def hold(self, part: Batch) -> None:
+        """Hold a single event back, because the trial without the removal of its row has passed."""
+        (key,) = part
+        self.found.held[key] = self._causes[key][Concession.ROW]
 
     def failed(self, part: Batch, refusal: PartRefused) -> None:
         """Halve the part that failed. If it is a single event, try it with less, or record the event as refused."""
@@ -116,6 +135,9 @@ class _Bisection:
         if sqlstate(error) == UNIQUE_VIOLATION and key not in self._looked_again:
             self._looked_again.add(key)
             self.parts.append(part)  # another transaction has written the same key: read the facts once more
+            return
+        if refusal.step is Step.REMOVE and self._is_new(key):
+            self.found.held[key] = error
             return
         made = self._made.get(key, NONE)
         more = next_concessions(refusal.step, made, is_refund=part[key].event_type == PURCHASE_REFUNDED)
@@ -200,14 +222,15 @@ class Settlement:
         self._unproven = _UnprovenRefusals()
         self._unrecorded = _UnprovenRefusals()
 
-    def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
+    def settle(self, session: Session, batch: Batch, *, careful: bool, is_last: bool = False) -> Settled:
         """Settle and record the batch.
 
-        If ``careful`` is true, settle in parts, and check deferred constraints in each part. Raises the database's
+        If ``careful`` is true, settle in parts, and check deferred constraints in each part. If the row of an event
+        cannot be removed, hold the event back once, unless the process ends soon (``is_last``). Raises the database's
         error unless single events are known to be the cause of the error.
         """
         savepoints = Savepoints(session)
-        found = self._settle_all(session, batch, savepoints, careful=careful)
+        found = self._settle_all(session, batch, savepoints, careful=careful, is_last=is_last)
         if found.is_recorded:
             return Settled(verdicts=found.verdicts)
         refusals = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
@@ -234,7 +257,9 @@ class Settlement:
         self._unrecorded.committed(changed, is_proof=bool(changed))
         self._unrecorded.prove(settled.set_aside)
 
-    def _settle_all(self, session: Session, batch: Batch, savepoints: Savepoints, *, careful: bool) -> _Found:
+    def _settle_all(
+        self, session: Session, batch: Batch, savepoints: Savepoints, *, careful: bool, is_last: bool
+    ) -> _Found:
         judges_all = False
         if not careful:
             try:
@@ -244,7 +269,11 @@ class Settlement:
                 pass
             except (Inconsistent, OutOfOrder):
                 judges_all = True
-        return self._settle_in_parts(session, batch, savepoints, judges_all)
+        found = _Bisection(
+            *self._rearrange(session, batch, judges_all), stuck=None if is_last else self._set_aside.known
+        )
+        self._bisect(session, batch, savepoints, judges_all, found)
+        return replace(found.found, refusals=self._faults(found), is_through=not found.parts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: Savepoints) -> _Attempted:
         """Settle the batch in one savepoint. Raises PartRefused if an event may be the cause of an error."""
@@ -258,12 +287,6 @@ class Settlement:
         guard = self._guard.state
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
-
-    def _settle_in_parts(self, session: Session, batch: Batch, savepoints: Savepoints, judges_all: bool) -> _Found:
-        """Halve the batch until each event that the database refuses is a part by itself."""
-        bisection = self._bisect(session, batch, savepoints, judges_all)
-        found = bisection.found
-        return replace(found, refusals=self._faults(bisection), is_through=not bisection.parts)
 
     def _faults(self, bisection: _Bisection) -> dict[int, Exception]:
         """Return the refusals that the events themselves caused.
@@ -284,13 +307,17 @@ class Settlement:
             raise _as_unclear(next(iter(unclear.values())))
         return {key: error for key, error in refusals.items() if key in proven or key not in unclear}
 
-    def _bisect(self, session: Session, batch: Batch, savepoints: Savepoints, judges_all: bool) -> _Bisection:
-        found = _Bisection(*self._rearrange(session, batch, judges_all))
+    def _bisect(
+        self, session: Session, batch: Batch, savepoints: Savepoints, judges_all: bool, found: _Bisection
+    ) -> None:
+        """Halve the batch until each event that the database refuses is a part by itself."""
         while found.parts and savepoints.left > FOR_RECORDING:
             part = found.parts.pop()
             plan = _share(found.plan, len(part) / len(batch))
             try:
-                settled = self._attempt_part(session, part, plan, savepoints, found.concessions(part))
+                settled = self._attempt_part(session, part, plan, savepoints, found)
+            except TrialPassed:
+                found.hold(part)
             except PartRefused as refusal:
                 if not is_arbiter_lost(refusal.error) or plan.guard.guard is Guard.LOCK:
                     self._look_at_key(session, part, refusal.error, found)
@@ -304,7 +331,6 @@ class Settlement:
                 found.plan, found.parts = self._rearrange(session, found.rest(batch, part), judges_all=True)
             else:
                 found.succeeded(part, settled.verdicts)
-        return found
 
     def _look_at_key(self, session: Session, part: Batch, error: Exception, found: _Bisection) -> None:
         """Find out whether a unique key that refuses a single event is a key of the event."""
@@ -325,11 +351,19 @@ class Settlement:
         return AttemptPlan(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
 
     def _attempt_part(
-        self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, made: Concessions
+        self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, found: _Bisection
     ) -> _Attempted:
-        """Attempt a part of a batch, without the writes that ``made`` omits, and check deferred constraints."""
-        plan = replace(plan, grants_next=Concession.NEXT_PAYMENT not in made)
-        return self._attempt(session, part, plan, savepoints, removes=Concession.ROW not in made, checks_deferred=True)
+        """Attempt a part of a batch, without the writes that its concessions omit, and check deferred constraints."""
+        made = found.concessions(part)
+        return self._attempt(
+            session,
+            part,
+            replace(plan, grants_next=Concession.NEXT_PAYMENT not in made),
+            savepoints,
+            removes=Concession.ROW not in made,
+            checks_deferred=True,
+            is_trial=found.is_trial(part),
+        )
 
     def _attempt(
         self,
@@ -340,10 +374,12 @@ class Settlement:
         *,
         removes: bool = True,
         checks_deferred: bool = False,
+        is_trial: bool = False,
     ) -> _Attempted:
         """Handle a batch, mark and remove its settled events in one savepoint, so that all writes stay or none.
 
-        Raises PartRefused if an event may be the cause of an error.
+        Raises PartRefused if an event may be the cause of an error. Raises TrialPassed, and keeps no write, if
+        ``is_trial``.
         """
         step = Step.HANDLE
         try:
@@ -359,6 +395,8 @@ class Settlement:
                 if checks_deferred:
                     step = Step.CHECK
                     savepoints.check_deferred()
+                if is_trial:
+                    raise TrialPassed
         except (DBAPIError, Swallowed) as error:
             if classify(error) in NO_EVENTS_FAULT:
                 raise
@@ -417,7 +455,7 @@ class Settlement:
     def _conclude(self, session: Session, found: _Found, recorded: Recorded) -> Settled:
         """Set aside the events whose rows could neither be removed nor postponed."""
         final = _final(found.verdicts)
-        undeletable = {**found.kept, **recorded.kept}
+        undeletable = {**found.kept, **found.held, **recorded.kept}
         stuck = {**undeletable, **recorded.refused}
         refusals: dict[int, str] = {}
         if stuck:

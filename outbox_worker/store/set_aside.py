@@ -13,8 +13,14 @@ from dataclasses import dataclass, field
 MOST = 1000
 """The largest number of events that one worker sets aside. If there are more, the database itself is in trouble."""
 
-TRIED_AGAIN_AFTER_SECONDS = 600.0
-"""The time after which a worker claims an event that it has set aside once more, to see whether the cause is mended.
+FIRST_SECONDS = 15.0
+"""The time for which an event is set aside when its row is refused for the first time.
+
+Often, the cause ends by itself, for example when another service deletes its reference to the event.
+"""
+
+LATER_SECONDS = 600.0
+"""The time for which an event is set aside when its row was refused before.
 
 Each try makes a batch fail once, so it must be rare.
 """
@@ -26,7 +32,10 @@ class SetAside:
 
     ids: Sequence[int] = ()
     """All events that a claim must not take. It is replaced as a whole, so reading it needs no lock."""
+    known: set[int] = field(default_factory=set)
+    """The events that this worker has set aside before."""
     _own: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Each event with the refusal, and the time at which it is released."""
     _others: frozenset[int] = frozenset()
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -39,15 +48,20 @@ class SetAside:
         if not refusals:
             return
         with self._lock:
-            self._own |= {key: (refusal, now) for key, refusal in refusals.items()}
+            for key, refusal in refusals.items():
+                self._own[key] = refusal, now + (LATER_SECONDS if key in self.known else FIRST_SECONDS)
+            self.known |= refusals.keys()
             self._gather()
 
     def release_old(self, now: float) -> None:
         """Let the next claim try the events again that this worker set aside long enough ago."""
         with self._lock:
-            since = now - TRIED_AGAIN_AFTER_SECONDS
-            self._own = {key: own for key, own in self._own.items() if own[1] > since}
+            self._own = {key: (refusal, until) for key, (refusal, until) in self._own.items() if until > now}
             self._gather()
+
+    def forget(self, settled: Iterable[int]) -> None:
+        """Treat these events as new if they are ever refused again, because their rows could be removed."""
+        self.known.difference_update(settled)
 
     def learn(self, others: Iterable[int]) -> None:
         """Replace what is known of the other workers."""

@@ -42,7 +42,7 @@ def log_set_aside(refusals: Mapping[int, str]) -> None:
     """Log the events whose rows the database lets the worker neither remove nor postpone."""
     if refusals:
         logger.bind(event="events_set_aside", **_shown(refusals)).error(
-            "the database refuses to change the rows of {}; no worker claims these rows for ten minutes. "
+            "the database refuses to change the rows of {}; they are tried again after 15 s, then every 10 minutes. "
             "Other events are settled",
             count_of(len(refusals), "event"),
         )

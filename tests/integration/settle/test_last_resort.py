@@ -61,19 +61,38 @@ def test_an_event_whose_row_stays_has_its_purchase_and_its_mark(
     events = pay_some(shop, bad_at=2)
     payment, bad = events[2]
     forbid(shop, UNREMOVABLE[name], bad)
-    assert settle(processor) == {event: Outcome.CREATED for _, event in events}
-    assert [row.is_active for row in shop.purchases(payment)] == [True]
-    assert shop.outcome_of(bad) == "created"
-    assert left(shop) == [(bad, 0, None)]
+    assert settle(processor) == {event: Outcome.CREATED for _, event in events if event != bad}
+    assert (shop.purchases(payment), left(shop)) == ([], [(bad, 0, None)]), "the cause may end by itself"
     (told,) = [record for record in records if record.get("event") == "events_set_aside"]
     assert (told["count"], told["outbox_ids"]) == (1, [shop.event(bad).id])
     assert UNREMOVABLE[name].told in told["refusals"][0]
     late = shop.paid()[1]
     assert settle(processor) == {late: Outcome.CREATED}, "no claim takes what is set aside"
+    for outcome in (Outcome.CREATED, Outcome.ALREADY_EXISTS):
+        release(processor)
+        assert settle(processor) == {bad: outcome}
+        assert [row.is_active for row in shop.purchases(payment)] == [True]
+        assert (shop.outcome_of(bad), left(shop)) == ("created", [(bad, 0, None)])
     assert (shop.count("purchases"), shop.doubled()) == (NEIGHBOURS + 2, 0)
-    processor._pacing.set_aside.release_old(1e12)
-    assert settle(processor) == {bad: Outcome.ALREADY_EXISTS}
-    assert (shop.count("purchases"), left(shop)) == (NEIGHBOURS + 2, [(bad, 0, None)])
+
+
+def test_a_drain_does_not_wait_until_a_row_can_be_removed(shop: Shop, processor: ProbedProcessor) -> None:
+    events = pay_some(shop, bad_at=2)
+    forbid(shop, UNREMOVABLE["foreign key"], events[2][1])
+    report = processor.process_batch(shop.scalar("SELECT now()"))
+    assert report.outcomes() == {Outcome.CREATED: NEIGHBOURS + 1}
+    assert left(shop) == [(events[2][1], 0, None)]
+
+
+def test_a_row_that_can_be_removed_after_all_is_an_event_like_any_other(shop: Shop, processor: ProbedProcessor) -> None:
+    events = pay_some(shop, bad_at=2)
+    _, bad = events[2]
+    forbid(shop, UNREMOVABLE["foreign key"], bad)
+    processor.process_batch()
+    shop.rows("DELETE FROM delivery_log")
+    release(processor)
+    assert settle(processor) == {bad: Outcome.CREATED}
+    assert (shop.count("outbox"), aside(processor), processor._pacing.set_aside.known) == (0, [], set())
 
 
 def test_a_row_that_a_trigger_of_the_purchase_deletes_is_removed(shop: Shop, processor: ProbedProcessor) -> None:
@@ -218,7 +237,7 @@ def test_more_than_a_worker_may_set_aside_is_the_databases(
     monkeypatch.setattr("outbox_worker.store.set_aside.MOST", 2)
     events = pay_some(shop, bad_at=None)
     shop.rows(trigger("DELETE", f"IF OLD.id <= {2} THEN RETURN NULL; END IF; RETURN OLD;"))
-    assert len(settle(processor)) == len(events)
+    assert len(settle(processor)) == len(events) - 2
     third = [shop.paid()[1] for _ in range(2)]
     shop.rows(
         "CREATE OR REPLACE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -229,6 +248,7 @@ def test_more_than_a_worker_may_set_aside_is_the_databases(
     assert shop.mark_of(third[0]) is shop.mark_of(third[1]) is None
     shop.rows("DROP TRIGGER odd ON outbox")
     assert set(settle(processor)) == set(third)
+    assert len(aside(processor)) == 2
 
 
 def test_a_mark_that_is_swallowed_for_one_event_is_that_events(shop: Shop, processor: ProbedProcessor) -> None:
@@ -264,6 +284,11 @@ def forbid(shop: Shop, way: Way, event: UUID) -> None:
     shop.connection.execute(
         way.schema.replace("{id}", str(key)).replace("{soon}", soon).replace("{{}}", "{}"), prepare=False
     )
+
+
+def release(processor: ProbedProcessor) -> None:
+    """Let the time pass for which events are set aside."""
+    processor._pacing.set_aside.release_old(1e12)
 
 
 def aside(processor: ProbedProcessor) -> list[int]:
