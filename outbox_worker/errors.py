@@ -14,7 +14,10 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
     ├── KeyMissing            pause     a unique key that an upsert needs was dropped
     ├── NothingWritten        pause     a trigger, a rule or another program kept a row from being written
+    ├── DefaultTaken          pause     a default of a table, such as its sequence, gives rows a key that is in use
+    ├── NothingRecorded       unclear   the database refuses to record the outcome of every event of a batch
     └── Inconsistent          bug       a statement did not change as many rows as it must
+        └── Swallowed         unclear   a trigger, rule or row security made a statement change fewer rows
 
 The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
 failure of such an error, and ``settle`` uses the class to decide what to do.
@@ -83,6 +86,14 @@ class KeyMissing(OutboxWorkerError):
     sqlstate: ClassVar[str] = "42P10"
 
 
+class DefaultTaken(OutboxWorkerError):
+    """A unique key that a default of the table fills, and that another row has already. No event is at fault."""
+
+
+class NothingRecorded(OutboxWorkerError):
+    """A refusal of the database that meets every event of a batch: no outcome can be recorded."""
+
+
 class NothingWritten(OutboxWorkerError):
     """A write that changed fewer rows than it must, because of a trigger, a rule or another program.
 
@@ -92,6 +103,17 @@ class NothingWritten(OutboxWorkerError):
 
 class Inconsistent(OutboxWorkerError):
     """A statement that did not change as many rows as it must. This is a bug of the worker; no event is at fault."""
+
+
+class Swallowed(Inconsistent):
+    """A statement that changed fewer rows than it must, and raised no error.
+
+    Something in the database made it do so: a trigger that returns NULL, a rule, or row security.
+    """
+
+    def __init__(self, command: str, relation: str, touched: int, rows: int) -> None:
+        super().__init__(f"{command} on {relation} changed {touched} of {rows} rows and raised no error")
+        self.command, self.relation = command, relation
 
 
 class CommitLost(OutboxWorkerError):

@@ -258,6 +258,8 @@ class Verdict:
     """
     passed_to: str | None = None
     """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
+    refused_next: str | None = None
+    """Another payment of the same pair, for which the database refused the purchase. ``detail`` says why."""
     rule: int = field(default=0, compare=False)
     """The number of the deciding rule in docs/explanation/state-machine.md; 0 if no rule decided."""
     traceparent: str | None = None
@@ -266,7 +268,8 @@ class Verdict:
     @property
     def logged_individually(self) -> bool:
         """Whether the event gets its own log record, so that a person can find the event later."""
-        return self.outcome in _LOGGED_INDIVIDUALLY or self.passed_to is not None
+        passed_on = self.passed_to is not None or self.refused_next is not None
+        return self.outcome in _LOGGED_INDIVIDUALLY or passed_on
 
 
 Verdicts = dict[int, Verdict]

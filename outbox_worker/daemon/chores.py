@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
 
 from outbox_worker.daemon.horizon import HorizonWatch
 from outbox_worker.daemon.supervision import Supervision
@@ -114,7 +116,8 @@ class Chores:
         with self._database.transaction() as session:
             guard = self._guard.probe(session).guard
             has_notify = self._start_listening is not None and notifies(session, self._tables.outbox)
-            backlog = self._outbox.backlog(session)
+            set_aside = self._review_set_aside(session)
+            backlog = self._outbox.backlog(session, set_aside=set_aside)
             letters = count_open(session, self._tables)
             self._telemetry.observe_backlog(backlog.due, backlog.oldest_due_seconds, letters)
             self._telemetry.observe_horizon(self._horizon.stood_still_seconds(session))
@@ -138,6 +141,14 @@ class Chores:
             self.meet_trouble(error, IGNORED_SECONDS)
             return
         self._telemetry.observe_ignored(ignored.events, {each.event_type: each.events for each in ignored.types})
+
+    def _review_set_aside(self, session: Session) -> Sequence[int]:
+        """Release events that were set aside long ago, and read those of other workers. Return all that are left."""
+        set_aside = self._workers.set_aside
+        set_aside.release_old(time.monotonic())
+        self._workers.learn_set_aside(session)
+        self._telemetry.observe_set_aside(len(set_aside.ids))
+        return set_aside.ids
 
     def _check_schema_if_suspect(self) -> None:
         """Log which tables, columns and privileges are missing now, each with its remedy."""

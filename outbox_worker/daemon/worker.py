@@ -89,7 +89,8 @@ class Worker:
     def drain(self, signals: Signals) -> int:
         """Settle all events that are due now, then end.
 
-        Return 0, or 1 if other transactions kept due rows locked for too long. Raises DatabaseUnavailable.
+        Return 0, or 1 if other transactions kept due rows locked for too long, or if due events are set aside. Raises
+        DatabaseUnavailable.
         """
         self._database.check()
         start = self.start()
@@ -99,8 +100,9 @@ class Worker:
         is_empty = partial(self._is_empty, outbox)
         drains = [partial(loop.drain, until, is_empty) for loop in self._loops]
         emptied = self._run_loops(signals, drains, [partial(chores.run, self._is_over)])
+        is_complete = all(emptied) and (signals.is_set() or self._left_nothing(outbox, until))
         self._database.close()
-        return 0 if all(emptied) else 1
+        return 0 if is_complete else 1
 
     def start(self) -> Start:
         """Check the tables and the guard, read the event types to claim, and insert this process into ``workers``.
@@ -117,6 +119,7 @@ class Worker:
             adopted = adopted_tables(session, tables)
             concerns = find_concerns(session, tables)
             nullable = nullable_columns(session, tables)
+            self._workers.learn_set_aside(session)
         if nullable:
             self.telemetry.nullable_columns(nullable)
         self.telemetry.started(self._settings.concurrency, guard)
@@ -183,7 +186,7 @@ class Worker:
             self._guard,
             self.telemetry,
             policy,
-            Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier),
+            Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier, self._workers.set_aside),
         )
         if start.follows_a_crash:
             processor.isolate_next(self._settings.batch_size)
@@ -266,7 +269,17 @@ class Worker:
 
     def _is_empty(self, outbox: Outbox, until: datetime) -> bool:
         with self._database.transaction() as session:
-            return not outbox.has_due(session, until)
+            return not outbox.has_due(session, until, set_aside=self._workers.set_aside.ids)
+
+    def _left_nothing(self, outbox: Outbox, until: datetime) -> bool:
+        """Return whether no due event is set aside. If one is, log how many events are set aside."""
+        if not self._workers.set_aside.ids:
+            return True
+        with self._database.transaction() as session:
+            if not outbox.has_due(session, until):
+                return True
+        self.telemetry.ended_with_set_aside(len(self._workers.set_aside.ids))
+        return False
 
     def _now(self) -> datetime:
         """Return the time of the database's clock. Only this clock decides which events are due."""

@@ -24,6 +24,13 @@ from outbox_worker.settings import Settings
 
 APPLICATION_NAME = "outbox-worker"
 
+_PLAIN = {
+    "array_nulls": "on",  # arrays of payment ids and errors are sent with NULL in them
+    "quote_all_identifiers": "off",  # the predicate of the unique index is compared as the catalogue prints it
+    "transaction_timeout": "0",  # PostgreSQL 17 and later; the deadline is that of each statement
+}
+"""Parameters whose other values, set for a role or a database, would make the worker's statements fail."""
+
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
 
 
@@ -93,9 +100,10 @@ class Database:
 
     def _limits(self) -> dict[str, str]:
         if self._deadline_seconds is None:
-            return {"statement_timeout": "0", "lock_timeout": "0"}
+            return {**_PLAIN, "statement_timeout": "0", "lock_timeout": "0"}
         milliseconds = max(1, round(self._deadline_seconds * 1000))
         return {
+            **_PLAIN,
             "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous names of time zones
             "statement_timeout": str(milliseconds),
             "lock_timeout": str(max(1, milliseconds // 5)),

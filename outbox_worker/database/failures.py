@@ -11,7 +11,16 @@ import psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from outbox_worker.errors import CommitLost, DatabaseUnavailable, KeyMissing, NothingWritten, SchemaError
+from outbox_worker.errors import (
+    CommitLost,
+    DatabaseUnavailable,
+    DefaultTaken,
+    KeyMissing,
+    NothingRecorded,
+    NothingWritten,
+    SchemaError,
+    Swallowed,
+)
 
 
 class Failure(StrEnum):
@@ -36,6 +45,9 @@ class Failure(StrEnum):
     """Roll back, log an ERROR and pause, because the worker itself has a bug."""
 
 
+NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
+"""The classes of failure that no event can cause."""
+
 UNIQUE_VIOLATION = "23505"
 """The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
 
@@ -45,11 +57,27 @@ TIMED_OUT = ("55P03", "57014")
 A transaction that is repeated at once would wait as long again.
 """
 
-NO_ARBITER = ("42P10", "55000")
-"""PostgreSQL raises the first one if no unique index matches ON CONFLICT, the second if only a deferrable one does.
+_NO_ARBITER = "42P10"
+"""The SQLSTATE if no unique index matches ON CONFLICT. The guard ``index`` is then not in force."""
 
-The guard ``index`` is then not in force.
+_NOT_IN_STATE = "55000"
+"""The SQLSTATE if only a deferrable index matches ON CONFLICT. The guard ``index`` is then not in force.
+
+Other causes have the same SQLSTATE, so the function of the server that raised the error decides.
 """
+
+_REFUSES_DEFERRABLE = "ExecCheckIndexConstraints"
+"""The server's function that refuses a deferrable index for ON CONFLICT."""
+
+_REFUSES_UNIDENTIFIED = "CheckCmdReplicaIdentity"
+"""The server's function that refuses UPDATE and DELETE on a published table without a replica identity."""
+
+_REFUSES_OLD_PLAN = "RevalidateCachedQuery"
+"""The server's function that refuses a prepared statement whose result would have other columns now."""
+
+_NOT_SUPPORTED = "0A000"
+"""The SQLSTATE of a prepared statement whose result would change, and of everything that PostgreSQL does not support,
+such as ON CONFLICT on a table with rules."""
 
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
@@ -61,13 +89,14 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "57P03": Failure.RECONNECT,  # cannot_connect_now
     "57P05": Failure.RECONNECT,  # idle_session_timeout
     "25P03": Failure.RECONNECT,  # idle_in_transaction_session_timeout
+    "25P04": Failure.RECONNECT,  # transaction_timeout, from PostgreSQL 17 on
     "25006": Failure.RECONNECT,  # read_only_sql_transaction: the node was demoted
-    "0A000": Failure.RECONNECT,  # cached plan must not change result type
     "26000": Failure.RECONNECT,  # invalid_sql_statement_name: a pooler lost the prepared statement
     "42P05": Failure.RECONNECT,  # duplicate_prepared_statement
     "3D000": Failure.PAUSE,  # invalid_catalog_name
     "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
     "23000": Failure.EVENT,  # integrity_constraint_violation, for example WrittenOtherwise
+    "428C9": Failure.PAUSE,  # generated_always: a column that the worker writes became a generated one
     "23001": Failure.EVENT,  # restrict_violation
     "23502": Failure.EVENT,  # not_null_violation
     "23503": Failure.EVENT,  # foreign_key_violation
@@ -77,9 +106,7 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "P0001": Failure.EVENT,  # raise_exception, for example by a trigger
     "54000": Failure.EVENT,  # program_limit_exceeded
     "54001": Failure.EVENT,  # statement_too_complex
-    "42P10": Failure.GUARD,  # invalid_column_reference: no index matches ON CONFLICT
     "23505": Failure.GUARD,  # unique_violation
-    "55000": Failure.GUARD,  # object_not_in_prerequisite_state: a deferrable index
 }
 
 _BY_CLASS: Mapping[str, Failure] = {
@@ -126,17 +153,54 @@ def classify(error: BaseException) -> Failure:
 
     Callers outside the savepoint that settles events must treat ``unclear`` as ``pause``.
     """
-    if isinstance(error, KeyMissing | NothingWritten):
+    if isinstance(error, KeyMissing | DefaultTaken | NothingWritten):
         return Failure.PAUSE
-    state = sqlstate(error)
-    if state:
-        return _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
+    if isinstance(error, Swallowed | NothingRecorded):
+        return Failure.UNCLEAR
+    if state := sqlstate(error):
+        return _by_function(error) or _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
     original = getattr(error, "orig", None) or error
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
         return Failure.RECONNECT  # no SQLSTATE, because the connection broke or was never made
     if isinstance(original, CommitLost | DatabaseUnavailable):
         return Failure.RECONNECT
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
+
+
+def _by_function(error: BaseException) -> Failure | None:
+    """Return the class of an error whose SQLSTATE has several meanings, or None if the SQLSTATE decides."""
+    if is_arbiter_lost(error):
+        return Failure.GUARD
+    return {
+        (_NOT_SUPPORTED, _REFUSES_OLD_PLAN): Failure.RECONNECT,
+        (_NOT_IN_STATE, _REFUSES_UNIDENTIFIED): Failure.PAUSE,
+    }.get((sqlstate(error) or "", _raised_by(error) or ""))
+
+
+def is_arbiter_lost(error: BaseException) -> bool:
+    """Return whether ON CONFLICT of the worker's own statement has no usable unique index.
+
+    If a function in the database raised the error, its own statement failed, and the error has a context.
+    """
+    state = sqlstate(error)
+    if state not in (_NO_ARBITER, _NOT_IN_STATE) or _diagnosis(error, "context"):
+        return False
+    return state == _NO_ARBITER or _raised_by(error) == _REFUSES_DEFERRABLE
+
+
+def _raised_by(error: BaseException) -> str | None:
+    """Return the server's function that raised the error."""
+    return _diagnosis(error, "source_function")
+
+
+def _diagnosis(error: BaseException, name: str) -> str | None:
+    found: str | None = getattr(getattr(getattr(error, "orig", None) or error, "diag", None), name, None)
+    return found
+
+
+def violated(error: BaseException) -> tuple[str | None, str | None, str | None]:
+    """Return the schema, the table and the name of the constraint or unique index that refused a row."""
+    return _diagnosis(error, "schema_name"), _diagnosis(error, "table_name"), _diagnosis(error, "constraint_name")
 
 
 def server_message(error: BaseException) -> str:
@@ -174,15 +238,20 @@ def trace(error: BaseException) -> list[str]:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error for logs and dead letters by class, SQLSTATE and constraint, never by a value of a row."""
+    """Describe an error for logs and dead letters by class, SQLSTATE, table and constraint, never by a value of a row.
+
+    The messages of ``DefaultTaken``, ``NothingRecorded`` and ``Swallowed`` contain no value, so they are repeated.
+    """
+    if isinstance(error, DefaultTaken | NothingRecorded | Swallowed):
+        return str(error)
     original = getattr(error, "orig", None) or error
     if isinstance(error, WrittenOtherwise):
         return str(original)
     state = sqlstate(error)
-    constraint = getattr(getattr(original, "diag", None), "constraint_name", None)
+    named = {name: _diagnosis(error, f"{name}_name") for name in ("table", "constraint")}
     parts = [
         type(original).__name__,
         f"SQLSTATE {state}" if state else "",
-        f"constraint {constraint}" if constraint else "",
+        *(f"{kind} {name}" for kind, name in named.items() if name),
     ]
     return ", ".join(part for part in parts if part)

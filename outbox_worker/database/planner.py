@@ -28,8 +28,11 @@ FREE_PLANS: Mapping[str, str] = {
 }
 """Parameters that let the planner choose freely at each execution, for statements that may have no suitable index."""
 
-# what: set parameters until the transaction ends · lock: none · safe behind a pooler
-_SET_LOCAL = "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
+# what: set the parameters that this server knows until the transaction ends · lock: none · safe behind a pooler
+_SET_LOCAL = (
+    "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
+    " WHERE current_setting(key, true) IS NOT NULL"
+)
 
 # what: set parameters until the transaction ends, and return their previous values · lock: none
 _SWITCH_LOCAL = (
@@ -47,5 +50,5 @@ def planned(session: Session, **parameters: str) -> Iterator[None]:
 
 
 def set_local(session: Session, parameters: Mapping[str, str]) -> None:
-    """Set parameters until the transaction ends."""
+    """Set parameters until the transaction ends. A parameter that the server's version does not have is ignored."""
     session.connection().exec_driver_sql(_SET_LOCAL, {"parameters": json.dumps(parameters)})

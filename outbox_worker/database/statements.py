@@ -7,10 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    ClauseElement,
-    CursorResult,
-)
+from sqlalchemy import ClauseElement, CursorResult, UpdateBase
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -18,7 +15,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from outbox_worker.database.arrays import Keys, array_literal
 from outbox_worker.database.failures import sqlstate
-from outbox_worker.errors import Inconsistent, KeyMissing
+from outbox_worker.errors import Inconsistent, KeyMissing, Swallowed
 
 
 @contextmanager
@@ -48,6 +45,7 @@ class Statement:
 
     def __init__(self, clause: ClauseElement) -> None:
         self._clause = clause
+        self.target = _target_of(clause)
 
     def __str__(self) -> str:
         return self._rendered.sql
@@ -72,10 +70,19 @@ class Statement:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must change exactly ``rows`` rows.
 
-    Raises Inconsistent if the number of changed rows is different. Raises KeyMissing if the write is an upsert and no
-    unique index matches it.
+    Raises Swallowed if it changed fewer rows, and Inconsistent if it changed more. Raises KeyMissing if the write is an
+    upsert and no unique index matches it.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount
+    if touched < rows:
+        raise Swallowed(*statement.target, touched, rows)
     if touched != rows:
         raise Inconsistent(f"A statement changed {touched} rows instead of {rows}: {str(statement)[:60]} …")
+
+
+def _target_of(clause: ClauseElement) -> tuple[str, str]:
+    """Return the command of a write, for example ``DELETE``, and the table that it changes."""
+    if not isinstance(clause, UpdateBase):
+        return "SELECT", ""
+    return clause.__visit_name__.upper(), str(clause.table)

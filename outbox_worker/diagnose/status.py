@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from outbox_worker.database.engine import Database
@@ -22,7 +22,7 @@ from outbox_worker.store.ignored import IgnoredEvents, count_ignored
 from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS
 from outbox_worker.store.queries import database_time
-from outbox_worker.store.workers import WorkerRow, list_workers
+from outbox_worker.store.workers import WorkerRow, list_workers, read_set_aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Status:
     adopted: Sequence[str]
     """The tables that our migrations did not create."""
     concerns: Sequence[SchemaProblem]
+    set_aside: Mapping[int, str] = field(default_factory=dict)
+    """The events (``outbox.id``) that workers have set aside, each with the refusal of the database."""
 
     def metrics(self) -> dict[str, float]:
         """Return each counter and each gauge.
@@ -52,6 +54,7 @@ class Status:
             "outbox_oldest_due_seconds": self.backlog.oldest_due_seconds,
             "outbox_open_dead_letters": self.open_letters,
             "outbox_ignored_events": self.ignored.events,
+            "outbox_set_aside_events": len(self.set_aside),
         }
         return dict(total) | gauges | {f'outbox_guard{{mode="{mode}"}}': float(mode is self.guard) for mode in Guard}
 
@@ -74,15 +77,16 @@ def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes)
     with database.transaction() as session:
         tables = check_schema(session, tables, READING)
         event_types = claimed_types(session, tables, unknown_types)
-        outbox = Outbox(tables, event_types)
+        outbox, set_aside = Outbox(tables, event_types), read_set_aside(session, tables)
         return Status(
             time=database_time(session),
             guard=guard_in_force(session, tables),
-            backlog=outbox.backlog(session),
+            backlog=outbox.backlog(session, set_aside=set_aside),
             never_claimed=outbox.never_claimed(session, nullable_keys(session, "outbox", tables.outbox)),
             open_letters=count_open(session, tables),
             workers=list_workers(session, tables),
             ignored=count_ignored(session, tables, event_types),
             adopted=adopted_tables(session, tables),
             concerns=find_concerns(session, tables),
+            set_aside=set_aside,
         )

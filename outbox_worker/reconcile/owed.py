@@ -17,12 +17,12 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import (
-    NO_ARBITER,
     TIMED_OUT,
     UNIQUE_VIOLATION,
     Failure,
     classify,
     describe,
+    is_arbiter_lost,
     sqlstate,
 )
 from outbox_worker.database.planner import INDEX_PLANS, set_local
@@ -219,7 +219,7 @@ class OwedPurchases:
         """
         if classify(error) not in _DIVIDED and not isinstance(error, Inconsistent):
             raise error
-        if sqlstate(error) in NO_ARBITER and self._guard.state.guard is Guard.INDEX:
+        if is_arbiter_lost(error) and self._guard.state.guard is Guard.INDEX:
             self._guard.fall_back()
             return [part]
         if len(part) > 1:

@@ -42,8 +42,11 @@ def reading(*roles: str) -> Privileges:
 READING: Privileges = reading(*COLUMNS)
 """The privileges for reading all tables, as `status` does."""
 
-EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters")
-"""The privileges for reading payments and what happened to them: `audit`, `why` and `backfill --dry-run`."""
+EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
+"""The privileges for reading payments and what happened to them: `audit`, `why` and `backfill --dry-run`.
+
+``workers`` tells which events are set aside, so that their payments do not count as in flight.
+"""
 
 PRIVILEGES: Privileges = {
     "payments": READING["payments"],
@@ -75,6 +78,7 @@ BACKFILLING: Privileges = {
     "purchases": {"SELECT": _WHOLE, "INSERT": _WHOLE},
     "processed_events": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_MARKS},
     "dead_letters": {"SELECT": _WHOLE, "UPDATE": _OF_RESOLVED},
+    "workers": READING["workers"],
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS},
 }
 """The privileges of a person who runs `backfill`."""

@@ -7,12 +7,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from outbox_worker.database.failures import NO_EVENTS_FAULT, classify, is_arbiter_lost
 from outbox_worker.decision import RetryPolicy, decide, refused
 from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Batch, Facts, Guard, Outcome, Verdict, Verdicts
 from outbox_worker.schema.catalogue import is_owned
 from outbox_worker.schema.tables import Tables
+from outbox_worker.settle.escalation import PartRefused, Step
 from outbox_worker.store.guard import GuardState
 from outbox_worker.store.pairs import EventFacts, PairLocks, StandingPayment
 from outbox_worker.store.payment_classes import PaymentClass
@@ -38,6 +41,11 @@ class AttemptPlan:
 
     If false, one fast statement first inserts the purchases of all events to which none of rules 1 to 8 applies. Then
     only the other events are judged individually.
+    """
+    grants_next: bool = True
+    """Whether a refund creates a purchase for the next payment of its pair.
+
+    If false, the verdict names the payment that would have got the purchase.
     """
 
 
@@ -204,7 +212,7 @@ class RefundedPurchases(_UnderLocks):
         seen = self._look(session, batch)
         verdicts = self._judge(session, batch, seen, held, plan.guard)
         revoked = batch.among({key for key, verdict in verdicts.items() if verdict.outcome is Outcome.REVOKED})
-        return verdicts | self._grant_next(session, revoked, seen, plan.guard)
+        return verdicts | self._grant_next(session, revoked, seen, plan)
 
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         return _first_of_each(batch, {key: seen[key].facts.payment_id for key in batch})
@@ -213,13 +221,13 @@ class RefundedPurchases(_UnderLocks):
         return self._repository.revoke(session, batch, guard)
 
     def _grant_next(
-        self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], guard: GuardState
+        self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], plan: AttemptPlan
     ) -> Verdicts:
         """Create a purchase for each pair that has no active purchase now, from its oldest payment without a purchase.
 
         If a purchase was not written, read the payments again. This method reads the payments after the refunds are
         written, and while the pairs are locked. So no other worker can judge a payment as a duplicate between the
-        refund and the new purchase.
+        refund and the new purchase. The refund stays written even if the purchase is not written.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -228,14 +236,27 @@ class RefundedPurchases(_UnderLocks):
         while waiting:
             standing = self._repository.standing_payments(session, waiting)
             owed = {key: payment for key, found in standing.items() if (payment := _owed(found, seen[key]))}
-            verdicts |= {key: _unwritable(seen[key]) for key in owed.keys() & tried}
-            chosen = waiting.among(owed.keys() - tried)
+            unwritten = owed.keys() & tried if plan.grants_next else owed.keys()
+            verdicts |= {key: _not_passed_on(owed[key]) for key in unwritten}
+            chosen = waiting.among(owed.keys() - unwritten)
             next_payments = replace(chosen, payment_ids=[owed[key] for key in chosen])
-            written = self._repository.insert_granted(session, next_payments, guard) if chosen else set()
+            written = self._insert_next(session, next_payments, plan.guard) if chosen else set()
             verdicts |= {key: Verdict(Outcome.REVOKED, writes=True, passed_to=owed[key]) for key in written}
             tried |= chosen.keys()
             waiting = chosen.without(written)
         return verdicts
+
+    def _insert_next(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+        """Create the purchases of next payments.
+
+        Raises PartRefused if one of them is refused, so that its refund is written without it.
+        """
+        try:
+            return self._repository.insert_granted(session, batch, guard)
+        except DBAPIError as error:
+            if classify(error) in NO_EVENTS_FAULT or is_arbiter_lost(error):
+                raise
+            raise PartRefused(Step.GRANT_NEXT, error) from error
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
@@ -250,6 +271,12 @@ def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str |
     is_open = event_facts.facts.purchase_active or all(each.kind != PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind == PaymentClass.UNEXPLAINED)
     return next(unexplained, None) if is_open else None
+
+
+def _not_passed_on(payment_id: str) -> Verdict:
+    """Judge a refund whose pair has a next payment that got no purchase."""
+    detail = "the database did not write the purchase and raised no error"
+    return Verdict(Outcome.REVOKED, detail=detail, writes=True, refused_next=payment_id)
 
 
 def _unwritable(event_facts: EventFacts) -> Verdict:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outbox_worker.model import Position
+from outbox_worker.store.set_aside import SetAside
 
 FEWEST = 50
 """The smallest batch size to which a slow database may reduce the batches.
@@ -64,6 +65,8 @@ class Pacing:
     batch_size: int
     target_seconds: float
     frontier: Frontier = field(default_factory=Frontier)
+    set_aside: SetAside = field(default_factory=SetAside)
+    """The events that no claim takes. The loops of one process share it."""
     limit: int = field(init=False)
     is_alone: bool = field(default=False, init=False)
     """Whether the last transaction failed and had claimed only one event."""

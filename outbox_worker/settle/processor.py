@@ -22,12 +22,12 @@ from outbox_worker.database.planner import INDEX_PLANS
 from outbox_worker.database.retry import retry_transaction
 from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
 from outbox_worker.errors import CommitLost
-from outbox_worker.model import Batch, Facts, Guard, Verdicts
+from outbox_worker.model import Batch, Facts, Guard
 from outbox_worker.settle.handlers import Handlers, build_handlers
 from outbox_worker.settle.pacing import STUCK_PASSES_MAX, Pacing
-from outbox_worker.settle.settlement import Settlement
+from outbox_worker.settle.settlement import Settled, Settlement
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Claim, IsolatedEvent, Outbox, Postponement
+from outbox_worker.store.outbox import Claim, IsolatedEvent, Outbox
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
@@ -67,7 +67,7 @@ class Processor:
         self._crash_suspects: list[int] = []
         self._isolated: IsolatedEvent | None = None
         self._failed_alone = 0
-        self._settlement = Settlement(outbox, purchases, handlers, guard, policy)
+        self._settlement = Settlement(outbox, purchases, handlers, guard, policy, pacing.set_aside)
 
     def isolate_next(self, events: int) -> None:
         """Process the next ``events`` events one at a time, because one of them may have killed a worker."""
@@ -83,7 +83,9 @@ class Processor:
         This forgets which events were refused for an unclear cause, but not which events are processed alone.
         """
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
-        self._settlement = Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy)
+        self._settlement = Settlement(
+            self._outbox, self._purchases, self._handlers, self._guard, policy, self._pacing.set_aside
+        )
         self._pacing.adopt(batch_size, target_seconds)
 
     def process_batch(self, until: datetime | None = None) -> BatchReport:
@@ -126,9 +128,9 @@ class Processor:
         """Reset the event's crash count and postpone it without counting a try."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim_isolated(session, isolated).batch
-            self._postpone_uncharged(session, batch)
+            settled = self._postpone_uncharged(session, batch)
         self._isolated, self._failed_alone = None, 0
-        return self._made_way(batch)
+        return self._made_way(batch, settled)
 
     def _process(self, until: datetime | None) -> BatchReport:
         attempts = self._pacing.batch_size.bit_length() + 2
@@ -161,7 +163,7 @@ class Processor:
                 if len(claim.batch) >= limit and not isolated:
                     self._pacing.claimed(claim.end)
                 claimed_at = time.monotonic()
-                verdicts = self._settle(session, claim, careful) if claim.batch else {}
+                settled = self._settle(session, claim, careful, until is not None) if claim.batch else Settled()
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
@@ -171,20 +173,29 @@ class Processor:
             raise
         report = BatchReport(
             batch=claim.batch,
-            verdicts=verdicts,
+            verdicts=settled.verdicts,
+            postponed=settled.postponed,
+            set_aside=settled.set_aside,
             limit=1 if isolated else limit,
             guard=self._guard.state.guard,
             seconds=time.monotonic() - claimed_at,
             transaction=result,
         )
-        self._settlement.committed(verdicts)
+        self._committed(settled)
         if not isolated:
             self._crash_suspects += claim.crash_suspects
             self._pacing.committed(
-                claimed=len(claim.batch), settled=len(verdicts), is_full=report.is_full, seconds=report.seconds
+                claimed=len(claim.batch), settled=len(settled.verdicts), is_full=report.is_full, seconds=report.seconds
             )
         self._telemetry.batch_committed(report)
         return report
+
+    def _committed(self, settled: Settled) -> None:
+        self._settlement.committed(settled)
+        set_aside = self._pacing.set_aside
+        if set_aside.known:
+            set_aside.forget(settled.verdicts.keys() - settled.set_aside.keys())
+        set_aside.add(settled.set_aside, time.monotonic())
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
         """Claim events after the end of the last claim.
@@ -192,11 +203,11 @@ class Processor:
         If there are none, or if a claim from the start of the queue is due, claim from the start.
         """
         began = time.monotonic()
-        start = self._pacing.start(began)
-        if start is not None and (claim := self._outbox.claim(session, limit, until, start)).batch:
+        start, besides = self._pacing.start(began), self._pacing.set_aside.ids
+        if start is not None and (claim := self._outbox.claim(session, limit, until, start, set_aside=besides)).batch:
             return claim
         began = time.monotonic()
-        claim = self._outbox.claim(session, limit, until)
+        claim = self._outbox.claim(session, limit, until, set_aside=besides)
         self._pacing.claimed_from_start(began, time.monotonic())
         return claim
 
@@ -225,22 +236,21 @@ class Processor:
             raise
         return "commit"
 
-    def _settle(self, session: Session, claim: Claim, careful: bool) -> Verdicts:
+    def _settle(self, session: Session, claim: Claim, careful: bool, drains: bool) -> Settled:
         isolated = self._isolated
         batch = claim.batch if isolated else claim.batch.without(claim.crash_suspects)
         if isolated and isolated.crashes >= CRASHES_MAX:
             verdicts = dict.fromkeys(batch, decide(Facts(crashes=isolated.crashes)))
             return self._settlement.record(session, batch, verdicts)
         if not batch:
-            return {}
+            return Settled()
         batch = self._of_one_kind(batch)
         if self._pacing.is_stuck and not isolated:
-            self._postpone_uncharged(session, batch)
-            return {}
-        verdicts, is_through = self._settlement.settle(session, batch, careful=careful)
-        if not is_through:
+            return self._postpone_uncharged(session, batch)
+        settled = self._settlement.settle(session, batch, careful=careful, is_last=drains)
+        if not settled.is_through:
             self._pacing.ran_out()
-        return verdicts
+        return settled
 
     def _of_one_kind(self, batch: Batch) -> Batch:
         """Keep the events of one handler, and events without a handler.
@@ -261,17 +271,18 @@ class Processor:
         Another transaction blocks this event although it was the only event of its batch.
         """
         with self._database.transaction(**self._plans()) as session:
-            batch = self._outbox.claim(session, 1, until).batch
-            self._postpone_uncharged(session, batch)
+            batch = self._outbox.claim(session, 1, until, set_aside=self._pacing.set_aside.ids).batch
+            settled = self._postpone_uncharged(session, batch)
         self._pacing.made_way()
-        return self._made_way(batch)
+        return self._made_way(batch, settled)
 
-    def _postpone_uncharged(self, session: Session, batch: Batch) -> None:
-        if batch:
-            later = Postponement(self._policy.base, charged=False)
-            self._outbox.postpone(session, batch, dict.fromkeys(batch, later))
+    def _postpone_uncharged(self, session: Session, batch: Batch) -> Settled:
+        return self._settlement.postpone(session, batch) if batch else Settled()
 
-    def _made_way(self, batch: Batch) -> BatchReport:
-        report = BatchReport(batch=batch, verdicts={}, limit=1, guard=self._guard.state.guard)
+    def _made_way(self, batch: Batch, settled: Settled) -> BatchReport:
+        self._committed(settled)
+        report = BatchReport(
+            batch=batch, verdicts={}, set_aside=settled.set_aside, limit=1, guard=self._guard.state.guard
+        )
         self._telemetry.batch_committed(report)
         return report

@@ -6,85 +6,160 @@ own savepoint. Halving goes on until each event that the database refuses is a p
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.database.engine import savepoint
-from outbox_worker.database.failures import NO_ARBITER, UNIQUE_VIOLATION, Failure, classify, describe, sqlstate
-from outbox_worker.decision import RetryPolicy, refused, retry_delay
-from outbox_worker.errors import Inconsistent
-from outbox_worker.model import Batch, Event, Guard, Outcome, Reason, Verdict, Verdicts, by_outcome
+from outbox_worker.database.failures import (
+    NO_EVENTS_FAULT,
+    UNIQUE_VIOLATION,
+    Failure,
+    classify,
+    describe,
+    is_arbiter_lost,
+    sqlstate,
+)
+from outbox_worker.decision import RetryPolicy, refused
+from outbox_worker.errors import Inconsistent, NothingRecorded, Swallowed
+from outbox_worker.model import PURCHASE_REFUNDED, Batch, Event, Guard, Outcome, Verdict, Verdicts, by_outcome
+from outbox_worker.settle.escalation import (
+    NONE,
+    Concession,
+    Concessions,
+    PartRefused,
+    Step,
+    TrialPassed,
+    halves,
+    next_concessions,
+)
 from outbox_worker.settle.handlers import AttemptPlan, Handlers, OutOfOrder, judge_unhandled
+from outbox_worker.settle.recording import Recorded, Recording
+from outbox_worker.settle.savepoints import Savepoints
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Outbox, Postponement
+from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
-
-MAX_SAVEPOINTS = 32
-"""The largest number of savepoints in one transaction.
-
-There is a limit because a transaction with more than 64 subtransactions slows down all sessions.
-"""
+from outbox_worker.store.set_aside import MOST, SetAside
 
 BATCHES_TO_LOOK_AT = 100
 """The number of batches that check for marks first, after a batch failed because one of its events had a mark."""
 
-_NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
+FOR_RECORDING = 2
+"""The number of savepoints that settling in parts leaves for recording which events are retried and which are dead."""
 
-# what: checks deferred constraints inside the savepoint instead of at COMMIT · lock: none
-_CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
-# what: defers the constraints again, until the end of the next part · lock: none
-_DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
+_SETTLED = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
+"""The outcomes that an attempt records itself. ``Recording`` records the other two."""
 
 
-class Settled(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Settled:
     """The result of settling a batch."""
 
-    verdicts: Verdicts
-    is_through: bool = True
-    """Whether all events were tried. If no savepoint was left for some events, they have no verdict."""
-
-
-@dataclass
-class _Savepoints:
-    """The number of savepoints that one transaction may still use."""
-
-    session: Session
-    left: int = MAX_SAVEPOINTS
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        self.left -= 1
-        with savepoint(self.session):
-            yield
-
-
-@dataclass
-class _Bisection:
-    """The state of halving a batch: verdicts, and the errors of the events that the database refused."""
-
-    plan: AttemptPlan
-    parts: list[Batch]
-    """The parts that are not tried yet. The last part of the list is tried next."""
     verdicts: Verdicts = field(default_factory=dict)
-    refusals: dict[int, DBAPIError] = field(default_factory=dict)
-    _looked_again: set[int] = field(default_factory=set)
+    """The events whose outcome is recorded. All other events of the batch stay in the outbox."""
+    postponed: dict[int, str] = field(default_factory=dict)
+    """Events that were only postponed, each with the database's refusal to record its outcome."""
+    set_aside: dict[int, str] = field(default_factory=dict)
+    """Events that no claim takes from now on, each with the database's refusal to remove or to postpone its row."""
+    is_through: bool = True
+    """Whether all events were tried. If not, no savepoint was left for some events."""
 
-    def failed(self, part: Batch, error: DBAPIError) -> None:
-        """Halve the part that failed. If it is a single event, record the event as refused."""
+
+class _Attempted(NamedTuple):
+    """The result of an attempt that succeeded."""
+
+    verdicts: Verdicts
+    is_recorded: bool
+    """Whether no event is left to ``Recording``, because none is retried or dead."""
+
+
+@dataclass
+class _Found:
+    """What the attempts at a batch have found: verdicts, and the errors of the events that the database refused."""
+
+    verdicts: Verdicts = field(default_factory=dict)
+    refusals: dict[int, Exception] = field(default_factory=dict)
+    kept: dict[int, Exception] = field(default_factory=dict)
+    """Settled events whose rows the database does not let the worker remove."""
+    held: dict[int, Exception] = field(default_factory=dict)
+    """Events whose rows cannot be removed now. They are not settled yet, because the rows may be removable soon."""
+    checks_deferred: bool = False
+    is_through: bool = True
+    is_recorded: bool = False
+    """Whether every outcome is recorded already."""
+
+
+class _Bisection:
+    """The state of halving a batch."""
+
+    def __init__(self, plan: AttemptPlan, parts: list[Batch], stuck: Collection[int] | None) -> None:
+        self.plan = plan
+        self.parts = parts
+        """The parts that are not tried yet. The last part of the list is tried next."""
+        self.found = _Found(checks_deferred=True)
+        self.foreign: set[int] = set()
+        """Refused events whose unique key is neither the pair nor a payment nor an event, so the cause is unclear."""
+        self._stuck = stuck
+        self._looked_again: set[int] = set()
+        self._made: dict[int, Concessions] = {}
+        self._causes: dict[int, dict[Concession, Exception]] = {}
+
+    def concessions(self, part: Batch) -> Concessions:
+        """Return what the next attempt at a part omits."""
+        return self._made.get(next(iter(part)), NONE) if len(part) == 1 else NONE
+
+    def is_trial(self, part: Batch) -> bool:
+        """Return whether the next attempt only finds out whether the removal of the row is what the database refuses.
+
+        Its writes are then rolled back, and the event is held back until the next try.
+        """
+        return Concession.ROW in self.concessions(part) and self._is_new(next(iter(part)))
+
+    def _is_new(self, key: int) -> bool:
+        return self._stuck is not None and key not in self._stuck
+
+    def hold(self, part: Batch) -> None:
+        """Hold a single event back, because the trial without the removal of its row has passed."""
+        (key,) = part
+        self.found.held[key] = self._causes[key][Concession.ROW]
+
+    def failed(self, part: Batch, refusal: PartRefused) -> None:
+        """Halve the part that failed. If it is a single event, try it with less, or record the event as refused."""
+        error = refusal.error
         if len(part) > 1:
-            self.parts += reversed(_halves(part))
-        elif sqlstate(error) == UNIQUE_VIOLATION and not self._looked_again & part.keys():
-            self._looked_again |= part.keys()
+            self.parts += reversed(halves(part))
+            return
+        (key,) = part
+        if sqlstate(error) == UNIQUE_VIOLATION and key not in self._looked_again:
+            self._looked_again.add(key)
             self.parts.append(part)  # another transaction has written the same key: read the facts once more
-        else:
-            self.refusals |= dict.fromkeys(part, error)
+            return
+        if refusal.step is Step.REMOVE and self._is_new(key):
+            self.found.held[key] = error
+            return
+        made = self._made.get(key, NONE)
+        more = next_concessions(refusal.step, made, is_refund=part[key].event_type == PURCHASE_REFUNDED)
+        if more is None:
+            self.found.refusals[key] = error
+            return
+        self._causes.setdefault(key, {}).update(dict.fromkeys(more - made, error))
+        self._made[key] = more
+        self.parts.append(part)
+
+    def succeeded(self, part: Batch, verdicts: Verdicts) -> None:
+        """Add the verdicts of a part, with the refusals that the part's concessions avoided."""
+        made, causes = self.concessions(part), self._causes.get(next(iter(part)), {})
+        if Concession.ROW in made:
+            self.found.kept |= dict.fromkeys(_final(verdicts), causes[Concession.ROW])
+        if Concession.NEXT_PAYMENT in made:
+            detail = describe(causes[Concession.NEXT_PAYMENT])
+            verdicts = {
+                key: replace(verdict, detail=detail) if verdict.refused_next else verdict
+                for key, verdict in verdicts.items()
+            }
+        self.found.verdicts |= verdicts
 
     def rest(self, batch: Batch, part: Batch) -> Batch:
         """Return the events of this part and of all parts that are not tried yet."""
@@ -92,10 +167,10 @@ class _Bisection:
 
 
 class _UnprovenRefusals:
-    """A record of the events that the database refused in a batch that wrote no purchase.
+    """A record of the events that the database refused in a batch in which no other event succeeded.
 
-    The cause of such a refusal may be the event or the database. If the event is refused again after a purchase of
-    another event was written, the event itself is the cause.
+    The cause of such a refusal may be the event or the database. If the event is refused again after another event
+    succeeded, the event itself is the cause.
     """
 
     def __init__(self) -> None:
@@ -109,11 +184,17 @@ class _UnprovenRefusals:
         """Return the events among ``keys`` that are known to be the cause of their own refusal."""
         return self._proven.intersection(keys)
 
-    def committed(self, verdicts: Verdicts) -> None:
+    def prove(self, keys: Iterable[int]) -> None:
+        """Record that these events are the cause of their own refusal."""
+        self._recent.difference_update(keys)
+        self._proven.update(keys)
+
+    def committed(self, done: Collection[int], *, is_proof: bool) -> None:
+        """Forget the events ``done``. If ``is_proof``, another event has succeeded since the earlier refusals."""
         if self._recent or self._proven:
-            self._recent -= verdicts.keys()
-            self._proven -= verdicts.keys()
-            if _wrote_purchase(verdicts):
+            self._recent.difference_update(done)
+            self._proven.difference_update(done)
+            if is_proof:
                 self._proven |= self._recent
                 self._recent.clear()
 
@@ -128,83 +209,119 @@ class Settlement:
         handlers: Handlers,
         guard: GuardWatch,
         policy: RetryPolicy,
+        set_aside: SetAside,
     ) -> None:
         self._outbox = outbox
         self._purchases = purchases
         self._handlers = handlers
         self._guard = guard
         self._policy = policy
+        self._set_aside = set_aside
+        self._recording = Recording(outbox, policy)
         self._batches_to_look_at = 0
         self._unproven = _UnprovenRefusals()
+        self._unrecorded = _UnprovenRefusals()
 
-    def settle(self, session: Session, batch: Batch, *, careful: bool) -> Settled:
+    def settle(self, session: Session, batch: Batch, *, careful: bool, is_last: bool = False) -> Settled:
         """Settle and record the batch.
 
-        If ``careful`` is true, settle in parts, and check deferred constraints in each part. Raises the database's
+        If ``careful`` is true, settle in parts, and check deferred constraints in each part. If the row of an event
+        cannot be removed, hold the event back once, unless the process ends soon (``is_last``). Raises the database's
         error unless single events are known to be the cause of the error.
         """
-        savepoints = _Savepoints(session)
-        settled = None if careful else self._settle_fast(session, batch, savepoints)
-        if isinstance(settled, dict):
-            return Settled(settled)
-        return self._settle_in_parts(session, batch, savepoints, isinstance(settled, Inconsistent | OutOfOrder))
+        savepoints = Savepoints(session)
+        found = self._settle_all(session, batch, savepoints, careful=careful, is_last=is_last)
+        if found.is_recorded:
+            return Settled(verdicts=found.verdicts)
+        refusals = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
+        return self._record(session, batch, replace(found, verdicts=found.verdicts | refusals), savepoints)
 
-    def committed(self, verdicts: Verdicts) -> None:
+    def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Settled:
+        """Record events that are retried or dead, without settling them first."""
+        return self._record(session, batch, _Found(verdicts, checks_deferred=True), Savepoints(session))
+
+    def postpone(self, session: Session, batch: Batch) -> Settled:
+        """Postpone events by the base delay without counting a try, so that other events can be settled."""
+        recorded = self._recording.postpone(session, batch, Savepoints(session))
+        return self._conclude(session, _Found(), recorded)
+
+    def committed(self, settled: Settled) -> None:
         """Record that the batch was committed.
 
-        If the batch wrote a purchase, the database works, so earlier refusals were caused by the refused events.
+        If the batch wrote a purchase, the database works, so earlier refusals of purchases were caused by the refused
+        events. The same holds for the rows of the outbox, if one was removed or postponed.
         """
-        self._unproven.committed(verdicts)
+        verdicts = settled.verdicts
+        self._unproven.committed(verdicts, is_proof=_wrote_purchase(verdicts))
+        changed = verdicts.keys() - settled.set_aside.keys() | settled.postponed.keys()
+        self._unrecorded.committed(changed, is_proof=bool(changed))
+        self._unrecorded.prove(settled.set_aside)
 
-    def _settle_fast(self, session: Session, batch: Batch, savepoints: _Savepoints) -> Verdicts | Exception:
-        """Settle the batch in one savepoint.
+    def _settle_all(
+        self, session: Session, batch: Batch, savepoints: Savepoints, *, careful: bool, is_last: bool
+    ) -> _Found:
+        judges_all = False
+        if not careful:
+            try:
+                verdicts, is_recorded = self._settle_fast(session, batch, savepoints)
+                return _Found(verdicts, is_recorded=is_recorded)
+            except PartRefused:
+                pass
+            except (Inconsistent, OutOfOrder):
+                judges_all = True
+        found = _Bisection(
+            *self._rearrange(session, batch, judges_all), stuck=None if is_last else self._set_aside.known
+        )
+        self._bisect(session, batch, savepoints, judges_all, found)
+        return replace(found.found, refusals=self._faults(found), is_through=not found.parts)
 
-        If an event may be the cause of an error, return the error; else raise it.
-        """
+    def _settle_fast(self, session: Session, batch: Batch, savepoints: Savepoints) -> _Attempted:
+        """Settle the batch in one savepoint. Raises PartRefused if an event may be the cause of an error."""
         if self._guard.state.guard is Guard.INDEX:
-            settled = self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
-            if isinstance(settled, dict) or sqlstate(settled) not in NO_ARBITER:
-                return settled
+            try:
+                return self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
+            except PartRefused as refusal:
+                if not is_arbiter_lost(refusal.error):
+                    raise
             self._guard.fall_back()
         guard = self._guard.state
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
-    def _settle_in_parts(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> Settled:
-        """Halve the batch until each event that the database refuses is a part by itself.
-
-        Retry these events later, or move them to the dead letters.
-        """
-        found = self._bisect(session, batch, savepoints, judges_all)
-        verdicts = {key: self._refuse(batch[key], error) for key, error in self._faults(found).items()}
-        recorded = self.record(session, batch, verdicts)
-        return Settled(found.verdicts | recorded, is_through=not found.parts)
-
-    def _faults(self, found: _Bisection) -> dict[int, DBAPIError]:
+    def _faults(self, bisection: _Bisection) -> dict[int, Exception]:
         """Return the refusals that the events themselves caused.
 
         If the cause is unclear, raise the database's error.
         """
-        unclear = {key: error for key, error in found.refusals.items() if classify(error) is Failure.UNCLEAR}
-        if not unclear or _wrote_purchase(found.verdicts):
-            return found.refusals
+        refusals = bisection.found.refusals
+        unclear = {
+            key: error
+            for key, error in refusals.items()
+            if classify(error) is Failure.UNCLEAR or key in bisection.foreign
+        }
+        if not unclear or _wrote_purchase(bisection.found.verdicts):
+            return refusals
         proven = self._unproven.proven(unclear)
         self._unproven.add(unclear.keys() - proven)
         if not proven:
-            raise next(iter(unclear.values()))
-        return {key: error for key, error in found.refusals.items() if key in proven or key not in unclear}
+            raise _as_unclear(next(iter(unclear.values())))
+        return {key: error for key, error in refusals.items() if key in proven or key not in unclear}
 
-    def _bisect(self, session: Session, batch: Batch, savepoints: _Savepoints, judges_all: bool) -> _Bisection:
-        found = _Bisection(*self._rearrange(session, batch, judges_all))
-        while found.parts and savepoints.left:
+    def _bisect(
+        self, session: Session, batch: Batch, savepoints: Savepoints, judges_all: bool, found: _Bisection
+    ) -> None:
+        """Halve the batch until each event that the database refuses is a part by itself."""
+        while found.parts and savepoints.left > FOR_RECORDING:
             part = found.parts.pop()
             plan = _share(found.plan, len(part) / len(batch))
             try:
-                found.verdicts |= self._attempt(session, part, plan, savepoints, checks_deferred=True)
-            except DBAPIError as error:
-                self._raise_if_no_events_fault(error)
-                if sqlstate(error) not in NO_ARBITER or plan.guard.guard is Guard.LOCK:
-                    found.failed(part, error)
+                settled = self._attempt_part(session, part, plan, savepoints, found)
+            except TrialPassed:
+                found.hold(part)
+            except PartRefused as refusal:
+                if not is_arbiter_lost(refusal.error) or plan.guard.guard is Guard.LOCK:
+                    self._look_at_key(session, part, refusal.error, found)
+                    found.failed(part, refusal)
                     continue
                 self._guard.fall_back()
                 found.plan, found.parts = self._rearrange(session, found.rest(batch, part), plan.judges_all)
@@ -212,7 +329,14 @@ class Settlement:
                 if plan.judges_all:
                     raise
                 found.plan, found.parts = self._rearrange(session, found.rest(batch, part), judges_all=True)
-        return found
+            else:
+                found.succeeded(part, settled.verdicts)
+
+    def _look_at_key(self, session: Session, part: Batch, error: Exception, found: _Bisection) -> None:
+        """Find out whether a unique key that refuses a single event is a key of the event."""
+        is_unique = len(part) == 1 and sqlstate(error) == UNIQUE_VIOLATION
+        if is_unique and not self._purchases.is_own_key(session, error):
+            found.foreign.update(part)
 
     def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
         """Prepare to settle a batch in parts: lock its pairs, and sort its events in the order that all workers use.
@@ -226,50 +350,73 @@ class Settlement:
         free = batch.only(key for key in locks.order if key not in left_out)
         return AttemptPlan(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
 
-    def _raise_if_no_events_fault(self, error: Exception) -> None:
-        if isinstance(error, DBAPIError) and classify(error) in _NO_EVENTS_FAULT:
-            raise error
+    def _attempt_part(
+        self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, found: _Bisection
+    ) -> _Attempted:
+        """Attempt a part of a batch, without the writes that its concessions omit, and check deferred constraints."""
+        made = found.concessions(part)
+        return self._attempt(
+            session,
+            part,
+            replace(plan, grants_next=Concession.NEXT_PAYMENT not in made),
+            savepoints,
+            removes=Concession.ROW not in made,
+            checks_deferred=True,
+            is_trial=found.is_trial(part),
+        )
 
     def _attempt(
         self,
         session: Session,
         batch: Batch,
         plan: AttemptPlan,
-        savepoints: _Savepoints,
+        savepoints: Savepoints,
         *,
+        removes: bool = True,
         checks_deferred: bool = False,
-    ) -> Verdicts:
-        """Handle and record a batch in one savepoint, so that either all of its writes stay or none."""
-        with savepoints.take():
-            verdicts = self.record(session, batch, self._handle(session, batch, plan))
-            if checks_deferred:
-                session.execute(_CHECK_DEFERRED)
-                session.execute(_DEFER_AGAIN)
-        return verdicts
+        is_trial: bool = False,
+    ) -> _Attempted:
+        """Handle a batch, mark and remove its settled events in one savepoint, so that all writes stay or none.
 
-    def _attempt_as_new(
-        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
-    ) -> Verdicts | Exception:
+        Raises PartRefused if an event may be the cause of an error. Raises TrialPassed, and keeps no write, if
+        ``is_trial``.
+        """
+        step = Step.HANDLE
+        try:
+            with savepoints.take():
+                verdicts = self._handle(session, batch, plan)
+                step = Step.RECORD
+                outcomes = by_outcome(verdicts)
+                settled = {outcome: outcomes.pop(outcome) for outcome in _SETTLED & outcomes.keys()}
+                verdicts = self._mark(session, batch, verdicts, settled)
+                if removes and settled:
+                    step = Step.REMOVE
+                    self._outbox.remove(session, batch, [key for keys in settled.values() for key in keys])
+                if checks_deferred:
+                    step = Step.CHECK
+                    savepoints.check_deferred()
+                if is_trial:
+                    raise TrialPassed
+        except (DBAPIError, Swallowed) as error:
+            if classify(error) in NO_EVENTS_FAULT:
+                raise
+            raise PartRefused(step, error) from error
+        return _Attempted(verdicts, is_recorded=not outcomes)
+
+    def _attempt_as_new(self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: Savepoints) -> _Attempted:
         """Settle the batch without a check for marks. If this fails because of a mark, try again with the check.
 
         The first attempt has no check because nearly all events are new and have no mark.
         """
         if not self._batches_to_look_at:
-            settled = self._attempt_all(session, batch, replace(plan, looks_at_marks=False), savepoints)
-            if isinstance(settled, dict) or sqlstate(settled) != UNIQUE_VIOLATION:
-                return settled
+            try:
+                return self._attempt(session, batch, replace(plan, looks_at_marks=False), savepoints)
+            except PartRefused as refusal:
+                if sqlstate(refusal.error) != UNIQUE_VIOLATION or refusal.step is not Step.RECORD:
+                    raise
             self._batches_to_look_at = BATCHES_TO_LOOK_AT
         self._batches_to_look_at -= 1
-        return self._attempt_all(session, batch, plan, savepoints)
-
-    def _attempt_all(
-        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: _Savepoints
-    ) -> Verdicts | Exception:
-        try:
-            return self._attempt(session, batch, plan, savepoints)
-        except (DBAPIError, Inconsistent, OutOfOrder) as error:
-            self._raise_if_no_events_fault(error)
-            return error
+        return self._attempt(session, batch, plan, savepoints)
 
     def _handle(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         verdicts: Verdicts = {}
@@ -278,54 +425,88 @@ class Settlement:
             verdicts |= handler.apply(session, events, plan) if handler else judge_unhandled(events)
         return verdicts
 
-    def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Verdicts:
-        """Write the marks, retries and dead letters that follow from the verdicts.
+    def _mark(
+        self, session: Session, batch: Batch, verdicts: Verdicts, settled: Mapping[Outcome, list[int]]
+    ) -> Verdicts:
+        """Write the marks of settled events, and close their dead letters.
 
         Return the verdicts. Add the event's traceparent to each verdict that is logged individually.
         """
-        logged = [key for key, verdict in verdicts.items() if not verdict.via_fast_path and verdict.logged_individually]
+        judged = {
+            outcome: [key for key in keys if not verdicts[key].via_fast_path] for outcome, keys in settled.items()
+        }
+        logged = [key for keys in judged.values() for key in keys if verdicts[key].logged_individually]
         traces = self._outbox.traceparents(session, batch, logged) if logged else {}
-        keys = by_outcome(verdicts)
-        retried, dead = keys.pop(Outcome.RETRIED, []), keys.pop(Outcome.DEAD, [])
-        for outcome, settled in keys.items():
-            judged = [key for key in settled if not verdicts[key].via_fast_path]
-            if new := batch.among(settled).without(set(judged)):
+        for outcome, keys in settled.items():
+            if new := batch.among(keys).without(set(judged[outcome])):
                 self._purchases.mark_first(session, new, outcome)
-            if judged:
-                self._purchases.mark(session, batch.among(judged), outcome)
-                self._outbox.close_letters(session, batch.among(judged).event_ids)
-        if keys:
-            self._outbox.remove(session, batch, [key for settled in keys.values() for key in settled])
-        if retried:
-            self._outbox.postpone(session, batch, {key: self._later(batch[key], verdicts[key]) for key in retried})
-        if dead:
-            self._outbox.bury(session, batch, {key: _dead_letter_reason(verdicts[key]) for key in dead})
+            if judged[outcome]:
+                self._purchases.mark(session, batch.among(judged[outcome]), outcome)
+                self._outbox.close_letters(session, batch.among(judged[outcome]).event_ids)
         return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
-    def _refuse(self, event: Event, error: DBAPIError) -> Verdict:
+    def _record(self, session: Session, batch: Batch, found: _Found, savepoints: Savepoints) -> Settled:
+        """Record the events that are retried or dead."""
+        recorded = self._recording.record(
+            session, batch, found.verdicts, savepoints, checks_deferred=found.checks_deferred
+        )
+        return self._conclude(session, found, recorded)
+
+    def _conclude(self, session: Session, found: _Found, recorded: Recorded) -> Settled:
+        """Set aside the events whose rows could neither be removed nor postponed."""
+        final = _final(found.verdicts)
+        undeletable = {**found.kept, **found.held, **recorded.kept}
+        stuck = {**undeletable, **recorded.refused}
+        refusals: dict[int, str] = {}
+        if stuck:
+            commands = dict.fromkeys(stuck, "UPDATE") | dict.fromkeys(undeletable, "DELETE")
+            refusals = {key: self._outbox.explain(session, commands[key], stuck[key]) for key in stuck}
+            self._check_alike(stuck, refusals, others=(final - found.kept.keys()) | recorded.written)
+        return Settled(
+            verdicts={key: found.verdicts[key] for key in final} | recorded.verdicts,
+            postponed={key: describe(error) for key, error in recorded.postponed.items()},
+            set_aside=refusals,
+            is_through=found.is_through and recorded.is_through,
+        )
+
+    def _check_alike(
+        self, stuck: Mapping[int, Exception], refusals: Mapping[int, str], others: Collection[int]
+    ) -> None:
+        """Raise the database's error if the database, and not the events, seems to be the cause.
+
+        That is so if no row of the batch could be removed or postponed, and if too many events are set aside.
+        """
+        key, error = next(iter(stuck.items()))
+        is_plain = isinstance(error, Swallowed) or classify(error) is not Failure.UNCLEAR
+        if not others and not (is_plain and len(stuck) == 1) and not self._unrecorded.proven(stuck):
+            self._unrecorded.add(stuck)
+            raise error if not is_plain else NothingRecorded(f"the database refuses every event alike: {refusals[key]}")
+        if not self._set_aside.has_room(stuck):
+            raise NothingRecorded(f"more than {MOST:,} events cannot be removed or postponed: {refusals[key]}")
+
+    def _refuse(self, event: Event, error: Exception) -> Verdict:
         return refused(describe(error), self._policy.is_last(event.attempts))
 
-    def _later(self, event: Event, verdict: Verdict) -> Postponement:
-        delay = retry_delay(event.attempts + 1, self._policy, random.random())  # noqa: S311 - spreads load, no secret
-        return Postponement(delay, charged=True, error=f"{verdict.reason}: {verdict.detail}")
+
+def _as_unclear(error: Exception) -> Exception:
+    """Return an error of the class ``unclear``, so that the processor finds out whether other events succeed."""
+    if classify(error) is Failure.UNCLEAR:
+        return error
+    unclear = NothingRecorded(f"the database refuses every event alike: {describe(error)}")
+    unclear.__cause__ = error
+    return unclear
+
+
+def _final(verdicts: Verdicts) -> set[int]:
+    """Return the events that are settled."""
+    return {key for key, verdict in verdicts.items() if verdict.outcome in _SETTLED}
 
 
 def _wrote_purchase(verdicts: Verdicts) -> bool:
     return any(verdict.writes for verdict in verdicts.values())
 
 
-def _dead_letter_reason(verdict: Verdict) -> tuple[Reason, str]:
-    if verdict.reason is None:
-        raise Inconsistent(f"this verdict has the outcome dead, but no reason: {verdict}")
-    return verdict.reason, verdict.detail
-
-
 def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
     """Give a part its share of the lock capacity, so that all parts together do not lock too many pairs."""
     capacity = max(1, int(plan.guard.lock_capacity * share))
     return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
-
-
-def _halves(batch: Batch) -> list[Batch]:
-    middle = len(batch) // 2
-    return [batch.only(batch.ids[:middle]), batch.only(batch.ids[middle:])]

@@ -1,4 +1,4 @@
-"""Claims and settles the rows of ``outbox``, moves events to ``dead_letters``, closes the letters of settled events.
+"""Claims and settles the rows of ``outbox``, copies events to ``dead_letters``, closes the letters of settled events.
 
 A claim locks the rows of due events until its transaction ends, so no other worker can claim them. Settling deletes a
 row in the same transaction, so the outbox contains only events that are not settled yet.
@@ -46,8 +46,11 @@ from sqlalchemy.types import TypeEngine
 
 from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
+from outbox_worker.database.failures import describe, violated
 from outbox_worker.database.statements import Statement, write
+from outbox_worker.errors import Swallowed
 from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason, Repeated
+from outbox_worker.schema.catalogue import likely_cause
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of, window_of, within
@@ -131,19 +134,23 @@ class Outbox:
         self._tables = tables
         self._event_types = None if event_types is None else sorted(event_types)
         self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
+        self._claim_others = Statement(_claim_statement(tables.outbox, ours=[*self._ours(), _is_other(tables.outbox)]))
         self._claim_isolated = Statement(_claim_isolated_statement(tables.outbox))
         self._isolate_first = Statement(_isolate_statement(tables.outbox, self._ours()))
         self._isolate = Statement(
             _isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)])
         )
         self._clear_crash = Statement(_clear_crash_statement(tables.outbox))
-        self._due = _due_statement(tables.outbox, ours=self._ours())
+        self._due = Statement(_due_statement(tables.outbox, ours=[*self._ours(), _is_other(tables.outbox)]))
+        self._left = Statement(_left_statement(tables.outbox))
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
         self._bury = Statement(_bury_statement(tables))
         self._traceparents = Statement(_traceparents_statement(tables.outbox))
         self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
-        self._backlog = _backlog_statement(tables.outbox, self._ours(), self.BACKLOG_BOUND)
+        self._backlog = Statement(
+            _backlog_statement(tables.outbox, [*self._ours(), _is_other(tables.outbox)], self.BACKLOG_BOUND)
+        )
 
     @property
     def event_types(self) -> Sequence[str] | None:
@@ -156,15 +163,23 @@ class Outbox:
         return [self._tables.outbox.c.event_type == func.any(literal(self._event_types, ARRAY(Text)))]
 
     def claim(
-        self, session: Session, limit: int, until: datetime | None = None, start: Position | None = None
+        self,
+        session: Session,
+        limit: int,
+        until: datetime | None = None,
+        start: Position | None = None,
+        *,
+        set_aside: Collection[int] = (),
     ) -> Claim:
         """Lock up to ``limit`` due events that no other transaction has locked, in the order ``(due_at, id)``.
 
         Claim only events that are due by ``until``, or by now if ``until`` is None. If ``start`` is given, claim only
-        events after this position.
+        events after this position. Never claim the events ``set_aside``.
         """
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
+        if set_aside:
+            return _claim_of(self._claim_others.execute(session, {**values, "set_aside": list(set_aside)}).one())
         return _claim_of(self._claim.execute(session, values).one())
 
     def isolate(
@@ -191,16 +206,26 @@ class Outbox:
             write(session, self._clear_crash, {"id": isolated.id, "due_at": isolated.due_at}, 1)
         return replace(claim, batch=replace(claim.batch, window=DueWindow(isolated.due_at, isolated.due_at)))
 
-    def has_due(self, session: Session, until: datetime) -> bool:
-        """Return whether any event is due by ``until``, including events that another worker has locked."""
-        return bool(session.scalar(self._due, {"until": until}))
+    def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:
+        """Return whether any event is due by ``until``, including events that another worker has locked.
+
+        The events ``set_aside`` do not count.
+        """
+        return bool(self._due.execute(session, {"until": until, "set_aside": list(set_aside)}).scalar())
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
         """Delete events.
 
-        In the same transaction, the caller must have written a mark or a dead letter for each event.
+        In the same transaction, the caller must have written a mark or a dead letter for each event. An event that is
+        gone already, for example because a trigger of the purchase deleted it, is removed. Raises Swallowed if an event
+        is still there.
         """
-        write(session, self._remove, {"ids": list(ids), **window_of(batch)}, len(ids))
+        values = {"ids": list(ids), **window_of(batch)}
+        try:
+            write(session, self._remove, values, len(ids))
+        except Swallowed as error:
+            if left := self._left.execute(session, values).scalar():
+                raise Swallowed(error.command, error.relation, len(ids) - left, len(ids)) from None
 
     def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
         """Make events due later, by the database's clock. A ``charged`` postponement also counts a failed try."""
@@ -215,7 +240,10 @@ class Outbox:
         write(session, self._postpone, values, len(postponements))
 
     def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
-        """Move events to the dead letters. If an event already has a letter, that letter is reopened."""
+        """Write the dead letters of events. If an event already has a letter, that letter is reopened.
+
+        In the same transaction, the caller must remove the events.
+        """
         values = {
             "ids": list(letters),
             "payment_ids": [batch[key].payment_id for key in letters],
@@ -224,7 +252,6 @@ class Outbox:
             **window_of(batch),
         }
         write(session, self._bury, values, len(letters))
-        self.remove(session, batch, letters)
 
     def traceparents(self, session: Session, batch: Batch, ids: Collection[int]) -> dict[int, str]:
         """Read the traceparents from the headers of these events. The worker reads no other header."""
@@ -235,12 +262,24 @@ class Outbox:
         """Close the open dead letters of events that are settled now."""
         self._close_letters.execute(session, {"event_ids": event_ids})
 
-    def backlog(self, session: Session) -> Backlog:
-        """Count due and later events, and measure how late the oldest event is.
+    def explain(self, session: Session, command: str, error: Exception) -> str:
+        """Tell why the database refused to change a row of the outbox: the command, the table, and the likely cause.
+
+        Never repeat a value of the row.
+        """
+        outbox, is_swallowed = self._tables.outbox, isinstance(error, Swallowed)
+        told = describe(error) if is_swallowed else f"{command} on {outbox}: {describe(error)}"
+        if violated(error)[2]:
+            return told  # the constraint is named already
+        cause = likely_cause(session, outbox, command, swallowed=is_swallowed)
+        return f"{told}; the likely cause is {cause}" if cause else told
+
+    def backlog(self, session: Session, *, set_aside: Collection[int] = ()) -> Backlog:
+        """Count due and later events, and measure how late the oldest event is. Omit the events ``set_aside``.
 
         Count at most ``BACKLOG_BOUND`` of each.
         """
-        due, waiting, oldest = session.execute(self._backlog).one()
+        due, waiting, oldest = tuple(self._backlog.execute(session, {"set_aside": list(set_aside)}).one())
         return Backlog(due, waiting, oldest or 0.0)
 
     def never_claimed(self, session: Session, nullable: Collection[str]) -> int:
@@ -310,6 +349,11 @@ def _complete(outbox: FromClause) -> list[ColumnElement[bool]]:
 def _counted(column: ColumnElement[int]) -> ColumnElement[int]:
     """Build the value of a counter; a missing value is 0."""
     return func.coalesce(column, 0)
+
+
+def _is_other(outbox: Table) -> ColumnElement[bool]:
+    """Build the condition that an event is none of the events set aside."""
+    return outbox.c.id != func.all(bindparam("set_aside", type_=Keys("bigint")))
 
 
 def _due_by() -> ColumnElement[Any]:
@@ -412,6 +456,11 @@ def _never_claimed_statement(
 def _remove_statement(outbox: Table) -> Delete:
     """what: deletes settled and dead events · lock: held since the claim · index: primary key or (due_at, id)"""
     return delete(outbox).where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
+
+
+def _left_statement(outbox: Table) -> Select[Any]:
+    """what: counts the events that a DELETE has not removed · lock: none · index: primary key or (due_at, id)"""
+    return select(func.count()).select_from(outbox).where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
 def _postpone_statement(outbox: Table) -> Update:

@@ -45,6 +45,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.identity import folded_pair, same_pair
 from outbox_worker.store.queries import currency_code, has_status, is_claimable, is_succeeded
+from outbox_worker.store.workers import set_aside_events
 
 
 class PaymentClass(StrEnum):
@@ -176,9 +177,8 @@ def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
     The CASE prevents the planner from using a join with the outbox. So the outbox is read at most once, even if its
     statistics are wrong.
     """
-    outbox, named, ids = tables.outbox, _named(tables), select(cast(few.c.id, Text))
-    of_ours = outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox)
-    told = select(named).where(*of_ours, case((named.in_(ids), true())))
+    named, ids = _named(tables), select(cast(few.c.id, Text))
+    told = select(named).where(*_may_be_settled(tables), case((named.in_(ids), true())))
     return _equation(few, tables, cast(few.c.id, Text).in_(told), by_index=False)
 
 
@@ -279,10 +279,16 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
 
 def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
     """Find payments that have a ``PURCHASE_CONFIRMED`` event in the outbox, if a worker can ever claim the event."""
-    outbox = tables.outbox
     is_named = _named(tables) == cast(page.c.id, Text)
-    of_ours = outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox)
-    return select(page.c.id).select_from(page.join(outbox, is_named)).where(*of_ours).distinct()
+    flying = page.join(tables.outbox, is_named)
+    return select(page.c.id).select_from(flying).where(*_may_be_settled(tables)).distinct()
+
+
+def _may_be_settled(tables: Tables) -> list[ColumnElement[bool]]:
+    """Build the conditions that an event confirms a payment, can be claimed, and is not set aside by a worker."""
+    outbox = tables.outbox
+    is_other = outbox.c.id != func.all(func.array(set_aside_events(tables.workers).scalar_subquery()))
+    return [outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox), is_other]
 
 
 def _named(tables: Tables) -> ColumnElement[Any]:

@@ -43,11 +43,13 @@ from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import Keys
-from outbox_worker.database.failures import WrittenOtherwise
+from outbox_worker.database.failures import WrittenOtherwise, violated
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
+from outbox_worker.errors import DefaultTaken
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
+from outbox_worker.schema.catalogue import sequences, set_sequence, unique_key
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
@@ -70,6 +72,9 @@ from outbox_worker.store.pairs import (
     standing_statement,
 )
 from outbox_worker.store.queries import is_succeeded
+
+_COPIED = ("student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at")
+"""The columns of a purchase that the worker inserts."""
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
 """The text from which, together with a payment's id, a backfill computes the event id of its mark (by MD5)."""
@@ -175,6 +180,25 @@ class PurchaseRepository:
         """
         self._run_mark(session, batch, outcome, self._mark)
 
+    def is_own_key(self, session: Session, error: Exception) -> bool:
+        """Return whether an error of class 23505 names the pair, the payment, or the event of a mark.
+
+        Such a key belongs to the event. Any other key may refuse every purchase alike. Raises DefaultTaken if the
+        worker writes no column of the key, because then a default gave the row a key that is in use.
+        """
+        purchases, marks = self._tables.purchases, self._tables.processed_events
+        written = {purchases: {*_COPIED, "deactivated_at"}, marks: {column.key for column in marks.c}}
+        for table, keys in written.items():
+            names = unique_key(session, table, violated(error))
+            if names is None:
+                continue
+            if not names & {table.c[key].name for key in keys}:
+                raise _default_taken(session, table, names, error)
+            pair = {purchases.c.student_id.name, purchases.c.course_id.name}
+            own = (pair, {purchases.c.payment_id.name}) if table is purchases else ({marks.c.event_id.name},)
+            return names in own
+        return False
+
     def _run_mark(self, session: Session, batch: Batch, outcome: Outcome, statement: Statement) -> None:
         for event_type, events in batch.by_type().items():
             keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
@@ -209,6 +233,14 @@ class PurchaseRepository:
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
         return Statement(_offered(statement, self._tables))
+
+
+def _default_taken(session: Session, table: Table, names: set[str], error: Exception) -> DefaultTaken:
+    found = {name: sequence for name, sequence in sequences(session, table).items() if name in names}
+    index = violated(error)[2]
+    told = f"a default of {relation_name(table)} gives new rows a key that another row has (constraint {index})"
+    remedies = [set_sequence(table, name, sequence) for name, sequence in found.items()]
+    return DefaultTaken(f"{told}; its sequence is behind: {' '.join(remedies)}" if remedies else told)
 
 
 def backfill_event_id(payment_id: UUID) -> UUID:
@@ -265,8 +297,7 @@ def _insert_statement(
     if guard is Guard.LOCK:
         source = source.ext(distinct_on(*written_order(tables.ids, payments)))
         source = source.where(~exists().where(holds_pair(tables.ids, purchases, payments)))
-    columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
-    return postgresql.insert(purchases).from_select(columns, source, include_defaults=False)
+    return postgresql.insert(purchases).from_select(list(_COPIED), source, include_defaults=False)
 
 
 def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
@@ -311,8 +342,8 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
         .outerjoin(own, true())
         .order_by(*comparable_pair(tables.ids, payments, own), outbox.c.due_at, outbox.c.id)
     )
-    columns = ["student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at"]
-    statement = postgresql.insert(purchases).from_select([*columns, "deactivated_at"], source, include_defaults=False)
+    columns = [*_COPIED, "deactivated_at"]
+    statement = postgresql.insert(purchases).from_select(columns, source, include_defaults=False)
     return statement.on_conflict_do_update(
         index_elements=[purchases.c.payment_id],
         index_where=purchases.c.payment_id.is_not(None),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loguru import logger
 
+from outbox_worker.durations import count_of
 from outbox_worker.model import Batch, Event, Outcome, Reason, Verdict, Verdicts
 
 SINGLES_MAX = 10
@@ -23,9 +24,34 @@ def log_events(batch: Batch, verdicts: Verdicts) -> None:
     logged = {key: verdict for key, verdict in verdicts.items() if not verdict.via_fast_path}
     crowds = _crowds(logged)
     for key, verdict in logged.items():
-        _log_event(batch[key], verdict, in_crowd=_kind(verdict) in crowds)
+        _log_event(batch[key], verdict, in_crowd=_kind(verdict) in crowds and verdict.refused_next is None)
     for (outcome, reason), keys in crowds.items():
         _log_crowd(outcome, reason, [str(batch[key].event_id) for key in keys])
+
+
+def log_unrecorded(refusals: Mapping[int, str]) -> None:
+    """Log the events that the database lets the worker neither charge nor bury. They are only due later."""
+    if refusals:
+        logger.bind(event="outcome_not_recorded", **_shown(refusals)).error(
+            "the database refuses to record that {} failed; it is tried again later, and no try is counted",
+            count_of(len(refusals), "event"),
+        )
+
+
+def log_set_aside(refusals: Mapping[int, str]) -> None:
+    """Log the events whose rows the database lets the worker neither remove nor postpone."""
+    if refusals:
+        logger.bind(event="events_set_aside", **_shown(refusals)).error(
+            "the database refuses to change the rows of {}; they are tried again after 15 s, then every 10 minutes. "
+            "Other events are settled",
+            count_of(len(refusals), "event"),
+        )
+
+
+def _shown(refusals: Mapping[int, str]) -> dict[str, object]:
+    """Return the number of events, some of their ids, and the different refusals."""
+    told = list(dict.fromkeys(refusals.values()))
+    return {"count": len(refusals), "outbox_ids": list(refusals)[:EXAMPLES_MAX], "refusals": told[:EXAMPLES_MAX]}
 
 
 def _kind(verdict: Verdict) -> tuple[Outcome, Reason | None]:
@@ -34,7 +60,10 @@ def _kind(verdict: Verdict) -> tuple[Outcome, Reason | None]:
 
 
 def _crowds(verdicts: Verdicts) -> dict[tuple[Outcome, Reason | None], list[int]]:
-    """Group the events by kind. Return only the kinds that have more than ``SINGLES_MAX`` events."""
+    """Group the events by kind. Return only the kinds that have more than ``SINGLES_MAX`` events.
+
+    A refund whose next payment was refused is never in a group, because a person must act for each such payment.
+    """
     by_kind: dict[tuple[Outcome, Reason | None], list[int]] = {}
     for key, verdict in verdicts.items():
         if verdict.outcome in _LOUD or verdict.passed_to is not None:
@@ -69,6 +98,13 @@ def _log_event(event: Event, verdict: Verdict, *, in_crowd: bool) -> None:
         case Outcome.RETRIED:
             record.bind(event="event_retried", reason=str(verdict.reason), detail=verdict.detail).debug(
                 "the event has not succeeded yet; it is retried later"
+            )
+        case Outcome.REVOKED if verdict.refused_next is not None:
+            record.bind(
+                event="next_payment_refused", next_payment_id=verdict.refused_next, refusal=verdict.detail
+            ).error(
+                "a purchase was refunded, but the database refuses the purchase of the student's next payment for this "
+                "course; that payment is unexplained until the cause is removed and a backfill runs"
             )
         case Outcome.REVOKED if verdict.passed_to is not None:
             record.bind(event="purchase_passed_on", passed_to=verdict.passed_to).log(

@@ -107,6 +107,11 @@ class Metrics:
             "Number of events whose type no handler settles, so that they stay in the outbox for other consumers",
             registry=registry,
         )
+        self.set_aside = Gauge(
+            "outbox_set_aside_events",
+            "Number of events that no worker claims, because the database refuses to change their rows",
+            registry=registry,
+        )
         self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
         self.unexplained = Gauge(
             "outbox_unexplained_payments",

@@ -23,7 +23,7 @@ from outbox_worker.durations import count_of
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
 from outbox_worker.money import amount_texts
-from outbox_worker.telemetry.events import log_events
+from outbox_worker.telemetry.events import log_events, log_set_aside, log_unrecorded
 from outbox_worker.telemetry.metrics import Metrics
 
 
@@ -35,6 +35,11 @@ class BatchReport:
     verdicts: Verdicts
     limit: int
     guard: Guard
+    postponed: Mapping[int, str] = field(default_factory=dict)
+    """Events (``outbox.id``) whose outcome the database refused to record, each with the refusal. They are tried again
+    later."""
+    set_aside: Mapping[int, str] = field(default_factory=dict)
+    """Events whose rows the database refused to remove or to postpone, each with the refusal."""
     seconds: float = 0.0
     """The duration from the claim to the end of COMMIT."""
     transaction: Literal["commit", "unknown"] = "commit"
@@ -182,6 +187,18 @@ class Telemetry:
         self.metrics.oldest_due.set(oldest_due_seconds)
         self.metrics.open_letters.set(open_letters)
 
+    def observe_set_aside(self, events: int) -> None:
+        """Set the gauge of events that no worker claims, because the database refuses to change their rows."""
+        self.metrics.set_aside.set(events)
+
+    def ended_with_set_aside(self, events: int) -> None:
+        """Log that a drain leaves due events behind that are set aside."""
+        logger.bind(event="drain_left_events", count=events).error(
+            "{} set aside, because the database refuses to change their rows, and are still in the outbox. "
+            "To see why, run: outbox-worker status",
+            "1 event is" if events == 1 else f"{events} events are",
+        )
+
     def observe_horizon(self, stood_still_seconds: float) -> None:
         """Set the seconds since the vacuum horizon last moved.
 
@@ -269,6 +286,8 @@ class Telemetry:
             )
         self._log_first_batch(report)
         log_events(report.batch, report.verdicts)
+        log_unrecorded(report.postponed)
+        log_set_aside(report.set_aside)
 
     def _count(self, report: BatchReport) -> None:
         metrics = self.metrics

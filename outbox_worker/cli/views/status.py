@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.diagnose.status import Status, condition
-from outbox_worker.durations import ago
+from outbox_worker.durations import ago, count_of
 from outbox_worker.escapes import printable
 from outbox_worker.model import Outcome
 from outbox_worker.store.workers import WorkerRow
+
+_SHOWN = 5
+"""The largest number of ids that are shown of the events that are set aside for one cause."""
 
 
 def print_status(now: Status) -> None:
@@ -25,6 +29,7 @@ def print_status(now: Status) -> None:
             ("settled per second", f"{now.events_per_second():,.1f}"),
             *([("adopted tables", ", ".join(now.adopted))] if now.adopted else ()),
             *([("ignored events", f"{ignored.events:,}: {printable(ignored.listed())}")] if ignored.events else ()),
+            *_set_aside(now),
         ],
     )
     for concern in now.concerns:
@@ -48,6 +53,21 @@ def print_status(now: Status) -> None:
         )
 
 
+def _set_aside(now: Status) -> list[tuple[str, str]]:
+    """Return a fact for each refusal because of which events are set aside, with the ids of some of these events."""
+    by_refusal: dict[str, list[str]] = {}
+    for key, refusal in now.set_aside.items():
+        by_refusal.setdefault(refusal, []).append(str(key))
+    return [
+        ("set aside", f"{count_of(len(ids), 'event')} (outbox.id {_listed(ids)}): {refusal}")
+        for refusal, ids in by_refusal.items()
+    ]
+
+
+def _listed(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:_SHOWN]) + (", …" if len(ids) > _SHOWN else "")
+
+
 def next_steps(now: Status) -> list[list[str]]:
     """Return the commands to run next: ``run`` if events are due but no worker runs, and the list of dead letters."""
     is_idle = bool(now.backlog.due) and not any(condition(row) == "running" for row in now.workers)
@@ -67,6 +87,7 @@ def status_object(now: Status) -> dict[str, Any]:
         "ignored": now.ignored,
         "adopted": now.adopted,
         "concerns": now.concerns,
+        "set_aside": [{"id": str(key), "refusal": refusal} for key, refusal in now.set_aside.items()],
         "workers": [
             {
                 "id": row.id,

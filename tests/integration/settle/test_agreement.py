@@ -28,8 +28,8 @@ from outbox_worker.model import (
     Verdict,
     Verdicts,
 )
+from outbox_worker.settle.escalation import PartRefused, Step, halves
 from outbox_worker.settle.handlers import OutOfOrder
-from outbox_worker.settle.settlement import _halves
 from tests.support.factories import ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
 from tests.support.worlds import (
@@ -82,15 +82,22 @@ def make_parts(processor: ProbedProcessor) -> None:
 
     def halved(*given: Any, **named: Any) -> Any:
         plan, parts = rearrange(*given, **named)
-        return plan, [half for part in parts for half in _halves(part) if half]
+        return plan, [half for part in parts for half in halves(part) if half]
 
-    settlement._settle_fast = lambda *_: None  # type: ignore[method-assign, assignment]
+    settlement._settle_fast = refuse_as_told(PartRefused(Step.HANDLE, ValueError("as told")))  # type: ignore[method-assign]
     settlement._rearrange = halved  # type: ignore[method-assign]
 
 
 def judge_all(processor: ProbedProcessor) -> None:
     """Each batch is one in which a purchase would be written out of order."""
-    processor._settlement._settle_fast = lambda *_: OutOfOrder("as told")  # type: ignore[method-assign]
+    processor._settlement._settle_fast = refuse_as_told(OutOfOrder("as told"))  # type: ignore[method-assign]
+
+
+def refuse_as_told(error: Exception) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise error
+
+    return refuse
 
 
 @FEW

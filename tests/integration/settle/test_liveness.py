@@ -17,7 +17,7 @@ from outbox_worker.database.failures import Failure, classify
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import Outcome
 from outbox_worker.settle.pacing import FEW_IN_DOUBT, STUCK_PASSES_MAX
-from outbox_worker.settle.settlement import MAX_SAVEPOINTS
+from outbox_worker.settle.savepoints import MAX_SAVEPOINTS
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all, hold_pair
 from tests.support.makers import Connect, MakeProcessor
 from tests.support.refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger

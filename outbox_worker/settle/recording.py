@@ -1,0 +1,191 @@
+"""Records which events are retried and which are dead. This is the last resort of an event that was refused.
+
+Each write has a savepoint. If the database refuses a write, the events step down a ladder: with the text of the error,
+without the text, and at last only postponed, without counting a try. What is refused on the last rung, too, is set
+aside by the caller. Other events of the batch are always recorded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from enum import IntEnum
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.failures import NO_EVENTS_FAULT, classify
+from outbox_worker.decision import RetryPolicy, retry_delay
+from outbox_worker.errors import Inconsistent, Swallowed
+from outbox_worker.model import Batch, Outcome, Reason, Verdict, Verdicts
+from outbox_worker.settle.escalation import Step, halves
+from outbox_worker.settle.savepoints import Savepoints
+from outbox_worker.store.outbox import Outbox, Postponement
+
+
+class Rung(IntEnum):
+    """The ways to record an event, from the fullest to the last one."""
+
+    FULL = 0
+    """Count the try, or write the dead letter, with the text of the error."""
+    BARE = 1
+    """Do the same without the text."""
+    KEEPING = 2
+    """Write the dead letter without the text, and leave the event's row in the outbox."""
+    UNCHARGED = 3
+    """Only make the event due later."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Events with the same outcome that are recorded together. Without an outcome, the events are only postponed."""
+
+    batch: Batch
+    outcome: Outcome | None
+    rung: Rung
+
+    def lower(self, step: Step) -> list[_Part]:
+        """Return what to try after the part was refused at ``step``. Return no part if the last rung was refused."""
+        if len(self.batch) > 1:
+            if self.rung is Rung.FULL and step is not Step.REMOVE:
+                return [replace(self, rung=Rung.BARE)]
+            first = Rung.UNCHARGED if self.outcome is None else Rung.FULL
+            return [replace(self, batch=half, rung=first) for half in halves(self.batch)]
+        rung = _next_rung(self.rung, step, is_dead=self.outcome is Outcome.DEAD)
+        return [] if rung is None else [replace(self, rung=rung)]
+
+
+def _next_rung(rung: Rung, step: Step, *, is_dead: bool) -> Rung | None:
+    """Return the next rung for a single event, or None if there is none.
+
+    Only a dead event has the rung ``KEEPING``. The rung helps only if the removal of the row may be what was refused.
+    """
+    if rung is Rung.UNCHARGED:
+        return None
+    if is_dead and step is Step.REMOVE:
+        return Rung.KEEPING
+    lower = Rung(rung + 1)
+    is_useless = lower is Rung.KEEPING and not (is_dead and step is Step.CHECK)
+    return Rung.UNCHARGED if is_useless else lower
+
+
+@dataclass
+class Recorded:
+    """The result of recording a batch."""
+
+    verdicts: Verdicts = field(default_factory=dict)
+    """The events whose outcome is recorded."""
+    postponed: dict[int, Exception] = field(default_factory=dict)
+    """The events that were only postponed, each with what refused to record its outcome."""
+    kept: dict[int, Exception] = field(default_factory=dict)
+    """The events of ``verdicts`` whose rows could not be removed."""
+    refused: dict[int, Exception] = field(default_factory=dict)
+    """The events whose rows could not even be postponed."""
+    written: set[int] = field(default_factory=set)
+    """The events whose rows were removed or postponed."""
+    is_through: bool = True
+    """Whether all events were tried. If not, no savepoint was left."""
+
+
+class Recording:
+    """Writes retries and dead letters inside the session's transaction."""
+
+    def __init__(self, outbox: Outbox, policy: RetryPolicy) -> None:
+        self._outbox = outbox
+        self._policy = policy
+
+    def record(
+        self, session: Session, batch: Batch, verdicts: Verdicts, savepoints: Savepoints, *, checks_deferred: bool
+    ) -> Recorded:
+        """Record the retried and the dead events among ``verdicts``.
+
+        Raises the database's error if no event can be its cause.
+        """
+        parts = [
+            _Part(batch.among(keys), outcome, Rung.FULL)
+            for outcome in (Outcome.RETRIED, Outcome.DEAD)
+            if (keys := {key for key, verdict in verdicts.items() if verdict.outcome is outcome})
+        ]
+        return self._write_all(session, parts, verdicts, savepoints, checks_deferred)
+
+    def postpone(self, session: Session, batch: Batch, savepoints: Savepoints) -> Recorded:
+        """Postpone the events by the base delay, without counting a try."""
+        return self._write_all(session, [_Part(batch, None, Rung.UNCHARGED)], {}, savepoints, checks_deferred=True)
+
+    def _write_all(
+        self, session: Session, parts: list[_Part], verdicts: Verdicts, savepoints: Savepoints, checks_deferred: bool
+    ) -> Recorded:
+        recorded = Recorded()
+        causes: dict[int, Exception] = {}
+        while parts and savepoints.left:
+            part = parts.pop()
+            step = Step.RECORD
+            try:
+                with savepoints.take():
+                    traces = self._write(session, part, verdicts)
+                    if part.outcome is Outcome.DEAD and part.rung in (Rung.FULL, Rung.BARE):
+                        step = Step.REMOVE
+                        self._outbox.remove(session, part.batch, part.batch.ids)
+                    if checks_deferred:
+                        step = Step.CHECK
+                        savepoints.check_deferred()
+            except (DBAPIError, Swallowed) as error:
+                if classify(error) in NO_EVENTS_FAULT:
+                    raise
+                causes |= dict.fromkeys(part.batch, error)
+                lower = part.lower(step)
+                parts += reversed(lower)
+                recorded.refused |= {} if lower else dict.fromkeys(part.batch, error)
+            else:
+                _add(recorded, part, verdicts, traces, causes)
+        recorded.is_through = not parts
+        return recorded
+
+    def _write(self, session: Session, part: _Part, verdicts: Verdicts) -> dict[int, str]:
+        """Write a part on its rung. Return the traceparents of its events if their verdicts are logged."""
+        batch = part.batch
+        if part.rung is Rung.UNCHARGED or part.outcome is None:
+            later = {key: Postponement(self._delay(batch, key, part.outcome), charged=False) for key in batch}
+            self._outbox.postpone(session, batch, later)
+            return {}
+        traces = self._outbox.traceparents(session, batch, batch.ids)
+        has_text = part.rung is Rung.FULL
+        if part.outcome is Outcome.DEAD:
+            self._outbox.bury(session, batch, {key: _letter(verdicts[key], has_text) for key in batch})
+        else:
+            errors = {key: f"{verdicts[key].reason}: {verdicts[key].detail}" if has_text else None for key in batch}
+            given = {key: Postponement(self._delay(batch, key, part.outcome), True, errors[key]) for key in batch}
+            self._outbox.postpone(session, batch, given)
+        return traces
+
+    def _delay(self, batch: Batch, key: int, outcome: Outcome | None) -> timedelta:
+        """Return the delay until the next try. An event that only makes way for others waits the base delay."""
+        if outcome is None:
+            return self._policy.base
+        spread = random.random()  # noqa: S311 - spreads load, no secret
+        return retry_delay(batch[key].attempts + 1, self._policy, spread)
+
+
+def _add(
+    recorded: Recorded,
+    part: _Part,
+    verdicts: Verdicts,
+    traces: Mapping[int, str],
+    causes: Mapping[int, Exception],
+) -> None:
+    """Add a part that was written to the result."""
+    recorded.written |= set() if part.rung is Rung.KEEPING else part.batch.keys()
+    if part.rung is Rung.UNCHARGED:
+        recorded.postponed |= {key: causes[key] for key in part.batch if key in causes and part.outcome is not None}
+        return
+    recorded.verdicts |= {key: replace(verdicts[key], traceparent=traces.get(key)) for key in part.batch}
+    if part.rung is Rung.KEEPING:
+        recorded.kept |= {key: causes[key] for key in part.batch}
+
+
+def _letter(verdict: Verdict, has_text: bool) -> tuple[Reason, str]:
+    if verdict.reason is None:
+        raise Inconsistent(f"this verdict has the outcome dead, but no reason: {verdict}")
+    return verdict.reason, verdict.detail if has_text else ""
