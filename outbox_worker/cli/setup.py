@@ -73,13 +73,15 @@ def migrate(
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
-    """Print what adopted tables lack, and the remedies. Return whether anything is missing."""
+    """Print what adopted tables lack, and concerns, with the remedies. Return whether anything is missing."""
     from outbox_worker import terminal
+    from outbox_worker.schema.concerns import find_concerns
     from outbox_worker.schema.requirements import find_problems
 
     with database.transaction() as session:
         problems = find_problems(session, tables)
-    for problem in problems:
+        concerns = find_concerns(session, tables)
+    for problem in [*problems, *concerns]:
         terminal.line(f"problem  {problem.finding}\n         {problem.remedy}", "yellow")
     return bool(problems)
 
