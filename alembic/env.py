@@ -96,7 +96,8 @@ class Comparison:
 
         The migrations copy these types from the payments table. Return None to let alembic decide.
         """
-        if expected.key == "amount" and getattr(types[0], "precision", None) and not expected.type.precision:
+        is_unlimited = isinstance(expected.type, sa.Numeric) and expected.type.precision is None
+        if is_unlimited and getattr(types[0], "precision", None):
             return True  # alembic itself takes ``numeric`` with limits for ``numeric`` without limits
         follows = expected.table is self._purchases and expected.key in ("student_id", "course_id", "currency")
         return False if follows and _name(self._payments) in self._adopted else None

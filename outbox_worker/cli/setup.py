@@ -73,15 +73,16 @@ def migrate(
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
-    """Print what adopted tables lack, and the remedies. Return whether the worker cannot start because of it."""
+    """Print what adopted tables lack, and concerns, with the remedies. Return whether the worker cannot start."""
     from outbox_worker import terminal
+    from outbox_worker.schema.concerns import find_concerns
     from outbox_worker.schema.nullable import find_nullable
     from outbox_worker.schema.requirements import find_problems
 
     with database.transaction() as session:
         problems = find_problems(session, tables)
-        nullable = find_nullable(session, tables)
-    for each in nullable:
+        concerns = [*find_nullable(session, tables), *find_concerns(session, tables)]
+    for each in concerns:
         terminal.line(f"warning  {each.finding}\n         {each.remedy}", "yellow")
     for problem in problems:
         terminal.line(f"problem  {problem.finding}\n         {problem.remedy}", "yellow")
