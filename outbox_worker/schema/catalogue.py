@@ -24,7 +24,8 @@ def predicate_forms(purchases: Table) -> tuple[str, ...]:
     return column, f"({column} = true)", f"({column} IS TRUE)"
 
 
-# what: unique, valid, immediate, partial indexes on exactly the pair · lock: none · index: the catalogue's own
+# what: unique, valid, immediate, partial indexes on exactly the pair, that compare ids as the columns do
+# lock: none · index: the catalogue's own
 _PAIR_INDEXES = text(
     """
     SELECT c.relname, pg_get_expr(i.indpred, i.indrelid)
@@ -32,6 +33,10 @@ _PAIR_INDEXES = text(
     WHERE i.indrelid = to_regclass(:relation)
       AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
       AND i.indpred IS NOT NULL AND i.indexprs IS NULL AND i.indnkeyatts = 2
+      AND NOT EXISTS (SELECT FROM generate_series(0, 1) AS k (position)
+                      JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k.position]
+                      JOIN pg_collation l ON l.oid IN (a.attcollation, i.indcollation[k.position])
+                      WHERE a.attcollation <> i.indcollation[k.position] AND NOT l.collisdeterministic)
       AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
            WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
         = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)
