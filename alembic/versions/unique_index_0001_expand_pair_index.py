@@ -39,6 +39,10 @@ HAS_PAIR_INDEX = sa.text(
         WHERE i.indrelid = to_regclass(:relation)
           AND i.indisunique AND i.indisvalid AND i.indisready AND i.indimmediate
           AND i.indexprs IS NULL AND i.indnkeyatts = 2
+          AND NOT EXISTS (SELECT FROM generate_series(0, 1) AS k (position)
+                          JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k.position]
+                          JOIN pg_collation l ON l.oid IN (a.attcollation, i.indcollation[k.position])
+                          WHERE a.attcollation <> i.indcollation[k.position] AND NOT l.collisdeterministic)
           AND pg_get_expr(i.indpred, i.indrelid) = ANY(CAST(:predicates AS text[]))
           AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
                WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))

@@ -13,17 +13,17 @@ from decimal import Decimal
 from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, literal, or_, select, true, type_coerce
+from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, or_, select, true
 from sqlalchemy.exc import DataError
 from sqlalchemy.orm import Session
-from sqlalchemy.types import NullType
 
 from outbox_worker.database.engine import savepoint
 from outbox_worker.database.expressions import readable
+from outbox_worker.schema.ids import IdColumn
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DeadLetter, read_letters
-from outbox_worker.store.identity import folded_pair, same_pair
+from outbox_worker.store.identity import folded_pair, is_bought_id, is_id, same_pair
 from outbox_worker.store.queries import is_claimable
 
 _Row = TypeVar("_Row")
@@ -134,9 +134,10 @@ def look_up(session: Session, tables: Tables, asked: str) -> Found:
     given = _uuid_of(asked)
     of_event = _read_events(session, tables, events=[given]) if given else Records()
     own = tables.purchases.c
-    bought = _ask(session, lambda: _read_purchases(session, tables, _is_as(own.id, asked)))
+    bought = _ask(session, lambda: _read_purchases(session, tables, is_id(IdColumn(), own.id, asked)))
     of_student = _ask(session, lambda: session.scalars(_payments_of(tables, asked)).all())
-    is_gift = _is_as(own.student_id, asked), own.payment_id.is_(None)
+    same = tables.ids.student_id
+    is_gift = is_bought_id(same, own.student_id, asked), own.payment_id.is_(None)
     gifts = _ask(session, lambda: _read_purchases(session, tables, *is_gift))
     of_purchase = [each.payment_id for each in bought if each.payment_id]
     concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *of_purchase, *([given] if given else [])]
@@ -181,16 +182,11 @@ def _uuid_of(text: str) -> UUID | None:
         return None
 
 
-def _is_as(column: ColumnElement[Any], given: str) -> ColumnElement[bool]:
-    """Return the condition that the column equals this text. The database casts the text to the column's type."""
-    return type_coerce(column, NullType()) == literal(given, NullType())
-
-
 def _payments_of(tables: Tables, student: str) -> Select[Any]:
     """what: the payments of a student, by payments and purchases · lock: none · index: on the pair, if any"""
-    paid, own = tables.payments, tables.purchases
-    of_rows = select(paid.c.id, paid.c.created_at).where(_is_as(paid.c.student_id, student))
-    of_purchases = select(own.c.payment_id, own.c.created_at).where(_is_as(own.c.student_id, student))
+    paid, own, same = tables.payments, tables.purchases, tables.ids.student_id
+    of_rows = select(paid.c.id, paid.c.created_at).where(is_id(same.paid, paid.c.student_id, student))
+    of_purchases = select(own.c.payment_id, own.c.created_at).where(is_bought_id(same, own.c.student_id, student))
     both = of_rows.union_all(of_purchases.where(own.c.payment_id.is_not(None))).subquery("both")
     return (
         select(both.c.id).group_by(both.c.id).order_by(func.min(both.c.created_at), both.c.id).limit(PAYMENTS_MAX + 1)

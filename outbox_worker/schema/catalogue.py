@@ -18,8 +18,8 @@ _COMMAND_BITS = {"INSERT": 4, "DELETE": 8, "UPDATE": 16}
 _COMMAND_NUMBERS = {"UPDATE": "2", "INSERT": "3", "DELETE": "4"}
 """The number of each command in ``pg_rewrite.ev_type``."""
 
-# what: unique, valid indexes on exactly the pair: the condition of each, whether it is checked at once, and whether
-# is_active may be NULL · lock: none · index: the catalogue's own
+# what: unique, valid indexes on exactly the pair that compare ids as the columns do: the condition of each, whether it
+# is checked at once, and whether is_active may be NULL · lock: none · index: the catalogue's own
 _PAIR_INDEXES = text(
     """
     SELECT c.relname AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate, i.indimmediate AS is_immediate,
@@ -28,6 +28,10 @@ _PAIR_INDEXES = text(
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
     WHERE i.indrelid = to_regclass(:relation)
       AND i.indisunique AND i.indisvalid AND i.indisready AND i.indexprs IS NULL AND i.indnkeyatts = 2
+      AND NOT EXISTS (SELECT FROM generate_series(0, 1) AS k (position)
+                      JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k.position]
+                      JOIN pg_collation l ON l.oid IN (a.attcollation, i.indcollation[k.position])
+                      WHERE a.attcollation <> i.indcollation[k.position] AND NOT l.collisdeterministic)
       AND (SELECT array_agg(CAST(a.attname AS text) ORDER BY CAST(a.attname AS text)) FROM pg_attribute a
            WHERE a.attrelid = i.indrelid AND a.attnum IN (i.indkey[0], i.indkey[1]))
         = (SELECT array_agg(n ORDER BY n) FROM unnest(CAST(:columns AS text[])) AS n)

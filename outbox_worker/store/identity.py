@@ -19,10 +19,12 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal,
     literal_column,
     true,
+    type_coerce,
 )
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.types import NullType, UserDefinedType
 
 from outbox_worker.schema.ids import DEFAULT_COLLATION, Fold, IdColumn, PairIds, SameId
 
@@ -108,6 +110,18 @@ def pair_key(ids: PairIds, payments: FromClause, purchases: FromClause | None = 
     return func.hashtextextended(_collated(both, '"C"') if ids.mixes_collations else both, 0, type_=BigInteger)
 
 
+def is_id(column: IdColumn, actual: ColumnElement[Any], given: str) -> ColumnElement[bool]:
+    """Build the condition that an id equals this text. The database casts the text to the id's type."""
+    return _equal_by_type(column, type_coerce(actual, NullType()), literal(given, NullType()))
+
+
+def is_bought_id(same: SameId, actual: ColumnElement[Any], given: str) -> ColumnElement[bool]:
+    """Build the condition that an id of a purchase is the same as this text."""
+    if same.is_indexable:
+        return is_id(same.bought, actual, given)
+    return _folded(same, actual) == _folded(same, literal(given, Text()))
+
+
 def differs(column: IdColumn, given: ColumnElement[str], actual: ColumnElement[Any]) -> ColumnElement[bool]:
     """Build the condition that a text is no way to write this id. Types decide, not texts: 007 is the integer 7.
 
@@ -169,10 +183,17 @@ def _of_purchase(same: SameId, column: ColumnElement[Any]) -> ColumnElement[Any]
 
 
 def _equal(same: SameId, one: ColumnElement[Any], other: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Compare two ids. The operator of citext is named with its schema, which may not be in the search path."""
-    if same.is_indexable and same.bought.type_name == "citext":
-        return one.op(f"OPERATOR({same.bought.type_schema}.=)", is_comparison=True, return_type=Boolean())(other)
-    return one == other
+    """Compare two ids in the form of the purchases' column, or folded.
+
+    The operator of citext is named with its schema, because the schema may not be in the search path.
+    """
+    return _equal_by_type(same.bought, one, other) if same.is_indexable else one == other
+
+
+def _equal_by_type(column: IdColumn, one: ColumnElement[Any], other: ColumnElement[Any]) -> ColumnElement[bool]:
+    if column.type_name != "citext":
+        return one == other
+    return one.op(f"OPERATOR({column.type_schema}.=)", is_comparison=True, return_type=Boolean())(other)
 
 
 def _folded(same: SameId, column: ColumnElement[Any]) -> ColumnElement[str]:

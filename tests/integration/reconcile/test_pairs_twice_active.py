@@ -58,8 +58,10 @@ def test_a_pair_that_is_active_twice_is_listed(
     assert next_steps(report) == [["why", ids[0]]]
     with database.transaction() as session:
         found = check_schema(session, tables)
+        assert len(session.execute(doubled._doubled(found)).all()) == 1, "purchases without a student are no pair"
         told = explain(session, found, settings.retry_policy, None, ids[1])
-    assert told.kinds == ["purchase"]
+        assert told.kinds == ["purchase"]
+        assert len(explain(session, found, settings.retry_policy, None, kind.same).gifts) == 3
 
 
 @pytest.mark.parametrize("json_wanted", [True, False], ids=["json", "terminal"])

@@ -19,7 +19,7 @@ from tests.support.factories import Shop, drain_all
 from tests.support.guarding import without_index
 from tests.support.interleaving import PATIENCE, errors
 from tests.support.makers import MakeDatabase, MakeProcessor
-from tests.support.same_ids import Kind, every_kind, pay, retype
+from tests.support.same_ids import KINDS, Kind, every_kind, pay, retype
 
 PUBLIC = "hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0)"
 
@@ -100,3 +100,21 @@ def test_the_lock_knows_both_ways(
     assert drain_all(fast) == {Outcome.DUPLICATE_PAYMENT: 1}
     assert shop.count("purchases") == 1
     assert errors(slow, fast) == {}
+
+
+@without_index
+def test_an_index_that_compares_by_another_rule_is_no_guard(
+    guard_kind: str, shop: Shop, make_processor: MakeProcessor
+) -> None:
+    """By its collation, both ways to write an id would be two students."""
+    assert guard_kind == "lock"
+    kind = next(each for each in KINDS if each.name == "loose")
+    retype(shop, kind)
+    shop.rows('CREATE UNIQUE INDEX other ON purchases (student_id COLLATE "C", course_id) WHERE is_active')
+    for student in (kind.one, kind.same):
+        pay(shop, student)
+    processor = make_processor()
+    assert processor.watch.state.guard is Guard.LOCK
+    assert drain_all(processor) == {Outcome.CREATED: 1, Outcome.DUPLICATE_PAYMENT: 1}
+    shop.rows("CREATE UNIQUE INDEX same ON purchases (student_id, course_id) WHERE is_active")
+    assert make_processor().watch.state.guard is Guard.INDEX
