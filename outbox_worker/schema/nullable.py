@@ -12,7 +12,7 @@ from sqlalchemy import Table, text
 from sqlalchemy.orm import Session
 
 from outbox_worker.schema.catalogue import actual_columns, exists
-from outbox_worker.schema.privileges import may
+from outbox_worker.schema.privileges import CLOSED_SCHEMAS, may
 from outbox_worker.schema.requirements import NEVER_READ, SchemaProblem
 from outbox_worker.schema.tables import Tables, quoted, relation_name
 
@@ -78,8 +78,10 @@ def find_nullable(session: Session, tables: Tables) -> list[SchemaProblem]:
 
 
 def _nullable(session: Session, tables: Tables) -> Iterator[_Nullable]:
-    for role, table in tables.by_role().items():
-        if exists(session, table) and (keys := nullable_keys(session, role, table)):
+    by_role = tables.by_role()
+    closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
+    for role, table in by_role.items():
+        if table.schema not in closed and exists(session, table) and (keys := nullable_keys(session, role, table)):
             yield _Nullable(role, table, keys)
 
 

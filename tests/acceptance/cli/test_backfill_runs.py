@@ -188,10 +188,10 @@ def test_as_an_object(database_url: str, shop: Shop) -> None:
     found = done.object
     assert (done.code, done.sentences()) == (0, "")
     keys = {"ok", "dry_run", "since", "until", "cutoff", "continued", "counts", "seconds", "payments_per_second"}
-    assert found.keys() == keys | {"owed", "duplicates", "contended", "refused"}
+    assert found.keys() == keys | {"owed", "duplicates", "withheld", "cannot_be_judged", "contended", "refused"}
     assert found["counts"].keys() == {
         "looked_at",
-        *(["unexplained", "owed", "duplicates", "made", "recovered", "explained", "contended", "refused"]),
+        *(["unexplained", "owed", "duplicates", "made", "recovered", "explained", "contended", "refused", "withheld"]),
     }
     assert found["counts"]["made"] == {"count": 1, "money": {"EUR": "12.30"}}
     assert found["counts"]["duplicates"] == {"count": 1, "money": {"USD": "49.90"}}

@@ -154,6 +154,18 @@ def test_an_event_that_was_delivered_again_meanwhile_stays_as_it_is(database_url
     assert states(shop) == {event: "requeued"}
 
 
+def test_an_event_that_the_outbox_does_not_take_is_listed(database_url: str, shop: Shop) -> None:
+    sound, taken = shop.dead_letter(shop.payment()), shop.dead_letter(shop.payment())
+    shop.confirm(shop.payment(), taken)
+    done = decide(database_url, "requeue", "--all", *WHO, code=1)
+    assert "1 event requeued." in done.stdout
+    assert "1 dead letter could not be requeued:" in done.stdout
+    assert str(taken) in done.stdout
+    again = decide(database_url, "requeue", "--all", *WHO, "--json", code=1).object
+    assert (again["is_done"], [each["event_id"] for each in again["refused"]]) == (False, [str(taken)])
+    assert states(shop) == {sound: "requeued", taken: "open"}
+
+
 @pytest.mark.parametrize("column", ["json", "text"])
 def test_a_document_is_delivered_again_as_it_was(column: str, database_url: str, shop: Shop) -> None:
     retype(shop, column)

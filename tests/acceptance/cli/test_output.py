@@ -107,6 +107,7 @@ def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
         "money",
         "unexplained",
         "refunded_but_active",
+        "cannot_be_judged",
         "unknown_statuses",
         "dated_ahead",
     }
