@@ -13,6 +13,7 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
     ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
     ├── KeyMissing            pause     a unique key that an upsert needs was dropped
+    ├── PairTaken             retry     another transaction wrote the pair's purchase while its index was dropped
     └── Inconsistent          bug       a statement did not change as many rows as it must
 
 The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
@@ -80,6 +81,15 @@ class KeyMissing(OutboxWorkerError):
     """
 
     sqlstate: ClassVar[str] = "42P10"
+
+
+class PairTaken(OutboxWorkerError):
+    """A second active purchase of a pair, found before COMMIT. The transaction is rolled back and run again.
+
+    It can be written only while the unique index is dropped by DROP INDEX CONCURRENTLY.
+    """
+
+    sqlstate: ClassVar[str] = "40001"
 
 
 class Inconsistent(OutboxWorkerError):

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     ColumnElement,
     FromClause,
     Select,
@@ -42,11 +43,12 @@ from outbox_worker.database.arrays import Keys
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
+from outbox_worker.errors import PairTaken
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
-from outbox_worker.store.guard import GuardState, on_active_pair
+from outbox_worker.store.guard import GuardState, index_is_in_transition, on_active_pair
 from outbox_worker.store.pairs import (
     EventFacts,
     EventOf,
@@ -165,11 +167,17 @@ class PurchaseRepository:
             write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
-        written: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
-        if written is None:
-            return set(batch.ids)
-        by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
-        return {by_payment[payment_id] for payment_id in written}
+        payments, looks_back = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).one()
+        by_payment = dict(zip(batch.payments(), batch.ids, strict=True)) if payments is not None else {}
+        written = set(batch.ids) if payments is None else {by_payment[payment_id] for payment_id in payments}
+        if looks_back and written:
+            self._check_alone(session, batch.among(written))
+        return written
+
+    def _check_alone(self, session: Session, batch: Batch) -> None:
+        """Raise PairTaken if the pair of a purchase just written has another active purchase."""
+        if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
+            raise PairTaken("Another transaction has just created an active purchase of the same pair.")
 
     def _build_insert(
         self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
@@ -179,7 +187,8 @@ class PurchaseRepository:
         )
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
-        return Statement(_offered(statement, self._tables))
+            return Statement(_offered(statement, self._tables))
+        return Statement(_offered(statement, self._tables, index_is_in_transition(self._tables.purchases)))
 
 
 def backfill_event_id(payment_id: UUID) -> UUID:
@@ -202,12 +211,17 @@ def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
     return event.correlate(keys).lateral("event")
 
 
-def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
-    """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases."""
+def _offered(
+    statement: postgresql.Insert, tables: Tables, looks_back: ColumnElement[bool] = literal_column("false", Boolean)
+) -> Select[Any]:
+    """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases.
+
+    Also return ``looks_back``: whether a later statement must check that each pair has one active purchase.
+    """
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
     written = func.coalesce(func.array_agg(made.c.payment_id), none)
-    return select(case((func.count() < bindparam("offered", type_=BigInteger), written)))
+    return select(case((func.count() < bindparam("offered", type_=BigInteger), written)), looks_back)
 
 
 def _insert_statement(
