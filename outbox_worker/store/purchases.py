@@ -15,7 +15,6 @@ from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
-    Boolean,
     ColumnElement,
     FromClause,
     Select,
@@ -167,15 +166,22 @@ class PurchaseRepository:
             write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
-        payments, looks_back = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).one()
-        by_payment = dict(zip(batch.payments(), batch.ids, strict=True)) if payments is not None else {}
-        written = set(batch.ids) if payments is None else {by_payment[payment_id] for payment_id in payments}
-        if looks_back and written:
+        row = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).one()
+        if row.payments is None:
+            written = set(batch.ids)
+        else:
+            by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
+            written = {by_payment[payment_id] for payment_id in row.payments}
+        if row.is_unsure and written:
             self._check_alone(session, batch.among(written))
         return written
 
     def _check_alone(self, session: Session, batch: Batch) -> None:
-        """Raise PairTaken if the pair of a purchase just written has another active purchase."""
+        """Raise PairTaken if a pair whose purchase was just written has a second active purchase.
+
+        This statement has a newer snapshot than the INSERT. While an index is dropped concurrently, the INSERT may miss
+        a purchase that another transaction has written by the index and committed after the INSERT began.
+        """
         if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
             raise PairTaken("Another transaction has just created an active purchase of the same pair.")
 
@@ -211,17 +217,16 @@ def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
     return event.correlate(keys).lateral("event")
 
 
-def _offered(
-    statement: postgresql.Insert, tables: Tables, looks_back: ColumnElement[bool] = literal_column("false", Boolean)
-) -> Select[Any]:
+def _offered(statement: postgresql.Insert, tables: Tables, is_unsure: ColumnElement[bool] | None = None) -> Select[Any]:
     """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases.
 
-    Also return ``looks_back``: whether a later statement must check that each pair has one active purchase.
+    Also return ``is_unsure``: whether a later statement must check that no pair has a second active purchase.
     """
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
     written = func.coalesce(func.array_agg(made.c.payment_id), none)
-    return select(case((func.count() < bindparam("offered", type_=BigInteger), written)), looks_back)
+    payments = case((func.count() < bindparam("offered", type_=BigInteger), written))
+    return select(payments.label("payments"), (false() if is_unsure is None else is_unsure).label("is_unsure"))
 
 
 def _insert_statement(

@@ -14,7 +14,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
@@ -412,7 +411,9 @@ class Stage:
         drain_all(self._finisher)
         if self.shop.owed():
             for row in self.shop.rows("SELECT id, student_id, course_id, amount, currency FROM payments"):
-                self.backfill(self._finisher, Payment(*row[:3], str(row.amount), row.currency))
+                self.backfill(
+                    self._finisher, Payment(row.id, row.student_id, row.course_id, str(row.amount), row.currency)
+                )
         assert find_twice_active(self.shop) == [], told
         left = {name: self.shop.count(name) for name in ("outbox", "charged", "dead_letters")}
         assert (self.shop.owed(), left) == (0, dict.fromkeys(left, 0)), told

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.support.factories import Payment, Shop
-from tests.support.history import assert_never_twice_active, find_twice_active, keep_history
 from tests.support.guarding import without_index
+from tests.support.history import assert_never_twice_active, find_twice_active, keep_history
 from tests.support.makers import Connect
 
 pytestmark = without_index

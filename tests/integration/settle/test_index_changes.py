@@ -57,12 +57,17 @@ def test_three_writers_and_a_change_in_any_order(stage: Stage) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kinds", TWO, ids=" and ".join)
 def test_two_writers_and_a_change_in_every_order(
-    kinds: tuple[str, str], change: str, stage: Stage, capsys: pytest.CaptureFixture[str]
+    kinds: tuple[str, str],
+    change: str,
+    stage: Stage,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All of them, counted."""
     steps = sum(len(trace) for trace in all_schedules(partial(stage.run, kinds, change)))
+    told = f"{' and '.join(kinds)}, {change}: {stage.runs} orders, {steps} steps, {stage.blocked} blocked"
     with capsys.disabled():
-        print(f"\n{' and '.join(kinds)}, {change}: {stage.runs} orders, {steps} steps, {stage.blocked} blocked")
+        request.config.get_terminal_writer().line(f"\n{told}")
     assert stage.runs > 10
 
 
