@@ -149,9 +149,10 @@ def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> 
 def _table_misfits(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
     name = relation_name(table)
     actual = actual_columns(session, name)
+    is_migrated = any(column.name not in actual for column in table.columns) and is_owned(session, table)
     for column in table.columns:
         if (role, column.key) not in _NEVER_READ:
-            yield from _column_problems(name, role, column, actual)
+            yield from _column_problems(name, role, column, actual, is_migrated=is_migrated)
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):
         column_name = table.c[_UPSERTED_BY[role]].name
@@ -178,8 +179,9 @@ def _kind(column: ActualColumn) -> str:
 
 
 def _column_problems(
-    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn]
+    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn], *, is_migrated: bool
 ) -> Iterator[SchemaProblem]:
+    """Report a column that is missing or does not fit. ``is_migrated``: our migrations created the table."""
     actual = columns.get(column.name)
     if actual is None and role == "payments":
         near = difflib.get_close_matches(column.name, columns, 1)
@@ -189,9 +191,11 @@ def _column_problems(
         )
     elif actual is None:
         ddl = str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+        first = (
+            "run `outbox-worker migrate`" if is_migrated else f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…)"
+        )
         yield SchemaProblem(
-            f"column {name}.{column.name} is missing",
-            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: ALTER TABLE {name} ADD COLUMN {ddl};",
+            f"column {name}.{column.name} is missing", f"{first}, or: ALTER TABLE {name} ADD COLUMN {ddl};"
         )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from tests.support.factories import Shop
 from tests.support.history import assert_never_twice_active, keep_history
 from tests.support.makers import Connect
 from tests.support.processes import Process, eventually, finish, start
-from tests.support.refunding import OPS, Pair, tell
+from tests.support.refunding import Pair, tell_at_random
 from tests.support.refunding import check as check_pairs
 from tests.support.sites import watch_charges
 
@@ -123,14 +123,6 @@ def prove(url: str, shop: Shop, connect: Connect, kills: int, guard: str) -> Non
     check(url, shop, kills)
 
 
-def tell_at_random(shop: Shop, pairs: list[Pair], chance: random.Random) -> None:
-    """New pairs, and of those that are there what was not told yet, and again what was."""
-    pairs += [Pair() for _ in range(10)]
-    some = chance.sample(pairs[-200:], min(len(pairs), BATCH))
-    tellings = [(pair, chance.choice(OPS)) for pair in some]
-    tell(shop, tellings + chance.sample(tellings, len(tellings) // 5))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("hands", [2, 4])
 def test_kills_among_confirmations_and_refunds(
@@ -145,7 +137,7 @@ def test_kills_among_confirmations_and_refunds(
     def produce() -> None:
         while not over.is_set():
             if own.count("outbox") < 5 * BATCH:
-                tell_at_random(own, pairs, chance)
+                tell_at_random(own, pairs, chance, BATCH)
             over.wait(0.02)
 
     with ThreadPoolExecutor(1) as pool:
