@@ -9,11 +9,13 @@ from functools import partial
 from itertools import combinations_with_replacement
 
 import pytest
+from sqlalchemy import event as listener
 
 from outbox_worker.errors import PairTaken
+from outbox_worker.model import Guard, Outcome
 from outbox_worker.schema.tables import Tables
-from tests.support.factories import Shop
-from tests.support.guarding import without_index
+from tests.support.factories import ProbedProcessor, Shop
+from tests.support.guarding import leave_invalid_index, without_index
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 from tests.support.schedules import CHANGES, WRITERS, Stage, all_schedules, at_random, following
 
@@ -92,3 +94,21 @@ def test_the_index_is_dropped_between_the_snapshot_of_one_and_the_commit_of_the_
     trace = stage.run(("by index", second), change, following(order))
     assert [name for _, name in trace][: len(order)] == order
     assert len(taken) == 1, "the second purchase was not even written"
+
+
+def test_only_an_index_that_is_not_valid_costs_a_second_look(
+    shop: Shop, processor: ProbedProcessor, connect: Connect, pool: ThreadPoolExecutor
+) -> None:
+    looks: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        looks.extend(["look"] if "pair_held" in statement else [])
+
+    listener.listen(processor.database.engine, "before_cursor_execute", note)
+    shop.paid()
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 1}
+    assert (processor.watch.state.guard, looks) == (Guard.LOCK, [])
+    leave_invalid_index(shop, connect, pool)
+    shop.paid()
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 1}
+    assert (processor.watch.state.guard, looks) == (Guard.LOCK, ["look"])
