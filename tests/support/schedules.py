@@ -364,7 +364,7 @@ class Stage:
 
     def _settle_down(self, actors: Sequence[Actor]) -> list[str]:
         """Wait until nobody runs and somebody stands, or all are done; who stands."""
-        deadline = time.monotonic() + PATIENCE
+        deadline, pause = time.monotonic() + PATIENCE, 0.001
         while True:
             live = [actor for actor in actors if not actor.future.done()]
             asked = [actor.pid for actor in live if not actor.stands_at]
@@ -381,7 +381,8 @@ class Stage:
                 self.blocked += bool(waiting.keys() - set(ready))
                 return ready
             assert time.monotonic() < deadline, (ready, waiting, [actor.name for actor in live])
-            time.sleep(0.002)
+            time.sleep(pause)
+            pause = min(0.02, 1.5 * pause)
 
     def _let_go(self, actors: Sequence[Actor]) -> None:
         for actor in actors:

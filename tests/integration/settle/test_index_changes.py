@@ -23,7 +23,7 @@ pytestmark = without_index
 
 TWO = [*combinations_with_replacement(WRITERS, 2)]
 THREE = [*combinations_with_replacement(WRITERS, 3)]
-SAMPLE, SAMPLE_OF_THREE, LARGE_SAMPLE_OF_THREE = 80, 16, 800
+SAMPLE, SAMPLE_OF_THREE, LARGE_SAMPLE_OF_THREE = 48, 12, 800
 
 
 @pytest.fixture
