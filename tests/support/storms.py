@@ -29,6 +29,8 @@ BATCH = 50
 BACKLOG = 4 * BATCH
 HOT = 80
 """So many pairs, the youngest, are told of again and again."""
+FORGOTTEN = 40
+"""So many payments without an event wait for a backfill before their pair is told of."""
 INDEX = "storm_guard"
 PREDICATES = ("is_active", "(is_active = true)")
 _LOCK_TIMEOUT = "SET lock_timeout = '2s'"
@@ -45,6 +47,8 @@ class Storm:
     operator: Operator
     seed: int
     pairs: list[Pair] = field(default_factory=list)
+    forgotten: list[Pair] = field(default_factory=list)
+    """Pairs that were paid for without an event. After a while they are told of like the others."""
     counts: Counter[str] = field(default_factory=Counter)
     over: threading.Event = field(default_factory=threading.Event)
     doubled: list[str] = field(default_factory=list)
@@ -107,7 +111,9 @@ class Storm:
         forgotten, new = Pair(), [Pair(), Pair()]
         self._pay(shop, forgotten.payments["A"])
         forgotten.told.append(CONFIRM_A)
-        self.pairs += [forgotten, *new]
+        self.forgotten.append(forgotten)
+        self.pairs += [*self.forgotten[:-FORGOTTEN], *new]
+        del self.forgotten[:-FORGOTTEN]
         young = self.pairs[-HOT:]
         tellings = [(pair, chance.choice(OPS)) for pair in chance.sample(young, min(len(young), BATCH))]
         tell(shop, tellings)
