@@ -12,6 +12,9 @@ ARGS ?=
 DATABASE = OUTBOX_DATABASE_URL="$${OUTBOX_DATABASE_URL:-embedded:.outbox}"
 # xdist's workers; two cores suffice for the whole suite
 JOBS ?= 2
+# how long `make storm` lasts, and which one it is
+SECONDS ?= 60
+SEED ?= 1
 
 .PHONY: help
 help: ## Show this list
@@ -105,6 +108,11 @@ test: $(VENV)/dev ## Run the tests, as CI does
 .PHONY: test-slow
 test-slow: $(VENV)/dev ## Run the long proofs: kill loops, large queues
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+.PHONY: storm
+storm: $(VENV)/dev ## Run one storm of kills, refunds and changes of the index (SECONDS=60 SEED=1)
+	@OUTBOX_TEST_STORM_SECONDS='$(SECONDS)' OUTBOX_TEST_STORM_SEED='$(SEED)' \
+		$(BIN)/python -m pytest -q -m slow tests/acceptance/daemon/test_storms.py $(ARGS)
 
 .PHONY: test-majors
 test-majors: $(VENV)/dev ## Run the tests on PostgreSQL 15 to 18; what is not installed is fetched

@@ -16,6 +16,7 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── NothingWritten        pause     a trigger, a rule or another program kept a row from being written
     ├── DefaultTaken          pause     a default of a table, such as its sequence, gives rows a key that is in use
     ├── NothingRecorded       unclear   the database refuses to record the outcome of every event of a batch
+    ├── PairTaken             retry     another transaction wrote the pair's purchase while its index was dropped
     └── Inconsistent          bug       a statement did not change as many rows as it must
         └── Swallowed         unclear   a trigger, rule or row security made a statement change fewer rows
 
@@ -99,6 +100,15 @@ class NothingWritten(OutboxWorkerError):
 
     A command that raises this error has rolled back its last transaction, and exits with 1.
     """
+
+
+class PairTaken(OutboxWorkerError):
+    """A second active purchase of a pair, found before COMMIT. The transaction is rolled back and run again.
+
+    It can be written only while the unique index is dropped by DROP INDEX CONCURRENTLY.
+    """
+
+    sqlstate: ClassVar[str] = "40001"
 
 
 class Inconsistent(OutboxWorkerError):

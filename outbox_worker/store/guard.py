@@ -6,7 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Table, literal_column, null, select, text
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Table,
+    column,
+    func,
+    literal,
+    literal_column,
+    not_,
+    null,
+    select,
+    table,
+    text,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -121,6 +134,18 @@ def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
     The predicate is literal text. As a bind parameter, it would raise 42P10 in generic plans even with a valid index.
     """
     return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": literal_column(predicate)}
+
+
+def index_is_in_transition(purchases: Table) -> ColumnElement[bool]:
+    """Build the condition that ``purchases`` has a unique index that is not valid.
+
+    The index is being built or dropped, or a cancelled build left it INVALID.
+    """
+    flags = [column(name, Boolean()) for name in ("indisunique", "indislive", "indisvalid")]
+    indexes = table("pg_index", column("indrelid"), *flags, schema="pg_catalog")
+    is_of_purchases = indexes.c.indrelid == func.to_regclass(literal(relation_name(purchases)))
+    is_in_use = [indexes.c.indisunique, indexes.c.indislive, not_(indexes.c.indisvalid)]
+    return select(literal_column("1")).select_from(indexes).where(is_of_purchases, *is_in_use).exists()
 
 
 # what: the number of locks for which the server's lock table has room · lock: none

@@ -47,13 +47,13 @@ from outbox_worker.database.failures import WrittenOtherwise, violated
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
-from outbox_worker.errors import DefaultTaken
+from outbox_worker.errors import DefaultTaken, PairTaken
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
 from outbox_worker.schema.catalogue import sequences, set_sequence, unique_key
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
-from outbox_worker.store.guard import GuardState, on_active_pair
+from outbox_worker.store.guard import GuardState, index_is_in_transition, on_active_pair
 from outbox_worker.store.identity import comparable_pair, written_order
 from outbox_worker.store.pairs import (
     EventFacts,
@@ -205,13 +205,27 @@ class PurchaseRepository:
             write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
-        written: list[str] | None = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).scalar()
-        if written is None:
-            return set(batch.ids)
+        row = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).one()
+        written = set(batch.ids) if row.payments is None else self._keys_of_payments(batch, row.payments)
+        if row.is_unsure and written:
+            self._check_alone(session, batch.among(written))
+        return written
+
+    def _keys_of_payments(self, batch: Batch, payment_ids: Sequence[str]) -> set[int]:
+        """Return the events of these payments. Raise WrittenOtherwise if a trigger changed the payment of a purchase."""
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
-        if not by_payment.keys() >= {*written}:
+        if not by_payment.keys() >= {*payment_ids}:
             raise self._written_otherwise(["payment_id"])
-        return {by_payment[payment_id] for payment_id in written}
+        return {by_payment[payment_id] for payment_id in payment_ids}
+
+    def _check_alone(self, session: Session, batch: Batch) -> None:
+        """Raise PairTaken if a pair whose purchase was just written has a second active purchase.
+
+        This statement has a newer snapshot than the INSERT. While an index is dropped concurrently, the INSERT may miss
+        a purchase that another transaction has written by the index and committed after the INSERT began.
+        """
+        if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
+            raise PairTaken("Another transaction has just created an active purchase of the same pair.")
 
     def _read_back(self, session: Session, batch: Batch, *, is_active: bool) -> None:
         """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has just written."""
@@ -232,7 +246,8 @@ class PurchaseRepository:
         )
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
-        return Statement(_offered(statement, self._tables))
+            return Statement(_offered(statement, self._tables))
+        return Statement(_offered(statement, self._tables, index_is_in_transition(self._tables.purchases)))
 
 
 def _default_taken(session: Session, table: Table, names: set[str], error: Exception) -> DefaultTaken:
@@ -263,12 +278,16 @@ def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
     return event.correlate(keys).lateral("event")
 
 
-def _offered(statement: postgresql.Insert, tables: Tables) -> Select[Any]:
-    """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases."""
+def _offered(statement: postgresql.Insert, tables: Tables, is_unsure: ColumnElement[bool] | None = None) -> Select[Any]:
+    """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases.
+
+    Also return ``is_unsure``: whether a later statement must check that no pair has a second active purchase.
+    """
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
     written = func.coalesce(func.array_agg(made.c.payment_id), none)
-    return select(case((func.count() < bindparam("offered", type_=BigInteger), written)))
+    payments = case((func.count() < bindparam("offered", type_=BigInteger), written))
+    return select(payments.label("payments"), (false() if is_unsure is None else is_unsure).label("is_unsure"))
 
 
 def _insert_statement(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
@@ -62,6 +63,14 @@ def tell(shop: Shop, tellings: Sequence[Telling]) -> None:
             "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, %s, %s) ON CONFLICT (event_id) DO NOTHING",
             events,
         )
+
+
+def tell_at_random(shop: Shop, pairs: list[Pair], chance: random.Random, tellings_max: int) -> None:
+    """New pairs, and of those that are there what was not told yet, and again what was."""
+    pairs += [Pair() for _ in range(10)]
+    some = chance.sample(pairs[-200:], min(len(pairs), tellings_max, 200))
+    tellings = [(pair, chance.choice(OPS)) for pair in some]
+    tell(shop, tellings + chance.sample(tellings, len(tellings) // 5))
 
 
 def check(shop: Shop, pairs: Iterable[Pair], why: object = "") -> None:

@@ -34,6 +34,8 @@ from tests.support.factories import Shop
 DOCKER_IMAGE = "postgres:18"
 QUIET = {"autovacuum_naptime": "1h", "checkpoint_timeout": "1h"}
 """Nothing goes on behind a test: each of its databases would be visited once a minute."""
+HISTORY = {"track_commit_timestamp": "on"}
+"""What shows in which order transactions became visible; see ``history``."""
 VOLATILE = "postgres -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=200"
 TEMPLATES: Mapping[str, tuple[str, ...]] = {"index": ("unique_index",), "lock": ()}
 """A migrated database per guard; each test gets a clone of one. ``empty`` needs no template."""
@@ -154,7 +156,7 @@ class Docker:
         from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415 - slow, and only needed here
 
         with _leaks_forgiven():
-            command = " ".join([VOLATILE, *(f"-c {name}={value}" for name, value in QUIET.items())])
+            command = " ".join([VOLATILE, *(f"-c {name}={value}" for name, value in (QUIET | HISTORY).items())])
             self.container = PostgresContainer(DOCKER_IMAGE, driver="psycopg").with_command(command).start()
             url: str = self.container.get_connection_url()
         return url
@@ -182,9 +184,10 @@ class Embedded:
         query = {"host": where["host"], "port": where["port"]}
         url = URL.create("postgresql+psycopg", username=where["user"], database=where["dbname"], query=query)
         with psycopg.connect(**where, autocommit=True) as connection:  # type: ignore[arg-type]
-            for name, value in QUIET.items():
+            for name, value in (QUIET | HISTORY).items():
                 connection.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), value))
-            connection.execute("SELECT pg_reload_conf()")
+        embedded.stop_server(self.directory / "pg")  # commit timestamps begin with a start
+        embedded.ensure_server(self.directory / "pg", durable=False, bin_dir=self.bin_dir)
         return url.render_as_string(hide_password=False)
 
     def stop(self) -> None:

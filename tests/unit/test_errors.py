@@ -107,6 +107,7 @@ def test_each_sqlstate_has_its_class(state: str, failure: Failure, wrapped: bool
         (errors.EmbeddedServerError("no server"), Failure.RECONNECT),
         (errors.SchemaError("no table"), Failure.PAUSE),
         (errors.Inconsistent("2 rows instead of 1"), Failure.BUG),
+        (errors.PairTaken("a second purchase"), Failure.RETRY),
         (psycopg.ProgrammingError("no placeholder"), Failure.BUG),
         (psycopg.DataError("cannot adapt"), Failure.BUG),
         (DBAPIError("SELECT 1", {}, psycopg.DataError("cannot dump")), Failure.BUG),

@@ -12,9 +12,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from tests.support.factories import Shop
+from tests.support.history import assert_never_twice_active, keep_history
 from tests.support.makers import Connect
 from tests.support.processes import Process, eventually, finish, start
-from tests.support.refunding import OPS, Pair, tell
+from tests.support.refunding import Pair, tell_at_random
 from tests.support.refunding import check as check_pairs
 from tests.support.sites import watch_charges
 
@@ -96,6 +97,7 @@ def check(url: str, shop: Shop, kills: int) -> None:
     pairs = shop.scalar("SELECT count(*) FROM (SELECT DISTINCT student_id, course_id FROM payments) AS d")
     assert shop.active_pairs().total() == len(shop.active_pairs()) == shop.count("purchases") == pairs
     assert shop.owed() == 0
+    assert assert_never_twice_active(url) == pairs
     # Purchase and mark stand or fall together: no mark ever stood without its purchase, no purchase without its mark.
     outcomes = dict(shop.rows("SELECT outcome, count(*) FROM processed_events GROUP BY 1"))
     assert outcomes.keys() == {"created", "already_exists", "duplicate_payment"}
@@ -108,6 +110,7 @@ def check(url: str, shop: Shop, kills: int) -> None:
 def prove(url: str, shop: Shop, connect: Connect, kills: int, guard: str) -> None:
     chance = random.Random(f"{guard} {kills}")
     watch_charges(shop)
+    keep_history(shop)
     shop.rows("CREATE TABLE sent (event_id uuid)")
     shop.rows(
         "CREATE FUNCTION remember() RETURNS trigger LANGUAGE plpgsql AS"
@@ -120,14 +123,6 @@ def prove(url: str, shop: Shop, connect: Connect, kills: int, guard: str) -> Non
     check(url, shop, kills)
 
 
-def tell_at_random(shop: Shop, pairs: list[Pair], chance: random.Random) -> None:
-    """New pairs, and of those that are there what was not told yet, and again what was."""
-    pairs += [Pair() for _ in range(10)]
-    some = chance.sample(pairs[-200:], min(len(pairs), BATCH))
-    tellings = [(pair, chance.choice(OPS)) for pair in some]
-    tell(shop, tellings + chance.sample(tellings, len(tellings) // 5))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("hands", [2, 4])
 def test_kills_among_confirmations_and_refunds(
@@ -136,12 +131,13 @@ def test_kills_among_confirmations_and_refunds(
     """Every pair is in the end what the model says, in whatever order its events were told, and whoever was killed."""
     chance, pairs, kills = random.Random(f"{both_guards} {hands}"), list[Pair](), 20
     watch_charges(shop)
+    keep_history(shop)
     own, over = Shop(connect(autocommit=True)), threading.Event()
 
     def produce() -> None:
         while not over.is_set():
             if own.count("outbox") < 5 * BATCH:
-                tell_at_random(own, pairs, chance)
+                tell_at_random(own, pairs, chance, BATCH)
             over.wait(0.02)
 
     with ThreadPoolExecutor(1) as pool:
@@ -157,6 +153,7 @@ def test_kills_among_confirmations_and_refunds(
     assert shop.count("outbox") == 0
     assert shop.rows("SELECT * FROM charged") == []
     check_pairs(shop, pairs)
+    assert assert_never_twice_active(database_url) > 0
     outcomes = dict(shop.rows("SELECT outcome, count(*) FROM processed_events GROUP BY 1"))
     assert outcomes.keys() >= {"created", "suppressed", "revoked", "duplicate_payment"}
     assert finish("audit", "--json", url=database_url).object["ok"] is True
