@@ -268,9 +268,8 @@ def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
 
 
 def _column_problems(
-    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn], *, is_migrated: bool
+    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn]
 ) -> Iterator[SchemaProblem]:
-    """Report a column that is missing or does not fit. ``is_migrated``: our migrations created the table."""
     actual = columns.get(column.name)
     if actual is None and role == "payments":
         near = difflib.get_close_matches(column.name, columns, 1)

@@ -10,7 +10,7 @@ Every statement that writes purchases writes them in the order (student_id, cour
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 from uuid import UUID
@@ -212,7 +212,7 @@ class PurchaseRepository:
         return written
 
     def _keys_of_payments(self, batch: Batch, payment_ids: Sequence[str]) -> set[int]:
-        """Return the events of these payments. Raise WrittenOtherwise if a trigger changed the payment of a purchase."""
+        """Return the events of these payments. Raise WrittenOtherwise if a trigger changed a payment's id."""
         by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
         if not by_payment.keys() >= {*payment_ids}:
             raise self._written_otherwise(["payment_id"])

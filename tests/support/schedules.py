@@ -326,7 +326,8 @@ class Stage:
             self.hold(pid)
 
     def backfill(self, by: ProbedProcessor, payment: Payment) -> None:
-        found = FoundPayment(payment.id, *payment.pair, Decimal(payment.amount), payment.currency, None, 0)
+        same = str(payment.student_id), str(payment.course_id)
+        found = FoundPayment(payment.id, *payment.pair, Decimal(payment.amount), payment.currency, None, 0, same)
         policy: RetryPolicy = AT_ONCE
         watch = GuardWatch(self._tables.purchases, lambda _: None)
         list(OwedPurchases.start(by.database, self._tables, policy, watch).make([found], lambda *_: None))
