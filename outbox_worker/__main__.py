@@ -46,8 +46,10 @@ def _run() -> int:
         status = run_command()
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in _STDOUT_FAILED or error.filename is not None:
-            raise
+        if error.errno not in _STDOUT_FAILED:
+            from outbox_worker.cli.app import fail_unforeseen  # noqa: PLC0415 - loaded already, unless that failed
+
+            return fail_unforeseen(error)
         if error.errno != errno.EPIPE:  # EPIPE only means that the reader has closed the pipe
             sys.stderr.write(f"outbox-worker: The output could not be written: {error.strerror}.\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit

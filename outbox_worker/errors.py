@@ -3,7 +3,7 @@
 Each line of the tree has an exit code or a class of failure. A command that raises the error ends with the exit code.
 The class of failure decides what happens to the batch in which the error was raised.
 
-    OutboxWorkerError
+    OutboxWorkerError         exit 70   an error of the program itself
     ├── SettingError          exit 78   a setting or a URL cannot be used
     │   └── WrongUsage        exit 2    an option of the command line cannot be used
     ├── SchemaError           exit 78   a table, column or privilege is missing (a running worker pauses)
@@ -11,9 +11,10 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
     ├── NoAnswer              exit 69   no worker answers over HTTP
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
-    ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
-    ├── KeyMissing            pause     a unique key that an upsert needs was dropped
-    └── Inconsistent          bug       a statement did not change as many rows as it must
+    ├── NotProved             exit 1    a demonstration or benchmark failed, so it proves nothing
+    ├── CommitLost            exit 69   the connection broke during COMMIT, and no commit is known (reconnect)
+    ├── KeyMissing            exit 78   a unique key that an upsert needs was dropped (a running worker pauses)
+    └── Inconsistent          exit 70   a statement did not change as many rows as it must (a bug)
 
 The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
 failure of such an error, and ``settle`` uses the class to decide what to do.
@@ -27,10 +28,11 @@ from typing import ClassVar
 class OutboxWorkerError(Exception):
     """The base of all errors whose message is written for the operator.
 
-    A command that raises such an error exits with ``exit_code``.
+    A command that raises such an error exits with ``exit_code``. An error of the program itself never has
+    the code 1, because scripts read 1 as a finding, for example as a payment that `audit` cannot explain.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = 70
 
 
 class SettingError(OutboxWorkerError):
@@ -73,17 +75,26 @@ class Refused(OutboxWorkerError):
     exit_code = 1
 
 
+class NotProved(OutboxWorkerError):
+    """A demonstration or benchmark that failed, so it proves nothing."""
+
+    exit_code = 1
+
+
 class KeyMissing(OutboxWorkerError):
     """A unique key that an upsert needs and that was dropped while the worker runs.
 
     ``find_problems`` finds out which key was dropped.
     """
 
+    exit_code = 78
     sqlstate: ClassVar[str] = "42P10"
 
 
 class Inconsistent(OutboxWorkerError):
     """A statement that did not change as many rows as it must. This is a bug of the worker; no event is at fault."""
+
+    exit_code = 70
 
 
 class CommitLost(OutboxWorkerError):
@@ -91,6 +102,8 @@ class CommitLost(OutboxWorkerError):
 
     Raised if the transaction was rolled back, or if the server no longer knows whether it was committed.
     """
+
+    exit_code = 69
 
 
 def in_one_line(error: OutboxWorkerError) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -28,22 +26,6 @@ from outbox_worker.settings import Settings
 APPLICATION_NAME = "outbox-worker"
 
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
-
-# what: whether the server is a standby, and how old the newest transaction is that it has replayed · lock: none
-_STANDBY = text(
-    "SELECT pg_is_in_recovery() AS is_standby, pg_last_xact_replay_timestamp() AS replayed_until,"
-    " CAST(date_part('epoch', clock_timestamp() - pg_last_xact_replay_timestamp()) AS float) AS behind_seconds"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Standby:
-    """How up to date a standby is. It has every transaction that the primary committed until ``replayed_until``."""
-
-    replayed_until: datetime | None
-    """None: the standby has replayed no transaction since it started."""
-    behind_seconds: float | None
-    """The age of ``replayed_until``. The standby is at most this far behind, and less if the primary was idle."""
 
 
 class Database:
@@ -107,12 +89,6 @@ class Database:
                 pass
         except DBAPIError as error:
             raise unavailable(error) from None
-
-    def find_standby(self) -> Standby | None:
-        """Return how up to date the server is if it is a standby. Return None if it is a primary."""
-        with self.engine.connect() as connection:
-            row = connection.execute(_STANDBY).one()
-        return Standby(row.replayed_until, row.behind_seconds) if row.is_standby else None
 
     def close(self) -> None:
         self.engine.dispose()

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard
-from outbox_worker.schema.privileges import READING
+from outbox_worker.schema.privileges import COUNTING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.handlers import UnknownTypes, claimed_types
@@ -61,7 +61,7 @@ def condition(worker: WorkerRow) -> str:
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
     """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
-        check_schema(session, tables, READING)
+        check_schema(session, tables, COUNTING)
         return Status(
             time=database_time(session),
             guard=guard_in_force(session, tables.purchases),

@@ -72,4 +72,4 @@ def write_duplicates(found: Sequence[Duplicate]) -> None:
     for each in owed_back(found):
         paid = each.payment
         row = (paid.payment_id, paid.student_id, paid.course_id, f"{paid.amount:.2f}", paid.currency, paid.created_at)
-        writer.writerow([terminal.plain(value) for value in (*row, each.held_by, each.held_since)])
+        writer.writerow([terminal.csv_cell(value) for value in (*row, each.held_by, each.held_since)])
