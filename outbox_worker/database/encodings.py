@@ -19,10 +19,13 @@ _TEXTS = ("text", "varchar", "bpchar", "name", 0)
 
 
 class _LenientText(Loader):
-    """Reads a text as UTF8. Replaces bytes that are not UTF8 by U+FFFD, the replacement character."""
+    """Reads a text as UTF8. Writes each byte that is not UTF8 as an escape such as ``\\xe9``.
+
+    U+FFFD would make two students equal whose ids differ only in such bytes.
+    """
 
     def load(self, data: Buffer) -> str:
-        return bytes(data).decode(errors="replace")
+        return bytes(data).decode(errors="backslashreplace")
 
 
 class _EncodingCursor(psycopg.Cursor[Any]):
@@ -33,7 +36,7 @@ class _EncodingCursor(psycopg.Cursor[Any]):
 
 
 def read_leniently(connection: psycopg.Connection[Any]) -> None:
-    """If the encoding of the database is SQL_ASCII, replace unreadable bytes instead of raising errors for them."""
+    """If the encoding of the database is SQL_ASCII, escape unreadable bytes instead of raising errors for them."""
     if connection.info.parameter_status("server_encoding") != SQL_ASCII:
         return
     for each in _TEXTS:

@@ -157,12 +157,10 @@ def _privilege_problems(
         grant = f"as its owner: GRANT {granted} ON {name} TO {role_name(session)};"
         is_new = _is_newer_than_grants(session, present, privileges, role, missing)
         yield SchemaProblem(
-            f"no {', '.join(names)} on {name}" + (f", though on other tables; {_NOT_RUN_AGAIN}" if is_new else ""),
-            f"{_run_again(session)}, or {grant}" if is_new else grant,
+            f"no {', '.join(names)} on {name}", f"{_run_again(session)}, or {grant}" if is_new else grant
         )
 
 
-_NOT_RUN_AGAIN = "probably grants.sql was not run again after `outbox-worker migrate`"
 _TASKS = {
     RoleKind.WORKER: "a worker",
     RoleKind.OPERATOR: "an operator, who decides on dead letters and runs backfills",
@@ -214,10 +212,13 @@ def _is_newer_than_grants(
 
 
 def _run_again(session: Session) -> str:
-    """Return the command that runs grants.sql again on this database."""
+    """Return the remedy if grants.sql was not run again: the command that runs it on this database."""
     database: str = session.scalars(text("SELECT current_database()")).one()
     pipe = f"outbox-worker files grants.sql | psql -d {shlex.quote(database)}"
-    return f"run, with the same variables (-v) as the last time: {pipe}"
+    return (
+        "grants.sql was not run again after `outbox-worker migrate`. Run it with the same variables (-v) as the last "
+        f"time: {pipe}"
+    )
 
 
 def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[SchemaProblem]:

@@ -123,7 +123,7 @@ def encoding(subject: Subject) -> Iterator[Finding]:
     if name == SQL_ASCII:
         yield warning(
             "the encoding of the database is SQL_ASCII, so its texts may contain bytes that are not UTF8; commands and "
-            "logs show U+FFFD in place of such a byte",
+            "logs show such a byte as an escape, for example \\xe9",
             "move the data to a new database with the encoding UTF8 (createdb --encoding=UTF8 --template=template0)",
         )
     elif name != "UTF8":
