@@ -16,7 +16,7 @@ _STANDBY = text(
 
 # what: where the parameter was set to on that makes new sessions read-only · lock: none
 _READ_ONLY = text(
-    "SELECT source, quote_ident(current_user) AS role, quote_ident(current_database()) AS database FROM pg_settings"
+    "SELECT source, quote_ident(session_user) AS role, quote_ident(current_database()) AS database FROM pg_settings"
     " WHERE name = 'default_transaction_read_only' AND reset_val = 'on'"
 )
 
