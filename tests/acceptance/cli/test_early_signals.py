@@ -82,7 +82,7 @@ def test_at_any_moment_of_a_start_that_loads_everything_anew(times: int, databas
 
 
 def _seconds_until_ended(url: str, delay: float | None, times: int) -> float:
-    """Send SIGTERM ``delay`` seconds after the first statement, or after the worker started. Expect a clean end with 0."""
+    """Send SIGTERM ``delay`` seconds after the first statement, or once the worker has started. It ends with 0."""
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, "run"],
         env=environment(url, {}),
