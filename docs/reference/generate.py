@@ -81,7 +81,7 @@ COMMON_CODES: Mapping[int, str] = {
     0: "the command succeeded",
     1: "the command found what it looks for, or refused to act",
     2: "the command line is wrong",
-    69: "there is no connection: host, port or password is wrong, the server accepts no connections, or the server is a "
+    69: "there is no connection: host, port or password is wrong, the server accepts no connections, or is a "
     "standby and the command writes",
     70: "an error in the program itself, which the command asks you to report",
     78: "a setting, URL, table, column or privilege is wrong; the message names it and the remedy",
