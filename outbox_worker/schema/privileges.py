@@ -163,12 +163,16 @@ def lacking(session: Session, present: Mapping[str, Table], privileges: Privileg
 def kind_of_role(session: Session, present: Mapping[str, Table]) -> RoleKind | None:
     """Return what the current role is for, judged by its privileges on the tables that exist.
 
-    A role is a reader if it may read some table and write none. None: the role is of no kind, for example because it
-    has no privileges yet, or because deploy/grants.sql was not run again after a migration.
+    A reader may read some table and write none. An operator may do everything that operators need, but may neither
+    postpone nor delete events. None: the role is of no kind, for example because it has no privileges yet, or because
+    deploy/grants.sql was not run again after a migration.
     """
-    for kind, privileges in ((RoleKind.WORKER, PRIVILEGES), (RoleKind.OPERATOR, OPERATING)):
-        if present and not lacking(session, present, privileges):
-            return kind
+    if present and not lacking(session, present, PRIVILEGES):
+        return RoleKind.WORKER
+    outbox = present.get("outbox")
+    if outbox is not None and not lacking(session, present, OPERATING):
+        may_settle = any(may(session, outbox, each, _WHOLE) for each in ("UPDATE", "DELETE"))
+        return None if may_settle else RoleKind.OPERATOR
     asked = [{"name": relation_name(table)} for table in present.values()]
     rows = [session.execute(_READS_AND_WRITES, each).one() for each in asked]
     is_reader = any(row.reads for row in rows) and not any(row.writes for row in rows)
