@@ -6,6 +6,7 @@ COPY requirements/run.txt requirements/
 RUN /opt/outbox-worker/bin/pip install --no-cache-dir --require-hashes -r requirements/run.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY alembic alembic
+COPY deploy deploy
 COPY outbox_worker outbox_worker
 RUN /opt/outbox-worker/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 

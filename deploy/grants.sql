@@ -1,6 +1,6 @@
 -- Creates the roles of the purchase outbox worker. Grants each role exactly the privileges that it needs.
 --
---     psql -d DATABASE -f deploy/grants.sql
+--     outbox-worker files grants.sql | psql -d DATABASE
 --
 -- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first run creates roles.
 -- Each later run grants privileges on the tables that migrate has created. You may repeat this at any time. Each run
@@ -10,10 +10,18 @@
 --
 -- Set the passwords yourself, for example with \password outbox_worker.
 --
--- If your tables or columns have other names, give these names as variables (as in OUTBOX_TABLES and OUTBOX_COLUMNS):
+-- If your tables or columns have other names, give these names as variables:
 --
---     psql -d DATABASE -v schema=shop -v worker=shop_worker -v payments=billing.payment \
---          -v payments_read='id, user_id, product_id, amount, currency, status, created_at' -f deploy/grants.sql
+--     outbox-worker files grants.sql | psql -d DATABASE -v schema=shop -v worker=shop_worker \
+--         -v payments=billing.payment \
+--         -v payments_read='id, user_id, product_id, amount, currency, status, created_at'
+--
+-- Write a table as in OUTBOX_TABLES (Shop.Payment), or as in SQL, with double quotes ('"Shop"."Payment"'). Write
+-- columns as in SQL ('id, "userId"'). Write a role or schema with or without double quotes; capitals count in both
+-- forms.
+--
+-- With -v pg_read_all_stats=yes the reader may also see the sessions of other roles, as `doctor` needs for the check
+-- `horizon`. The reader then sees the text of everybody's running queries, too. Only a superuser may grant this.
 --
 -- If the worker's tables exist already, name their owner with -v owner=ROLE. This file never changes a table's owner.
 
@@ -28,8 +36,20 @@
 \if :{?reader}   \else \set reader   outbox_reader   \endif
 \if :{?operator} \else \set operator outbox_operator \endif
 
--- the tables
 \if :{?schema} \else \set schema public \endif
+
+-- what: takes the double quotes off roles and the schema, so that the statements below can add them again
+SELECT max(plain) FILTER (WHERE variable = 'owner') AS owner,
+       max(plain) FILTER (WHERE variable = 'migrator') AS migrator,
+       max(plain) FILTER (WHERE variable = 'worker') AS worker,
+       max(plain) FILTER (WHERE variable = 'reader') AS reader,
+       max(plain) FILTER (WHERE variable = 'operator') AS operator,
+       max(plain) FILTER (WHERE variable = 'schema') AS schema
+FROM (SELECT variable, CASE WHEN given LIKE '"%"' THEN (parse_ident(given))[1] ELSE given END AS plain
+      FROM (VALUES ('owner', :'owner'), ('migrator', :'migrator'), ('worker', :'worker'), ('reader', :'reader'),
+                   ('operator', :'operator'), ('schema', :'schema')) AS variables (variable, given)) AS names \gset
+
+-- the tables
 SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), false) AS search_path \gset
 \if :{?payments}         \else \set payments         payments         \endif
 \if :{?outbox}           \else \set outbox           outbox           \endif
@@ -40,6 +60,24 @@ SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), f
 \if :{?backfill_runs}    \else \set backfill_runs    backfill_runs    \endif
 -- the list of the tables that migrate created
 \set ownership_list outbox_worker_tables
+
+-- what: writes the names of tables as SQL does; a name without double quotes is folded if only then it names a table
+SELECT max(written) FILTER (WHERE variable = 'payments') AS payments,
+       max(written) FILTER (WHERE variable = 'outbox') AS outbox,
+       max(written) FILTER (WHERE variable = 'purchases') AS purchases,
+       max(written) FILTER (WHERE variable = 'processed_events') AS processed_events,
+       max(written) FILTER (WHERE variable = 'dead_letters') AS dead_letters,
+       max(written) FILTER (WHERE variable = 'workers') AS workers,
+       max(written) FILTER (WHERE variable = 'backfill_runs') AS backfill_runs
+FROM (SELECT variable,
+             CASE WHEN given LIKE '%"%' THEN given
+                  WHEN to_regclass(exact) IS NULL AND to_regclass(lower(exact)) IS NOT NULL THEN lower(exact)
+                  ELSE exact END AS written
+      FROM (VALUES ('payments', :'payments'), ('outbox', :'outbox'), ('purchases', :'purchases'),
+                   ('processed_events', :'processed_events'), ('dead_letters', :'dead_letters'),
+                   ('workers', :'workers'), ('backfill_runs', :'backfill_runs')) AS variables (variable, given),
+           concat(quote_ident(substring(given FROM '^(.*)[.]')) || '.',
+                  quote_ident(substring(given FROM '[^.]*$'))) AS exact) AS names \gset
 
 -- the columns of payments that are read, and the columns that are updated
 \if :{?payments_read} \else
@@ -142,6 +180,13 @@ FROM (VALUES (:'worker', :'purchases'), (:'operator', :'purchases'), (:'operator
 JOIN pg_depend d ON d.refobjid = to_regclass(name) AND d.refclassid = 'pg_class'::regclass
                 AND d.classid = 'pg_class'::regclass AND d.deptype = 'a'
 JOIN pg_class s ON s.oid = d.objid AND s.relkind = 'S' \gexec
+
+-- what: lets the reader see the sessions of other roles, if the variable pg_read_all_stats is given
+\if :{?pg_read_all_stats}
+    \if :pg_read_all_stats
+        GRANT pg_read_all_stats TO :"reader";
+    \endif
+\endif
 
 COMMIT;
 

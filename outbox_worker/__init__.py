@@ -11,7 +11,8 @@ The layers of the package, from the top. Modules divided by ``|`` share a layer 
 - ``schema`` | ``telemetry``: the tables and privileges that the worker needs | logs and metrics
 - ``database``: connections and transactions, independent of the tables
 - ``embedded`` | ``settings`` | ``terminal``: the private PostgreSQL | the settings | formatting for terminals
-- ``decision`` | ``durations`` | ``escapes``: the rules for events and retries | times as text | safe text
+- ``decision`` | ``durations`` | ``escapes`` | ``interrupts``: the rules for events and retries | times as text | safe
+  text | signals during a start
 - ``address``: parses URLs and addresses
 - ``errors``: the tree of errors, with exit codes
 - ``model``: enumerations and records, such as ``Outcome`` and ``Event``

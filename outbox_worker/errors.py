@@ -3,7 +3,7 @@
 Each line of the tree has an exit code or a class of failure. A command that raises the error ends with the exit code.
 The class of failure decides what happens to the batch in which the error was raised.
 
-    OutboxWorkerError
+    OutboxWorkerError         exit 70   an error of the program itself
     ├── SettingError          exit 78   a setting or a URL cannot be used
     │   └── WrongUsage        exit 2    an option of the command line cannot be used
     ├── SchemaError           exit 78   a table, column or privilege is missing (a running worker pauses)
@@ -11,14 +11,15 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── EmbeddedServerError   exit 69   the private PostgreSQL cannot be started
     ├── NoAnswer              exit 69   no worker answers over HTTP
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
-    ├── CommitLost            reconnect the connection broke during COMMIT, and no commit is known
-    ├── KeyMissing            pause     a unique key that an upsert needs was dropped
-    ├── NothingWritten        pause     a trigger, a rule or another program kept a row from being written
-    ├── DefaultTaken          pause     a default of a table, such as its sequence, gives rows a key that is in use
-    ├── NothingRecorded       unclear   the database refuses to record the outcome of every event of a batch
-    ├── PairTaken             retry     another transaction wrote the pair's purchase while its index was dropped
-    └── Inconsistent          bug       a statement did not change as many rows as it must
-        └── Swallowed         unclear   a trigger, rule or row security made a statement change fewer rows
+    ├── NotProved             exit 1    a demonstration or benchmark failed, so it proves nothing
+    ├── CommitLost            exit 69   the connection broke during COMMIT, and no commit is known (reconnect)
+    ├── KeyMissing            exit 78   a unique key that an upsert needs was dropped (a running worker pauses)
+    ├── NothingWritten        exit 1    a trigger, a rule or another program kept a row from being written (pause)
+    ├── DefaultTaken          exit 78   a default of a table, such as its sequence, gives rows a key in use (pause)
+    ├── NothingRecorded       exit 69   the database refuses to record the outcome of every event of a batch (unclear)
+    ├── PairTaken             exit 69   another transaction wrote the pair's purchase meanwhile (retry)
+    └── Inconsistent          exit 70   a statement did not change as many rows as it must (a bug)
+        └── Swallowed         exit 1    a trigger, rule or row security made a statement change fewer rows (unclear)
 
 The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
 failure of such an error, and ``settle`` uses the class to decide what to do.
@@ -32,10 +33,11 @@ from typing import ClassVar
 class OutboxWorkerError(Exception):
     """The base of all errors whose message is written for the operator.
 
-    A command that raises such an error exits with ``exit_code``.
+    A command that raises such an error exits with ``exit_code``. An error of the program itself never has
+    the code 1, because scripts read 1 as a finding, for example as a payment that `audit` cannot explain.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = 70
 
 
 class SettingError(OutboxWorkerError):
@@ -78,21 +80,32 @@ class Refused(OutboxWorkerError):
     exit_code = 1
 
 
+class NotProved(OutboxWorkerError):
+    """A demonstration or benchmark that failed, so it proves nothing."""
+
+    exit_code = 1
+
+
 class KeyMissing(OutboxWorkerError):
     """A unique key that an upsert needs and that was dropped while the worker runs.
 
     ``find_problems`` finds out which key was dropped.
     """
 
+    exit_code = 78
     sqlstate: ClassVar[str] = "42P10"
 
 
 class DefaultTaken(OutboxWorkerError):
     """A unique key that a default of the table fills, and that another row has already. No event is at fault."""
 
+    exit_code = 78
+
 
 class NothingRecorded(OutboxWorkerError):
     """A refusal of the database that meets every event of a batch: no outcome can be recorded."""
+
+    exit_code = 69
 
 
 class NothingWritten(OutboxWorkerError):
@@ -101,6 +114,8 @@ class NothingWritten(OutboxWorkerError):
     A command that raises this error has rolled back its last transaction, and exits with 1.
     """
 
+    exit_code = 1
+
 
 class PairTaken(OutboxWorkerError):
     """A second active purchase of a pair, found before COMMIT. The transaction is rolled back and run again.
@@ -108,11 +123,15 @@ class PairTaken(OutboxWorkerError):
     It can be written only while the unique index is dropped by DROP INDEX CONCURRENTLY.
     """
 
+    exit_code = 69
+
     sqlstate: ClassVar[str] = "40001"
 
 
 class Inconsistent(OutboxWorkerError):
     """A statement that did not change as many rows as it must. This is a bug of the worker; no event is at fault."""
+
+    exit_code = 70
 
 
 class Swallowed(Inconsistent):
@@ -120,6 +139,8 @@ class Swallowed(Inconsistent):
 
     Something in the database made it do so: a trigger that returns NULL, a rule, or row security.
     """
+
+    exit_code = 1
 
     def __init__(self, command: str, relation: str, touched: int, rows: int) -> None:
         super().__init__(f"{command} on {relation} changed {touched} of {rows} rows and raised no error")
@@ -131,6 +152,8 @@ class CommitLost(OutboxWorkerError):
 
     Raised if the transaction was rolled back, or if the server no longer knows whether it was committed.
     """
+
+    exit_code = 69
 
 
 def in_one_line(error: OutboxWorkerError) -> str:

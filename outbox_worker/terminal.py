@@ -36,11 +36,34 @@ _WORD = re.compile(r"\s*\S+")
 _INDENT = re.compile(r"\s*(?:→ )?")
 _LEAST_PROSE = 20
 """The smallest width, in characters, at which the last column of a table wraps its text."""
+_IDS = ("id", "held_by", "subject", "isolated_event")
+"""The keys of ids that do not end with ``_id``."""
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""The characters at the start of a text that make a spreadsheet read the text as a formula."""
 
 
 def print_json(value: object) -> None:
-    """Print one JSON object on stdout, with money as strings and times as RFC 3339 in UTC."""
-    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    """Print one JSON object on stdout, with ids and money as strings, and times as RFC 3339 in UTC.
+
+    If the encoding of stdout lacks a character, escape it (``\\u00e9``), so that the reader loses nothing.
+    """
+    found = plain(value)
+    written = json.dumps(found, ensure_ascii=False)
+    sys.stdout.write((written if _can_be_written(written) else json.dumps(found)) + "\n")
+
+
+def _can_be_written(written: str) -> bool:
+    try:
+        written.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_id(key: str) -> bool:
+    """Return whether values under this key are ids. Ids are strings in JSON, even if the database has numbers."""
+    return key in _IDS or key.endswith(("_id", "_ids"))
 
 
 def plain(value: Any, currency: str | None = None) -> Any:  # noqa: PLR0911 - one return per type
@@ -48,7 +71,10 @@ def plain(value: Any, currency: str | None = None) -> Any:  # noqa: PLR0911 - on
     if is_dataclass(value) and not isinstance(value, type):
         return plain({each.name: getattr(value, each.name) for each in fields(value) if each.repr})
     if isinstance(value, Mapping):
-        return {str(key): plain(item, str(value.get("currency", key))) for key, item in value.items()}
+        return {
+            str(key): _plain_id(item) if is_id(str(key)) else plain(item, str(value.get("currency", key)))
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     match value:
@@ -62,6 +88,13 @@ def plain(value: Any, currency: str | None = None) -> Any:  # noqa: PLR0911 - on
             return round(value, 3) if isfinite(value) else str(value)
         case _:
             return value
+
+
+def _plain_id(value: Any) -> Any:
+    """Convert an id, or each id of a list, into a string. A numeric id keeps the decimals that it was written with."""
+    if isinstance(value, (list, tuple)):
+        return [_plain_id(each) for each in value]
+    return str(value) if isinstance(value, int | Decimal) else plain(value)
 
 
 def line(text: str, style: str = "") -> None:
@@ -78,6 +111,16 @@ def next_commands(commands: Sequence[Sequence[str]]) -> None:
         quoted = [printable(shlex.quote(word)) for word in words]
         parts = _fitted([quoted[0], *(f" {word}" for word in quoted[1:])], _width() - len("Next:  \\"))
         _print(Text.assemble((label, "dim"), (" \\\n        ".join(parts), "bold")))
+
+
+def csv_cell(value: Any) -> Any:
+    """Convert a value for a CSV file. Put ' before a text that a spreadsheet would read as a formula.
+
+    A number stays a number, even if it is negative.
+    """
+    found = plain(value)
+    is_text = isinstance(found, str) and not _NUMBER.fullmatch(found)
+    return f"'{found}" if is_text and found.startswith(_FORMULA_STARTS) else found
 
 
 def columns(

@@ -69,6 +69,7 @@ CODES: Mapping[str, Mapping[int, str]] = {
         0: "the measurement is complete",
         1: "the database of the benchmark has tables that the benchmark did not create",
     },
+    "files": {0: "the list or the file was printed", 2: "there is no file with this name"},
     "psql": {0: "psql succeeded; if psql failed, the exit code is that of psql"},
     "duplicates list": {0: "the list was printed, even if it is empty"},
     "dead-letters list": {0: "the list was printed, even if it is empty"},
@@ -80,11 +81,12 @@ CODES: Mapping[str, Mapping[int, str]] = {
 
 COMMON_CODES: Mapping[int, str] = {
     0: "the command succeeded",
-    1: "the command found what it looks for, or refused to act; or it failed by an error in the program, "
-    "which it asks you to report",
+    1: "the command found what it looks for, or refused to act",
     2: "the command line is wrong",
-    69: "there is no connection: host, port or password is wrong, or the server accepts no connections; or the "
-    "database did not serve the command in time, because of a lock, a time limit or a standby: the message says which",
+    69: "there is no connection: host, port or password is wrong, the server accepts no connections, or is a "
+    "standby and the command writes; or the database did not serve the command in time, because of a lock or a time "
+    "limit",
+    70: "an error in the program itself, which the command asks you to report",
     78: "a setting, URL, table, column or privilege is wrong; the message names it and the remedy",
     130: "Ctrl-C interrupted the command (`run` and `demo` end with 0 instead)",
 }

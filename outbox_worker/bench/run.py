@@ -31,7 +31,7 @@ from outbox_worker.bench.measurements import (
 )
 from outbox_worker.database.engine import Database, unavailable
 from outbox_worker.embedded import server as embedded
-from outbox_worker.errors import OutboxWorkerError, Refused
+from outbox_worker.errors import NotProved, Refused
 from outbox_worker.schema.migrate import VERSION_TABLE, upgrade
 from outbox_worker.schema.tables import OWNED, build_tables
 from outbox_worker.settings import Settings, load_settings
@@ -104,14 +104,14 @@ def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> Ben
     """Run the benchmark and call ``say`` after each step.
 
     Raises Refused if the benchmark's database has tables that the benchmark did not create, DatabaseUnavailable if it
-    cannot connect, and OutboxWorkerError if the database refuses a statement.
+    cannot connect, and NotProved if the database refuses a statement.
     """
     try:
         return _run(settings, plan, say)
     except psycopg.Error as error:
         if error.sqlstate is None and isinstance(error, psycopg.OperationalError):
             raise unavailable(error) from None
-        raise OutboxWorkerError(f"The database refused: {str(error).splitlines()[0]}.") from None
+        raise NotProved(f"The database refused: {str(error).splitlines()[0]}.") from None
 
 
 def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
@@ -193,7 +193,7 @@ def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: st
             seconds = drain_one_by_one(conninfo)
     after = server_cpu(connection)
     if connection.execute("SELECT count(*) FROM purchases").fetchone() != (events,):
-        raise OutboxWorkerError(f"{name}: not every event has a purchase, so the figures would be wrong.")
+        raise NotProved(f"{name}: not every event has a purchase, so the figures would be wrong.")
     return BenchRun(
         events=events,
         seconds=seconds,
@@ -220,7 +220,7 @@ def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise OutboxWorkerError(f"The worker ended with {process.returncode}: {lines[-1] if lines else 'silently'}")
+        raise NotProved(f"The worker ended with {process.returncode}: {lines[-1] if lines else 'silently'}")
     times = {record["event"]: datetime.fromisoformat(record["time"]) for record in map(json.loads, lines)}
     return (times["worker_stopped"] - times["worker_started"]).total_seconds(), usage.ru_utime + usage.ru_stime
 

@@ -9,7 +9,7 @@ import typer
 from sqlalchemy.exc import DBAPIError
 
 from outbox_worker import __version__
-from outbox_worker.cli import daemon, dead_letters, diagnose, reconcile, setup, showcase
+from outbox_worker.cli import daemon, dead_letters, diagnose, files, reconcile, setup, showcase
 from outbox_worker.cli.common import fail, in_a_sentence
 from outbox_worker.database.failures import describe, trace
 from outbox_worker.errors import OutboxWorkerError
@@ -20,7 +20,7 @@ app = typer.Typer(
     "A succeeded payment gets its purchase even if its event is already marked as processed.",
     epilog="Set OUTBOX_DATABASE_URL for every command: postgresql://USER:PASSWORD@HOST/DATABASE, or embedded:DIR for a "
     "private PostgreSQL in DIR.\n\nExit codes: 0 success · 1 the command found a problem · 2 wrong usage · "
-    "69 no connection · 78 a setting, table or privilege is wrong.",
+    "69 no connection · 70 an error in the program · 78 a setting, table or privilege is wrong.",
     no_args_is_help=True,
     rich_markup_mode=None if not sys.stdout.isatty() else "rich",
     pretty_exceptions_enable=False,
@@ -37,6 +37,7 @@ app.command()(reconcile.backfill)
 app.command()(diagnose.why)
 app.command()(showcase.demo)
 app.command()(showcase.bench)
+app.command()(files.files)
 app.command(context_settings={"ignore_unknown_options": True})(setup.psql)
 app.add_typer(reconcile.duplicates_app, name="duplicates")
 app.add_typer(dead_letters.letters_app, name="dead-letters")
@@ -73,9 +74,9 @@ def run_command() -> int:
             raise KeyboardInterrupt from None
         if isinstance(error, DBAPIError):
             return _fail(in_a_sentence(error))
-        if isinstance(error, OSError):
-            raise
-        return _fail_unforeseen(error)
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # perhaps stdout cannot be written, which `__main__` finds out
+        return fail_unforeseen(error)
     return 0
 
 
@@ -98,10 +99,13 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _fail_unforeseen(error: Exception) -> int:
-    """Print an unexpected error and where it was raised, without its message, which may contain data of a row."""
+def fail_unforeseen(error: Exception) -> int:
+    """Print an unexpected error and where it was raised, without its message, which may contain data of a row.
+
+    Return the exit status of errors in the program itself.
+    """
     from outbox_worker.terminal import complain
 
     places = "".join(f"\n  {place}" for place in trace(error))
     complain(f"outbox-worker: This is a bug. Please report it: {describe(error)}{places}")
-    return 1
+    return OutboxWorkerError.exit_code

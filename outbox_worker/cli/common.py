@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from loguru import logger
@@ -13,7 +13,9 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database, unavailable
 from outbox_worker.database.failures import Failure, classify, describe, server_message, sqlstate
-from outbox_worker.errors import DatabaseUnavailable, OutboxWorkerError, SchemaError
+from outbox_worker.database.sessions import Standby, find_read_only_default, find_standby
+from outbox_worker.durations import ago
+from outbox_worker.errors import DatabaseUnavailable, OutboxWorkerError, Refused, SchemaError, SettingError
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings, unknown_variables
 from outbox_worker.telemetry.logs import configure_logging
@@ -29,19 +31,62 @@ AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON
 
 
 def open_database(
-    config: Path | None, *, patient: bool = False, deadline_seconds: float = 0.0
+    config: Path | None, *, patient: bool = False, deadline_seconds: float = 0.0, looks: bool = False
 ) -> tuple[Settings, Database, Tables]:
     """Load the settings and connect to the database.
 
     A statement may take as long as the settings allow, or ``deadline_seconds`` if this is longer than the settings
-    allow. If ``patient`` is True, a statement may take any time. Raises SettingError and DatabaseUnavailable.
+    allow. If ``patient`` is True, a statement may take any time. If ``looks`` is True, the command only reads, so the
+    server may be a standby. Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)
     longest = max(settings.database_deadline_seconds, deadline_seconds)
-    database = Database(settings, deadline_seconds=None if patient else longest)
+    database = Database(settings, deadline_seconds=None if patient else longest, looks=looks)
     database.check()
+    if not looks:
+        _expect_writable(database)
     return settings, database, build_tables(settings)
+
+
+def _expect_writable(database: Database) -> None:
+    """Refuse to write as a role that somebody made read-only by default. Only the daemon overrides this parameter."""
+    with database.snapshot() as session:
+        found = find_read_only_default(session)
+    if found is not None:
+        raise SettingError(
+            f"This command writes, but default_transaction_read_only is on {found.place}. Use a role for which it is "
+            f"off, or: {found.remedy}"
+        )
+
+
+def print_object(database: Database, value: Mapping[str, Any]) -> None:
+    """Print the object of ``--json``. If the server is a standby, the object has the key ``standby``, too."""
+    from outbox_worker import terminal
+
+    standby = _standby_of(database)
+    terminal.print_json(value if standby is None else {**value, "standby": standby})
+
+
+def mention_standby(database: Database, *, on_stderr: bool = False) -> None:
+    """If the server is a standby, print a line that says so, and how far the standby is behind at most."""
+    from outbox_worker import terminal
+
+    if (standby := _standby_of(database)) is None:
+        return
+    if standby.behind_seconds is None:
+        line = "Looked at a standby; how far it is behind the primary is unknown."
+    else:
+        line = f"Looked at a standby, which is at most {ago(standby.behind_seconds)} behind the primary."
+    if on_stderr:
+        terminal.complain(line)
+    else:
+        terminal.line(line, "yellow")
+
+
+def _standby_of(database: Database) -> Standby | None:
+    with database.snapshot() as session:
+        return find_standby(session)
 
 
 def start_logging(settings: Settings) -> None:
@@ -67,6 +112,10 @@ _REMEDIES = {
     "42501": "",
 }
 """The remedy for each SQLSTATE."""
+_UNSTORABLE = ("22021", "22P05")
+"""The SQLSTATEs if the encoding of the database has no form for a character."""
+_OF_RULES = ("23", "44", "P0")
+"""The classes of SQLSTATEs with which constraints, views and triggers refuse a row."""
 
 _AGAIN = "Run the command again."
 _TROUBLES = {
@@ -76,8 +125,6 @@ _TROUBLES = {
     "OUTBOX_DATABASE_DEADLINE_SECONDS allows, or a person cancelled it. Run the command again.",
     "40P01": f"This command and another transaction waited for each other's locks, again and again. {_AGAIN}",
     "40001": f"Another transaction changed the same rows at the same time, again and again. {_AGAIN}",
-    "25006": "This server or this role accepts no writes, but the command must write: the server is a standby, or "
-    "default_transaction_read_only is on.",
 }
 """The sentence for each SQLSTATE of a trouble that is not a lost connection, although it may pass."""
 
@@ -91,11 +138,22 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
             return unavailable(error)
         case Failure.RETRY:
             return DatabaseUnavailable(f"Other transactions are in the way: {server_message(error)}. {_AGAIN}")
+        case Failure.EVENT if refusal := _refusal(error):
+            return Refused(refusal)
         case Failure.PAUSE | Failure.UNCLEAR:
             remedy = _REMEDIES.get(sqlstate(error) or "", "Run `outbox-worker doctor` to check tables and privileges.")
             return SchemaError(f"The database refused: {server_message(error)}. {remedy}".rstrip())
         case _:
-            return OutboxWorkerError(f"The database refused: {describe(error)}.")
+            return OutboxWorkerError(f"This is a bug. Please report it: {describe(error)}")
+
+
+def _refusal(error: DBAPIError) -> str | None:
+    """Return the sentence for a row or value that the database refuses; None if the error has another cause."""
+    if sqlstate(error) in _UNSTORABLE:
+        return f"The encoding of the database has no such character: {server_message(error)}."
+    if str(sqlstate(error)).startswith(_OF_RULES):
+        return f"The database refused: {describe(error)}. Nothing was changed."
+    return None
 
 
 def fail(error: OutboxWorkerError) -> int:

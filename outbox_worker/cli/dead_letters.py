@@ -12,7 +12,7 @@ from uuid import UUID
 import typer
 from loguru import logger
 
-from outbox_worker.cli.common import AsJson, Config, open_database, suggest
+from outbox_worker.cli.common import AsJson, Config, mention_standby, open_database, print_object, suggest
 from outbox_worker.cli.diagnose import looking
 from outbox_worker.durations import count_of, parse_duration
 from outbox_worker.errors import WrongUsage
@@ -98,7 +98,6 @@ def list_dead_letters(
     ] = None,
 ) -> None:
     """List dead letters, oldest first."""
-    from outbox_worker import terminal
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import reading
     from outbox_worker.schema.requirements import check_schema
@@ -107,13 +106,14 @@ def list_dead_letters(
     age = parse_duration(older_than, "--older-than") if older_than else None
     selection = Selection(state=state, reason=_reason(reason), event_type=event_type, older_than=age)
     place = LetterCursor.parse(after) if after else None
-    _, database, tables = open_database(config)
+    _, database, tables = open_database(config, looks=True)
     with database.transaction() as session:
         check_schema(session, tables, reading("dead_letters"))
         page = list_letters(session, tables, selection, after=place, limit=limit)
     if json:
-        terminal.print_json({"dead_letters": page.letters, "next": page.end and str(page.end)})
+        print_object(database, {"dead_letters": page.letters, "next": page.end and str(page.end)})
         return
+    mention_standby(database)
     view.print_letters(page, state)
     filters = {
         "--state": state if state is not DeadLetterState.OPEN else None,
@@ -132,17 +132,17 @@ def show_dead_letter(
     json: AsJson = False,
 ) -> None:
     """Show one dead letter: event, reason, payment, and what would happen now."""
-    from outbox_worker import terminal
     from outbox_worker.cli.views import explanation
     from outbox_worker.store.dead_letters import read_letter
 
-    with looking(config) as (session, tables, explain):
+    with looking(config) as (database, session, tables, explain):
         letter, content = read_letter(session, tables, event)
         stories = explain(str(event)).stories
     story = next((each for each in stories if each.payment_id == letter.payment_id), stories[0])
     if json:
-        terminal.print_json(explanation.letter_object(letter, content, story))
+        print_object(database, explanation.letter_object(letter, content, story))
     else:
+        mention_standby(database)
         explanation.print_letter(letter, content, story)
         suggest(config, *explanation.next_steps_of(letter))
 
@@ -242,21 +242,22 @@ def _decide(
     yes: bool,
 ) -> None:
     """Show a preview of a decision, ask who decides and why, and carry out the decision."""
-    from outbox_worker import terminal
     from outbox_worker.cli.views import dead_letters as view
-    from outbox_worker.schema.privileges import DECIDING
+    from outbox_worker.schema.privileges import DECIDING, DISCARDING, PREVIEWING
     from outbox_worker.schema.requirements import check_schema
     from outbox_worker.store.dead_letters import DecidedLetters, Decision, check_decidable, decide_letters, preview
 
     decision, is_asked = Decision(verb), sys.stdin.isatty() and sys.stderr.isatty()
     if not dry_run and not is_asked and not (actor and why):
         raise WrongUsage("--actor and --reason are required if the command cannot ask on a terminal.")
-    _, database, tables = open_database(config, patient=True)
+    acting = DECIDING if decision is Decision.REQUEUE else DISCARDING
+    _, database, tables = open_database(config, patient=True, looks=dry_run)
     with database.snapshot() as session:
-        tables = check_schema(session, tables, DECIDING)
+        tables = check_schema(session, tables, PREVIEWING if dry_run else acting)
         check_decidable(session, tables, selection, decision)
         seen = preview(session, tables, selection)
     if not json:
+        mention_standby(database)
         view.print_preview(seen, decision)
     decided = DecidedLetters(0, [])
     if seen.count and not dry_run:
@@ -274,7 +275,7 @@ def _decide(
     is_done = bool(decided.done)
     if json:
         refused = [each._asdict() for each in decided.refused]
-        terminal.print_json({"decision": decision, "is_done": is_done, "preview": seen, "refused": refused})
+        print_object(database, {"decision": decision, "is_done": is_done, "preview": seen, "refused": refused})
     elif is_done or decided.refused:
         view.print_decided(seen, decided, decision)
     elif seen.count:

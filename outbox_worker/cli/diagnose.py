@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from sqlalchemy.exc import DBAPIError
 
-from outbox_worker.cli.common import AsJson, Config, fail, in_a_sentence, open_database, start_logging, suggest
+from outbox_worker.cli.common import (
+    AsJson,
+    Config,
+    fail,
+    in_a_sentence,
+    mention_standby,
+    open_database,
+    print_object,
+    start_logging,
+    suggest,
+)
 from outbox_worker.errors import OutboxWorkerError
-from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+    from outbox_worker.database.engine import Database
     from outbox_worker.diagnose.explanation import Explanation
     from outbox_worker.schema.tables import Tables
 
@@ -41,13 +51,14 @@ def status(
     from outbox_worker.cli.views import status as view
     from outbox_worker.diagnose.status import read_status
 
-    settings, database, tables = open_database(config)
+    settings, database, tables = open_database(config, looks=True)
 
     def show() -> None:
         now = read_status(database, tables, settings.unknown_types)
         if json:
-            terminal.print_json(view.status_object(now))
+            print_object(database, view.status_object(now))
         else:
+            mention_standby(database)
             view.print_status(now)
             suggest(config, *(view.next_steps(now) if not watch else []))
 
@@ -70,9 +81,9 @@ def _outlast(show: Callable[[], None]) -> None:
 def doctor(config: Config = None, json: AsJson = False) -> None:
     """Check database and set-up, and suggest a remedy for each problem.
 
-    Changes nothing. Run it as the worker's role, with the worker's settings.
-    It also lists checks that were not possible because the role lacks a
-    privilege.
+    Changes nothing. Run it as the worker's role, with the worker's settings, on
+    the primary. It also lists checks that were not possible, because the role
+    lacks a privilege or because the server is a standby.
 
     Exit code 1 if there is a problem. Warnings alone give exit code 0.
     """
@@ -103,29 +114,29 @@ def why(
     Shows all records, which rule decided, and what would happen now. It uses
     the same facts and rules as the worker. Changes nothing.
     """
-    from outbox_worker import terminal
     from outbox_worker.cli.views import explanation
 
-    with looking(config) as (_, _, explain):
+    with looking(config) as (database, _, _, explain):
         found = explain(asked.encode(errors="replace").decode())  # the command line may contain invalid text
     if json:
-        terminal.print_json(explanation.explanation_object(found))
+        print_object(database, explanation.explanation_object(found))
     else:
+        mention_standby(database)
         explanation.print_explanation(found)
         suggest(config, *explanation.next_steps(found))
 
 
 @contextmanager
-def looking(config: Path | None) -> Iterator[tuple[Session, Tables, Callable[[str], Explanation]]]:
-    """Open a read-only snapshot. Yields its session, the tables, and a function that explains an id."""
+def looking(config: Path | None) -> Iterator[tuple[Database, Session, Tables, Callable[[str], Explanation]]]:
+    """Open a read-only snapshot. Yields database and session, the tables, and a function that explains an id."""
     from outbox_worker.diagnose.explanation import explain
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
     from outbox_worker.schema.privileges import EXPLAINING
     from outbox_worker.schema.requirements import check_schema
     from outbox_worker.settle.handlers import claimed_types
 
-    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS, looks=True)
     with database.snapshot() as session:
         tables = check_schema(session, tables, EXPLAINING)
         types = claimed_types(session, tables, settings.unknown_types)
-        yield session, tables, partial(explain, session, tables, settings.retry_policy, types)
+        yield database, session, tables, partial(explain, session, tables, settings.retry_policy, types)

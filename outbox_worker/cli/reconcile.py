@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from outbox_worker.cli.common import AsJson, Config, Limit, open_database, suggest
+from outbox_worker.cli.common import AsJson, Config, Limit, mention_standby, open_database, print_object, suggest
 from outbox_worker.durations import parse_duration, parse_moment
 from outbox_worker.errors import WrongUsage
 
@@ -35,13 +35,14 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     from outbox_worker.reconcile.audit import Audit
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
 
-    _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS, looks=True)
     audit = Audit.start(database, tables)
     with terminal.progress("payments", audit.estimate, then=_LOOKING_AGAIN) as told:
         report = audit.run(told)
     if json:
-        terminal.print_json(view.audit_object(report))
+        print_object(database, view.audit_object(report))
     else:
+        mention_standby(database)
         view.print_audit(report, limit)
         suggest(config, *view.next_steps(report))
     raise typer.Exit(0 if report.ok else 1)
@@ -110,15 +111,16 @@ def backfill(
         max_rate=max_rate,
         dry_run=dry_run,
     )
-    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    settings, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS, looks=dry_run)
     work = Backfill.start(database, tables, settings.retry_policy, request)
     with terminal.progress("payments", work.estimate, then=_LOOKING_AGAIN) as told:
         owed = work.look(told)
     with terminal.progress("purchases", lambda: owed, then="retrying locked payments, then finishing") as told:
         report = work.make(told)
     if json:
-        terminal.print_json(view.backfill_object(report))
+        print_object(database, view.backfill_object(report))
     else:
+        mention_standby(database)
         view.print_backfill(report, max_repairs, limit)
         given = {"--since": since, "--until": until, "--older-than": older_than if older_than != _LOOK_BACK else None}
         span = [word for option, value in given.items() if value for word in (option, value)]
@@ -152,14 +154,16 @@ def list_duplicates(
 
     if json and csv:
         raise WrongUsage("Choose --json or --csv, not both.")
-    _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS)
+    _, database, tables = open_database(config, deadline_seconds=STATEMENT_SECONDS, looks=True)
     duplicates = Duplicates.start(database, tables)
     with terminal.progress("payments", duplicates.estimate, then=_LOOKING_AGAIN) as told:
         found = duplicates.list(told)
     if json:
-        terminal.print_json(view.duplicates_object(found))
+        print_object(database, view.duplicates_object(found))
     elif csv:
+        mention_standby(database, on_stderr=True)
         view.write_duplicates(found)
     else:
+        mention_standby(database)
         view.print_duplicates(found, limit)
         suggest(config, *view.next_steps(found))

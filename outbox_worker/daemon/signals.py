@@ -14,7 +14,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from outbox_worker import interrupts
+
 _WAKE = b"\0"
 _CLOSED = -1
 
@@ -27,7 +28,7 @@ class Signals:
     """
 
     def __init__(self, *more: signal.Signals, reload: signal.Signals | None = None) -> None:
-        self._signals = (*STOP_SIGNALS, *more, *([reload] if reload else []))
+        self._signals = (*interrupts.SIGNALS, *more, *([reload] if reload else []))
         self._reload = reload
         self._is_reload_asked = False
         self._received = 0
@@ -38,6 +39,7 @@ class Signals:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, self._receive) for number in self._signals}
+        self._received += interrupts.take()  # a signal during the imports, whose KeyboardInterrupt was swallowed
         return self
 
     def __exit__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.deadline import GRACE_SECONDS, BoundedConnection, bounded
-from outbox_worker.database.failures import Failure, classify, server_message
+from outbox_worker.database.encodings import read_leniently
+from outbox_worker.database.failures import Failure, classify, server_message, standbys_among
 from outbox_worker.database.planner import set_local
 from outbox_worker.embedded import server as embedded
 from outbox_worker.errors import DatabaseUnavailable
@@ -40,15 +41,20 @@ class Database:
     Each transaction sets its own time-outs, so that they also work through a pooler. No statement may run longer than
     ``deadline_seconds``, and the client waits no longer than this for any answer from the server. None means no limit.
     Only migrations use None.
+
+    If ``looks`` is true, all transactions are READ ONLY, and the server may be a standby. Otherwise all transactions
+    are READ WRITE, even if ``default_transaction_read_only`` is on, and the server must be a primary.
     """
 
-    def __init__(self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None) -> None:
-        self._settings, self._deadline_seconds = settings, deadline_seconds
-        self.engine = _create_engine(settings, connections, deadline_seconds)
+    def __init__(
+        self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None, looks: bool = False
+    ) -> None:
+        self._settings, self._deadline_seconds, self._looks = settings, deadline_seconds, looks
+        self.engine = _create_engine(settings, connections, deadline_seconds, looks=looks)
 
     def with_deadline(self, seconds: float) -> Database:
         """Return another connection to the same database, with another deadline. The caller closes it."""
-        return Database(self._settings, deadline_seconds=seconds)
+        return Database(self._settings, deadline_seconds=seconds, looks=self._looks)
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:
@@ -113,6 +119,12 @@ class Database:
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
     """Return the error for a connection that failed or broke. It repeats the message of libpq, but not the URL."""
+    if standbys := standbys_among(error):
+        takes = "is a standby, which takes" if len(standbys) == 1 else "are standbys, which take"
+        return DatabaseUnavailable(
+            f"No connection to a primary: {' and '.join(standbys)} {takes} no writes. Give the URL of the primary in "
+            "OUTBOX_DATABASE_URL, or promote the standby. Commands that only look also work on a standby."
+        )
     return DatabaseUnavailable(f"No connection to the database: {server_message(error)}")
 
 
@@ -135,10 +147,15 @@ def savepoint(session: Session) -> Iterator[None]:
         raise
 
 
-def connect_directly(settings: Settings) -> psycopg.Connection:
-    """Make an autocommit connection for LISTEN, which does not use the pooler. Raises psycopg.OperationalError."""
+def connect_directly(settings: Settings, *, looks: bool = False) -> psycopg.Connection:
+    """Make an autocommit connection for LISTEN, which does not use the pooler. Raises psycopg.OperationalError.
+
+    If ``looks`` is true, the server may be a standby.
+    """
     where = conninfo_to_dict(settings.listen_conninfo) if settings.listen_conninfo else _where(settings)
-    return psycopg.connect(**{**where, **_connect_arguments(settings.database_deadline_seconds), "autocommit": True})
+    arguments = _connect_arguments(settings.database_deadline_seconds)
+    (kind, *_) = _kinds_of_server(where, looks=looks)
+    return psycopg.connect(**{**where, **arguments, "target_session_attrs": kind, "autocommit": True})
 
 
 def _where(settings: Settings) -> dict[str, Any]:
@@ -152,25 +169,50 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
     return {
         "connect_timeout": max(2, round(deadline_seconds)),
         "application_name": APPLICATION_NAME,
-        "target_session_attrs": "read-write",
+        "client_encoding": "UTF8",
         "tcp_user_timeout": round(deadline_seconds * 1000),
         **_KEEPALIVE,
     }
 
 
-def _connect(settings: Settings, answer_seconds: float | None) -> BoundedConnection:
+def _kinds_of_server(where: Mapping[str, Any], *, looks: bool) -> list[str]:
+    """Return the values of ``target_session_attrs`` to try, in this order.
+
+    A command that only looks uses any server. But if the URL names several hosts, the primary comes first, because a
+    standby may be behind; and a URL that itself says ``target_session_attrs`` decides.
+
+    ``read-write`` is not used, because it also refuses a primary on which ``default_transaction_read_only`` is on.
+    """
+    if not looks:
+        return ["primary"]
+    if given := where.get("target_session_attrs"):
+        return [str(given)]
+    has_several = any("," in str(where.get(key, "")) for key in ("host", "hostaddr"))
+    return ["primary", "any"] if has_several else ["any"]
+
+
+def _connect(settings: Settings, answer_seconds: float | None, *, looks: bool) -> BoundedConnection:
     """Make a connection that is cut if an answer takes longer than ``answer_seconds``. None means no limit."""
-    arguments = _connect_arguments(settings.database_deadline_seconds)
-    connection = BoundedConnection.connect(**{**_where(settings), **arguments})
+    where = _where(settings)
+    first, *others = _kinds_of_server(where, looks=looks)
+    arguments = {**where, **_connect_arguments(settings.database_deadline_seconds)}
+    try:
+        connection = BoundedConnection.connect(**{**arguments, "target_session_attrs": first})
+    except psycopg.OperationalError:
+        if not others:
+            raise
+        connection = BoundedConnection.connect(**{**arguments, "target_session_attrs": others[0]})
+    connection.read_only = looks  # psycopg then begins every transaction READ ONLY or READ WRITE
+    read_leniently(connection)
     if settings.pooler == "transaction":
         connection.prepare_threshold = None  # the next transaction may run in another backend
     return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
 
 
-def _create_engine(settings: Settings, connections: int, deadline_seconds: float | None) -> Engine:
+def _create_engine(settings: Settings, connections: int, deadline_seconds: float | None, *, looks: bool) -> Engine:
     engine = create_engine(
         "postgresql+psycopg://",
-        creator=partial(_connect, settings, deadline_seconds),
+        creator=partial(_connect, settings, deadline_seconds, looks=looks),
         pool_size=connections,
         max_overflow=1,
         pool_timeout=deadline_seconds or settings.database_deadline_seconds,
@@ -179,7 +221,7 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
         hide_parameters=True,
     )
     event.listen(engine, "handle_error", _drop_lost_connections)
-    return engine
+    return engine.execution_options(postgresql_readonly=True) if looks else engine
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:

@@ -123,6 +123,12 @@ _PLACES_MAX = 100
 _REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
 """The form in which libpq repeats a server's answer to a new connection. Its severity word may be in any language."""
 
+_IS_STANDBY = re.compile(
+    r"connection to server (?:at|on socket) \"(?P<host>[^\"]*)\"(?: \([^)]*\))?(?:, port (?P<port>\d+))? failed:"
+    r" server is in hot standby mode"
+)
+"""The form in which libpq says that a server is a standby, although the connection needs a primary."""
+
 _PASSES = re.compile(
     r"the database system|recovery|too many|connection slots|terminating|shutting down"
     r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
@@ -226,6 +232,17 @@ def login_refusal(error: BaseException) -> str | None:
         return None
     found = _REFUSED.search(server_message(error))
     return None if found is None or _PASSES.search(found["sentence"]) else found["sentence"]
+
+
+def standbys_among(error: BaseException) -> list[str]:
+    """Return the servers that refused a connection because they are standbys. Empty if the error is another one."""
+    original = getattr(error, "orig", None) or error
+    found = _IS_STANDBY.finditer(str(original))
+    return list(dict.fromkeys(_place(each) for each in found))
+
+
+def _place(found: re.Match[str]) -> str:
+    return f"{found['host']} (port {found['port']})" if found["port"] else found["host"]
 
 
 def trace(error: BaseException) -> list[str]:

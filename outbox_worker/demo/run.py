@@ -30,7 +30,7 @@ from outbox_worker.demo.view import Scene, View, open_view
 from outbox_worker.durations import count_of
 from outbox_worker.embedded import server as embedded
 from outbox_worker.embedded.launcher import end_with
-from outbox_worker.errors import OutboxWorkerError
+from outbox_worker.errors import NotProved
 from outbox_worker.model import Outcome
 from outbox_worker.reconcile.audit import Audit, AuditReport
 from outbox_worker.schema.migrate import upgrade
@@ -112,7 +112,7 @@ class Proof:
 def run_demo(payments: int) -> Proof | None:
     """Run the demonstration with about ``payments`` payments. Return None if it was interrupted.
 
-    Raises OutboxWorkerError if a worker ends, if the outbox is not settled in time, or if the database refuses a
+    Raises NotProved if a worker ends, if the outbox is not settled in time, or if the database refuses a
     statement.
     """
     try:
@@ -125,7 +125,7 @@ def run_demo(payments: int) -> Proof | None:
         ):
             return Demo(settings, payments, crew, view).play(signals)
     except psycopg.Error as error:
-        raise OutboxWorkerError(f"NOT proved: {str(error).splitlines()[0]}") from error
+        raise NotProved(f"NOT proved: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
@@ -182,11 +182,11 @@ class Crew:
         return victim.pid
 
     def check(self) -> None:
-        """Raise OutboxWorkerError with the last line of the log if a worker failed."""
+        """Raise NotProved with the last line of the log if a worker failed."""
         for process in self._processes:
             if process.poll() not in (None, 0):
                 last_words = self._log.read_text().splitlines()[-1:] or ["nothing"]
-                raise OutboxWorkerError(f"Worker {process.pid} ended with {process.returncode}: {last_words[0]}")
+                raise NotProved(f"Worker {process.pid} ended with {process.returncode}: {last_words[0]}")
 
     def stop(self) -> None:
         """Send SIGTERM to all workers and wait until they have ended."""
@@ -258,9 +258,7 @@ class Demo:
                     self._crew.stop()
                     return True
                 if time.monotonic() - ended > SETTLE_SECONDS:
-                    raise OutboxWorkerError(
-                        f"{count_of(scene.owed, 'event')} not settled within {SETTLE_SECONDS:.0f} s."
-                    )
+                    raise NotProved(f"{count_of(scene.owed, 'event')} not settled within {SETTLE_SECONDS:.0f} s.")
         return False
 
     def _look(self) -> Scene:

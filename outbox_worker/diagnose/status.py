@@ -12,7 +12,7 @@ from outbox_worker.model import Guard
 from outbox_worker.schema.catalogue import adopted_tables
 from outbox_worker.schema.concerns import find_concerns
 from outbox_worker.schema.nullable import nullable_keys
-from outbox_worker.schema.privileges import READING
+from outbox_worker.schema.privileges import COUNTING
 from outbox_worker.schema.requirements import SchemaProblem, check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.handlers import UnknownTypes, claimed_types
@@ -75,7 +75,7 @@ def condition(worker: WorkerRow) -> str:
 def read_status(database: Database, tables: Tables, unknown_types: UnknownTypes) -> Status:
     """Read the state in one transaction. Raises SchemaError if tables or privileges are missing."""
     with database.transaction() as session:
-        tables = check_schema(session, tables, READING)
+        tables = check_schema(session, tables, COUNTING)
         event_types = claimed_types(session, tables, unknown_types)
         outbox, set_aside = Outbox(tables, event_types), read_set_aside(session, tables)
         return Status(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 
 from sqlalchemy import Table, text
 from sqlalchemy.orm import Session
@@ -40,7 +41,10 @@ def reading(*roles: str) -> Privileges:
 
 
 READING: Privileges = reading(*COLUMNS)
-"""The privileges for reading all tables, as `status` does."""
+"""The privileges for reading all tables."""
+
+COUNTING: Privileges = {**STRUCTURE, **reading("outbox", "dead_letters", "workers")}
+"""The privileges of `status`. It reads only these tables, but all tables must exist."""
 
 EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
 """The privileges for reading payments and what happened to them: `audit`, `why` and `backfill --dry-run`.
@@ -72,6 +76,12 @@ DECIDING: Privileges = {
 }
 """The privileges of a person who requeues and discards dead letters."""
 
+DISCARDING: Privileges = {role: needed for role, needed in DECIDING.items() if role != "outbox"}
+"""The privileges of a person who only discards dead letters."""
+
+PREVIEWING: Privileges = reading("payments", "purchases", "dead_letters")
+"""The privileges for `dead-letters requeue --dry-run` and `discard --dry-run`."""
+
 BACKFILLING: Privileges = {
     "payments": READING["payments"],
     "outbox": {"SELECT": _WHOLE},
@@ -82,6 +92,26 @@ BACKFILLING: Privileges = {
     "backfill_runs": {"SELECT": _WHOLE, "INSERT": _WHOLE, "UPDATE": _OF_RUNS},
 }
 """The privileges of a person who runs `backfill`."""
+
+OPERATING: Privileges = {**READING, **BACKFILLING, **{role: DECIDING[role] for role in ("outbox", "dead_letters")}}
+"""The privileges of a person who decides on dead letters and runs `backfill`."""
+
+
+class RoleKind(StrEnum):
+    """The kinds of roles that deploy/grants.sql creates, by what they are for."""
+
+    WORKER = "worker"
+    OPERATOR = "operator"
+    READER = "reader"
+
+
+def kind_for(privileges: Privileges) -> RoleKind:
+    """Return the kind of role that runs a command with these privileges."""
+    if privileges == PRIVILEGES:
+        return RoleKind.WORKER
+    only_reads = all(privilege == "SELECT" for needed in privileges.values() for privilege in needed)
+    return RoleKind.READER if only_reads else RoleKind.OPERATOR
+
 
 # what: whether this role has a privilege on the table, or on all named columns, or, if no column is named, on any
 # column (DELETE only on the table) · lock: none · index: the catalogue's own
@@ -94,6 +124,15 @@ _ALLOWED = text(
         ELSE (SELECT bool_and(has_column_privilege(attrelid, attnum, :privilege)) FROM pg_attribute
               WHERE attrelid = to_regclass(:name) AND attname = ANY(CAST(:columns AS text[])))
     END
+    """
+)
+
+# what: whether this role may read something of a table, and whether it may write something · lock: none
+_READS_AND_WRITES = text(
+    """
+    SELECT has_any_column_privilege(to_regclass(:name), 'SELECT') AS reads,
+           has_any_column_privilege(to_regclass(:name), 'INSERT, UPDATE')
+           OR has_table_privilege(to_regclass(:name), 'DELETE, TRUNCATE') AS writes
     """
 )
 
@@ -114,3 +153,31 @@ def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> 
     columns = [table.c[key].name for key in keys]
     asked = {"name": relation_name(table), "privilege": privilege, "columns": columns}
     return session.scalar(_ALLOWED, asked) is not False
+
+
+def lacking(session: Session, present: Mapping[str, Table], privileges: Privileges) -> dict[str, list[str]]:
+    """Return the needed privileges that the role lacks, by table. ``present``: the tables that exist."""
+    found = {
+        role: [each for each, keys in privileges.get(role, {}).items() if not may(session, table, each, keys)]
+        for role, table in present.items()
+    }
+    return {role: missing for role, missing in found.items() if missing}
+
+
+def kind_of_role(session: Session, present: Mapping[str, Table]) -> RoleKind | None:
+    """Return what the current role is for, judged by its privileges on the tables that exist.
+
+    A reader may read some table and write none. An operator may do everything that operators need, but may neither
+    postpone nor delete events. None: the role is of no kind, for example because it has no privileges yet, or because
+    deploy/grants.sql was not run again after a migration.
+    """
+    if present and not lacking(session, present, PRIVILEGES):
+        return RoleKind.WORKER
+    outbox = present.get("outbox")
+    if outbox is not None and not lacking(session, present, OPERATING):
+        may_settle = any(may(session, outbox, each, _WHOLE) for each in ("UPDATE", "DELETE"))
+        return None if may_settle else RoleKind.OPERATOR
+    asked = [{"name": relation_name(table)} for table in present.values()]
+    rows = [session.execute(_READS_AND_WRITES, each).one() for each in asked]
+    is_reader = any(row.reads for row in rows) and not any(row.writes for row in rows)
+    return RoleKind.READER if is_reader else None

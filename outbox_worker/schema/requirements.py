@@ -6,11 +6,12 @@ Each problem has a finding and a remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Integer, Numeric, String, Table, Text
+from sqlalchemy import Boolean, Column, Integer, Numeric, String, Table, Text, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 from sqlalchemy.orm import Session
@@ -20,7 +21,17 @@ from sqlalchemy.types import DateTime, TypeEngine
 from outbox_worker.errors import SchemaError
 from outbox_worker.schema.catalogue import ActualColumn, actual_columns, exists, is_owned, is_unique, role_name
 from outbox_worker.schema.ids import INTEGERS, TEXTS, read_ids
-from outbox_worker.schema.privileges import CLOSED_SCHEMAS, PRIVILEGES, Privileges, in_grant, may
+from outbox_worker.schema.privileges import (
+    CLOSED_SCHEMAS,
+    PRIVILEGES,
+    Privileges,
+    RoleKind,
+    in_grant,
+    kind_for,
+    kind_of_role,
+    lacking,
+    may,
+)
 from outbox_worker.schema.tables import Tables, quoted, relation_name
 
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
@@ -101,11 +112,7 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
     return [
         *_closed_problems(session, closed),
         *_absent_problems([relation_name(table) for role, table in seen.items() if role not in present]),
-        *(
-            problem
-            for role, table in present.items()
-            for problem in _privilege_problems(session, table, privileges[role])
-        ),
+        *_privilege_problems(session, tables, present, privileges),
         *_misfits(session, tables, present),
         *(find_rounding(session, tables) if _may_write_purchases(privileges, present) else ()),
     ]
@@ -211,13 +218,88 @@ def _absent_problems(names: Collection[str]) -> Iterator[SchemaProblem]:
         )
 
 
-def _privilege_problems(session: Session, table: Table, needed: Mapping[str, Sequence[str]]) -> Iterator[SchemaProblem]:
-    name = relation_name(table)
-    if lacking := [privilege for privilege in needed if not may(session, table, privilege, needed[privilege])]:
-        granted = ", ".join(in_grant(table, privilege, needed[privilege]) for privilege in lacking)
+def _privilege_problems(
+    session: Session, tables: Tables, present: Mapping[str, Table], privileges: Privileges
+) -> Iterator[SchemaProblem]:
+    """Report missing privileges.
+
+    The remedy is a GRANT, unless the role has all privileges of another kind of role. A reader must not be told to
+    grant itself writes: another role runs the command.
+    """
+    missing = lacking(session, present, privileges)
+    if not missing:
+        return
+    actual, needed = kind_of_role(session, _visible(session, tables)), kind_for(privileges)
+    if actual is not None and actual is not needed:
+        missing = yield from _for_another_role(session, present, missing, actual, needed)
+    for role, names in missing.items():
+        table, name = present[role], relation_name(present[role])
+        granted = ", ".join(in_grant(table, each, privileges[role][each]) for each in names)
+        grant = f"as its owner: GRANT {granted} ON {name} TO {role_name(session)};"
+        is_new = _is_newer_than_grants(session, present, privileges, role, missing)
         yield SchemaProblem(
-            f"no {', '.join(lacking)} on {name}", f"as its owner: GRANT {granted} ON {name} TO {role_name(session)};"
+            f"no {', '.join(names)} on {name}", f"{_run_again(session)}, or {grant}" if is_new else grant
         )
+
+
+_TASKS = {
+    RoleKind.WORKER: "a worker",
+    RoleKind.OPERATOR: "an operator, who decides on dead letters and runs backfills",
+    RoleKind.READER: "looking, and it may write nothing",
+}
+
+
+def _for_another_role(
+    session: Session, present: Mapping[str, Table], missing: dict[str, list[str]], actual: RoleKind, needed: RoleKind
+) -> Generator[SchemaProblem, None, dict[str, list[str]]]:
+    """Report the missing privileges to write as one problem. Return the missing privileges to read."""
+    writes = {role: [each for each in names if each != "SELECT"] for role, names in missing.items()}
+    if listed := [f"{', '.join(names)} on {relation_name(present[role])}" for role, names in writes.items() if names]:
+        yield SchemaProblem(
+            f"the role {role_name(session)} is for {_TASKS[actual]}; this needs {'; '.join(listed)}",
+            f"run this as the role for {_TASKS[needed].partition(',')[0]} (in grants.sql: {needed}); "
+            "`outbox-worker files grants.sql` prints the file that creates a role for each task",
+        )
+    reads = {role: [each for each in names if each == "SELECT"] for role, names in missing.items()}
+    return {role: names for role, names in reads.items() if names}
+
+
+def _visible(session: Session, tables: Tables) -> dict[str, Table]:
+    """Return the tables that exist in schemas that the role may use."""
+    by_role = tables.by_role()
+    closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
+    return {role: table for role, table in by_role.items() if table.schema not in closed and exists(session, table)}
+
+
+def _is_newer_than_grants(
+    session: Session,
+    present: Mapping[str, Table],
+    privileges: Privileges,
+    role: str,
+    missing: Mapping[str, Sequence[str]],
+) -> bool:
+    """Return whether a migration probably made the table, or some columns of it, after the last run of grants.sql.
+
+    The sign of this is a table of ours on which the role has nothing, or lacks only the update of some columns,
+    although it has everything that it needs on another table.
+    """
+    table, needed = present[role], privileges[role]
+    is_granted_elsewhere = any(privileges[other] for other in present if other not in missing)
+    if not is_granted_elsewhere or not is_owned(session, table):
+        return False
+    has_nothing = not any(may(session, table, each, ()) for each in needed)
+    lacks_columns = [*missing[role]] == ["UPDATE"] and may(session, table, "UPDATE", ())
+    return has_nothing or lacks_columns
+
+
+def _run_again(session: Session) -> str:
+    """Return the remedy if grants.sql was not run again: the command that runs it on this database."""
+    database: str = session.scalars(text("SELECT current_database()")).one()
+    pipe = f"outbox-worker files grants.sql | psql -d {shlex.quote(database)}"
+    return (
+        "grants.sql was not run again after `outbox-worker migrate`. Run it with the same variables (-v) as the last "
+        f"time: {pipe}"
+    )
 
 
 def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[SchemaProblem]:

@@ -162,9 +162,9 @@ def _read_terminal(leader: int) -> bytes:
     return found
 
 
-def finish_script(script: str, *arguments: str) -> Finished:
+def finish_script(script: str, *arguments: str, url: str | None = None, patience: float = PATIENCE) -> Finished:
     """Run a Python script to its end."""
-    return _finish(["-c", script, *arguments], None, PATIENCE, {})
+    return _finish(["-c", script, *arguments], url, patience, {})
 
 
 def _finish(

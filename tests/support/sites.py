@@ -19,6 +19,7 @@ from sqlalchemy import URL
 from outbox_worker.embedded import server as embedded
 from tests.support import ROOT
 from tests.support.factories import Shop
+from tests.support.premises import find_program
 from tests.support.processes import Process, eventually
 
 TROUBLE_SECONDS = 3.0
@@ -126,6 +127,28 @@ def kept(site: Site, *world: str) -> Iterator[KeptSite]:
             keeper.kill()
             keeper.wait()
             embedded.stop_server(site.directory)
+
+
+@contextmanager
+def standby_of(site: Site, directory: Path) -> Iterator[KeptSite]:
+    """A streaming standby of ``site``."""
+    copy = Site(directory, site.binaries)
+    copy.directory.mkdir()
+    (copy.directory / "lock").touch()
+    where = site.start()
+    words = ["--pgdata", str(copy.directory / "data"), "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+    address = ["--host", where["host"], "--port", where["port"], "--username", where["user"]]
+    subprocess.run([find_program("pg_basebackup"), *words, *address], check=True, capture_output=True)
+    with kept(copy) as running:
+        running.start()
+        yield running
+
+
+def await_replication(primary: Site, condition: str = "replay_lsn >= pg_current_wal_insert_lsn()") -> None:
+    """The standby has all that the primary has."""
+    with primary.connect() as connection:
+        shop = Shop(connection)
+        eventually(lambda: shop.rows(f"SELECT pid FROM pg_stat_replication WHERE {condition}"), "the standby follows")
 
 
 def url_of(role: str, *sites: Site) -> str:

@@ -181,8 +181,11 @@ def test_trace_names_places_and_no_message() -> None:
         (errors.DatabaseUnavailable, 69),
         (errors.EmbeddedServerError, 69),
         (errors.Refused, 1),
-        (errors.Inconsistent, 1),
-        (errors.CommitLost, 1),
+        (errors.NotProved, 1),
+        (errors.KeyMissing, 78),
+        (errors.OutboxWorkerError, 70),
+        (errors.Inconsistent, 70),
+        (errors.CommitLost, 69),
     ],
 )
 def test_exit_codes_are_a_contract(error: type[errors.OutboxWorkerError], code: int) -> None:

@@ -18,7 +18,8 @@ _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "
 
 def doctor_object(report: Report) -> dict[str, Any]:
     """Return the object of ``doctor --json``."""
-    return {"ok": report.ok, "checks": report.checks}
+    found = {"ok": report.ok, "checks": report.checks}
+    return found if report.standby is None else found | {"standby": report.standby}
 
 
 def print_report(report: Report) -> None:

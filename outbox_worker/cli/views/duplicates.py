@@ -80,4 +80,4 @@ def write_duplicates(found: Sequence[Duplicate]) -> None:
             paid.currency,
             paid.created_at,
         )
-        writer.writerow([terminal.plain(value) for value in (*row, each.held_by, each.held_since)])
+        writer.writerow([terminal.csv_cell(value) for value in (*row, each.held_by, each.held_since)])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Row, Table, text
 
-from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
+from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, unseen, warning
 from outbox_worker.schema.catalogue import is_list_closed
-from outbox_worker.schema.privileges import PRIVILEGES, STRUCTURE
+from outbox_worker.schema.privileges import OPERATING, PRIVILEGES, READING, STRUCTURE, Privileges, RoleKind
 from outbox_worker.schema.requirements import find_problems
 from outbox_worker.schema.tables import ownership_list, relation_name
 
-_GRANTS = "create the worker's role with deploy/grants.sql, which grants exactly the privileges that a worker needs"
+_GRANTS = (
+    "create the worker's role with grants.sql, which grants exactly the privileges that a worker needs "
+    "(`outbox-worker files grants.sql` prints the file)"
+)
+_NEEDED: Mapping[RoleKind, Privileges] = {
+    RoleKind.WORKER: PRIVILEGES,
+    RoleKind.OPERATOR: OPERATING,
+    RoleKind.READER: READING,
+}
 
 # what: privileges of the role other than those on tables · lock: none · index: the catalogue's own
 _ROLE = text(
@@ -62,10 +70,13 @@ _COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DE
 
 
 def grants(subject: Subject) -> Iterator[Finding]:
-    """Report the privileges that the worker's role lacks, and those that it does not need."""
-    session, tables = subject.session, subject.tables
+    """Report the privileges that the role lacks, and those that a worker's role does not need.
+
+    A role that is not the worker's is not told to get the worker's privileges.
+    """
+    session, tables, kind = subject.session, subject.tables, subject.kind_of_role()
     elsewhere = find_problems(session, tables, STRUCTURE)
-    lacking = [each for each in find_problems(session, tables) if each not in elsewhere]
+    lacking = [each for each in find_problems(session, tables, _NEEDED[kind]) if each not in elsewhere]
     yield from (problem(each.finding, each.remedy) for each in lacking)
     if is_list_closed(session, tables.outbox):
         name = relation_name(ownership_list(tables.outbox))
@@ -75,12 +86,21 @@ def grants(subject: Subject) -> Iterator[Finding]:
             f"GRANT SELECT ON {name} TO {subject.role};",
         )
     role = subject.role
-    if subject.settings.embedded_directory is not None:
+    if kind is not RoleKind.WORKER:
+        yield unseen(
+            f"the role {role} is not a worker's but {_ARTICLES[kind]}'s, so this command did not check the privileges "
+            "of the worker's role",
+            "run doctor as the worker's role, with that role's URL in OUTBOX_DATABASE_URL",
+        )
+    elif subject.settings.embedded_directory is not None:
         yield ok("the private PostgreSQL has only one role, which has all privileges")
     elif excess := list(_excess(subject)):
         yield warning(f"the role {role} has privileges that it does not need: {'; '.join(excess)}", _GRANTS)
     elif not lacking:
         yield ok(f"the role {role} has exactly the privileges that it needs")
+
+
+_ARTICLES = {RoleKind.OPERATOR: "an operator", RoleKind.READER: "a reader"}
 
 
 def _excess(subject: Subject) -> Iterator[str]:
@@ -107,6 +127,7 @@ def _rights(subject: Subject, table: Table) -> Row[Any] | None:
 
 def row_security(subject: Subject) -> Iterator[Finding]:
     """Check whether row level security hides rows. A worker never claims hidden events, and gets no error."""
+    needed = _NEEDED[subject.kind_of_role()]
     active = [
         (key, table)
         for key, table in subject.present().items()
@@ -115,15 +136,15 @@ def row_security(subject: Subject) -> Iterator[Finding]:
     if not active:
         yield ok("no row security applies to this role")
     for key, table in active:
-        yield _through_policies(subject, key, table)
+        yield _through_policies(subject, table, needed[key])
 
 
-def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
+def _through_policies(subject: Subject, table: Table, commands: Collection[str]) -> Finding:
     name, role = relation_name(table), subject.role
     policies = subject.session.execute(_POLICIES, {"relation": name}).all()
     permissive = [each for each in policies if each.is_permissive]
-    barred = _not_among(permissive, key)
-    remedy = f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"
+    barred = _not_among(permissive, commands)
+    remedy = f"as its owner: {_policy_for(name, role, commands)}"
     if barred:
         return problem(
             f"row security on {name} has no policy for {', '.join(barred)} by {role}: the database hides rows "
@@ -131,16 +152,23 @@ def _through_policies(subject: Subject, key: str, table: Table) -> Finding:
             remedy,
         )
     restrictive = [each.name for each in policies if not (each.is_permissive or each.is_for_all_rows)]
-    if restrictive or _not_among([each for each in permissive if each.is_for_all_rows], key):
+    if restrictive or _not_among([each for each in permissive if each.is_for_all_rows], commands):
         return warning(
             f"row security on {name} shows {role} only rows that these policies allow: "
             f"{', '.join(each.name for each in policies)}; the worker never settles events that it cannot see",
-            f"check that these policies allow all rows of the shop, or: {remedy}",
+            f"check that these policies allow all rows of the shop, or {remedy}",
         )
     return ok(f"row security on {name} allows all rows")
 
 
-def _not_among(policies: Sequence[Row[Any]], key: str) -> list[str]:
-    """Return the commands that a worker needs on a table, but no policy allows."""
+def _policy_for(name: str, role: str, commands: Collection[str]) -> str:
+    """Return the policy that shows all rows. A role that only reads gets a policy that only lets it read."""
+    if set(commands) == {"SELECT"}:
+        return f"CREATE POLICY outbox_reader ON {name} FOR SELECT TO {role} USING (true);"
+    return f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"
+
+
+def _not_among(policies: Sequence[Row[Any]], needed: Collection[str]) -> list[str]:
+    """Return the needed commands that no policy allows."""
     commands = {each.command for each in policies}
-    return [each for each in PRIVILEGES[key] if not commands & {_COMMANDS[each], "*"}]
+    return [each for each in needed if not commands & {_COMMANDS[each], "*"}]

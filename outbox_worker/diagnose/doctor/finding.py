@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
 from outbox_worker.schema.catalogue import exists, role_name
+from outbox_worker.schema.privileges import RoleKind, kind_of_role
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import Settings
 
@@ -48,6 +49,14 @@ class Subject:
     def role(self) -> str:
         """Return the session's role, quoted as an SQL identifier."""
         return role_name(self.session)
+
+    def kind_of_role(self) -> RoleKind:
+        """Return what the session's role is for. A role of no kind is taken for a worker's that lacks something."""
+        return kind_of_role(self.session, self.present()) or RoleKind.WORKER
+
+    def is_of_a_worker(self) -> bool:
+        """Return whether the session's role is the worker's. If not, its parameters and limits are not the worker's."""
+        return self.kind_of_role() is RoleKind.WORKER
 
 
 def ok(evidence: str, hint: str = "") -> Finding:

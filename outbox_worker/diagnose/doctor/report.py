@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import server_message
+from outbox_worker.database.sessions import Standby, find_standby
 from outbox_worker.diagnose.doctor import access as access_checks
 from outbox_worker.diagnose.doctor import server as server_checks
 from outbox_worker.diagnose.doctor import setup as setup_checks
@@ -25,10 +26,15 @@ Look = Callable[[Subject], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check. It cannot run if a table whose role is in ``needs`` is missing."""
+    """A check. It cannot run if a table whose role is in ``needs`` is missing.
+
+    Most checks are about the tables, which a standby has, too. If ``is_of_primary`` is true, the check is about
+    the server on which workers run, so it cannot run on a standby.
+    """
 
     look: Look
     needs: Sequence[str] = ()
+    is_of_primary: bool = False
 
 
 CHECKS: Mapping[str, Check] = {
@@ -43,16 +49,18 @@ CHECKS: Mapping[str, Check] = {
     "invalid_indexes": Check(setup_checks.invalid_indexes),
     "indexes": Check(setup_checks.indexes, ("payments",)),
     "event_types": Check(setup_checks.event_types, ("outbox",)),
-    "notify": Check(setup_checks.notify, ("outbox",)),
+    "notify": Check(setup_checks.notify, ("outbox",), is_of_primary=True),
     "backfill": Check(setup_checks.backfill, ("backfill_runs",)),
     "pooler": Check(server_checks.pooler),
-    "connections": Check(server_checks.connections, ("workers", "outbox")),
-    "time_outs": Check(server_checks.time_outs),
-    "clock": Check(server_checks.clock),
-    "durability": Check(server_checks.durability),
-    "synchronous_commit": Check(server_checks.synchronous_commit),
-    "autovacuum": Check(vacuum_checks.autovacuum, ("outbox",)),
-    "horizon": Check(vacuum_checks.horizon),
+    "connections": Check(server_checks.connections, ("workers", "outbox"), is_of_primary=True),
+    "time_outs": Check(server_checks.time_outs, is_of_primary=True),
+    "read_only": Check(server_checks.read_only),
+    "encoding": Check(server_checks.encoding),
+    "clock": Check(server_checks.clock, is_of_primary=True),
+    "durability": Check(server_checks.durability, is_of_primary=True),
+    "synchronous_commit": Check(server_checks.synchronous_commit, is_of_primary=True),
+    "autovacuum": Check(vacuum_checks.autovacuum, ("outbox",), is_of_primary=True),
+    "horizon": Check(vacuum_checks.horizon, is_of_primary=True),
 }
 
 
@@ -69,6 +77,8 @@ class Diagnosis:
 @dataclass(frozen=True, slots=True)
 class Report:
     checks: Sequence[Diagnosis]
+    standby: Standby | None = None
+    """How up to date the server is, if it is a standby."""
 
     @property
     def ok(self) -> bool:
@@ -82,23 +92,26 @@ def examine(settings: Settings) -> Report:
     """Run all checks. Raises DatabaseUnavailable if the database cannot be reached."""
     unprepared = settings.model_copy(update={"pooler": "transaction"})  # no prepared statements, so any pooler works
     longest = max(settings.database_deadline_seconds, STATEMENT_SECONDS)
-    database = Database(unprepared, connections=2, deadline_seconds=longest)
+    database = Database(unprepared, connections=2, deadline_seconds=longest, looks=True)
     try:
         database.check()
-        look = partial(_look, database, settings)
-        return Report(
-            [
-                Diagnosis(name, found.verdict, found.evidence, found.remedy)
-                for name, check in CHECKS.items()
-                for found in look(check)
-            ]
-        )
+        with database.snapshot() as session:
+            standby = find_standby(session)
+        look = partial(_look, database, settings, is_standby=standby is not None)
+        found = [
+            Diagnosis(name, each.verdict, each.evidence, each.remedy)
+            for name, check in CHECKS.items()
+            for each in look(check)
+        ]
+        return Report(found, standby)
     finally:
         database.close()
 
 
-def _look(database: Database, settings: Settings, check: Check) -> Sequence[Finding]:
+def _look(database: Database, settings: Settings, check: Check, *, is_standby: bool) -> Sequence[Finding]:
     """Run one check and return its findings. If the database refuses a statement, return the error as a finding."""
+    if is_standby and check.is_of_primary:
+        return [unseen("not checked, because this server is a standby", "run doctor on the primary")]
     tables = build_tables(settings)
     try:
         with database.snapshot() as session:

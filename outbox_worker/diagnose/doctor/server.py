@@ -9,10 +9,12 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from outbox_worker.database.encodings import SQL_ASCII
 from outbox_worker.database.engine import APPLICATION_NAME
-from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
+from outbox_worker.database.sessions import find_read_only_default, find_standby
+from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, unseen, warning
 from outbox_worker.diagnose.status import condition
-from outbox_worker.durations import count_of
+from outbox_worker.durations import ago, count_of
 from outbox_worker.schema.catalogue import notifies
 from outbox_worker.settings import Settings
 from outbox_worker.store.workers import list_workers
@@ -25,6 +27,10 @@ _IDLE_SECONDS = 600.0
 """An idle_session_timeout of fewer seconds would close connections that are idle between two events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
 """The values of ``pg_settings.source`` for a parameter that is set for one role only."""
+_OF_ANOTHER_ROLE = (
+    "not checked, because the parameter is set for this role, which is not the worker's",
+    "run doctor as the worker's role, with that role's URL in OUTBOX_DATABASE_URL",
+)
 
 # what: version, database and role of the session · lock: none
 _SERVER = text(
@@ -50,6 +56,7 @@ _CONNECTIONS = text(
     """
 )
 
+_ENCODING = text("SELECT current_setting('server_encoding')")
 _DATABASE = text("SELECT quote_ident(current_database())")
 _BACKEND = text("SELECT pg_backend_pid()")
 _CLOCK = text("SELECT date_part('epoch', clock_timestamp())")
@@ -69,12 +76,32 @@ def server(subject: Subject) -> Iterator[Finding]:
     """Check whether the tests of the worker run on this version of PostgreSQL."""
     row = subject.session.execute(_SERVER).one()
     evidence = f"PostgreSQL {row.version}, database {row.database}, role {row.role}"
+    if standby := find_standby(subject.session):
+        behind = "" if standby.behind_seconds is None else f", at most {ago(standby.behind_seconds)} behind the primary"
+        yield warning(
+            f"this server is a standby{behind}: a worker cannot run on it", "give workers the URL of the primary"
+        )
     if row.major < _TRIED.start:
         yield problem(evidence, f"upgrade to PostgreSQL {_TRIED.start} or newer")
     elif row.major not in _TRIED:
         yield warning(f"{evidence}; the newest tested version is {_TRIED.stop - 1}", "watch the worker for a few days")
     else:
         yield ok(evidence)
+
+
+def read_only(subject: Subject) -> Iterator[Finding]:
+    """Check whether sessions of this role are read-only by default (docs/explanation/decisions/032)."""
+    found = find_read_only_default(subject.session)
+    if found is None:
+        yield ok("sessions are not read-only by default")
+    elif not subject.is_of_a_worker():
+        yield ok(f"default_transaction_read_only is on {found.place}, which is right for a role that only looks")
+    else:
+        yield warning(
+            f"default_transaction_read_only is on {found.place}: the worker overrides it in each of its transactions, "
+            "but commands that write refuse to run",
+            found.remedy,
+        )
 
 
 def durability(subject: Subject) -> Iterator[Finding]:
@@ -90,10 +117,27 @@ def durability(subject: Subject) -> Iterator[Finding]:
         yield ok("fsync and full_page_writes are on")
 
 
+def encoding(subject: Subject) -> Iterator[Finding]:
+    """Check whether the encoding of the database has all characters, and whether its texts can be read."""
+    name: str = subject.session.scalars(_ENCODING).one()
+    if name == SQL_ASCII:
+        yield warning(
+            "the encoding of the database is SQL_ASCII, so its texts may contain bytes that are not UTF8; commands and "
+            "logs show such a byte as an escape, for example \\xe9",
+            "move the data to a new database with the encoding UTF8 (createdb --encoding=UTF8 --template=template0)",
+        )
+    elif name != "UTF8":
+        yield ok(f"{name}; the server converts texts, but cannot store characters that {name} lacks")
+    else:
+        yield ok(name)
+
+
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
     """Check synchronous_commit. The value off is safe only for the worker's role (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
-    if found.value != "off":
+    if found.is_of_one_role and not subject.is_of_a_worker():
+        yield unseen(*_OF_ANOTHER_ROLE)
+    elif found.value != "off":
         yield ok(found.value)
     elif found.is_of_one_role:
         yield ok("off for this role only: a crash can undo the last batches, but then their events are settled again")
@@ -108,6 +152,9 @@ def synchronous_commit(subject: Subject) -> Iterator[Finding]:
 def time_outs(subject: Subject) -> Iterator[Finding]:
     """Check the time-outs of the session that the worker does not set itself in each transaction."""
     parameters = _parameters(subject, "transaction_timeout", "idle_session_timeout")
+    if not subject.is_of_a_worker() and any(parameter.is_of_one_role for parameter in parameters.values()):
+        yield unseen(*_OF_ANOTHER_ROLE)
+        return
     seconds = {name: int(parameter.value) / 1000 for name, parameter in parameters.items()}
     deadline = subject.settings.database_deadline_seconds
     whole, idle = seconds.get("transaction_timeout", 0), seconds.get("idle_session_timeout", 0)
@@ -167,7 +214,8 @@ def connections(subject: Subject) -> Iterator[Finding]:
     workers = max(1, sum(condition(each) == "running" for each in list_workers(subject.session, subject.tables)))
     of_one = connections_of(subject.settings, has_notify=notifies(subject.session, subject.tables.outbox))
     needed = workers * sum(of_one.values())
-    limits = [row.most - row.reserved - row.others, *(limit for limit in (row.of_database, row.of_role) if limit >= 0)]
+    of_role = row.of_role if subject.is_of_a_worker() else -1
+    limits = [row.most - row.reserved - row.others, *(limit for limit in (row.of_database, of_role) if limit >= 0)]
     room = min(limits)
     formula = " + ".join(f"{count} {name}" for name, count in of_one.items())
     evidence = (
@@ -178,10 +226,10 @@ def connections(subject: Subject) -> Iterator[Finding]:
     if subject.settings.pooler == "transaction":
         yield ok(f"{evidence}; the pooler needs fewer connections to the server")
     elif needed > room:
-        more = _more_connections(subject, room, limits[0], row.of_role)
+        more = _more_connections(subject, room, limits[0], of_role)
         yield problem(f"{evidence}: not enough", f"fewer workers, lower OUTBOX_CONCURRENCY, a pooler, or {more}")
     elif 2 * needed > room:
-        more = _more_connections(subject, room, limits[0], row.of_role)
+        more = _more_connections(subject, room, limits[0], of_role)
         yield warning(f"{evidence}: not enough to start new workers before the old ones end", more)
     else:
         yield ok(evidence)

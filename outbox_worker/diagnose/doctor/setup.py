@@ -270,7 +270,7 @@ def _hears(subject: Subject) -> Finding:
     remedy = "set OUTBOX_LISTEN_DATABASE_URL to a URL of this database that bypasses any pooler"
     outbox = relation_name(subject.tables.outbox)
     try:
-        with connect_directly(subject.settings) as connection:
+        with connect_directly(subject.settings, looks=True) as connection:
             pid, relation = connection.execute(_LISTENER, [outbox]).fetchall()[0]
             is_direct = pid == connection.info.backend_pid
     except psycopg.Error as error:

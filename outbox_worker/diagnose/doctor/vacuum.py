@@ -79,7 +79,9 @@ _PREPARED = text(
 _SLOTS = text(
     """
     SELECT quote_literal(slot_name) AS name, active, age(xmin) AS age,
-           pg_size_pretty(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)) AS kept
+           pg_size_pretty(pg_wal_lsn_diff(
+               CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END,
+               restart_lsn)) AS kept
     FROM pg_replication_slots
     WHERE age(xmin) > :ids OR NOT active AND restart_lsn IS NOT NULL
     ORDER BY slot_name LIMIT 5
@@ -132,7 +134,7 @@ def horizon(
     if not subject.session.scalar(_SEES_ALL):
         yield unseen(
             "this role cannot see how long transactions of other roles have been open; everything else was checked",
-            f"GRANT pg_read_all_stats TO {subject.role};",
+            f"as a superuser: GRANT pg_read_all_stats TO {subject.role}; -- also shows it the queries of all sessions",
         )
     elif not found:
         yield ok(f"no transaction, slot or standby has held back vacuum for more than {ago(seconds)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +14,18 @@ import psycopg
 import pytest
 
 from tests.support.factories import Shop
-from tests.support.premises import find_program
 from tests.support.processes import Given, Process, eventually, finish, start
-from tests.support.sites import ROLE, Site, endure, expect_calm, expect_exactly_once, kept, settle_some, url_of
+from tests.support.sites import (
+    ROLE,
+    Site,
+    await_replication,
+    endure,
+    expect_calm,
+    expect_exactly_once,
+    settle_some,
+    standby_of,
+    url_of,
+)
 
 DEADLINE = 2
 PATIENT: Given = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2}
@@ -26,15 +34,7 @@ PATIENT: Given = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2
 @pytest.fixture
 def standby(site: Site, tmp_path: Path) -> Iterator[Site]:
     """A streaming standby of ``site``."""
-    copy = Site(tmp_path / "standby", site.binaries)
-    copy.directory.mkdir()
-    (copy.directory / "lock").touch()
-    where = site.start()
-    words = ["--pgdata", str(copy.directory / "data"), "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
-    address = ["--host", where["host"], "--port", where["port"], "--username", where["user"]]
-    subprocess.run([find_program("pg_basebackup"), *words, *address], check=True, capture_output=True)
-    with kept(copy) as running:
-        running.start()
+    with standby_of(site, tmp_path / "standby") as running:
         yield running
 
 
@@ -43,13 +43,6 @@ def make_synchronous(primary: Site) -> None:
     primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
     primary.execute("SELECT pg_reload_conf()")
     await_replication(primary, "sync_state = 'sync'")
-
-
-def await_replication(primary: Site, condition: str = "replay_lsn >= pg_current_wal_insert_lsn()") -> None:
-    """The standby has all that the primary has."""
-    with primary.connect() as connection:
-        shop = Shop(connection)
-        eventually(lambda: shop.rows(f"SELECT pid FROM pg_stat_replication WHERE {condition}"), "the standby follows")
 
 
 def promote(standby: Site) -> None:

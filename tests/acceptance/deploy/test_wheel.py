@@ -55,3 +55,8 @@ def test_migrate_run_and_drain_from_the_wheel(
         run(command, "run", "--drain", cwd=tmp_path, OUTBOX_DATABASE_URL=url)
         assert shop.outcome_of(event_id) == "created"
         assert len(shop.purchases(payment)) == 1
+
+
+def test_the_wheel_carries_the_files_for_deployment(installed: Path, tmp_path: Path) -> None:
+    printed = run(installed / "outbox-worker", "files", "grants.sql", cwd=tmp_path)
+    assert printed == (ROOT / "deploy" / "grants.sql").read_text(encoding="utf-8")

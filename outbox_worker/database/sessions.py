@@ -1,0 +1,66 @@
+"""Finds out what a session may do: whether the server is a standby, and whether sessions are read-only by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, text
+from sqlalchemy.orm import Session
+
+# what: whether the server is a standby, and how old the newest transaction is that it has replayed · lock: none
+_STANDBY = text(
+    "SELECT pg_is_in_recovery() AS is_standby, pg_last_xact_replay_timestamp() AS replayed_until,"
+    " CAST(date_part('epoch', clock_timestamp() - pg_last_xact_replay_timestamp()) AS float) AS behind_seconds"
+)
+
+# what: where the parameter was set to on that makes new sessions read-only · lock: none
+_READ_ONLY = text(
+    "SELECT source, quote_ident(session_user) AS role, quote_ident(current_database()) AS database FROM pg_settings"
+    " WHERE name = 'default_transaction_read_only' AND reset_val = 'on'"
+)
+
+_PLACES = {
+    "user": "for the role {role}",
+    "database user": "for the role {role} in the database {database}",
+    "database": "for the database {database}",
+    "client": "in OUTBOX_DATABASE_URL or PGOPTIONS",
+}
+"""The places where the parameter can be set, by ``pg_settings.source``. All others are the server's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """How up to date a standby is. It has every transaction that the primary committed until ``replayed_until``."""
+
+    replayed_until: datetime | None
+    """None: the standby has replayed no transaction since it started."""
+    behind_seconds: float | None
+    """The age of ``replayed_until``. The standby is at most this far behind, and less if the primary was idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOnlyDefault:
+    """The parameter ``default_transaction_read_only`` is on. ``place`` says where it was set."""
+
+    place: str
+    remedy: str
+    """The statement that makes sessions of this role writable, or a sentence if no statement can."""
+
+
+def find_standby(session: Session | Connection) -> Standby | None:
+    """Return how up to date the server is if it is a standby. Return None if it is a primary."""
+    row = session.execute(_STANDBY).one()
+    return Standby(row.replayed_until, row.behind_seconds) if row.is_standby else None
+
+
+def find_read_only_default(session: Session | Connection) -> ReadOnlyDefault | None:
+    """Return where ``default_transaction_read_only`` is on. Return None if it is off."""
+    row = session.execute(_READ_ONLY).one_or_none()
+    if row is None:
+        return None
+    place = _PLACES.get(row.source, "for the server").format(role=row.role, database=row.database)
+    if row.source == "client":
+        return ReadOnlyDefault(place, "remove the option there")
+    statement = f"ALTER ROLE {row.role} IN DATABASE {row.database} SET default_transaction_read_only = off;"
+    return ReadOnlyDefault(place, statement)

@@ -1,0 +1,68 @@
+"""Raises KeyboardInterrupt when SIGTERM or SIGINT arrives, and makes sure that the process does not lose it.
+
+The interpreter swallows an exception that a signal handler raises inside a callback, for example a weakref callback of
+the import system. So the handler also sets a flag, and a swallowed KeyboardInterrupt is raised again a moment later.
+This module imports only ``signal`` and ``sys``, so that ``__main__`` can install the handlers before all other imports.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN_SECONDS = 0.01
+"""The time after which a swallowed KeyboardInterrupt is raised again: long enough for the callback to end."""
+
+
+class _Arrivals:
+    """The number of signals that have arrived since ``install``, and have not been taken yet."""
+
+    count = 0
+
+
+def install() -> None:
+    """Install the handlers. If the parent process made this process ignore SIGINT, SIGINT stays ignored."""
+    sys.unraisablehook = _raise_again_later
+    signal.signal(signal.SIGALRM, _raise)
+    signal.signal(signal.SIGTERM, _receive)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _receive)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if a signal has arrived, even if the KeyboardInterrupt of the handler was swallowed."""
+    if _Arrivals.count:
+        raise KeyboardInterrupt
+
+
+def take() -> int:
+    """Return the number of signals that have arrived. The caller must act on them: they are not raised again."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    count, _Arrivals.count = _Arrivals.count, 0
+    return count
+
+
+def ignore() -> None:
+    """Ignore all further signals, so that they cannot change the exit status of a process that ends."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (*SIGNALS, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _receive(_number: int, _frame: FrameType | None) -> None:
+    _Arrivals.count += 1
+    raise KeyboardInterrupt
+
+
+def _raise(_number: int, _frame: FrameType | None) -> None:
+    check()
+
+
+def _raise_again_later(swallowed: sys.UnraisableHookArgs) -> None:
+    """Receive every exception that the interpreter swallows. Python prints all but KeyboardInterrupt."""
+    if issubclass(swallowed.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+    else:
+        sys.__unraisablehook__(swallowed)
