@@ -156,7 +156,7 @@ def _by_function(error: BaseException) -> Failure | None:
         (_NOT_SUPPORTED, _REFUSES_OLD_PLAN): Failure.RECONNECT,
         (_NOT_SUPPORTED, None): Failure.RECONNECT,
         (_NOT_IN_STATE, _REFUSES_UNIDENTIFIED): Failure.PAUSE,
-    }.get((sqlstate(error), _raised_by(error)))
+    }.get((sqlstate(error) or "", _raised_by(error)))
 
 
 def is_arbiter_lost(error: BaseException) -> bool:
