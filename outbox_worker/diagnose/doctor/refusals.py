@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 
 from sqlalchemy import Table, TextClause, text
 
@@ -112,7 +113,7 @@ def sequences_behind(subject: Subject) -> Iterator[Finding]:
         for column, sequence in sequences(subject.session, table).items() if role != "payments" else ():
             given = subject.session.scalar(_LAST_VALUE, {"sequence": sequence})
             largest = subject.session.scalar(_largest(table, column))
-            if largest is not None and given is not None and largest > given:
+            if isinstance(largest, int | Decimal) and given is not None and largest > given:
                 clean = False
                 yield problem(
                     f"{sequence} is behind: it gave {given}, but {relation_name(table)} has {column} {largest}",
