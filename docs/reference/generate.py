@@ -34,7 +34,7 @@ _NOT_DECIDED = (
 CODES: Mapping[str, Mapping[int, str]] = {
     "run": {
         0: "a signal stopped it, or `--drain` settled all due events",
-        1: "`--drain` ended while other transactions still locked some due events",
+        1: "`--drain` ended while other transactions still locked some due events, or while due events were set aside",
         69: "no connection, only with `--drain`; without `--drain` the worker waits for the database",
     },
     "healthcheck": {
@@ -98,6 +98,7 @@ NOTES: Mapping[str, str] = {
     "outbox_unexplained_payments": "The number that the last backfill left; NaN before the first backfill.",
     "outbox_value_at_risk": "The value is in units of the currency.",
     "outbox_ignored_events": "Counted among the 100,000 oldest events, at the start and every five minutes.",
+    "outbox_set_aside_events": "`status` and `doctor` name them and the cause.",
     "outbox_guard": "The guard that is not in use has 0.",
     "outbox_since_poll_seconds": "The value is computed at each scrape.",
     "outbox_vacuum_horizon_seconds": "The time since this worker first saw the transaction that holds vacuum back.",

@@ -125,6 +125,8 @@ _TROUBLES = {
     "OUTBOX_DATABASE_DEADLINE_SECONDS allows, or a person cancelled it. Run the command again.",
     "40P01": f"This command and another transaction waited for each other's locks, again and again. {_AGAIN}",
     "40001": f"Another transaction changed the same rows at the same time, again and again. {_AGAIN}",
+    "25006": "This server or this role accepts no writes, but the command must write: the server is a standby, or "
+    "default_transaction_read_only is on.",
 }
 """The sentence for each SQLSTATE of a trouble that is not a lost connection, although it may pass."""
 

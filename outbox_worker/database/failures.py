@@ -179,8 +179,9 @@ def _by_function(error: BaseException) -> Failure | None:
         return Failure.GUARD
     return {
         (_NOT_SUPPORTED, _REFUSES_OLD_PLAN): Failure.RECONNECT,
+        (_NOT_SUPPORTED, None): Failure.RECONNECT,
         (_NOT_IN_STATE, _REFUSES_UNIDENTIFIED): Failure.PAUSE,
-    }.get((sqlstate(error) or "", _raised_by(error) or ""))
+    }.get((sqlstate(error) or "", _raised_by(error)))
 
 
 def is_arbiter_lost(error: BaseException) -> bool:
@@ -191,7 +192,7 @@ def is_arbiter_lost(error: BaseException) -> bool:
     state = sqlstate(error)
     if state not in (_NO_ARBITER, _NOT_IN_STATE) or _diagnosis(error, "context"):
         return False
-    return state == _NO_ARBITER or _raised_by(error) == _REFUSES_DEFERRABLE
+    return state == _NO_ARBITER or _raised_by(error) in (None, _REFUSES_DEFERRABLE)
 
 
 def _raised_by(error: BaseException) -> str | None:

@@ -376,4 +376,4 @@ def sequences(session: Session, table: Table) -> dict[str, str]:
 def set_sequence(table: Table, column: str, sequence: str) -> str:
     """Return the statement that sets a sequence to the largest value of its column."""
     name = sequence.replace("'", "''")
-    return f"SELECT setval('{name}', (SELECT max({quoted(column)}) FROM {relation_name(table)}));"  # noqa: S608 - printed, names are quoted
+    return f"SELECT setval('{name}', (SELECT CAST(max({quoted(column)}) AS bigint) FROM {relation_name(table)}));"  # noqa: S608 - printed, names are quoted

@@ -6,7 +6,7 @@ own savepoint. Halving goes on until each event that the database refuses is a p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -24,17 +24,9 @@ from outbox_worker.database.failures import (
 )
 from outbox_worker.decision import RetryPolicy, refused
 from outbox_worker.errors import Inconsistent, NothingRecorded, Swallowed
-from outbox_worker.model import PURCHASE_REFUNDED, Batch, Event, Guard, Outcome, Verdict, Verdicts, by_outcome
-from outbox_worker.settle.escalation import (
-    NONE,
-    Concession,
-    Concessions,
-    PartRefused,
-    Step,
-    TrialPassed,
-    halves,
-    next_concessions,
-)
+from outbox_worker.model import FINAL, Batch, Event, Guard, Outcome, Verdict, Verdicts, by_outcome
+from outbox_worker.settle.bisection import Bisection, Found, UnprovenRefusals, final
+from outbox_worker.settle.escalation import Concession, PartRefused, Step, TrialPassed
 from outbox_worker.settle.handlers import AttemptPlan, Handlers, OutOfOrder, judge_unhandled
 from outbox_worker.settle.recording import Recorded, Recording
 from outbox_worker.settle.savepoints import Savepoints
@@ -48,9 +40,6 @@ BATCHES_TO_LOOK_AT = 100
 
 FOR_RECORDING = 2
 """The number of savepoints that settling in parts leaves for recording which events are retried and which are dead."""
-
-_SETTLED = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
-"""The outcomes that an attempt records itself. ``Recording`` records the other two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,130 +64,6 @@ class _Attempted(NamedTuple):
     """Whether no event is left to ``Recording``, because none is retried or dead."""
 
 
-@dataclass
-class _Found:
-    """What the attempts at a batch have found: verdicts, and the errors of the events that the database refused."""
-
-    verdicts: Verdicts = field(default_factory=dict)
-    refusals: dict[int, Exception] = field(default_factory=dict)
-    kept: dict[int, Exception] = field(default_factory=dict)
-    """Settled events whose rows the database does not let the worker remove."""
-    held: dict[int, Exception] = field(default_factory=dict)
-    """Events whose rows cannot be removed now. They are not settled yet, because the rows may be removable soon."""
-    checks_deferred: bool = False
-    is_through: bool = True
-    is_recorded: bool = False
-    """Whether every outcome is recorded already."""
-
-
-class _Bisection:
-    """The state of halving a batch."""
-
-    def __init__(self, plan: AttemptPlan, parts: list[Batch], stuck: Collection[int] | None) -> None:
-        self.plan = plan
-        self.parts = parts
-        """The parts that are not tried yet. The last part of the list is tried next."""
-        self.found = _Found(checks_deferred=True)
-        self.foreign: set[int] = set()
-        """Refused events whose unique key is neither the pair nor a payment nor an event, so the cause is unclear."""
-        self._stuck = stuck
-        self._looked_again: set[int] = set()
-        self._made: dict[int, Concessions] = {}
-        self._causes: dict[int, dict[Concession, Exception]] = {}
-
-    def concessions(self, part: Batch) -> Concessions:
-        """Return what the next attempt at a part omits."""
-        return self._made.get(next(iter(part)), NONE) if len(part) == 1 else NONE
-
-    def is_trial(self, part: Batch) -> bool:
-        """Return whether the next attempt only finds out whether the removal of the row is what the database refuses.
-
-        Its writes are then rolled back, and the event is held back until the next try.
-        """
-        return Concession.ROW in self.concessions(part) and self._is_new(next(iter(part)))
-
-    def _is_new(self, key: int) -> bool:
-        return self._stuck is not None and key not in self._stuck
-
-    def hold(self, part: Batch) -> None:
-        """Hold a single event back, because the trial without the removal of its row has passed."""
-        (key,) = part
-        self.found.held[key] = self._causes[key][Concession.ROW]
-
-    def failed(self, part: Batch, refusal: PartRefused) -> None:
-        """Halve the part that failed. If it is a single event, try it with less, or record the event as refused."""
-        error = refusal.error
-        if len(part) > 1:
-            self.parts += reversed(halves(part))
-            return
-        (key,) = part
-        if sqlstate(error) == UNIQUE_VIOLATION and key not in self._looked_again:
-            self._looked_again.add(key)
-            self.parts.append(part)  # another transaction has written the same key: read the facts once more
-            return
-        if refusal.step is Step.REMOVE and self._is_new(key):
-            self.found.held[key] = error
-            return
-        made = self._made.get(key, NONE)
-        more = next_concessions(refusal.step, made, is_refund=part[key].event_type == PURCHASE_REFUNDED)
-        if more is None:
-            self.found.refusals[key] = error
-            return
-        self._causes.setdefault(key, {}).update(dict.fromkeys(more - made, error))
-        self._made[key] = more
-        self.parts.append(part)
-
-    def succeeded(self, part: Batch, verdicts: Verdicts) -> None:
-        """Add the verdicts of a part, with the refusals that the part's concessions avoided."""
-        made, causes = self.concessions(part), self._causes.get(next(iter(part)), {})
-        if Concession.ROW in made:
-            self.found.kept |= dict.fromkeys(_final(verdicts), causes[Concession.ROW])
-        if Concession.NEXT_PAYMENT in made:
-            detail = describe(causes[Concession.NEXT_PAYMENT])
-            verdicts = {
-                key: replace(verdict, detail=detail) if verdict.refused_next else verdict
-                for key, verdict in verdicts.items()
-            }
-        self.found.verdicts |= verdicts
-
-    def rest(self, batch: Batch, part: Batch) -> Batch:
-        """Return the events of this part and of all parts that are not tried yet."""
-        return batch.only(key for each in (part, *reversed(self.parts)) for key in each)
-
-
-class _UnprovenRefusals:
-    """A record of the events that the database refused in a batch in which no other event succeeded.
-
-    The cause of such a refusal may be the event or the database. If the event is refused again after another event
-    succeeded, the event itself is the cause.
-    """
-
-    def __init__(self) -> None:
-        self._recent: set[int] = set()
-        self._proven: set[int] = set()
-
-    def add(self, keys: Iterable[int]) -> None:
-        self._recent.update(keys)
-
-    def proven(self, keys: Iterable[int]) -> set[int]:
-        """Return the events among ``keys`` that are known to be the cause of their own refusal."""
-        return self._proven.intersection(keys)
-
-    def prove(self, keys: Iterable[int]) -> None:
-        """Record that these events are the cause of their own refusal."""
-        self._recent.difference_update(keys)
-        self._proven.update(keys)
-
-    def committed(self, done: Collection[int], *, is_proof: bool) -> None:
-        """Forget the events ``done``. If ``is_proof``, another event has succeeded since the earlier refusals."""
-        if self._recent or self._proven:
-            self._recent.difference_update(done)
-            self._proven.difference_update(done)
-            if is_proof:
-                self._proven |= self._recent
-                self._recent.clear()
-
-
 class Settlement:
     """Settles claimed events inside the session's transaction. Each claim loop has its own settlement."""
 
@@ -219,8 +84,8 @@ class Settlement:
         self._set_aside = set_aside
         self._recording = Recording(outbox, policy)
         self._batches_to_look_at = 0
-        self._unproven = _UnprovenRefusals()
-        self._unrecorded = _UnprovenRefusals()
+        self._unproven = UnprovenRefusals()
+        self._unrecorded = UnprovenRefusals()
 
     def settle(self, session: Session, batch: Batch, *, careful: bool, is_last: bool = False) -> Settled:
         """Settle and record the batch.
@@ -238,12 +103,12 @@ class Settlement:
 
     def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Settled:
         """Record events that are retried or dead, without settling them first."""
-        return self._record(session, batch, _Found(verdicts, checks_deferred=True), Savepoints(session))
+        return self._record(session, batch, Found(verdicts, checks_deferred=True), Savepoints(session))
 
     def postpone(self, session: Session, batch: Batch) -> Settled:
         """Postpone events by the base delay without counting a try, so that other events can be settled."""
         recorded = self._recording.postpone(session, batch, Savepoints(session))
-        return self._conclude(session, _Found(), recorded)
+        return self._conclude(session, Found(), recorded)
 
     def committed(self, settled: Settled) -> None:
         """Record that the batch was committed.
@@ -259,20 +124,20 @@ class Settlement:
 
     def _settle_all(
         self, session: Session, batch: Batch, savepoints: Savepoints, *, careful: bool, is_last: bool
-    ) -> _Found:
+    ) -> Found:
         judges_all = False
         if not careful:
             try:
                 verdicts, is_recorded = self._settle_fast(session, batch, savepoints)
-                return _Found(verdicts, is_recorded=is_recorded)
+                return Found(verdicts, is_recorded=is_recorded)
             except PartRefused:
                 pass
             except (Inconsistent, OutOfOrder):
                 judges_all = True
-        found = _Bisection(
+        found = Bisection(
             *self._rearrange(session, batch, judges_all), stuck=None if is_last else self._set_aside.known
         )
-        self._bisect(session, batch, savepoints, judges_all, found)
+        self._bisect(session, batch, savepoints, found)
         return replace(found.found, refusals=self._faults(found), is_through=not found.parts)
 
     def _settle_fast(self, session: Session, batch: Batch, savepoints: Savepoints) -> _Attempted:
@@ -288,7 +153,7 @@ class Settlement:
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
         return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
 
-    def _faults(self, bisection: _Bisection) -> dict[int, Exception]:
+    def _faults(self, bisection: Bisection) -> dict[int, Exception]:
         """Return the refusals that the events themselves caused.
 
         If the cause is unclear, raise the database's error.
@@ -307,9 +172,7 @@ class Settlement:
             raise _as_unclear(next(iter(unclear.values())))
         return {key: error for key, error in refusals.items() if key in proven or key not in unclear}
 
-    def _bisect(
-        self, session: Session, batch: Batch, savepoints: Savepoints, judges_all: bool, found: _Bisection
-    ) -> None:
+    def _bisect(self, session: Session, batch: Batch, savepoints: Savepoints, found: Bisection) -> None:
         """Halve the batch until each event that the database refuses is a part by itself."""
         while found.parts and savepoints.left > FOR_RECORDING:
             part = found.parts.pop()
@@ -332,7 +195,7 @@ class Settlement:
             else:
                 found.succeeded(part, settled.verdicts)
 
-    def _look_at_key(self, session: Session, part: Batch, error: Exception, found: _Bisection) -> None:
+    def _look_at_key(self, session: Session, part: Batch, error: Exception, found: Bisection) -> None:
         """Find out whether a unique key that refuses a single event is a key of the event."""
         is_unique = len(part) == 1 and sqlstate(error) == UNIQUE_VIOLATION
         if is_unique and not self._purchases.is_own_key(session, error):
@@ -351,7 +214,7 @@ class Settlement:
         return AttemptPlan(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
 
     def _attempt_part(
-        self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, found: _Bisection
+        self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, found: Bisection
     ) -> _Attempted:
         """Attempt a part of a batch, without the writes that its concessions omit, and check deferred constraints."""
         made = found.concessions(part)
@@ -387,7 +250,7 @@ class Settlement:
                 verdicts = self._handle(session, batch, plan)
                 step = Step.RECORD
                 outcomes = by_outcome(verdicts)
-                settled = {outcome: outcomes.pop(outcome) for outcome in _SETTLED & outcomes.keys()}
+                settled = {outcome: outcomes.pop(outcome) for outcome in FINAL & outcomes.keys()}
                 verdicts = self._mark(session, batch, verdicts, settled)
                 if removes and settled:
                     step = Step.REMOVE
@@ -445,25 +308,25 @@ class Settlement:
                 self._outbox.close_letters(session, batch.among(judged[outcome]).event_ids)
         return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
-    def _record(self, session: Session, batch: Batch, found: _Found, savepoints: Savepoints) -> Settled:
+    def _record(self, session: Session, batch: Batch, found: Found, savepoints: Savepoints) -> Settled:
         """Record the events that are retried or dead."""
         recorded = self._recording.record(
             session, batch, found.verdicts, savepoints, checks_deferred=found.checks_deferred
         )
         return self._conclude(session, found, recorded)
 
-    def _conclude(self, session: Session, found: _Found, recorded: Recorded) -> Settled:
+    def _conclude(self, session: Session, found: Found, recorded: Recorded) -> Settled:
         """Set aside the events whose rows could neither be removed nor postponed."""
-        final = _final(found.verdicts)
+        settled = final(found.verdicts)
         undeletable = {**found.kept, **found.held, **recorded.kept}
         stuck = {**undeletable, **recorded.refused}
         refusals: dict[int, str] = {}
         if stuck:
             commands = dict.fromkeys(stuck, "UPDATE") | dict.fromkeys(undeletable, "DELETE")
             refusals = {key: self._outbox.explain(session, commands[key], stuck[key]) for key in stuck}
-            self._check_alike(stuck, refusals, others=(final - found.kept.keys()) | recorded.written)
+            self._check_alike(stuck, refusals, others=(settled - found.kept.keys()) | recorded.written)
         return Settled(
-            verdicts={key: found.verdicts[key] for key in final} | recorded.verdicts,
+            verdicts={key: found.verdicts[key] for key in settled} | recorded.verdicts,
             postponed={key: describe(error) for key, error in recorded.postponed.items()},
             set_aside=refusals,
             is_through=found.is_through and recorded.is_through,
@@ -495,11 +358,6 @@ def _as_unclear(error: Exception) -> Exception:
     unclear = NothingRecorded(f"the database refuses every event alike: {describe(error)}")
     unclear.__cause__ = error
     return unclear
-
-
-def _final(verdicts: Verdicts) -> set[int]:
-    """Return the events that are settled."""
-    return {key for key, verdict in verdicts.items() if verdict.outcome in _SETTLED}
 
 
 def _wrote_purchase(verdicts: Verdicts) -> bool:

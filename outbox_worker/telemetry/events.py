@@ -32,7 +32,8 @@ def log_events(batch: Batch, verdicts: Verdicts) -> None:
 def log_unrecorded(refusals: Mapping[int, str]) -> None:
     """Log the events that the database lets the worker neither charge nor bury. They are only due later."""
     if refusals:
-        logger.bind(event="outcome_not_recorded", **_shown(refusals)).error(
+        ids, told = _shown(refusals)
+        logger.bind(event="outcome_not_recorded", count=len(refusals), outbox_ids=ids, refusals=told).error(
             "the database refuses to record that {} failed; it is tried again later, and no try is counted",
             count_of(len(refusals), "event"),
         )
@@ -41,17 +42,17 @@ def log_unrecorded(refusals: Mapping[int, str]) -> None:
 def log_set_aside(refusals: Mapping[int, str]) -> None:
     """Log the events whose rows the database lets the worker neither remove nor postpone."""
     if refusals:
-        logger.bind(event="events_set_aside", **_shown(refusals)).error(
+        ids, told = _shown(refusals)
+        logger.bind(event="events_set_aside", count=len(refusals), outbox_ids=ids, refusals=told).error(
             "the database refuses to change the rows of {}; they are tried again after 15 s, then every 10 minutes. "
             "Other events are settled",
             count_of(len(refusals), "event"),
         )
 
 
-def _shown(refusals: Mapping[int, str]) -> dict[str, object]:
-    """Return the number of events, some of their ids, and the different refusals."""
-    told = list(dict.fromkeys(refusals.values()))
-    return {"count": len(refusals), "outbox_ids": list(refusals)[:EXAMPLES_MAX], "refusals": told[:EXAMPLES_MAX]}
+def _shown(refusals: Mapping[int, str]) -> tuple[list[int], list[str]]:
+    """Return some ids of the events, and some of the different refusals."""
+    return list(refusals)[:EXAMPLES_MAX], list(dict.fromkeys(refusals.values()))[:EXAMPLES_MAX]
 
 
 def _kind(verdict: Verdict) -> tuple[Outcome, Reason | None]:

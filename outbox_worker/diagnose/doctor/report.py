@@ -12,6 +12,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import server_message
 from outbox_worker.database.sessions import Standby, find_standby
 from outbox_worker.diagnose.doctor import access as access_checks
+from outbox_worker.diagnose.doctor import refusals as refusal_checks
 from outbox_worker.diagnose.doctor import server as server_checks
 from outbox_worker.diagnose.doctor import setup as setup_checks
 from outbox_worker.diagnose.doctor import vacuum as vacuum_checks
@@ -46,6 +47,10 @@ CHECKS: Mapping[str, Check] = {
     "row_security": Check(access_checks.row_security),
     "guard": Check(setup_checks.guard, ("payments", "purchases")),
     "lock_key": Check(setup_checks.lock_key, ("payments", "purchases")),
+    "set_aside": Check(refusal_checks.set_aside, ("workers", "outbox")),
+    "swallowed_writes": Check(refusal_checks.swallowed),
+    "replica_identity": Check(refusal_checks.replica_identity),
+    "sequences": Check(refusal_checks.sequences_behind),
     "invalid_indexes": Check(setup_checks.invalid_indexes),
     "indexes": Check(setup_checks.indexes, ("payments",)),
     "event_types": Check(setup_checks.event_types, ("outbox",)),

@@ -17,7 +17,7 @@ from outbox_worker.schema.tables import Tables
 from tests.support.factories import Clerk, ProbedProcessor, Shop, drain_all, hold_pair
 from tests.support.interleaving import errors
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
-from tests.support.settling import LAST, bought, holder, metric, settle
+from tests.support.settling import LAST, bought, metric, settle
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 
@@ -122,38 +122,6 @@ def test_what_nobody_may_take_back_is_nobodys_fault(shop: Shop, processor: Probe
     assert shop.count("outbox") == 6
     shop.rows(NO_TRIGGER)
     assert settle(processor) == dict.fromkeys([again, *events], Outcome.REVOKED)
-
-
-def test_a_grant_that_is_refused_keeps_its_refund_waiting_and_no_other(shop: Shop, processor: ProbedProcessor) -> None:
-    """Refund and grant stand together or not at all."""
-    shop.rows("ALTER TABLE purchases ADD CONSTRAINT ck CHECK (amount < 100)")
-    first, other = bought(shop)[0], bought(shop)[0]
-    heir = shop.payment("succeeded", *first.pair, amount="100.00")
-    bad, good = shop.refund(first), shop.refund(other)
-    assert settle(processor) == {bad: Outcome.RETRIED, good: Outcome.REVOKED}
-    assert holder(shop, first) == first.id
-    shop.rows("ALTER TABLE purchases DROP CONSTRAINT ck")
-    shop.make_due()
-    assert settle(processor) == {bad: Outcome.REVOKED}
-    assert holder(shop, first) == heir.id
-
-
-def test_a_grant_that_is_not_written_is_told(shop: Shop, processor: ProbedProcessor) -> None:
-    """Somebody's trigger swallows the row without an error: the refund stands, its event is tried again."""
-    first, _ = bought(shop)
-    heir = shop.payment("succeeded", *first.pair)
-    event = shop.refund(first)
-    shop.rows("CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
-    shop.rows(
-        "CREATE TRIGGER swallow BEFORE INSERT ON purchases FOR EACH ROW WHEN (NEW.is_active) EXECUTE FUNCTION swallow()"
-    )
-    assert settle(processor) == {event: Outcome.RETRIED}
-    assert shop.event(event).last_error.startswith("rejected_by_database: ")
-    assert holder(shop, first) is None
-    shop.rows("DROP TRIGGER swallow ON purchases")
-    shop.make_due()
-    assert settle(processor) == {event: Outcome.REVOKED}
-    assert holder(shop, first) == heir.id
 
 
 def test_a_refund_whose_purchase_a_foreign_transaction_holds_makes_way_uncharged(

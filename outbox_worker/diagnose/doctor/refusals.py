@@ -1,0 +1,127 @@
+"""Checks of what makes the database refuse or swallow the worker's writes, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+
+from sqlalchemy import Table, TextClause, text
+
+from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
+from outbox_worker.schema.catalogue import interference, sequences, set_sequence
+from outbox_worker.schema.tables import quoted, relation_name
+from outbox_worker.store.workers import read_set_aside
+
+_SHOWN = 5
+
+_COMMANDS: Mapping[str, Sequence[str]] = {
+    "outbox": ("DELETE", "UPDATE"),
+    "purchases": ("INSERT", "UPDATE"),
+    "processed_events": ("INSERT",),
+    "dead_letters": ("INSERT", "UPDATE"),
+}
+"""The commands of the worker on each table whose rows it writes."""
+
+# what: whether UPDATE or DELETE on a table fails, because a publication has the table and no key identifies its rows
+# lock: none · index: the catalogue's own
+_UNIDENTIFIED = text(
+    """
+    SELECT EXISTS (SELECT FROM pg_publication p JOIN pg_publication_tables t ON t.pubname = p.pubname
+                   WHERE to_regclass(format('%I.%I', t.schemaname, t.tablename)) = c.oid
+                     AND (p.pubupdate OR p.pubdelete))
+           AND (c.relreplident = 'n'
+                OR c.relreplident = 'd' AND NOT EXISTS (SELECT FROM pg_index
+                                                        WHERE indrelid = c.oid AND indisprimary AND indisvalid)
+                OR c.relreplident = 'i' AND NOT EXISTS (SELECT FROM pg_index
+                                                        WHERE indrelid = c.oid AND indisreplident AND indisvalid))
+           AS is_unidentified,
+           EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary AND indisvalid) AS has_key
+    FROM pg_class c WHERE c.oid = to_regclass(:relation)
+    """
+)
+
+# what: the value that a sequence gives next, or NULL if the role may not see it · lock: none
+# index: the catalogue's own
+_LAST_VALUE = text(
+    "SELECT last_value FROM pg_sequences"
+    " WHERE to_regclass(format('%I.%I', schemaname, sequencename)) = to_regclass(:sequence)"
+)
+
+
+def set_aside(subject: Subject) -> Iterator[Finding]:
+    """Report the events that workers have set aside, and what the database has against their rows."""
+    by_refusal: dict[str, list[str]] = {}
+    for key, refusal in read_set_aside(subject.session, subject.tables).items():
+        by_refusal.setdefault(refusal, []).append(str(key))
+    for refusal, ids in by_refusal.items():
+        more = ", …" if len(ids) > _SHOWN else ""
+        yield problem(
+            f"{len(ids)} events are set aside (outbox.id {', '.join(ids[:_SHOWN])}{more}): {refusal}",
+            "remove the cause; the worker tries these events again within ten minutes, and when it is restarted",
+        )
+    if not by_refusal:
+        yield ok("no event is set aside")
+
+
+def swallowed(subject: Subject) -> Iterator[Finding]:
+    """Report triggers and rules that make a write of the worker change no row, without an error."""
+    clean = True
+    for role, table in subject.present().items():
+        for command in _COMMANDS.get(role, ()):
+            for each in interference(subject.session, table, command):
+                if each.swallows:
+                    clean = False
+                    yield _swallower(table, command, str(each), lets_none_through=each.lets_none_through)
+    if clean:
+        yield ok("no trigger or rule makes the worker's writes change no row")
+
+
+def _swallower(table: Table, command: str, named: str, *, lets_none_through: bool) -> Finding:
+    name = relation_name(table)
+    if lets_none_through:
+        return problem(
+            f"{named} on {name} swallows {command}: no row changes, and the worker settles nothing",
+            f"let {named} pass the rows on (RETURN OLD for DELETE, RETURN NEW otherwise), or remove it",
+        )
+    return warning(
+        f"{named} on {name} may swallow {command} for some rows; the worker sets events aside whose rows cannot change",
+        f"check that {named} passes on every row that the worker writes",
+    )
+
+
+def replica_identity(subject: Subject) -> Iterator[Finding]:
+    """Report published tables whose rows have no replica identity, because UPDATE and DELETE on them fail."""
+    clean = True
+    for table in subject.present().values():
+        name = relation_name(table)
+        row = subject.session.execute(_UNIDENTIFIED, {"relation": name}).one()
+        if row.is_unidentified:
+            clean = False
+            identity = "DEFAULT" if row.has_key else "FULL"
+            yield problem(
+                f"{name} is published, but has no replica identity: UPDATE and DELETE on it fail",
+                f"as its owner: ALTER TABLE {name} REPLICA IDENTITY {identity};",
+            )
+    if clean:
+        yield ok("every published table has a replica identity")
+
+
+def sequences_behind(subject: Subject) -> Iterator[Finding]:
+    """Report sequences that give new rows a key that another row has."""
+    clean = True
+    for role, table in subject.present().items():
+        for column, sequence in sequences(subject.session, table).items() if role != "payments" else ():
+            given = subject.session.scalar(_LAST_VALUE, {"sequence": sequence})
+            largest = subject.session.scalar(_largest(table, column))
+            if isinstance(largest, int | Decimal) and given is not None and largest > given:
+                clean = False
+                yield problem(
+                    f"{sequence} is behind: it gave {given}, but {relation_name(table)} has {column} {largest}",
+                    f"as its owner: {set_sequence(table, column, sequence)}",
+                )
+    if clean:
+        yield ok("no sequence is behind its column, as far as the role can see")
+
+
+def _largest(table: Table, column: str) -> TextClause:
+    return text(f"SELECT max({quoted(column)}) FROM {relation_name(table)}")  # noqa: S608 - the names are quoted
