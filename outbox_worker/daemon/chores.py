@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from outbox_worker.daemon.heartbeats import Heartbeats
 from outbox_worker.daemon.horizon import HorizonWatch
 from outbox_worker.daemon.supervision import Supervision
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import sqlstate
+from outbox_worker.database.failures import Failure, classify, sqlstate
 from outbox_worker.model import Guard, PaymentTotals
 from outbox_worker.schema.catalogue import notifies
 from outbox_worker.schema.requirements import find_problems, list_problems
@@ -18,7 +19,6 @@ from outbox_worker.store.backfill_runs import BackfillRuns
 from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Backlog, Outbox
-from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
@@ -60,13 +60,13 @@ class Chores:
         tables: Tables,
         outbox: Outbox,
         guard: GuardWatch,
-        workers: Workers,
+        heartbeats: Heartbeats,
         telemetry: Telemetry,
         supervision: Supervision,
         start_listening: Callable[[], None] | None,
     ) -> None:
         self._database, self._tables, self._outbox = database, tables, outbox
-        self._guard, self._workers = guard, workers
+        self._guard, self._heartbeats = guard, heartbeats
         self._telemetry, self._supervision = telemetry, supervision
         self._start_listening = start_listening
         self._runs = BackfillRuns(tables)
@@ -86,7 +86,9 @@ class Chores:
         try:
             self._check_schema_if_suspect()
             look = self._look(stopped)
+            self._heartbeats.written(stopped=stopped)
         except Exception as error:  # noqa: BLE001 - reported; with a traceback if it is a bug
+            self._heartbeats.lost()
             self.meet_trouble(error, CHORE_SECONDS)
             self._supervision.looked_in_vain(error)
             return
@@ -101,6 +103,8 @@ class Chores:
         If the error may be caused by a missing table or privilege, check in the next round.
         """
         self._telemetry.trouble(error, pause_seconds)
+        if classify(error) is Failure.RECONNECT:
+            self._heartbeats.lost()
         if (sqlstate(error) or "").startswith(_NAMES_AND_RIGHTS):
             self._is_schema_suspect = True
 
@@ -116,7 +120,7 @@ class Chores:
                 left = PaymentTotals.read(found.get("left"))
                 self._telemetry.observe_unexplained(left.count, left.money)
             counted = self._telemetry.beat()
-            self._workers.beat(session, guard, counted, stopped=stopped)
+            self._heartbeats.beat(session, guard, counted, stopped=stopped)
         return _Look(guard, backlog, letters, has_notify, counted)
 
     def _check_schema_if_suspect(self) -> None:
