@@ -43,10 +43,10 @@ class Heartbeats:
         return self._workers.take_over_dead_workers(session, self._contact, self._deadline_seconds)
 
     def started(self, found: Takeover) -> None:
-        """Begin with single events if another worker died before this start, which is committed now."""
-        if found.dead or found.is_undecided:
-            self._go_carefully()
+        """Begin with single events if this start, which is committed now, took over a dead worker."""
         self._report(found)
+        if found.dead:
+            self._go_carefully()
         if not found.is_undecided:
             self.may_claim.set()
 
@@ -65,16 +65,19 @@ class Heartbeats:
     def _judge(self) -> None:
         """Take over the rows of workers that died while they processed one event.
 
-        If it is not proven that this event was the cause, process the next events one at a time.
+        If it is not proven that this event was the cause, or if the claim loops have waited for the judgement, process
+        the next events one at a time.
         """
         with self._database.transaction() as session:
             found = self._workers.take_over_dead_workers(
                 session, self._contact, self._deadline_seconds, only_accusers=True
             )
         self._report(found)
-        if not all(each.is_counted for each in found.dead):
+        is_over = not found.is_undecided or self._contact.heartbeats >= HEARTBEATS_BEFORE_JUDGING
+        is_begun = is_over and not self.may_claim.is_set()
+        if not all(each.is_counted for each in found.dead) or (is_begun and (found.dead or found.is_undecided)):
             self._go_carefully()
-        if not found.is_undecided or self._contact.heartbeats >= HEARTBEATS_BEFORE_JUDGING:
+        if is_over:
             self.may_claim.set()
 
     def lost(self) -> None:
