@@ -88,9 +88,12 @@ def test_three_stops_are_no_death(signals: int, database_url: str, shop: Shop, c
     payment, _ = shop.paid()
     for _ in range(3):
         leave_dead_worker(shop)
-        with held(connect(), payment), start("run", url=database_url, **QUICK) as worker:
+        impatient: Given = {**QUICK, "database_deadline_seconds": 2}
+        with held(connect(), payment), start("run", url=database_url, **impatient) as worker:
             wait_until_in_hand(shop)
-            for _ in range(signals):
+            worker.signal()
+            if signals > 1:
+                worker.wait_for("worker_stopping")
                 worker.signal()
             assert worker.wait() == 0
             drop_sessions(shop)
