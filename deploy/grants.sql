@@ -92,7 +92,8 @@ FROM (SELECT variable,
 \if :{?dead_letters_resolved} \else \set dead_letters_resolved 'state, resolved_at' \endif
 \if :{?dead_letters_decided} \else \set dead_letters_decided 'actor, note' \endif
 \if :{?workers_updated} \else
-    \set workers_updated 'seen_at, stopped_at, guard, metrics, succeeded_at, isolated_event, isolated_at, set_aside'
+    \set workers_updated 'seen_at, stopped_at, guard, metrics, succeeded_at, set_aside'
+    \set workers_updated :workers_updated ', isolated_event, isolated_at, isolated_timeline'
 \endif
 \if :{?backfill_runs_updated} \else
     \set backfill_runs_updated 'seen_at, finished_at, cursor, counts, host, pid, outcome'

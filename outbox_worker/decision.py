@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum, auto
 
 from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, PaymentStatus, Reason, Verdict
 
 CRASHES_MAX = 3
 """The number of crashes after which an event becomes a dead letter.
 
-A crash is counted if a process died while the event was the only event in its batch.
+A crash is counted if a process is proven to have died while it processed only this event (``judge_death``).
+"""
+WORKER_SILENT_AFTER_SECONDS = 30.0
+"""The seconds without a heartbeat after which a worker with an open row is considered dead."""
+HEARTBEATS_BEFORE_JUDGING = 3
+"""The number of heartbeats that a worker writes, since it last had no database, before silence proves anything to it.
+
+After an outage, each worker that lives needs this time to write a heartbeat of its own.
 """
 
 _FIRST_RULES: Mapping[int, str] = {
@@ -73,6 +81,66 @@ class RetryPolicy:
     def is_last(self, attempts: int) -> bool:
         """Return whether the next try is the last one, if ``attempts`` tries have failed so far."""
         return attempts + 1 >= self.max_attempts
+
+
+class Death(Enum):
+    """What the open row of another worker proves."""
+
+    NONE = auto()
+    """The worker may live."""
+    UNDECIDED = auto()
+    """The worker is probably dead, but the judge must write more heartbeats of its own before it may judge."""
+    UNPROVEN = auto()
+    """The worker is dead. It isolated no event, or it may have died of something else: no event is charged."""
+    PROVEN = auto()
+    """The worker died while it processed only the event that it had isolated: the event is charged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsolationTrace:
+    """The event that a worker isolated, and what happened since then, as its row and the server tell it."""
+
+    lived_on_seconds: float
+    """The time from the isolation to the last heartbeat."""
+    is_same_server: bool
+    """Whether the server has neither restarted nor failed over since the isolation."""
+    judge_was_cut_off: bool
+    """Whether the judge itself had no database after the isolation."""
+    is_withdrawn: bool
+    """Whether the worker left a note on this host that it no longer processes the event."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traces:
+    """The traces of another worker whose row is open, as its judge finds them."""
+
+    is_running: bool | None
+    """Whether the process runs, by the kernel of this host; None if the worker ran on another host."""
+    silent_seconds: float
+    judge_heartbeats: int
+    """The number of heartbeats that the judge has written since it last had no database."""
+    isolation: IsolationTrace | None = None
+
+
+def judge_death(traces: Traces, deadline_seconds: float) -> Death:
+    """Judge whether a worker died, and whether its isolated event is the cause.
+
+    Every doubt is in favour of the event. If the process is known to have ended, nothing else must be waited for. If a
+    worker is only silent, the judge must have written ``HEARTBEATS_BEFORE_JUDGING`` heartbeats before it may charge an
+    event. A process that lived longer than ``deadline_seconds`` after the isolation did not die of the event.
+    """
+    has_ended = traces.is_running is False
+    if not has_ended and traces.silent_seconds <= WORKER_SILENT_AFTER_SECONDS:
+        return Death.NONE
+    isolation = traces.isolation
+    if isolation is None or traces.is_running:
+        return Death.UNPROVEN
+    if not has_ended and traces.judge_heartbeats < HEARTBEATS_BEFORE_JUDGING:
+        return Death.UNDECIDED
+    is_doubtful = isolation.is_withdrawn or isolation.judge_was_cut_off or not isolation.is_same_server
+    if is_doubtful or abs(isolation.lived_on_seconds) > deadline_seconds:
+        return Death.UNPROVEN
+    return Death.PROVEN
 
 
 def decide(facts: Facts) -> Verdict:

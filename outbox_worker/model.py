@@ -315,6 +315,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         "succeeded_at",
         "isolated_event",
         "isolated_at",
+        "isolated_timeline",
         "set_aside",
     ),
     "backfill_runs": (

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -34,11 +35,13 @@ from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
 from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.processor import Processor
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import servers
 from tests.support.factories import Clerk, ProbedProcessor, Shop, drain_all
@@ -223,6 +226,7 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         unknown_types: Literal["bury", "ignore"] = "bury",
         policy: RetryPolicy | None = None,
         database: Database | None = None,
+        isolation: Isolation | None = None,
     ) -> ProbedProcessor:
         used, policy = database or default_database, policy or settings.retry_policy
         telemetry = Telemetry()
@@ -236,8 +240,9 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         repository = copy.copy(_repository(found))
         handlers = build_handlers(repository, policy)
         outbox = copy.copy(_outbox(found, None if unknown_types == "bury" else tuple(handlers)))
-        made = ProbedProcessor(used, outbox, repository, handlers, watch, telemetry, policy, Pacing(batch_size, 60))
-        made.database, made.telemetry, made.watch = used, telemetry, watch
+        isolation = isolation or Isolation(used, Workers(found, uuid4()))
+        made = ProbedProcessor(used, outbox, repository, watch, telemetry, policy, Pacing(batch_size, 60), isolation)
+        made.database, made.telemetry, made.watch, made.isolation = used, telemetry, watch, isolation
         made.outbox, made.repository = outbox, repository
         return made
 

@@ -26,6 +26,7 @@ def upgrade() -> None:
     for column in (
         sa.Column(naming.column("isolated_event"), sa.BigInteger),
         sa.Column(naming.column("isolated_at"), sa.DateTime(timezone=True)),
+        sa.Column(naming.column("isolated_timeline"), sa.Text),
         sa.Column(naming.column("set_aside"), postgresql.JSONB, nullable=False, server_default=sa.text("'{}'")),
     ):
         if column.name not in present:

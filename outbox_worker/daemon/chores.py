@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy.orm import Session
-
+from outbox_worker.daemon.heartbeats import Heartbeats
 from outbox_worker.daemon.horizon import HorizonWatch
 from outbox_worker.daemon.supervision import Supervision
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import sqlstate
+from outbox_worker.database.failures import Failure, classify, sqlstate
 from outbox_worker.model import Guard, PaymentTotals
 from outbox_worker.schema.catalogue import notifies
 from outbox_worker.schema.requirements import find_problems, list_problems
@@ -22,7 +21,6 @@ from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.ignored import count_ignored
 from outbox_worker.store.outbox import Backlog, Outbox
-from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
@@ -66,13 +64,13 @@ class Chores:
         tables: Tables,
         outbox: Outbox,
         guard: GuardWatch,
-        workers: Workers,
+        heartbeats: Heartbeats,
         telemetry: Telemetry,
         supervision: Supervision,
         start_listening: Callable[[], None] | None,
     ) -> None:
         self._database, self._tables, self._outbox = database, tables, outbox
-        self._guard, self._workers = guard, workers
+        self._guard, self._heartbeats = guard, heartbeats
         self._telemetry, self._supervision = telemetry, supervision
         self._start_listening = start_listening
         self._runs = BackfillRuns(tables)
@@ -93,7 +91,9 @@ class Chores:
         try:
             self._check_schema_if_suspect()
             look = self._look(stopped)
+            self._heartbeats.written(stopped=stopped)
         except Exception as error:  # noqa: BLE001 - reported; with a traceback if it is a bug
+            self._heartbeats.lost()
             self.meet_trouble(error, CHORE_SECONDS)
             self._supervision.looked_in_vain(error)
             return
@@ -109,6 +109,8 @@ class Chores:
         If the error may be caused by a missing table or privilege, check in the next round.
         """
         self._telemetry.trouble(error, pause_seconds)
+        if classify(error) is Failure.RECONNECT:
+            self._heartbeats.lost()
         if (sqlstate(error) or "").startswith(_NAMES_AND_RIGHTS):
             self._is_schema_suspect = True
 
@@ -116,7 +118,8 @@ class Chores:
         with self._database.transaction() as session:
             guard = self._guard.probe(session).guard
             has_notify = self._start_listening is not None and notifies(session, self._tables.outbox)
-            set_aside = self._review_set_aside(session)
+            set_aside = self._heartbeats.review_set_aside(session)
+            self._telemetry.observe_set_aside(len(set_aside))
             backlog = self._outbox.backlog(session, set_aside=set_aside)
             letters = count_open(session, self._tables)
             self._telemetry.observe_backlog(backlog.due, backlog.oldest_due_seconds, letters)
@@ -125,7 +128,7 @@ class Chores:
                 left = PaymentTotals.read(found.get("left"))
                 self._telemetry.observe_unexplained(left.count, left.money)
             counted = self._telemetry.beat()
-            self._workers.beat(session, guard, counted, stopped=stopped)
+            self._heartbeats.beat(session, guard, counted, stopped=stopped)
         return _Look(guard, backlog, letters, has_notify, counted)
 
     def _count_ignored_if_late(self) -> None:
@@ -141,14 +144,6 @@ class Chores:
             self.meet_trouble(error, IGNORED_SECONDS)
             return
         self._telemetry.observe_ignored(ignored.events, {each.event_type: each.events for each in ignored.types})
-
-    def _review_set_aside(self, session: Session) -> Sequence[int]:
-        """Release events that were set aside long ago, and read those of other workers. Return all that are left."""
-        set_aside = self._workers.set_aside
-        set_aside.release_old(time.monotonic())
-        self._workers.learn_set_aside(session)
-        self._telemetry.observe_set_aside(len(set_aside.ids))
-        return set_aside.ids
 
     def _check_schema_if_suspect(self) -> None:
         """Log which tables, columns and privileges are missing now, each with its remedy."""

@@ -17,6 +17,9 @@ from outbox_worker.settings import Settings
 from outbox_worker.settle.processor import Processor
 from outbox_worker.telemetry.reporter import BatchReport
 
+JUDGED_WITHIN_SECONDS = 30.0
+"""The longest time that the claim loops of a new worker wait until it may judge the death of another worker."""
+
 
 class ClaimLoop:
     """Claims and settles events on one connection until ``pulse`` is set.
@@ -30,11 +33,13 @@ class ClaimLoop:
         settings: Settings,
         pulse: Pulse,
         on_trouble: Callable[[BaseException, float], None],
+        may_claim: threading.Event,
     ) -> None:
         self._processor = processor
         self._settings = settings
         self._pulse = pulse
         self._on_trouble = on_trouble
+        self._may_claim = may_claim
         self._pause = 0.0
         self._woken = threading.Event()
         self._adopted = settings
@@ -69,6 +74,7 @@ class ClaimLoop:
 
     def run(self) -> bool:
         """Settle events until ``pulse`` is set."""
+        self._pulse.rest(self._may_claim, JUDGED_WITHIN_SECONDS)
         while not self._pulse.is_set():
             report = self.run_once()
             if report is not None:
@@ -77,6 +83,7 @@ class ClaimLoop:
 
     def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
         """Settle all events due by ``until``. Return False if other transactions kept due rows locked for too long."""
+        self._pulse.rest(self._may_claim, JUDGED_WITHIN_SECONDS)
         deadline = self._settings.database_deadline_seconds
         progress = time.monotonic()
         while not self._pulse.is_set():

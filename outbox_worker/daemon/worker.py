@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from outbox_worker.daemon.chores import CHORE_SECONDS, Chores
 from outbox_worker.daemon.claim_loop import ClaimLoop, LoopThread, all_done
+from outbox_worker.daemon.heartbeats import Heartbeats
 from outbox_worker.daemon.listener import Listener
 from outbox_worker.daemon.signals import Signals
 from outbox_worker.daemon.supervision import Pulse, Supervision
@@ -31,7 +32,8 @@ from outbox_worker.schema.nullable import nullable_columns
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import RELOADABLE, Settings
-from outbox_worker.settle.handlers import build_handlers, claimed_types
+from outbox_worker.settle.handlers import claimed_types
+from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Frontier, Pacing
 from outbox_worker.settle.processor import Processor
 from outbox_worker.store.guard import GuardWatch
@@ -49,10 +51,8 @@ class Start:
 
     tables: Tables
     """The tables with the column types of the database; the payload column may be jsonb, json or text."""
-    event_types: tuple[str, ...] | None
-    """The event types to claim, or None to claim all types."""
-    follows_a_crash: bool
-    """Whether another worker died before this start. If so, the first events are processed one at a time."""
+    outbox: Outbox
+    """The outbox, with the event types to claim."""
 
 
 class Worker:
@@ -71,6 +71,8 @@ class Worker:
         self._database = Database(settings, connections=settings.concurrency + 1, deadline_seconds=deadline)
         self._guard = GuardWatch(tables.purchases, self.telemetry.guard_changed)
         self._workers = Workers(tables, uuid4())
+        self._isolation = Isolation(self._database, self._workers)
+        self._heartbeats = Heartbeats(self._database, self._workers, self._isolation, self.telemetry, settings)
         self._stop = threading.Event()
         self._is_over = threading.Event()
         self._loops: list[ClaimLoop] = []
@@ -94,13 +96,13 @@ class Worker:
         """
         self._database.check()
         start = self.start()
-        outbox, until = Outbox(start.tables, start.event_types), self._now()
-        chores = self._make_chores(start, outbox, start_listening=None)
-        self._loops = self._make_loops(start, outbox, chores)
-        is_empty = partial(self._is_empty, outbox)
+        until = self._now()
+        chores = self._make_chores(start, start_listening=None)
+        self._loops = self._make_loops(start, chores)
+        is_empty = partial(self._is_empty, start.outbox)
         drains = [partial(loop.drain, until, is_empty) for loop in self._loops]
         emptied = self._run_loops(signals, drains, [partial(chores.run, self._is_over)])
-        is_complete = all(emptied) and (signals.is_set() or self._left_nothing(outbox, until))
+        is_complete = all(emptied) and (signals.is_set() or self._left_nothing(start.outbox, until))
         self._database.close()
         return 0 if is_complete else 1
 
@@ -113,8 +115,7 @@ class Worker:
             tables = check_schema(session, build_tables(self._settings))
             self._guard.know(tables)
             guard = self._guard.probe(session).guard
-            follows_a_crash = self._workers.take_over_dead_worker(session)
-            self._workers.join(session, guard)
+            found = self._heartbeats.start(session, guard)
             event_types = claimed_types(session, tables, self._settings.unknown_types)
             adopted = adopted_tables(session, tables)
             concerns = find_concerns(session, tables)
@@ -127,9 +128,8 @@ class Worker:
             self.telemetry.tables_adopted(adopted, ignores_types=event_types is not None)
         for concern in concerns:
             self.telemetry.setup_concern(concern.finding, concern.remedy)
-        if follows_a_crash:
-            self.telemetry.isolating_after_crash(self._settings.batch_size)
-        return Start(tables=tables, event_types=event_types, follows_a_crash=follows_a_crash)
+        self._heartbeats.started(found)
+        return Start(tables=tables, outbox=Outbox(tables, event_types))
 
     def _wait_for_start(self, signals: Signals) -> Start | None:
         """Start as soon as the database can be reached. Return None if a stop signal arrives before that.
@@ -143,54 +143,50 @@ class Worker:
         self, signals: Signals, pulse: Pulse, error: BaseException, pause_seconds: float
     ) -> None:
         pulse.failed(error)
+        self._heartbeats.lost()
         self.telemetry.trouble(error, pause_seconds)
         self._supervision.waits(error)
         self._reload_if_asked(signals)
 
     def _serve(self, signals: Signals, start: Start) -> None:
-        outbox = Outbox(start.tables, start.event_types)
         may_listen = self._settings.pooler == "none" or self._settings.listen_conninfo is not None
         listener = Listener(self._settings, start.tables, self._stop, self._wake_loop, self.telemetry.trouble)
-        chores = self._make_chores(start, outbox, start_listening=listener.start if may_listen else None)
-        self._loops = self._make_loops(start, outbox, chores)
+        chores = self._make_chores(start, start_listening=listener.start if may_listen else None)
+        self._loops = self._make_loops(start, chores)
         housekeeping: Callable[[], bool] = partial(chores.run, self._is_over)
         beside = [housekeeping, *self._backfills(start, chores)]
         self._run_loops(signals, [loop.run for loop in self._loops], beside)
 
-    def _make_chores(self, start: Start, outbox: Outbox, start_listening: Callable[[], None] | None) -> Chores:
+    def _make_chores(self, start: Start, start_listening: Callable[[], None] | None) -> Chores:
         return Chores(
             self._database,
             start.tables,
-            outbox,
+            start.outbox,
             self._guard,
-            self._workers,
+            self._heartbeats,
             self.telemetry,
             self._supervision,
             start_listening,
         )
 
-    def _make_loops(self, start: Start, outbox: Outbox, chores: Chores) -> list[ClaimLoop]:
-        frontier = Frontier()
+    def _make_loops(self, start: Start, chores: Chores) -> list[ClaimLoop]:
+        frontier, may_claim = Frontier(), self._heartbeats.may_claim
         return [
-            ClaimLoop(self._processor(start, outbox, frontier), self._settings, pulse, chores.meet_trouble)
+            ClaimLoop(self._processor(start, frontier), self._settings, pulse, chores.meet_trouble, may_claim)
             for pulse in self._supervision.pulses(self._settings.concurrency, self._stop)
         ]
 
-    def _processor(self, start: Start, outbox: Outbox, frontier: Frontier) -> Processor:
-        repository, policy = PurchaseRepository(start.tables), self._settings.retry_policy
-        processor = Processor(
+    def _processor(self, start: Start, frontier: Frontier) -> Processor:
+        return Processor(
             self._database,
-            outbox,
-            repository,
-            build_handlers(repository, policy),
+            start.outbox,
+            PurchaseRepository(start.tables),
             self._guard,
             self.telemetry,
-            policy,
+            self._settings.retry_policy,
             Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier, self._workers.set_aside),
+            self._isolation,
         )
-        if start.follows_a_crash:
-            processor.isolate_next(self._settings.batch_size)
-        return processor
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
         """Return the periodic backfill, if it is on.
@@ -220,10 +216,12 @@ class Worker:
         if signals.is_set():
             self.telemetry.stopping()
         self._stop.set()
+        self._heartbeats.may_claim.set()
         self._wake_loop()
         self._await(loops, signals)
         self._is_over.set()
         self._await(others, signals)
+        self._isolation.withdraw_here()
         self.telemetry.stopped()
         return [thread.result() for thread in loops]
 

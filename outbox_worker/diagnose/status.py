@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from outbox_worker.database.engine import Database
+from outbox_worker.decision import WORKER_SILENT_AFTER_SECONDS
 from outbox_worker.model import Guard
 from outbox_worker.schema.catalogue import adopted_tables
 from outbox_worker.schema.concerns import find_concerns
@@ -20,7 +21,6 @@ from outbox_worker.store.dead_letters import count_open
 from outbox_worker.store.guard import guard_in_force
 from outbox_worker.store.ignored import IgnoredEvents, count_ignored
 from outbox_worker.store.outbox import Backlog, Outbox
-from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS
 from outbox_worker.store.queries import database_time
 from outbox_worker.store.workers import WorkerRow, list_workers, read_set_aside
 

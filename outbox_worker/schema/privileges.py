@@ -24,7 +24,7 @@ _OF_RUNS = ("seen_at", "finished_at", "cursor", "counts", "host", "pid", "outcom
 
 _OF_WORKERS = (
     *("seen_at", "stopped_at", "guard", "metrics", "succeeded_at"),
-    *("isolated_event", "isolated_at", "set_aside"),
+    *("isolated_event", "isolated_at", "isolated_timeline", "set_aside"),
 )
 
 _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "attempts", "reason", "detail", "dead_at")

@@ -39,7 +39,9 @@ _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "b
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
 """Columns of ``_INSERTED_INTO`` for which the worker inserts no value, so that they get their defaults."""
 
-_ADDED_LATER = {("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "set_aside")}
+_ADDED_LATER = {
+    ("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "isolated_timeline", "set_aside")
+}
 """Columns that a later revision of the migrations added to our own tables."""
 
 NEVER_READ = (("payments", "updated_at"),)

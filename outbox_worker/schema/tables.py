@@ -263,6 +263,7 @@ def _workers(b: _Builder) -> Table:
         b.column("succeeded_at", _TIME, nullable=True),
         b.column("isolated_event", BigInteger, nullable=True),
         b.column("isolated_at", _TIME, nullable=True),
+        b.column("isolated_timeline", Text, nullable=True),
         b.column("set_aside", JSONB, server_default=text("'{}'")),
     )
 

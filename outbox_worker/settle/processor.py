@@ -23,8 +23,9 @@ from outbox_worker.database.retry import retry_transaction
 from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
 from outbox_worker.errors import CommitLost
 from outbox_worker.model import Batch, Facts, Guard
-from outbox_worker.settle.handlers import Handlers, build_handlers
-from outbox_worker.settle.pacing import STUCK_PASSES_MAX, Pacing
+from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.isolation import Isolation, LoneEvents
+from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.settlement import Settled, Settlement
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Claim, IsolatedEvent, Outbox
@@ -48,30 +49,24 @@ class Processor:
         database: Database,
         outbox: Outbox,
         purchases: PurchaseRepository,
-        handlers: Handlers,
         guard: GuardWatch,
         telemetry: Telemetry,
         policy: RetryPolicy,
         pacing: Pacing,
+        isolation: Isolation,
     ) -> None:
         self._database = database
-        self._handlers = handlers
+        self._handlers = build_handlers(purchases, policy)
         self._outbox = outbox
+        self._isolation = isolation
         self._purchases = purchases
         self._guard = guard
         self._telemetry = telemetry
         self._policy = policy
         self._pacing = pacing
         self._on_failed_try: Callable[[], None] = _nothing
-        self._to_isolate = 0
-        self._crash_suspects: list[int] = []
-        self._isolated: IsolatedEvent | None = None
-        self._failed_alone = 0
-        self._settlement = Settlement(outbox, purchases, handlers, guard, policy, pacing.set_aside)
-
-    def isolate_next(self, events: int) -> None:
-        """Process the next ``events`` events one at a time, because one of them may have killed a worker."""
-        self._to_isolate = events
+        self._lone = LoneEvents(isolation, outbox)
+        self._settlement = Settlement(outbox, purchases, self._handlers, guard, policy, pacing.set_aside)
 
     def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
         """Call ``on_failed_try`` after each failed transaction that ``process_batch`` tries again."""
@@ -94,42 +89,35 @@ class Processor:
         The events are due by ``until``, or by now if ``until`` is None. Raises the database's error if no event is
         known to be the cause. Then the batch is unchanged, and no try is counted.
         """
-        if self._isolated or self._crash_suspects or self._to_isolate:
-            return self._process_alone(until)
-        return self._process(until)
+        if self._lone.is_next:
+            with self._isolation.alone(self._on_failed_try):
+                return self._process_alone(until)
+        with self._isolation.together(self._on_failed_try):
+            return self._process(until)
 
     def _process_alone(self, until: datetime | None) -> BatchReport:
-        """Process one event alone.
-
-        First, one transaction adds 1 to the crash count of the event. A second transaction settles the event and resets
-        the count. So the higher count stays only if the process crashes between the two transactions. If an error is
-        raised, the process has not crashed, and the next call tries the same event again. After ``STUCK_PASSES_MAX``
-        transient or unclear errors, the event is postponed.
-        """
-        if self._isolated is None:
-            key = self._crash_suspects.pop() if self._crash_suspects else None
-            with self._database.transaction(**self._plans()) as session:
-                self._isolated = self._outbox.isolate(session, key, until, self._policy.base)
-            if self._isolated is None:
-                self._to_isolate = 0 if key is None else self._to_isolate
-                return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
-            self._to_isolate = max(0, self._to_isolate - 1)
-        if self._failed_alone >= STUCK_PASSES_MAX:
-            return self._postpone_isolated(self._isolated)
+        """Process one event alone, as ``isolation`` describes. The other claim loops of this process wait meanwhile."""
+        isolated = self._lone.choose(self._guard.state.guard, until, self._plans())
+        if isolated is None:
+            return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
+        if self._lone.is_stuck:
+            return self._postpone_isolated(isolated, until)
         try:
             report = self._process(until)
-        except DBAPIError as error:
-            self._failed_alone += classify(error) in (Failure.RETRY, Failure.UNCLEAR)
+        except Exception as error:
+            self._on_failed_try()
+            self._lone.gave_up(error)
             raise
-        self._isolated, self._failed_alone = None, 0
+        self._lone.done()
         return report
 
-    def _postpone_isolated(self, isolated: IsolatedEvent) -> BatchReport:
-        """Reset the event's crash count and postpone it without counting a try."""
+    def _postpone_isolated(self, isolated: IsolatedEvent, until: datetime | None) -> BatchReport:
+        """Postpone the event without counting a try."""
         with self._database.transaction(**self._plans()) as session:
-            batch = self._outbox.claim_isolated(session, isolated).batch
+            batch = self._outbox.claim_isolated(session, isolated, until).batch
             settled = self._postpone_uncharged(session, batch)
-        self._isolated, self._failed_alone = None, 0
+            self._isolation.clear_crash(session)
+        self._lone.done()
         return self._made_way(batch, settled)
 
     def _process(self, until: datetime | None) -> BatchReport:
@@ -144,7 +132,7 @@ class Processor:
 
     def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
         try:
-            makes_way = failed and self._pacing.is_alone and self._isolated is None
+            makes_way = failed and self._pacing.is_alone and self._lone.event is None
             return self._make_way(until) if makes_way else self._transact(until, careful)
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
@@ -154,16 +142,20 @@ class Processor:
 
     def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
         """Claim, settle and commit in one transaction."""
-        claim, limit, isolated = Claim(), self._claim_size(), self._isolated
+        claim, limit, isolated = Claim(), self._claim_size(), self._lone.event
         try:
             with self._database.transaction(**self._plans()) as session:
                 claim = (
-                    self._outbox.claim_isolated(session, isolated) if isolated else self._claim(session, limit, until)
+                    self._outbox.claim_isolated(session, isolated, until)
+                    if isolated
+                    else self._claim(session, limit, until)
                 )
                 if len(claim.batch) >= limit and not isolated:
                     self._pacing.claimed(claim.end)
                 claimed_at = time.monotonic()
                 settled = self._settle(session, claim, careful, until is not None) if claim.batch else Settled()
+                if isolated:
+                    self._isolation.clear_crash(session)
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
@@ -183,7 +175,7 @@ class Processor:
         )
         self._committed(settled)
         if not isolated:
-            self._crash_suspects += claim.crash_suspects
+            self._lone.crash_suspects += claim.crash_suspects
             self._pacing.committed(
                 claimed=len(claim.batch), settled=len(settled.verdicts), is_full=report.is_full, seconds=report.seconds
             )
@@ -237,7 +229,7 @@ class Processor:
         return "commit"
 
     def _settle(self, session: Session, claim: Claim, careful: bool, drains: bool) -> Settled:
-        isolated = self._isolated
+        isolated = self._lone.event
         batch = claim.batch if isolated else claim.batch.without(claim.crash_suspects)
         if isolated and isolated.crashes >= CRASHES_MAX:
             verdicts = dict.fromkeys(batch, decide(Facts(crashes=isolated.crashes)))

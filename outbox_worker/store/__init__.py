@@ -3,6 +3,7 @@
 - ``outbox``: claims due events; deletes them, postpones them, or moves them to the dead letters
 - ``purchases``: writes purchases and marks (``processed_events``), and locks pairs
 - ``dead_letters``, ``workers``, ``backfill_runs``: one module for each of these tables
+- ``crashes``: counts the proven deaths of workers for an event
 - ``guard``: finds out which guard is in force
 - parts of statements: ``pairs`` (the statements that ``purchases`` runs to lock and read pairs), ``claimed`` (finds
   the rows of claimed events), ``payload``, ``payment_classes`` (the SQL CASE that classifies payments), ``queries``

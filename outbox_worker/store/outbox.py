@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -85,20 +85,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class IsolatedEvent:
-    """An event that is processed alone.
-
-    ``isolate`` adds 1 to the crash count before the event is processed. ``claim_isolated`` resets the count in the
-    transaction that settles the event. If the process crashes before this transaction commits, the higher count stays.
-    """
+    """An event that is processed alone."""
 
     id: int
     crashes: int
-    """The number of processes that crashed while they processed this event alone, before this attempt."""
-    due_at: str
-    """The original due time, as text from PostgreSQL.
-
-    ``isolate`` makes the event due later, so that no other worker claims the event.
-    """
+    """The number of processes that are proven to have died while they processed this event alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +127,10 @@ class Outbox:
         self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
         self._claim_others = Statement(_claim_statement(tables.outbox, ours=[*self._ours(), _is_other(tables.outbox)]))
         self._claim_isolated = Statement(_claim_isolated_statement(tables.outbox))
-        self._isolate_first = Statement(_isolate_statement(tables.outbox, self._ours()))
+        self._isolate_first = Statement(_isolate_statement(tables.outbox, [*self._ours(), _is_other(tables.outbox)]))
         self._isolate = Statement(
             _isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)])
         )
-        self._clear_crash = Statement(_clear_crash_statement(tables.outbox))
         self._due = Statement(_due_statement(tables.outbox, ours=[*self._ours(), _is_other(tables.outbox)]))
         self._left = Statement(_left_statement(tables.outbox))
         self._remove = Statement(_remove_statement(tables.outbox))
@@ -183,28 +173,24 @@ class Outbox:
         return _claim_of(self._claim.execute(session, values).one())
 
     def isolate(
-        self, session: Session, key: int | None, until: datetime | None, delay: timedelta
+        self, session: Session, key: int | None, until: datetime | None, *, set_aside: Collection[int] = ()
     ) -> IsolatedEvent | None:
-        """Add 1 to the crash count of one due event, and make the event due ``delay`` from now.
+        """Choose one due event to process alone, and lock it until this transaction ends.
 
-        ``key`` is the id of the event. None means the first event that no other transaction has locked. The caller
-        must commit before it processes the event. If the process then crashes, the next process reads the count.
+        ``key`` is the id of the event. None means the first event that no other transaction has locked and that is not
+        ``set_aside``. Return None if the event is not due, does not exist or is locked.
         """
-        values = {"until": until, "delay": delay} | ({} if key is None else {"id": key})
+        values = {"until": until} | ({"set_aside": list(set_aside)} if key is None else {"id": key})
         statement = self._isolate_first if key is None else self._isolate
         row = statement.execute(session, values).one_or_none()
-        return None if row is None else IsolatedEvent(row.id, row.crashes, row.due_at)
+        return None if row is None else IsolatedEvent(row.id, row.crashes)
 
-    def claim_isolated(self, session: Session, isolated: IsolatedEvent) -> Claim:
-        """Lock the event again and reset its crash count in this transaction.
+    def claim_isolated(self, session: Session, isolated: IsolatedEvent, until: datetime | None) -> Claim:
+        """Lock the event again in the transaction that settles it.
 
-        If the process crashes, PostgreSQL rolls the reset back. This method waits if another transaction has locked the
-        event. If the event no longer exists, the claim is empty.
+        The claim is empty if another worker has locked, settled or postponed the event since ``isolate``.
         """
-        claim = _claim_of(self._claim_isolated.execute(session, {"id": isolated.id}).one())
-        if claim.batch:
-            write(session, self._clear_crash, {"id": isolated.id, "due_at": isolated.due_at}, 1)
-        return replace(claim, batch=replace(claim.batch, window=DueWindow(isolated.due_at, isolated.due_at)))
+        return _claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
 
     def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:
         """Return whether any event is due by ``until``, including events that another worker has locked.
@@ -333,8 +319,9 @@ def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[A
 
 
 def _claim_isolated_statement(outbox: Table) -> Select[Any]:
-    """what: claims one event by its id · lock: FOR UPDATE (waits) · index: primary key"""
-    return _gathered(_keys(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).with_for_update())
+    """what: claims one due event by its id · lock: FOR UPDATE SKIP LOCKED · index: primary key"""
+    one = outbox.c.id == bindparam("id", type_=BigInteger)
+    return _gathered(_keys(outbox).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
 
 
 def _complete(outbox: FromClause) -> list[ColumnElement[bool]]:
@@ -402,28 +389,17 @@ def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
     return cast(func.array_agg(column), Text)
 
 
-def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Update:
-    """what: adds 1 to the crash count of the first due event, and makes the event due later
-    lock: FOR UPDATE SKIP LOCKED · index: (due_at, id), or the primary key if ``ours`` names the event
+def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: chooses the first due event · lock: FOR UPDATE SKIP LOCKED, until the choice is committed
+    index: (due_at, id), or the primary key if ``ours`` names the event
     """
-    first = (
-        select(outbox.c.id, _counted(outbox.c.crashes).label("crashes"), cast(outbox.c.due_at, Text).label("due_at"))
+    return (
+        select(outbox.c.id, _counted(outbox.c.crashes).label("crashes"))
         .where(outbox.c.due_at <= _due_by(), *_complete(outbox), *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(1)
         .with_for_update(skip_locked=True)
-        .cte("first")
-        .prefix_with("MATERIALIZED")
     )
-    later = func.clock_timestamp() + bindparam("delay", type_=Interval())
-    isolated = update(outbox).where(outbox.c.id == first.c.id).values(crashes=first.c.crashes + 1, due_at=later)
-    return isolated.returning(outbox.c.id, first.c.crashes, first.c.due_at)
-
-
-def _clear_crash_statement(outbox: Table) -> Update:
-    """what: restores the due time and sets the crash count to 0 · lock: already held · index: primary key"""
-    given = cast(bindparam("due_at", type_=Text), DateTime(timezone=True))
-    return update(outbox).where(outbox.c.id == bindparam("id", type_=BigInteger)).values(crashes=0, due_at=given)
 
 
 def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:

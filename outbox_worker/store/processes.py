@@ -1,12 +1,17 @@
-"""Identifies the process that writes a row of ``workers`` or ``backfill_runs``, and finds out whether it still runs."""
+"""Identifies the process that writes a row of ``workers`` or ``backfill_runs``, and finds out whether it still runs.
+
+A worker that cannot reach the database leaves a note on its host instead: the note says that the worker no longer
+processes the event that its row names.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-
-WORKER_SILENT_AFTER_SECONDS = 30.0
-"""The seconds without a heartbeat after which a worker with an open row is considered dead."""
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from uuid import UUID
 
 BACKFILL_SILENT_AFTER_SECONDS = 60.0
 """The seconds without an update of its open row after which a backfill is considered killed.
@@ -20,20 +25,14 @@ def this_process() -> dict[str, str | int]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
-def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: float) -> bool:
-    """Return whether the process of an open row is dead.
-
-    It is dead if its row was not updated for too long, or if it ran on this host and no longer runs.
-    """
-    return silent_seconds > silent_after_seconds or (host == socket.gethostname() and not _is_running(pid))
-
-
-def _is_running(pid: int) -> bool:
-    """Return whether another process of this host has this id.
+def is_running(host: str, pid: int) -> bool | None:
+    """Return whether the process of a row still runs; None if it ran on another host, where this process cannot look.
 
     If the id is that of this process, return False: process ids are reused, so an earlier process with the same id
     wrote the row, and it has ended.
     """
+    if host != socket.gethostname():
+        return None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -41,3 +40,32 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return pid != os.getpid()
+
+
+def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: float) -> bool:
+    """Return whether the process of an open row is dead.
+
+    It is dead if its row was not updated for too long, or if it ran on this host and no longer runs.
+    """
+    return silent_seconds > silent_after_seconds or is_running(host, pid) is False
+
+
+def leave_note(worker: UUID) -> None:
+    """Note on this host that a worker no longer processes the event that its row names. If the disk refuses, do not."""
+    with suppress(OSError):
+        _note(worker).touch()
+
+
+def has_note(worker: UUID) -> bool:
+    return _note(worker).exists()
+
+
+def remove_note(worker: UUID) -> None:
+    with suppress(OSError):
+        _note(worker).unlink(missing_ok=True)
+
+
+def _note(worker: UUID) -> Path:
+    """Return the path of the note, in the directory that systemd keeps for the service, or among temporary files."""
+    directory = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or tempfile.gettempdir()
+    return Path(directory) / f"outbox-worker-{worker}.withdrawn"

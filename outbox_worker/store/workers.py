@@ -1,13 +1,18 @@
-"""Reads and writes ``workers``: one row per process, with its last heartbeat and its counters.
+"""Reads and writes ``workers``: one row per process, with its last heartbeat, its counters, and its events set
+aside or isolated.
 
 A worker writes its row at start and at every heartbeat, and closes the row when it stops cleanly. If an open row is no
 longer updated, its worker has died.
+
+Before a worker processes an event alone, it commits the event's id into its own row: it *accuses* the event. It
+withdraws the accusation when the event is settled, when it gives up, and when it stops. If a worker dies with an
+accusation in its row, another worker takes the row over, judges the death, and counts a proven one for the event.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -15,7 +20,9 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    DateTime,
     FromClause,
+    Row,
     Select,
     Table,
     TableValuedAlias,
@@ -23,23 +30,35 @@ from sqlalchemy import (
     cast,
     delete,
     func,
+    literal,
     or_,
     select,
+    text,
     true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker import __version__
+from outbox_worker.database.engine import savepoint
 from outbox_worker.database.expressions import seconds_since
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.decision import WORKER_SILENT_AFTER_SECONDS, Death, IsolationTrace, Traces, judge_death
 from outbox_worker.model import Guard
 from outbox_worker.schema.tables import Tables, by_column
-from outbox_worker.store.processes import WORKER_SILENT_AFTER_SECONDS, is_gone, this_process
+from outbox_worker.store.crashes import Changed, add_crash, take_back_crash
+from outbox_worker.store.processes import has_note, is_running, leave_note, remove_note, this_process
 from outbox_worker.store.set_aside import SetAside
 
 ROWS_KEPT_FOR = timedelta(days=1)
 """The age at which the row of an ended process is deleted."""
+
+# what: the timeline of the server, which is another one after each failover · lock: none
+_TIMELINE = text("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")
+
+_NOTHING_ISOLATED = {"isolated_event": None, "isolated_at": None, "isolated_timeline": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +76,164 @@ class WorkerRow:
     metrics: Mapping[str, float]
 
 
+@dataclass
+class Contact:
+    """The contact of this process with the database, on which it relies when it judges other workers."""
+
+    heartbeats: int = 0
+    """The number of heartbeats since the database was last away."""
+    regained_at: datetime | None = None
+    """When the database answered again after it had been away, by its own clock; None if it never was away."""
+    _is_lost: bool = False
+
+    def lost(self) -> None:
+        """Record that the database did not answer, or refused a heartbeat."""
+        self.heartbeats, self._is_lost = 0, True
+
+    def answered(self, now: datetime) -> None:
+        """Record that the database answers at ``now``."""
+        if self._is_lost:
+            self.regained_at, self._is_lost = now, False
+
+
+@dataclass(frozen=True, slots=True)
+class DeadWorker:
+    """A dead worker whose place this worker has taken."""
+
+    host: str
+    pid: int
+    isolated: int | None
+    """The event (``outbox.id``) that the worker processed alone; None if it processed a batch, or nothing."""
+    is_counted: bool
+    """Whether the death was counted for this event, because it is proven to be the cause."""
+
+
+@dataclass
+class Takeover:
+    """The result of one look for dead workers."""
+
+    dead: list[DeadWorker] = field(default_factory=list)
+    is_undecided: bool = False
+    """Whether another worker is probably dead with an isolated event, but cannot be judged yet."""
+
+
 class Workers:
-    """Writes the row of this process, and finds rows of dead workers."""
+    """Writes the row of this process, and takes over the rows of dead workers."""
 
     def __init__(self, tables: Tables, worker_id: UUID) -> None:
         self.set_aside = SetAside()
         """The events that no claim of this process takes. Each heartbeat writes those that this process set aside."""
-        self._workers = tables.workers
+        self._workers, self._outbox = tables.workers, tables.outbox
         self._id = worker_id
 
-    def join(self, session: Session, guard: Guard) -> None:
-        """Insert the row of this process, and delete the rows of processes that ended more than a day ago."""
+    def join(self, session: Session, guard: Guard) -> datetime | None:
+        """Insert the row of this process, and delete the rows of processes that ended more than a day ago.
+
+        Return the time by the database's clock, as ``beat`` does.
+        """
         workers = self._workers
         last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
         session.execute(delete(workers).where(last_seen < func.clock_timestamp() - ROWS_KEPT_FOR))
-        self.beat(session, guard, {})
+        return self.beat(session, guard, {})
 
-    def take_over_dead_worker(self, session: Session) -> bool:
-        """Mark one dead worker as taken over by this worker. Return False if there is no dead worker left.
+    def beat(
+        self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False
+    ) -> datetime | None:
+        """Write a heartbeat, and the counters and events set aside of this process.
 
-        A worker is dead if its row is open, and the row either has no recent heartbeat or names a process of this host
-        that no longer runs.
+        If ``stopped``, close the row and withdraw.
+
+        Return the time of the heartbeat by the database's clock, or None if it was not written (``_write``).
+        """
+        now = func.clock_timestamp()
+        seen = {
+            "guard": guard.value,
+            "metrics": dict(metrics),
+            "set_aside": self.set_aside.refusals(),
+            "stopped_at": now if stopped else None,
+        }
+        return self._write(session, seen | (_NOTHING_ISOLATED if stopped else {}))
+
+    def accuse(self, session: Session, guard: Guard, event: int) -> bool:
+        """Write into the row of this process that it processes only this event from now on.
+
+        The caller must commit before it processes the event. Return False if the row was not written (``_write``).
+        """
+        now, timeline = func.statement_timestamp(), _timeline(session)
+        isolated = {"isolated_event": event, "isolated_at": now, "isolated_timeline": timeline}
+        remove_note(self._id)
+        return self._write(session, {"guard": guard.value} | isolated) is not None
+
+    def withdraw(self, session: Session) -> None:
+        """Write that this process no longer processes an isolated event."""
+        ours = [self._workers.c.id == self._id, self._workers.c.succeeded_at.is_(None)]
+        cleared = update(self._workers).where(*ours).values(by_column(self._workers, _NOTHING_ISOLATED))
+        if session.scalar(cleared.returning(self._workers.c.id)) is None:
+            self._reopen(session)
+
+    def withdraw_here(self) -> None:
+        """Leave a note on this host, because the database is away and ``withdraw`` therefore failed."""
+        leave_note(self._id)
+
+    def take_over_dead_workers(
+        self, session: Session, contact: Contact, deadline_seconds: float, *, only_accusers: bool = False
+    ) -> Takeover:
+        """Take over the rows of dead workers, and count each proven death for its event, in this transaction.
+
+        Of the rows without an isolated event, take over only one: for each death, one worker goes carefully. If
+        ``only_accusers``, take over none of them.
+        """
+        found = Takeover()
+        rows = self._open_rows(session, contact, only_accusers)
+        timeline = _timeline(session) if any(row.isolated_event is not None for row in rows) else None
+        for row in rows:
+            if row.isolated_event is None and any(each.isolated is None for each in found.dead):
+                continue
+            death = judge_death(_traces(row, contact, timeline), deadline_seconds)
+            if death is Death.UNDECIDED:
+                found.is_undecided = True
+            elif death is not Death.NONE:
+                self._take_over(session, row, death, found)
+        return found
+
+    def _open_rows(self, session: Session, contact: Contact, only_accusers: bool) -> Sequence[Row[Any]]:
+        """what: other workers' open rows, with what their judge must know · lock: none · index: none (few rows)"""
+        workers = self._workers
+        isolated_at, seen_at = (func.date_part("epoch", workers.c[key]) for key in ("isolated_at", "seen_at"))
+        regained_at = literal(contact.regained_at, DateTime(timezone=True))
+        columns: list[ColumnElement[Any]] = [
+            *(workers.c[key].label(key) for key in ("id", "host", "pid", "seen_at")),
+            *(workers.c[key].label(key) for key in ("isolated_event", "isolated_timeline")),
+            seconds_since(workers.c.seen_at).label("silent_seconds"),
+            func.coalesce(seen_at - isolated_at, 0.0).label("lived_on_seconds"),
+            func.coalesce(workers.c.isolated_at > func.pg_postmaster_start_time(), False).label("is_same_start"),
+            func.coalesce(workers.c.isolated_at < regained_at, False).label("judge_was_cut_off"),
+        ]
+        accusers = [workers.c.isolated_event.is_not(None)] if only_accusers else []
+        open_rows: Select[Any] = select(*columns).where(workers.c.id != self._id, *self._is_open(), *accusers)
+        return session.execute(open_rows.order_by(workers.c.started_at)).all()
+
+    def _take_over(self, session: Session, row: Row[Any], death: Death, found: Takeover) -> None:
+        """what: closes the row of a dead worker and counts its death, unless the row has changed since it was read
+        lock: FOR UPDATE SKIP LOCKED, the row of the worker before the event · index: primary keys
+
+        The row keeps its event if the death was counted, so that ``_reopen`` can take the death back.
         """
         workers = self._workers
-        is_open = [workers.c.stopped_at.is_(None), workers.c.succeeded_at.is_(None), workers.c.id != self._id]
-        columns = workers.c.id, workers.c.host, workers.c.pid, seconds_since(workers.c.seen_at)
-        for key, host, pid, seconds in session.execute(select(*columns).where(*is_open)).all():
-            if is_gone(host, pid, seconds, WORKER_SILENT_AFTER_SECONDS):
-                taken = update(workers).where(workers.c.id == key, *is_open).values(succeeded_at=func.clock_timestamp())
-                if session.scalar(taken.returning(workers.c.id)):
-                    return True
-        return False
+        unchanged = [workers.c.id == row.id, workers.c.seen_at == row.seen_at, *self._is_open()]
+        same_event = workers.c.isolated_event.is_not_distinct_from(row.isolated_event)
+        locked = select(workers.c.id).where(*unchanged, same_event).with_for_update(skip_locked=True)
+        if session.scalar(locked) is None:
+            return
+        change = _count(session, self._outbox, row.isolated_event) if death is Death.PROVEN else Changed.NOTHING
+        if change is Changed.LOCKED:
+            found.is_undecided = True
+            return
+        is_counted = change is Changed.DONE
+        taken = {"succeeded_at": func.clock_timestamp()} | ({} if is_counted else _NOTHING_ISOLATED)
+        session.execute(update(workers).where(workers.c.id == row.id).values(by_column(workers, taken)))
+        remove_note(row.id)
+        found.dead.append(DeadWorker(row.host, row.pid, row.isolated_event, is_counted))
 
     def learn_set_aside(self, session: Session) -> None:
         """Read which events other running workers have set aside."""
@@ -95,21 +241,83 @@ class Workers:
         others = session.scalars(_keys_set_aside(workers, _is_running(workers), workers.c.id != self._id)).all()
         self.set_aside.learn(others)
 
-    def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False) -> None:
-        """Write a heartbeat, and the counters and events set aside of this process. If ``stopped``, close the row."""
-        now = func.clock_timestamp()
+    def _is_open(self) -> list[ColumnElement[bool]]:
+        return [self._workers.c.stopped_at.is_(None), self._workers.c.succeeded_at.is_(None)]
+
+    def _reopen(self, session: Session) -> bool:
+        """what: opens our row again if another worker has taken it over, and takes back the death that was counted
+        lock: FOR UPDATE on our row, then FOR UPDATE SKIP LOCKED on the event · index: primary keys
+
+        The other worker was wrong, because this process lives: it was stopped for a while, or had no database. Return
+        False if the event is locked. Then nothing is written, and the next heartbeat tries again.
+        """
+        workers = self._workers
+        taken = [workers.c.id == self._id, workers.c.succeeded_at.is_not(None)]
+        row = session.execute(select(workers.c.isolated_event).where(*taken).with_for_update()).one_or_none()
+        if row is None:
+            return True
+        counted = row.isolated_event
+        if counted is not None and take_back_crash(session, self._outbox, counted) is Changed.LOCKED:
+            return False
+        reopened = {"succeeded_at": None, **_NOTHING_ISOLATED}
+        session.execute(update(workers).where(*taken).values(by_column(workers, reopened)))
+        return True
+
+    def _write(self, session: Session, values: Mapping[str, Any]) -> datetime | None:
+        """what: updates the row of this process and its heartbeat, or inserts it · lock: row · index: primary key
+
+        Return the time of the heartbeat. If another worker has taken the row over, open it again first. Return None if
+        that is not possible now.
+        """
+        workers = self._workers
+        seen = {"seen_at": func.clock_timestamp(), **values}
         who = {"id": self._id, "version": __version__, **this_process()}
-        seen = {
-            "seen_at": now,
-            "guard": guard.value,
-            "metrics": dict(metrics),
-            "set_aside": self.set_aside.refusals(),
-            "stopped_at": now if stopped else None,
-        }
-        row = insert(self._workers).values(**who, **seen)
-        session.execute(
-            row.on_conflict_do_update(index_elements=[self._workers.c.id], set_=by_column(self._workers, seen))
-        )
+        row = insert(workers).values({"metrics": {}, **who, **seen})
+        written = row.on_conflict_do_update(
+            index_elements=[workers.c.id], set_=by_column(workers, seen), where=workers.c.succeeded_at.is_(None)
+        ).returning(workers.c.seen_at)
+        seen_at: datetime | None = session.scalar(written)
+        if seen_at is None and self._reopen(session):
+            seen_at = session.scalar(written)
+        return seen_at
+
+
+def _traces(row: Row[Any], contact: Contact, timeline: str | None) -> Traces:
+    isolation = IsolationTrace(
+        lived_on_seconds=row.lived_on_seconds,
+        is_same_server=row.is_same_start and row.isolated_timeline == timeline,
+        judge_was_cut_off=row.judge_was_cut_off,
+        is_withdrawn=has_note(row.id),
+    )
+    return Traces(
+        is_running=is_running(row.host, row.pid),
+        silent_seconds=row.silent_seconds,
+        judge_heartbeats=contact.heartbeats,
+        isolation=None if row.isolated_event is None else isolation,
+    )
+
+
+def _timeline(session: Session) -> str | None:
+    """Return the server's timeline; None if the server does not tell it. Then only its start time shows a failover."""
+    try:
+        with savepoint(session):
+            found: str = session.scalars(_TIMELINE).one()
+    except DBAPIError as error:
+        if classify(error) is Failure.RECONNECT:
+            raise
+        return None
+    return found
+
+
+def _count(session: Session, outbox: Table, event: int) -> Changed:
+    """Count a death for an event. If a trigger or rule of the outbox refuses this, the death is not counted."""
+    try:
+        with savepoint(session):
+            return add_crash(session, outbox, event)
+    except DBAPIError as error:
+        if classify(error) in (Failure.RECONNECT, Failure.RETRY):
+            raise
+        return Changed.NOTHING
 
 
 def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:

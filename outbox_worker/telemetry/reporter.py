@@ -91,6 +91,12 @@ class Telemetry:
             "an earlier worker died; its events are settled one by one, because one of them may have killed it"
         )
 
+    def crash_counted(self, host: str, pid: int, event: int | None) -> None:
+        """Log that another worker died of the event that it processed alone. ``event`` is the id in the outbox."""
+        logger.bind(event="crash_counted", host=host, pid=pid, outbox_id=event).error(
+            "a worker died while it processed a single event; after three such deaths, the event is a dead letter"
+        )
+
     def http_listening(self, address: str) -> None:
         """Log the address at which the worker answers HTTP."""
         logger.bind(event="http_listening", address=address).info("HTTP at {}", address)

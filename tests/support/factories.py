@@ -23,6 +23,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
+from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.processor import Processor
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Claim, Outbox
@@ -53,7 +54,11 @@ class ProbedProcessor(Processor):
     watch: GuardWatch
     outbox: Outbox
     repository: PurchaseRepository
+    isolation: Isolation
     meeting: threading.Barrier | None = None
+
+    def isolate_next(self, events: int) -> None:
+        self.isolation.isolate_next(events)
 
     def _claim(self, *arguments: Any) -> Claim:
         claim, meeting, self.meeting = super()._claim(*arguments), self.meeting, None

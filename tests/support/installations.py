@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 from alembic import command
@@ -17,12 +18,13 @@ from outbox_worker.schema.migrate import VERSION_TABLE, Migrated
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import OWNERSHIP_LIST, build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.processor import Processor
 from outbox_worker.store.guard import GuardWatch, probe_guard
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import ROOT, catalogue
 from tests.support.factories import drain_all, make_payments
@@ -114,13 +116,13 @@ class Installation:
             tables = check_schema(session, build_tables(settings))
         watch, repository = GuardWatch(tables.purchases, telemetry.guard_changed), PurchaseRepository(tables)
         policy = settings.retry_policy
-        handlers, outbox = build_handlers(repository, policy), Outbox(tables, None)
+        outbox, isolation = Outbox(tables, None), Isolation(database, Workers(tables, uuid4()))
         try:
             watch.know(tables)
             with database.transaction() as session:
                 watch.probe(session)
             return drain_all(
-                Processor(database, outbox, repository, handlers, watch, telemetry, policy, Pacing(100, 60))
+                Processor(database, outbox, repository, watch, telemetry, policy, Pacing(100, 60), isolation)
             )
         finally:
             database.close()

@@ -9,6 +9,7 @@ import psycopg
 
 from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
+from outbox_worker.settle.isolation import Isolation
 from tests.support.factories import ProbedProcessor
 
 
@@ -19,6 +20,7 @@ class MakeProcessor(Protocol):
         unknown_types: Literal["bury", "ignore"] = "bury",
         policy: RetryPolicy | None = None,
         database: Database | None = None,
+        isolation: Isolation | None = None,
     ) -> ProbedProcessor: ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -123,7 +124,7 @@ def test_a_loop_without_database_beats_through_its_pauses() -> None:
     flag, feed = Flag(waits=200), Mock()
     processor = Mock(process_batch=Mock(side_effect=psycopg.OperationalError("gone")))
     pulse = Pulse(flag, serving(1), 0, feed, slice_seconds=0.01)
-    assert ClaimLoop(processor, load_settings(), pulse, Mock()).run_once() is None
+    assert ClaimLoop(processor, load_settings(), pulse, Mock(), threading.Event()).run_once() is None
     assert len(flag.timeouts) > 200
     assert max(flag.timeouts) <= 0.01
 

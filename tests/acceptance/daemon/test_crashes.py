@@ -70,7 +70,9 @@ def test_a_deadly_event_is_buried_and_its_neighbours_are_settled(workers: int, d
         for supervisor in crew:
             supervisor.__exit__()
     letter = shop.letter_of(event)
-    assert (letter.reason, letter.detail) == ("crashed_worker", "3 workers died while they handled it")
+    counted = [f"{deaths} workers died while they handled it" for deaths in range(3, 3 + workers)]
+    assert letter.reason == "crashed_worker"
+    assert letter.detail in counted, "three deaths bury it; others may have had it in hand when the third was counted"
     assert shop.count("purchases") == 220
     assert all(shop.outcome_of(each) == "created" for each in before)
     deaths = sum(supervisor.deaths for supervisor in crew)

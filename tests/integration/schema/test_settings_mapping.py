@@ -21,13 +21,14 @@ from outbox_worker.reconcile.backfill import Backfill, Request
 from outbox_worker.schema import migrate as migration
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import load_settings
-from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.processor import Processor
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 from tests.support.factories import ABSENT, Shop, drain_all, make_payments
 
@@ -105,10 +106,9 @@ class Site:
 
     def processor(self, batch_size: int = 1000) -> Processor:
         repository, policy = PurchaseRepository(self.tables), self.settings.retry_policy
-        handlers = build_handlers(repository, policy)
-        outbox = Outbox(self.tables, None)
+        outbox, isolation = Outbox(self.tables, None), Isolation(self.database, Workers(self.tables, uuid4()))
         return Processor(
-            self.database, outbox, repository, handlers, self.watch, Telemetry(), policy, Pacing(batch_size, 60)
+            self.database, outbox, repository, self.watch, Telemetry(), policy, Pacing(batch_size, 60), isolation
         )
 
     def audit(self) -> dict[PaymentClass, int]:

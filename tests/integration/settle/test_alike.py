@@ -112,7 +112,7 @@ def test_settings_of_a_role_or_database_that_break_statements_are_overruled(
     processor.database.close()
     created, broken = shop.paid()[1], shop.confirm(None, payload="[]")
     with processor.database.transaction() as session:
-        processor.watch._index_versions = None
+        processor.watch._versions = None
         assert processor.watch.probe(session).guard is Guard.INDEX
         session.execute(text("SELECT pg_sleep(0.7)"))
     assert settle(processor) == {created: Outcome.CREATED, broken: Outcome.DEAD}

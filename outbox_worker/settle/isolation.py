@@ -1,0 +1,182 @@
+"""Processes single events alone after a worker has died, because one of them may have killed it.
+
+Before the work, the process *accuses* the event: it commits the event's id into its own row of ``workers``. The
+transaction that settles the event clears the row. So if the process dies in between, the row names the event, and the
+worker that takes the row over counts a crash for it (``Workers.take_over_dead_workers``). A process that gives up or
+stops did not die: it clears the row as well, or leaves a note on its host if it has no database.
+
+A process has only one row, and it dies as a whole. So while a claim loop processes an event alone, all other claim
+loops of the process stand still. Otherwise their batches could kill the process, and the row would name an event that
+is not the cause.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+
+from sqlalchemy.orm import Session
+
+from outbox_worker.database.engine import Database
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.model import Guard
+from outbox_worker.settle.pacing import STUCK_PASSES_MAX
+from outbox_worker.store.outbox import IsolatedEvent, Outbox
+from outbox_worker.store.workers import Workers
+
+_WAIT_SECONDS = 0.5
+"""The longest time that a claim loop waits for the others before it reports that it is alive."""
+
+
+class Isolation:
+    """The events that this process must still process alone, and the right to do so. All claim loops share it."""
+
+    def __init__(self, database: Database, workers: Workers) -> None:
+        self._database, self._workers = database, workers
+        self._changed = threading.Condition()
+        self._batches = 0
+        self._is_one_alone = False
+        self._to_isolate = 0
+        self._is_accusing = False
+
+    @property
+    def is_careful(self) -> bool:
+        """Whether the next events must be processed one at a time."""
+        return self._to_isolate > 0
+
+    def isolate_next(self, events: int) -> None:
+        """Process the next ``events`` events one at a time, because one of them may have killed a worker."""
+        self._to_isolate = events
+
+    @contextmanager
+    def together(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Process a batch inside the ``with`` block, while other loops may process batches, too.
+
+        ``on_wait`` is called from time to time while this waits for a loop that processes an event alone.
+        """
+        with self._changed:
+            self._wait(lambda: not self._is_one_alone, on_wait)
+            self._batches += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._batches -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Process one event inside the ``with`` block. No other loop begins a batch from now on.
+
+        ``on_wait`` is called from time to time while this waits until the batches of the other loops have ended.
+        """
+        with self._changed:
+            self._wait(lambda: not self._is_one_alone, on_wait)
+            self._is_one_alone = True
+        try:
+            with self._changed:
+                self._wait(lambda: not self._batches, on_wait)
+            yield
+        finally:
+            with self._changed:
+                self._is_one_alone = False
+                self._changed.notify_all()
+
+    def _wait(self, until: Callable[[], bool], on_wait: Callable[[], None]) -> None:
+        while not self._changed.wait_for(until, _WAIT_SECONDS):
+            on_wait()
+
+    def isolate(
+        self, outbox: Outbox, key: int | None, guard: Guard, until: datetime | None, plans: Mapping[str, str]
+    ) -> IsolatedEvent | None:
+        """Choose a due event and accuse it. Return None if there is none.
+
+        ``key`` is the id of the event; None means the first event. If no event is left, the process is careful no more.
+        """
+        with self._database.transaction(**plans) as session:
+            event = outbox.isolate(session, key, until, set_aside=self._workers.set_aside.ids)
+            if event is not None:
+                if not self._workers.accuse(session, guard, event.id):
+                    return None
+                self._is_accusing = True  # even if the answer to COMMIT is lost
+        if key is None:
+            self._to_isolate = 0 if event is None else max(0, self._to_isolate - 1)
+        return event
+
+    def clear_crash(self, session: Session) -> None:
+        """Withdraw the accusation in the transaction that settles or postpones the event."""
+        self._workers.withdraw(session)
+
+    def settled(self) -> None:
+        """Record that the transaction with ``clear_crash`` was committed."""
+        self._is_accusing = False
+
+    def withdraw(self) -> None:
+        """Withdraw the accusation, because the process gives the event up or stops.
+
+        If the database is away, leave a note on this host.
+        """
+        if not self._is_accusing:
+            return
+        try:
+            with self._database.transaction() as session:
+                self._workers.withdraw(session)
+        except Exception:  # noqa: BLE001 - the caller has reported the trouble already, or the process ends
+            self._workers.withdraw_here()
+        else:
+            self._is_accusing = False
+
+    def withdraw_here(self) -> None:
+        """If an accusation still stands when the process ends, leave a note on this host. Needs no database."""
+        if self._is_accusing:
+            self._workers.withdraw_here()
+
+
+class LoneEvents:
+    """The events that one claim loop must process alone, and the one that it processes now."""
+
+    def __init__(self, isolation: Isolation, outbox: Outbox) -> None:
+        self._isolation, self._outbox = isolation, outbox
+        self._failures = 0
+        self.event: IsolatedEvent | None = None
+        self.crash_suspects: list[int] = []
+        """Events that the last batches left out, because workers died while they processed them."""
+
+    @property
+    def is_next(self) -> bool:
+        """Whether the next event must be processed alone."""
+        return bool(self.event or self.crash_suspects) or self._isolation.is_careful
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the event must be postponed, after ``STUCK_PASSES_MAX`` transient or unclear errors."""
+        return self._failures >= STUCK_PASSES_MAX
+
+    def choose(self, guard: Guard, until: datetime | None, plans: Mapping[str, str]) -> IsolatedEvent | None:
+        """Accuse the event that was given up before, or the next crash suspect, or the first event of the queue."""
+        before, key = self.event, None
+        if before is not None:
+            key = before.id
+        elif self.crash_suspects:
+            key = self.crash_suspects[-1]
+        try:
+            self.event = self._isolation.isolate(self._outbox, key, guard, until, plans)
+        except Exception:
+            self._isolation.withdraw()
+            raise
+        if before is None and self.crash_suspects:
+            self.crash_suspects.pop()
+        if self.event is None:
+            self._failures = 0
+        return self.event
+
+    def gave_up(self, error: Exception) -> None:
+        """Withdraw the accusation and try the event again later: the process lives, and the event is not at fault."""
+        self._failures += classify(error) in (Failure.RETRY, Failure.UNCLEAR)
+        self._isolation.withdraw()
+
+    def done(self) -> None:
+        self._isolation.settled()
+        self.event, self._failures = None, 0

@@ -1,0 +1,42 @@
+"""Changes ``outbox.crashes``: the number of proven deaths of workers that processed only this event.
+
+Only these functions change the column. Each of them skips an event that another transaction has locked, because that
+transaction may settle the event, and because the caller holds the lock of a row of ``workers``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from sqlalchemy import Table, func, select, update
+from sqlalchemy.orm import Session
+
+
+class Changed(Enum):
+    """What became of a change of the crash count of one event."""
+
+    DONE = auto()
+    NOTHING = auto()
+    """The event is no longer in the outbox, or the outbox does not let the count be changed."""
+    LOCKED = auto()
+    """Another transaction has locked the event. Try again later."""
+
+
+def add_crash(session: Session, outbox: Table, event: int) -> Changed:
+    """Count one more proven death for an event."""
+    return _change(session, outbox, event, by=1)
+
+
+def take_back_crash(session: Session, outbox: Table, event: int) -> Changed:
+    """Count one death less, because the worker that was taken for dead lives."""
+    return _change(session, outbox, event, by=-1)
+
+
+def _change(session: Session, outbox: Table, event: int, by: int) -> Changed:
+    """what: changes the crash count of one event · lock: FOR UPDATE SKIP LOCKED · index: primary key"""
+    row = select(outbox.c.id).where(outbox.c.id == event)
+    if session.scalar(row.with_for_update(skip_locked=True)) is None:
+        return Changed.NOTHING if session.scalar(row) is None else Changed.LOCKED
+    count = func.greatest(func.coalesce(outbox.c.crashes, 0) + by, 0)
+    changed = session.execute(update(outbox).where(outbox.c.id == event).values({outbox.c.crashes: count}))
+    return Changed.DONE if changed.rowcount == 1 else Changed.NOTHING  # type: ignore[attr-defined]
