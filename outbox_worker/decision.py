@@ -10,22 +10,22 @@ from enum import Enum, auto
 from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, PaymentStatus, Reason, Verdict
 
 CRASHES_MAX = 3
-"""The number of crashes after which an event becomes a dead letter.
+"""The number of counted crashes after which an event becomes a dead letter.
 
-A crash is counted if a process is proven to have died while it processed only this event (``judge_death``).
+A crash is counted only if ``judge_death`` proves that a process died while it processed only this event.
 """
 WORKER_SILENT_AFTER_SECONDS = 30.0
-"""The seconds without a heartbeat after which a worker with an open row is considered dead."""
+"""If a worker with an open row writes no heartbeat for this number of seconds, other workers consider it dead."""
 HEARTBEATS_BEFORE_JUDGING = 3
-"""The number of heartbeats that a worker writes, since it last had no database, before silence proves anything to it.
+"""The number of heartbeats that a worker must write, after its start or an outage, before it judges silent workers.
 
-After an outage, each worker that lives needs this time to write a heartbeat of its own.
+During this time, every other worker that is alive writes a heartbeat, too.
 """
 
 _FIRST_RULES: Mapping[int, str] = {
-    1: "its type has no handler",
-    2: "its payload names no payment",
-    3: "its id is marked for another payment",
+    1: "the event's type has no handler",
+    2: "the payload names no payment",
+    3: "the event id is marked for another payment",
 }
 RULES: Mapping[int, str] = {
     **_FIRST_RULES,
@@ -36,16 +36,16 @@ RULES: Mapping[int, str] = {
     8: "another purchase already gives the student this course",
     9: "none of rules 1 to 8 applies, so the purchase is created",
 }
-"""The rules for a confirmation, in words. docs/explanation/state-machine.md explains them."""
+"""The rules for an event that confirms a payment, in words. docs/explanation/state-machine.md explains them."""
 REFUND_RULES: Mapping[int, str] = {
     **_FIRST_RULES,
-    4: "its purchase is already inactive",
+    4: "the purchase of this payment is already inactive",
     5: RULES[5],
     6: RULES[6],
     7: "the payment is not refunded",
     8: "none of rules 1 to 7 applies, so the purchase is deactivated",
 }
-"""The rules for a refund, in words. docs/explanation/state-machine.md explains them."""
+"""The rules for an event that reports a refund, in words. docs/explanation/state-machine.md explains them."""
 RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
     Reason.UNSUPPORTED_EVENT_TYPE: (1,),
     Reason.INVALID_PAYLOAD: (2,),
@@ -69,7 +69,7 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The number of tries of an event, and the waits between two tries.
+    """The largest number of tries of an event, and the bounds of the wait between two tries.
 
     Outages of the database do not count as tries.
     """
@@ -87,47 +87,50 @@ class Death(Enum):
     """What the open row of another worker proves."""
 
     NONE = auto()
-    """The worker may live."""
+    """The worker may still be alive."""
     UNDECIDED = auto()
-    """The worker is probably dead, but the judge must write more heartbeats of its own before it may judge."""
+    """The worker is probably dead. But the worker that judges the death must first write more heartbeats of its own."""
     UNPROVEN = auto()
-    """The worker is dead. It isolated no event, or it may have died of something else: no event is charged."""
+    """The worker is dead, but its death counts as a crash of no event.
+
+    It did not process an event alone, or it may have died for another reason.
+    """
     PROVEN = auto()
-    """The worker died while it processed only the event that it had isolated: the event is charged."""
+    """The worker died while it processed one event alone, so its death counts as a crash of this event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IsolationTrace:
-    """The event that a worker isolated, and what happened since then, as its row and the server tell it."""
+    """What happened after a worker *isolated* an event, that is, began to process the event alone."""
 
     lived_on_seconds: float
-    """The time from the isolation to the last heartbeat."""
+    """The time from the isolation to the last heartbeat of the worker."""
     is_same_server: bool
-    """Whether the server has neither restarted nor failed over since the isolation."""
+    """True if the database server did not restart and did not fail over after the isolation."""
     judge_was_cut_off: bool
-    """Whether the judge itself had no database after the isolation."""
+    """Whether the worker that judges the death could not reach the database at some time after the isolation."""
     is_withdrawn: bool
-    """Whether the worker left a note on this host that it no longer processes the event."""
+    """Whether a note (a file on this host) says that the worker no longer processes the event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traces:
-    """The traces of another worker whose row is open, as its judge finds them."""
+    """What the judging worker knows about another worker whose row in ``workers`` is open."""
 
     is_running: bool | None
-    """Whether the process runs, by the kernel of this host; None if the worker ran on another host."""
+    """Whether the process of the worker still runs; None if the worker ran on another host."""
     silent_seconds: float
     judge_heartbeats: int
-    """The number of heartbeats that the judge has written since it last had no database."""
+    """The number of heartbeats that the judging worker has written since its last outage of the database."""
     isolation: IsolationTrace | None = None
 
 
 def judge_death(traces: Traces, deadline_seconds: float) -> Death:
     """Judge whether a worker died, and whether its isolated event is the cause.
 
-    Every doubt is in favour of the event. If the process is known to have ended, nothing else must be waited for. If a
-    worker is only silent, the judge must have written ``HEARTBEATS_BEFORE_JUDGING`` heartbeats before it may charge an
-    event. A process that lived longer than ``deadline_seconds`` after the isolation did not die of the event.
+    In case of doubt, the event is not the cause. If the process is known to have ended, this function judges at once.
+    If the worker is only silent, the judging worker must have written ``HEARTBEATS_BEFORE_JUDGING`` heartbeats first. A
+    worker that was alive for more than ``deadline_seconds`` after the isolation did not die because of the event.
     """
     has_ended = traces.is_running is False
     if not has_ended and traces.silent_seconds <= WORKER_SILENT_AFTER_SECONDS:
@@ -146,7 +149,7 @@ def judge_death(traces: Traces, deadline_seconds: float) -> Death:
 def decide(facts: Facts) -> Verdict:
     """Judge an event by the first rule of docs/explanation/state-machine.md that applies."""
     if facts.crashes >= CRASHES_MAX:
-        return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died while they handled it")
+        return Verdict(Outcome.DEAD, Reason.CRASHED_WORKER, f"{facts.crashes} workers died while handling the event")
     if not facts.handled:  # 1
         return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type", rule=1)
     if facts.payment_id is None:  # 2
@@ -191,7 +194,7 @@ def _flaw(facts: Facts) -> Verdict | None:
 
 
 def _grant(facts: Facts) -> Verdict:
-    """Apply rule 9. A payment whose student was erased is refused, because nobody can be given the course."""
+    """Apply rule 9. If the payment names no student or no course, refuse the event: nobody can be given the course."""
     if not facts.has_pair:
         return refused("the payment names no student or no course", facts.last_try)
     claimed = facts.mark is not None and facts.mark.outcome not in MARKS_WITHOUT_PURCHASE
@@ -208,7 +211,7 @@ def refused(detail: str, last_try: bool) -> Verdict:
 
 
 def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
-    """Compute how long to wait after failed try number ``attempts``. The first try has the number 1.
+    """Compute the wait after the failed try with the number ``attempts``. The first try has the number 1.
 
     The wait doubles with each try up to the maximum of ``policy``. ``spread`` is a random number in [0, 1) from the
     caller. It makes the wait up to a quarter longer, so that events that failed together become due at different times.

@@ -22,7 +22,10 @@ PURCHASE_REFUNDED = "PURCHASE_REFUNDED"
 
 
 class Outcome(StrEnum):
-    """The result of handling an event. All outcomes except ``retried`` and ``dead`` are final and leave a mark."""
+    """The result of handling an event.
+
+    All outcomes except ``retried`` and ``dead`` are final: the worker writes a mark (a row of ``processed_events``).
+    """
 
     CREATED = "created"
     RECOVERED = "recovered"
@@ -43,9 +46,9 @@ FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
 _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
-"""Outcomes whose mark does not prove that an active purchase was created.
+"""The outcomes of marks that do not prove that the worker created an active purchase.
 
-A mark with any other outcome proves that an active purchase was created, even if this version does not know the
+A mark with any other outcome proves that the worker created one, even if this version of the program does not know the
 outcome.
 """
 
@@ -65,15 +68,15 @@ class Reason(StrEnum):
 
 
 CONTRADICTIONS = frozenset({Reason.PAYMENT_MISMATCH, Reason.EVENT_ID_REUSED})
-"""Reasons that mean that event and payment contradict each other.
+"""The reasons of dead letters whose event contradicts its payment.
 
-The worker creates no purchase for the payment until a person decides.
+The worker creates no purchase for such a payment until a person decides.
 """
 
 WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
-"""Reasons whose dead letters waive a purchase: if a person discards such a letter, its payment gets no purchase.
+"""The reasons with which a discarded dead letter *waives* a purchase: the payment of the letter then gets no purchase.
 
-Only a dead letter whose event confirms a payment can waive a purchase. The other reasons mean that the payment is
+Only a dead letter whose event confirms a payment can waive a purchase. All other reasons mean that the payment is
 missing or has not succeeded. If a person discards a letter with one of the other reasons and the payment succeeds
 later, the payment still gets its purchase.
 """
@@ -101,13 +104,13 @@ class Guard(StrEnum):
 
 
 class Event(NamedTuple):
-    """The keys of a claimed event. The worker does not load the payload of the event."""
+    """The keys of a claimed event. This record does not contain the payload of the event."""
 
     id: int
     event_id: UUID
     event_type: str
     payment_id: str | None
-    """The payload's ``payment_id`` in lower case; None if it is not a UUID string."""
+    """The payload's ``payment_id`` in lower case; None if the value is not a UUID string."""
     attempts: int
     lateness: float
     """Seconds from ``due_at`` to the claim, measured by the database's clock."""
@@ -121,7 +124,7 @@ class Position(NamedTuple):
 
 
 class DueWindow(NamedTuple):
-    """A range of due times, as text from PostgreSQL. It includes both ends."""
+    """A range of due times, as text from PostgreSQL. Both ends belong to the range."""
 
     first: str
     last: str
@@ -131,7 +134,10 @@ ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
-    """The payment's columns that a payload repeats, as text of limited length. None if the key is missing or null."""
+    """The values of a payment that its event's payload may repeat, as text of limited length.
+
+    A field is None if the payload has no such key, or if the value is null.
+    """
 
     student_id: str | None = None
     course_id: str | None = None
@@ -143,8 +149,8 @@ class Repeated(NamedTuple):
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
 
-    The events are stored as columns, because the claim returns one array per column. The fast path reads no single
-    event and sends the arrays back unchanged.
+    The events are stored as columns, because the claim returns one array per column. The fast path (one statement for
+    the whole batch) reads no single event, and sends the arrays back to the database unchanged.
     """
 
     ids: Sequence[int] = ()
@@ -154,7 +160,10 @@ class Batch(Mapping[int, Event]):
     attempts: Sequence[int | str] = ()
     lateness: Sequence[float] = ()
     repeated: Sequence[Repeated] = ()
-    """The columns of the payments that the payloads repeat. Filled only if ``payload`` is of type json or text."""
+    """The values of the payments that the payloads repeat.
+
+    Empty if the column ``payload`` has the type jsonb, because SQL statements then read these values.
+    """
     window: DueWindow = ALWAYS
     """The range that contains the due times of all events of the batch."""
 
@@ -218,7 +227,10 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """Everything that ``decide`` needs to know. One statement reads these facts while event and pair are locked."""
+    """Everything that ``decide`` needs to know about an event.
+
+    One statement reads these facts while the event and its pair (student, course) are locked.
+    """
 
     crashes: int = 0
     """The number of processes that died while this event was the only event in their batch."""
@@ -234,7 +246,7 @@ class Facts:
     mismatches: tuple[str, ...] = ()
     """The payload keys whose values differ from the payment row."""
     has_pair: bool = True
-    """Whether the payment names a student and a course. A shop may erase the student of an old payment."""
+    """Whether the payment names a student and a course. False if the shop has erased the student of an old payment."""
     pair_held: bool = False
     """Whether another active purchase already gives the student this course."""
     last_try: bool = False
@@ -243,7 +255,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of an event, with its reason. ``detail`` is for people and never contains text from a payload."""
+    """The outcome of an event, and the reason. ``detail`` is for people and never contains text from a payload."""
 
     outcome: Outcome
     reason: Reason | None = None
@@ -277,7 +289,7 @@ Verdicts = dict[int, Verdict]
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """Group the events by outcome. There is a shortcut for the usual case that all events share one verdict object."""
+    """Group the events by outcome. Usually all events share one verdict object, and then no event is read singly."""
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
         return {verdict.outcome: list(verdicts) for verdict in distinct.values()}
@@ -334,15 +346,17 @@ class FoundPayment:
     student_id: Any
     course_id: Any
     amount: Decimal | None
-    """None: the column may be NULL in the shop's table, and it is."""
+    """None if the column is NULL. The payments table of a shop may allow NULL."""
     currency: str
     created_at: datetime | None
     """The time of the payment; None if Python cannot represent it, for example ``-infinity``."""
     age_seconds: float | None
     """None if the payment has no time."""
     pair: tuple[str, str] = field(repr=False)
-    """Two texts that are equal exactly if student and course are the same, even if the ids are written in different
-    ways."""
+    """One text for the student and one for the course, to compare payments.
+
+    Two payments of the same student and course have equal texts, even if their ids are written in different ways.
+    """
 
     def is_since(self, time: datetime) -> bool:
         return self.created_at is not None and self.created_at >= time
@@ -355,14 +369,14 @@ class FoundPayment:
 
 @dataclass(frozen=True, slots=True)
 class UnjudgedPayment(FoundPayment):
-    """A succeeded payment with a value that prevents a judgement. A person must correct the value."""
+    """A succeeded payment that cannot be classified until a person corrects a missing or unusable value."""
 
     reason: str
-    """The value that is missing or cannot be used, as a clause for people: ``it names no student``."""
+    """Tells people which value is missing or unusable, as a clause: ``it names no student``."""
 
     @property
     def age(self) -> tuple[datetime, int]:
-        """The sort key that puts the oldest payment first. It does not need the id, because the id may be missing."""
+        """The sort key that puts the oldest payment first. It does not contain the id, because an id may be missing."""
         return self.created_at or datetime.min.replace(tzinfo=UTC), 0
 
 
@@ -388,7 +402,7 @@ class PaymentTotals:
 
     @classmethod
     def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:
-        """Read the output of ``written``. None means no payments."""
+        """Convert the value that ``written`` returned back to totals. None stands for no payments."""
         given = written or {"count": 0, "money": {}}
         return cls(given["count"], {key: Decimal(amount) for key, amount in given["money"].items()})
 

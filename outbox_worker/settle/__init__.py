@@ -1,8 +1,8 @@
 """Settles events, from the claim to COMMIT. The order of calls is processor → settlement → handlers → ``store``.
 
 Call ``Processor.process_batch``, which owns the transaction. ``settlement`` marks and deletes settled events, and
-``recording`` writes retries and dead letters: a new outcome is added in ``model`` and ``decision``, not here.
-``pacing`` decides how many events the next claim asks for, and where the claim begins in the queue. ``isolation``
-processes single events alone after a worker has died. ``decision.retry_delay`` decides how long a failed event waits.
-Do not write SQL here: statements are in ``store``. Do not log or count an outcome before COMMIT.
+``recording`` writes retries and dead letters. ``pacing`` decides how many events the next claim asks for, and where the
+claim begins in the queue. ``isolation`` processes single events alone after a worker has died. Two decisions are made
+outside this package: ``decision.decide`` decides the outcome of an event, and ``decision.retry_delay`` the delay of its
+next try. Do not write SQL here, because all statements are in ``store``. Do not log or count an outcome before COMMIT.
 """

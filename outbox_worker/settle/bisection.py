@@ -1,4 +1,4 @@
-"""Keeps the state of settling a batch in parts: the parts that are left, and what was found about each event.
+"""Keeps the state while a batch is settled in parts: the parts that are not tried yet, and the results so far.
 
 This module does no I/O.
 """
@@ -24,14 +24,17 @@ from outbox_worker.settle.handlers import AttemptPlan
 
 @dataclass
 class Found:
-    """What the attempts at a batch have found: verdicts, and the errors of the events that the database refused."""
+    """The results of all attempts at a batch: verdicts, and the errors of the events that the database refused."""
 
     verdicts: Verdicts = field(default_factory=dict)
     refusals: dict[int, Exception] = field(default_factory=dict)
     kept: dict[int, Exception] = field(default_factory=dict)
-    """Settled events whose rows the database does not let the worker remove."""
+    """Settled events whose outbox rows the database refused to delete, each with the error."""
     held: dict[int, Exception] = field(default_factory=dict)
-    """Events whose rows cannot be removed now. They are not settled yet, because the rows may be removable soon."""
+    """Events whose outbox rows the database refused to delete for the first time, each with the error.
+
+    These events are not settled yet, because a later attempt to delete the rows may succeed.
+    """
     checks_deferred: bool = False
     is_through: bool = True
     is_recorded: bool = False
@@ -39,7 +42,7 @@ class Found:
 
 
 class Bisection:
-    """The state of halving a batch."""
+    """The state of one batch that is halved until each refused event is a part by itself."""
 
     def __init__(self, plan: AttemptPlan, parts: list[Batch], stuck: Collection[int] | None) -> None:
         self.plan = plan
@@ -47,20 +50,20 @@ class Bisection:
         """The parts that are not tried yet. The last part of the list is tried next."""
         self.found = Found(checks_deferred=True)
         self.foreign: set[int] = set()
-        """Refused events whose unique key is neither the pair nor a payment nor an event, so the cause is unclear."""
+        """Events that violated another unique key than that of pair, payment or mark, so the cause is unclear."""
         self._stuck = stuck
         self._looked_again: set[int] = set()
         self._made: dict[int, Concessions] = {}
         self._causes: dict[int, dict[Concession, Exception]] = {}
 
     def concessions(self, part: Batch) -> Concessions:
-        """Return what the next attempt at a part omits."""
+        """Return the writes that the next attempt at a part omits."""
         return self._made.get(next(iter(part)), NONE) if len(part) == 1 else NONE
 
     def is_trial(self, part: Batch) -> bool:
-        """Return whether the next attempt only finds out whether the removal of the row is what the database refuses.
+        """Return whether the next attempt is a trial: does the database refuse only the deletion of the event's row?
 
-        Its writes are then rolled back, and the event is held back until the next try.
+        The writes of a trial are rolled back. If the trial succeeds, the event is set aside until a later try.
         """
         return Concession.ROW in self.concessions(part) and self._is_new(next(iter(part)))
 
@@ -68,12 +71,12 @@ class Bisection:
         return self._stuck is not None and key not in self._stuck
 
     def hold(self, part: Batch) -> None:
-        """Hold a single event back, because the trial without the removal of its row has passed."""
+        """Do not settle a single event yet, because its trial without the deletion of its row succeeded."""
         (key,) = part
         self.found.held[key] = self._causes[key][Concession.ROW]
 
     def failed(self, part: Batch, refusal: PartRefused) -> None:
-        """Halve the part that failed. If it is a single event, try it with less, or record the event as refused."""
+        """Halve a part that failed. Try a single event again with fewer writes, or note that the event was refused."""
         error = refusal.error
         if len(part) > 1:
             self.parts += reversed(halves(part))
@@ -96,7 +99,7 @@ class Bisection:
         self.parts.append(part)
 
     def succeeded(self, part: Batch, verdicts: Verdicts) -> None:
-        """Add the verdicts of a part, with the refusals that the part's concessions avoided."""
+        """Add the verdicts of a part, and the errors because of which the attempt omitted writes."""
         made, causes = self.concessions(part), self._causes.get(next(iter(part)), {})
         if Concession.ROW in made:
             self.found.kept |= dict.fromkeys(final(verdicts), causes[Concession.ROW])
@@ -137,7 +140,10 @@ class UnprovenRefusals:
         self._proven.update(keys)
 
     def committed(self, done: Collection[int], *, is_proof: bool) -> None:
-        """Forget the events ``done``. If ``is_proof``, another event has succeeded since the earlier refusals."""
+        """Forget the events ``done``.
+
+        If ``is_proof``, another event has succeeded, so the remaining events are the cause of their own refusals.
+        """
         if self._recent or self._proven:
             self._recent.difference_update(done)
             self._proven.difference_update(done)
@@ -147,5 +153,5 @@ class UnprovenRefusals:
 
 
 def final(verdicts: Verdicts) -> set[int]:
-    """Return the events that are settled."""
+    """Return the events whose outcome is final."""
     return {key for key, verdict in verdicts.items() if verdict.outcome in FINAL}

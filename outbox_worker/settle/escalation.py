@@ -1,7 +1,7 @@
 """Decides what to try next after the database refused a part of a batch. This module does no I/O.
 
-A part with several events is halved. A part with a single event is tried again with less: without the purchase of the
-next payer, or without the removal of its row, if these may be what the database refuses.
+A part with several events is halved. A part with a single event is tried again with fewer writes. The attempt omits a
+write that the database may have refused: the purchase of the pair's next payment, or the deletion of the event's row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ class Step(Enum):
     """The step of an attempt at which the database refused a part."""
 
     HANDLE = auto()
-    """A handler wrote purchases."""
+    """A handler writes purchases."""
     GRANT_NEXT = auto()
-    """A refund was written, and the next payment of the pair was to get a purchase."""
+    """After a refund, the handler creates a purchase for the next payment of the pair."""
     RECORD = auto()
-    """Marks, dead letters or later due times were written."""
+    """The worker writes marks, dead letters or later due times."""
     REMOVE = auto()
-    """The rows of the events were deleted from the outbox."""
+    """The worker deletes the rows of the events from the outbox."""
     CHECK = auto()
-    """The deferred constraints were checked, so each of the other steps may be the cause."""
+    """The worker checks the deferred constraints. The cause of an error may be any of the other steps."""
 
 
 class Concession(Enum):
@@ -46,7 +46,7 @@ _IN_ORDER: Sequence[Concessions] = (
     frozenset({Concession.NEXT_PAYMENT}),
     frozenset({Concession.ROW, Concession.NEXT_PAYMENT}),
 )
-"""The order in which an event is tried if its deferred constraints fail. Each event begins with the first one."""
+"""The writes to omit in the first, second, third and fourth attempt at an event whose deferred constraints fail."""
 
 
 class PartRefused(Exception):
@@ -58,20 +58,24 @@ class PartRefused(Exception):
 
 
 class TrialPassed(Exception):
-    """Raised after a trial of a single event, so that its writes are rolled back: only the removal is refused."""
+    """Raised if a trial of a single event succeeds, so that the writes of the trial are rolled back.
+
+    The success proves that the database refuses only the deletion of the event's row.
+    """
 
 
 def halves(batch: Batch) -> list[Batch]:
-    """Return both halves of a batch. The first half of a single event is empty."""
+    """Return both halves of a batch. If the batch has only one event, the first half is empty."""
     keys = list(batch)
     middle = len(keys) // 2
     return [batch.only(keys[:middle]), batch.only(keys[middle:])]
 
 
 def next_concessions(step: Step, made: Concessions, *, is_refund: bool) -> Concessions | None:
-    """Return what the next attempt at a single event omits, or None if the event itself is refused.
+    """Return the writes that the next attempt at a single event omits, or None if no further attempt can help.
 
-    The last attempt made the concessions ``made`` and was refused at ``step``. Only a refund has a next payment.
+    The last attempt omitted ``made``, and the database refused it at ``step``. Only after a refund does the next
+    payment of the pair get a purchase.
     """
     match step:
         case Step.REMOVE:

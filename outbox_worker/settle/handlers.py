@@ -30,22 +30,22 @@ class AttemptPlan:
 
     guard: GuardState
     locks: PairLocks | None = None
-    """The pairs that are already locked. If None, the handler locks the pairs of the events that it must judge."""
+    """The pairs that are locked already. If None, the handler locks the pairs of the events that it must judge."""
     looks_at_marks: bool = True
-    """Whether to check for marks first.
+    """Whether to check first which events have a mark already.
 
-    Without this check, the attempt fails (23505) if an event has a mark already.
+    Without this check, the attempt fails (23505) if one of the events has a mark.
     """
     judges_all: bool = False
     """Whether to judge every event individually.
 
-    If false, one fast statement first inserts the purchases of all events to which none of rules 1 to 8 applies. Then
-    only the other events are judged individually.
+    If false, one fast statement first inserts the purchases of all events to which none of rules 1 to 8 of
+    docs/explanation/state-machine.md applies. Then only the other events are judged individually.
     """
     grants_next: bool = True
     """Whether a refund creates a purchase for the next payment of its pair.
 
-    If false, the verdict names the payment that would have got the purchase.
+    If false, no such purchase is created, and the verdict names the payment that would have got it.
     """
 
 
@@ -96,7 +96,7 @@ def build_handlers(repository: PurchaseRepository, policy: RetryPolicy) -> Handl
 
 
 def judge_unhandled(batch: Batch) -> Verdicts:
-    """Judge events whose type has no handler, by rule 1 of ``decide``."""
+    """Return the verdict of rule 1 for events whose type has no handler."""
     return dict.fromkeys(batch, decide(Facts(handled=False)))
 
 
@@ -119,7 +119,7 @@ class _UnderLocks(ABC):
         """Write the purchases of these events. Return the ids of the events whose purchase was written."""
 
     def _lock(self, session: Session, batch: Batch, plan: AttemptPlan) -> frozenset[int]:
-        """Lock the pairs of the events, unless the plan contains locks already. Return the keys of the locked pairs."""
+        """Lock the pairs of the events if the plan contains no locks yet. Return the keys of the locked pairs."""
         locks = plan.locks or self._repository.lock_pairs(session, batch, plan.guard.lock_capacity)
         return locks.keys
 
@@ -168,8 +168,8 @@ class ConfirmedPurchases(_UnderLocks):
         """Insert the purchases of all clean events by one statement.
 
         Then lock the pairs of the other events and judge them. An event is clean if none of rules 1 to 8 applies to it.
-        Raises OutOfOrder if one of the other events must get a purchase, because the first statement may already have
-        written purchases that come after this purchase in the order that all workers use.
+        Raises OutOfOrder if one of the other events must get a purchase. All workers write purchases in the same order,
+        and the first statement may have written purchases that come after this one.
         """
         inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
         verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
@@ -223,11 +223,11 @@ class RefundedPurchases(_UnderLocks):
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], plan: AttemptPlan
     ) -> Verdicts:
-        """Create a purchase for each pair that has no active purchase now, from its oldest payment without a purchase.
+        """Create a purchase for each pair that has no active purchase now, for the oldest payment that has no purchase.
 
-        If a purchase was not written, read the payments again. This method reads the payments after the refunds are
-        written, and while the pairs are locked. So no other worker can judge a payment as a duplicate between the
-        refund and the new purchase. The refund stays written even if the purchase is not written.
+        This method reads the payments after the refunds are written, and while the pairs are locked. So no other worker
+        can judge a payment as a duplicate between the refund and the new purchase. If a purchase was not written, the
+        payments are read again. The refund stays written even if the purchase is not written.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -247,9 +247,9 @@ class RefundedPurchases(_UnderLocks):
         return verdicts
 
     def _insert_next(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        """Create the purchases of next payments.
+        """Create the purchases of the pairs' next payments.
 
-        Raises PartRefused if one of them is refused, so that its refund is written without it.
+        If the database refuses one of these purchases, raise PartRefused. The refund is then written without it.
         """
         try:
             return self._repository.insert_granted(session, batch, guard)
@@ -260,13 +260,14 @@ class RefundedPurchases(_UnderLocks):
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
-    """Return the oldest payment of a pair that is in the class ``unexplained``, that is, nothing explains why it has no
-    purchase. Return None if there is no such payment, or if another worker may be writing the pair's purchase.
+    """Return the oldest payment of a pair in the class ``unexplained`` (nothing explains why it has no purchase).
+
+    Return None if there is no such payment, or if another worker may be writing the pair's purchase.
 
     If this refund deactivated the active purchase of the pair, every other worker that writes a purchase of the pair
-    waits for this transaction. Therefore this transaction may create one. If the pair had no active purchase before,
-    another worker may be writing the purchase of a payment whose event is in the outbox. If this worker waited for that
-    worker, both could deadlock.
+    waits for this transaction. Therefore this transaction may create a purchase. If the pair had no active purchase
+    before, another worker may be writing the purchase of a payment whose event is in the outbox. If this worker waited
+    for that worker, both could deadlock.
     """
     is_open = event_facts.facts.purchase_active or all(each.kind != PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind == PaymentClass.UNEXPLAINED)
@@ -274,7 +275,7 @@ def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str |
 
 
 def _not_passed_on(payment_id: str) -> Verdict:
-    """Judge a refund whose pair has a next payment that got no purchase."""
+    """Return the verdict on a refund after which the next payment of the pair got no purchase."""
     detail = "the database did not write the purchase and raised no error"
     return Verdict(Outcome.REVOKED, detail=detail, writes=True, refused_next=payment_id)
 

@@ -1,9 +1,9 @@
-"""Processes single events alone after a worker has died, because one of them may have killed it.
+"""Processes single events alone after a worker has died, because one of these events may have killed the worker.
 
 Before the work, the process *accuses* the event: it commits the event's id into its own row of ``workers``. The
-transaction that settles the event clears the row. So if the process dies in between, the row names the event, and the
-worker that takes the row over counts a crash for it (``Workers.take_over_dead_workers``). A process that gives up or
-stops did not die: it clears the row as well, or leaves a note on its host if it has no database.
+transaction that settles the event clears the row. If the process dies in between, the row still names the event, and
+the worker that takes the row over counts a crash for the event (``Workers.take_over_dead_workers``). A process that
+gives the event up, or stops, clears the row as well. If it has no database, it leaves a note (a file) on its host.
 
 A process has only one row, and it dies as a whole. So while a claim loop processes an event alone, all other claim
 loops of the process stand still. Otherwise their batches could kill the process, and the row would name an event that
@@ -27,11 +27,14 @@ from outbox_worker.store.outbox import IsolatedEvent, Outbox
 from outbox_worker.store.workers import Workers
 
 _WAIT_SECONDS = 0.5
-"""The longest time that a claim loop waits for the others before it reports that it is alive."""
+"""While a claim loop waits for other loops, it reports after each such interval that it is alive."""
 
 
 class Isolation:
-    """The events that this process must still process alone, and the right to do so. All claim loops share it."""
+    """Counts the events that this process must still process alone, and lets only one claim loop at a time do so.
+
+    All claim loops of the process share one ``Isolation``.
+    """
 
     def __init__(self, database: Database, workers: Workers) -> None:
         self._database, self._workers = database, workers
@@ -54,7 +57,7 @@ class Isolation:
     def together(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """Process a batch inside the ``with`` block, while other loops may process batches, too.
 
-        ``on_wait`` is called from time to time while this waits for a loop that processes an event alone.
+        If another loop processes an event alone, this waits for that loop, and calls ``on_wait`` from time to time.
         """
         with self._changed:
             self._wait(lambda: not self._is_one_alone, on_wait)
@@ -70,7 +73,7 @@ class Isolation:
     def alone(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """Process one event inside the ``with`` block. No other loop begins a batch from now on.
 
-        ``on_wait`` is called from time to time while this waits until the batches of the other loops have ended.
+        This first waits until the batches of the other loops have ended, and calls ``on_wait`` from time to time.
         """
         with self._changed:
             self._wait(lambda: not self._is_one_alone, on_wait)
@@ -91,9 +94,10 @@ class Isolation:
     def isolate(
         self, outbox: Outbox, key: int | None, guard: Guard, until: datetime | None, plans: Mapping[str, str]
     ) -> IsolatedEvent | None:
-        """Choose a due event and accuse it. Return None if there is none.
+        """Choose a due event and accuse it: write its id into the row of this process. Return None if there is none.
 
-        ``key`` is the id of the event; None means the first event. If no event is left, the process is careful no more.
+        ``key`` is the id of the event; None stands for the first event of the queue. If the queue contains no due
+        event, the process goes back to whole batches.
         """
         with self._database.transaction(**plans) as session:
             event = outbox.isolate(session, key, until, set_aside=self._workers.set_aside.ids)
@@ -106,7 +110,7 @@ class Isolation:
         return event
 
     def clear_crash(self, session: Session) -> None:
-        """Withdraw the accusation in the transaction that settles or postpones the event."""
+        """Clear the event from the row of this process, in the transaction that settles or postpones the event."""
         self._workers.withdraw(session)
 
     def settled(self) -> None:
@@ -114,9 +118,9 @@ class Isolation:
         self._is_accusing = False
 
     def withdraw(self) -> None:
-        """Withdraw the accusation, because the process gives the event up or stops.
+        """Withdraw the accusation (clear the row of this process), because the process gives the event up or stops.
 
-        If the database is away, leave a note on this host.
+        If the database cannot be reached, leave a note on this host.
         """
         if not self._is_accusing:
             return
@@ -129,13 +133,13 @@ class Isolation:
             self._is_accusing = False
 
     def withdraw_here(self) -> None:
-        """If an accusation still stands when the process ends, leave a note on this host. Needs no database."""
+        """Leave a note on this host if the row still names an event when the process ends. This needs no database."""
         if self._is_accusing:
             self._workers.withdraw_here()
 
 
 class LoneEvents:
-    """The events that one claim loop must process alone, and the one that it processes now."""
+    """The events that one claim loop must process alone, and the event that it processes alone now."""
 
     def __init__(self, isolation: Isolation, outbox: Outbox) -> None:
         self._isolation, self._outbox = isolation, outbox
@@ -151,11 +155,15 @@ class LoneEvents:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the event must be postponed, after ``STUCK_PASSES_MAX`` transient or unclear errors."""
+        """Whether the event must be postponed, because it had ``STUCK_PASSES_MAX`` transient or unclear errors."""
         return self._failures >= STUCK_PASSES_MAX
 
     def choose(self, guard: Guard, until: datetime | None, plans: Mapping[str, str]) -> IsolatedEvent | None:
-        """Accuse the event that was given up before, or the next crash suspect, or the first event of the queue."""
+        """Choose the next event to process alone, and accuse it (write its id into the row of this process).
+
+        This is the event that was given up before. If there is none, it is the next of ``crash_suspects``, and if there
+        is none either, the first event of the queue.
+        """
         before, key = self.event, None
         if before is not None:
             key = before.id
@@ -173,7 +181,7 @@ class LoneEvents:
         return self.event
 
     def gave_up(self, error: Exception) -> None:
-        """Withdraw the accusation and try the event again later: the process lives, and the event is not at fault."""
+        """Withdraw the accusation, because the event did not kill the process. The event is tried again later."""
         self._failures += classify(error) in (Failure.RETRY, Failure.UNCLEAR)
         self._isolation.withdraw()
 

@@ -70,7 +70,7 @@ def test_a_deadly_event_is_buried_and_its_neighbours_are_settled(workers: int, d
         for supervisor in crew:
             supervisor.__exit__()
     letter = shop.letter_of(event)
-    counted = [f"{deaths} workers died while they handled it" for deaths in range(3, 3 + workers)]
+    counted = [f"{deaths} workers died while handling the event" for deaths in range(3, 3 + workers)]
     assert letter.reason == "crashed_worker"
     assert letter.detail in counted, "three deaths bury it; others may have had it in hand when the third was counted"
     assert shop.count("purchases") == 220
