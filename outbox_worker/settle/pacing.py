@@ -12,16 +12,19 @@ from outbox_worker.model import Position
 from outbox_worker.store.set_aside import SetAside
 
 FEWEST = 50
-"""The smallest batch size to which a slow database may reduce the batches.
+"""If the database is slow, the worker makes its batches smaller, but not smaller than this size.
 
 Smaller batches would spend most of their time on BEGIN and COMMIT.
 """
 STUCK_PASSES_MAX = 5
-"""The number of full claims in a row without a settled event, after which the claimed events are postponed."""
+"""If this number of full claims in a row settle no event, the worker postpones the claimed events.
+
+Otherwise the same events would be claimed again and again, and later events would wait.
+"""
 FEW_IN_DOUBT = 15
 """The largest batch size at which one transaction can always try each event alone.
 
-The limit exists because a transaction may use only ``MAX_SAVEPOINTS`` savepoints (two per halving).
+A larger batch could need more than ``MAX_SAVEPOINTS`` savepoints, because each halving takes two of them.
 """
 START_SHARE = 0.05
 """The largest share of its time that a claim loop spends on claims from the start of the queue.
@@ -34,11 +37,11 @@ This limit applies only while claims are full.
 class Frontier:
     """The position that the claim loops of one process have reached in the queue. The loops share one frontier.
 
-    A claim from the start of the queue is slow, because it must read the index entries of all rows that were deleted
-    after the oldest open snapshot, and all rows that other loops have locked. So while claims are full and all their
-    events are settled, the next claim begins where the last claim ended. An event can still appear before that
-    position, because of a late commit or because the clock was set back. So from time to time, a claim begins at the
-    start of the queue again.
+    A claim from the start of the queue is slow. It must read the rows that other loops have locked, and the index
+    entries of rows that were deleted after the oldest open snapshot. So while claims are full and all their events are
+    settled, the next claim begins where the last claim ended. An event can still appear before that position, because
+    of a late commit or because the clock was set back. So from time to time, a claim begins at the start of the queue
+    again.
     """
 
     mark: Position | None = None
@@ -46,7 +49,7 @@ class Frontier:
     start_due: float = 0.0
     """The time from which the next claim begins at the start of the queue."""
     turn: int = 0
-    """The number of calls of ``go_back``. If it changed during a claim, that claim does not set ``mark``."""
+    """The number of calls of ``go_back``. If this number changes during a claim, the claim does not set ``mark``."""
 
     def go_back(self) -> None:
         """Begin the next claim at the start of the queue, because an event before ``mark`` is not settled yet."""
@@ -58,15 +61,15 @@ class Frontier:
 class Pacing:
     """The state of one claim loop between two batches.
 
-    ``target_seconds`` is the longest time that a batch should take. There is a limit because a producer that inserts
-    the event id of a claimed event a second time must wait for the COMMIT of the batch.
+    ``target_seconds`` is the longest time that a batch should take. There is a limit because a producer may
+    insert the id of a claimed event again. The producer must then wait until the batch is committed.
     """
 
     batch_size: int
     target_seconds: float
     frontier: Frontier = field(default_factory=Frontier)
     set_aside: SetAside = field(default_factory=SetAside)
-    """The events that no claim takes. The loops of one process share it."""
+    """The events that no claim takes. All claim loops of one process share this object."""
     limit: int = field(init=False)
     is_alone: bool = field(default=False, init=False)
     """Whether the last transaction failed and had claimed only one event."""
@@ -74,7 +77,7 @@ class Pacing:
     _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
     _beyond: Position | None = field(default=None, init=False)
-    """The position after which the next claim begins, to skip refused events. None means that no event is skipped."""
+    """The position after which the next claim begins, to skip refused events. If None, no event is skipped."""
     _chosen: str | None = field(default=None, init=False)
     _chosen_before: str | None = field(default=None, init=False)
 
@@ -114,7 +117,7 @@ class Pacing:
         self.frontier.start_due = now + (now - began) * (1 / START_SHARE - 1)
 
     def choose(self, kinds: Sequence[str]) -> str:
-        """Choose the first event type of a claim that was not chosen for the last batch.
+        """Choose the event type to settle now: the first of ``kinds`` that was not chosen for the last batch.
 
         Without this rule, events of a type that cannot be settled could be chosen again and again, and events of other
         types would wait. If a transaction is repeated, the same type is chosen again.
@@ -137,7 +140,7 @@ class Pacing:
         self.frontier.go_back()
 
     def in_doubt(self, end: Position | None) -> None:
-        """Change the next claim to find out whether the refused events or the database are the cause.
+        """Change the next claim to find out what caused the refusals: the refused events, or the database.
 
         The first such claim asks for only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these events are
         refused, too, the next claim begins after ``end``, the position of the last event of a full claim. If an event
@@ -153,7 +156,7 @@ class Pacing:
         self._end_turn()
 
     def made_way(self) -> None:
-        """Record that the event that was claimed alone is postponed now, so that other events can be claimed."""
+        """Record that the event that was claimed alone is now postponed, so that other events can be claimed."""
         self.is_alone = False
 
     def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Processes one batch in one transaction: claim, settle, record, commit.
 
-In ``settle``, only the processor begins and commits transactions. It retries transient failures with half the batch,
-and postpones an event that prevents other events from being settled.
+In ``settle``, only this module and ``isolation`` begin and commit transactions. After a transient failure, the
+processor tries again with half the batch. It postpones an event that prevents other events from being settled.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Processor:
     def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
         """Use new limits from the next batch on.
 
-        This forgets which events were refused for an unclear cause, but not which events are processed alone.
+        The processor then forgets which events were refused for an unclear cause. It still knows which events must be
+        processed alone.
         """
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
         self._settlement = Settlement(
@@ -87,7 +88,7 @@ class Processor:
         """Claim and settle one batch of events in one transaction.
 
         The events are due by ``until``, or by now if ``until`` is None. Raises the database's error if no event is
-        known to be the cause. Then the batch is unchanged, and no try is counted.
+        known to be the cause of the error. The batch is then rolled back, and no try is counted.
         """
         if self._lone.is_next:
             with self._isolation.alone(self._on_failed_try):
@@ -96,7 +97,7 @@ class Processor:
             return self._process(until)
 
     def _process_alone(self, until: datetime | None) -> BatchReport:
-        """Process one event alone, as ``isolation`` describes. The other claim loops of this process wait meanwhile."""
+        """Process one event alone, as the module ``isolation`` describes. Meanwhile, the other claim loops wait."""
         isolated = self._lone.choose(self._guard.state.guard, until, self._plans())
         if isolated is None:
             return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
@@ -112,7 +113,7 @@ class Processor:
         return report
 
     def _postpone_isolated(self, isolated: IsolatedEvent, until: datetime | None) -> BatchReport:
-        """Postpone the event without counting a try."""
+        """Postpone the isolated event, and count no try: it had too many errors that are not known to be its fault."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim_isolated(session, isolated, until).batch
             settled = self._postpone_uncharged(session, batch)
@@ -192,7 +193,7 @@ class Processor:
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
         """Claim events after the end of the last claim.
 
-        If there are none, or if a claim from the start of the queue is due, claim from the start.
+        If there are no such events, or if a claim from the start of the queue is due, claim from the start.
         """
         began = time.monotonic()
         start, besides = self._pacing.start(began), self._pacing.set_aside.ids
@@ -204,7 +205,7 @@ class Processor:
         return claim
 
     def _claim_size(self) -> int:
-        """Return the number of events to claim. Under the guard ``lock``, it is at most ``lock_capacity``."""
+        """Return the number of events to claim. Under the guard ``lock``, this number is at most ``lock_capacity``."""
         guard = self._guard.state
         return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
 
@@ -212,7 +213,7 @@ class Processor:
         return INDEX_PLANS if self._guard.state.has_index_paths else {}
 
     def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
-        """Commit. If the connection is lost before the answer arrives, ask whether the transaction was committed."""
+        """Commit. If the connection is lost before the answer, ask the server whether the transaction was committed."""
         try:
             session.commit()
         except DBAPIError as error:
@@ -260,7 +261,7 @@ class Processor:
     def _make_way(self, until: datetime | None) -> BatchReport:
         """Postpone the first event without counting a try.
 
-        Another transaction blocks this event although it was the only event of its batch.
+        Another transaction blocks this event, even in a batch that contains no other event.
         """
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim(session, 1, until, set_aside=self._pacing.set_aside.ids).batch

@@ -1,8 +1,8 @@
-"""Records which events are retried and which are dead. This is the last resort of an event that was refused.
+"""Records which events are retried and which are dead, even if the database refuses some of these writes.
 
-Each write has a savepoint. If the database refuses a write, the events step down a ladder: with the text of the error,
-without the text, and at last only postponed, without counting a try. What is refused on the last rung, too, is set
-aside by the caller. Other events of the batch are always recorded.
+Each write has a savepoint of its own. If the database refuses a write, the worker tries to write less (a lower *rung*):
+first without the text of the error. On the last rung, the worker only postpones the event and counts no try. If the
+database refuses this, too, the caller sets the event aside. All other events of the batch are still recorded.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from outbox_worker.store.outbox import Outbox, Postponement
 
 
 class Rung(IntEnum):
-    """The ways to record an event, from the fullest to the last one."""
+    """How much the worker records about an event, from everything to only a later due time."""
 
     FULL = 0
     """Count the try, or write the dead letter, with the text of the error."""
     BARE = 1
-    """Do the same without the text."""
+    """Count the try, or write the dead letter, without the text of the error."""
     KEEPING = 2
     """Write the dead letter without the text, and leave the event's row in the outbox."""
     UNCHARGED = 3
@@ -40,14 +40,14 @@ class Rung(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Events with the same outcome that are recorded together. Without an outcome, the events are only postponed."""
+    """Events with the same outcome that are recorded together. If ``outcome`` is None, they are only postponed."""
 
     batch: Batch
     outcome: Outcome | None
     rung: Rung
 
     def lower(self, step: Step) -> list[_Part]:
-        """Return what to try after the part was refused at ``step``. Return no part if the last rung was refused."""
+        """Return the parts to try after the database refused this part at ``step``; none after the last rung."""
         if len(self.batch) > 1:
             if self.rung is Rung.FULL and step is not Step.REMOVE:
                 return [replace(self, rung=Rung.BARE)]
@@ -60,7 +60,7 @@ class _Part:
 def _next_rung(rung: Rung, step: Step, *, is_dead: bool) -> Rung | None:
     """Return the next rung for a single event, or None if there is none.
 
-    Only a dead event has the rung ``KEEPING``. The rung helps only if the removal of the row may be what was refused.
+    The rung ``KEEPING`` is only for a dead event, and only if the database may have refused the deletion of its row.
     """
     if rung is Rung.UNCHARGED:
         return None
@@ -78,15 +78,15 @@ class Recorded:
     verdicts: Verdicts = field(default_factory=dict)
     """The events whose outcome is recorded."""
     postponed: dict[int, Exception] = field(default_factory=dict)
-    """The events that were only postponed, each with what refused to record its outcome."""
+    """The events that were only postponed, each with the error that prevented the recording of its outcome."""
     kept: dict[int, Exception] = field(default_factory=dict)
-    """The events of ``verdicts`` whose rows could not be removed."""
+    """The events of ``verdicts`` whose rows the database refused to delete, each with the error."""
     refused: dict[int, Exception] = field(default_factory=dict)
-    """The events whose rows could not even be postponed."""
+    """The events that the database even refused to postpone, each with the error."""
     written: set[int] = field(default_factory=set)
-    """The events whose rows were removed or postponed."""
+    """The events whose rows were deleted or postponed."""
     is_through: bool = True
-    """Whether all events were tried. If not, no savepoint was left."""
+    """False if some events were not tried, because no savepoint was left."""
 
 
 class Recording:
@@ -101,7 +101,7 @@ class Recording:
     ) -> Recorded:
         """Record the retried and the dead events among ``verdicts``.
 
-        Raises the database's error if no event can be its cause.
+        Raises the database's error if no event can be the cause of the error.
         """
         parts = [
             _Part(batch.among(keys), outcome, Rung.FULL)
@@ -144,7 +144,7 @@ class Recording:
         return recorded
 
     def _write(self, session: Session, part: _Part, verdicts: Verdicts) -> dict[int, str]:
-        """Write a part on its rung. Return the traceparents of its events if their verdicts are logged."""
+        """Write a part as its rung says. Return the traceparents of the events whose outcome is recorded."""
         batch = part.batch
         if part.rung is Rung.UNCHARGED or part.outcome is None:
             later = {key: Postponement(self._delay(batch, key, part.outcome), charged=False) for key in batch}
@@ -161,7 +161,7 @@ class Recording:
         return traces
 
     def _delay(self, batch: Batch, key: int, outcome: Outcome | None) -> timedelta:
-        """Return the delay until the next try. An event that only makes way for others waits the base delay."""
+        """Return the delay until the next try. An event without an outcome only waits for the base delay."""
         if outcome is None:
             return self._policy.base
         spread = random.random()  # noqa: S311 - spreads load, no secret
@@ -175,7 +175,7 @@ def _add(
     traces: Mapping[int, str],
     causes: Mapping[int, Exception],
 ) -> None:
-    """Add a part that was written to the result."""
+    """Add a part to the result after the part was written."""
     recorded.written |= set() if part.rung is Rung.KEEPING else part.batch.keys()
     if part.rung is Rung.UNCHARGED:
         recorded.postponed |= {key: causes[key] for key in part.batch if key in causes and part.outcome is not None}

@@ -19,7 +19,7 @@ There is a limit because a transaction with more than 64 subtransactions slows d
 
 # what: checks deferred constraints inside the savepoint instead of at COMMIT · lock: none
 _CHECK_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
-# what: defers the constraints again, until the end of the next part · lock: none
+# what: defers the constraints again, until the next check · lock: none
 _DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
 
 
@@ -32,7 +32,7 @@ class Savepoints:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Run what is inside in a savepoint. If it raises an error, roll back to the savepoint."""
+        """Run the ``with`` block in a savepoint. If the block raises an error, roll back to the savepoint."""
         self.left -= 1
         with savepoint(self.session):
             yield

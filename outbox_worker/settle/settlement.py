@@ -1,4 +1,4 @@
-"""Settles a claimed batch, at once or in parts, and records the outcomes, before the processor commits.
+"""Settles a claimed batch, as a whole or in parts, and records the outcomes. Then the processor commits.
 
 The fast way settles the whole batch in one savepoint. If that fails, the batch is halved, and each half is tried in its
 own savepoint. Halving goes on until each event that the database refuses is a part by itself.
@@ -36,10 +36,10 @@ from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.set_aside import MOST, SetAside
 
 BATCHES_TO_LOOK_AT = 100
-"""The number of batches that check for marks first, after a batch failed because one of its events had a mark."""
+"""If a batch fails because an event already has a mark, the next batches check for marks first: this many of them."""
 
 FOR_RECORDING = 2
-"""The number of savepoints that settling in parts leaves for recording which events are retried and which are dead."""
+"""Settling in parts leaves this number of savepoints: one to record retried events, and one to record dead events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,11 @@ class Settled:
     verdicts: Verdicts = field(default_factory=dict)
     """The events whose outcome is recorded. All other events of the batch stay in the outbox."""
     postponed: dict[int, str] = field(default_factory=dict)
-    """Events that were only postponed, each with the database's refusal to record its outcome."""
+    """Events that were only postponed, each with the error that prevented the recording of its outcome."""
     set_aside: dict[int, str] = field(default_factory=dict)
-    """Events that no claim takes from now on, each with the database's refusal to remove or to postpone its row."""
+    """Events that no claim takes from now on, each with the reason why its row was not deleted or postponed."""
     is_through: bool = True
-    """Whether all events were tried. If not, no savepoint was left for some events."""
+    """False if some events were not tried, because no savepoint was left."""
 
 
 class _Attempted(NamedTuple):
@@ -61,7 +61,7 @@ class _Attempted(NamedTuple):
 
     verdicts: Verdicts
     is_recorded: bool
-    """Whether no event is left to ``Recording``, because none is retried or dead."""
+    """True if no event is retried or dead, so that ``Recording`` has nothing to write."""
 
 
 class Settlement:
@@ -90,9 +90,9 @@ class Settlement:
     def settle(self, session: Session, batch: Batch, *, careful: bool, is_last: bool = False) -> Settled:
         """Settle and record the batch.
 
-        If ``careful`` is true, settle in parts, and check deferred constraints in each part. If the row of an event
-        cannot be removed, hold the event back once, unless the process ends soon (``is_last``). Raises the database's
-        error unless single events are known to be the cause of the error.
+        If ``careful`` is true, settle in parts, and check deferred constraints in each part. If the database refuses
+        for the first time to delete the row of an event, do not settle the event yet. But if the process ends soon
+        (``is_last``), settle the event at once. Raises the database's error if no event is known to be its cause.
         """
         savepoints = Savepoints(session)
         found = self._settle_all(session, batch, savepoints, careful=careful, is_last=is_last)
@@ -113,8 +113,9 @@ class Settlement:
     def committed(self, settled: Settled) -> None:
         """Record that the batch was committed.
 
-        If the batch wrote a purchase, the database works, so earlier refusals of purchases were caused by the refused
-        events. The same holds for the rows of the outbox, if one was removed or postponed.
+        If the batch wrote a purchase, the database works. So earlier refusals of purchases were caused by the refused
+        events. In the same way, a row that was deleted or postponed proves that earlier refusals to delete or to
+        postpone a row were caused by the refused events.
         """
         verdicts = settled.verdicts
         self._unproven.committed(verdicts, is_proof=_wrote_purchase(verdicts))
@@ -196,7 +197,7 @@ class Settlement:
                 found.succeeded(part, settled.verdicts)
 
     def _look_at_key(self, session: Session, part: Batch, error: Exception, found: Bisection) -> None:
-        """Find out whether a unique key that refuses a single event is a key of the event."""
+        """Note the event of a part if it violated a unique key other than that of the pair, payment or mark."""
         is_unique = len(part) == 1 and sqlstate(error) == UNIQUE_VIOLATION
         if is_unique and not self._purchases.is_own_key(session, error):
             found.foreign.update(part)
@@ -216,7 +217,7 @@ class Settlement:
     def _attempt_part(
         self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, found: Bisection
     ) -> _Attempted:
-        """Attempt a part of a batch, without the writes that its concessions omit, and check deferred constraints."""
+        """Attempt a part of a batch without the writes that its concessions name. Check deferred constraints, too."""
         made = found.concessions(part)
         return self._attempt(
             session,
@@ -239,10 +240,10 @@ class Settlement:
         checks_deferred: bool = False,
         is_trial: bool = False,
     ) -> _Attempted:
-        """Handle a batch, mark and remove its settled events in one savepoint, so that all writes stay or none.
+        """Handle a batch, and mark and delete its settled events. One savepoint contains all of these writes.
 
-        Raises PartRefused if an event may be the cause of an error. Raises TrialPassed, and keeps no write, if
-        ``is_trial``.
+        Raises PartRefused if an event may be the cause of an error. If ``is_trial``, a success raises TrialPassed, so
+        that all writes are rolled back.
         """
         step = Step.HANDLE
         try:
@@ -293,7 +294,7 @@ class Settlement:
     ) -> Verdicts:
         """Write the marks of settled events, and close their dead letters.
 
-        Return the verdicts. Add the event's traceparent to each verdict that is logged individually.
+        Return the verdicts. Those that are logged individually now contain the traceparent of their event.
         """
         judged = {
             outcome: [key for key in keys if not verdicts[key].via_fast_path] for outcome, keys in settled.items()
@@ -316,7 +317,7 @@ class Settlement:
         return self._conclude(session, found, recorded)
 
     def _conclude(self, session: Session, found: Found, recorded: Recorded) -> Settled:
-        """Set aside the events whose rows could neither be removed nor postponed."""
+        """Build the result. Set aside the events whose rows the database refused to delete or to postpone."""
         settled = final(found.verdicts)
         undeletable = {**found.kept, **found.held, **recorded.kept}
         stuck = {**undeletable, **recorded.refused}
@@ -335,9 +336,9 @@ class Settlement:
     def _check_alike(
         self, stuck: Mapping[int, Exception], refusals: Mapping[int, str], others: Collection[int]
     ) -> None:
-        """Raise the database's error if the database, and not the events, seems to be the cause.
+        """Raise an error if the database, and not single events, seems to be the cause of the refusals.
 
-        That is so if no row of the batch could be removed or postponed, and if too many events are set aside.
+        There are two such cases: no row of the batch could be deleted or postponed, or too many events are set aside.
         """
         key, error = next(iter(stuck.items()))
         is_plain = isinstance(error, Swallowed) or classify(error) is not Failure.UNCLEAR
@@ -352,7 +353,7 @@ class Settlement:
 
 
 def _as_unclear(error: Exception) -> Exception:
-    """Return an error of the class ``unclear``, so that the processor finds out whether other events succeed."""
+    """Return an error of the class ``unclear``, so that the processor then tests whether other events succeed."""
     if classify(error) is Failure.UNCLEAR:
         return error
     unclear = NothingRecorded(f"the database refuses every event alike: {describe(error)}")
@@ -365,6 +366,6 @@ def _wrote_purchase(verdicts: Verdicts) -> bool:
 
 
 def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
-    """Give a part its share of the lock capacity, so that all parts together do not lock too many pairs."""
+    """Reduce the lock capacity for a part of a batch, so that all parts together do not lock too many pairs."""
     capacity = max(1, int(plan.guard.lock_capacity * share))
     return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
