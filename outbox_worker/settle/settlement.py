@@ -36,7 +36,7 @@ from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.set_aside import MOST, SetAside
 
 BATCHES_TO_LOOK_AT = 100
-"""If a batch fails because an event already has a mark, the next batches check for marks first: this many of them."""
+"""After a batch failed because an event already had a mark, this number of batches check for marks first."""
 
 FOR_RECORDING = 2
 """Settling in parts leaves this number of savepoints: one to record retried events, and one to record dead events."""

@@ -9,6 +9,6 @@
   the rows of claimed events), ``payload``, ``payment_classes`` (the SQL CASE that classifies payments), ``queries``
 - ``processes``: finds out whether a process still runs
 
-Every function has the session as its first parameter, and the caller owns the transaction. Do not commit, retry or
-log here, and do not decide the outcome of an event.
+The first parameter of every function is the session, and the caller begins and commits the transaction. Do not commit,
+retry or log here, and do not decide the outcome of an event.
 """

@@ -38,11 +38,11 @@ from outbox_worker.schema.tables import Tables, by_column, relation_name
 from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone, this_process
 
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
-"""The age at which the rows of finished periodic backfills are deleted."""
+"""The row of a periodic backfill is deleted this long after the backfill has ended, so that the table stays small."""
 CONTINUED_WITHIN = timedelta(days=1)
-"""The largest age of the last update of a killed backfill's row at which the next backfill continues it.
+"""A killed backfill is continued only if its row was updated within this time before now.
 
-If the last update is older, the backfill is not continued, because its cutoff excludes all newer payments.
+An older backfill is not continued, because its range ends at its cutoff and excludes all newer payments.
 """
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
@@ -71,7 +71,7 @@ class RunOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BackfillRange:
-    """The payments that a backfill scans: created before ``cutoff``, not before ``since``, and before ``until``.
+    """The payments that a backfill scans: created at or after ``since``, and before ``until`` and ``cutoff``.
 
     ``since`` and ``until`` are None if they are not given.
     """
@@ -105,7 +105,7 @@ class BackfillRun:
 class BackfillRuns:
     """Reads and writes the rows of backfills.
 
-    Keeps no state, because each call names the backfill by the id of its row.
+    This class keeps no state. Each call names a backfill by the id of its row.
     """
 
     def __init__(self, tables: Tables) -> None:
@@ -221,7 +221,7 @@ class BackfillRuns:
         self._expect_written(session, written.returning(self._runs.c.id))
 
     def _expect_written(self, session: Session, write: Executable) -> None:
-        """Raise NothingWritten if a write changed no row: without its row, a killed backfill cannot be continued."""
+        """Raise NothingWritten if a write changed no row, because a backfill without a row cannot be continued."""
         if session.scalar(write) is None:
             raise NothingWritten(
                 f"The row of this backfill in {relation_name(self._runs)} was not written, and PostgreSQL raised no "
@@ -233,7 +233,8 @@ class BackfillRuns:
 def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:
     """Build the part of ``counts`` about payments that are still in the class ``unexplained`` after the backfill.
 
-    ``carried`` excludes the ``recent`` payments, because the next scan counts these payments again.
+    ``left`` contains all of these payments. ``carried`` excludes the ``recent`` ones, because the next scan counts them
+    again.
     """
     return {"left": left.written(), "carried": (left - recent).written()}
 

@@ -22,7 +22,7 @@ from outbox_worker.model import Batch, DueWindow
 def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
     """Build the condition that the due time is between the parameters ``window_first`` and ``window_last``.
 
-    Every statement that finds events by id also has this condition. If ANALYZE ran while the queue was empty, the
+    Every statement that finds events by id also needs this condition. If ANALYZE ran while the queue was empty, the
     planner may search for an id in the index ``(due_at, id)``. Without this condition, the search would read the whole
     index.
     """
@@ -31,7 +31,7 @@ def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
 
 
 def event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``. The caller joins it ON true.
+    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``. Join the subquery ON true.
 
     OFFSET 0 forces the planner to start the join at ``keys``. Without OFFSET 0, the planner may start at the outbox if
     the outbox was empty when ANALYZE ran.

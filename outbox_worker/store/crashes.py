@@ -1,7 +1,7 @@
 """Changes ``outbox.crashes``: the number of proven deaths of workers that processed only this event.
 
-Only these functions change the column. Each of them skips an event that another transaction has locked, because that
-transaction may settle the event, and because the caller holds the lock of a row of ``workers``.
+Only these functions change the column. They do not wait for an event that another transaction has locked, because that
+transaction may settle the event. Besides, the caller holds the lock of a row of ``workers`` and should release it soon.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from sqlalchemy.orm import Session
 
 
 class Changed(Enum):
-    """What became of a change of the crash count of one event."""
+    """The result of an attempt to change the crash count of an event."""
 
     DONE = auto()
     NOTHING = auto()
-    """The event is no longer in the outbox, or the outbox does not let the count be changed."""
+    """The event is no longer in the outbox, or a trigger or rule of the outbox prevented the change."""
     LOCKED = auto()
-    """Another transaction has locked the event. Try again later."""
+    """Another transaction has locked the event, so nothing was changed. Try again later."""
 
 
 def add_crash(session: Session, outbox: Table, event: int) -> Changed:
-    """Count one more proven death for an event."""
+    """Add one proven death to the crash count of an event."""
     return _change(session, outbox, event, by=1)
 
 
 def take_back_crash(session: Session, outbox: Table, event: int) -> Changed:
-    """Count one death less, because the worker that was taken for dead lives."""
+    """Subtract one death from the crash count of an event, because the worker that was considered dead is alive."""
     return _change(session, outbox, event, by=-1)
 
 

@@ -1,4 +1,4 @@
-"""Lists dead letters for operators, and carries out what an operator decides: requeue or discard.
+"""Lists dead letters for operators, and carries out the decision of an operator: requeue or discard.
 
 The module ``outbox`` writes dead letters, and closes the dead letter of an event that is settled later.
 """
@@ -48,10 +48,10 @@ from outbox_worker.store.payment_classes import has_unfit_amount, waivable
 from outbox_worker.store.queries import currency_code, is_claimable, is_succeeded
 
 CONTENT_MAX = 10_000
-"""The largest number of characters shown of a payload. The same limit applies to the headers."""
+"""At most this many characters of a payload are shown. The same limit applies to the headers."""
 _NAMED_AT_MOST = 3
 _NEVER = datetime.max.replace(tzinfo=UTC)
-"""The time in a cursor instead of a time that Python cannot represent."""
+"""A cursor contains this time instead of a time that Python cannot represent."""
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
 """The pattern of a line that ``_resolve`` adds to a letter's note: state, actor, time, reason."""
 
@@ -100,7 +100,7 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A choice of letters: those of ``event_ids`` or, if it is empty, all letters that match the other fields."""
+    """Selects the letters of ``event_ids``; if this is empty, all letters that match the other fields."""
 
     event_ids: Sequence[UUID] = ()
     state: DeadLetterState = DeadLetterState.OPEN
@@ -130,7 +130,7 @@ class Preview:
     money: Mapping[str, Decimal]
     """The sum of the letters' payments in each currency. A payment with several letters is counted once."""
     waived: Mapping[str, Decimal]
-    """The sum of the payments in ``money`` whose purchases the worker would not create if the letters were discarded.
+    """The part of ``money`` whose payments would get no purchase if the letters were discarded.
 
     These payments succeeded, are not refunded and have no purchase, and their letters are ``waivable``.
     """
@@ -148,7 +148,7 @@ class Decided(NamedTuple):
 
 
 class RefusedLetter(NamedTuple):
-    """A letter that a decision left as it was, and the reason."""
+    """A dead letter that could not be requeued or discarded, and the reason."""
 
     event_id: UUID
     reason: str
@@ -161,7 +161,7 @@ class DecidedLetters(NamedTuple):
     refused: Sequence[RefusedLetter]
 
 
-_TAKEN = "the outbox has another event with this id: of another type or payment, or one that no worker can claim"
+_TAKEN = "the outbox has another event with this id: its type or payment differs, or no worker can claim it"
 _NOT_INSERTED = "the outbox did not take the event, and raised no error; a trigger or rule of the table may prevent it"
 _NOT_CLOSED = "the letter was not updated, and the table raised no error; a trigger, rule or policy may prevent it"
 
@@ -222,7 +222,7 @@ def list_letters(
     after: LetterCursor | None = None,
     limit: int = 100,
 ) -> Page:
-    """Read one page of the selected letters, oldest first. ``after``: the end of the previous page.
+    """Read one page of the selected letters, oldest first. ``after`` is the end of the previous page.
 
     what: one page of letters · lock: none · index: the one of open letters, on (dead_at, event_id)
     """
@@ -266,7 +266,7 @@ def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadL
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     """Count the selected letters and sum their payments.
 
-    This takes several queries. Call it in ``Database.snapshot``, so that all queries see the same state of the
+    This function runs several queries. Call it in ``Database.snapshot``, so that all queries see the same state of the
     database.
     """
     letters, payments = tables.dead_letters, tables.payments
@@ -299,7 +299,7 @@ def decide_letters(
 ) -> DecidedLetters:
     """Requeue or discard the previewed letters, and add a line to each note.
 
-    A letter stays open if the database did not write everything that the decision needs. Its neighbours are decided.
+    If the database refuses the decision about one letter, this letter does not change, and all others are decided.
     Raises Refused if one of the letters or one of their payments has changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
@@ -327,7 +327,7 @@ def decide_letters(
 
 
 def _is_letters_fault(error: DBAPIError | NothingWritten) -> bool:
-    """Return whether a single letter may be the cause of the error."""
+    """Return whether a single dead letter may be the cause of the error."""
     return isinstance(error, NothingWritten) or classify(error) in (Failure.EVENT, Failure.GUARD)
 
 
@@ -362,7 +362,7 @@ def _count_waiting(tables: Tables, ids: Sequence[UUID]) -> Select[Any]:
 
 
 def _events_of(tables: Tables, ids: Sequence[UUID]) -> FromClause:
-    """Build the events of letters, as they were in the outbox."""
+    """Build a relation with the events of these letters, as the events were in the outbox."""
     letters = tables.dead_letters
     content = payload.from_dead_letter(letters.c.payload, tables.outbox).label("payload")
     return select(letters.c.event_id, letters.c.event_type, content).where(_among(letters, ids)).subquery("kept")
@@ -375,7 +375,7 @@ def _is_the_same(kept: FromClause, outbox: FromClause) -> ColumnElement[bool]:
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused if an event of ``selection.event_ids`` has no letter, or its state forbids the decision."""
+    """Raise Refused if an event of ``selection`` has no letter, or a letter whose state does not allow the decision."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters

@@ -1,4 +1,4 @@
-"""Finds pairs (student, course) that have more than one active purchase, by the rule of ``schema.ids``."""
+"""Finds pairs (student, course) that have more than one active purchase. ``schema.ids`` defines which ids are equal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store.identity import grouped_purchases, has_grouped_pair
 
 SHOWN_PURCHASES = 20
-"""The largest number of purchases that are named of one pair."""
+"""At most this many purchases of one pair are listed, so that the output stays short."""
 
 _BY_INDEX: Mapping[str, str] = {"enable_seqscan": "off", "enable_hashagg": "off", "jit": "off"}
 """Planner settings that read the pairs in the order of their index, without a sort or a hash table."""
@@ -28,17 +28,18 @@ class DoubledPair:
     """A pair with more than one active purchase."""
 
     student_id: str
-    """The id as the oldest of these purchases has it. The others may write it in another way."""
+    """The student's id, as written in the oldest purchase. The other purchases may write the id in another way."""
     course_id: str
     purchases: int
     purchase_ids: Sequence[str]
-    """The oldest of these purchases, at most ``SHOWN_PURCHASES``."""
+    """The ids of the oldest of these purchases, at most ``SHOWN_PURCHASES``."""
 
 
 def doubled_pairs(session: Session, tables: Tables, limit: int | None = None) -> list[DoubledPair]:
     """Find pairs with more than one active purchase. While such pairs exist, the unique index cannot be built.
 
-    Usually there is none. The first statement finds this out, and reads only the index of the pair if there is one.
+    Usually there is no such pair, and the first statement finds this out. If ``purchases`` has an index on the pair,
+    this statement reads only the index.
     """
     by_index = tables.ids.is_indexable and has_index_paths(session, tables.purchases)
     with planned(session, **(_BY_INDEX if by_index else _BY_SORT)):
@@ -52,7 +53,7 @@ def doubled_pairs(session: Session, tables: Tables, limit: int | None = None) ->
 def _doubled(tables: Tables) -> Select[Any]:
     """what: pairs with more than one active purchase · lock: none · index: the pair's; else all purchases are sorted
 
-    A purchase without a student or course is no purchase of a pair. GROUP BY would put such purchases together.
+    Purchases without a student or course are left out, because GROUP BY would count them as one pair.
     """
     purchases = tables.purchases
     pair = grouped_purchases(tables.ids, purchases)

@@ -58,10 +58,10 @@ class GuardState:
 
 
 class GuardWatch:
-    """A store for the guard that this process found last. All claim loops of the process share one ``GuardWatch``.
+    """Remembers the guard that this process found last. All claim loops of the process share one ``GuardWatch``.
 
-    The loops need no lock for it, because assigning ``state`` is atomic. If the state is out of date, a batch is rolled
-    back to its savepoint and settled again; no purchase is lost or doubled.
+    The loops need no lock for this object, because assigning ``state`` is atomic. An outdated state does no harm: the
+    batch is rolled back to its savepoint and settled again, and no purchase is lost or doubled.
     """
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
@@ -73,11 +73,11 @@ class GuardWatch:
         self.state = GuardState(Guard.LOCK)
 
     def know(self, tables: Tables) -> None:
-        """Use what ``check_schema`` found: whether an index of purchases can compare the ids of payments."""
+        """Remember what ``check_schema`` found: the table, and whether its indexes can compare the ids of payments."""
         self._purchases, self._is_indexable = tables.purchases, tables.ids.is_indexable
 
     def probe(self, session: Session) -> GuardState:
-        """Find out which guard is in force. This takes one query if indexes and triggers are as at the last probe."""
+        """Find out which guard is in force. If no index or trigger changed since the last probe, run only one query."""
         versions = session.scalar(_VERSIONS, {"relation": relation_name(self._purchases)})
         if versions != self._versions:
             self._set(probe_guard(session, self._purchases, is_indexable=self._is_indexable))
@@ -102,8 +102,9 @@ class GuardWatch:
 def probe_guard(session: Session, purchases: Table, *, is_indexable: bool = True) -> GuardState:
     """Find a valid unique index on the pair, and check by EXPLAIN that the planner uses it for ON CONFLICT.
 
-    If payments have a type that makes more ids equal than the purchases' type (``PairIds.is_indexable``), no index of
-    purchases is a guard, because it allows two purchases of one student.
+    If ``is_indexable`` is false (see ``PairIds``), no index of purchases can be the guard. In this case, the type of
+    the payments' ids treats more ids as equal than the type of the purchases' ids does. So an index would allow two
+    purchases of one student.
     """
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
     triggers_on = frozenset(session.scalars(_TRIGGERS_ON, {"relation": relation_name(purchases)}))
@@ -118,9 +119,9 @@ def probe_guard(session: Session, purchases: Table, *, is_indexable: bool = True
 
 
 def guard_in_force(session: Session, tables: Tables) -> Guard:
-    """Return the guard in force. ``tables`` must have the rules for the ids of this database.
+    """Return the guard in force. ``tables`` must contain the rules by which this database compares ids.
 
-    Check only the catalogue if the role may not INSERT, because EXPLAIN would then fail.
+    If the role may not INSERT, this checks only the catalogue, because EXPLAIN would fail.
     """
     purchases, is_indexable = tables.purchases, tables.ids.is_indexable
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
@@ -131,7 +132,7 @@ def guard_in_force(session: Session, tables: Tables) -> Guard:
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
     """Build the ON CONFLICT target. It names the columns, so PostgreSQL checks each time that a valid index exists.
 
-    The predicate is literal text. As a bind parameter, it would raise 42P10 in generic plans even with a valid index.
+    The predicate is literal text. A bind parameter would raise 42P10 in generic plans, even with a valid index.
     """
     return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": literal_column(predicate)}
 

@@ -1,7 +1,8 @@
-"""Builds the expressions that compare, order and lock ids of students and courses. Everything uses ``schema.ids``.
+"""Builds the SQL expressions that compare, order and lock ids of students and courses, by the rules of ``schema.ids``.
 
-Two ids are the same if the purchases' column compares them as equal. In SQL, both ids are brought into one form: if
-possible, the form of the purchases' column, so that its indexes serve the comparison; otherwise a folded text.
+Two ids are the same if the purchases' column compares them as equal. To compare two ids, SQL converts both into one
+form. If possible, this is the form of the purchases' column, so that the indexes on the column can be used. Otherwise
+it is a *folded* text: a text that is the same for all ways to write an id.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ from sqlalchemy.types import NullType, UserDefinedType
 from outbox_worker.schema.ids import DEFAULT_COLLATION, Fold, IdColumn, PairIds, SameId
 
 LONGEST_FOLDED = 40_000
-"""The largest text, in bytes, of which a payload's id is converted to lower case or compared by a collation.
+"""The largest length, in bytes, of an id in a payload that SQL converts to lower case or compares by a collation.
 
-There is a limit because PostgreSQL needs many times the memory of the text. No index can hold a longer id.
+A longer id counts as different. There is a limit because PostgreSQL needs many times the memory of the text, and
+because no index can hold a longer id.
 """
 _UUID_SHAPE = "________-____-____-____-____________"
 _INTEGER_TEXT = r"^[+-]?[0-9]{1,40}$"
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST_NUMBER = 100
-"""A payload's number is cut to this many characters. The patterns match only shorter texts."""
+"""A number in a payload is cut to this many characters. A number that was cut is too long to match the patterns."""
 
 
 class _Named(UserDefinedType[Any]):
-    """A type that SQLAlchemy does not know, by its name in SQL."""
+    """A column type that SQLAlchemy does not know. ``name`` is the name of the type in SQL."""
 
     cache_ok = True
 
@@ -64,7 +66,7 @@ def has_pair(ids: PairIds, payments: FromClause, pairs: FromClause) -> ColumnEle
 
 
 def comparable_pair(ids: PairIds, payments: FromClause, purchases: FromClause) -> list[ColumnElement[Any]]:
-    """Build the pair of a payment in the form that is compared. If there is no payment, use its purchase."""
+    """Build a payment's pair in the form in which ids are compared. If there is no payment, use the purchase."""
     return [
         func.coalesce(_of_payment(same, payments.c[key]), _of_purchase(same, purchases.c[key])).label(key)
         for key, same in ids
@@ -92,7 +94,7 @@ def has_grouped_pair(ids: PairIds, purchases: FromClause, grouped: FromClause) -
 def folded_pair(ids: PairIds, payments: FromClause, purchases: FromClause | None = None) -> list[ColumnElement[str]]:
     """Build two texts that are equal exactly if the pairs are the same.
 
-    If ``purchases`` is given, it is used if there is no payment.
+    If the row of the payment is missing, the ids are read from ``purchases``, if given.
     """
     sources = [payments] if purchases is None else [payments, purchases]
     texts = [[_folded(same, source.c[key]) for source in sources] for key, same in ids]
@@ -102,8 +104,8 @@ def folded_pair(ids: PairIds, payments: FromClause, purchases: FromClause | None
 def pair_key(ids: PairIds, payments: FromClause, purchases: FromClause | None = None) -> ColumnElement[int]:
     """Build the key (bigint) of a pair's advisory lock.
 
-    Do not change this formula, because other programs may use it. If both ids are compared by their texts, it is the
-    public formula of docs/contract.md.
+    Do not change this formula, because other programs may compute the same key. If both ids are compared as texts, the
+    formula is the public one of docs/contract.md.
     """
     student, course = folded_pair(ids, payments, purchases)
     both = student + literal_column("':'") + course
@@ -123,7 +125,7 @@ def is_bought_id(same: SameId, actual: ColumnElement[Any], given: str) -> Column
 
 
 def differs(column: IdColumn, given: ColumnElement[str], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that a text is no way to write this id. Types decide, not texts: 007 is the integer 7.
+    """Build the condition that a text does not mean this id. The column's type decides: for an integer, 007 means 7.
 
     The expression never raises an error, even if the type cannot hold the text.
     """
@@ -141,7 +143,7 @@ def differs(column: IdColumn, given: ColumnElement[str], actual: ColumnElement[A
 
 
 def number_differs(given: ColumnElement[str], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that a text is no way to write this number."""
+    """Build the condition that a text does not mean this number."""
     return and_(given.is_not(None), _equal_as_number(given, actual, _NUMBER_TEXT).is_not(true()))
 
 
@@ -164,7 +166,7 @@ def _equal_as_text(column: IdColumn, given: ColumnElement[str], written: ColumnE
 
 
 def _of_payment(same: SameId, column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Build a payments' id in the form that is compared."""
+    """Convert a payment's id into the form in which ids are compared."""
     if not same.is_indexable:
         return _folded(same, column)
     paid, bought = same.paid, same.bought
@@ -183,9 +185,9 @@ def _of_purchase(same: SameId, column: ColumnElement[Any]) -> ColumnElement[Any]
 
 
 def _equal(same: SameId, one: ColumnElement[Any], other: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Compare two ids in the form of the purchases' column, or folded.
+    """Compare two ids in the form of the purchases' column, or as folded texts.
 
-    The operator of citext is named with its schema, because the schema may not be in the search path.
+    The operator of citext is written with its schema, because this schema may not be in the search path.
     """
     return _equal_by_type(same.bought, one, other) if same.is_indexable else one == other
 
@@ -214,12 +216,12 @@ def _stripped(text: ColumnElement[Any]) -> ColumnElement[str]:
 
 
 def _lower(text: ColumnElement[str]) -> ColumnElement[str]:
-    """Convert to lower case as citext does, which uses the database's own collation."""
+    """Convert a text to lower case as citext does: by the default collation of the database."""
     return func.lower(_collated(text, DEFAULT_COLLATION), type_=Text)
 
 
 def _hashed(text: ColumnElement[str]) -> ColumnElement[str]:
-    """Hash a text by its collation to 128 bits. PostgreSQL's hash indexes rely on the same function."""
+    """Compute a hash of 128 bits. Texts that the collation treats as equal have the same hash, as in hash indexes."""
     halves = [cast(func.hashtextextended(text, literal_column(seed)), Text) for seed in ("0", "1")]
     return halves[0] + literal_column("' '") + halves[1]
 

@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session
 from outbox_worker.schema.tables import Tables
 
 BOUND = 100_000
-"""The number of events that are looked at, the oldest first, so that the count is cheap in an outbox of any length."""
+"""Only this many of the oldest events are examined, so that counting is cheap in an outbox of any length."""
 TYPES_MAX = 5
 NAME_MAX = 100
-"""The largest length of the name of an event type that is shown. Producers could write any text."""
+"""The name of an event type is cut to this length, because producers can write names of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,10 @@ class IgnoredEvents:
 
 
 def count_ignored(session: Session, tables: Tables, event_types: Collection[str] | None) -> IgnoredEvents:
-    """Count the events that the worker never claims. There are none if it claims all types, that is, None is given."""
+    """Count the events that the worker never claims, because their type is not one of ``event_types``.
+
+    None means that the worker claims events of all types. The count is then 0.
+    """
     if event_types is None:
         return IgnoredEvents()
     rows = session.execute(_ignored_statement(tables, event_types)).all()

@@ -1,7 +1,7 @@
-"""Claims and settles the rows of ``outbox``, copies events to ``dead_letters``, closes the letters of settled events.
+"""Claims and settles the rows of ``outbox``, and writes and closes the dead letters of events.
 
-A claim locks the rows of due events until its transaction ends, so no other worker can claim them. Settling deletes a
-row in the same transaction, so the outbox contains only events that are not settled yet.
+A claim locks the rows of due events until its transaction ends, so no other worker can claim these events. When an
+event is settled, its row is deleted in the same transaction. So the outbox contains only events that are not settled.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from outbox_worker.store.queries import is_claimable
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _LONGEST_TYPE = 200
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
-"""The pattern of a traceparent, as W3C Trace Context defines it. A header with any other text is ignored."""
+"""The pattern of a traceparent, by the standard W3C Trace Context. A header with any other text is ignored."""
 _TRACEPARENT_LENGTH = 55
 
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
@@ -75,7 +75,7 @@ class Claim:
     transaction_id: str | None = None
     """The transaction's id.
 
-    With this id, ``pg_xact_status`` finds out what happened if the answer to COMMIT is lost.
+    If the answer to COMMIT is lost, ``pg_xact_status`` uses this id to find out whether the transaction was committed.
     """
     end: Position | None = None
     """The position of the last event; None if no event was claimed."""
@@ -89,7 +89,7 @@ class IsolatedEvent:
 
     id: int
     crashes: int
-    """The number of processes that are proven to have died while they processed this event alone."""
+    """The number of processes that are proven to have died while they processed only this event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ class Backlog:
 class Outbox:
     """Reads and writes the queue. Keeps the compiled statements, but no state.
 
-    ``event_types``: the types of events to claim. It is given if other consumers share the outbox. None means that
-    events of all types are claimed.
+    ``event_types`` are the types of events to claim, if other consumers share the outbox. None means that events of all
+    types are claimed.
     """
 
     BACKLOG_BOUND = 100_000
@@ -177,8 +177,8 @@ class Outbox:
     ) -> IsolatedEvent | None:
         """Choose one due event to process alone, and lock it until this transaction ends.
 
-        ``key`` is the id of the event. None means the first event that no other transaction has locked and that is not
-        ``set_aside``. Return None if the event is not due, does not exist or is locked.
+        ``key`` is the id of the event. None stands for the first event that no other transaction has locked and that is
+        not ``set_aside``. Return None if the event is not due, does not exist or is locked.
         """
         values = {"until": until} | ({"set_aside": list(set_aside)} if key is None else {"id": key})
         statement = self._isolate_first if key is None else self._isolate
@@ -200,11 +200,10 @@ class Outbox:
         return bool(self._due.execute(session, {"until": until, "set_aside": list(set_aside)}).scalar())
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
-        """Delete events.
+        """Delete events from the outbox. Raises Swallowed if an event is still there afterwards.
 
-        In the same transaction, the caller must have written a mark or a dead letter for each event. An event that is
-        gone already, for example because a trigger of the purchase deleted it, is removed. Raises Swallowed if an event
-        is still there.
+        In the same transaction, the caller must have written a mark or a dead letter for each event. It is no error if
+        an event is gone already, for example because a trigger of the purchase deleted the event.
         """
         values = {"ids": list(ids), **window_of(batch)}
         try:
@@ -214,7 +213,7 @@ class Outbox:
                 raise Swallowed(error.command, error.relation, len(ids) - left, len(ids)) from None
 
     def postpone(self, session: Session, batch: Batch, postponements: Mapping[int, Postponement]) -> None:
-        """Make events due later, by the database's clock. A ``charged`` postponement also counts a failed try."""
+        """Make events due later, by the database's clock. If a postponement is ``charged``, also count a failed try."""
         given = postponements.values()
         values = {
             "ids": list(postponements),
@@ -228,7 +227,7 @@ class Outbox:
     def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
         """Write the dead letters of events. If an event already has a letter, that letter is reopened.
 
-        In the same transaction, the caller must remove the events.
+        In the same transaction, the caller should delete the events from the outbox.
         """
         values = {
             "ids": list(letters),
@@ -249,9 +248,9 @@ class Outbox:
         self._close_letters.execute(session, {"event_ids": event_ids})
 
     def explain(self, session: Session, command: str, error: Exception) -> str:
-        """Tell why the database refused to change a row of the outbox: the command, the table, and the likely cause.
+        """Return a text that tells why the database refused to change a row of the outbox.
 
-        Never repeat a value of the row.
+        The text names the command, the table and the likely cause, but no value of the row.
         """
         outbox, is_swallowed = self._tables.outbox, isinstance(error, Swallowed)
         told = describe(error) if is_swallowed else f"{command} on {outbox}: {describe(error)}"
@@ -263,7 +262,7 @@ class Outbox:
     def backlog(self, session: Session, *, set_aside: Collection[int] = ()) -> Backlog:
         """Count due and later events, and measure how late the oldest event is. Omit the events ``set_aside``.
 
-        Count at most ``BACKLOG_BOUND`` of each.
+        Count at most ``BACKLOG_BOUND`` due and ``BACKLOG_BOUND`` later events.
         """
         due, waiting, oldest = tuple(self._backlog.execute(session, {"set_aside": list(set_aside)}).one())
         return Backlog(due, waiting, oldest or 0.0)
@@ -271,7 +270,7 @@ class Outbox:
     def never_claimed(self, session: Session, nullable: Collection[str]) -> int:
         """Count the events that no worker can ever claim: without a due time, id or type, or due at ``infinity``.
 
-        ``nullable``: the keys of the columns that may be NULL. Count at most ``BACKLOG_BOUND``.
+        ``nullable`` contains the keys of the columns that may be NULL. Count at most ``BACKLOG_BOUND`` events.
         """
         outbox = self._tables.outbox
         lacks: list[ColumnElement[bool]] = [
@@ -294,7 +293,7 @@ def _claim_of(row: Row[Any]) -> Claim:
 
 
 def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
-    """Return the payment ids in the payloads and, if payloads are json or text, the other fields of each payload."""
+    """Return the payment ids in the payloads. If payloads are json or text, also return their other fields."""
     if "documents" not in row._fields:
         return payload.usable_payment_ids(row.candidates), ()
     found = [payload.read_document(document) for document in row.documents]
@@ -302,7 +301,7 @@ def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
 
 
 def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: claims due events after a position, oldest first; returns what settling needs as one row of arrays
+    """what: claims due events after a position, oldest first; returns one row of arrays with all values to settle them
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
     start = tuple_(
@@ -327,8 +326,8 @@ def _claim_isolated_statement(outbox: Table) -> Select[Any]:
 def _complete(outbox: FromClause) -> list[ColumnElement[bool]]:
     """Build the conditions that the event has an id and a type, because an adopted table may allow NULL.
 
-    The worker cannot mark an event without an id, and has no handler for an event without a type. It never claims them.
-    ``doctor`` and ``status`` report them.
+    The worker cannot mark an event without an id, and has no handler for an event without a type. So the worker never
+    claims such events. The commands ``doctor`` and ``status`` report them.
     """
     return [outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None)]
 
@@ -339,7 +338,7 @@ def _counted(column: ColumnElement[int]) -> ColumnElement[int]:
 
 
 def _is_other(outbox: Table) -> ColumnElement[bool]:
-    """Build the condition that an event is none of the events set aside."""
+    """Build the condition that an event is not set aside."""
     return outbox.c.id != func.all(bindparam("set_aside", type_=Keys("bigint")))
 
 
@@ -385,7 +384,7 @@ def _gathered(keys: Select[Any]) -> Select[Any]:
 
 
 def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Aggregate a column into an array in text form. The worker parses it only if it needs a single value."""
+    """Aggregate a column into an array in text form. The worker parses the array only if it needs a single value."""
     return cast(func.array_agg(column), Text)
 
 
@@ -409,7 +408,7 @@ def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any
 
 
 def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
-    """what: counts due and later events up to a bound, age of the oldest · lock: none · index: (due_at, id)"""
+    """what: counts due and later events up to a bound; age of the oldest due one · lock: none · index: (due_at, id)"""
     now = func.statement_timestamp()
     ours = [*_complete(outbox), *ours]
     due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
@@ -504,7 +503,7 @@ def _close_letters_statement(letters: Table) -> Update:
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
     """Build a relation (id, …) from one array parameter per column.
 
-    The column ``delay`` has the parameter ``delays``.
+    A parameter is named like its column, with an added s: the column ``delay`` has the parameter ``delays``.
     """
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

@@ -1,8 +1,8 @@
 """Builds statements about pairs (student, course): locks of pairs, facts about events, and payments of a pair.
 
 The lock of a pair is a transaction-level advisory lock. Its key, ``identity.pair_key``, is public, so other programs
-may use the same lock. Under both guards, the worker has locked the pair when it judges an event or writes a refund.
-Only ``insert_clean`` under the guard ``index`` needs no lock. Which pairs are the same is defined in ``identity``.
+may use the same lock. Under both guards, the worker locks the pair before it judges an event or writes a refund. Only
+``insert_clean`` under the guard ``index`` needs no lock. ``identity`` defines which pairs are the same.
 
 ``PurchaseRepository`` locks pairs, reads facts and writes purchases with one statement for each of these steps.
 """
@@ -53,11 +53,11 @@ class PairLocks:
     keys: frozenset[int]
     """The lock keys of these pairs."""
     locked: frozenset[int]
-    """Events (``outbox.id``) whose pair is locked. An event without a pair is neither here nor in ``contended``."""
+    """Events (``outbox.id``) whose pair is locked. Events without a pair are missing here and in ``contended``."""
     contended: frozenset[int]
     """Events whose pair is not locked, because another transaction has locked it or the capacity was used up."""
     order: tuple[int, ...]
-    """All events of the batch. Every statement that writes purchases writes them in this order."""
+    """All events of the batch, in the order in which every statement writes purchases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,14 @@ def claimed_keys(outbox: Table) -> FromClause:
 def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
     """Return the relation that has the optional payload fields.
 
-    If the worker parsed the payloads in Python, return ``claimed``, because the fields are parameters. Otherwise return
-    ``event``.
+    If the worker parsed the payloads in Python, return ``claimed``, because the parameters contain the fields.
+    Otherwise return ``event``.
     """
     return claimed if "amount" in claimed.c else event
 
 
 def payment_of(claimed: FromClause, payments: Table) -> FromClause:
-    """Build a lateral subquery that finds the payment of each claimed event by its id. OFFSET 0: see ``event_of``."""
+    """Build a lateral subquery that finds the payment of each claimed event by id. ``event_of`` explains OFFSET 0."""
     read = (payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "status"))
     row = select(*read).where(payments.c.id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("payment")

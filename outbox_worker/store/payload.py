@@ -1,6 +1,6 @@
-"""Reads payloads: five fields, each as text of bounded length.
+"""Reads five fields of each payload, each as text of limited length.
 
-In a jsonb column, SQL expressions read the fields. The payload is not sent to the worker (in Python), because
+If the column is jsonb, SQL expressions read the fields. The worker does not decode such a payload in Python, because
 PostgreSQL accepts payloads that Python cannot decode (deep nesting, huge integers).
 
 A json or text column may contain what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field
@@ -34,7 +34,7 @@ _ELEMENTS = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,]+)', re.DOTALL)
 _LONGEST = 100
 """A payload's ``payment_id`` is cut to this many characters before it is compared with UUIDs."""
 _LONGEST_CURRENCY = 1_000
-"""A longer text in the payload, in bytes, is no currency."""
+"""If the currency in a payload is longer than this number of bytes, it counts as different from every currency."""
 
 LONGEST_DOCUMENT = 262_144
 """The largest document (a json or text payload), in bytes, that the worker reads.
@@ -58,7 +58,7 @@ def is_document(outbox: FromClause) -> bool:
 
 
 def document(outbox: FromClause) -> ColumnElement[Any]:
-    """Build a document (a json or text payload) as text. It is NULL if it is longer than ``LONGEST_DOCUMENT``."""
+    """Build a document (a json or text payload) as text. The result is NULL if the text is too long."""
     written = cast(outbox.c.payload, Text)
     return case((func.octet_length(written) <= LONGEST_DOCUMENT, written))
 
@@ -95,9 +95,10 @@ def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
 
 
 def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
-    """Parse a value of ``claim_columns``. Return the payment's id (None if it is no UUID) and the other fields.
+    """Parse a value of ``claim_columns``. Return the payment's id and the other fields.
 
-    If the column is jsonb, the other fields are empty, because later statements read these fields in SQL.
+    The payment's id is None if the value is no UUID. If the column is jsonb, the other fields are empty, because later
+    statements read these fields in SQL.
     """
     if is_document(outbox):
         return read_document(found)
@@ -108,7 +109,7 @@ def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | Non
 def read_document(text: str | None) -> tuple[str | None, Repeated]:
     """Parse a document (a json or text payload).
 
-    Return its ``payment_id`` in lower case (None if it is no UUID) and its other fields.
+    Return the ``payment_id`` in lower case (None if the value is no UUID), and the other fields.
     """
     try:
         found = _parse(text or "")
@@ -148,9 +149,9 @@ def _first_level(text: str) -> str:
 def _text_of(value: Any) -> str | None:
     """Convert a value to the text that ``->>`` returns.
 
-    The text is not cut, because ids are compared whole. ``LONGEST_DOCUMENT`` limits it. For an object or array, return
-    ``_NEVER_EQUAL``, because no payment column contains this text. The same character replaces the parts of a string
-    that PostgreSQL cannot store.
+    The text is not cut, because whole ids are compared. ``LONGEST_DOCUMENT`` limits its length. For an object or array,
+    return ``_NEVER_EQUAL``, because no payment column contains this text. The same character replaces the parts of a
+    string that PostgreSQL cannot store.
     """
     match value:
         case None:
@@ -171,7 +172,7 @@ def _written(source: FromClause, key: str) -> ColumnElement[Any]:
 
 
 def key_text(source: FromClause, key: str) -> ColumnElement[Any]:
-    """Build the text of a payload field, cut to ``_LONGEST``; NULL if the payload has no such field or is no object."""
+    """Build the text of a payload field, cut to ``_LONGEST`` characters; NULL if there is no such field."""
     return func.left(_written(source, key), _LONGEST)
 
 
@@ -221,7 +222,7 @@ def mismatches(ids: PairIds, source: FromClause, payments: FromClause) -> dict[s
 
 
 def mismatched_keys(ids: PairIds, source: FromClause, payments: FromClause) -> ColumnElement[Any]:
-    """Build a text[] with the names of the fields that differ; {} if there is no payment row."""
+    """Build a text[] with the names of the fields that differ from the payment row; {} if there is no such row."""
     names = [case((differs, key)) for key, differs in mismatches(ids, source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 

@@ -1,8 +1,8 @@
 """Classifies payments: every *standing* payment (succeeded, not refunded) is in exactly one of seven classes.
 
 ``audit``, ``backfill``, ``why`` and refunds use the same SQL CASE. A scan has two steps. ``page_statement`` reads one
-page of payments. It classifies each payment for which the table ``purchases`` alone determines the class; usually,
-these are nearly all payments. ``portion_statement`` then classifies the remaining payments of the page.
+page of payments, and classifies each payment whose class follows from the table ``purchases`` alone. Usually, these are
+nearly all payments. ``portion_statement`` then classifies the remaining payments of the page.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from outbox_worker.store.workers import set_aside_events
 
 
 class PaymentClass(StrEnum):
-    """The class of a standing payment. If several classes are possible, the first one in this list is used."""
+    """The class of a standing payment. If several classes apply, the first one in this list is used."""
 
     ACTIVE = "active"
     REVOKED = "revoked"
@@ -63,22 +63,24 @@ class PaymentClass(StrEnum):
 RECENT = timedelta(hours=1)
 """The length of the last part of a scanned range.
 
-A payment that was created in this part may be committed only after the scan has read it, so the next scan reads the
-part again.
+The transaction of such a payment may commit only after the scan has read this part. So the next scan reads the part
+again.
 """
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
-"""A kind of payment. Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing* (succeeded and not
-refunded). An operator should check them."""
-CANNOT_BE_JUDGED = "cannot_be_judged"
-"""The kind of a standing payment that would be unexplained, but has a value that prevents a judgement.
+"""The kind of a payment whose status the worker does not know.
 
-Examples: no student, no currency, a time of ``infinity``. A payment whose amount is negative, infinite or not a number
-is of this kind even if it has a purchase, because no sum can include its amount. No backfill makes a purchase for a
-payment of this kind: a person must correct the value first.
+Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing*. An operator should check such payments.
+"""
+CANNOT_BE_JUDGED = "cannot_be_judged"
+"""The kind of a standing payment that would be unexplained, but that has a missing or unusable value.
+
+Examples: no student, no currency, a time of ``infinity``. If the amount is negative, infinite or not a number, the
+payment is of this kind even if it has a purchase, because no sum can include the amount. No backfill creates a purchase
+for a payment of this kind until a person has corrected the value.
 """
 CURRENCY_MAX = 100
-"""The largest number of characters of a currency. A payment with a longer currency cannot be judged."""
+"""The largest number of characters of a currency. A payment with a longer currency is ``CANNOT_BE_JUDGED``."""
 
 READ_TO_CLASSIFY = ("id", "student_id", "course_id", "amount", "currency", "created_at")
 """The columns of payments that determine the class of a standing payment."""
@@ -93,8 +95,8 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 def page_statement(
     tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
 ) -> Select[Any]:
-    """what: reads the next page of payments in the order of a key. If purchases are enough to classify a payment, it is
-    counted by class and currency; the ids of all other payments are returned. Also returns the page's length and last
+    """what: reads the next page of payments in the order of a key. Counts the payments whose class follows from their
+    purchases, by class and currency, and returns the ids of all other payments. Also returns the page's length and last
     key, and lists each duplicate if ``lists_duplicates``
     lock: none · index: the one on the key; those of purchases on payment_id and on the pair
     """
@@ -113,7 +115,7 @@ def page_statement(
 
 
 def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
-    """what: counts given payments by class and currency, and lists each unexplained payment if ``lists``
+    """what: counts the payments ``ids`` by class and currency, and lists each unexplained payment if ``lists``
     lock: none · index: primary key of payments, dead_letters.payment_id, those of purchases on payment_id and on the
     pair; the outbox is scanned once
     """
@@ -140,7 +142,7 @@ def ahead_statement(tables: Tables) -> Select[Any]:
 
 
 def why_not_judged(payments: FromClause) -> ColumnElement[str | None]:
-    """Build the reason why a payment cannot be judged, as a text for people; NULL if it can be judged."""
+    """Build the reason why a payment cannot be classified, as a text for people; NULL if it can be classified."""
     read = payments.c
     return case(
         (read.id.is_(None), "it has no id"),
@@ -159,7 +161,7 @@ def why_not_judged(payments: FromClause) -> ColumnElement[str | None]:
 def has_unfit_amount(payments: FromClause) -> ColumnElement[bool]:
     """Build the condition that no sum can include the amount: it is negative, infinite or not a number.
 
-    PostgreSQL sorts NaN after infinity.
+    PostgreSQL sorts NaN after infinity, so the comparison with infinity finds both.
     """
     amount = payments.c.amount
     return or_(amount < 0, amount >= literal_column("CAST('Infinity' AS numeric)"))
@@ -172,10 +174,10 @@ def waivable(letters: FromClause) -> ColumnElement[bool]:
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
-    """Classify a few standing payments, given as a relation with the columns ``READ_TO_CLASSIFY``.
+    """Build the class of each payment in ``few``: standing payments, with the columns ``READ_TO_CLASSIFY``.
 
-    The CASE prevents the planner from using a join with the outbox. So the outbox is read at most once, even if its
-    statistics are wrong.
+    The CASE prevents the planner from using a join with the outbox. So the outbox is read at most once, even if the
+    statistics of the outbox are wrong.
     """
     named, ids = _named(tables), select(cast(few.c.id, Text))
     told = select(named).where(*_may_be_settled(tables), case((named.in_(ids), true())))
@@ -221,7 +223,7 @@ def _classed(page: CTE, equation: ColumnElement[Any], tables: Tables, by_index: 
 
 
 def _gathered(ids: PairIds, classed: CTE, lists: ColumnElement[bool], lists_duplicates: bool) -> Select[Any]:
-    """Count and sum the payments of each kind and currency. Each payment that is to be listed gets its own row."""
+    """Count and sum the payments of each kind and currency. Each payment that must be listed gets its own row."""
     kind, is_unexplained = classed.c.kind, classed.c.kind == PaymentClass.UNEXPLAINED.value
     is_recent = classed.c.created_at >= _moment("before") - literal(RECENT, Interval)
     is_duplicate = and_(literal(lists_duplicates), kind == PaymentClass.DUPLICATE.value)
@@ -278,14 +280,14 @@ def _otherwise(page: CTE, tables: Tables, is_in_flight: ColumnElement[bool]) -> 
 
 
 def _in_flight(page: CTE, tables: Tables) -> Select[Any]:
-    """Find payments that have a ``PURCHASE_CONFIRMED`` event in the outbox, if a worker can ever claim the event."""
+    """Find the payments whose ``PURCHASE_CONFIRMED`` event is in the outbox and can be settled by a worker."""
     is_named = _named(tables) == cast(page.c.id, Text)
     flying = page.join(tables.outbox, is_named)
     return select(page.c.id).select_from(flying).where(*_may_be_settled(tables)).distinct()
 
 
 def _may_be_settled(tables: Tables) -> list[ColumnElement[bool]]:
-    """Build the conditions that an event confirms a payment, can be claimed, and is not set aside by a worker."""
+    """Build the conditions that an event confirms a payment, can be claimed, and is not set aside by any worker."""
     outbox = tables.outbox
     is_other = outbox.c.id != func.all(func.array(set_aside_events(tables.workers).scalar_subquery()))
     return [outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox), is_other]

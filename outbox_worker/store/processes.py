@@ -1,7 +1,7 @@
 """Identifies the process that writes a row of ``workers`` or ``backfill_runs``, and finds out whether it still runs.
 
-A worker that cannot reach the database leaves a note on its host instead: the note says that the worker no longer
-processes the event that its row names.
+A worker that cannot reach the database leaves a note (a file) on its host instead. The note says that the worker no
+longer processes the event that is named in the worker's row.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from uuid import UUID
 
 BACKFILL_SILENT_AFTER_SECONDS = 60.0
-"""The seconds without an update of its open row after which a backfill is considered killed.
+"""A backfill is considered killed if it has not updated its open row for this number of seconds.
 
-Each statement of a backfill takes less than this time, so a running backfill updates its row more often.
+Each statement of a backfill takes less time, so a running backfill updates its row more often.
 """
 
 
@@ -28,8 +28,8 @@ def this_process() -> dict[str, str | int]:
 def is_running(host: str, pid: int) -> bool | None:
     """Return whether the process of a row still runs; None if it ran on another host, where this process cannot look.
 
-    If the id is that of this process, return False: process ids are reused, so an earlier process with the same id
-    wrote the row, and it has ended.
+    If the id is the id of this process, return False. Process ids are reused, so an earlier process with the same id
+    wrote the row, and that process has ended.
     """
     if host != socket.gethostname():
         return None
@@ -45,13 +45,13 @@ def is_running(host: str, pid: int) -> bool | None:
 def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: float) -> bool:
     """Return whether the process of an open row is dead.
 
-    It is dead if its row was not updated for too long, or if it ran on this host and no longer runs.
+    The process is dead if its row was not updated for too long, or if it ran on this host and no longer runs.
     """
     return silent_seconds > silent_after_seconds or is_running(host, pid) is False
 
 
 def leave_note(worker: UUID) -> None:
-    """Note on this host that a worker no longer processes the event that its row names. If the disk refuses, do not."""
+    """Create a file that says that a worker no longer processes the event in its row. Ignore an error of the disk."""
     with suppress(OSError):
         _note(worker).touch()
 
@@ -66,6 +66,6 @@ def remove_note(worker: UUID) -> None:
 
 
 def _note(worker: UUID) -> Path:
-    """Return the path of the note, in the directory that systemd keeps for the service, or among temporary files."""
+    """Return the path of the note: in the state directory that systemd gives the service, or among temporary files."""
     directory = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or tempfile.gettempdir()
     return Path(directory) / f"outbox-worker-{worker}.withdrawn"

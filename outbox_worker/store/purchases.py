@@ -1,10 +1,10 @@
 """Writes ``purchases`` and ``processed_events``, and reads ``payments``. Use the class ``PurchaseRepository``.
 
 Each statement receives the keys of claimed events as arrays, and joins the keys to the rows of the tables. If every
-event gets its purchase, the INSERT returns only NULL.
+event gets its purchase, the INSERT returns NULL instead of a list of payments.
 
-Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id), in which
-``identity.written_order`` compares the ids.
+Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id), because otherwise
+two workers could deadlock. ``identity.written_order`` defines how the ids are compared.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ _COPIED = ("student_id", "course_id", "payment_id", "amount", "currency", "is_ac
 """The columns of a purchase that the worker inserts."""
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
-"""The text from which, together with a payment's id, a backfill computes the event id of its mark (by MD5)."""
+"""A backfill joins this text and a payment's id, and uses the MD5 of both as the event id of the payment's mark."""
 
 
 class PurchaseRepository:
     """Reads and writes purchases and marks. Keeps the compiled statements, but no state.
 
-    ``event_of`` joins the keys of a batch to outbox rows. A backfill gives another function, because its payments have
-    no outbox rows.
+    ``event_of`` joins the keys of a batch to rows of the outbox. A backfill passes another function, because its
+    payments have no events in the outbox.
     """
 
     def __init__(self, tables: Tables, event_of: EventOf = event_of) -> None:
@@ -100,7 +100,7 @@ class PurchaseRepository:
         self._mark = Statement(_remark_statement(tables))
 
     def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
-        """Insert the purchases of all events to which none of rules 1 to 8 applies. Return the ids (``outbox.id``).
+        """Insert the purchases of all events to which none of rules 1 to 8 applies. Return the ids of these events.
 
         No two events may name the same payment. If the guard is ``lock``, the caller must have locked all pairs.
         If ``looks_at_marks`` is false, purchases of marked events are inserted, too. ``mark_first`` then fails, and
@@ -181,10 +181,10 @@ class PurchaseRepository:
         self._run_mark(session, batch, outcome, self._mark)
 
     def is_own_key(self, session: Session, error: Exception) -> bool:
-        """Return whether an error of class 23505 names the pair, the payment, or the event of a mark.
+        """Return whether the unique key in an error 23505 is that of the pair, of the payment, or of the event's mark.
 
-        Such a key belongs to the event. Any other key may refuse every purchase alike. Raises DefaultTaken if the
-        worker writes no column of the key, because then a default gave the row a key that is in use.
+        Then the event is the cause. Any other key may be violated by every purchase. Raises DefaultTaken if the worker
+        writes no column of the key: then the default of a column gave the row a key that another row has.
         """
         purchases, marks = self._tables.purchases, self._tables.processed_events
         written = {purchases: {*_COPIED, "deactivated_at"}, marks: {column.key for column in marks.c}}
@@ -221,8 +221,9 @@ class PurchaseRepository:
     def _check_alone(self, session: Session, batch: Batch) -> None:
         """Raise PairTaken if a pair whose purchase was just written has a second active purchase.
 
-        This statement has a newer snapshot than the INSERT. While an index is dropped concurrently, the INSERT may miss
-        a purchase that another transaction has written by the index and committed after the INSERT began.
+        This check is a new statement, so it has a newer snapshot than the INSERT. While an index is dropped
+        concurrently, the INSERT may miss a purchase that another transaction wrote under the guard ``index`` and
+        committed after the INSERT began.
         """
         if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
             raise PairTaken("Another transaction has just created an active purchase of the same pair.")
@@ -255,7 +256,7 @@ def _default_taken(session: Session, table: Table, names: set[str], error: Excep
     index = violated(error)[2]
     told = f"a default of {relation_name(table)} gives new rows a key that another row has (constraint {index})"
     remedies = [set_sequence(table, name, sequence) for name, sequence in found.items()]
-    return DefaultTaken(f"{told}; its sequence is behind: {' '.join(remedies)}" if remedies else told)
+    return DefaultTaken(f"{told}; its sequence is behind, so run this: {' '.join(remedies)}" if remedies else told)
 
 
 def backfill_event_id(payment_id: UUID) -> UUID:
@@ -264,9 +265,9 @@ def backfill_event_id(payment_id: UUID) -> UUID:
 
 
 def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """Build a row in place of the missing event of a payment.
+    """Build a row that replaces the missing event of a payment.
 
-    Its payload is NULL, so it cannot contradict the payment.
+    The payload of the row is NULL, so the row cannot contradict the payment.
     """
     named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
     event = select(
@@ -279,9 +280,9 @@ def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
 
 
 def _offered(statement: postgresql.Insert, tables: Tables, is_unsure: ColumnElement[bool] | None = None) -> Select[Any]:
-    """Return the payments whose purchases the statement wrote; NULL if it wrote all ``offered`` purchases.
+    """Build a query that returns the payments whose purchases the statement wrote; NULL if these are all ``offered``.
 
-    Also return ``is_unsure``: whether a later statement must check that no pair has a second active purchase.
+    The query also returns ``is_unsure``: whether the caller must check that no pair has a second active purchase.
     """
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
@@ -374,7 +375,7 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _changed_statement(tables: Tables) -> Select[Any]:
-    """what: for each purchase that differs from what was written, the columns that differ
+    """what: finds purchases that differ from what the worker wrote; returns the names of the columns that differ
     lock: none · index: primary key of payments, purchases.payment_id
     """
     purchases, is_active = tables.purchases, bindparam("is_active", type_=Boolean)

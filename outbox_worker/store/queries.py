@@ -20,7 +20,7 @@ def database_time(session: Session) -> datetime:
 def currency_code(currency: ColumnElement[Any]) -> ColumnElement[str]:
     """Build the code of a currency in upper case and without blanks around it.
 
-    The collation C knows only ASCII letters. By a Turkish collation, an i would become another letter than I.
+    The collation C converts only ASCII letters. A Turkish collation would convert an i to another letter than I.
     """
     written = cast(currency, Text).op("COLLATE", precedence=15, return_type=Text())(literal_column('"C"'))
     return func.upper(func.btrim(written), type_=Text)
@@ -40,10 +40,11 @@ def is_succeeded(payments: FromClause) -> ColumnElement[bool]:
 
 
 def is_claimable(outbox: FromClause) -> ColumnElement[bool]:
-    """Build the condition that a worker can claim the event, now or later. Adopted tables may lack these values.
+    """Build the condition that a worker can claim the event, now or later. In adopted tables, values may be missing.
 
-    Without a due time, an event is never due. Without an id, the event has no mark. Without a type, no handler exists.
-    The CASE prevents the planner from walking the whole index on the due time, because nearly all events are claimable.
+    Without a due time, an event is never due. Without an id, an event cannot be marked. Without a type, an event has no
+    handler. The CASE prevents the planner from reading the whole index on the due time. That would be slow, because the
+    condition holds for nearly all events.
     """
     is_due_sometime = outbox.c.due_at < literal_column("CAST('infinity' AS timestamptz)")
     is_complete = and_(is_due_sometime, outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MOST = 1000
-"""The largest number of events that one worker sets aside. If there are more, the database itself is in trouble."""
+"""The largest number of events that one worker sets aside. If there are more, the cause is probably the database."""
 
 FIRST_SECONDS = 15.0
 """The time for which an event is set aside when its row is refused for the first time.
@@ -22,25 +22,25 @@ Often, the cause ends by itself, for example when another service deletes its re
 LATER_SECONDS = 600.0
 """The time for which an event is set aside when its row was refused before.
 
-Each try makes a batch fail once, so it must be rare.
+Each try makes a batch fail once, so tries must be rare.
 """
 
 
 @dataclass
 class SetAside:
-    """The events set aside by this worker, each with the refusal of the database, and those of other workers."""
+    """The events that this worker or another worker has set aside, so that no claim takes them."""
 
     ids: Sequence[int] = ()
-    """All events that a claim must not take. It is replaced as a whole, so reading it needs no lock."""
+    """All events that a claim must not take. The list is replaced as a whole, so reading the list needs no lock."""
     known: set[int] = field(default_factory=set)
     """The events that this worker has set aside before."""
     _own: dict[int, tuple[str, float]] = field(default_factory=dict)
-    """Each event with the refusal, and the time at which it is released."""
+    """For each event of this worker: the refusal, and the time from which a claim may take the event again."""
     _others: frozenset[int] = frozenset()
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def has_room(self, more: Iterable[int]) -> bool:
-        """Return whether these events can be set aside, too."""
+        """Return whether these events can be set aside without exceeding ``MOST``."""
         return len(self._own.keys() | set(more)) <= MOST
 
     def add(self, refusals: Mapping[int, str], now: float) -> None:
@@ -54,17 +54,17 @@ class SetAside:
             self._gather()
 
     def release_old(self, now: float) -> None:
-        """Let the next claim try the events again that this worker set aside long enough ago."""
+        """Release the events of this worker whose time is over, so that the next claim takes them again."""
         with self._lock:
             self._own = {key: (refusal, until) for key, (refusal, until) in self._own.items() if until > now}
             self._gather()
 
     def forget(self, settled: Iterable[int]) -> None:
-        """Treat these events as new if they are ever refused again, because their rows could be removed."""
+        """Forget that these events were refused before, because their rows could be deleted or postponed now."""
         self.known.difference_update(settled)
 
     def learn(self, others: Iterable[int]) -> None:
-        """Replace what is known of the other workers."""
+        """Replace the events that other workers have set aside."""
         with self._lock:
             self._others = frozenset(others)
             self._gather()

@@ -1,12 +1,13 @@
-"""Reads and writes ``workers``: one row per process, with its last heartbeat, its counters, and its events set
-aside or isolated.
+"""Reads and writes ``workers``: one row per process, with its last heartbeat, its counters, and the events that the
+process has set aside or processes alone.
 
 A worker writes its row at start and at every heartbeat, and closes the row when it stops cleanly. If an open row is no
 longer updated, its worker has died.
 
-Before a worker processes an event alone, it commits the event's id into its own row: it *accuses* the event. It
-withdraws the accusation when the event is settled, when it gives up, and when it stops. If a worker dies with an
-accusation in its row, another worker takes the row over, judges the death, and counts a proven one for the event.
+Before a worker processes an event alone, it commits the event's id into its own row: it *accuses* the event. The worker
+withdraws the accusation when the event is settled or given up, and when the worker stops. If a worker dies with an
+accusation in its row, another worker takes the row over. If the event is proven to be the cause, this worker counts a
+crash for the event.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ from outbox_worker.store.processes import has_note, is_running, leave_note, remo
 from outbox_worker.store.set_aside import SetAside
 
 ROWS_KEPT_FOR = timedelta(days=1)
-"""The age at which the row of an ended process is deleted."""
+"""The row of a process is deleted this long after the process ended."""
 
-# what: the timeline of the server, which is another one after each failover · lock: none
+# what: the timeline of the server, a number that changes with each failover · lock: none
 _TIMELINE = text("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")
 
 _NOTHING_ISOLATED = {"isolated_event": None, "isolated_at": None, "isolated_timeline": None}
@@ -78,12 +79,12 @@ class WorkerRow:
 
 @dataclass
 class Contact:
-    """The contact of this process with the database, on which it relies when it judges other workers."""
+    """Records when this process could reach the database. This matters when the process judges other workers."""
 
     heartbeats: int = 0
-    """The number of heartbeats since the database was last away."""
+    """The number of heartbeats that this process wrote since the last outage of the database."""
     regained_at: datetime | None = None
-    """When the database answered again after it had been away, by its own clock; None if it never was away."""
+    """The time of the database's clock when the database answered again after an outage; None without any outage."""
     _is_lost: bool = False
 
     def lost(self) -> None:
@@ -98,19 +99,19 @@ class Contact:
 
 @dataclass(frozen=True, slots=True)
 class DeadWorker:
-    """A dead worker whose place this worker has taken."""
+    """A dead worker whose row this worker has taken over."""
 
     host: str
     pid: int
     isolated: int | None
     """The event (``outbox.id``) that the worker processed alone; None if it processed a batch, or nothing."""
     is_counted: bool
-    """Whether the death was counted for this event, because it is proven to be the cause."""
+    """Whether the death was counted for this event, because the event is proven to be the cause."""
 
 
 @dataclass
 class Takeover:
-    """The result of one look for dead workers."""
+    """The result of one search for dead workers."""
 
     dead: list[DeadWorker] = field(default_factory=list)
     is_undecided: bool = False
@@ -122,7 +123,7 @@ class Workers:
 
     def __init__(self, tables: Tables, worker_id: UUID) -> None:
         self.set_aside = SetAside()
-        """The events that no claim of this process takes. Each heartbeat writes those that this process set aside."""
+        """The events that no claim takes. Each heartbeat writes those that this process has set aside into its row."""
         self._workers, self._outbox = tables.workers, tables.outbox
         self._id = worker_id
 
@@ -139,9 +140,9 @@ class Workers:
     def beat(
         self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False
     ) -> datetime | None:
-        """Write a heartbeat, and the counters and events set aside of this process.
+        """Write a heartbeat, with the counters of this process and the events that it has set aside.
 
-        If ``stopped``, close the row and withdraw.
+        If ``stopped``, also close the row and withdraw the accusation.
 
         Return the time of the heartbeat by the database's clock, or None if it was not written (``_write``).
         """
@@ -157,7 +158,7 @@ class Workers:
     def accuse(self, session: Session, guard: Guard, event: int) -> bool:
         """Write into the row of this process that it processes only this event from now on.
 
-        The caller must commit before it processes the event. Return False if the row was not written (``_write``).
+        The caller must commit before it processes the event. Return False if ``_write`` could not write the row.
         """
         now, timeline = func.statement_timestamp(), _timeline(session)
         isolated = {"isolated_event": event, "isolated_at": now, "isolated_timeline": timeline}
@@ -180,8 +181,8 @@ class Workers:
     ) -> Takeover:
         """Take over the rows of dead workers, and count each proven death for its event, in this transaction.
 
-        Of the rows without an isolated event, take over only one: for each death, one worker goes carefully. If
-        ``only_accusers``, take over none of them.
+        Of the rows without an isolated event, take over only one. The worker that takes such a row over then processes
+        events alone, and one worker per death is enough. If ``only_accusers``, take over no such row.
         """
         found = Takeover()
         rows = self._open_rows(session, contact, only_accusers)
@@ -197,7 +198,7 @@ class Workers:
         return found
 
     def _open_rows(self, session: Session, contact: Contact, only_accusers: bool) -> Sequence[Row[Any]]:
-        """what: other workers' open rows, with what their judge must know · lock: none · index: none (few rows)"""
+        """what: other workers' open rows, with the facts for ``judge_death`` · lock: none · index: none (few rows)"""
         workers = self._workers
         isolated_at, seen_at = (func.date_part("epoch", workers.c[key]) for key in ("isolated_at", "seen_at"))
         regained_at = literal(contact.regained_at, DateTime(timezone=True))
@@ -217,7 +218,7 @@ class Workers:
         """what: closes the row of a dead worker and counts its death, unless the row has changed since it was read
         lock: FOR UPDATE SKIP LOCKED, the row of the worker before the event · index: primary keys
 
-        The row keeps its event if the death was counted, so that ``_reopen`` can take the death back.
+        If the death was counted, the row keeps its event, so that ``_reopen`` can subtract the death again.
         """
         workers = self._workers
         unchanged = [workers.c.id == row.id, workers.c.seen_at == row.seen_at, *self._is_open()]
@@ -245,11 +246,11 @@ class Workers:
         return [self._workers.c.stopped_at.is_(None), self._workers.c.succeeded_at.is_(None)]
 
     def _reopen(self, session: Session) -> bool:
-        """what: opens our row again if another worker has taken it over, and takes back the death that was counted
+        """what: opens our row again if another worker has taken it over, and subtracts the death that was counted
         lock: FOR UPDATE on our row, then FOR UPDATE SKIP LOCKED on the event · index: primary keys
 
-        The other worker was wrong, because this process lives: it was stopped for a while, or had no database. Return
-        False if the event is locked. Then nothing is written, and the next heartbeat tries again.
+        The other worker was wrong, because this process is alive. It was only paused, or could not reach the database.
+        If the event is locked, return False and write nothing. The next heartbeat tries again.
         """
         workers = self._workers
         taken = [workers.c.id == self._id, workers.c.succeeded_at.is_not(None)]
@@ -266,8 +267,8 @@ class Workers:
     def _write(self, session: Session, values: Mapping[str, Any]) -> datetime | None:
         """what: updates the row of this process and its heartbeat, or inserts it · lock: row · index: primary key
 
-        Return the time of the heartbeat. If another worker has taken the row over, open it again first. Return None if
-        that is not possible now.
+        Return the time of the heartbeat. If another worker has taken the row over, open the row again first. If the row
+        cannot be opened now, return None.
         """
         workers = self._workers
         seen = {"seen_at": func.clock_timestamp(), **values}
@@ -298,7 +299,7 @@ def _traces(row: Row[Any], contact: Contact, timeline: str | None) -> Traces:
 
 
 def _timeline(session: Session) -> str | None:
-    """Return the server's timeline; None if the server does not tell it. Then only its start time shows a failover."""
+    """Return the server's timeline; None if it cannot be read. Then only the server's start time shows a failover."""
     try:
         with savepoint(session):
             found: str = session.scalars(_TIMELINE).one()
@@ -333,13 +334,14 @@ def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
 def set_aside_events(workers: Table) -> Select[Any]:
     """what: the ids of the events that workers have set aside · lock: none · index: none, ``workers`` is small
 
-    A row counts while its worker runs, and afterwards until another worker starts, because that one tries again.
+    A row counts while its worker runs, and afterwards until another worker starts. The new worker tries the events
+    again.
     """
     return _keys_set_aside(workers, _is_latest(workers))
 
 
 def read_set_aside(session: Session, tables: Tables) -> dict[int, str]:
-    """Return the events that workers have set aside and that are still in the outbox, each with the refusal."""
+    """Return the events that workers have set aside and that are still in the outbox, each with the error."""
     workers, outbox = tables.workers, tables.outbox
     each = _aside(workers)
     still_there = outbox.c.id == cast(each.c.key, BigInteger)

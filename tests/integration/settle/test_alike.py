@@ -35,7 +35,7 @@ def test_a_sequence_that_is_behind_is_told_with_its_remedy(
     assert "constraint purchases_pkey" in str(caught.value)
     assert processor.watch.state.guard == both_guards
     assert_uncharged(shop, 5)
-    shop.rows(str(caught.value).partition("is behind: ")[2])
+    shop.rows(str(caught.value).partition("so run this: ")[2])
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 5}
 
 
