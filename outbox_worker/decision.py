@@ -84,7 +84,7 @@ class RetryPolicy:
 
 
 class Death(Enum):
-    """What the open row of another worker proves."""
+    """Whether another worker died, and whether the event that it processed is the cause."""
 
     NONE = auto()
     """The worker may still be alive."""
@@ -93,7 +93,7 @@ class Death(Enum):
     UNPROVEN = auto()
     """The worker is dead, but its death counts as a crash of no event.
 
-    It did not process an event alone, or it may have died for another reason.
+    The worker did not process an event alone, or it may have died for another reason.
     """
     PROVEN = auto()
     """The worker died while it processed one event alone, so its death counts as a crash of this event."""
@@ -128,9 +128,10 @@ class Traces:
 def judge_death(traces: Traces, deadline_seconds: float) -> Death:
     """Judge whether a worker died, and whether its isolated event is the cause.
 
-    In case of doubt, the event is not the cause. If the process is known to have ended, this function judges at once.
-    If the worker is only silent, the judging worker must have written ``HEARTBEATS_BEFORE_JUDGING`` heartbeats first. A
-    worker that was alive for more than ``deadline_seconds`` after the isolation did not die because of the event.
+    In case of doubt, this function does not blame the event. If the process is known to have ended, it judges at
+    once. If the worker is only silent, the judging worker must first have written ``HEARTBEATS_BEFORE_JUDGING``
+    heartbeats. A worker that was alive for more than ``deadline_seconds`` after the isolation did not die because of
+    the event.
     """
     has_ended = traces.is_running is False
     if not has_ended and traces.silent_seconds <= WORKER_SILENT_AFTER_SECONDS:
@@ -184,7 +185,7 @@ def _decide_refund(facts: Facts) -> Verdict:
 
 
 def _flaw(facts: Facts) -> Verdict | None:
-    """Apply rules 5 and 6. Return None if the payment is visible and does not contradict the event."""
+    """Apply rules 5 and 6 of ``RULES``. Return None if the payment is visible and does not contradict the event."""
     if facts.payment_status is None:
         return _not_yet(facts, Reason.PAYMENT_NOT_FOUND, "no such payment", rule=5)
     if facts.mismatches:
@@ -214,7 +215,8 @@ def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
     """Compute the wait after the failed try with the number ``attempts``. The first try has the number 1.
 
     The wait doubles with each try up to the maximum of ``policy``. ``spread`` is a random number in [0, 1) from the
-    caller. It makes the wait up to a quarter longer, so that events that failed together become due at different times.
+    caller. This number makes the wait up to a quarter longer, so that events that failed together become due at
+    different times.
     """
     grown = policy.base.total_seconds() * 2.0 ** min(attempts - 1, 62)
     return timedelta(seconds=min(grown, policy.maximum.total_seconds())) * (1 + spread / 4)

@@ -1,4 +1,4 @@
-"""Data types of the program: enumerations and frozen records. They do no I/O and use no clock and no randomness."""
+"""Data types of the program: enumerations and frozen records. The types do no I/O, and use no clock or randomness."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
 """The outcomes of marks that do not prove that the worker created an active purchase.
 
-A mark with any other outcome proves that the worker created one, even if this version of the program does not know the
-outcome.
+A mark with any other outcome proves that the worker created an active purchase, even if this version of the program
+does not know the outcome.
 """
 
 
@@ -77,7 +77,7 @@ WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
 """The reasons with which a discarded dead letter *waives* a purchase: the payment of the letter then gets no purchase.
 
 Only a dead letter whose event confirms a payment can waive a purchase. All other reasons mean that the payment is
-missing or has not succeeded. If a person discards a letter with one of the other reasons and the payment succeeds
+missing or has not succeeded. If a person discards a letter whose reason is not in this set, and the payment succeeds
 later, the payment still gets its purchase.
 """
 
@@ -250,7 +250,7 @@ class Facts:
     pair_held: bool = False
     """Whether another active purchase already gives the student this course."""
     last_try: bool = False
-    """Whether this attempt is the last one. If it fails, the event becomes a dead letter."""
+    """Whether this attempt is the last one. If the last attempt fails, the event becomes a dead letter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class Verdict:
     passed_to: str | None = None
     """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
     refused_next: str | None = None
-    """Another payment of the same pair, for which the database refused the purchase. ``detail`` says why."""
+    """Another payment of the same pair, for which the database refused the purchase. ``detail`` names the error."""
     rule: int = field(default=0, compare=False)
     """The number of the deciding rule in docs/explanation/state-machine.md; 0 if no rule decided."""
     traceparent: str | None = None
@@ -289,7 +289,7 @@ Verdicts = dict[int, Verdict]
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """Group the events by outcome. Usually all events share one verdict object, and then no event is read singly."""
+    """Group the events by outcome. There is a shortcut for the usual case that all events share one verdict object."""
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
         return {verdict.outcome: list(verdicts) for verdict in distinct.values()}
@@ -376,7 +376,7 @@ class UnjudgedPayment(FoundPayment):
 
     @property
     def age(self) -> tuple[datetime, int]:
-        """The sort key that puts the oldest payment first. It does not contain the id, because an id may be missing."""
+        """A sort key that puts the oldest payment first. The key contains no id, because an id may be missing."""
         return self.created_at or datetime.min.replace(tzinfo=UTC), 0
 
 
@@ -402,7 +402,7 @@ class PaymentTotals:
 
     @classmethod
     def read(cls, written: Mapping[str, Any] | None) -> PaymentTotals:
-        """Convert the value that ``written`` returned back to totals. None stands for no payments."""
+        """Convert the value that ``written`` returned back to totals. If the value is None, the totals are empty."""
         given = written or {"count": 0, "money": {}}
         return cls(given["count"], {key: Decimal(amount) for key, amount in given["money"].items()})
 

@@ -50,7 +50,7 @@ class Bisection:
         """The parts that are not tried yet. The last part of the list is tried next."""
         self.found = Found(checks_deferred=True)
         self.foreign: set[int] = set()
-        """Events that violated another unique key than that of pair, payment or mark, so the cause is unclear."""
+        """Events that violated a unique key other than that of pair, payment or mark. So the cause is unclear."""
         self._stuck = stuck
         self._looked_again: set[int] = set()
         self._made: dict[int, Concessions] = {}
@@ -61,9 +61,10 @@ class Bisection:
         return self._made.get(next(iter(part)), NONE) if len(part) == 1 else NONE
 
     def is_trial(self, part: Batch) -> bool:
-        """Return whether the next attempt is a trial: does the database refuse only the deletion of the event's row?
+        """Return whether the next attempt is a trial.
 
-        The writes of a trial are rolled back. If the trial succeeds, the event is set aside until a later try.
+        A trial finds out whether the database refuses only the deletion of the event's row. All writes of a trial are
+        rolled back. If the trial succeeds, the event is set aside until a later try.
         """
         return Concession.ROW in self.concessions(part) and self._is_new(next(iter(part)))
 
@@ -99,7 +100,7 @@ class Bisection:
         self.parts.append(part)
 
     def succeeded(self, part: Batch, verdicts: Verdicts) -> None:
-        """Add the verdicts of a part, and the errors because of which the attempt omitted writes."""
+        """Add the verdicts of a part, and the earlier errors of the writes that the last attempt omitted."""
         made, causes = self.concessions(part), self._causes.get(next(iter(part)), {})
         if Concession.ROW in made:
             self.found.kept |= dict.fromkeys(final(verdicts), causes[Concession.ROW])

@@ -223,7 +223,7 @@ class RefundedPurchases(_UnderLocks):
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], plan: AttemptPlan
     ) -> Verdicts:
-        """Create a purchase for each pair that has no active purchase now, for the oldest payment that has no purchase.
+        """For each pair that has no active purchase now, create the purchase of its oldest payment without a purchase.
 
         This method reads the payments after the refunds are written, and while the pairs are locked. So no other worker
         can judge a payment as a duplicate between the refund and the new purchase. If a purchase was not written, the

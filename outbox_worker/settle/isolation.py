@@ -3,11 +3,12 @@
 Before the work, the process *accuses* the event: it commits the event's id into its own row of ``workers``. The
 transaction that settles the event clears the row. If the process dies in between, the row still names the event, and
 the worker that takes the row over counts a crash for the event (``Workers.take_over_dead_workers``). A process that
-gives the event up, or stops, clears the row as well. If it has no database, it leaves a note (a file) on its host.
+gives the event up, or stops, clears the row as well. If the database cannot be reached, the process leaves a note (a
+file) on its host.
 
-A process has only one row, and it dies as a whole. So while a claim loop processes an event alone, all other claim
-loops of the process stand still. Otherwise their batches could kill the process, and the row would name an event that
-is not the cause.
+A process has only one row, and all its claim loops die together. So while one claim loop processes an event alone, all
+other claim loops of the process wait. Otherwise their batches could kill the process, and the row would name an event
+that is not the cause.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Isolation:
     def together(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """Process a batch inside the ``with`` block, while other loops may process batches, too.
 
-        If another loop processes an event alone, this waits for that loop, and calls ``on_wait`` from time to time.
+        If another loop processes an event alone, wait for that loop, and call ``on_wait`` from time to time.
         """
         with self._changed:
             self._wait(lambda: not self._is_one_alone, on_wait)
@@ -73,7 +74,7 @@ class Isolation:
     def alone(self, on_wait: Callable[[], None]) -> Iterator[None]:
         """Process one event inside the ``with`` block. No other loop begins a batch from now on.
 
-        This first waits until the batches of the other loops have ended, and calls ``on_wait`` from time to time.
+        First wait until the batches of the other loops have ended, and call ``on_wait`` from time to time.
         """
         with self._changed:
             self._wait(lambda: not self._is_one_alone, on_wait)
@@ -94,10 +95,11 @@ class Isolation:
     def isolate(
         self, outbox: Outbox, key: int | None, guard: Guard, until: datetime | None, plans: Mapping[str, str]
     ) -> IsolatedEvent | None:
-        """Choose a due event and accuse it: write its id into the row of this process. Return None if there is none.
+        """Choose a due event and accuse it: write its id into the row of this process.
 
-        ``key`` is the id of the event; None stands for the first event of the queue. If the queue contains no due
-        event, the process goes back to whole batches.
+        Return None if no due event was chosen, or if the row was not written. ``key`` is the id of the event; None
+        stands for the first event of the queue. If the queue contains no due event, the process goes back to whole
+        batches.
         """
         with self._database.transaction(**plans) as session:
             event = outbox.isolate(session, key, until, set_aside=self._workers.set_aside.ids)
@@ -133,7 +135,7 @@ class Isolation:
             self._is_accusing = False
 
     def withdraw_here(self) -> None:
-        """Leave a note on this host if the row still names an event when the process ends. This needs no database."""
+        """Leave a note on this host if the row still names an event when the process ends. No database is needed."""
         if self._is_accusing:
             self._workers.withdraw_here()
 
@@ -161,8 +163,8 @@ class LoneEvents:
     def choose(self, guard: Guard, until: datetime | None, plans: Mapping[str, str]) -> IsolatedEvent | None:
         """Choose the next event to process alone, and accuse it (write its id into the row of this process).
 
-        This is the event that was given up before. If there is none, it is the next of ``crash_suspects``, and if there
-        is none either, the first event of the queue.
+        The next event is the event that was given up before. If no event was given up, it is the next one of
+        ``crash_suspects``. If that list is empty, too, it is the first event of the queue.
         """
         before, key = self.event, None
         if before is not None:

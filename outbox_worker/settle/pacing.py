@@ -1,6 +1,6 @@
 """Decides how many events the next claim asks for, and where the claim begins in the queue.
 
-This module does no I/O. It does not read the clock either, because the caller passes the time.
+This module does no I/O. This module does not read the clock either, because the caller passes the time.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ This limit applies only while claims are full.
 class Frontier:
     """The position that the claim loops of one process have reached in the queue. The loops share one frontier.
 
-    A claim from the start of the queue is slow. It must read the rows that other loops have locked, and the index
-    entries of rows that were deleted after the oldest open snapshot. So while claims are full and all their events are
-    settled, the next claim begins where the last claim ended. An event can still appear before that position, because
-    of a late commit or because the clock was set back. So from time to time, a claim begins at the start of the queue
-    again.
+    A claim from the start of the queue is slow, because it must read the rows that other loops have locked, and also
+    the index entries of rows that were deleted after the oldest open snapshot. So while claims are full and all their
+    events are settled, the next claim begins where the last claim ended. An event can still appear before that
+    position, because of a late commit or because the clock was set back. So from time to time, a claim begins at the
+    start of the queue again.
     """
 
     mark: Position | None = None

@@ -1,7 +1,7 @@
 """Processes one batch in one transaction: claim, settle, record, commit.
 
 In ``settle``, only this module and ``isolation`` begin and commit transactions. After a transient failure, the
-processor tries again with half the batch. It postpones an event that prevents other events from being settled.
+processor tries again with half the batch. The processor postpones an event that blocks other events.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Processor:
     def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
         """Use new limits from the next batch on.
 
-        The processor then forgets which events were refused for an unclear cause. It still knows which events must be
-        processed alone.
+        The processor then forgets which events were refused for an unclear cause. The processor still knows which
+        events must be processed alone.
         """
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
         self._settlement = Settlement(
@@ -113,7 +113,7 @@ class Processor:
         return report
 
     def _postpone_isolated(self, isolated: IsolatedEvent, until: datetime | None) -> BatchReport:
-        """Postpone the isolated event, and count no try: it had too many errors that are not known to be its fault."""
+        """Postpone the isolated event after several errors. Count no try, because the errors may have other causes."""
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim_isolated(session, isolated, until).batch
             settled = self._postpone_uncharged(session, batch)

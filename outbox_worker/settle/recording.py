@@ -40,7 +40,7 @@ class Rung(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Events with the same outcome that are recorded together. If ``outcome`` is None, they are only postponed."""
+    """Events with the same outcome that are recorded together. Without an outcome, the events are only postponed."""
 
     batch: Batch
     outcome: Outcome | None
@@ -58,7 +58,7 @@ class _Part:
 
 
 def _next_rung(rung: Rung, step: Step, *, is_dead: bool) -> Rung | None:
-    """Return the next rung for a single event, or None if there is none.
+    """Return the next lower rung for a single event, or None if there is none.
 
     The rung ``KEEPING`` is only for a dead event, and only if the database may have refused the deletion of its row.
     """
@@ -144,7 +144,7 @@ class Recording:
         return recorded
 
     def _write(self, session: Session, part: _Part, verdicts: Verdicts) -> dict[int, str]:
-        """Write a part as its rung says. Return the traceparents of the events whose outcome is recorded."""
+        """Write a part as fully as its rung says. Return the traceparents of the events whose outcome is recorded."""
         batch = part.batch
         if part.rung is Rung.UNCHARGED or part.outcome is None:
             later = {key: Postponement(self._delay(batch, key, part.outcome), charged=False) for key in batch}

@@ -268,7 +268,7 @@ class Settlement:
         return _Attempted(verdicts, is_recorded=not outcomes)
 
     def _attempt_as_new(self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: Savepoints) -> _Attempted:
-        """Settle the batch without a check for marks. If this fails because of a mark, try again with the check.
+        """Settle the batch without a check for marks. If an event has a mark and this fails, try again with the check.
 
         The first attempt has no check because nearly all events are new and have no mark.
         """
@@ -294,7 +294,7 @@ class Settlement:
     ) -> Verdicts:
         """Write the marks of settled events, and close their dead letters.
 
-        Return the verdicts. Those that are logged individually now contain the traceparent of their event.
+        Return the verdicts. A verdict that is logged individually now contains the traceparent of its event.
         """
         judged = {
             outcome: [key for key in keys if not verdicts[key].via_fast_path] for outcome, keys in settled.items()

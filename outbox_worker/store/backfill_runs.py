@@ -181,7 +181,7 @@ class BackfillRuns:
         return session.scalar(found) or {}
 
     def was_made_by_hand(self, session: Session) -> bool:
-        """Return whether an operator has completed a backfill. Only then may periodic backfills create purchases."""
+        """Return whether an operator has completed a backfill. Before that, periodic backfills create no purchases."""
         runs = self._runs
         by_hand = runs.c.kind == RunKind.OPERATOR.value, runs.c.outcome == RunOutcome.MADE.value
         return bool(session.scalar(select(select(runs.c.id).where(*by_hand).exists())))
@@ -233,8 +233,8 @@ class BackfillRuns:
 def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:
     """Build the part of ``counts`` about payments that are still in the class ``unexplained`` after the backfill.
 
-    ``left`` contains all of these payments. ``carried`` excludes the ``recent`` ones, because the next scan counts them
-    again.
+    ``left`` contains all of these payments. ``carried`` excludes the ``recent`` payments, because the next scan counts
+    these payments again.
     """
     return {"left": left.written(), "carried": (left - recent).written()}
 

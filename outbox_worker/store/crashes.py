@@ -1,7 +1,7 @@
 """Changes ``outbox.crashes``: the number of proven deaths of workers that processed only this event.
 
-Only these functions change the column. They do not wait for an event that another transaction has locked, because that
-transaction may settle the event. Besides, the caller holds the lock of a row of ``workers`` and should release it soon.
+Only this module changes the column. Its functions do not wait for an event that another transaction has locked, because
+that transaction may settle the event, and because the caller holds the lock of a row of ``workers`` meanwhile.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class DeadLetter:
     reason: str
     detail: str
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``. The same holds for ``dead_at``."""
+    """None if Python cannot represent the time, for example ``-infinity``. ``dead_at`` may be None, too."""
     dead_at: datetime | None
     state: str
     resolved_at: datetime | None
@@ -135,7 +135,7 @@ class Preview:
     These payments succeeded, are not refunded and have no purchase, and their letters are ``waivable``.
     """
     token: str
-    """A digest of the letters and their payments. It changes if any of these rows changes."""
+    """A digest of the letters and their payments. The token changes if any of these rows changes."""
 
 
 class Decided(NamedTuple):

@@ -87,7 +87,7 @@ class GuardWatch:
     def fall_back(self) -> GuardState:
         """Use the guard ``lock`` until the next probe, because the unique index failed (42P10 or 55000).
 
-        Until then, the planner is also allowed to use plans without indexes.
+        Until the next probe, the planner is also allowed to use plans without indexes.
         """
         self._versions = None
         return self._set(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
@@ -130,7 +130,7 @@ def guard_in_force(session: Session, tables: Tables) -> Guard:
 
 
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
-    """Build the ON CONFLICT target. It names the columns, so PostgreSQL checks each time that a valid index exists.
+    """Build the ON CONFLICT target. With these columns, PostgreSQL checks each time that a valid index exists.
 
     The predicate is literal text. A bind parameter would raise 42P10 in generic plans, even with a valid index.
     """

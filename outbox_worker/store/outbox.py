@@ -64,7 +64,7 @@ _TRACEPARENT_LENGTH = 55
 
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
 _FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
-"""The smallest possible id. Together with ``_FIRST_MOMENT``, it forms a position before every event."""
+"""The smallest possible id. Together with ``_FIRST_MOMENT``, this id forms a position before every event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Backlog:
 
 
 class Outbox:
-    """Reads and writes the queue. Keeps the compiled statements, but no state.
+    """Reads and writes the queue. This class keeps the compiled statements, but no state.
 
     ``event_types`` are the types of events to claim, if other consumers share the outbox. None means that events of all
     types are claimed.

@@ -86,8 +86,8 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
 def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload column of a claim.
 
-    From jsonb, it is the ``candidate``: a text that may be the payment's id. From json or text, it is the whole payload
-    (``document``).
+    If the payload is jsonb, this is the ``candidate``: a text that may be the payment's id. If the payload is json or
+    text, this is the whole payload (``document``).
     """
     return (
         document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")

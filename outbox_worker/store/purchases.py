@@ -81,7 +81,7 @@ BACKFILL_NAMESPACE = "purchase-outbox-worker:"
 
 
 class PurchaseRepository:
-    """Reads and writes purchases and marks. Keeps the compiled statements, but no state.
+    """Reads and writes purchases and marks. This class keeps the compiled statements, but no state.
 
     ``event_of`` joins the keys of a batch to rows of the outbox. A backfill passes another function, because its
     payments have no events in the outbox.
@@ -137,7 +137,7 @@ class PurchaseRepository:
         )
 
     def look(self, session: Session, batch: Batch, policy: RetryPolicy) -> dict[int, EventFacts]:
-        """Read the facts about every event of the batch. Call it after the pairs are locked."""
+        """Read the facts about every event of the batch. Call this method after the pairs are locked."""
         rows = self._look.execute(session, keys_of(batch))
         events = ((row, batch[row.id]) for row in rows)
         return {
@@ -183,8 +183,9 @@ class PurchaseRepository:
     def is_own_key(self, session: Session, error: Exception) -> bool:
         """Return whether the unique key in an error 23505 is that of the pair, of the payment, or of the event's mark.
 
-        Then the event is the cause. Any other key may be violated by every purchase. Raises DefaultTaken if the worker
-        writes no column of the key: then the default of a column gave the row a key that another row has.
+        If so, the event is the cause of the error. If the key is another one, every purchase may violate it. Raises
+        DefaultTaken if the worker writes no column of the key, because the default of a column then gave the row a key
+        that another row has.
         """
         purchases, marks = self._tables.purchases, self._tables.processed_events
         written = {purchases: {*_COPIED, "deactivated_at"}, marks: {column.key for column in marks.c}}

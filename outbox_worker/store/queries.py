@@ -40,7 +40,7 @@ def is_succeeded(payments: FromClause) -> ColumnElement[bool]:
 
 
 def is_claimable(outbox: FromClause) -> ColumnElement[bool]:
-    """Build the condition that a worker can claim the event, now or later. In adopted tables, values may be missing.
+    """Build the condition that a worker can claim the event, now or later. Adopted tables may contain NULL.
 
     Without a due time, an event is never due. Without an id, an event cannot be marked. Without a type, an event has no
     handler. The CASE prevents the planner from reading the whole index on the due time. That would be slow, because the

@@ -1,7 +1,7 @@
 """Keeps the events that no claim takes, because the database refuses to remove or to postpone their rows.
 
-All claim loops of a process share one ``SetAside``. ``Workers`` writes its events into the process's row, and reads the
-events of the other workers from there.
+All claim loops of a process share one ``SetAside``. ``Workers`` writes the events of this process into its row, and
+reads the events of other workers from their rows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ MOST = 1000
 """The largest number of events that one worker sets aside. If there are more, the cause is probably the database."""
 
 FIRST_SECONDS = 15.0
-"""The time for which an event is set aside when its row is refused for the first time.
+"""The time for which an event is set aside if the database refuses for the first time to change its row.
 
 Often, the cause ends by itself, for example when another service deletes its reference to the event.
 """
 
 LATER_SECONDS = 600.0
-"""The time for which an event is set aside when its row was refused before.
+"""The time for which an event is set aside if the database has refused before to change its row.
 
 Each try makes a batch fail once, so tries must be rare.
 """
@@ -44,7 +44,7 @@ class SetAside:
         return len(self._own.keys() | set(more)) <= MOST
 
     def add(self, refusals: Mapping[int, str], now: float) -> None:
-        """Set events aside from ``now`` on, in monotonic seconds. Call it after COMMIT."""
+        """Set events aside from ``now`` on, in monotonic seconds. Call this method after COMMIT."""
         if not refusals:
             return
         with self._lock:

@@ -6,8 +6,8 @@ longer updated, its worker has died.
 
 Before a worker processes an event alone, it commits the event's id into its own row: it *accuses* the event. The worker
 withdraws the accusation when the event is settled or given up, and when the worker stops. If a worker dies with an
-accusation in its row, another worker takes the row over. If the event is proven to be the cause, this worker counts a
-crash for the event.
+accusation in its row, another worker takes the row over. If the event is proven to be the cause of the death, that
+other worker counts a crash for the event.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class WorkerRow:
 
 @dataclass
 class Contact:
-    """Records when this process could reach the database. This matters when the process judges other workers."""
+    """Records when this process could reach the database, because this matters when it judges other workers."""
 
     heartbeats: int = 0
     """The number of heartbeats that this process wrote since the last outage of the database."""
@@ -249,8 +249,8 @@ class Workers:
         """what: opens our row again if another worker has taken it over, and subtracts the death that was counted
         lock: FOR UPDATE on our row, then FOR UPDATE SKIP LOCKED on the event · index: primary keys
 
-        The other worker was wrong, because this process is alive. It was only paused, or could not reach the database.
-        If the event is locked, return False and write nothing. The next heartbeat tries again.
+        The other worker was wrong, because this process is alive. This process was only paused, or could not reach the
+        database. If the event is locked, return False and write nothing. The next heartbeat tries again.
         """
         workers = self._workers
         taken = [workers.c.id == self._id, workers.c.succeeded_at.is_not(None)]
@@ -299,7 +299,7 @@ def _traces(row: Row[Any], contact: Contact, timeline: str | None) -> Traces:
 
 
 def _timeline(session: Session) -> str | None:
-    """Return the server's timeline; None if it cannot be read. Then only the server's start time shows a failover."""
+    """Return the server's timeline; None if it cannot be read. Without it, only the start time shows a failover."""
     try:
         with savepoint(session):
             found: str = session.scalars(_TIMELINE).one()
@@ -334,8 +334,8 @@ def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
 def set_aside_events(workers: Table) -> Select[Any]:
     """what: the ids of the events that workers have set aside · lock: none · index: none, ``workers`` is small
 
-    A row counts while its worker runs, and afterwards until another worker starts. The new worker tries the events
-    again.
+    The events of a worker count while it runs, and afterwards until another worker starts. The new worker tries these
+    events again.
     """
     return _keys_set_aside(workers, _is_latest(workers))
 
