@@ -2,7 +2,7 @@
 
 Before the work, the process *accuses* the event: it commits the event's id into its own row of ``workers``. The
 transaction that settles the event clears the row. If the process dies in between, the row still names the event, and
-the worker that takes the row over counts a crash for the event (``Workers.take_over_dead_workers``). A process that
+the worker that takes the row over may count a crash for the event (``Workers.take_over_dead_workers``). A process that
 gives the event up, or stops, clears the row as well. If the database cannot be reached, the process leaves a note (a
 file) on its host.
 

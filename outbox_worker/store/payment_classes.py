@@ -63,14 +63,15 @@ class PaymentClass(StrEnum):
 RECENT = timedelta(hours=1)
 """The length of the last part of a scanned range.
 
-The transaction of such a payment may commit only after the scan has read this part. So the next scan reads the part
-again.
+The transaction of a payment in this part may commit only after the scan has read the part. So the next scan reads this
+part again.
 """
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
 """The kind of a payment whose status the worker does not know.
 
-Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing*. An operator should check such payments.
+Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing* (succeeded and not refunded). An
+operator should check such payments.
 """
 CANNOT_BE_JUDGED = "cannot_be_judged"
 """The kind of a standing payment that would be unexplained, but that has a missing or unusable value.
