@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 # what: the oldest transaction id because of which VACUUM keeps dead rows of this database. The result is NULL if no
 # transaction has written after it
 # lock: none · index: none (one row per connection, slot and prepared transaction; every role may read these columns)
-# guard: skips processes of the server itself (autovacuum), because they have no user and keep no dead rows
+# The query skips processes of the server itself (autovacuum), because they have no user and keep no dead rows
 _OLDEST = text("""
     SELECT CAST(held AS text) FROM (
         SELECT unnest(ARRAY[backend_xid, backend_xmin]) FROM pg_stat_activity
