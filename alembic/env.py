@@ -113,7 +113,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Compare even if the database has no revision of an optional branch. Without this function, alembic refuses."""
+    """Compare even if the database has no revision of an optional branch. Alembic itself refuses this comparison."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)

@@ -58,10 +58,10 @@ class TableNaming:
         return _qualified(self.list_schema, self.ownership_list)
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Return whether our migrations created the table. They never alter or drop any other table.
+        """Return whether our migrations created the table. The migrations never alter or drop any other table.
 
-        Our comment on the table is enough, or the name of the table in ``ownership_list``. The list is needed because a
-        restore may lose the comments.
+        The table counts as ours if it has our comment, or if ``ownership_list`` contains its name. The list is needed
+        because a restore may lose the comments.
         """
         asked = sa.text(
             "SELECT obj_description(to_regclass(:name), 'pg_class') = :owned, to_regclass(:list) IS NOT NULL"

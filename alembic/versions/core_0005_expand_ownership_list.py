@@ -1,7 +1,7 @@
 """Create ``outbox_worker_tables``, which lists the tables that our migrations created.
 
 Before this revision, only the comment on a table showed that our migrations had created the table. A restore may lose
-the comments. The worker then treated its own tables as tables of another application.
+the comments. After such a restore, the worker treated its own tables as tables of another application.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Let our own table ``purchases`` hold every amount and currency that ``payments`` can hold.
 
-``core_0001`` gave these columns the types ``numeric(12,2)`` and ``char(3)``. PostgreSQL rounds an amount with more
-decimals and raises no error.
+``core_0001`` gave the amount the type ``numeric(12,2)``, and the currency the type ``char(3)``. PostgreSQL rounds an
+amount with more decimals and raises no error.
 """
 
 from __future__ import annotations

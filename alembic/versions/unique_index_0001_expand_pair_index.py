@@ -97,7 +97,7 @@ def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
 def _build(bind: sa.Connection, purchases: TableNaming) -> None:
     """Build the index without time-outs, because a cancelled build leaves an INVALID index.
 
-    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it. So the worker cannot use it as its guard.
+    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it. So it cannot be the guard of the worker.
     """
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))
@@ -152,7 +152,7 @@ def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
 def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
     """Return each student and course with more than one active purchase, and the number of these purchases.
 
-    The result has at most ``SHOWN`` + 1 rows. From the additional row, the caller knows that there are more.
+    The result has at most ``SHOWN`` + 1 rows. The additional row tells the caller that there are more.
     """
     table = sa.table(purchases.table, schema=purchases.schema)
     student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))

@@ -1,6 +1,7 @@
-"""Runs the regular tasks of a worker (chores): writes heartbeats, updates gauges, and checks the guard.
+"""Runs the regular tasks of a worker (chores): writes heartbeats and updates gauges.
 
-The chores also start the listener as soon as the database has the trigger that notifies workers.
+The chores also check which guard against duplicate purchases the worker can use (unique index or lock). They start the
+listener as soon as the database has the trigger that notifies workers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""The seconds between two rounds of chores. So a round notices within five seconds if the guard has changed."""
+"""The seconds between two rounds of chores.
+
+After at most this time, the worker notices that its guard (unique index or lock) has changed.
+"""
 IGNORED_SECONDS = 300.0
 """The seconds between two counts of the events of ignored types.
 

@@ -20,7 +20,7 @@ from outbox_worker.telemetry.reporter import BatchReport
 JUDGED_WITHIN_SECONDS = 30.0
 """The longest time that the claim loops of a new worker wait before their first claim.
 
-During this time, the worker finds out whether another worker has died. It needs three heartbeats for this, that is,
+During this time, the worker finds out whether another worker has died. This check needs three heartbeats, that is,
 about 15 seconds.
 """
 

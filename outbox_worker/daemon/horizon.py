@@ -27,7 +27,7 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers since when the horizon is the same, because not every role may read when a transaction began."""
+    """Remembers since when the horizon has not moved, because not every role may read when a transaction began."""
 
     def __init__(self) -> None:
         self._oldest: str | None = None

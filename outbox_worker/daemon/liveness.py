@@ -1,7 +1,7 @@
 """Decides whether the claim loops are alive and whether they settle events. Does no I/O; the caller passes the time.
 
 A loop is alive while its steps end in time, even if they end with errors. So a worker whose database is down counts as
-alive. This is intended, because a restart of the worker would not help.
+alive, because a restart of the worker would not help.
 """
 
 from __future__ import annotations

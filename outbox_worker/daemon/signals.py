@@ -21,7 +21,7 @@ _CLOSED = -1
 
 
 class Signals:
-    """Context manager for the main thread. It can be used like a ``threading.Event`` that a stop signal sets.
+    """Context manager for the main thread, which can use it like a ``threading.Event`` that a stop signal sets.
 
     The signals in ``more`` stop the process, as SIGTERM and SIGINT do. The signal ``reload`` only wakes the main
     thread. The method ``take_reload`` returns whether this signal has arrived.

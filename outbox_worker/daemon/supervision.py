@@ -1,7 +1,7 @@
 """Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
-This module sends a message to the watchdog when every claim loop has ended a step since the last message. It uses no
-timer, because a timer would send messages even if a claim loop hangs.
+This module sends a message to the watchdog when every claim loop has ended a step since the last message. A
+timer would send messages even if a claim loop hangs, so this module uses no timer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ A step opens a connection and runs a few statements. Each of these actions ends 
 _SLICES = 3
 """A claim loop divides its sleep into parts, because after each part it reports that it is alive.
 
-Three parts fit into the limit of one step. If the limit of the watchdog is shorter, three parts fit into that limit.
+This number of parts fits into the longest time of one step, or into the limit of the watchdog if this limit is shorter.
 """
 
 

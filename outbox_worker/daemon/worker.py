@@ -1,7 +1,8 @@
 """Starts, runs and stops the daemon.
 
 Claim loops, chores, listener and periodic backfill are threads. While these threads run, the main thread only waits
-for signals and sends no queries. So it can stop the process even if the database does not answer.
+for signals and sends no queries. So the main thread can stop the process even if the database does
+not answer.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class Keys(UserDefinedType[Sequence[Any]]):
 class ArrayText(Sequence[Any]):
     """An array of keys in the text form that PostgreSQL sent. The text is split when an element is first read.
 
-    The fast path (one statement for a whole batch) reads no element. It sends the unsplit text back to PostgreSQL.
+    The fast path (one statement for a whole batch) reads no element, so it sends the unsplit text back to
+    PostgreSQL.
     """
 
     def __init__(self, text: str) -> None:

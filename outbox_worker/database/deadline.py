@@ -20,7 +20,7 @@ import psycopg
 GRACE_SECONDS = 1.0
 """The client waits this many seconds longer than ``statement_timeout``.
 
-So the server can cancel the statement first, because the server's error message says more than a lost connection.
+The server must have time to cancel the statement first, because its error message says more than a lost connection.
 """
 _LOOK_SECONDS = 0.25
 

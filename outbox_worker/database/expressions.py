@@ -23,8 +23,8 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
     """Return the seconds that have passed since ``moment`` by the database's clock, or NULL if ``moment`` is NULL.
 
-    The result is negative for a time in the future. It is never larger than ``_LONGEST_SECONDS``, nor smaller than
-    ``-_LONGEST_SECONDS``.
+    The result is negative for a time in the future. The result lies between ``-_LONGEST_SECONDS`` and
+    ``_LONGEST_SECONDS``.
     """
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     bounded = func.greatest(func.least(elapsed, _LONGEST_SECONDS), -_LONGEST_SECONDS)

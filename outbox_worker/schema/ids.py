@@ -93,8 +93,8 @@ class SameId:
     """The rule that says when an id in payments and an id in purchases are the same.
 
     The column type in purchases decides, because the unique index compares ids by this type. If the column type in
-    payments treats more ids as equal (citext instead of text), the type in payments decides. In this case, PostgreSQL
-    cannot use a plain index on purchases.
+    payments treats more ids as equal (citext instead of text), the type in payments decides. If the type in
+    payments decides, PostgreSQL cannot use a plain index on purchases.
     """
 
     paid: IdColumn = IdColumn()
@@ -128,10 +128,10 @@ class SameId:
         """The remedy if the two columns cannot be compared, with the reason; None if they can be compared."""
         paid, bought = self.paid, self.bought
         if paid.kind != bought.kind:
-            return "convert one of them, because the worker compares them with each other"
+            return "convert one of the two columns, because the worker compares the ids in both"
         loose = {each for each in (paid.loose_collation, bought.loose_collation) if each}
         if len(loose) > 1 or (loose and "citext" in (paid.type_name, bought.type_name)):
-            return "give both columns the same type and collation, because each column treats other ids as equal"
+            return "give both columns the same type and collation, because each has its own rule for equal ids"
         if bought.scale is not None and (paid.scale is None or paid.scale > bought.scale):
             return "give both columns the same scale, because purchases would round the ids of payments"
         return None

@@ -27,7 +27,10 @@ from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONAL_BRANCHES = ("unique_index", "notify")
-"""The optional branches of the migrations. They are independent, and may run while applications use the database."""
+"""The optional branches of the migrations.
+
+Each branch is independent of the other, and may run while applications use the database.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,10 @@ def _expect_rights(connection: Connection, settings: Settings, tables: Tables, o
 
 
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
-    """Raise an error if OUTBOX_TABLES names a payments table that does not exist. Do not create it.
+    """Raise an error if OUTBOX_TABLES names a payments table that does not exist.
 
-    The name probably contains a typing error, and an empty new table would hide the error.
+    The worker does not create the table, because the name probably contains a typing error. An empty new table would
+    hide this error.
     """
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(

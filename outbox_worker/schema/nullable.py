@@ -1,7 +1,7 @@
 """Finds columns that may be NULL although the worker needs a value, and prints the statements that forbid NULL.
 
 Such a column does not stop the worker, because a NULL affects only its own row. Without this check, nobody would notice
-this row.
+the row with NULL.
 """
 
 from __future__ import annotations

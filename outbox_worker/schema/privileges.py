@@ -148,7 +148,7 @@ CLOSED_SCHEMAS = text(
 
 
 def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
-    """Format a privilege for GRANT, with the columns of these keys. Without keys, it is for the whole table."""
+    """Format a privilege for GRANT, with the columns of these keys. Without keys, it covers the whole table."""
     return f"{privilege} ({', '.join(quoted(table.c[key].name) for key in keys)})" if keys else privilege
 
 
@@ -172,8 +172,8 @@ def kind_of_role(session: Session, present: Mapping[str, Table]) -> RoleKind | N
     """Return the kind of the current role, which follows from its privileges on the existing tables.
 
     A reader may read at least one table and write to none. An operator has all privileges that operators need, but
-    cannot change or delete events. The result is None if the privileges fit no kind. A new role has no privileges yet,
-    for example, or nobody ran deploy/grants.sql again after a migration.
+    cannot change or delete events. The result is None if the privileges fit no kind. For example,
+    a new role has no privileges yet, or nobody ran deploy/grants.sql again after a migration.
     """
     if present and not lacking(session, present, PRIVILEGES):
         return RoleKind.WORKER

@@ -195,7 +195,7 @@ def _narrower(
         return SchemaProblem(finding, "run `outbox-worker migrate`")
     ddl = f"ALTER TABLE {purchases} ALTER COLUMN {quoted(tables.purchases.c[key].name)} TYPE {wanted};"
     locks = " (it rewrites the table; nobody can read or write the table meanwhile)" if key == "currency" else ""
-    first = "drop the views, triggers and policies that use the column, and create them again after: "
+    first = "drop the views, triggers and policies that use the column, and create them again after this statement: "
     return SchemaProblem(finding, f"as the table's owner: {first if bought.is_used else ''}{ddl}{locks}")
 
 
@@ -247,7 +247,7 @@ def _privilege_problems(
 _TASKS = {
     RoleKind.WORKER: "a worker",
     RoleKind.OPERATOR: "an operator, who decides on dead letters and runs backfills",
-    RoleKind.READER: "looking, and it may write nothing",
+    RoleKind.READER: "reading, and may write nothing",
 }
 
 
@@ -259,7 +259,7 @@ def _for_another_role(
     if listed := [f"{', '.join(names)} on {relation_name(present[role])}" for role, names in writes.items() if names]:
         yield SchemaProblem(
             f"the role {role_name(session)} is for {_TASKS[actual]}; this command needs {'; '.join(listed)}",
-            f"run this as the role for {_TASKS[needed].partition(',')[0]} (in grants.sql: {needed}); "
+            f"run this command as the role for {_TASKS[needed].partition(',')[0]} (in grants.sql: {needed}); "
             "`outbox-worker files grants.sql` prints the file that creates a role for each task",
         )
     reads = {role: [each for each in names if each == "SELECT"] for role, names in missing.items()}
@@ -282,8 +282,8 @@ def _is_newer_than_grants(
 ) -> bool:
     """Return whether a migration probably made the table, or some columns of it, after the last run of grants.sql.
 
-    The function assumes this if our migrations created the table, and the role has all needed privileges on another
-    table. In addition, the role must have no privilege on this table, or lack only UPDATE on some of its columns.
+    The function returns True only if our migrations created the table, and the role has all needed privileges on
+    another table. In addition, the role must have no privilege on this table, or lack only UPDATE on some columns.
     """
     table, needed = present[role], privileges[role]
     is_granted_elsewhere = any(privileges[other] for other in present if other not in missing)
@@ -359,12 +359,12 @@ def _column_problems(
         near = difflib.get_close_matches(column.name, columns, 1)
         hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(columns)}"
         yield SchemaProblem(
-            f"column {name}.{column.name} is missing", f"name it in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
+            f"column {name}.{column.name} is missing", f"set its name in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
         )
     elif actual is None:
         yield SchemaProblem(
             f"column {name}.{column.name} is missing",
-            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
+            f"set the name of your column in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
             f"ALTER TABLE {name} ADD COLUMN {_written(column)};",
         )
     elif not _fits(role, column, actual):
@@ -373,7 +373,7 @@ def _column_problems(
             wanted += "; amounts are whole units of the currency, not cents"
         yield SchemaProblem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
-            f"convert it, or name another column in OUTBOX_COLUMNS ({role}.{column.key}=…)",
+            f"convert the column, or set another column in OUTBOX_COLUMNS ({role}.{column.key}=…)",
         )
 
 

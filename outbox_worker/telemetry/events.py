@@ -12,8 +12,8 @@ from outbox_worker.model import Batch, Event, Outcome, Reason, Verdict, Verdicts
 SINGLES_MAX = 10
 """Up to this number of events of one kind in a batch, each event has its own log record at the usual level.
 
-If a batch has more events of one kind (outcome and reason), one shared record reports them all. Their own records then
-have the level DEBUG.
+If a batch has more events of one kind (outcome and reason), one shared record reports them all. The record of each
+single event then has the level DEBUG.
 """
 EXAMPLES_MAX = 10
 """The largest number of event ids in a shared record. This limit keeps the record short."""
@@ -31,7 +31,7 @@ def log_events(batch: Batch, verdicts: Verdicts) -> None:
 
 
 def log_unrecorded(refusals: Mapping[int, str]) -> None:
-    """Log the failed events for which the database refuses to record the failure. They are due again later."""
+    """Log the failed events for which the database refuses to record the failure. The worker retries later."""
     if refusals:
         ids, told = _shown(refusals)
         logger.bind(event="outcome_not_recorded", count=len(refusals), outbox_ids=ids, refusals=told).error(

@@ -114,7 +114,7 @@ class Metrics:
             "Number of events that no worker claims, because the database refuses to change their rows",
             registry=registry,
         )
-        self.guard = Gauge("outbox_guard", "1 for the guard that the worker uses", ["mode"], registry=registry)
+        self.guard = Gauge("outbox_guard", "1 if the worker uses this guard", ["mode"], registry=registry)
         self.unexplained = Gauge(
             "outbox_unexplained_payments",
             "Number of succeeded payments that have no purchase, although no reason for this is known",
