@@ -1,8 +1,8 @@
 """Runs the migrations. `outbox-worker migrate` passes a connection; for plain `alembic`, this file makes one.
 
 `alembic check` compares the tables that our migrations created with the tables that the program expects. The optional
-branches do not change the result. The check does not compare tables of other applications, not even
-adopted tables, that is, tables of other applications that the worker uses.
+branches do not change the result. The check skips the tables of other applications, even those that the worker uses
+(adopted tables).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(connection: Connection, settings: Settings) -> None:
         transaction_per_migration=True,
         target_metadata=tables.metadata,
     )
-    connection.rollback()  # alembic manages transactions only if none is open
+    connection.rollback()  # alembic manages transactions only if no transaction is open yet
     configure()
     if "revision_context" in (given := context.get_context().opts):
         comparison = Comparison(connection, tables)
@@ -55,7 +55,7 @@ def run(connection: Connection, settings: Settings) -> None:
 
 
 class Comparison:
-    """The options for alembic's comparison: only our own tables, without the indexes of the optional branches."""
+    """Makes alembic compare only our own tables, without the indexes of the optional branches."""
 
     def __init__(self, connection: Connection, tables: Tables) -> None:
         inspector = sa.inspect(connection)
@@ -86,19 +86,20 @@ class Comparison:
         return kind != "table" or (parents["schema_name"] or self._default_schema, name) in self._ours
 
     def _is_compared(self, item: SchemaItem, name: str | None, _kind: str, _reflected: bool, _other: object) -> bool:
-        """Exclude adopted tables, and the two indexes that depend on the branch ``unique_index``."""
+        """Exclude tables of other applications, and the two indexes that depend on the branch ``unique_index``."""
         if isinstance(item, sa.Table):
             return _name(item) not in self._adopted
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
 
     def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *types: object) -> bool | None:
-        """Accept any type of these columns of purchases if the payments table is adopted.
+        """Return whether alembic must report a difference in type. Return None to let alembic decide.
 
-        The migrations copy these types from the payments table. Return None to let alembic decide.
+        If another application owns the payments table, accept any type of the ids and the currency in purchases,
+        because the migrations copy these types from the payments table.
         """
         is_unlimited = isinstance(expected.type, sa.Numeric) and expected.type.precision is None
         if is_unlimited and getattr(types[0], "precision", None):
-            return True  # alembic itself takes ``numeric`` with limits for ``numeric`` without limits
+            return True  # alembic itself sees no difference between ``numeric`` with and without limits
         follows = expected.table is self._purchases and expected.key in ("student_id", "course_id", "currency")
         return False if follows and _name(self._payments) in self._adopted else None
 
@@ -112,7 +113,7 @@ def _compare(
     revisions: tuple[str, ...],
     migration: MigrationContext,
 ) -> Iterable[Any]:
-    """Compare even if the database has no revision of an optional branch. Alembic alone would refuse to compare."""
+    """Compare even if the database has no revision of an optional branch. Alembic itself refuses this comparison."""
     begun = {"core", *_labels(revisions)}
     not_begun = [head for head in context.script.get_heads() if not begun & _labels([head])]
     return compare((*revisions, *not_begun), migration)

@@ -1,11 +1,11 @@
-"""Defines the names that the revisions use. Do not change these names, because old revisions depend on them.
+"""Defines the names that the revisions use. These names must not change, because old revisions depend on them.
 
 This file and the revisions import nothing from ``outbox_worker``. ``env.py`` loads this file by its path and stores a
 ``Naming`` in ``context.config.attributes["naming"]``, where the revisions find it. The directory is not a package,
 because a package with the name ``alembic`` would hide the library.
 
-This file must not contain ``from __future__ import annotations``. With this import, ``dataclass`` would search for this
-module in ``sys.modules``, but a module that was loaded by its path is not there.
+This file must not contain ``from __future__ import annotations``. With this import, ``dataclass`` would look up this
+module in ``sys.modules``, which does not contain a module that was loaded by its path.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql
 
 
 class RevisionRefused(CommandError):
-    """A refusal to run a revision. The message says what a person must do first. Nothing was changed."""
+    """Raised if a revision must not run. The message says what a person must do first. The revision changed nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,21 @@ class TableNaming:
     schema: str
     table: str
     columns: Mapping[str, str]
-    """The columns that have other names in the user's database: a mapping from key to name."""
+    """Maps the key of a column to its name in the user's database, if the name differs from the key."""
     list_schema: str
-    """The schema of the list of our tables, ``ownership_list``."""
+    """The schema that contains the table ``ownership_list``."""
 
     owned: ClassVar[str] = "purchase-outbox-worker: created by its migrations"
     """The comment on tables that our migrations created."""
     pair_index: ClassVar[str] = "purchases_active_student_course_key"
-    """The unique index of the branch ``unique_index``."""
+    """The name of the unique index that the branch ``unique_index`` builds."""
     pair_lookup_index: ClassVar[str] = "purchases_active_student_course_idx"
-    """The plain index that finds the purchase of a pair while the unique index does not exist."""
+    """The name of the plain index that finds purchases by student and course while there is no unique index."""
     ownership_list: ClassVar[str] = "outbox_worker_tables"
-    """The table that lists the tables that our migrations created. The revision ``core_0005`` creates it."""
+    """The name of the list of all tables that our migrations created. The revision ``core_0005`` creates the list."""
     notify_channel: ClassVar[str] = "outbox_worker"
     notify_trigger: ClassVar[str] = "outbox_worker_notify"
-    """The name of the trigger of the branch ``notify``, and of the function of the trigger."""
+    """The name of the trigger that the branch ``notify`` creates, and of its trigger function."""
 
     def column(self, key: str) -> str:
         return self.columns.get(key, key)
@@ -54,13 +54,14 @@ class TableNaming:
 
     @property
     def list_relation(self) -> str:
-        """The qualified name of the list of our tables, quoted if needed."""
+        """The qualified name of the table ``ownership_list``, quoted if needed."""
         return _qualified(self.list_schema, self.ownership_list)
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Return whether our migrations created the table. The migrations never alter or drop a table of others.
+        """Return whether our migrations created the table. The migrations never alter or drop any other table.
 
-        The comment of the table decides, or the list of our tables, which also survives a restore without comments.
+        The table counts as ours if it has our comment, or if ``ownership_list`` contains its name. The list is needed
+        because a restore may lose the comments.
         """
         asked = sa.text(
             "SELECT obj_description(to_regclass(:name), 'pg_class') = :owned, to_regclass(:list) IS NOT NULL"
@@ -86,9 +87,9 @@ class Naming:
 
     schema: str
     tables: Mapping[str, str]
-    """The tables that have other names: a mapping from role to name. A name may contain a schema."""
+    """Maps the role of a table to its name, if the name differs from the role. A name may contain a schema."""
     columns: Mapping[str, str]
-    """The columns that have other names: a mapping from role and key, such as ``payments.student_id``, to name."""
+    """Maps the role and key of a column, such as ``payments.student_id``, to its name, if the name differs."""
 
     def of(self, role: str) -> TableNaming:
         schema, _, table = self.tables.get(role, role).rpartition(".")

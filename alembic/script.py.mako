@@ -17,7 +17,10 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    """Get every name from ``context.config.attributes["naming"].of(role)``, and alter only tables that are owned."""
+    """Alter only tables for which ``is_owned`` returns True.
+
+    Get the name of each table and column from ``context.config.attributes["naming"].of(role)``.
+    """
     ${upgrades if upgrades else "raise NotImplementedError"}
 
 

@@ -22,7 +22,8 @@ MONEY = sa.Numeric(12, 2)
 NOW = sa.text("clock_timestamp()")
 RANDOM_ID = sa.text("gen_random_uuid()")
 
-# what: the type of a column, with its collation if this is not the type's own · lock: none · index: the catalogue's own
+# what: the type of a column, and its collation if the collation is not the type's default · lock: none
+# index: the catalogue's indexes
 TYPE_AS_WRITTEN = sa.text(
     """
     SELECT format_type(a.atttypid, a.atttypmod)
@@ -44,7 +45,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the empty tables that our migrations created."""
+    """Drop the tables that our migrations created, if they are empty."""
     for role in reversed(MAKERS):
         naming: TableNaming = context.config.attributes["naming"].of(role)
         table = sa.table(naming.table, schema=naming.schema)
@@ -137,7 +138,7 @@ def _purchases(naming: TableNaming) -> None:
 
 
 class _TypeAsWritten(sa.types.UserDefinedType[Any]):
-    """A type by the text that the catalogue has for it, with its schema and collation."""
+    """A column type as PostgreSQL's catalogue writes it, with schema and collation."""
 
     cache_ok = True
 
@@ -149,10 +150,10 @@ class _TypeAsWritten(sa.types.UserDefinedType[Any]):
 
 
 def _type_in_payments(key: str) -> _TypeAsWritten:
-    """Return the type of this column in payments, because purchases must have the same type.
+    """Return the type of this column in payments. The column gets the same type in purchases.
 
-    The worker compares the two columns. In an adopted payments table, they may be numbers instead of UUIDs, or have a
-    type or collation of another schema.
+    The types must be equal because the worker compares the two columns. In a payments table of another application, the
+    ids may be numbers instead of UUIDs, or have a type or collation from another schema.
     """
     naming: TableNaming = context.config.attributes["naming"].of("payments")
     asked = {"relation": naming.relation, "column": naming.column(key)}

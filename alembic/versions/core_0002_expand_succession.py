@@ -1,4 +1,4 @@
-"""Add ``workers.succeeded_at``, the time when another worker took over from a worker that had died."""
+"""Add the column ``workers.succeeded_at``: the time when another worker took over the row of a dead worker."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the column: it is nullable and does no harm. ``core_0001`` drops the table if it is empty."""
+    """Keep the column, because it may be NULL and does no harm. ``core_0001`` drops the table if the table is empty."""

@@ -1,4 +1,4 @@
-"""Create ``backfill_runs``, which stores the results of backfills and the position where the next one continues."""
+"""Create ``backfill_runs``, which stores the result of each backfill, and the position where the next one continues."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the table if our migrations created it and it is empty."""
+    """Drop the table if our migrations created the table and the table is empty."""
     naming: TableNaming = context.config.attributes["naming"].of("backfill_runs")
     table = sa.table(naming.table, schema=naming.schema)
     if naming.is_owned(op.get_bind()) and not op.get_bind().scalar(sa.select(sa.exists().select_from(table))):

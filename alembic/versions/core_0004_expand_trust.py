@@ -1,4 +1,7 @@
-"""Add to ``workers`` what one worker tells the others: the event that it processes alone, and the events set aside."""
+"""Add columns to ``workers`` that tell other workers which event a worker processes alone.
+
+Another new column contains the events that a worker has set aside, that is, events that no worker may claim.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the columns only to our own table. A worker of an earlier version ignores them, so it may keep running."""
+    """Add the columns only to our own table. Earlier workers ignore the columns, so they may keep running."""
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
     if not naming.is_owned(op.get_bind()):
@@ -34,4 +37,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the columns: a worker of an earlier version ignores them. ``core_0001`` drops the table if it is empty."""
+    """Keep the columns, because earlier versions ignore them. ``core_0001`` drops the table if the table is empty."""

@@ -1,7 +1,7 @@
 """Create ``outbox_worker_tables``, which lists the tables that our migrations created.
 
-Until now, only the comment of a table told that our migrations created it. A restore without comments lost it, and the
-worker then took its own tables for tables of another application.
+Before this revision, only the comment on a table showed that our migrations had created the table. A restore may lose
+the comments. After such a restore, the worker treated its own tables as tables of another application.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters", 
 
 
 def upgrade() -> None:
-    """Create the list and write into it every table that has our comment. Workers of earlier versions ignore it."""
+    """Create the list, and insert every table that has our comment. Workers of earlier versions ignore the list."""
     tables: list[TableNaming] = [context.config.attributes["naming"].of(role) for role in ROLES]
     owned = [table for table in tables if table.is_owned(op.get_bind())]
     schema, name = tables[0].list_schema, tables[0].ownership_list
@@ -43,7 +43,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Write the comments of the listed tables again, because earlier versions know only comments. Drop the list."""
+    """Write our comment on each listed table again, because earlier versions read only comments. Drop the list."""
     tables: list[TableNaming] = [context.config.attributes["naming"].of(role) for role in ROLES]
     inspector = sa.inspect(op.get_bind())
     for table in tables:

@@ -1,7 +1,7 @@
 """Let our own table ``purchases`` hold every amount and currency that ``payments`` can hold.
 
-``core_0001`` gave it ``numeric(12,2)`` and ``char(3)``. PostgreSQL rounds an amount with more decimals and raises no
-error.
+``core_0001`` gave the amount the type ``numeric(12,2)``, and the currency the type ``char(3)``. PostgreSQL rounds an
+amount with more decimals and raises no error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ branch_labels = None
 depends_on = None
 
 LOCK_MILLISECONDS = 500
-"""The longest wait for the lock of the table. While ALTER TABLE waits, every statement on the table waits behind it."""
+"""The longest wait for the lock of the table, in milliseconds.
+
+The wait must be short, because all new statements on the table wait while ALTER TABLE waits.
+"""
 TRIES = 40
 LOCK_NOT_AVAILABLE = "55P03"
 
@@ -35,7 +38,8 @@ HOLDERS = sa.text(
 )
 
 # what: the type of a column, whether it is a string type, and whether a view, a rule, a trigger, a policy or a
-# generated column uses the column, so that PostgreSQL refuses another type · lock: none · index: the catalogue's own
+# generated column uses the column. If so, PostgreSQL refuses to change the type · lock: none
+# index: the catalogue's indexes
 TYPE = sa.text(
     """
     SELECT format_type(a.atttypid, a.atttypmod) AS name, t.typcategory = 'S' AS is_string,
@@ -54,9 +58,10 @@ TYPE = sa.text(
 def upgrade() -> None:
     """Alter only our own table, and only in ways that do not rewrite rows.
 
-    The amount becomes ``numeric`` without limits. The currency gets the type that payments have if the table is empty.
-    Otherwise PostgreSQL would rewrite the table, so the program prints the statement and a person chooses the time. A
-    column that a view or a trigger uses stays as it is, because PostgreSQL refuses to change its type.
+    The amount becomes ``numeric`` without limits. If the table is empty, the currency gets the same type as in
+    payments. If the table has rows, PostgreSQL would rewrite them, so the worker only prints the statement, and a
+    person chooses the time. A column that a view or a trigger uses keeps its type, because PostgreSQL refuses to
+    change it.
     """
     payments: TableNaming = context.config.attributes["naming"].of("payments")
     purchases: TableNaming = context.config.attributes["naming"].of("purchases")
@@ -77,7 +82,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the types: a worker of an earlier version can use them, and narrower types would round amounts."""
+    """Keep the types, because earlier versions can use them, and PostgreSQL would round amounts in narrower types."""
 
 
 def _type(naming: TableNaming, key: str) -> sa.Row[Any] | None:
@@ -86,7 +91,7 @@ def _type(naming: TableNaming, key: str) -> sa.Row[Any] | None:
 
 
 def _alter(purchases: TableNaming, changes: dict[str, str]) -> None:
-    """Alter the table as soon as no transaction uses it, in short waits, so that running workers never wait long."""
+    """Alter the table. Wait only briefly for its lock and try repeatedly, so that running workers never wait long."""
     bind = op.get_bind()
     quote = bind.dialect.identifier_preparer.quote
     actions = ", ".join(

@@ -1,4 +1,4 @@
-"""Create a trigger that notifies the workers of new events when a producer commits. This branch is optional."""
+"""Create a trigger that notifies the workers when a producer commits new events. This migration is optional."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Build the unique index for the guard `index` without blocking writers. Then drop the plain index on the pair."""
+"""Build the unique index on student and course for active purchases (guard `index`) without blocking writers.
+
+Then drop the plain index on the same columns.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ depends_on = "core_0001"
 
 SHOWN = 20
 
-# what: the table of the index with this name, whether the table is ours, and whether the index is valid · lock: none
-# index: the catalogue's own
+# what: the table of the index with this name, whether this is the purchases table, and whether the index is valid
+# lock: none · index: the catalogue's indexes
 NAMED = sa.text(
     """
     SELECT CAST(i.indrelid AS regclass) AS "table", i.indrelid = to_regclass(:relation) AS is_on_ours,
@@ -30,8 +33,9 @@ NAMED = sa.text(
     """
 )
 
-# what: whether a unique, valid, immediate index on exactly the pair exists that covers exactly the active purchases
-# lock: none · index: the catalogue's own
+# what: whether a unique, valid, immediate index on exactly student and course exists that covers exactly the active
+# purchases
+# lock: none · index: the catalogue's indexes
 HAS_PAIR_INDEX = sa.text(
     """
     SELECT EXISTS (
@@ -77,7 +81,10 @@ def downgrade() -> None:
 
 
 def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
-    """Return whether an index exists that can be the guard. Its predicate must be one of the three forms below."""
+    """Return whether a unique index exists that the worker can use as its guard.
+
+    The predicate of the index must have one of the three forms below.
+    """
     active = bind.dialect.identifier_preparer.quote(purchases.column("is_active"))
     sought = {
         "relation": purchases.relation,
@@ -90,7 +97,7 @@ def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
 def _build(bind: sa.Connection, purchases: TableNaming) -> None:
     """Build the index without time-outs, because a cancelled build leaves an INVALID index.
 
-    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it, so it is no guard.
+    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it. So it cannot be the guard of the worker.
     """
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))
@@ -104,7 +111,7 @@ def _build(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
-    """Drop an INVALID index that a cancelled build left. Refuse to build if another index has the name."""
+    """Drop an INVALID index that a cancelled build left. If another index has the same name, refuse to build."""
     named = _named(bind, purchases, purchases.pair_index)
     if named is None:
         return
@@ -117,7 +124,7 @@ def _make_room(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _drop(bind: sa.Connection, purchases: TableNaming, name: str) -> None:
-    """Drop an index if it belongs to our table."""
+    """Drop the index with this name if the index is on the purchases table."""
     named = _named(bind, purchases, name)
     if named is not None and named.is_on_ours:
         schema = bind.dialect.identifier_preparer.quote_schema(purchases.schema)
@@ -143,9 +150,9 @@ def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
-    """Return pairs with more than one active purchase, each with the number of its active purchases.
+    """Return each student and course with more than one active purchase, and the number of these purchases.
 
-    The limit is one pair more than ``SHOWN``, so that the caller knows whether more than ``SHOWN`` pairs exist.
+    The result has at most ``SHOWN`` + 1 rows. The additional row tells the caller that there are more.
     """
     table = sa.table(purchases.table, schema=purchases.schema)
     student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))

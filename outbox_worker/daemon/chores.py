@@ -1,4 +1,8 @@
-"""Runs the chores of a worker: writes heartbeats, updates gauges, checks the guard, and starts the listener."""
+"""Runs the regular tasks of a worker (chores): writes heartbeats and updates gauges.
+
+The chores also check which guard against duplicate purchases the worker can use (unique index or lock). They start the
+listener as soon as the database has the trigger that notifies workers.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,22 @@ from outbox_worker.store.outbox import Backlog, Outbox
 from outbox_worker.telemetry.reporter import Telemetry
 
 CHORE_SECONDS = 5.0
-"""The seconds between two rounds of chores. If the guard changes, the next round notices this, unless a claim loop
-notices it before."""
+"""The seconds between two rounds of chores.
+
+After at most this time, the worker notices that its guard (unique index or lock) has changed.
+"""
 IGNORED_SECONDS = 300.0
-"""The seconds between two counts of the events of ignored types. A count reads up to 100,000 entries of an index."""
+"""The seconds between two counts of the events of ignored types.
+
+The worker counts seldom, because each count reads up to 100,000 entries of an index.
+"""
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """The facts that one round of chores has read."""
+    """The facts that one round of chores has read from the database."""
 
     guard: Guard
     backlog: Backlog
@@ -54,8 +63,8 @@ class _Look:
 class Chores:
     """Runs one round of chores every ``CHORE_SECONDS``, in its own thread.
 
-    If a round fails, the failure is logged and the next round tries again. ``start_listening`` is called once, when a
-    round first finds the option ``notify`` in the database. If ``start_listening`` is None, the worker never listens.
+    If a round fails, the chores log the failure, and the next round tries again. When a round first finds the option
+    ``notify`` in the database, it calls ``start_listening``. If ``start_listening`` is None, the worker never listens.
     """
 
     def __init__(
@@ -87,7 +96,7 @@ class Chores:
         return True
 
     def do_round(self, *, stopped: bool = False) -> None:
-        """Read the facts, report them and write a heartbeat. ``stopped``: also record that the process stopped."""
+        """Read the facts, report them and write a heartbeat. If ``stopped``, also record that the process stopped."""
         try:
             self._check_schema_if_suspect()
             look = self._look(stopped)
@@ -106,7 +115,7 @@ class Chores:
     def meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
         """Log a failed step of any thread.
 
-        If the error may be caused by a missing table or privilege, check in the next round.
+        If a missing table or privilege may be the cause, the next round checks all tables and privileges.
         """
         self._telemetry.trouble(error, pause_seconds)
         if classify(error) is Failure.RECONNECT:

@@ -1,4 +1,4 @@
-"""Defines the claim loop, and the threads in which loops run."""
+"""Defines the claim loop, which takes due events and settles them, and the threads in which loops run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from outbox_worker.settle.processor import Processor
 from outbox_worker.telemetry.reporter import BatchReport
 
 JUDGED_WITHIN_SECONDS = 30.0
-"""The longest time that the claim loops of a new worker wait until it may judge the death of another worker."""
+"""The longest time that the claim loops of a new worker wait before their first claim.
+
+During this time, the worker finds out whether another worker has died. This check needs three heartbeats, that is,
+about 15 seconds.
+"""
 
 
 class ClaimLoop:
-    """Claims and settles events on one connection until ``pulse`` is set.
+    """Claims (locks) and settles events on one connection until the flag ``pulse`` is set.
 
-    A step settles one batch. The pulse records every step, every failed try and every part of a sleep.
+    Each step settles one batch. The pulse records the end of each step, each failed try and each part of a sleep.
     """
 
     def __init__(
@@ -49,18 +53,18 @@ class ClaimLoop:
     def wake(self) -> None:
         """Wake the loop if it sleeps.
 
-        If it does not sleep, end its next sleep at once, so that the loop claims once more.
+        If the loop does not sleep now, its next sleep ends at once, so that the loop looks for events once more.
         """
         self._woken.set()
 
     def adopt(self, settings: Settings) -> None:
-        """Use new limits from the next step on. Any thread may call this."""
+        """Use the limits in ``settings`` from the next step on. Any thread may call this method."""
         self._settings = settings
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
-        """Settle one batch. If the database fails, try again for ``patience`` seconds, or without limit if it is None.
+        """Settle one batch. If the database fails, try again for ``patience`` seconds; None means without a limit.
 
-        Return None if ``pulse`` was set before a batch was settled.
+        Return None if the flag ``pulse`` was set before a batch was settled.
         """
         if (settings := self._settings) is not self._adopted:
             self._processor.adopt(settings.retry_policy, settings.batch_size, settings.batch_target_ms / 1000)
@@ -73,7 +77,7 @@ class ClaimLoop:
         return report
 
     def run(self) -> bool:
-        """Settle events until ``pulse`` is set."""
+        """Settle events until the flag ``pulse`` is set."""
         self._pulse.rest(self._may_claim, JUDGED_WITHIN_SECONDS)
         while not self._pulse.is_set():
             report = self.run_once()
@@ -121,7 +125,7 @@ class ClaimLoop:
 
 
 class LoopThread(threading.Thread):
-    """A thread that runs one loop, and wakes the main thread when the loop ends."""
+    """A thread that runs one loop and, when the loop ends, wakes the main thread."""
 
     def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
         super().__init__(daemon=True)
@@ -141,7 +145,7 @@ class LoopThread(threading.Thread):
             self._signals.wake()
 
     def result(self) -> bool:
-        """Return what the body returned, or True if the body has not ended. Raise the error that the body raised."""
+        """Return the result of the body, or True if the body has not ended. Raise the error that the body raised."""
         if self._error is not None:
             raise self._error
         return self._result is not False

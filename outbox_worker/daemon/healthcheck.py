@@ -1,4 +1,4 @@
-"""Asks the daemon on this machine by HTTP whether it is healthy. Containers and scripts then need no curl."""
+"""Asks the daemon on this machine by HTTP whether the daemon is healthy. So containers and scripts need no curl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST = 1000
 def ask(listen: Listen | None, path: str) -> tuple[bool, str]:
     """Send a request to ``path``. Return whether the daemon is healthy, and the text of its answer.
 
-    Raises NoAnswer. Raises SettingError if ``listen`` has no address to connect to.
+    Raises NoAnswer if no daemon answers, and SettingError if ``listen`` contains no address to connect to.
     """
     if listen is None or not (listen.path or listen.port):
         raise SettingError("OUTBOX_HTTP_LISTEN gives no address to connect to: it is `off`, or port 0 (any free port).")

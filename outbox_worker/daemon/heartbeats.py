@@ -1,7 +1,7 @@
-"""Writes the heartbeats of this process, and takes over the rows of workers that have died.
+"""Writes the heartbeats of this process into the table ``workers``, and takes over the rows of dead workers.
 
-A new worker takes over dead workers when it starts. A running worker only takes over those that died while they
-processed an event alone, so that the death is counted even if no worker starts.
+A worker takes over the rows of dead workers when it starts. A running worker takes over a row only if the dead worker
+processed a single event. The death is then counted for this event even if no new worker starts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from outbox_worker.telemetry.reporter import Telemetry
 
 
 class Heartbeats:
-    """The heartbeats of one process. ``isolation`` is told if an event may have killed another worker.
+    """The heartbeats of one process. After the death of a worker, ``isolation`` makes this process take single events.
 
-    The claim loops wait until ``may_claim`` is set: a new worker must first judge a death of which it cannot be sure
-    yet. Otherwise it could die of the same event, and the worker after it as well, and nobody would count the deaths.
+    The claim loops wait until ``may_claim`` is set, because a new worker must first find out whether another worker has
+    died of an event. Otherwise one event could kill one new worker after another, and no worker would count the deaths.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Heartbeats:
         return self._workers.take_over_dead_workers(session, self._contact, self._deadline_seconds)
 
     def started(self, found: Takeover) -> None:
-        """Begin with single events if this start, which is committed now, took over a dead worker."""
+        """If the start took over a dead worker, begin with single events. Call this after the start is committed."""
         self._report(found)
         if found.dead:
             self._go_carefully()
@@ -52,11 +52,11 @@ class Heartbeats:
             self.may_claim.set()
 
     def beat(self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool) -> None:
-        """Write a heartbeat. If ``stopped``, close the row of this process."""
+        """Write a heartbeat. If ``stopped``, also record in the row that this process has ended."""
         self._answered(self._workers.beat(session, guard, metrics, stopped=stopped))
 
     def written(self, *, stopped: bool) -> None:
-        """Record that a heartbeat was committed. Unless it is the last one, judge the other workers."""
+        """Record that a heartbeat was committed. If this process goes on, check whether other workers have died."""
         if stopped:
             self._isolation.settled()
             return
@@ -64,7 +64,10 @@ class Heartbeats:
         self._judge()
 
     def review_set_aside(self, session: Session) -> Sequence[int]:
-        """Release events that were set aside long ago, and read those of other workers. Return all that are left."""
+        """Return the ids of the events that are set aside, that is, events that this worker must not claim.
+
+        Before that, release events that were set aside long ago, and read which events other workers have set aside.
+        """
         set_aside = self._workers.set_aside
         set_aside.release_old(time.monotonic())
         self._workers.learn_set_aside(session)
@@ -73,8 +76,8 @@ class Heartbeats:
     def _judge(self) -> None:
         """Take over the rows of workers that died while they processed one event.
 
-        If it is not proven that this event was the cause, or if the claim loops have waited for the judgement, process
-        the next events one at a time.
+        Process the next events one at a time if it is not proven that this event caused the death. Also
+        process single events if the claim loops have waited for this check, and a worker died or may have died.
         """
         with self._database.transaction() as session:
             found = self._workers.take_over_dead_workers(
@@ -89,7 +92,7 @@ class Heartbeats:
             self.may_claim.set()
 
     def lost(self) -> None:
-        """Record that the database was away. From then on, count the heartbeats of this process anew."""
+        """Record that the database did not answer. The count of this process's heartbeats begins again at zero."""
         self._contact.lost()
 
     def _answered(self, at: datetime | None) -> None:

@@ -1,6 +1,7 @@
-"""Measures for how long the vacuum horizon has not moved. The horizon is the oldest transaction still in use.
+"""Measures for how long the vacuum horizon has not moved.
 
-VACUUM cannot remove rows that were deleted after the horizon, so every claim must skip the index entries of these rows.
+The horizon is the oldest transaction that an open transaction or a replication slot still needs. VACUUM cannot remove
+rows that were deleted after the horizon. So every claim must skip the index entries of these rows.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import time
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# what: the oldest transaction id that keeps dead rows of this database; NULL if nothing was written after it
+# what: the oldest transaction id because of which VACUUM keeps dead rows of this database. The result is NULL if no
+# transaction has written after it
 # lock: none · index: none (one row per connection, slot and prepared transaction; every role may read these columns)
-# guard: skips processes of the server itself (autovacuum), which have no user and keep no dead rows
+# The query skips processes of the server itself (autovacuum), because they have no user and keep no dead rows
 _OLDEST = text("""
     SELECT CAST(held AS text) FROM (
         SELECT unnest(ARRAY[backend_xid, backend_xmin]) FROM pg_stat_activity
@@ -25,7 +27,7 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers when it first saw the present horizon, because not every role may read when a transaction began."""
+    """Remembers since when the horizon has not moved, because not every role may read when a transaction began."""
 
     def __init__(self) -> None:
         self._oldest: str | None = None

@@ -1,7 +1,7 @@
 """Serves /livez, /readyz and /metrics by HTTP, in its own thread, which sends no queries to the database.
 
-Only this thread imports the HTTP libraries. So the claim loops do not wait for the import, and other commands never
-load these libraries.
+Only this thread imports the HTTP libraries. So the claim loops do not wait for the imports, and commands without HTTP
+never load these libraries.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """Answer 200 while each claim loop ends its steps in time, even if the database is down or the worker stops."""
+        """Answer 200 while each claim loop ends its steps in time, even without a database or during the stop."""
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:
-        """Answer 200 while the worker can settle events."""
+        """Answer 200 while the worker can settle events, otherwise 503 with the reason."""
         return _verdict(self._liveness.why_not_ready(time.monotonic()), "ready")
 
     async def metrics(self, request: Request) -> Response:
@@ -143,7 +143,7 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def _bind_path(path: str) -> socket.socket:
-    """Open a Unix socket for all users. The directory's permissions limit access. Replaces an unused socket file."""
+    """Open a Unix socket for all users. Only the directory's permissions limit access. Replace an old socket file."""
     line = socket.socket(socket.AF_UNIX)
     try:
         _remove_stale(path)

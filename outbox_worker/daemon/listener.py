@@ -1,4 +1,7 @@
-"""Wakes a claim loop by LISTEN when a producer commits. This is optional, because polling also finds every event."""
+"""Wakes a claim loop when a producer commits new events: the trigger sends NOTIFY, and this module uses LISTEN.
+
+The listener is optional, because a claim loop that polls also finds every event.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Decides whether the claim loops are alive and whether they settle events. Does no I/O; the caller passes the time.
 
 A loop is alive while its steps end in time, even if they end with errors. So a worker whose database is down counts as
-alive. This is intended, because a restart of the worker would not help.
+alive, because a restart of the worker would not help.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 STARTING = "starting: the database is not checked yet"
 STOPPING = "stopping"
 FEED_SECONDS = 0.1
-"""The shortest time between two messages to the watchdog. Without this limit, very short steps would cause too many
-messages."""
+"""The shortest time between two messages to systemd's watchdog.
+
+Without this limit, a worker with very short steps would send too many messages.
+"""
 
 
 @dataclass
@@ -22,11 +24,14 @@ class _Loop:
     trouble: str | None = None
     """The reason why the loop's last step failed, or None if it succeeded."""
     has_returned: bool = False
-    """Whether a step of the loop has ended since the last message to the watchdog."""
+    """Whether a step of the loop has ended since the last message to systemd's watchdog."""
 
 
 class Liveness:
-    """Remembers when the last step of each loop ended, and why it failed. A step may take at most ``limit_seconds``."""
+    """Remembers when the last step of each loop ended, and if and why the step failed.
+
+    A step may take at most ``limit_seconds``.
+    """
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
@@ -48,8 +53,8 @@ class Liveness:
     def returned(self, loop: int, now: float) -> bool:
         """Record that a loop has ended a step, a try, or a part of its sleep.
 
-        Return True if the watchdog must get a message now, because this method was called for every loop since the last
-        message.
+        Return True if the caller must send a message to systemd's watchdog now, because every loop has ended a step
+        since the last message.
         """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True
@@ -67,7 +72,7 @@ class Liveness:
     def reached(self, trouble: str | None) -> None:
         """Record why the chores cannot reach the database, or None if they can reach it.
 
-        This is recorded here because the claim loops can sleep for up to an hour and would not notice.
+        The chores report this, because the claim loops can sleep for up to an hour and would not notice an outage.
         """
         self._unreachable = trouble
 

@@ -21,10 +21,10 @@ _CLOSED = -1
 
 
 class Signals:
-    """Context manager for the main thread. Has the methods of a ``threading.Event``, which a stop signal sets.
+    """Context manager for the main thread, which can use it like a ``threading.Event`` that a stop signal sets.
 
-    The signals ``more`` stop the process like SIGTERM and SIGINT. The signal ``reload`` only wakes the main thread;
-    ``take_reload`` returns whether this signal has arrived.
+    The signals in ``more`` stop the process, as SIGTERM and SIGINT do. The signal ``reload`` only wakes the main
+    thread. The method ``take_reload`` returns whether this signal has arrived.
     """
 
     def __init__(self, *more: signal.Signals, reload: signal.Signals | None = None) -> None:
@@ -83,7 +83,7 @@ class Signals:
             os.read(self._reader, 1024)
 
     def wake(self) -> None:
-        """Wake the main thread. Any thread may call this. After the ``with`` block, the call does nothing."""
+        """Wake the main thread. Any thread may call this method. After the ``with`` block, the method does nothing."""
         with suppress(OSError):
             os.write(self._writer, _WAKE)
 

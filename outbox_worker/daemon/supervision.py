@@ -1,7 +1,7 @@
 """Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
-The watchdog gets a message when every claim loop has ended a step since the last message. A timer is not used, because
-a timer would send messages even if a claim loop hangs.
+This module sends a message to the watchdog when every claim loop has ended a step since the last message. A
+timer would send messages even if a claim loop hangs, so this module uses no timer.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
 STEP_DEADLINES = 6
-"""The longest time of one step, as a multiple of the database deadline.
+"""A step of a claim loop may take this many database deadlines.
 
 A step opens a connection and runs a few statements. Each of these actions ends within one database deadline.
 """
 _SLICES = 3
-"""A loop sleeps in parts. To find the longest part, take the shorter of two limits (the watchdog's limit and the limit
-of one step) and divide it by this number. Without a watchdog, take the limit of one step."""
+"""A claim loop divides its sleep into parts, because after each part it reports that it is alive.
+
+This number of parts fits into the longest time of one step, or into the limit of the watchdog if this limit is shorter.
+"""
 
 
 class Pulse:
-    """Records when the steps and the parts of the sleep of one loop end. Each record is called a beat.
+    """Records when one claim loop ends a step or a part of its sleep. Each such record is called a beat.
 
-    A caller can use a pulse instead of the flag ``stop``, because a pulse has the same methods. The pulse's ``wait``
-    also records beats.
+    A caller can use a pulse in place of the flag ``stop``, because a pulse has the same methods. The ``wait`` of the
+    pulse also records beats.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Pulse:
         self.beat()
 
     def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the flag ``until``. Record beats meanwhile. Return whether it was set."""
+        """Wait at most ``seconds`` for the flag ``until``, and record beats. Return whether the flag was set."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()
@@ -89,12 +91,12 @@ class Supervision:
         return Endpoints(self._settings.listen, self._settings.http_hosts, self._liveness, self._telemetry)
 
     def pulses(self, loops: int, stop: Stop) -> list[Pulse]:
-        """Return one pulse for each loop. The loops run from now on until ``stop`` is set."""
+        """Return one pulse for each claim loop. From now on, expect these loops to end steps until ``stop`` is set."""
         self._liveness.expect(loops, time.monotonic())
         return [Pulse(stop, self._liveness, loop, self._feed, self._slice_seconds) for loop in range(loops)]
 
     def waits(self, error: BaseException) -> None:
-        """Report that the start failed and will be tried again. Send READY to systemd, because the process runs."""
+        """Report that the start failed and the worker tries again. Send READY to systemd, because the process runs."""
         self._say_ready(f"{reason(error)}; waiting")
 
     def serves(self) -> None:
@@ -108,7 +110,7 @@ class Supervision:
         self._notifier.tell(STOPPING=1, STATUS="stopping after the current batch")
 
     def reloads(self) -> None:
-        """Report that the settings are being read again. Call ``reloaded`` at the end."""
+        """Report that the worker reads its settings again. Call ``reloaded`` at the end."""
         self._notifier.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
     def reloaded(self, status: str) -> None:

@@ -1,9 +1,9 @@
 """Sends messages to systemd. ``supervision`` decides which messages to send.
 
-A message is a datagram of NAME=VALUE lines. It is sent to the socket ``NOTIFY_SOCKET``, as in sd_notify(3).
+A message is a datagram of NAME=VALUE lines to the socket in the variable ``NOTIFY_SOCKET``, as sd_notify(3) describes.
 
-This module implements the protocol itself. The protocol is small and stable. The alternative, the bindings to
-libsystemd, would have to be compiled on each machine.
+This module implements the protocol itself, because the protocol is small and stable. The bindings to libsystemd would
+have to be compiled on each machine.
 """
 
 from __future__ import annotations

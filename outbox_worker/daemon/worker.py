@@ -1,7 +1,8 @@
 """Starts, runs and stops the daemon.
 
-Claim loops, chores, listener and periodic backfill are threads. While they run, the main thread only waits for signals
-and sends no queries, so it can stop the process even if the database does not answer.
+Claim loops, chores, listener and periodic backfill are threads. While these threads run, the main thread only waits
+for signals and sends no queries. So the main thread can stop the process even if the database does
+not answer.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Start:
     """The facts that the worker reads from the database before its first claim."""
 
     tables: Tables
-    """The tables with the column types of the database; the payload column may be jsonb, json or text."""
+    """The tables with the column types of this database. For example, the payload column may be jsonb, json or text."""
     outbox: Outbox
-    """The outbox, with the event types to claim."""
+    """The outbox table, with the event types that the worker claims."""
 
 
 class Worker:
@@ -91,8 +92,8 @@ class Worker:
     def drain(self, signals: Signals) -> int:
         """Settle all events that are due now, then end.
 
-        Return 0, or 1 if other transactions kept due rows locked for too long, or if due events are set aside. Raises
-        DatabaseUnavailable.
+        Return 1 if other transactions kept due rows locked for too long. Also return 1 if due events are set aside,
+        because the database refuses to change their rows. Otherwise return 0. Raises DatabaseUnavailable.
         """
         self._database.check()
         start = self.start()
@@ -134,7 +135,7 @@ class Worker:
     def _wait_for_start(self, signals: Signals) -> Start | None:
         """Start as soon as the database can be reached. Return None if a stop signal arrives before that.
 
-        During the wait, /livez reports that the process is alive.
+        While this method waits, /livez reports that the process is alive.
         """
         (pulse,) = self._supervision.pulses(1, signals)
         return wait_out_outage(self.start, pulse, partial(self._meet_trouble_at_start, signals, pulse))
@@ -189,9 +190,9 @@ class Worker:
         )
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """Return the periodic backfill, if it is on.
+        """Return the body of the periodic backfill, if the backfill is on.
 
-        It runs in its own thread, so that it delays no claim or heartbeat.
+        The backfill runs in its own thread, so that it delays neither claims nor heartbeats.
         """
         if not self._settings.backfill_every_seconds:
             return []
@@ -270,7 +271,7 @@ class Worker:
             return not outbox.has_due(session, until, set_aside=self._workers.set_aside.ids)
 
     def _left_nothing(self, outbox: Outbox, until: datetime) -> bool:
-        """Return whether no due event is set aside. If one is, log how many events are set aside."""
+        """Return whether no due event is set aside (not claimed). Otherwise log how many events are set aside."""
         if not self._workers.set_aside.ids:
             return True
         with self._database.transaction() as session:
@@ -280,6 +281,6 @@ class Worker:
         return False
 
     def _now(self) -> datetime:
-        """Return the time of the database's clock. Only this clock decides which events are due."""
+        """Return the time by the database's clock, because only this clock decides which events are due."""
         with self._database.transaction() as session:
             return database_time(session)

@@ -13,10 +13,10 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 
 
 class Keys(UserDefinedType[Sequence[Any]]):
-    """The type of an array parameter that is sent as one array literal. None becomes NULL.
+    """The type of an array parameter that the client sends as one array literal. None becomes NULL.
 
-    Its elements must not contain a comma, brace or quote. Integers, UUIDs and names contain none. Use ARRAY for other
-    texts.
+    The elements must not contain a comma, brace or quote. Integers, UUIDs and names contain none of these. Use ARRAY
+    for other texts.
     """
 
     render_bind_cast = True
@@ -32,7 +32,8 @@ class Keys(UserDefinedType[Sequence[Any]]):
 class ArrayText(Sequence[Any]):
     """An array of keys in the text form that PostgreSQL sent. The text is split when an element is first read.
 
-    The fast path reads no element, so it sends the unsplit text back to PostgreSQL.
+    The fast path (one statement for a whole batch) reads no element, so it sends the unsplit text back to
+    PostgreSQL.
     """
 
     def __init__(self, text: str) -> None:
@@ -70,5 +71,5 @@ def array_literal(keys: Sequence[Any] | None) -> str:
 
 
 def ids_as(kind: TypeEngine[Any], ids: Iterable[UUID | str]) -> ColumnElement[Any]:
-    """Return an SQL array of these ids for ``= ANY``. ``kind`` is the type of its elements: UUID or text."""
+    """Return an SQL array of these ids for ``= ANY``. ``kind`` is the type of the elements: UUID or text."""
     return cast([str(each) for each in ids], ARRAY(Text)).cast(ARRAY(kind))

@@ -18,18 +18,18 @@ from weakref import WeakSet
 import psycopg
 
 GRACE_SECONDS = 1.0
-"""The seconds that the client waits longer than ``statement_timeout``.
+"""The client waits this many seconds longer than ``statement_timeout``.
 
-The server should cancel the statement first, because its error message is better.
+The server must have time to cancel the statement first, because its error message says more than a lost connection.
 """
 _LOOK_SECONDS = 0.25
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that is cut if an answer takes longer than ``answer_seconds``. None means no limit.
+    """A connection that the watchdog cuts if an answer takes longer than ``answer_seconds``. None means no limit.
 
-    If the connection is cut, the waiting call raises psycopg.OperationalError without a SQLSTATE, as for every lost
-    connection.
+    If the watchdog cuts the connection, the waiting call raises psycopg.OperationalError without a SQLSTATE, as for
+    every lost connection.
     """
 
     answer_seconds: float | None = None

@@ -19,9 +19,9 @@ _TEXTS = ("text", "varchar", "bpchar", "name", 0)
 
 
 class _LenientText(Loader):
-    """Reads a text as UTF8. Writes each byte that is not UTF8 as an escape such as ``\\xe9``.
+    """Decodes a text as UTF8. Replaces each byte that is not UTF8 by an escape such as ``\\xe9``.
 
-    U+FFFD would make two students equal whose ids differ only in such bytes.
+    The usual replacement character U+FFFD is not used, because ids that differ only in such bytes would become equal.
     """
 
     def load(self, data: Buffer) -> str:
@@ -29,7 +29,7 @@ class _LenientText(Loader):
 
 
 class _EncodingCursor(psycopg.Cursor[Any]):
-    """Sends statements as UTF8. Psycopg itself refuses to send a statement that is not ASCII to such a database."""
+    """Sends statements as UTF8. Psycopg itself refuses to send non-ASCII statements to a SQL_ASCII database."""
 
     def execute(self, query: Any, *given: Any, **options: Any) -> Any:
         return super().execute(query.encode() if isinstance(query, str) else query, *given, **options)

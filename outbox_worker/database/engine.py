@@ -1,4 +1,4 @@
-"""Makes connections and transactions, and finds out whether a COMMIT whose answer was lost succeeded."""
+"""Opens connections and transactions. If the answer to a COMMIT was lost, finds out whether the COMMIT succeeded."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ from outbox_worker.settings import Settings
 APPLICATION_NAME = "outbox-worker"
 
 _PLAIN = {
-    "array_nulls": "on",  # arrays of payment ids and errors are sent with NULL in them
+    "array_nulls": "on",  # the worker sends arrays that contain NULL, for example of payment ids
     "quote_all_identifiers": "off",  # the predicate of the unique index is compared as the catalogue prints it
-    "transaction_timeout": "0",  # PostgreSQL 17 and later; the deadline is that of each statement
+    "transaction_timeout": "0",  # PostgreSQL 17 and later; the worker limits single statements instead
 }
-"""Parameters whose other values, set for a role or a database, would make the worker's statements fail."""
+"""PostgreSQL parameters that the worker sets in each transaction.
+
+With other values, set for the role or for the database, some of the worker's statements would fail.
+"""
 
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
 
 
 class Database:
-    """An engine with transactions for one database.
+    """Opens transactions in one database.
 
-    Each transaction sets its own time-outs, so that they also work through a pooler. No statement may run longer than
-    ``deadline_seconds``, and the client waits no longer than this for any answer from the server. None means no limit.
-    Only migrations use None.
+    Each transaction sets its own time-outs, so that the time-outs also work through a pooler. No statement may run
+    longer than ``deadline_seconds``. The client waits about as long for an answer from the server. None means no limit,
+    for example for migrations.
 
     If ``looks`` is true, all transactions are READ ONLY, and the server may be a standby. Otherwise all transactions
     are READ WRITE, even if ``default_transaction_read_only`` is on, and the server must be a primary.
@@ -53,7 +56,7 @@ class Database:
         self.engine = _create_engine(settings, connections, deadline_seconds, looks=looks)
 
     def with_deadline(self, seconds: float) -> Database:
-        """Return another connection to the same database, with another deadline. The caller closes it."""
+        """Return another ``Database`` with the same settings and another deadline. The caller must close it."""
         return Database(self._settings, deadline_seconds=seconds, looks=self._looks)
 
     @contextmanager
@@ -75,8 +78,8 @@ class Database:
     def was_committed(self, transaction_id: str) -> bool | None:
         """Return whether a transaction whose COMMIT got no answer was committed.
 
-        Return None if the server no longer knows. While the transaction is still in progress, this method calls
-        ``pg_xact_status`` repeatedly.
+        While the transaction is in progress, this method calls ``pg_xact_status`` repeatedly, until the deadline at
+        most. Return None if the server no longer knows the result, or if the deadline has passed.
         """
         decided = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda status: status == "in progress"),
@@ -110,7 +113,7 @@ class Database:
         milliseconds = max(1, round(self._deadline_seconds * 1000))
         return {
             **_PLAIN,
-            "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous names of time zones
+            "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous time zones
             "statement_timeout": str(milliseconds),
             "lock_timeout": str(max(1, milliseconds // 5)),
             "idle_in_transaction_session_timeout": str(milliseconds),
@@ -118,7 +121,7 @@ class Database:
 
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
-    """Return the error for a connection that failed or broke. It repeats the message of libpq, but not the URL."""
+    """Return the error for a connection that failed or broke. The text contains libpq's message, but not the URL."""
     if standbys := standbys_among(error):
         takes = "is a standby, which takes" if len(standbys) == 1 else "are standbys, which take"
         return DatabaseUnavailable(
@@ -130,12 +133,11 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
 
 @contextmanager
 def savepoint(session: Session) -> Iterator[None]:
-    """Roll back everything that was done inside if an error is raised inside. Do not nest.
+    """Run the ``with`` block in a savepoint. If the block raises an error, roll back to the savepoint. Do not nest.
 
-    The savepoint uses plain statements, because a nested transaction of SQLAlchemy would take longer, by about the time
-    of one statement.
-    There is no RELEASE SAVEPOINT: COMMIT ends all savepoints, and a later savepoint with the same name shadows this
-    one.
+    The savepoint uses plain statements, because a nested transaction of SQLAlchemy needs the time of one more
+    statement. RELEASE SAVEPOINT is not needed, because COMMIT ends all savepoints, and a later savepoint with the same
+    name hides this one.
     """
     connection = session.connection()
     connection.exec_driver_sql("SAVEPOINT attempt")
@@ -148,7 +150,7 @@ def savepoint(session: Session) -> Iterator[None]:
 
 
 def connect_directly(settings: Settings, *, looks: bool = False) -> psycopg.Connection:
-    """Make an autocommit connection for LISTEN, which does not use the pooler. Raises psycopg.OperationalError.
+    """Open an autocommit connection for LISTEN that bypasses the pooler. Raises psycopg.OperationalError.
 
     If ``looks`` is true, the server may be a standby.
     """
@@ -178,8 +180,8 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
 def _kinds_of_server(where: Mapping[str, Any], *, looks: bool) -> list[str]:
     """Return the values of ``target_session_attrs`` to try, in this order.
 
-    A command that only looks uses any server. But if the URL names several hosts, the primary comes first, because a
-    standby may be behind; and a URL that itself says ``target_session_attrs`` decides.
+    A command that only reads can use any server. If the URL contains ``target_session_attrs``, use this value. If the
+    URL names several hosts, look for the primary first, because a standby may be behind.
 
     ``read-write`` is not used, because it also refuses a primary on which ``default_transaction_read_only`` is on.
     """
@@ -192,7 +194,7 @@ def _kinds_of_server(where: Mapping[str, Any], *, looks: bool) -> list[str]:
 
 
 def _connect(settings: Settings, answer_seconds: float | None, *, looks: bool) -> BoundedConnection:
-    """Make a connection that is cut if an answer takes longer than ``answer_seconds``. None means no limit."""
+    """Open a connection, and cut it if an answer takes longer than ``answer_seconds``. None means no limit."""
     where = _where(settings)
     first, *others = _kinds_of_server(where, looks=looks)
     arguments = {**where, **_connect_arguments(settings.database_deadline_seconds)}
@@ -225,6 +227,6 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:
-    """Drop a connection if later statements would fail on it, too, for example because the node became read-only."""
+    """Drop a connection on which later statements would fail, too, for example because the server became read-only."""
     if classify(context.original_exception) is Failure.RECONNECT:
         context.is_disconnect = True

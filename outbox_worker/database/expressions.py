@@ -21,9 +21,10 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Return the seconds since a time by the database's clock, at most ``_LONGEST_SECONDS``; NULL for a NULL time.
+    """Return the seconds that have passed since ``moment`` by the database's clock, or NULL if ``moment`` is NULL.
 
-    The result is negative for a time in the future, but at least ``-_LONGEST_SECONDS``.
+    The result is negative for a time in the future. The result lies between ``-_LONGEST_SECONDS`` and
+    ``_LONGEST_SECONDS``.
     """
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     bounded = func.greatest(func.least(elapsed, _LONGEST_SECONDS), -_LONGEST_SECONDS)
@@ -31,7 +32,7 @@ def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
 
 
 def is_readable(moment: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that Python can represent the time. A NULL time and ``-infinity`` do not meet it."""
+    """Build the condition that Python can represent the time. The condition fails for NULL, infinity and -infinity."""
     return moment.between(_FIRST_MOMENT, _LAST_MOMENT)
 
 

@@ -33,13 +33,16 @@ class Failure(StrEnum):
     PAUSE = "pause"
     """Log an ERROR and wait, because the database is in trouble; no event is at fault."""
     EVENT = "event"
-    """Find the event that the database rejects and count an attempt for it; settle the other events."""
+    """Find the event that the database rejects, count a failed attempt for it, and settle the other events."""
     GUARD = "guard"
-    """Check guard and marks again, because the guard has changed or another transaction inserted the same key first."""
+    """Check the guard (unique index or lock) and the marks of settled events again.
+
+    Either the guard has changed, or another transaction inserted the same key first.
+    """
     UNCLEAR = "unclear"
     """Try parts of the batch, because either an event or the database is at fault.
 
-    If all events fail, pause. If only some events fail, count an attempt for each of these.
+    If all events fail, pause. If only some events fail, count a failed attempt for each of them.
     """
     BUG = "bug"
     """Roll back, log an ERROR and pause, because the worker itself has a bug."""
@@ -49,35 +52,40 @@ NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
 """The classes of failure that no event can cause."""
 
 UNIQUE_VIOLATION = "23505"
-"""The SQLSTATE if another transaction inserted the same key first, or the event already has a mark."""
+"""The SQLSTATE of a unique violation.
+
+Either another transaction inserted the same key first, or the event already has a mark (a row that says it is settled).
+"""
 
 TIMED_OUT = ("55P03", "57014")
-"""PostgreSQL raises the first one if a lock was not released in time, the second if a statement took too long.
+"""The SQLSTATEs of two time-outs: a lock was not released in time, or a statement took too long.
 
-A transaction that is repeated at once would wait as long again.
+A transaction that is repeated at once would probably wait equally long again.
 """
 
 _NO_ARBITER = "42P10"
-"""The SQLSTATE if no unique index matches ON CONFLICT. The guard ``index`` is then not in force."""
+"""The SQLSTATE if no unique index matches ON CONFLICT. The worker then cannot use the guard ``index``."""
 
 _NOT_IN_STATE = "55000"
-"""The SQLSTATE if only a deferrable index matches ON CONFLICT. The guard ``index`` is then not in force.
+"""The SQLSTATE if only a deferrable index matches ON CONFLICT. The worker then cannot use the guard ``index``.
 
-Other causes have the same SQLSTATE, so the function of the server that raised the error decides.
+Other errors have the same SQLSTATE, so the worker also reads which function of the server raised the error.
 """
 
 _REFUSES_DEFERRABLE = "ExecCheckIndexConstraints"
-"""The server's function that refuses a deferrable index for ON CONFLICT."""
+"""The function in PostgreSQL that refuses a deferrable index for ON CONFLICT."""
 
 _REFUSES_UNIDENTIFIED = "CheckCmdReplicaIdentity"
-"""The server's function that refuses UPDATE and DELETE on a published table without a replica identity."""
+"""The function in PostgreSQL that refuses UPDATE and DELETE on a published table without a replica identity."""
 
 _REFUSES_OLD_PLAN = "RevalidateCachedQuery"
-"""The server's function that refuses a prepared statement whose result would have other columns now."""
+"""The function in PostgreSQL that refuses a prepared statement whose result columns have changed."""
 
 _NOT_SUPPORTED = "0A000"
-"""The SQLSTATE of a prepared statement whose result would change, and of everything that PostgreSQL does not support,
-such as ON CONFLICT on a table with rules."""
+"""The SQLSTATE of a prepared statement whose result columns have changed.
+
+Everything that PostgreSQL does not support has the same SQLSTATE, for example ON CONFLICT on a table with rules.
+"""
 
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
@@ -121,28 +129,31 @@ _BY_CLASS: Mapping[str, Failure] = {
 _PLACES_MAX = 100
 
 _REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
-"""The form in which libpq repeats a server's answer to a new connection. Its severity word may be in any language."""
+"""The pattern that finds the server's own sentence in libpq's message about a refused connection.
+
+The word before this sentence (``FATAL``) may be in any language.
+"""
 
 _IS_STANDBY = re.compile(
     r"connection to server (?:at|on socket) \"(?P<host>[^\"]*)\"(?: \([^)]*\))?(?:, port (?P<port>\d+))? failed:"
     r" server is in hot standby mode"
 )
-"""The form in which libpq says that a server is a standby, although the connection needs a primary."""
+"""The pattern of libpq's message that a server is a standby, although the connection needs a primary."""
 
 _PASSES = re.compile(
     r"the database system|recovery|too many|connection slots|terminating|shutting down"
     r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
 )
-"""The pattern of refusals that end without the action of a person.
+"""The pattern of refused connections that will work later without the action of a person.
 
-Examples: the server starts, stops or has no free connection, or the server behind a pooler is down.
+For example, the server starts, stops or has no free connection, or the server behind a pooler is down.
 """
 
 
 class WrittenOtherwise(DBAPIError):
-    """Raised if a trigger changed a row that a statement wrote, so that the row is not what the statement says.
+    """Raised if a trigger changed a row that a statement wrote, so that the row does not have the written values.
 
-    It is handled like an error that the database itself raises for the event.
+    The worker handles this error like an error that PostgreSQL itself raises for the event.
     """
 
     def __init__(self, detail: str) -> None:
@@ -157,7 +168,8 @@ def sqlstate(error: BaseException) -> str | None:
 def classify(error: BaseException) -> Failure:
     """Return the class of an error.
 
-    Callers outside the savepoint that settles events must treat ``unclear`` as ``pause``.
+    Only the code that settles events inside a savepoint can try parts of a batch. All other callers must treat
+    ``unclear`` as ``pause``.
     """
     if isinstance(error, KeyMissing | DefaultTaken | NothingWritten):
         return Failure.PAUSE
@@ -174,7 +186,7 @@ def classify(error: BaseException) -> Failure:
 
 
 def _by_function(error: BaseException) -> Failure | None:
-    """Return the class of an error whose SQLSTATE has several meanings, or None if the SQLSTATE decides."""
+    """Return the class of an error whose SQLSTATE has several meanings. Return None if the SQLSTATE alone decides."""
     if is_arbiter_lost(error):
         return Failure.GUARD
     return {
@@ -185,9 +197,9 @@ def _by_function(error: BaseException) -> Failure | None:
 
 
 def is_arbiter_lost(error: BaseException) -> bool:
-    """Return whether ON CONFLICT of the worker's own statement has no usable unique index.
+    """Return whether the worker's own statement failed because its ON CONFLICT has no usable unique index.
 
-    If a function in the database raised the error, its own statement failed, and the error has a context.
+    An error with a context does not count, because the failed statement was in a function in the database.
     """
     state = sqlstate(error)
     if state not in (_NO_ARBITER, _NOT_IN_STATE) or _diagnosis(error, "context"):
@@ -196,7 +208,7 @@ def is_arbiter_lost(error: BaseException) -> bool:
 
 
 def _raised_by(error: BaseException) -> str | None:
-    """Return the server's function that raised the error."""
+    """Return the name of the function in PostgreSQL that raised the error."""
     return _diagnosis(error, "source_function")
 
 
@@ -236,7 +248,7 @@ def login_refusal(error: BaseException) -> str | None:
 
 
 def standbys_among(error: BaseException) -> list[str]:
-    """Return the servers that refused a connection because they are standbys. Empty if the error is another one."""
+    """Return the servers that refused a connection because they are standbys. Return an empty list for other errors."""
     original = getattr(error, "orig", None) or error
     found = _IS_STANDBY.finditer(str(original))
     return list(dict.fromkeys(_place(each) for each in found))
@@ -247,7 +259,7 @@ def _place(found: re.Match[str]) -> str:
 
 
 def trace(error: BaseException) -> list[str]:
-    """Return the code lines that led to an error, innermost last, without its message, which may repeat a value.
+    """Return the code lines that led to an error, innermost last. Omit the message, because it may repeat a value.
 
     The list has at most ``_PLACES_MAX`` lines, because the journal splits lines that are longer than 48 kB.
     """
@@ -256,9 +268,9 @@ def trace(error: BaseException) -> list[str]:
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error for logs and dead letters by class, SQLSTATE, table and constraint, never by a value of a row.
+    """Describe an error by its class, SQLSTATE, table and constraint. The text never contains a value from a row.
 
-    The messages of ``DefaultTaken``, ``NothingRecorded`` and ``Swallowed`` contain no value, so they are repeated.
+    The messages of ``DefaultTaken``, ``NothingRecorded`` and ``Swallowed`` contain no value, so the text repeats them.
     """
     if isinstance(error, DefaultTaken | NothingRecorded | Swallowed):
         return str(error)

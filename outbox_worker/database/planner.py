@@ -26,9 +26,10 @@ FREE_PLANS: Mapping[str, str] = {
     **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
     "plan_cache_mode": "force_custom_plan",
 }
-"""Parameters that let the planner choose freely at each execution, for statements that may have no suitable index."""
+"""Parameters that let the planner choose freely at each execution. They suit statements without an index."""
 
-# what: set the parameters that this server knows until the transaction ends · lock: none · safe behind a pooler
+# what: set parameters until the transaction ends, except those that this server does not know · lock: none
+# safe behind a pooler
 _SET_LOCAL = (
     "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
     " WHERE current_setting(key, true) IS NOT NULL"
@@ -42,7 +43,7 @@ _SWITCH_LOCAL = (
 
 @contextmanager
 def planned(session: Session, **parameters: str) -> Iterator[None]:
-    """Set parameters for the statements inside, then restore them. After an error, the rollback restores them."""
+    """Set parameters for the ``with`` block, then restore them. After an error, the rollback restores them."""
     given = {"parameters": json.dumps(parameters)}
     before = {key: value for key, value, _ in session.connection().exec_driver_sql(_SWITCH_LOCAL, given)}
     yield

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Stop(Protocol):
-    """A stop flag that a thread can wait for: a ``threading.Event``, or the ``Signals`` of the main thread."""
+    """A stop flag for which a thread can wait: a ``threading.Event``, or the ``Signals`` of the main thread."""
 
     def is_set(self) -> bool: ...
 
@@ -28,8 +28,8 @@ def retry_transaction(
 ) -> T:
     """Run ``work`` again if it fails with an error of class ``retry``, at most ``attempts`` times in total.
 
-    If ``gives_up`` returns True for an error, raises the error at once. ``work`` is called with the number of failures
-    so far. If all attempts fail, raises the last error. Raises an error of any other class at once.
+    ``work`` gets the number of failures so far as its argument. If all attempts fail, raises the last error. Raises
+    errors of other classes, and errors for which ``gives_up`` returns True, at once.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_worth_repeating(error) and not gives_up(error)),
@@ -49,9 +49,9 @@ def wait_out_outage(
     on_failure: Callable[[BaseException, float], None],
     seconds: float | None = None,
 ) -> T | None:
-    """Run ``work`` until it succeeds, and return its result. Return None if ``stop`` is set before it succeeds.
+    """Run ``work`` until it succeeds, and return its result. Return None if the flag ``stop`` is set first.
 
-    ``on_failure(error, pause_seconds)`` is called before each pause. The pauses are random and grow up to ten seconds.
+    Call ``on_failure(error, pause_seconds)`` before each pause. The pauses are random and grow up to ten seconds.
     Raises SchemaError and SettingError at once. If ``seconds`` is given, raises the last error after this time.
     """
     flag = cast("Event", stop)  # tenacity uses only the methods that Stop has

@@ -8,13 +8,14 @@ from datetime import datetime
 from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
 
-# what: whether the server is a standby, and how old the newest transaction is that it has replayed · lock: none
+# what: whether the server is a standby, and the age of the newest transaction that it has replayed
+# lock: none
 _STANDBY = text(
     "SELECT pg_is_in_recovery() AS is_standby, pg_last_xact_replay_timestamp() AS replayed_until,"
     " CAST(date_part('epoch', clock_timestamp() - pg_last_xact_replay_timestamp()) AS float) AS behind_seconds"
 )
 
-# what: where the parameter was set to on that makes new sessions read-only · lock: none
+# what: where default_transaction_read_only was set to on, which makes new sessions read-only · lock: none
 _READ_ONLY = text(
     "SELECT source, quote_ident(session_user) AS role, quote_ident(current_database()) AS database FROM pg_settings"
     " WHERE name = 'default_transaction_read_only' AND reset_val = 'on'"
@@ -26,26 +27,29 @@ _PLACES = {
     "database": "for the database {database}",
     "client": "in OUTBOX_DATABASE_URL or PGOPTIONS",
 }
-"""The places where the parameter can be set, by ``pg_settings.source``. All others are the server's configuration."""
+"""Maps ``pg_settings.source`` to the place where ``default_transaction_read_only`` was set.
+
+Any other source means the configuration of the server.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """How up to date a standby is. It has every transaction that the primary committed until ``replayed_until``."""
+    """How up to date a standby is. The standby has every transaction that was committed until ``replayed_until``."""
 
     replayed_until: datetime | None
-    """None: the standby has replayed no transaction since it started."""
+    """None if the standby has replayed no transaction since its start."""
     behind_seconds: float | None
     """The age of ``replayed_until``. The standby is at most this far behind, and less if the primary was idle."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOnlyDefault:
-    """The parameter ``default_transaction_read_only`` is on. ``place`` says where it was set."""
+    """The place where ``default_transaction_read_only`` was set to on, and a remedy."""
 
     place: str
     remedy: str
-    """The statement that makes sessions of this role writable, or a sentence if no statement can."""
+    """The statement that makes sessions of this role writable, or a sentence if no statement can do this."""
 
 
 def find_standby(session: Session | Connection) -> Standby | None:
@@ -55,7 +59,7 @@ def find_standby(session: Session | Connection) -> Standby | None:
 
 
 def find_read_only_default(session: Session | Connection) -> ReadOnlyDefault | None:
-    """Return where ``default_transaction_read_only`` is on. Return None if it is off."""
+    """Return where ``default_transaction_read_only`` was set to on. Return None if it is off."""
     row = session.execute(_READ_ONLY).one_or_none()
     if row is None:
         return None

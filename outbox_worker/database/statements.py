@@ -20,7 +20,7 @@ from outbox_worker.errors import Inconsistent, KeyMissing, Swallowed
 
 @contextmanager
 def relying_on_a_key() -> Iterator[None]:
-    """Raise KeyMissing if an upsert inside fails because no unique index on its key exists."""
+    """Raise KeyMissing if an upsert in the ``with`` block fails because no unique index on its key exists."""
     try:
         yield
     except DBAPIError as error:
@@ -38,9 +38,9 @@ class _Rendered(NamedTuple):
 
 
 class Statement:
-    """A statement that is rendered to SQL once, when it is first needed, and executed many times.
+    """A statement that SQLAlchemy renders to SQL only once, when the SQL is first needed.
 
-    If SQLAlchemy rendered the statement at each execution, a batch of 1,000 events would take a tenth longer.
+    If SQLAlchemy rendered the statement at each execution, a batch of 1,000 events would take 10 % longer.
     """
 
     def __init__(self, clause: ClauseElement) -> None:
@@ -70,8 +70,8 @@ class Statement:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must change exactly ``rows`` rows.
 
-    Raises Swallowed if it changed fewer rows, and Inconsistent if it changed more. Raises KeyMissing if the write is an
-    upsert and no unique index matches it.
+    Raises Swallowed if the statement changed fewer rows, and Inconsistent if it changed more. Raises KeyMissing if the
+    statement is an upsert and no unique index matches its key.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount

@@ -1,10 +1,12 @@
 """Runs as the parent process of one private PostgreSQL. ``server`` starts this script in a new session.
 
-The owner is the process that uses the server and started it. The standard input of this script is called the lifeline.
-It is a pipe whose other end only the owner has open. End-of-file therefore means that the owner has ended, even if the
-owner was killed. PostgreSQL ends if this process ends. The owner has locked a file in the directory. This process and
-PostgreSQL inherit this lock, so the lock becomes free only when the last of these processes has ended. The script has
-one thread. It is run by its path with ``python -I -S``, and imports only the standard library.
+The owner is the process that started the server in order to use it. The standard input of this script is called the
+lifeline. The lifeline is a pipe whose other end is open only in the owner. End-of-file therefore means that the owner
+has ended, even if somebody killed the owner. PostgreSQL ends if this process ends.
+
+The owner has locked a file in the directory. This process and PostgreSQL inherit this lock, so the lock becomes free
+only when the last of these processes has ended. The script has one thread. ``server`` runs the script by its path with
+``python -I -S``, so the script imports only the standard library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """
@@ -79,9 +81,9 @@ def main(arguments: list[str]) -> None:
 def leave_root(home: Home) -> None:
     """Stop running as uid 0, because PostgreSQL refuses to run as root.
 
-    If root does not own the directory, change to the account that owns it. If root owns it, enter a user namespace, in
-    which this process keeps its access to root's files but has no other rights of root. If that is not permitted,
-    become `nobody` and give the files to `nobody`.
+    If another account owns the directory, change to this account. If root owns the directory, enter a user namespace.
+    In this namespace, the process can still access root's files, but has no other rights of root. If user
+    namespaces are not permitted, become `nobody` and give the files to `nobody`.
     """
     status = home.directory.stat()
     if status.st_uid == 0 and namespace_permitted():
@@ -102,10 +104,10 @@ def leave_root(home: Home) -> None:
 
 
 def namespace_permitted() -> bool:
-    """Return whether this process may enter a user namespace. macOS has none.
+    """Return whether this process may enter a user namespace. macOS has no user namespaces.
 
-    A process cannot leave a user namespace after it has entered it. So a child process tries it, and this process stays
-    outside.
+    A process that has entered a user namespace cannot leave it. So a child process tries to enter one, and this process
+    stays outside.
     """
     child = os.fork()
     if child == 0:
@@ -138,7 +140,7 @@ def nobody() -> tuple[int, int]:
 
 
 def require_reach(*paths: Path) -> None:
-    """Exit with a message if the account of the server may not access one of these paths."""
+    """Exit with a message if the account that runs the server may not access one of these paths."""
     for path in paths:
         if not os.access(path, os.X_OK, effective_ids=True):
             sys.exit(
@@ -148,9 +150,9 @@ def require_reach(*paths: Path) -> None:
 
 
 def furnish(home: Home) -> None:
-    """Create everything except the data, and remove the files that a killed initdb left.
+    """Create all files except the data, and remove the files that a killed initdb left behind.
 
-    No initdb is running, because this process has the lock.
+    The removal is safe, because this process has the lock, so no other initdb is running.
     """
     os.umask(0o077)
     (home.directory / "README").write_text(README, encoding="utf-8")
@@ -178,7 +180,7 @@ def initialise(home: Home, log_start: int) -> None:
 
 
 def hold(home: Home) -> int:
-    """Run the server until it ends, and return its exit status. Stop it if the owner ends or a signal arrives."""
+    """Run the server until it ends, and return its exit status. Stop it early if the owner ends or a signal arrives."""
     wake, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     signal.set_wakeup_fd(wake_writer)
@@ -209,7 +211,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def server_arguments(home: Home) -> list[str]:
-    """Return the options of the server. Its only socket is in a private directory, so no other user can connect."""
+    """Return the options of the server. Its only socket is in a private directory, so other users cannot connect."""
     quoted = '"' + str(home.socket).replace('"', '""') + '"'
     settings = ["listen_addresses=", f"unix_socket_directories={quoted}", "unix_socket_permissions=0700", "port=5432"]
     if not home.durable:
@@ -218,7 +220,7 @@ def server_arguments(home: Home) -> list[str]:
 
 
 def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a PostgreSQL program that writes to the log, inherits the lock and ends if this process ends."""
+    """Start a PostgreSQL program. The program writes to the log, inherits the lock, and ends if this process ends."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     with home.log.open("ab") as log:
         return subprocess.Popen(  # noqa: S603 - our own arguments, no shell

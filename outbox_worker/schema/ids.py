@@ -1,7 +1,7 @@
-"""Reads the types of student and course ids in payments and purchases, and finds out which ids are the same.
+"""Reads the types of student and course ids in payments and purchases, and finds out when two ids are the same.
 
-The shop may use other types in payments than in purchases, for example citext beside text. ``store.identity`` builds
-the SQL expressions that follow from this.
+A column may have one type in payments and another type in purchases, for example citext and text. ``store.identity``
+builds the SQL expressions that compare such ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ INTEGERS = frozenset({"int2", "int4", "int8"})
 
 TEXTS = frozenset({"text", "varchar", "bpchar", "citext"})
 
-# what: the base types, scales and collations of two columns of a table · lock: none · index: the catalogue's own
+# what: the base types, scales and collations of the two id columns of a table · lock: none
+# index: the catalogue's indexes
 _ID_COLUMNS = text(
     """
     WITH RECURSIVE up (attname, attcollation, typmod, oid) AS (
@@ -41,18 +42,18 @@ _ID_COLUMNS = text(
 
 @dataclass(frozen=True, slots=True)
 class IdColumn:
-    """The type of a column with ids. If the type is a domain, this is the type below the domain."""
+    """The type of a column with ids. For a domain, it is the type on which the domain is based."""
 
     type_name: str = "uuid"
     type_schema: str = "pg_catalog"
     scale: int | None = None
-    """The scale of a numeric column; None if it is unlimited."""
+    """The scale of a numeric column; None if the scale has no limit."""
     collation: str | None = None
     """The qualified name of the collation; None if the type has no collation."""
     is_deterministic: bool = True
 
     def __str__(self) -> str:
-        """Return the type for people, with its scale or with its collation if the collation is not the default."""
+        """Return the type as a text for messages. Add the scale, or a collation that is not the default."""
         if self.type_name == "numeric" and self.scale is not None:
             return f"numeric with {self.scale} decimals"
         is_plain = self.collation in (None, DEFAULT_COLLATION) or self.type_name == "citext"
@@ -66,33 +67,34 @@ class IdColumn:
 
     @property
     def kind(self) -> str:
-        """The kind of the type. Only two types of the same kind can be compared."""
+        """The kind of the type, for example integer. The worker can compare two columns only if both have one kind."""
         return "text" if self.type_name in TEXTS else "integer" if self.type_name in INTEGERS else self.type_name
 
     @property
     def loose_collation(self) -> str | None:
-        """The collation, if it makes different texts equal. citext compares by its own rule and ignores it."""
+        """The collation if it treats different texts as equal, else None. citext ignores such a collation."""
         return None if self.is_deterministic or self.type_name == "citext" else self.collation
 
 
 class Fold(StrEnum):
-    """The way in which an id is converted to a text that is equal exactly if the ids are the same."""
+    """The conversion of an id to a text. The texts of two ids are equal exactly if the ids are the same."""
 
     TEXT = "text"
     LOWER = "lower"
-    """The text in lower case, as citext compares it."""
+    """The text in lower case, because citext ignores upper and lower case."""
     TRIMMED = "trimmed"
-    """A numeric without trailing zeros."""
+    """The text of a numeric id without trailing zeros."""
     HASHED = "hashed"
-    """A hash that respects the collation. SQL has no other text that is equal for equal ids of such a collation."""
+    """A hash that PostgreSQL computes by the collation, because no other function returns equal texts for equal ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class SameId:
-    """The rule by which two ids are the same, for one column of payments and the same column of purchases.
+    """The rule that says when an id in payments and an id in purchases are the same.
 
-    The type of the purchases' column decides, because the unique index compares by it. If the payments' type makes
-    more ids equal (citext beside text), the payments' type decides. Then no plain index of purchases helps.
+    The column type in purchases decides, because the unique index compares ids by this type. If the column type in
+    payments treats more ids as equal (citext instead of text), the type in payments decides. If the type in
+    payments decides, PostgreSQL cannot use a plain index on purchases.
     """
 
     paid: IdColumn = IdColumn()
@@ -112,24 +114,24 @@ class SameId:
 
     @property
     def pads(self) -> bool:
-        """Whether trailing blanks in the payments' ids do not count, because purchases have char(n)."""
+        """Whether trailing blanks in ids of payments are ignored, because the column of purchases has type char(n)."""
         return self.bought.type_name == "bpchar" and self.paid.type_name != "bpchar"
 
     @property
     def is_indexable(self) -> bool:
-        """Whether the purchases' column itself compares ids by this rule, so that its indexes serve the comparison."""
+        """Whether the column of purchases itself compares ids by this rule. If so, PostgreSQL can use its indexes."""
         is_citext_only_paid = self.paid.type_name == "citext" and self.bought.type_name != "citext"
         return not is_citext_only_paid and self.paid.loose_collation in (None, self.bought.loose_collation)
 
     @property
     def flaw(self) -> str | None:
-        """The reason why the two columns cannot be compared, as the end of a sentence; None if they can."""
+        """The remedy if the two columns cannot be compared, with the reason; None if they can be compared."""
         paid, bought = self.paid, self.bought
         if paid.kind != bought.kind:
-            return "convert one of them, because the worker compares them with each other"
+            return "convert one of the two columns, because the worker compares the ids in both"
         loose = {each for each in (paid.loose_collation, bought.loose_collation) if each}
         if len(loose) > 1 or (loose and "citext" in (paid.type_name, bought.type_name)):
-            return "give both columns the same type and collation, because each makes other ids equal"
+            return "give both columns the same type and collation, because each has its own rule for equal ids"
         if bought.scale is not None and (paid.scale is None or paid.scale > bought.scale):
             return "give both columns the same scale, because purchases would round the ids of payments"
         return None
@@ -137,7 +139,7 @@ class SameId:
 
 @dataclass(frozen=True, slots=True)
 class PairIds:
-    """The rules for student and course. Without a database, both ids are UUIDs."""
+    """The rules for comparing student ids and course ids. The defaults are the rules for UUIDs."""
 
     student_id: SameId = SameId()
     course_id: SameId = SameId()
@@ -148,18 +150,21 @@ class PairIds:
 
     @property
     def is_indexable(self) -> bool:
-        """Whether the purchases' columns themselves compare pairs by these rules."""
+        """Whether the columns of purchases themselves compare student and course by these rules."""
         return self.student_id.is_indexable and self.course_id.is_indexable
 
     @property
     def mixes_collations(self) -> bool:
-        """Whether PostgreSQL cannot tell which collation a text made of both ids has."""
+        """Whether the id columns have several collations, apart from the default.
+
+        PostgreSQL then cannot choose a collation for a text that is made of both ids.
+        """
         columns = (column for _, same in self for column in (same.paid, same.bought))
         return len({each.collation for each in columns} - {None, DEFAULT_COLLATION}) > 1
 
     @property
     def has_public_key(self) -> bool:
-        """Whether the key of a pair's lock is the public formula of docs/contract.md."""
+        """Whether the lock key of a student and course is computed by the public formula in docs/contract.md."""
         are_plain = all(same.fold is Fold.TEXT and not same.pads for _, same in self)
         return are_plain and not self.mixes_collations
 
@@ -169,7 +174,7 @@ UUIDS = PairIds()
 
 
 def read_ids(session: Session | Connection, payments: Table, purchases: Table) -> dict[str, SameId]:
-    """Read the rule for each id. A column that is missing has no rule."""
+    """Return the comparison rule for each id column. Leave out a column that is missing in one of the tables."""
     paid, bought = _id_columns(session, payments), _id_columns(session, purchases)
     return {key: SameId(paid[key], bought[key]) for key in ("student_id", "course_id") if key in paid and key in bought}
 

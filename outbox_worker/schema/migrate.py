@@ -1,6 +1,6 @@
-"""Runs the migrations. They create missing tables and the index or trigger of an optional branch.
+"""Runs the migrations, which create missing tables, and the index or trigger of an optional branch.
 
-They never alter an existing table of another application.
+The migrations never alter an existing table of another application.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from outbox_worker.settings import Settings
 
 VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONAL_BRANCHES = ("unique_index", "notify")
-"""The optional branches. They are independent of each other and safe while applications use the database."""
+"""The optional branches of the migrations.
+
+Each branch is independent of the other, and may run while applications use the database.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Migrated:
 
     created: tuple[str, ...]
     named: tuple[str, ...]
-    """The created tables that OUTBOX_TABLES names. With such a name, the user may have meant an existing table."""
+    """The created tables whose names come from OUTBOX_TABLES. The user may have expected that they already exist."""
     adopted: tuple[str, ...]
     """Existing tables of other applications, which the migrations did not change."""
     built: tuple[str, ...]
@@ -48,8 +51,8 @@ class Migrated:
 def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
     """Upgrade the database to ``core@head``, and to the head of every branch in ``options``.
 
-    It is safe to call this again, and to call it in two processes at the same time. If the index or trigger of an
-    option was dropped, this function creates it again.
+    A caller may run this function again, and in two processes at the same time. If somebody dropped the index or
+    trigger of an option, this function creates it again.
 
     Raises SettingError if OUTBOX_TABLES names a payments table that does not exist. Raises SchemaError if this role may
     not migrate, or if an existing table does not fit. Raises Refused if duplicates prevent ``unique_index``.
@@ -82,9 +85,10 @@ def _expect_rights(connection: Connection, settings: Settings, tables: Tables, o
 
 
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
-    """Raise an error if OUTBOX_TABLES names a payments table that does not exist. Do not create it.
+    """Raise an error if OUTBOX_TABLES names a payments table that does not exist.
 
-    The name probably contains a typing error, and an empty new table would hide the error.
+    The worker does not create the table, because the name probably contains a typing error. An empty new table would
+    hide this error.
     """
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(
@@ -100,7 +104,7 @@ def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
-    """Return whether the index or trigger of an option exists. This does not depend on the version table."""
+    """Return whether the index or trigger of an option exists, whatever the version table says."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
     return notifies(connection, tables.outbox)
@@ -127,8 +131,8 @@ def _report(
     present = {role: table for role, table in tables.by_role().items() if exists(connection, table)}
     if absent := [name for role, name in names.items() if role not in present]:
         raise SchemaError(
-            f"The version table says that the migrations have run, but there is no {', '.join(absent)}. If it was "
-            "dropped, restore it; if it has another name, set OUTBOX_TABLES."
+            f"The version table says that the migrations have run, but there is no {', '.join(absent)}. If the "
+            "table was dropped, restore it. If it has another name, set OUTBOX_TABLES."
         )
     if misfits := find_misfits(Session(connection), tables):
         raise SchemaError(f"The migrations have run, but tables do not fit.\n{list_problems(misfits)}")
@@ -159,7 +163,7 @@ def _scripts() -> Path:
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
-    """Make any other migration of the same database wait until this one has ended."""
+    """Make any other migration of the same database wait until this migration has ended."""
     key = {"key": VERSION_TABLE}
     _wait_for_turn(connection, key)
     try:
@@ -171,7 +175,7 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 
 def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
-    """Try repeatedly to get the lock.
+    """Try repeatedly to get the lock that only one migration at a time can have.
 
     A statement that waits for the lock would keep its snapshot open. CREATE INDEX CONCURRENTLY in the other migration
     would then wait for this snapshot, and the two migrations would block each other.

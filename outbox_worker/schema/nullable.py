@@ -1,6 +1,7 @@
 """Finds columns that may be NULL although the worker needs a value, and prints the statements that forbid NULL.
 
-No such column stops the worker: a NULL is the trouble of its own row only. But nobody would notice the row otherwise.
+Such a column does not stop the worker, because a NULL affects only its own row. Without this check, nobody would notice
+the row with NULL.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ _VALUES: Mapping[tuple[str, str], str] = {
     ("processed_events", "processed_at"): "now()",
     ("dead_letters", "attempts"): "0",
 }
-"""The value that means the same to the worker as NULL, or that lets the worker claim the event.
+"""For some columns, the value that the printed UPDATE statement writes in place of NULL.
 
-Only a person can find the value of any other column.
+The worker treats this value like NULL, or needs this value to claim the event (lock and settle it). For all other
+columns, a person must find the right value.
 """
 
 _NEVER_CLAIMED = ("event_id", "event_type", "due_at")
-"""The columns of the outbox without which no worker claims an event."""
+"""The columns of the outbox that must have a value. If one is NULL, no worker claims (locks and settles) the event."""
 
-# what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's own
+# what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's indexes
 _OWNER = text(
     "SELECT quote_ident(pg_get_userbyid(relowner)) AS name, pg_has_role(relowner, 'USAGE') AS is_us"
     " FROM pg_class WHERE oid = to_regclass(:relation)"
@@ -43,7 +45,7 @@ _OWNER = text(
 
 @dataclass(frozen=True, slots=True)
 class _Nullable:
-    """A table and the keys of its columns that may be NULL but should not."""
+    """A table, and the keys of its columns that may be NULL although the worker needs a value."""
 
     role: str
     table: Table
@@ -70,9 +72,10 @@ def nullable_columns(session: Session, tables: Tables) -> list[str]:
 
 
 def find_nullable(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a problem for each table with such columns. The remedy can be pasted, whether or not rows have NULL.
+    """Return a problem for each table with columns that may be NULL although the worker needs a value.
 
-    This may read whole tables. A column of which this role may not read the values counts as a column without NULL.
+    The SQL in the remedy works whether or not rows contain NULL. This function may read whole tables. If this role may
+    not read a column, the function assumes that no row has NULL in it.
     """
     return [problem for each in _nullable(session, tables) for problem in _problems(session, each)]
 
@@ -105,7 +108,7 @@ def _problems(session: Session, found: _Nullable) -> Iterator[SchemaProblem]:
 
 
 def _has_null(session: Session, table: Table, key: str) -> bool:
-    """what: whether a row has NULL in a column · lock: none · index: one on the column, else the table is read"""
+    """what: whether a row has NULL in a column · lock: none · index: one on the column, or none (reads the table)"""
     if not may(session, table, "SELECT", [key]):
         return False
     asked = f"SELECT EXISTS (SELECT FROM {relation_name(table)} WHERE {quoted(table.c[key].name)} IS NULL)"  # noqa: S608

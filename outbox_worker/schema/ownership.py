@@ -12,7 +12,8 @@ from outbox_worker.schema.requirements import SchemaProblem
 from outbox_worker.schema.tables import Tables, ownership_list, relation_name
 
 # what: for each schema its owner (public belongs to the owner of the database), and whether this role may use it and
-# create objects in it; for a missing schema, whether this role may create it · lock: none · index: the catalogue's own
+# create objects in it; for a missing schema, whether this role may create it · lock: none
+# index: the catalogue's indexes
 _SCHEMAS = text(
     """
     SELECT quote_ident(wanted) AS name, n.oid IS NOT NULL AS is_there, quote_ident(d.datname) AS database,
@@ -30,8 +31,8 @@ _SCHEMAS = text(
     """
 )
 
-# what: the owner and columns of a table, and the rights of this role on it; also for a table in a schema that this role
-# may not use · lock: none · index: the catalogue's own
+# what: the owner and columns of a table, and the rights of this role on it, even if this role may not use the schema
+# lock: none · index: the catalogue's indexes
 _TABLE = text(
     """
     SELECT quote_ident(r.rolname) AS owner, r.rolsuper AS is_superusers, quote_ident(current_user) AS me,
@@ -94,7 +95,7 @@ def _present(connection: Connection, table: Table) -> _Present | None:
 def _closed_schemas(
     connection: Connection, schemas: Collection[str], changed: Collection[str]
 ) -> Iterator[SchemaProblem]:
-    """Report schemas that this role may not use, and ``changed`` schemas in which it may not create anything."""
+    """Report each schema that this role may not use, and each schema in ``changed`` in which it may create nothing."""
     for row in connection.execute(_SCHEMAS, {"schemas": [*schemas], "changed": [*changed]}):
         if row.may_use and (row.may_create or not row.is_changed):
             continue
@@ -138,9 +139,9 @@ def _not_writable(present: Mapping[Table, _Present], written: Table) -> Iterator
 
 
 def _as_owner(row: _Present) -> str:
-    """Return the remedy: run migrate as the owner, or get the owner's role.
+    """Return the remedy: run migrate as the owner, or become a member of the owner's role.
 
-    It never suggests to grant the role of a superuser.
+    If the owner is a superuser, the remedy never suggests to grant its role.
     """
     run = f"run migrate as {row.owner}"
     return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"

@@ -12,7 +12,10 @@ from outbox_worker.model import COLUMNS
 from outbox_worker.schema.tables import quoted, relation_name
 
 Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""The needed privileges for each table. Each privilege has the keys of its columns; no keys mean the whole table."""
+"""Maps each table to its needed privileges, and each privilege to the keys of its columns.
+
+Without keys, the privilege is for the whole table.
+"""
 
 _WHOLE: tuple[str, ...] = ()
 
@@ -32,7 +35,7 @@ _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "a
 _OF_RESOLVED = ("state", "resolved_at")
 
 STRUCTURE: Privileges = {role: {} for role in COLUMNS}
-"""Empty privileges, for a check of only the tables and columns."""
+"""No privileges, for a check that looks only at tables and columns."""
 
 
 def reading(*roles: str) -> Privileges:
@@ -44,12 +47,13 @@ READING: Privileges = reading(*COLUMNS)
 """The privileges for reading all tables."""
 
 COUNTING: Privileges = {**STRUCTURE, **reading("outbox", "dead_letters", "workers")}
-"""The privileges of `status`. It reads only these tables, but all tables must exist."""
+"""The privileges for `status`. This command reads only three tables, but all tables must exist."""
 
 EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
 """The privileges for reading payments and what happened to them: `audit`, `why` and `backfill --dry-run`.
 
-``workers`` tells which events are set aside, so that their payments do not count as in flight.
+The rows of ``workers`` list the events that are set aside (no worker claims them). The payments of these events do not
+count as in flight.
 """
 
 PRIVILEGES: Privileges = {
@@ -98,7 +102,7 @@ OPERATING: Privileges = {**READING, **BACKFILLING, **{role: DECIDING[role] for r
 
 
 class RoleKind(StrEnum):
-    """The kinds of roles that deploy/grants.sql creates, by what they are for."""
+    """The kinds of database roles that deploy/grants.sql creates, one kind for each task."""
 
     WORKER = "worker"
     OPERATOR = "operator"
@@ -113,8 +117,8 @@ def kind_for(privileges: Privileges) -> RoleKind:
     return RoleKind.READER if only_reads else RoleKind.OPERATOR
 
 
-# what: whether this role has a privilege on the table, or on all named columns, or, if no column is named, on any
-# column (DELETE only on the table) · lock: none · index: the catalogue's own
+# what: whether this role has a privilege on the table or on all named columns. If no column is named, any column is
+# enough. DELETE exists only for whole tables · lock: none · index: the catalogue's indexes
 _ALLOWED = text(
     """
     SELECT CASE
@@ -127,7 +131,7 @@ _ALLOWED = text(
     """
 )
 
-# what: whether this role may read something of a table, and whether it may write something · lock: none
+# what: whether this role may read any column of a table, and whether it may write to the table · lock: none
 _READS_AND_WRITES = text(
     """
     SELECT has_any_column_privilege(to_regclass(:name), 'SELECT') AS reads,
@@ -136,7 +140,7 @@ _READS_AND_WRITES = text(
     """
 )
 
-# what: the schemas that exist and that the role may not use · lock: none · index: the catalogue's own
+# what: the schemas that exist and that the role may not use · lock: none · index: the catalogue's indexes
 CLOSED_SCHEMAS = text(
     "SELECT CAST(nspname AS text) FROM pg_namespace"
     " WHERE nspname = ANY(CAST(:schemas AS text[])) AND NOT has_schema_privilege(oid, 'USAGE')"
@@ -144,19 +148,19 @@ CLOSED_SCHEMAS = text(
 
 
 def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
-    """Format a privilege for GRANT. It is for the columns with these keys or, without keys, for the whole table."""
+    """Format a privilege for GRANT, with the columns of these keys. Without keys, it covers the whole table."""
     return f"{privilege} ({', '.join(quoted(table.c[key].name) for key in keys)})" if keys else privilege
 
 
 def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> bool:
-    """Return whether the role has the privilege. Columns that do not exist are ignored; another check reports them."""
+    """Return whether the role has the privilege. Ignore missing columns, because another check reports them."""
     columns = [table.c[key].name for key in keys]
     asked = {"name": relation_name(table), "privilege": privilege, "columns": columns}
     return session.scalar(_ALLOWED, asked) is not False
 
 
 def lacking(session: Session, present: Mapping[str, Table], privileges: Privileges) -> dict[str, list[str]]:
-    """Return the needed privileges that the role lacks, by table. ``present``: the tables that exist."""
+    """Return, by table, the needed privileges that the current role lacks. ``present`` contains the existing tables."""
     found = {
         role: [each for each, keys in privileges.get(role, {}).items() if not may(session, table, each, keys)]
         for role, table in present.items()
@@ -165,11 +169,11 @@ def lacking(session: Session, present: Mapping[str, Table], privileges: Privileg
 
 
 def kind_of_role(session: Session, present: Mapping[str, Table]) -> RoleKind | None:
-    """Return what the current role is for, judged by its privileges on the tables that exist.
+    """Return the kind of the current role, which follows from its privileges on the existing tables.
 
-    A reader may read some table and write none. An operator may do everything that operators need, but may neither
-    postpone nor delete events. None: the role is of no kind, for example because it has no privileges yet, or because
-    deploy/grants.sql was not run again after a migration.
+    A reader may read at least one table and write to none. An operator has all privileges that operators need, but
+    cannot change or delete events. The result is None if the privileges fit no kind. For example,
+    a new role has no privileges yet, or nobody ran deploy/grants.sql again after a migration.
     """
     if present and not lacking(session, present, PRIVILEGES):
         return RoleKind.WORKER

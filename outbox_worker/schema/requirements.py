@@ -1,6 +1,6 @@
 """Checks whether the database has the tables, columns and privileges that the worker needs.
 
-Each problem has a finding and a remedy.
+Each problem has a finding, which says what is wrong, and a remedy.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from outbox_worker.schema.tables import Tables, quoted, relation_name
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
-"""Columns of ``_INSERTED_INTO`` for which the worker inserts no value, so that they get their defaults."""
+"""Columns that the worker omits in its INSERT statements, so that PostgreSQL writes their default values."""
 
 _ADDED_LATER = {
     ("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "isolated_timeline", "set_aside")
 }
-"""Columns that a later revision of the migrations added to our own tables."""
+"""Columns that a later migration added to our own tables, so that the tables of an older version lack them."""
 
 NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
-"""For each table, the column that must be unique for ON CONFLICT.
+"""Maps each table to the column that must be unique, because the worker's ON CONFLICT names this column.
 
-If the column is nullable, its unique index may exclude rows with NULL.
+If the column may be NULL, its unique index may leave out rows with NULL.
 """
 
 _KEYS = {"uuid", *INTEGERS, *TEXTS}
 
 _IDS = {*_KEYS, "numeric"}
-"""The types that ids of students and courses may have, also as domains."""
+"""The types that ids of students and courses may have. A domain on such a type is allowed, too."""
 
 _DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
 """The types that ``outbox.payload`` may have besides jsonb."""
@@ -79,9 +79,9 @@ class SchemaProblem:
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
-    """Return the tables with the actual type of ``outbox.payload``, and with the rules for ids of this database.
+    """Check the database. Return the tables with the actual type of ``outbox.payload`` and the rules for comparing ids.
 
-    Raises SchemaError, whose message lists every missing table, column and privilege.
+    Raises SchemaError if anything is missing or does not fit. The message lists every problem.
     """
     problems = find_problems(session, tables, privileges)
     if problems:
@@ -92,7 +92,7 @@ def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIV
 
 
 def with_ids_as_found(session: Session, tables: Tables) -> Tables:
-    """Return the tables with the rules by which ids of payments and purchases are the same in this database."""
+    """Return the tables with this database's rules that say when ids in payments and purchases are the same."""
     return tables.with_ids(read_ids(session, tables.payments, tables.purchases))
 
 
@@ -105,7 +105,7 @@ def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
     """Check the tables in ``privileges``. Return a problem for everything that is missing or does not fit.
 
-    Amounts that PostgreSQL would round are no problem for a role that needs to read only.
+    Rounding of amounts counts as a problem only if ``privileges`` contain the right to write purchases.
     """
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
@@ -127,7 +127,7 @@ def _may_write_purchases(privileges: Privileges, present: Collection[str]) -> bo
 def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -> list[SchemaProblem]:
     """Return the problems with columns, types, defaults and unique keys of existing tables.
 
-    This does not check privileges. If ``of_others`` is true, it checks only adopted tables.
+    This function does not check privileges. If ``of_others`` is true, it checks only tables of other applications.
     """
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
     looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
@@ -138,7 +138,7 @@ def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -
 def find_rounding(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a problem if PostgreSQL would round amounts of payments when the worker copies them into purchases.
 
-    PostgreSQL raises no error then, so the worker refuses to start.
+    PostgreSQL rounds without an error, so the worker refuses to start.
     """
     pair = _pair_of_columns(session, tables, "amount")
     if pair is None:
@@ -149,9 +149,9 @@ def find_rounding(session: Session, tables: Tables) -> list[SchemaProblem]:
 
 
 def find_narrower(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a problem for each column of purchases that cannot hold all values of the column of payments.
+    """Return a problem for each column of purchases that is too narrow for some values of its column in payments.
 
-    PostgreSQL refuses such a value, so only its event fails, and the worker may start.
+    PostgreSQL rejects such a value with an error. Only the event with this value fails, so the worker may start.
     """
     return [
         _narrower(session, tables, key, pair, f"so PostgreSQL refuses purchases with {consequence}")
@@ -171,7 +171,7 @@ def _is_narrower(paid: ActualColumn, bought: ActualColumn) -> bool:
 
 
 def _pair_of_columns(session: Session, tables: Tables, key: str) -> tuple[ActualColumn, ActualColumn] | None:
-    """Return a column of payments and the column of purchases that gets a copy of it; None if one is absent."""
+    """Return a column of payments and the column of purchases that gets its copy; None if one of the two is missing."""
     found = [
         actual_columns(session, relation_name(table)).get(table.c[key].name)
         for table in (tables.payments, tables.purchases)
@@ -195,7 +195,7 @@ def _narrower(
         return SchemaProblem(finding, "run `outbox-worker migrate`")
     ddl = f"ALTER TABLE {purchases} ALTER COLUMN {quoted(tables.purchases.c[key].name)} TYPE {wanted};"
     locks = " (it rewrites the table; nobody can read or write the table meanwhile)" if key == "currency" else ""
-    first = "drop the views, triggers and policies that use the column, and create them again after: "
+    first = "drop the views, triggers and policies that use the column, and create them again after this statement: "
     return SchemaProblem(finding, f"as the table's owner: {first if bought.is_used else ''}{ddl}{locks}")
 
 
@@ -225,8 +225,8 @@ def _privilege_problems(
 ) -> Iterator[SchemaProblem]:
     """Report missing privileges.
 
-    The remedy is a GRANT, unless the role has all privileges of another kind of role. A reader must not be told to
-    grant itself writes: another role runs the command.
+    The remedy is usually a GRANT. If the role was made for another task, the remedy is to run the command as the right
+    role. For example, a role that only reads must not get the right to write.
     """
     missing = lacking(session, present, privileges)
     if not missing:
@@ -247,19 +247,19 @@ def _privilege_problems(
 _TASKS = {
     RoleKind.WORKER: "a worker",
     RoleKind.OPERATOR: "an operator, who decides on dead letters and runs backfills",
-    RoleKind.READER: "looking, and it may write nothing",
+    RoleKind.READER: "reading, and may write nothing",
 }
 
 
 def _for_another_role(
     session: Session, present: Mapping[str, Table], missing: dict[str, list[str]], actual: RoleKind, needed: RoleKind
 ) -> Generator[SchemaProblem, None, dict[str, list[str]]]:
-    """Report the missing privileges to write as one problem. Return the missing privileges to read."""
+    """Report all missing privileges to write as a single problem. Return the missing privileges to read."""
     writes = {role: [each for each in names if each != "SELECT"] for role, names in missing.items()}
     if listed := [f"{', '.join(names)} on {relation_name(present[role])}" for role, names in writes.items() if names]:
         yield SchemaProblem(
-            f"the role {role_name(session)} is for {_TASKS[actual]}; this needs {'; '.join(listed)}",
-            f"run this as the role for {_TASKS[needed].partition(',')[0]} (in grants.sql: {needed}); "
+            f"the role {role_name(session)} is for {_TASKS[actual]}; this command needs {'; '.join(listed)}",
+            f"run this command as the role for {_TASKS[needed].partition(',')[0]} (in grants.sql: {needed}); "
             "`outbox-worker files grants.sql` prints the file that creates a role for each task",
         )
     reads = {role: [each for each in names if each == "SELECT"] for role, names in missing.items()}
@@ -282,8 +282,8 @@ def _is_newer_than_grants(
 ) -> bool:
     """Return whether a migration probably made the table, or some columns of it, after the last run of grants.sql.
 
-    The sign of this is a table of ours on which the role has nothing, or lacks only the update of some columns,
-    although it has everything that it needs on another table.
+    The function returns True only if our migrations created the table, and the role has all needed privileges on
+    another table. In addition, the role must have no privilege on this table, or lack only UPDATE on some columns.
     """
     table, needed = present[role], privileges[role]
     is_granted_elsewhere = any(privileges[other] for other in present if other not in missing)
@@ -295,7 +295,7 @@ def _is_newer_than_grants(
 
 
 def _run_again(session: Session) -> str:
-    """Return the remedy if grants.sql was not run again: the command that runs it on this database."""
+    """Return the remedy if nobody ran grants.sql again after a migration: the command that runs the file."""
     database: str = session.scalars(text("SELECT current_database()")).one()
     pipe = f"outbox-worker files grants.sql | psql -d {shlex.quote(database)}"
     return (
@@ -339,7 +339,7 @@ def _not_migrated(name: str, columns: Sequence[Column[object]]) -> SchemaProblem
 
 
 def _written(column: Column[object]) -> str:
-    """Return a column in the form of CREATE TABLE."""
+    """Return the definition of a column, as CREATE TABLE contains it."""
     return str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
 
 
@@ -359,12 +359,12 @@ def _column_problems(
         near = difflib.get_close_matches(column.name, columns, 1)
         hint = f"did you mean {near[0]}?" if near else f"its columns are {', '.join(columns)}"
         yield SchemaProblem(
-            f"column {name}.{column.name} is missing", f"name it in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
+            f"column {name}.{column.name} is missing", f"set its name in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
         )
     elif actual is None:
         yield SchemaProblem(
             f"column {name}.{column.name} is missing",
-            f"name yours in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
+            f"set the name of your column in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
             f"ALTER TABLE {name} ADD COLUMN {_written(column)};",
         )
     elif not _fits(role, column, actual):
@@ -373,7 +373,7 @@ def _column_problems(
             wanted += "; amounts are whole units of the currency, not cents"
         yield SchemaProblem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
-            f"convert it, or name another column in OUTBOX_COLUMNS ({role}.{column.key}=…)",
+            f"convert the column, or set another column in OUTBOX_COLUMNS ({role}.{column.key}=…)",
         )
 
 
@@ -388,7 +388,7 @@ def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
 
 
 def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[SchemaProblem]:
-    """Report columns that must have a value, but that no statement of the worker writes."""
+    """Report NOT NULL columns without a default that no statement of the worker writes."""
     if role not in _INSERTED_INTO:
         return
     written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}

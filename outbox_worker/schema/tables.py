@@ -35,31 +35,36 @@ from outbox_worker.schema.ids import UUIDS, PairIds, SameId
 from outbox_worker.settings import Settings
 
 PAIR_INDEX = "purchases_active_student_course_key"
-"""The name of the unique index for the guard ``index``. The optional migration branch ``unique_index`` builds it."""
+"""The name of the unique index that prevents a second active purchase of a student for the same course.
+
+The optional migration branch ``unique_index`` builds this index.
+"""
 
 PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
-"""The name of the index that finds the purchase of a pair while there is no unique index."""
+"""The name of the plain index that finds purchases by student and course while there is no unique index."""
 
 OWNED = "purchase-outbox-worker: created by its migrations"
 """The comment on tables that the migrations created.
 
-A table that has no such comment and is not in ``OWNERSHIP_LIST`` is adopted: the migrations never alter or drop it.
+A table is adopted if it has no such comment and ``OWNERSHIP_LIST`` does not contain its name. The migrations never
+alter or drop an adopted table.
 """
 
 OWNERSHIP_LIST = "outbox_worker_tables"
-"""The name of the table that lists the tables that the migrations created.
+"""The name of the table that lists all tables created by the migrations.
 
-It stands in the schema of the version table. It tells our tables from adopted ones after a restore without comments.
+This list is in the same schema as the version table. After a restore without comments, only this list shows which
+tables the migrations created.
 """
 
 NOTIFY_CHANNEL = "outbox_worker"
-"""The NOTIFY channel of the trigger of the optional branch ``notify``.
+"""The channel to which the trigger of the optional migration ``notify`` sends notifications.
 
-The payload of a notification is the schema and name of the outbox.
+The payload of a notification is the schema and the name of the outbox table.
 """
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
-"""The name of the trigger of the optional branch ``notify``, and of the function of the trigger."""
+"""The name of the trigger that the optional migration ``notify`` creates, and of its trigger function."""
 
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
@@ -83,16 +88,19 @@ class Tables:
     workers: Table
     backfill_runs: Table
     ids: PairIds = UUIDS
-    """The rules by which ids of payments and purchases are the same. ``requirements.check_schema`` reads them."""
+    """The rules that say when ids in payments and purchases are the same.
+
+    ``requirements.check_schema`` reads these rules from the database.
+    """
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
-        """Return these tables, but with another type of ``outbox.payload``: json or text."""
+        """Return a copy of these tables in which ``outbox.payload`` has another type: json or text."""
         outbox = self.outbox.to_metadata(MetaData(info=self.metadata.info))
         outbox.c.payload.type = kind
         return replace(self, outbox=outbox)
 
     def with_ids(self, ids: Mapping[str, SameId]) -> Tables:
-        """Return these tables with the rules for the ids of this database."""
+        """Return a copy of these tables with the rules for comparing ids in this database."""
         return replace(self, ids=replace(self.ids, **ids))
 
     def by_role(self) -> dict[str, Table]:
@@ -136,12 +144,12 @@ class _Builder:
 
 
 def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
-    """Replace column keys by columns, because INSERT and UPDATE need them in this form."""
+    """Replace column keys by columns, because SQLAlchemy's INSERT and UPDATE need columns."""
     return {table.c[key]: value for key, value in values.items()}
 
 
 def build_tables(settings: Settings) -> Tables:
-    """Build the tables with the names from ``settings``. Needs no database."""
+    """Build the tables with the names from ``settings``. This function does not use the database."""
     metadata = MetaData()
     metadata.info[OWNERSHIP_LIST] = _ownership_list(metadata, settings.schema_name)
     builders = {role: _Builder(metadata, Naming(settings, role)) for role in COLUMNS}
@@ -158,7 +166,7 @@ def build_tables(settings: Settings) -> Tables:
 
 
 def ownership_list(table: Table) -> Table:
-    """Return the list of our tables that belongs to the same database as ``table``."""
+    """Return the table ``OWNERSHIP_LIST`` that was built together with ``table``."""
     listed: Table = table.metadata.info[OWNERSHIP_LIST]
     return listed
 
@@ -200,7 +208,7 @@ def _outbox(b: _Builder) -> Table:
 
 
 def _purchases(b: _Builder) -> Table:
-    """Build the table without an index on the pair: the branch ``unique_index`` decides whether the index is unique."""
+    """Build the table without an index on student and course, because a migration builds a unique or a plain one."""
     return b.table(
         b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
         b.column("student_id", _ID),

@@ -1,6 +1,6 @@
 """Logs which transactions a migration waits for.
 
-CREATE INDEX CONCURRENTLY waits until all older transactions have ended.
+CREATE INDEX CONCURRENTLY waits until all older transactions have ended, so a migration can take long.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 LOOK_SECONDS = 2.0
-"""The seconds before the first check and between two checks. Most waits that are shorter than this are not logged."""
+"""The seconds before the first check, and between two checks. This delay keeps most short waits out of the log."""
 REPEAT_SECONDS = 30.0
 
-# what: the transactions that a session waits for; an ordinary role does not see state and times of other roles'
-# sessions, and a prepared transaction has process 0 · lock: none · index: none, a function of the server
+# what: the transactions for which a session waits. An ordinary role does not see state and times of other roles'
+# sessions. A prepared transaction has process 0 · lock: none · index: none, a function of the server
 _BLOCKERS = text(
     """
     SELECT b.pid, a.usename AS user, a.application_name AS application, a.xact_start AS since, a.state
@@ -61,9 +61,9 @@ def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
 
 
 def _blockers(engine: Engine, pid: int) -> list[Row[Any]]:
-    """Return the blocking transactions.
+    """Return the transactions for which the migration waits.
 
-    End the transaction of this query at once, because the migration would wait for this transaction, too.
+    End the transaction of this query at once, because the migration would wait for it, too.
     """
     with engine.connect() as connection:
         return [*connection.execute(_BLOCKERS, {"pid": pid})]

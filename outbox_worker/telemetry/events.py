@@ -10,12 +10,13 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Batch, Event, Outcome, Reason, Verdict, Verdicts
 
 SINGLES_MAX = 10
-"""The largest number of events of one kind in a batch that still get a log record each at their usual level.
+"""Up to this number of events of one kind in a batch, each event has its own log record at the usual level.
 
-If a batch has more events of a kind, one shared record reports all of them, and their own records have the level DEBUG.
+If a batch has more events of one kind (outcome and reason), one shared record reports them all. The record of each
+single event then has the level DEBUG.
 """
 EXAMPLES_MAX = 10
-"""The largest number of event ids in a shared record."""
+"""The largest number of event ids in a shared record. This limit keeps the record short."""
 _LOUD = (Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.DEAD)
 
 
@@ -30,40 +31,41 @@ def log_events(batch: Batch, verdicts: Verdicts) -> None:
 
 
 def log_unrecorded(refusals: Mapping[int, str]) -> None:
-    """Log the events that the database lets the worker neither charge nor bury. They are only due later."""
+    """Log the failed events for which the database refuses to record the failure. The worker retries later."""
     if refusals:
         ids, told = _shown(refusals)
         logger.bind(event="outcome_not_recorded", count=len(refusals), outbox_ids=ids, refusals=told).error(
-            "the database refuses to record that {} failed; it is tried again later, and no try is counted",
+            "the database refuses to record that {} failed; the worker tries again later and does not count this try",
             count_of(len(refusals), "event"),
         )
 
 
 def log_set_aside(refusals: Mapping[int, str]) -> None:
-    """Log the events whose rows the database lets the worker neither remove nor postpone."""
+    """Log the events whose rows in the outbox the database refuses to delete or to change."""
     if refusals:
         ids, told = _shown(refusals)
         logger.bind(event="events_set_aside", count=len(refusals), outbox_ids=ids, refusals=told).error(
-            "the database refuses to change the rows of {}; they are tried again after 15 s, then every 10 minutes. "
-            "Other events are settled",
+            "the database refuses to change the rows of {}; the worker tries again after 15 s, then every 10 minutes. "
+            "Meanwhile it settles all other events",
             count_of(len(refusals), "event"),
         )
 
 
 def _shown(refusals: Mapping[int, str]) -> tuple[list[int], list[str]]:
-    """Return some ids of the events, and some of the different refusals."""
+    """Return the first ids of the events and the first different refusals, at most ``EXAMPLES_MAX`` of each."""
     return list(refusals)[:EXAMPLES_MAX], list(dict.fromkeys(refusals.values()))[:EXAMPLES_MAX]
 
 
 def _kind(verdict: Verdict) -> tuple[Outcome, Reason | None]:
-    """Return the kind of an event: events of one kind can share one record."""
+    """Return the kind of an event (outcome and reason). Events of one kind can share one record."""
     return verdict.outcome, verdict.reason
 
 
 def _crowds(verdicts: Verdicts) -> dict[tuple[Outcome, Reason | None], list[int]]:
     """Group the events by kind. Return only the kinds that have more than ``SINGLES_MAX`` events.
 
-    A refund whose next payment was refused is never in a group, because a person must act for each such payment.
+    A refund is never in a group if the database refused a purchase for the student's next payment. A person must act
+    for each such payment.
     """
     by_kind: dict[tuple[Outcome, Reason | None], list[int]] = {}
     for key, verdict in verdicts.items():

@@ -29,7 +29,7 @@ from outbox_worker.escapes import printable
 Style = Literal["json", "console"]
 
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-"""The priority for each log level, as syslog and the journal define it."""
+"""Maps each log level to the number that syslog and the journal use for it."""
 
 _COLOURS = {"DEBUG": "34", "INFO": "1", "WARNING": "1;33", "ERROR": "1;31"}
 
@@ -41,7 +41,8 @@ _HEAD_WIDTH = len("12:00:00 WARNING ")
 def configure_logging(level: str, style: Style | None) -> None:
     """Write log records to stderr as JSON, or as text for people. Text is the default on a terminal, JSON elsewhere.
 
-    If stderr is connected to the journal, each line begins with its priority, which the journal reads and removes.
+    If stderr is connected to the journal, each line begins with its priority. The journal reads and removes the
+    priority.
     """
     is_terminal = sys.stderr.isatty()
     as_json = (style or ("console" if is_terminal else "json")) == "json"
@@ -104,7 +105,7 @@ def _painted(text: str, colour: str, coloured: bool) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Break a text into lines of at most ``width`` characters. A longer word is not broken."""
+    """Break a text into lines of at most ``width`` characters, but never inside a word."""
     return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 

@@ -64,7 +64,9 @@ class Metrics:
             "outbox_dead_letters", "Number of events that became dead letters, by reason", ["reason"], registry=registry
         )
         self.fallbacks = Counter(
-            "outbox_constraint_fallback", "Number of batches settled with the guard `lock`", registry=registry
+            "outbox_constraint_fallback",
+            "Number of batches settled with the guard `lock` instead of `index`",
+            registry=registry,
         )
         self.transactions = Counter(
             "outbox_transactions",
@@ -87,7 +89,7 @@ class Metrics:
         registry.register(self.latency)
         self.batch_size = Histogram(
             "outbox_batch_size",
-            "Number of events in a claim that found at least one",
+            "Number of events that one claim took; claims that found no event are not counted",
             buckets=(1, 3, 10, 30, 100, 300, 1000, 3000, 10000),
             registry=registry,
         )
@@ -112,10 +114,10 @@ class Metrics:
             "Number of events that no worker claims, because the database refuses to change their rows",
             registry=registry,
         )
-        self.guard = Gauge("outbox_guard", "1 for the guard in force", ["mode"], registry=registry)
+        self.guard = Gauge("outbox_guard", "1 if the worker uses this guard", ["mode"], registry=registry)
         self.unexplained = Gauge(
             "outbox_unexplained_payments",
-            "Number of succeeded payments without a purchase that nothing explains",
+            "Number of succeeded payments that have no purchase, although no reason for this is known",
             registry=registry,
         )
         self.unexplained.set(math.nan)  # no backfill has searched for such payments yet
@@ -162,7 +164,7 @@ class Metrics:
                 counter.labels(value)
 
     def totals(self) -> Tally[str]:
-        """Return the counts since the start, except zeros: events by outcome, transactions by result, fallbacks."""
+        """Return the counts since the start: events by outcome, transactions by result, and fallbacks. Omit zeros."""
         tally: Tally[str] = Tally()
         for family, prefix, label in (
             (self.events, "", "outcome"),
@@ -175,7 +177,7 @@ class Metrics:
         return +tally
 
     def snapshot(self) -> dict[str, float]:
-        """Return counters, and sums and counts of histograms, for ``status``.
+        """Return the values of all counters, and the sums and counts of all histograms, for the command ``status``.
 
         Each key has the form ``name{label="value"}``.
         """

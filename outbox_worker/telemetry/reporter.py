@@ -36,10 +36,12 @@ class BatchReport:
     limit: int
     guard: Guard
     postponed: Mapping[int, str] = field(default_factory=dict)
-    """Events (``outbox.id``) whose outcome the database refused to record, each with the refusal. They are tried again
-    later."""
+    """Events (``outbox.id``) whose failure the database refused to record, each with the refusal.
+
+    The worker tries these events again later.
+    """
     set_aside: Mapping[int, str] = field(default_factory=dict)
-    """Events whose rows the database refused to remove or to postpone, each with the refusal."""
+    """Events (``outbox.id``) whose rows the database refused to delete or to change, each with the refusal."""
     seconds: float = 0.0
     """The duration from the claim to the end of COMMIT."""
     transaction: Literal["commit", "unknown"] = "commit"
@@ -86,13 +88,13 @@ class Telemetry:
         )
 
     def isolating_after_crash(self, events: int) -> None:
-        """Log that an earlier worker died, and that its events are therefore settled one by one."""
+        """Log that an earlier worker died, and that this worker therefore settles the next events one by one."""
         logger.bind(event="going_carefully", events=events).warning(
-            "an earlier worker died; its events are settled one by one, because one of them may have killed it"
+            "an earlier worker died; the next events are settled one by one, because one of them may be the cause"
         )
 
     def crash_counted(self, host: str, pid: int, event: int | None) -> None:
-        """Log that another worker died of the event that it processed alone. ``event`` is the id in the outbox."""
+        """Log that another worker died while it processed a single event. ``event`` is the id in the outbox."""
         logger.bind(event="crash_counted", host=host, pid=pid, outbox_id=event).error(
             "a worker died while it processed a single event; after three such deaths, the event is a dead letter"
         )
@@ -104,22 +106,22 @@ class Telemetry:
     def http_unavailable(self, address: str, error: str) -> None:
         """Log that the worker cannot answer HTTP. The worker still settles events."""
         logger.bind(event="http_unavailable", address=address, error=error).error(
-            "cannot answer HTTP at {}: {}; trying again; events are settled meanwhile", address, error
+            "cannot answer HTTP at {}: {}; trying again; the worker settles events meanwhile", address, error
         )
 
     def watchdog_is_short(self, watchdog_seconds: float, step_seconds: float) -> None:
         """Warn that ``WatchdogSec`` is too short: systemd would kill a healthy worker whose database is slow."""
         logger.bind(event="watchdog_short", watchdog_seconds=watchdog_seconds, step_seconds=step_seconds).warning(
-            "WatchdogSec is shorter than one step of a claim loop may take; raise WatchdogSec, or lower "
+            "WatchdogSec is shorter than a step of a claim loop may take; raise WatchdogSec, or lower "
             "OUTBOX_DATABASE_DEADLINE_SECONDS"
         )
 
     def reloaded(self, changed: Sequence[str], left: Sequence[str]) -> None:
-        """Log which settings changed. ``left`` contains changed settings that are used only after a restart."""
+        """Log which settings changed. ``left`` contains the changed settings that take effect only after a restart."""
         logger.bind(event="reloaded", changed=changed).info("the settings were read again")
         if left:
             logger.bind(event="restart_needed", settings=left).warning(
-                "these settings have changed, too, but are used only after a restart: {}", ", ".join(left)
+                "these settings have changed, too, but take effect only after a restart: {}", ", ".join(left)
             )
 
     def reload_refused(self, problems: str) -> None:
@@ -136,7 +138,7 @@ class Telemetry:
         logger.bind(event="worker_stopped", **counts).info("stopped; since the start {}", _counted(_outcomes(counts)))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """Log that a step failed and is tried again after a pause. The failure is not counted as a try of any event."""
+        """Log that a step failed and the worker tries again after a pause. No event gets a failed try for this."""
         cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
         failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
@@ -159,7 +161,7 @@ class Telemetry:
             logger.bind(event="resumed", seconds=seconds).info("the database is available again after {} s", seconds)
 
     def schema_problems(self, problems: str) -> None:
-        """Log the missing tables, columns and privileges, which were present when the worker started."""
+        """Log which tables, columns and privileges are missing now, although they were present at the start."""
         logger.bind(event="schema_problems", problems=problems).error(
             "the database lacks something that the worker needs"
         )
@@ -178,7 +180,7 @@ class Telemetry:
         logger.bind(event="setup_concern", finding=finding, remedy=remedy).warning("{}", finding)
 
     def observe_ignored(self, events: int, types: Mapping[str, int]) -> None:
-        """Set the gauge of events of ignored types. Warn once, with the most frequent types, if there are any."""
+        """Set the gauge of events of ignored types. If there are any, warn once, with the most frequent types."""
         self.metrics.ignored.set(events)
         if events and not self._has_told_ignored:
             self._has_told_ignored = True
@@ -198,7 +200,7 @@ class Telemetry:
         self.metrics.set_aside.set(events)
 
     def ended_with_set_aside(self, events: int) -> None:
-        """Log that a drain leaves due events behind that are set aside."""
+        """Log that `run --drain` ends although some due events are set aside and still in the outbox."""
         logger.bind(event="drain_left_events", count=events).error(
             "{} set aside, because the database refuses to change their rows, and are still in the outbox. "
             "To see why, run: outbox-worker status",
@@ -206,34 +208,34 @@ class Telemetry:
         )
 
     def observe_horizon(self, stood_still_seconds: float) -> None:
-        """Set the seconds since the vacuum horizon last moved.
+        """Set the gauge of seconds since the vacuum horizon last moved.
 
-        While it does not move, vacuum cannot remove deleted events.
+        While the horizon does not move, VACUUM cannot remove the rows of deleted events.
         """
         self.metrics.horizon.set(stood_still_seconds)
 
     def observe_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """Set the gauges of payments without a purchase to the result of the last backfill by any worker."""
+        """Set the gauges of payments without a purchase to the result of the last backfill."""
         self.metrics.unexplained.set(payments)
         self._currencies |= money.keys()
         for currency in self._currencies:
             self.metrics.at_risk.labels(currency).set(float(money.get(currency, 0)))
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """Log that a periodic backfill found payments without a purchase, but is only allowed to report them."""
+        """Log that a periodic backfill found payments without a purchase, but may only report them."""
         logger.bind(event="payments_unexplained", payments=payments, money=amount_texts(money)).warning(
             "{} without a purchase. To list them, run: outbox-worker backfill --dry-run", count_of(payments, "payment")
         )
 
     def payments_not_judged(self, payments: int) -> None:
-        """Log that a periodic backfill found payments whose values prevent a judgement."""
+        """Log that a periodic backfill cannot judge some payments, because a value is missing or cannot be used."""
         logger.bind(event="payments_not_judged", payments=payments).warning(
             "{} cannot be judged, because a value is missing or cannot be used. To list them, run: outbox-worker audit",
             count_of(payments, "payment"),
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
-        """Log that a periodic backfill found more missing purchases than it is allowed to create."""
+        """Log that a periodic backfill found more missing purchases than it may create. A person must check them."""
         logger.bind(event="backfill_refused", payments=payments, money=amount_texts(money), most=most).error(
             "{} without a purchase, more than the periodic backfill may create; a person must check them",
             count_of(payments, "payment"),
@@ -246,7 +248,7 @@ class Telemetry:
         )
 
     def beat(self) -> dict[str, float]:
-        """Log the counts of settled events. Return the values of ``workers.metrics``: counters and the current rate."""
+        """Log the counts of settled events. Return the counters and the current rate for ``workers.metrics``."""
         self._log_settled()
         now, totals = time.monotonic(), self.metrics.totals()
         settled, seconds = sum(_outcomes(totals - self._at_beat).values()), now - self._beat_at
@@ -260,7 +262,7 @@ class Telemetry:
             self._log_settled()
 
     def _log_settled(self) -> None:
-        """Log the counts since the last such record, unless all are zero. Several threads may call this."""
+        """Log the counts since the last record of this kind, unless all are zero. Several threads may call this."""
         with self._telling:
             now, totals = time.monotonic(), self.metrics.totals()
             counts, seconds = totals - self._told, now - self._told_at
@@ -331,7 +333,7 @@ class Telemetry:
             "unique index"
             if guard is Guard.INDEX
             else "lock: there is no unique index, so other code that inserts purchases can create duplicates. "
-            "Build it: outbox-worker migrate --with unique_index"
+            "To build the index, run: outbox-worker migrate --with unique_index"
         )
         logger.bind(event="guard_changed", guard=str(guard)).log(
             "INFO" if guard is Guard.INDEX else "WARNING", "the guard is the {}", hint
@@ -350,7 +352,7 @@ def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
 
 
 def _outcomes(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return only the counts of events, without the counts of transactions."""
+    """Return only the counts of events by outcome. Leave out the counts of transactions and fallbacks."""
     return {outcome: counts[outcome] for outcome in Outcome if outcome in counts}
 
 
