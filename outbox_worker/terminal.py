@@ -35,9 +35,9 @@ _GAP = "  "
 _WORD = re.compile(r"\s*\S+")
 _INDENT = re.compile(r"\s*(?:→ )?")
 _LEAST_PROSE = 20
-"""The smallest width, in characters, at which the last column of a table wraps its text."""
+"""The smallest width, in characters, to which the last column is narrowed. Narrower text would be hard to read."""
 _IDS = ("id", "held_by", "subject", "isolated_event")
-"""The keys of ids that do not end with ``_id``."""
+"""The keys whose values are ids, although the keys do not end with ``_id``."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """The characters at the start of a text that make a spreadsheet read the text as a formula."""
@@ -46,7 +46,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 def print_json(value: object) -> None:
     """Print one JSON object on stdout, with ids and money as strings, and times as RFC 3339 in UTC.
 
-    If the encoding of stdout lacks a character, escape it (``\\u00e9``), so that the reader loses nothing.
+    If the encoding of stdout lacks a character, print an escape (``\\u00e9``), so that no character is lost.
     """
     found = plain(value)
     written = json.dumps(found, ensure_ascii=False)

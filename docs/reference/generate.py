@@ -51,8 +51,8 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "status": {0: "the status was shown"},
     "audit": {
         0: "no purchase is owed",
-        1: "a payment is unexplained or cannot be judged, or a refunded payment still has an active purchase, or the "
-        "status of a payment is not known",
+        1: "a payment is unexplained, cannot be judged, has an unknown status, or is refunded but its purchase is "
+        "active; or a student has two active purchases of a course",
     },
     "doctor": {0: "it found no problem, but perhaps warnings", 1: "it found at least one problem"},
     "backfill": {
@@ -62,7 +62,7 @@ CODES: Mapping[str, Mapping[int, str]] = {
     },
     "why": {0: "it was found", 1: "no event, payment, purchase or student has this id"},
     "demo": {
-        0: "the audit proved every payment, or Ctrl-C ended the demonstration",
+        0: "the audit explained every payment, or Ctrl-C ended the demonstration",
         1: "a payment stayed unexplained, or a purchase was created twice",
     },
     "bench": {
@@ -77,15 +77,15 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "dead-letters requeue": {0: "the events are due again", 1: f"{_NOT_DECIDED}; or some letters stay open"},
     "dead-letters discard": {0: "the dead letters are closed", 1: f"{_NOT_DECIDED}; or some letters stay open"},
 }
-"""The exit codes of each command with a meaning of their own; ``COMMON_CODES`` has those of all commands."""
+"""The exit codes that have a special meaning for one command. ``COMMON_CODES`` contains those of all commands."""
 
 COMMON_CODES: Mapping[int, str] = {
     0: "the command succeeded",
-    1: "the command found what it looks for, or refused to act",
+    1: "the command found a problem, or refused to act",
     2: "the command line is wrong",
-    69: "there is no connection: host, port or password is wrong, the server accepts no connections, or is a "
-    "standby and the command writes; or the database did not serve the command in time, because of a lock or a time "
-    "limit",
+    69: "there is no connection, because host, port or password is wrong or the server accepts no connections; or "
+    "the command writes, but the server is a standby; or the database did not answer in time, because of a lock or a "
+    "time limit",
     70: "an error in the program itself, which the command asks you to report",
     78: "a setting, URL, table, column or privilege is wrong; the message names it and the remedy",
     130: "Ctrl-C interrupted the command (`run` and `demo` end with 0 instead)",
@@ -93,12 +93,14 @@ COMMON_CODES: Mapping[int, str] = {
 
 NOTES: Mapping[str, str] = {
     "outbox_events_total": "All event types that the worker cannot handle count as `other`.",
-    "outbox_dead_letters_total": "Decided dead letters stay counted; `outbox_open_dead_letters` has the open ones.",
-    "outbox_transactions_total": "With `unknown`, the answer to COMMIT was lost.",
-    "outbox_unexplained_payments": "The number that the last backfill left; NaN before the first backfill.",
-    "outbox_value_at_risk": "The value is in units of the currency.",
-    "outbox_ignored_events": "Counted among the 100,000 oldest events, at the start and every five minutes.",
-    "outbox_set_aside_events": "`status` and `doctor` name them and the cause.",
+    "outbox_dead_letters_total": "A dead letter stays counted after a person has decided it; "
+    "`outbox_open_dead_letters` counts only open ones.",
+    "outbox_transactions_total": "`unknown` means that the connection broke during COMMIT.",
+    "outbox_unexplained_payments": "The last backfill found and left these payments; NaN before the first backfill.",
+    "outbox_value_at_risk": "The value is in units of the currency, for example euros.",
+    "outbox_ignored_events": "The worker counts them among the 100,000 oldest events, at its start and every five "
+    "minutes.",
+    "outbox_set_aside_events": "`status` and `doctor` name these events and the cause.",
     "outbox_guard": "The guard that is not in use has 0.",
     "outbox_since_poll_seconds": "The value is computed at each scrape.",
     "outbox_vacuum_horizon_seconds": "The time since this worker first saw the transaction that holds vacuum back.",
@@ -111,8 +113,8 @@ TABLES: Mapping[str, str] = {
     "purchases": "If a purchase is active, the student may use the course.",
     "processed_events": "The marks. Each row shows that an event has reached its final outcome.",
     "dead_letters": "Events that wait for a person's decision, and the decisions that were made.",
-    "workers": "One row for each worker process of the last day. `status` reads them, and so does a new worker, "
-    "to find out whether an earlier one died.",
+    "workers": "One row for each worker process of the last day. `status` reads these rows. A new worker also reads "
+    "them, to find out whether an earlier worker died.",
     "backfill_runs": "The payments that each backfill checked and the purchases that it created: all backfills "
     "by hand, and the periodic ones of the last week.",
 }
@@ -123,8 +125,8 @@ MEANINGS: Mapping[str, str] = {
     "outbox.payload": "`payment_id` is required; `student_id`, `course_id`, `amount`, `currency` are checked if given",
     "outbox.headers": "the worker reads only `traceparent`, for log records",
     "outbox.due_at": "the worker claims the event only after this time; claims are in the order `(due_at, id)`",
-    "outbox.attempts": "failed attempts that were caused by the event itself",
-    "outbox.crashes": "proven deaths of worker processes while they processed only this event",
+    "outbox.attempts": "number of failed attempts that the event itself caused",
+    "outbox.crashes": "number of worker processes that provably died while they processed only this event",
     "outbox.last_error": "the reason of the last failed attempt",
     "purchases.payment_id": "NULL means that the purchase is a gift",
     "purchases.is_active": "false means that the purchase was taken back; the worker never sets it to true again",
@@ -142,11 +144,12 @@ MEANINGS: Mapping[str, str] = {
     "workers.succeeded_at": "when a new worker took over from this dead one",
     "workers.isolated_event": "`outbox.id` of the event that the process settles alone, because it may kill a process",
     "workers.isolated_at": "since when the process settles that event alone",
-    "workers.isolated_timeline": "the server's timeline at that time; after a failover, the timeline is another one",
-    "workers.set_aside": "events that the database does not let the process record or remove, by `outbox.id`",
+    "workers.isolated_timeline": "the server's timeline at that time; each failover begins a new timeline",
+    "workers.set_aside": "the events that this process excludes from claims, because the database refuses to record or "
+    "remove them; each with its `outbox.id`",
     "backfill_runs.cutoff": "payments created after this time were not checked",
     "backfill_runs.is_full": "true if all payments were checked, false if only a range was",
-    "backfill_runs.cursor": "the last purchase created; if the run is continued, it begins after this one",
+    "backfill_runs.cursor": "the last purchase created; a backfill that continues this run begins after it",
     "backfill_runs.actor": "all persons who ran it",
     "backfill_runs.outcome": "NULL means that the backfill is running or was killed",
 }

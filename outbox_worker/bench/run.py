@@ -1,6 +1,6 @@
-"""Runs the benchmark: the real worker and bare SQL that does the same work settle events in turn, on one server.
+"""Runs the benchmark: the real worker and bare SQL with the same task settle events, one after the other.
 
-Events per second depend on the machine, so compare ratios. The benchmark uses only its own database.
+Events per second depend on the machine, so compare ratios. The benchmark uses only its own database on the server.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from outbox_worker.settings import Settings, load_settings
 DATABASE = "outbox_worker_bench"
 """The benchmark's database on the server of OUTBOX_DATABASE_URL. The benchmark drops it at the end."""
 ONE_BY_ONE_SHARE = 0.04
-"""The share of the events that the contestant ``one by one`` settles. With this share, it takes about as long as the
-other contestants."""
+"""The share of the events that the contestant ``one by one`` settles. The share is small, because this contestant is
+slow: with it, each contestant takes about the same time."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -137,7 +137,7 @@ def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchRep
 def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
     """Create the benchmark's database with its tables, and drop it at the end. Yields the connection string.
 
-    Raises Refused if somebody else's tables are in the database.
+    Raises Refused if the database has tables that the benchmark did not create.
     """
     server = _conninfo(settings)
     with psycopg.connect(server, autocommit=True) as connection:

@@ -111,8 +111,8 @@ def why(
 ) -> None:
     """Explain an event, payment, purchase or student.
 
-    Shows all records, which rule decided, and what would happen now. It uses
-    the same facts and rules as the worker. Changes nothing.
+    Shows all records, the rule that decided, and what would happen now. Uses the
+    same facts and rules as the worker. Changes nothing.
     """
     from outbox_worker.cli.views import explanation
 

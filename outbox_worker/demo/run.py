@@ -40,11 +40,11 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""For how many seconds the payments service writes payments. It needs more time only if the database is too slow."""
+"""For how many seconds the payments service writes payments. If the database is slow, the service needs longer."""
 DAMAGE_SHARE = 0.05
 """The number of payments that the simulated old worker lost, as a share of all payments."""
 SETTLE_SECONDS = 60.0
-"""For how many seconds the workers may settle the last events after the payments service has ended."""
+"""How many seconds the workers have to settle the last events after the payments service has ended."""
 
 _WORKER_SETTINGS = {
     "OUTBOX_RETRY_BASE_SECONDS": "0.5",
@@ -130,7 +130,10 @@ def run_demo(payments: int) -> Proof | None:
 
 @contextmanager
 def _private_database(directory: Path) -> Iterator[Settings]:
-    """Start a private PostgreSQL in ``directory`` and create the tables. First delete OUTBOX_* and PG* variables."""
+    """Start a private PostgreSQL in ``directory`` and create the tables.
+
+    First delete OUTBOX_* and PG* variables from the environment, so that they do not change the demonstration.
+    """
     for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
     where = embedded.ensure_server(directory)

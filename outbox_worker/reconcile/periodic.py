@@ -40,14 +40,13 @@ OLDER_THAN = timedelta(minutes=5)
 FULL_EVERY = timedelta(days=1)
 """The time between two full scans, which read all payments.
 
-All other scans read only payments created after the end of the last full scan's range, or up to ``RECENT`` before this
-end.
+All other scans begin ``RECENT`` before the end of the last full scan's range.
 """
 FUSE = 100
-"""The largest number of purchases to make. If more purchases are owed, the backfill makes none, because a person must
-check them first."""
+"""The largest number of purchases to make. If more purchases are owed, something may be wrong, so the backfill makes
+none until a person has checked."""
 _SHARE = 0.1
-"""The largest share of its time that the periodic backfill spends in statements."""
+"""The largest share of its time that the periodic backfill spends in statements, so that claims stay fast."""
 ACTOR = "outbox-worker run"
 _LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
@@ -67,7 +66,7 @@ class Turn:
 
 
 class PeriodicBackfill:
-    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker of a database runs each backfill."""
+    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker per database runs each backfill."""
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class PeriodicBackfill:
         return False
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
-        """Report the unexplained payments, and make their purchases if this turn may make them."""
+        """Report the unexplained payments, and make their purchases if this backfill may make purchases."""
         if totals.cannot_be_judged:
             self._telemetry.payments_not_judged(len(totals.cannot_be_judged))
         unexplained = totals.value(PaymentClass.UNEXPLAINED)

@@ -87,7 +87,7 @@ def print_explanation(found: Explanation) -> None:
             terminal.line("")
         show()
     if found.has_more:
-        terminal.line("\nThe student has more payments. To see another one, give its id.", "yellow")
+        terminal.line("\nThe student has more payments. To see another payment, give its id.", "yellow")
 
 
 def _print_gift(gift: PurchaseRow) -> None:
@@ -102,7 +102,8 @@ def _print_story(story: PaymentStory) -> None:
     _print_predictions(story.predictions)
     if sum(each.verdict.writes for each in story.predictions) > 1:
         terminal.line(
-            "\nEach prediction ignores the other events: only the first event to be settled makes the purchase.", "dim"
+            "\nEach prediction ignores the other events. Only the event that is settled first makes the purchase.",
+            "dim",
         )
 
 
