@@ -25,7 +25,7 @@ _HTTP_PLACE = re.compile(r"(?:\[(?P<ip6>[^]]+)\]|(?P<host>[^:\[\]]*)):(?P<port>[
 def expect_usable(text: str) -> None:
     """Refuse a text that is neither ``embedded:DIRECTORY`` nor the URL of a server.
 
-    Raises ValueError. Its message repeats no part of the text, because the text may contain a password.
+    Raises ValueError with a message that repeats no part of the text, because the text may contain a password.
     """
     if not text.startswith(EMBEDDED):
         expect_server_url(text)
@@ -36,7 +36,7 @@ def expect_usable(text: str) -> None:
 def expect_server_url(text: str) -> None:
     """Refuse a text that cannot be the URL of a PostgreSQL server.
 
-    Raises ValueError. Its message repeats no part of the text, because the text may contain a password.
+    Raises ValueError with a message that repeats no part of the text, because the text may contain a password.
     """
     scheme, mark, place = text.partition("://")
     if not mark:

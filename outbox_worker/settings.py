@@ -244,7 +244,7 @@ class Settings(BaseSettings):
         10,
         gt=0,
         le=600,
-        description="longest wait for an answer from the database; after it, the worker drops the connection "
+        description="longest wait for an answer from the database; after this time, the worker drops the connection "
         "and tries again",
     )
     backfill_every_seconds: float = Field(
@@ -334,7 +334,7 @@ class Settings(BaseSettings):
 
     @property
     def conninfo(self) -> str:
-        """The URL of the database in the form that libpq reads, with the password. Do not use it for ``embedded:``."""
+        """The URL of the database in the form that libpq reads, with the password. Not for ``embedded:DIR``."""
         return libpq_url(self._required_url())
 
     @property
@@ -359,7 +359,7 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """Read the settings. ``given`` contains the options of the command line; None means that an option is not given.
 
-    Raises SettingError. Its message lists every problem with the name and source of the setting, but without its value.
+    Raises SettingError with a message that lists every problem: the name and source of the setting, but not its value.
     Raises WrongUsage instead if all problems are on the command line.
     """
     given = {name: value for name, value in given.items() if value is not None}
@@ -420,7 +420,7 @@ _SENTENCES = {
     "dict_type": "expected NAME=NAME, separated by commas",
     "tuple_type": "expected names, separated by commas",
 }
-"""Error texts by pydantic's error type. A key that is a single word applies to all types that begin with this word."""
+"""Error texts by pydantic's error type. A key of one word applies to all error types that begin with this word."""
 
 
 def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
@@ -442,7 +442,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _source(name: str, given: Mapping[str, Any]) -> str:
-    """Return the name of a setting in the spelling of the source that gave it."""
+    """Return the name of a setting as its source spells it: the command line, environment, credentials or file."""
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:
         return f"--{name.replace('_', '-')}"

@@ -36,8 +36,8 @@ def open_database(
     """Load the settings and connect to the database.
 
     The longest time for a statement is ``deadline_seconds`` or the deadline of the settings, whichever is longer. If
-    ``patient`` is True, there is no limit. If ``looks`` is True, the command only reads, so the server may be a
-    standby. Raises SettingError and DatabaseUnavailable.
+    ``patient`` is True, statements have no time limit. If ``looks`` is True, the command only reads, so the server may
+    be a standby. Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)
@@ -50,9 +50,9 @@ def open_database(
 
 
 def _expect_writable(database: Database) -> None:
-    """Raise SettingError if transactions of this role are read-only by default. Only the daemon overrides this default.
+    """Raise SettingError if default_transaction_read_only is on, because somebody has probably set it on purpose.
 
-    Somebody has probably made the role read-only on purpose.
+    Only the daemon overrides default_transaction_read_only.
     """
     with database.snapshot() as session:
         found = find_read_only_default(session)

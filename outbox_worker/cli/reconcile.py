@@ -88,9 +88,9 @@ def backfill(
 
     Finds and counts succeeded payments (not refunded) that have no purchase and
     no event, dead letter or decision that explains why. Then makes their
-    purchases. You may run it while workers or other backfills run. If it is
-    killed, run it again with the same range: it then continues. TIME is a date or
-    an RFC 3339 time. Without a time zone, TIME is in UTC.
+    purchases. You may run backfill while workers or other backfills run. If a
+    backfill is killed, run it again with the same range: it then continues. TIME
+    is a date or an RFC 3339 time. Without a time zone, TIME is in UTC.
 
     Exit code 1 if more purchases are owed than --max-repairs allows, if an owed
     purchase could not be made, or if a payment cannot be judged.

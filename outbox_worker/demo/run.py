@@ -80,13 +80,13 @@ class Proof:
 
     audit: AuditReport
     doubled: int
-    """How many active purchases are too many, because their pair already has another active purchase."""
+    """How many active purchases are too many, because the student already has an active purchase of the course."""
     unpaid: int
     """How many active purchases have no succeeded payment of the same student, course and amount."""
     lost: int
     """How many events have neither a mark nor a dead letter, or are still in the outbox."""
     outcomes: Mapping[str, int]
-    """The number of events for each outcome. Dead events are counted by reason."""
+    """The number of events for each outcome. Dead events are counted under the reason of their dead letter."""
 
     @property
     def holds(self) -> bool:
@@ -148,7 +148,7 @@ def _private_database(directory: Path) -> Iterator[Settings]:
 
 
 class Crew:
-    """The worker processes. As a context manager, it stops all of them at the end."""
+    """The worker processes. The end of the ``with`` block stops all of these processes."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._url = settings.conninfo

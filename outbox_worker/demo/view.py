@@ -84,7 +84,7 @@ class PlainView:
 
 
 class LiveView:
-    """Draws a picture on a terminal that is refreshed several times per second."""
+    """Draws a picture on a terminal and refreshes this picture several times per second."""
 
     LINES = 10
 

@@ -94,12 +94,12 @@ class PaymentStory:
 
     payment_id: UUID | None
     payment: PaymentRow | None
-    """None: ``payments`` has no such row, or the role cannot see it."""
+    """The row of the payment. None: there is no such row, or the role cannot see this row."""
     kind: str | None
     """The class of the payment, or ``refunded_but_active``. None: the payment is owed no purchase, because it did not
     succeed or was refunded."""
     not_judged: str | None
-    """The value that prevents a judgement, as a clause for people; None if the payment can be judged."""
+    """The value because of which the payment fits no class, as a text for people. None: there is no such value."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     predictions: Sequence[Prediction]
@@ -249,7 +249,7 @@ def _only(payment_id: UUID | None) -> tuple[str | None, Repeated]:
 
 
 def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
-    """what: events from the outbox; else from their dead letter, as requeue would write them; else from their mark
+    """what: each event from the outbox, or else from its dead letter as requeue would write it, or else from its mark
     lock: none · index: event ids
     """
     outbox, letters, marks = tables.outbox, tables.dead_letters, tables.processed_events

@@ -41,7 +41,7 @@ class PaymentRow:
     currency: str | None
     status: str | None
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``. The same holds for all times below."""
+    """None if Python cannot represent the time, for example ``-infinity``. So are all times in the classes below."""
     pair: tuple[str, str] = field(repr=False)
     """Two texts that identify student and course. A purchase of the same student and course has the same texts."""
 
@@ -52,7 +52,7 @@ class PurchaseRow:
     student_id: Any
     course_id: Any
     payment_id: UUID | None
-    """None: the purchase is a gift."""
+    """The payment that paid for the purchase. None: the purchase is a gift."""
     is_active: bool
     created_at: datetime | None
     deactivated_at: datetime | None
@@ -64,7 +64,7 @@ class WaitingEvent:
     """A row of the outbox."""
 
     event_id: UUID | None
-    """None: the column is NULL, which is possible in an adopted table. The same holds for ``event_type``."""
+    """None: the column is NULL, which is possible in an adopted table. ``event_type`` can be NULL there, too."""
     event_type: str | None
     created_at: datetime | None
     due_at: datetime | None
@@ -92,7 +92,7 @@ class MarkRow:
 class Records:
     payments: Sequence[PaymentRow] = ()
     purchases: Sequence[PurchaseRow] = ()
-    """The purchases of these payments, and the active purchases of their pairs."""
+    """The purchases of ``payments``, and the active purchases of the same students and courses."""
     waiting: Sequence[WaitingEvent] = ()
     letters: Sequence[DeadLetter] = ()
     marks: Sequence[MarkRow] = ()
@@ -216,7 +216,7 @@ def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement
 
 
 def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
-    """Put the last two values of a row, the texts of ``folded_pair``, together."""
+    """Combine the last two values of a row (the texts from ``folded_pair``) into one tuple."""
     *values, student, course = row
     return *values, (student, course)
 

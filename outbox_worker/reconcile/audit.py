@@ -38,9 +38,11 @@ class AuditReport:
     cannot_be_judged: Sequence[UnjudgedPayment]
     """Succeeded payments that fit no class because of a value, for example because their student is NULL."""
     unknown_statuses: Mapping[str, int]
-    """For each status that the worker does not know, the number of payments. The audit does not classify them."""
+    """The number of payments for each status that the worker does not know. The audit does not classify these
+    payments."""
     dated_ahead: int
-    """The number of succeeded payments dated more than an hour in the future. The audit does not classify them."""
+    """The number of succeeded payments dated more than an hour in the future. The audit does not classify these
+    payments."""
 
     @property
     def ok(self) -> bool:

@@ -81,7 +81,7 @@ class Counts:
     contended: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments whose purchase the database refused with an error, or did not write and raised no error."""
+    """Payments whose purchase the database refused with an error, or silently did not write."""
     withheld: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair has an older unexplained payment outside the range, which is owed the purchase."""
 
@@ -114,7 +114,8 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 class BackfillReport:
     """The result of a backfill.
 
-    If it continued a killed backfill, the counts include the killed backfill's work; all other fields do not.
+    If this backfill continued a killed one, the counts include the work of both. All other fields describe only the
+    work of this process.
     """
 
     dry_run: bool
@@ -299,14 +300,14 @@ class Backfill:
         self._runs.advance(session, run, counts.written(), self._cursor)
 
     def _left(self, payments: Sequence[FoundPayment]) -> dict[str, Any]:
-        """Return the counts and sums of the payments that stay unexplained. The worker's metrics show them."""
+        """Return the counts and sums of the payments that stay unexplained, which the worker shows as metrics."""
         edge = self.range.before - RECENT
         return written_left(
             PaymentTotals.of(payments), PaymentTotals.of(each for each in payments if each.is_since(edge))
         )
 
     def _paced(self, progress: Throttle) -> Throttle:
-        """Return a throttle that sleeps if the scan exceeds ``max_rate``. It also writes heartbeats to the database."""
+        """Return a throttle that sleeps if the scan exceeds ``max_rate``, and writes heartbeats to the database."""
 
         def throttle(passed: int, seconds: float) -> bool:
             progress(passed, seconds)

@@ -55,12 +55,12 @@ _ATTEMPTS = 8
 _LOCK_SECONDS = 1.0
 """How long a statement waits for a lock. The time is short, because each half of a blocked part waits again."""
 _BLOCKED_IN_A_ROW = 10
-"""After this many blocked parts in a row, a blocked part is not halved any more.
+"""After this many blocked parts in a row, a blocked part of the payments is not halved any more.
 
 Another transaction then probably locks a whole table, and each half would wait for the same lock.
 """
 _DIVIDED = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR, Failure.RETRY)
-"""The classes of failure after which a part is halved, because one of its payments may be the cause."""
+"""The classes of failure after which a part of the payments is halved, because one payment may be the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class BackfillResult:
 
 
 def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
-    """Return two lists: the oldest payment of each pair (it is owed a purchase), and all other payments.
+    """Return two lists: the oldest payment of each pair (which is owed a purchase), and all other payments.
 
     The payments of the second list are duplicates.
     """
@@ -256,7 +256,7 @@ class OwedPurchases:
         return {key for key, payment_id in oldest.items() if payment_id not in (None, owed[key].payment_id)}
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """Return the events whose payments are still unexplained. The data is read after the pairs were locked."""
+        """Return the events whose payments are still unexplained. Call this method after locking the pairs."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": None}
@@ -288,7 +288,7 @@ class OwedPurchases:
 
 
 def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
-    """Return the planner settings that ``plans`` switches off, with the value ``on``."""
+    """Return settings that switch on every planner method that ``plans`` switches off."""
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 

@@ -43,8 +43,8 @@ FULL_EVERY = timedelta(days=1)
 All other scans begin ``RECENT`` before the end of the last full scan's range.
 """
 FUSE = 100
-"""The largest number of purchases to make. If more purchases are owed, something may be wrong, so the backfill makes
-none until a person has checked."""
+"""The largest number of purchases that one periodic backfill makes. If more are owed, the backfill makes no purchase,
+because something may be wrong and a person must check first."""
 _SHARE = 0.1
 """The largest share of its time that the periodic backfill spends in statements, so that claims stay fast."""
 ACTOR = "outbox-worker run"
@@ -62,7 +62,7 @@ class Turn:
     carried: PaymentTotals
     """The unexplained payments of the last full scan that are older than the range of this scan."""
     may_make: bool
-    """Whether this backfill may make purchases. If not, it only reports unexplained payments."""
+    """Whether this backfill may make purchases. Otherwise this backfill only reports unexplained payments."""
 
 
 class PeriodicBackfill:
@@ -93,7 +93,7 @@ class PeriodicBackfill:
         return True
 
     def run_once(self) -> bool:
-        """Run one backfill if one is due and no other worker runs it. Return whether this worker ran it."""
+        """If a backfill is due and no other worker runs it, run it. Return whether this worker ran the backfill."""
         with self._database.transaction() as session:
             turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:

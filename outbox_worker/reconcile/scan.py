@@ -42,7 +42,7 @@ from outbox_worker.store.payment_classes import (
 )
 
 STATEMENT_SECONDS = 30.0
-"""The statement deadline of commands that scan all payments."""
+"""The deadline for each statement of a command that scans all payments. Such statements may read many rows."""
 
 PAGE_FIRST = 1_000
 """The number of payments in the first page. The duration of each page determines the size of the next page."""
@@ -59,7 +59,7 @@ AHEAD_MAX = 10_000
 """The largest number of payments dated in the future that a scan lists."""
 
 LEAST = 50
-"""A page or portion of this size or less is not halved. If its statement is too slow, the scan fails."""
+"""A scan does not halve a page or portion of this size or less. If the statement is still too slow, the scan fails."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -128,7 +128,7 @@ class ScanPaths:
 
 
 class Throttle(Protocol):
-    """A function that a scan calls after each statement. It may sleep."""
+    """A function that a scan calls after each statement. The function may sleep."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
         """Return whether the scan continues. ``passed``: payments read so far. ``seconds``: time of the statement."""

@@ -108,7 +108,7 @@ def _print_story(story: PaymentStory) -> None:
 
 
 def next_steps(found: Explanation) -> list[list[str]]:
-    """Return the commands to run next. They depend on the payments' classes and dead letters."""
+    """Return the commands to run next, which depend on the payments' classes and dead letters."""
     steps = [["backfill", "--dry-run"]] if any(s.kind == PaymentClass.UNEXPLAINED for s in found.stories) else []
     letters = [each for s in found.stories for each in s.traces if isinstance(each, DeadLetter)]
     opened = [each for each in letters if each.state == DeadLetterState.OPEN]

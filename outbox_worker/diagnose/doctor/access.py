@@ -1,4 +1,4 @@
-"""Checks that the role has exactly the privileges that a worker needs, and that row security hides no rows from it."""
+"""Checks whether the role has exactly the privileges that it needs, and whether row security hides rows from it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DE
 def grants(subject: Subject) -> Iterator[Finding]:
     """Report the privileges that the role lacks, and the privileges that a worker's role has but does not need.
 
-    An operator's or a reader's role lacks only what its own commands need, not what a worker needs.
+    For the role of an operator or a reader, report only missing privileges that the commands of this role need.
     """
     session, tables, kind = subject.session, subject.tables, subject.kind_of_role()
     elsewhere = find_problems(session, tables, STRUCTURE)
@@ -162,7 +162,7 @@ def _through_policies(subject: Subject, table: Table, commands: Collection[str])
 
 
 def _policy_for(name: str, role: str, commands: Collection[str]) -> str:
-    """Return the statement that creates a policy for all rows. For a role that only reads, it allows only reading."""
+    """Return the statement that creates a policy for all rows. If the role only reads, the policy allows only reads."""
     if set(commands) == {"SELECT"}:
         return f"CREATE POLICY outbox_reader ON {name} FOR SELECT TO {role} USING (true);"
     return f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"

@@ -42,7 +42,7 @@ class Subject:
     database: Database
 
     def present(self) -> dict[str, Table]:
-        """Return the tables that exist. Each key is the table's role, for example ``outbox``."""
+        """Return the tables that exist. Each key is the table's default name, for example ``outbox``."""
         return {key: table for key, table in self.tables.by_role().items() if exists(self.session, table)}
 
     @property

@@ -83,7 +83,7 @@ class Diagnosis:
 class Report:
     checks: Sequence[Diagnosis]
     standby: Standby | None = None
-    """How up to date the server is, if it is a standby."""
+    """How far the server is behind its primary. None: the server is not a standby."""
 
     @property
     def ok(self) -> bool:

@@ -24,7 +24,7 @@ _TRIED = range(15, 19)
 _ROUNDS = 5
 _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
-"""The smallest harmless idle_session_timeout, in seconds. A shorter one closes connections that wait for events."""
+"""The smallest harmless idle_session_timeout, in seconds. A shorter value closes connections that wait for events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
 """The values of ``pg_settings.source`` for a parameter that is set for one role only."""
 _OF_ANOTHER_ROLE = (
@@ -133,7 +133,7 @@ def encoding(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Check synchronous_commit. The value off is safe only for the worker's role (docs/explanation/decisions/010)."""
+    """Check synchronous_commit, which may be off only for the worker's role (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.is_of_one_role and not subject.is_of_a_worker():
         yield unseen(*_OF_ANOTHER_ROLE)
@@ -236,7 +236,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
 
 
 def _more_connections(subject: Subject, room: int, of_server: int, of_role: int) -> str:
-    """Return the remedy for the lowest limit of connections."""
+    """Return the remedy that raises the lowest limit of connections."""
     if room == of_server:
         return "raise max_connections"
     if room == of_role:
@@ -245,7 +245,7 @@ def _more_connections(subject: Subject, room: int, of_server: int, of_role: int)
 
 
 def pooler(subject: Subject) -> Iterator[Finding]:
-    """Check whether there is a pooler, and whether it gives each session its own backend.
+    """Check whether there is a pooler, and whether the pooler gives each session its own backend.
 
     A pooler reports an invented process id to its clients. In transaction mode, a backend (a process of the server)
     that served one client can serve another client while the first client is still connected.

@@ -108,7 +108,7 @@ def event_types(subject: Subject) -> Iterator[Finding]:
 
 
 def guard(subject: Subject) -> Iterator[Finding]:
-    """Report which guard is in force. If it is ``lock``, report duplicates that prevent a unique index."""
+    """Report which guard prevents duplicate purchases. For ``lock``, report duplicates that prevent a unique index."""
     session, tables = subject.session, with_ids_as_found(subject.session, subject.tables)
     if guard_in_force(session, tables) is Guard.INDEX:
         names = ", ".join(pair_indexes(session, tables.purchases))
@@ -146,7 +146,7 @@ def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]]) -> tuple
 
 
 def lock_key(subject: Subject) -> Iterator[Finding]:
-    """Report how other programs must lock a pair, if the id types make the formula of docs/contract.md wrong."""
+    """Report how other programs must lock a student and course, if the formula of docs/contract.md is wrong here."""
     tables = with_ids_as_found(subject.session, subject.tables)
     if tables.ids.has_public_key:
         yield ok("other programs lock a pair by the public formula")
@@ -165,8 +165,8 @@ def lock_key(subject: Subject) -> Iterator[Finding]:
 def invalid_indexes(subject: Subject) -> Iterator[Finding]:
     """Report indexes whose build failed.
 
-    PostgreSQL does not use such an index for queries, but still updates it on every write. If it is unique, it can
-    still refuse rows.
+    PostgreSQL does not use such an index for queries, but still updates the index on every write. If such an index is
+    unique, it can still refuse rows.
     """
     clean = True
     for table in subject.tables.by_role().values():

@@ -14,13 +14,13 @@ from outbox_worker.durations import ago, count_of
 from outbox_worker.schema.tables import relation_name
 
 _PATIENCE_SECONDS = 60.0
-"""A transaction that is open for more than this many seconds is reported, because it slows down claims."""
+"""The doctor reports transactions that are open for more seconds than this, because they prevent vacuum."""
 _PATIENCE_IDS = 100_000
-"""The same limit in transaction ids. The doctor uses it if the role cannot see when a transaction began."""
+"""The same limit as a number of transaction ids. It applies if the role cannot see when a transaction began."""
 _OVERDUE = 10
 """Vacuum is far behind if there are more dead rows than this many times the number that starts autovacuum."""
 _OVERDUE_SECONDS = 3600.0
-"""Vacuum is far behind only if, besides ``_OVERDUE``, it has not run for more than this many seconds."""
+"""Vacuum is far behind only if it also has not run for this many seconds (see ``_OVERDUE``)."""
 
 # what: when a table was vacuumed, and how many dead rows start its next vacuum · lock: none · index: the catalogue's
 _VACUUMS = text(
