@@ -75,7 +75,7 @@ def run_command() -> int:
         if isinstance(error, DBAPIError):
             return _fail(in_a_sentence(error))
         if isinstance(error, OSError) and error.filename is None:
-            raise  # perhaps stdout cannot be written, which `__main__` finds out
+            raise  # perhaps stdout cannot be written; `__main__` handles this case
         return fail_unforeseen(error)
     return 0
 

@@ -168,7 +168,7 @@ class Crew:
         environment = {**os.environ, **_WORKER_SETTINGS, "OUTBOX_DATABASE_URL": self._url}
         command = [sys.executable, "-m", "outbox_worker", "run"]
         with self._log.open("ab") as log:
-            started = subprocess.Popen(  # noqa: S603 - ourselves
+            started = subprocess.Popen(  # noqa: S603 - starts this program
                 command,
                 env=environment,
                 stderr=log,
@@ -297,7 +297,7 @@ class Demo:
         return f"kill -9 {self._crew.kill_one()}: one worker is killed while it works"
 
     def _replace_it(self) -> str:
-        return f"process {self._crew.hire()} replaces it; nobody repairs anything by hand"
+        return f"process {self._crew.hire()} replaces the killed worker; nobody repairs anything by hand"
 
     def _drop_the_index(self) -> str:
         self._connection.execute(f"DROP INDEX {PAIR_INDEX}")

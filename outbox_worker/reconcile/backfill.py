@@ -203,7 +203,7 @@ class Backfill:
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
         oldest, self._duplicates = choose_owed(totals.unexplained)
         self._made.withheld = self._forecast_withheld(oldest)
-        self._is_cursor_held = bool(self._made.withheld)  # so a continued backfill finds them again
+        self._is_cursor_held = bool(self._made.withheld)  # a continued backfill must find them again
         behind = {payment.payment_id for payment in self._made.withheld}
         self._owed = [payment for payment in oldest if payment.payment_id not in behind]
         if self._scan.order == ("id",):

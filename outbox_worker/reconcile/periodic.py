@@ -87,7 +87,7 @@ class PeriodicBackfill:
     def run(self) -> bool:
         """Run until ``stop`` is set. Report each failure and try again."""
         asks = min(60.0, self._every.total_seconds() / 10)
-        while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
+        while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - not for secrets
             wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
         self._database.close()
         return True

@@ -25,7 +25,7 @@ _OCCASIONS = {
     Occasion.REQUEUED: "if it is requeued",
     Occasion.DELIVERED: "if it is delivered again",
     Occasion.BACKFILL: "by a backfill",
-    Occasion.NEVER: "and later: workers do not claim events of this type, or without a due time, id or type",
+    Occasion.NEVER: "and later: workers do not claim events of this type, or events without due time, id or type",
 }
 
 

@@ -73,18 +73,18 @@ def swallowed(subject: Subject) -> Iterator[Finding]:
                     clean = False
                     yield _swallower(table, command, str(each), lets_none_through=each.lets_none_through)
     if clean:
-        yield ok("no trigger or rule makes the worker's writes change no row")
+        yield ok("no trigger or rule suppresses the worker's writes")
 
 
 def _swallower(table: Table, command: str, named: str, *, lets_none_through: bool) -> Finding:
     name = relation_name(table)
     if lets_none_through:
         return problem(
-            f"{named} on {name} swallows {command}: no row changes, and the worker settles nothing",
+            f"{named} on {name} swallows {command}: no row changes, so the worker settles no event",
             f"let {named} pass the rows on (RETURN OLD for DELETE, RETURN NEW otherwise), or remove it",
         )
     return warning(
-        f"{named} on {name} may swallow {command} for some rows; the worker sets events aside whose rows cannot change",
+        f"{named} on {name} may swallow {command} for some rows; the worker then stops claiming these events",
         f"check that {named} passes on every row that the worker writes",
     )
 
@@ -116,7 +116,7 @@ def sequences_behind(subject: Subject) -> Iterator[Finding]:
             if isinstance(largest, int | Decimal) and given is not None and largest > given:
                 clean = False
                 yield problem(
-                    f"{sequence} is behind: it gave {given}, but {relation_name(table)} has {column} {largest}",
+                    f"{sequence} is behind: its value is {given}, but {relation_name(table)} has {column} {largest}",
                     f"as its owner: {set_sequence(table, column, sequence)}",
                 )
     if clean:

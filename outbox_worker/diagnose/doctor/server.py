@@ -144,7 +144,7 @@ def synchronous_commit(subject: Subject) -> Iterator[Finding]:
     else:
         yield problem(
             f"off for all roles (source: {found.source}): a crash can undo payments that were confirmed to customers",
-            "set it to on for the server and the database; off is safe only for the worker's role "
+            "set synchronous_commit to on for server and database; off is safe only for the worker's role "
             "(docs/explanation/decisions/010)",
         )
 
@@ -227,7 +227,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
         yield ok(f"{evidence}; the pooler needs fewer connections to the server")
     elif needed > room:
         more = _more_connections(subject, room, limits[0], of_role)
-        yield problem(f"{evidence}: not enough", f"fewer workers, lower OUTBOX_CONCURRENCY, a pooler, or {more}")
+        yield problem(f"{evidence}: not enough", f"run fewer workers, lower OUTBOX_CONCURRENCY, add a pooler or {more}")
     elif 2 * needed > room:
         more = _more_connections(subject, room, limits[0], of_role)
         yield warning(f"{evidence}: not enough to start new workers before the old ones end", more)

@@ -138,8 +138,8 @@ def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]]) -> tuple
     own = [(tables.payments.c[key].name, tables.purchases.c[key].name, same) for key, same in loose]
     columns = "; ".join(f"{paid}.{a} is {same.paid}, and {name}.{b} is {same.bought}" for a, b, same in own)
     why = (
-        f"lock: {columns}: the types of payments treat more ids as equal, so a unique index of purchases would allow "
-        "one student two purchases of a course; and each check of a pair reads all purchases"
+        f"lock: {columns}: the types of payments treat more ids as equal than the types of purchases, so a unique "
+        "index would allow one student two purchases of a course, and each check of a pair reads all purchases"
     )
     changes = [f"ALTER COLUMN {quoted(each)} TYPE {same.paid.sql_type}" for _, each, same in own]
     return why, f"as its owner: ALTER TABLE {name} {', '.join(changes)}; then: {_MIGRATE}; then restart the workers"
@@ -149,15 +149,15 @@ def lock_key(subject: Subject) -> Iterator[Finding]:
     """Report how other programs must lock a student and course, if the formula of docs/contract.md is wrong here."""
     tables = with_ids_as_found(subject.session, subject.tables)
     if tables.ids.has_public_key:
-        yield ok("other programs lock a pair by the public formula")
+        yield ok("other programs lock a pair of student and course by the formula of docs/contract.md")
         return
     paid = tables.payments.alias("p")
     locked = select(func.pg_advisory_xact_lock(pair_key(tables.ids, paid))).where(paid.c.id == UUID(int=0))
     sql = str(locked.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
     types = " and ".join(f"{tables.payments.c[key].name} is {same.paid}" for key, same in tables.ids)
     yield ok(
-        f"{types}: the public formula is not the key of a pair's lock, because equal ids can have different texts; "
-        "other programs must lock a pair by this statement, with the id of their payment",
+        f"{types}: equal ids can have different texts, so the formula of docs/contract.md gives no usable lock key; "
+        "other programs must lock a pair of student and course by this statement, with the id of their payment",
         f"{' '.join(sql.split())};",
     )
 
@@ -285,7 +285,7 @@ def _hears(subject: Subject) -> Finding:
 def backfill(subject: Subject) -> Iterator[Finding]:
     """Check whether the periodic backfill may make purchases (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
-        yield ok("a backfill was completed by hand, so the periodic one makes the purchases that are owed")
+        yield ok("a backfill was completed by hand, so the periodic backfill makes the purchases that are owed")
     elif not subject.settings.backfill_every_seconds:
         yield ok("the periodic backfill is switched off")
     else:

@@ -106,7 +106,7 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
     evidence = f"{name}: {count_of(row.dead, 'dead row')}, {row.size}; {ran}"
     if not row.is_on_everywhere:
         yield problem(
-            f"autovacuum or track_counts, which it needs, is off on this server; {evidence}",
+            f"autovacuum is off on this server, or track_counts is off, which autovacuum needs; {evidence}",
             "ALTER SYSTEM SET autovacuum = on; ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();",
         )
     elif not row.is_on:
