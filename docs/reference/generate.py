@@ -111,7 +111,7 @@ TABLES: Mapping[str, str] = {
     "payments": "The payments service writes this table; the worker only reads it.",
     "outbox": "Events that are not settled yet. Producers insert them; the worker claims, postpones and deletes them.",
     "purchases": "If a purchase is active, the student may use the course.",
-    "processed_events": "The marks. Each row shows that an event has reached its final outcome.",
+    "processed_events": "One row, called a mark, for each event that has reached its final outcome.",
     "dead_letters": "Events that wait for a person's decision, and the decisions that were made.",
     "workers": "One row for each worker process of the last day. `status` reads these rows. A new worker also reads "
     "them, to find out whether an earlier worker died.",
@@ -127,21 +127,21 @@ MEANINGS: Mapping[str, str] = {
     "outbox.due_at": "the worker claims the event only after this time; claims are in the order `(due_at, id)`",
     "outbox.attempts": "number of failed attempts that the event itself caused",
     "outbox.crashes": "number of worker processes that provably died while they processed only this event",
-    "outbox.last_error": "the reason of the last failed attempt",
+    "outbox.last_error": "why the last attempt failed",
     "purchases.payment_id": "NULL means that the purchase is a gift",
     "purchases.is_active": "false means that the purchase was taken back; the worker never sets it to true again",
     "processed_events.outcome": "the [final outcome](../explanation/state-machine.md) of the event",
     "processed_events.recovered_at": "when the worker created the purchase that was missing in spite of this mark",
     "dead_letters.created_at": "when the event was written",
     "dead_letters.reason": "one of the [reasons](../how-to/dead-letters.md#2-remove-the-cause)",
-    "dead_letters.detail": "a text for people, without payload text",
+    "dead_letters.detail": "an explanation for people, without text from the payload",
     "dead_letters.state": "`open` means that nobody has decided yet",
     "dead_letters.actor": "the person who decided",
     "dead_letters.note": "all decisions so far, with their reasons",
     "workers.seen_at": "the time of the last heartbeat",
     "workers.stopped_at": "if this is NULL and `seen_at` is old, the worker has died",
     "workers.metrics": "the counters of the process",
-    "workers.succeeded_at": "when a new worker took over from this dead one",
+    "workers.succeeded_at": "when a new worker took over from this dead worker",
     "workers.isolated_event": "`outbox.id` of the event that the process settles alone, because it may kill a process",
     "workers.isolated_at": "since when the process settles that event alone",
     "workers.isolated_timeline": "the server's timeline at that time; each failover begins a new timeline",
@@ -284,8 +284,8 @@ def settings() -> str:
         "similar name.",
         "URLs may begin with `postgres://`, `postgresql://` or `postgresql+psycopg://`; the worker always uses\n"
         "psycopg 3. If a URL names several hosts (`postgresql://USER:PASSWORD@A:5432,B:5432/DATABASE`), the worker\n"
-        "uses the host that accepts writes. If another host is promoted, the worker connects to that one. In\n"
-        "passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the directory\n"
+        "uses the host that accepts writes. If another host is promoted, the worker connects to that host.\n"
+        "In passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the directory\n"
         "of the socket as the host, `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
         _table(["variable", "default", "limits", "reload", "meaning"], rows),
         "Settings with *yes* under *reload* can be changed without a restart: write the new value into the file and\n"
@@ -361,7 +361,8 @@ def tables() -> str:
         "name ([other names](../how-to/adopt-a-database.md), [grants](../how-to/roles.md)).",
         "`outbox-worker migrate` creates the tables that are missing, each with a comment that names its origin. It\n"
         "adopts the tables that exist: it never alters or drops them. The table `outbox_worker_alembic_version`\n"
-        "records which migrations have been applied, and `outbox_worker_tables` lists the tables that they created.",
+        "records which migrations have been applied. `outbox_worker_tables` lists the tables that these migrations\n"
+        "created.",
         *(_described(role, table) for role, table in built.by_role().items()),
         "## Indexes and triggers of the optional migrations\n\n"
         "| made by | name | what |\n| --- | --- | --- |\n"

@@ -38,7 +38,7 @@ def migrate(
     """Create the tables that are missing.
 
     Never alters an existing table: the worker uses it as it is. You may run this
-    command again, and while the database is in use.
+    command again at any time, even while the database is in use.
     """
     from outbox_worker import terminal
     from outbox_worker.schema.migrate import upgrade
