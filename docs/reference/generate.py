@@ -285,8 +285,8 @@ def settings() -> str:
         "URLs may begin with `postgres://`, `postgresql://` or `postgresql+psycopg://`; the worker always uses\n"
         "psycopg 3. If a URL names several hosts (`postgresql://USER:PASSWORD@A:5432,B:5432/DATABASE`), the worker\n"
         "uses the host that accepts writes. If another host is promoted, the worker connects to that host.\n"
-        "In passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the directory\n"
-        "of the socket as the host, `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
+        "In passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the\n"
+        "directory of the socket as the host, `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
         _table(["variable", "default", "limits", "reload", "meaning"], rows),
         "Settings with *yes* under *reload* can be changed without a restart: write the new value into the file and\n"
         "send SIGHUP ([how](../how-to/tune.md#change-limits-without-a-restart)). After a change of any other setting,\n"
