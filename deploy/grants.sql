@@ -17,11 +17,11 @@
 --         -v payments_read='id, user_id, product_id, amount, currency, status, created_at'
 --
 -- Write a table as in OUTBOX_TABLES (Shop.Payment), or as in SQL, with double quotes ('"Shop"."Payment"'). Write
--- columns as in SQL ('id, "userId"'). Write a role or schema with or without double quotes; capitals count in both
--- forms.
+-- columns as in SQL ('id, "userId"'). Write a role or schema with or without double quotes; in both forms, upper and
+-- lower case are different.
 --
 -- With -v pg_read_all_stats=yes the reader may also see the sessions of other roles, as `doctor` needs for the check
--- `horizon`. The reader then sees the text of everybody's running queries, too. Only a superuser may grant this.
+-- `horizon`. The reader then also sees the queries of all sessions. Only a superuser may grant this.
 --
 -- If the worker's tables exist already, name their owner with -v owner=ROLE. This file never changes a table's owner.
 
@@ -38,7 +38,7 @@
 
 \if :{?schema} \else \set schema public \endif
 
--- what: takes the double quotes off roles and the schema, so that the statements below can add them again
+-- what: removes the double quotes from the names of roles and schema, because the statements below add them again
 SELECT max(plain) FILTER (WHERE variable = 'owner') AS owner,
        max(plain) FILTER (WHERE variable = 'migrator') AS migrator,
        max(plain) FILTER (WHERE variable = 'worker') AS worker,
@@ -61,7 +61,7 @@ SELECT set_config('search_path', format('pg_catalog, %I, pg_temp', :'schema'), f
 -- the list of the tables that migrate created
 \set ownership_list outbox_worker_tables
 
--- what: writes the names of tables as SQL does; a name without double quotes is folded if only then it names a table
+-- what: writes the names of tables as SQL does; if a table exists only under the name in lower case, uses that name
 SELECT max(written) FILTER (WHERE variable = 'payments') AS payments,
        max(written) FILTER (WHERE variable = 'outbox') AS outbox,
        max(written) FILTER (WHERE variable = 'purchases') AS purchases,
@@ -108,12 +108,12 @@ FROM (VALUES (:'owner', 'NOLOGIN'), (:'migrator', 'LOGIN'), (:'worker', 'LOGIN')
              (:'operator', 'LOGIN')) AS wanted (name, kind)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 
--- what: memberships; the owner is a member of the worker's role, because migrate also checks the worker's privileges
+-- what: grants memberships; the owner needs the worker's role, because migrate also checks the worker's privileges
 GRANT :"owner" TO :"migrator";
 GRANT :"worker" TO :"owner";
 SELECT format('GRANT %I TO CURRENT_USER', :'owner') WHERE NOT pg_has_role(:'owner', 'USAGE') \gexec
 
--- what: rights on database and schema; afterwards only roles with an explicit grant may create temporary tables
+-- what: grants rights on database and schema; revokes from PUBLIC the right to create temporary tables
 REVOKE TEMPORARY ON DATABASE :"DBNAME" FROM PUBLIC;
 GRANT CONNECT ON DATABASE :"DBNAME" TO :"migrator", :"worker", :"reader", :"operator";
 CREATE SCHEMA IF NOT EXISTS :"schema";
@@ -121,19 +121,19 @@ REVOKE CREATE ON SCHEMA :"schema" FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA :"schema" TO :"owner";
 GRANT USAGE ON SCHEMA :"schema" TO :"worker", :"reader", :"operator";
 
--- what: a search path in which nobody else can create objects
+-- what: sets a search path of schemas in which nobody else can create objects
 SELECT format('ALTER ROLE %I IN DATABASE %I SET search_path = pg_catalog, %I, pg_temp',
               name, current_database(), :'schema')
 FROM unnest(ARRAY[:'migrator', :'worker', :'reader', :'operator']) AS name \gexec
 SELECT format('ALTER ROLE %I IN DATABASE %I SET role = %I', :'migrator', current_database(), :'owner') \gexec
 
--- what: revokes what was granted on the tables before
+-- what: revokes all earlier privileges on the tables, so that only those granted below remain
 SELECT format('REVOKE ALL ON %s FROM %I, %I, %I', to_regclass(name), :'worker', :'reader', :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
                   :'backfill_runs', :'ownership_list']) AS name
 WHERE to_regclass(name) IS NOT NULL \gexec
 
--- what: the schemas of tables that are not in the worker's schema
+-- what: grants USAGE on the schemas of tables that are not in the worker's schema
 SELECT DISTINCT format('GRANT USAGE ON SCHEMA %s TO %I, %I, %I', relnamespace::regnamespace, :'worker', :'reader',
                        :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
@@ -141,7 +141,7 @@ FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'d
 JOIN pg_class ON pg_class.oid = to_regclass(name)
 WHERE relnamespace::regnamespace::text <> quote_ident(:'schema') \gexec
 
--- what: the privileges of each role, table by table
+-- what: grants the privileges of each role, table by table
 SELECT format('GRANT %s ON %s TO %I', privileges, to_regclass(name), grantee)
 FROM (VALUES
     (:'worker', :'payments', 'SELECT (' || :'payments_read' || ')'),
@@ -175,7 +175,7 @@ FROM (VALUES
 ) AS wanted (grantee, name, privileges)
 WHERE to_regclass(name) IS NOT NULL \gexec
 
--- what: the sequences of serial columns of adopted tables; identity columns need no privilege
+-- what: grants USAGE on the sequences of serial columns of adopted tables; identity columns need no privilege
 SELECT format('GRANT USAGE ON SEQUENCE %s TO %I', d.objid::regclass, grantee)
 FROM (VALUES (:'worker', :'purchases'), (:'operator', :'purchases'), (:'operator', :'outbox')) AS wanted (grantee, name)
 JOIN pg_depend d ON d.refobjid = to_regclass(name) AND d.refclassid = 'pg_class'::regclass

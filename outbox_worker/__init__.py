@@ -1,6 +1,6 @@
 """Creates exactly one purchase for every paid event of an outbox.
 
-The layers of the package, from the top. Modules divided by ``|`` share a layer and do not import each other:
+The layers of the package, from the top. Modules with ``|`` between them are in one layer and do not import each other:
 
 - ``cli``: the commands for operators
 - ``demo`` | ``bench``: the demonstration | the benchmark
@@ -11,16 +11,16 @@ The layers of the package, from the top. Modules divided by ``|`` share a layer 
 - ``schema`` | ``telemetry``: the tables and privileges that the worker needs | logs and metrics
 - ``database``: connections and transactions, independent of the tables
 - ``embedded`` | ``settings`` | ``terminal``: the private PostgreSQL | the settings | formatting for terminals
-- ``decision`` | ``durations`` | ``escapes`` | ``interrupts``: the rules for events and retries | times as text | safe
-  text | signals during a start
+- ``decision`` | ``durations`` | ``escapes`` | ``interrupts``: the rules for events and retries | times as text | text
+  without control characters | signals that arrive while the program starts
 - ``address``: parses URLs and addresses
 - ``errors``: the tree of errors, with exit codes
 - ``model``: enumerations and records, such as ``Outcome`` and ``Event``
 
-A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and ``bench``, only these
-three import ``terminal``, and ``model`` and ``decision`` import no database library. The import contracts in
-pyproject.toml contain these rules, and ``make check`` enforces them. If you add a package, add it to the contracts.
-docs/explanation/architecture.md explains where to make which change.
+A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and ``bench``. Only ``cli``,
+``demo`` and ``bench`` import ``terminal``. ``model`` and ``decision`` import no database library. The import contracts
+in pyproject.toml contain these rules, and ``make check`` enforces them. If you add a package, add the package to the
+import contracts. docs/explanation/architecture.md explains which package to change for which purpose.
 """
 
 __version__ = "0.1.0"

@@ -30,7 +30,10 @@ def main() -> None:
 
 
 def _interrupted() -> int:
-    """Ignore all further signals. A second signal, which may arrive before they are ignored, changes nothing."""
+    """Ignore all further signals, and return the exit status of an interrupted command.
+
+    If a second signal arrives during this call, the result is the same.
+    """
     try:
         interrupts.ignore()
     except KeyboardInterrupt:
@@ -40,14 +43,14 @@ def _interrupted() -> int:
 
 def _run() -> int:
     try:
-        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - slow, so a signal may arrive during it
+        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - slow, so a signal may arrive meanwhile
 
         interrupts.check()
         status = run_command()
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in _STDOUT_FAILED:
-            from outbox_worker.cli.app import fail_unforeseen  # noqa: PLC0415 - loaded already, unless that failed
+            from outbox_worker.cli.app import fail_unforeseen  # noqa: PLC0415 - only after an error
 
             return fail_unforeseen(error)
         if error.errno != errno.EPIPE:  # EPIPE only means that the reader has closed the pipe
@@ -60,8 +63,8 @@ def _run() -> int:
 def _prepare_streams() -> None:
     """Open /dev/null in place of a stdout or stderr that a supervisor has closed.
 
-    Write a question mark for each character that the encoding of stdout lacks. Without this, such a character would
-    raise an error.
+    Also make stdout write a question mark for each character that its encoding lacks. By default, Python raises an
+    error for such a character.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

@@ -25,7 +25,7 @@ _HTTP_PLACE = re.compile(r"(?:\[(?P<ip6>[^]]+)\]|(?P<host>[^:\[\]]*)):(?P<port>[
 def expect_usable(text: str) -> None:
     """Refuse a text that is neither ``embedded:DIRECTORY`` nor the URL of a server.
 
-    Raises ValueError. Its message repeats no part of the text, because the text may contain a password.
+    Raises ValueError with a message that repeats no part of the text, because the text may contain a password.
     """
     if not text.startswith(EMBEDDED):
         expect_server_url(text)
@@ -36,7 +36,7 @@ def expect_usable(text: str) -> None:
 def expect_server_url(text: str) -> None:
     """Refuse a text that cannot be the URL of a PostgreSQL server.
 
-    Raises ValueError. Its message repeats no part of the text, because the text may contain a password.
+    Raises ValueError with a message that repeats no part of the text, because the text may contain a password.
     """
     scheme, mark, place = text.partition("://")
     if not mark:
@@ -56,10 +56,10 @@ def expect_server_url(text: str) -> None:
 
 
 def _expect_encoded(place: str) -> None:
-    """Refuse a second @ before the parameters, and a / before the @.
+    """Refuse a URL that has a second @ before its parameters, or a / before the @.
 
-    Such a character is probably part of the password. libpq would read the rest of the password as the name of a host
-    or database, and repeat it in its errors.
+    Such a character is probably part of a password that is not percent-encoded. libpq would read the rest of the
+    password as the name of a host or database, and show this name in error messages.
     """
     authority, _, path = place.partition("/")
     if authority.count("@") > 1 or "@" in path.partition("?")[0]:
@@ -71,13 +71,13 @@ def _expect_ports(given: Mapping[str, str]) -> None:
     if not all(port.isdecimal() and 0 < int(port) < 65536 for port in ports if port):
         raise ValueError("the port must be from 1 to 65535")
     if any(ports) and len(ports) != len(hosts):
-        raise ValueError("name as many ports as hosts, or none")
+        raise ValueError("give one port for each host, or no port")
 
 
 def _expect_known_parameters(place: str) -> None:
     """Refuse unknown parameters of a URL, and suggest a similar known one.
 
-    The error of libpq is not shown, because it would repeat the parameter, which may be part of a password.
+    The error of libpq is not shown, because it would repeat the parameter. The parameter may be part of a password.
     """
     known = [option.keyword.decode() for option in Conninfo.get_defaults()]
     names = [pair.partition("=")[0] for pair in place.rpartition("?")[2].split("&") if "=" in pair]
@@ -89,8 +89,8 @@ def _expect_known_parameters(place: str) -> None:
 def libpq_url(text: str) -> str:
     """Convert a URL to the form that libpq reads. The result contains the password.
 
-    SQLAlchemy allows spaces in URLs, writes them as + in parameters, and writes several hosts as repeated parameters
-    (``/shop?host=a:1&host=b:2``). libpq needs %20 instead, and a list of hosts before the database name.
+    SQLAlchemy allows spaces in URLs, writes spaces in parameters as +, and writes several hosts as repeated parameters
+    (``/shop?host=a:1&host=b:2``). libpq needs %20 for each space, and one list of hosts before the database name.
     """
     scheme, _, rest = text.replace(" ", "%20").partition("://")
     user, at, place = rest.partition("@") if "@" in rest.partition("/")[0] else ("", "", rest)
@@ -129,7 +129,7 @@ def parse_listen(text: str) -> Listen | None:
     if text.startswith(_UNIX):
         path = text.removeprefix(_UNIX)
         if not path.startswith("/"):
-            raise ValueError("unix: needs a path from the root, as in unix:/run/outbox-worker/http.sock")
+            raise ValueError("unix: needs an absolute path, as in unix:/run/outbox-worker/http.sock")
         return Listen(path=path)
     found = _HTTP_PLACE.fullmatch(text)
     host = found["ip6"] or found["host"] if found else ""

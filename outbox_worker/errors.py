@@ -1,7 +1,8 @@
 """All errors of the program, as a tree.
 
-Each line of the tree has an exit code or a class of failure. A command that raises the error ends with the exit code.
-The class of failure decides what happens to the batch in which the error was raised.
+Each line shows the exit code of a command that raises the error, and the meaning of the error. Parentheses contain what
+a running worker does, or the class of failure. The class of failure decides what happens to the batch of events in
+which the error was raised.
 
     OutboxWorkerError         exit 70   an error of the program itself
     ├── SettingError          exit 78   a setting or a URL cannot be used
@@ -12,14 +13,14 @@ The class of failure decides what happens to the batch in which the error was ra
     ├── NoAnswer              exit 69   no worker answers over HTTP
     ├── Refused               exit 1    a command found a reason not to act, and changed nothing
     ├── NotProved             exit 1    a demonstration or benchmark failed, so it proves nothing
-    ├── CommitLost            exit 69   the connection broke during COMMIT, and no commit is known (reconnect)
+    ├── CommitLost            exit 69   the connection broke during COMMIT, so perhaps nothing is committed (reconnect)
     ├── KeyMissing            exit 78   a unique key that an upsert needs was dropped (a running worker pauses)
-    ├── NothingWritten        exit 1    a trigger, a rule or another program kept a row from being written (pause)
-    ├── DefaultTaken          exit 78   a default of a table, such as its sequence, gives rows a key in use (pause)
-    ├── NothingRecorded       exit 69   the database refuses to record the outcome of every event of a batch (unclear)
-    ├── PairTaken             exit 69   another transaction wrote the pair's purchase meanwhile (retry)
+    ├── NothingWritten        exit 1    a trigger, a rule or another program prevented the write of a row (pause)
+    ├── DefaultTaken          exit 78   a column default, such as a sequence, gives new rows a used key (pause)
+    ├── NothingRecorded       exit 69   the database refuses to record the outcome of any event of a batch (unclear)
+    ├── PairTaken             exit 69   another transaction made a purchase of this student and course first (retry)
     └── Inconsistent          exit 70   a statement did not change as many rows as it must (a bug)
-        └── Swallowed         exit 1    a trigger, rule or row security made a statement change fewer rows (unclear)
+        └── Swallowed         exit 1    a trigger, rule or row security made a statement change too few rows (unclear)
 
 The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
 failure of such an error, and ``settle`` uses the class to decide what to do.
@@ -87,7 +88,7 @@ class NotProved(OutboxWorkerError):
 
 
 class KeyMissing(OutboxWorkerError):
-    """A unique key that an upsert needs and that was dropped while the worker runs.
+    """A missing unique key that an upsert needs. Somebody dropped the key while the worker was running.
 
     ``find_problems`` finds out which key was dropped.
     """
@@ -97,13 +98,13 @@ class KeyMissing(OutboxWorkerError):
 
 
 class DefaultTaken(OutboxWorkerError):
-    """A unique key that a default of the table fills, and that another row has already. No event is at fault."""
+    """A key from a column default, such as a sequence, that another row already has. No event is at fault."""
 
     exit_code = 78
 
 
 class NothingRecorded(OutboxWorkerError):
-    """A refusal of the database that meets every event of a batch: no outcome can be recorded."""
+    """A refusal of the database to record the outcome of any event of a batch."""
 
     exit_code = 69
 
@@ -118,9 +119,9 @@ class NothingWritten(OutboxWorkerError):
 
 
 class PairTaken(OutboxWorkerError):
-    """A second active purchase of a pair, found before COMMIT. The transaction is rolled back and run again.
+    """A second active purchase of a student and course, found before COMMIT. The worker runs the transaction again.
 
-    It can be written only while the unique index is dropped by DROP INDEX CONCURRENTLY.
+    Another transaction can insert such a purchase only while DROP INDEX CONCURRENTLY drops the unique index.
     """
 
     exit_code = 69
@@ -137,7 +138,7 @@ class Inconsistent(OutboxWorkerError):
 class Swallowed(Inconsistent):
     """A statement that changed fewer rows than it must, and raised no error.
 
-    Something in the database made it do so: a trigger that returns NULL, a rule, or row security.
+    The cause is in the database: a trigger that returns NULL, a rule, or row security.
     """
 
     exit_code = 1

@@ -1,8 +1,8 @@
-"""Removes control characters from text that other programs wrote, because terminals and logs would interpret it."""
+"""Replaces control characters in text that other programs wrote, because a terminal would interpret them."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Return the text on one line. Every control character is replaced by an escape such as ``\\x1b``."""
+    """Return the text on one line, with an escape such as ``\\x1b`` in place of each control character."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

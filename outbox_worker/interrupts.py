@@ -1,7 +1,7 @@
-"""Raises KeyboardInterrupt when SIGTERM or SIGINT arrives, and makes sure that the process does not lose it.
+"""Raises KeyboardInterrupt when SIGTERM or SIGINT arrives, and raises it again if Python has swallowed it.
 
 The interpreter swallows an exception that a signal handler raises inside a callback, for example a weakref callback of
-the import system. So the handler also sets a flag, and a swallowed KeyboardInterrupt is raised again a moment later.
+the import system. So the handler also counts the signal, and a timer raises a swallowed KeyboardInterrupt again.
 This module imports only ``signal`` and ``sys``, so that ``__main__`` can install the handlers before all other imports.
 """
 
@@ -13,11 +13,11 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGAIN_SECONDS = 0.01
-"""The time after which a swallowed KeyboardInterrupt is raised again: long enough for the callback to end."""
+"""How long the timer waits before it raises a swallowed KeyboardInterrupt again. By then, the callback has ended."""
 
 
 class _Arrivals:
-    """The number of signals that have arrived since ``install``, and have not been taken yet."""
+    """The number of signals that have arrived since ``install``, except those that ``take`` has returned."""
 
     count = 0
 
@@ -38,7 +38,7 @@ def check() -> None:
 
 
 def take() -> int:
-    """Return the number of signals that have arrived. The caller must act on them: they are not raised again."""
+    """Return the number of signals that have arrived. The caller must act on them, because ``check`` ignores them."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     count, _Arrivals.count = _Arrivals.count, 0
     return count
@@ -61,7 +61,7 @@ def _raise(_number: int, _frame: FrameType | None) -> None:
 
 
 def _raise_again_later(swallowed: sys.UnraisableHookArgs) -> None:
-    """Receive every exception that the interpreter swallows. Python prints all but KeyboardInterrupt."""
+    """Raise a swallowed KeyboardInterrupt again a moment later. Let Python print every other swallowed exception."""
     if issubclass(swallowed.exc_type, KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
     else:

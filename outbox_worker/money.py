@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from decimal import Context, Decimal
 
 DECIMALS_MIN = 2
-"""The number of decimals of an amount whose currency has at most two decimals, such as EUR, or JPY, which has none."""
+"""The smallest number of decimals to show, even if the currency has fewer decimals, such as JPY."""
 
 _DECIMALS = {"BHD": 3, "CLF": 4, "IQD": 3, "JOD": 3, "KWD": 3, "LYD": 3, "OMR": 3, "TND": 3, "UYW": 4}
-"""The currencies of ISO 4217 that have more than two decimals."""
+"""The number of decimals of each currency of ISO 4217 that has more than two."""
 
 _EXACT = Context(prec=200_000, traps=[])
-"""A context for sums of any two values that ``numeric`` can hold: 131,072 digits, and 16,383 decimals.
+"""The decimal context that adds two ``numeric`` values exactly. A value has up to 131,072 digits and 16,383 decimals.
 
 The default context rounds a sum to 28 digits, and raises an error for the sum of infinity and minus infinity.
 """
@@ -21,7 +21,7 @@ The default context rounds a sum to 28 digits, and raises an error for the sum o
 def amount_text(amount: Decimal, currency: str | None, *, grouped: bool = False) -> str:
     """Return an amount with the decimals of its currency, and with more decimals if the amount has more.
 
-    ``grouped`` separates thousands by commas. NaN and the infinities are returned by their names.
+    ``grouped`` separates thousands by commas. For NaN and the infinities, return their names.
     """
     if not amount.is_finite():
         return str(amount)

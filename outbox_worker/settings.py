@@ -1,6 +1,6 @@
-"""Reads the settings from command line > environment ``OUTBOX_*`` > credentials > TOML file > defaults.
+"""Reads the settings, in this order of priority: command line, environment, credentials, TOML file, defaults.
 
-The settings are frozen. One error reports all values that cannot be used. A credential is a file in
+The settings object cannot be changed. One error reports all values that cannot be used. A credential is a file in
 ``$CREDENTIALS_DIRECTORY`` that has the name of a setting, as systemd's ``LoadCredential=`` creates it.
 """
 
@@ -158,7 +158,7 @@ ColumnMap = Annotated[
 
 
 class Settings(BaseSettings):
-    """All settings. The description of each setting explains what it does, and the reason for its default if needed."""
+    """All settings. Each description says what the setting does and, if needed, why its default was chosen."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -171,7 +171,7 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = Field(
-        None, description="TOML file with settings; its keys are the names in lower case, without OUTBOX_"
+        None, description="TOML file with settings; its keys are the variable names in lower case, without OUTBOX_"
     )
     database_url: Annotated[SecretStr, AfterValidator(_usable_url)] | None = Field(
         None,
@@ -206,7 +206,10 @@ class Settings(BaseSettings):
         {}, description="columns that have other names in your database: payments.student_id=user_id"
     )
     batch_size: int = Field(
-        1000, ge=1, le=10_000, description="largest number of events in a transaction; more than 1,000 are not faster"
+        1000,
+        ge=1,
+        le=10_000,
+        description="largest number of events in a transaction; above 1,000 the worker is no faster",
     )
     batch_target_ms: int = Field(
         500,
@@ -224,10 +227,15 @@ class Settings(BaseSettings):
     max_attempts: int = Field(
         10, ge=1, le=1000, description="number of failed tries after which an event becomes a dead letter"
     )
-    retry_base_seconds: float = Field(30, gt=0, le=86_400, description="wait after the first failed try of an event")
+    retry_base_seconds: float = Field(
+        30,
+        gt=0,
+        le=86_400,
+        description="wait after the first failed try of an event; after each further try, the wait is twice as long",
+    )
     retry_max_seconds: float = Field(3600, gt=0, le=2_592_000, description="longest wait between two tries of an event")
     poll_min_seconds: float = Field(
-        0.05, gt=0, le=60, description="pause after the first check that finds no due event"
+        0.05, gt=0, le=60, description="pause after the first check of the outbox that finds no due event"
     )
     poll_max_seconds: float = Field(
         1, gt=0, le=3600, description="longest pause between two checks of the outbox while it has no due event"
@@ -236,7 +244,7 @@ class Settings(BaseSettings):
         10,
         gt=0,
         le=600,
-        description="longest wait for an answer from the database; after it, the worker drops the connection "
+        description="longest wait for an answer from the database; after this time, the worker drops the connection "
         "and tries again",
     )
     backfill_every_seconds: float = Field(
@@ -297,7 +305,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources in order of precedence.
 
-        The configuration file comes last. Only the command line or the environment can name it.
+        The configuration file comes last. Only the command line or the environment can give the path of this file.
         """
         assert isinstance(init_settings, InitSettingsSource)  # noqa: S101 - narrows the library's type
         directory, path = _credentials(), _configuration_file(init_settings.init_kwargs)
@@ -326,7 +334,7 @@ class Settings(BaseSettings):
 
     @property
     def conninfo(self) -> str:
-        """The URL of the database in the form that libpq reads, with the password. Do not use it for ``embedded:``."""
+        """The URL of the database in the form that libpq reads, with the password. Not for ``embedded:DIR``."""
         return libpq_url(self._required_url())
 
     @property
@@ -351,7 +359,7 @@ class Settings(BaseSettings):
 def load_settings(**given: Any) -> Settings:
     """Read the settings. ``given`` contains the options of the command line; None means that an option is not given.
 
-    Raises SettingError. Its message lists every problem with the name and source of the setting, but without its value.
+    Raises SettingError with a message that lists every problem: the name and source of the setting, but not its value.
     Raises WrongUsage instead if all problems are on the command line.
     """
     given = {name: value for name, value in given.items() if value is not None}
@@ -412,11 +420,11 @@ _SENTENCES = {
     "dict_type": "expected NAME=NAME, separated by commas",
     "tuple_type": "expected names, separated by commas",
 }
-"""Error texts by pydantic's error type. A key that is a single word applies to all types that begin with this word."""
+"""Error texts by pydantic's error type. A key of one word applies to all error types that begin with this word."""
 
 
 def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
-    """Return a sentence about one problem: where the setting was given and what is expected. Omit the value."""
+    """Return a sentence that says where a wrong value was given and what is expected. Omit the value, a secret."""
     if not detail["loc"]:
         return _reason(detail)
     name = str(detail["loc"][0])
@@ -434,7 +442,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _source(name: str, given: Mapping[str, Any]) -> str:
-    """Return the name of a setting in the spelling of the source that gave it."""
+    """Return the name of a setting as its source spells it: the command line, environment, credentials or file."""
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:
         return f"--{name.replace('_', '-')}"

@@ -35,9 +35,9 @@ _GAP = "  "
 _WORD = re.compile(r"\s*\S+")
 _INDENT = re.compile(r"\s*(?:→ )?")
 _LEAST_PROSE = 20
-"""The smallest width, in characters, at which the last column of a table wraps its text."""
+"""The smallest width, in characters, to which the last column is narrowed. Narrower text would be hard to read."""
 _IDS = ("id", "held_by", "subject", "isolated_event")
-"""The keys of ids that do not end with ``_id``."""
+"""The keys whose values are ids, although the keys do not end with ``_id``."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 """The characters at the start of a text that make a spreadsheet read the text as a formula."""
@@ -46,7 +46,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 def print_json(value: object) -> None:
     """Print one JSON object on stdout, with ids and money as strings, and times as RFC 3339 in UTC.
 
-    If the encoding of stdout lacks a character, escape it (``\\u00e9``), so that the reader loses nothing.
+    If the encoding of stdout lacks a character, print an escape (``\\u00e9``), so that no character is lost.
     """
     found = plain(value)
     written = json.dumps(found, ensure_ascii=False)
@@ -129,8 +129,8 @@ def columns(
     """Print rows under headings. ``numbers`` contains the positions of the columns to align on the right.
 
     A cell that is a list gets one line for each value. If the terminal is too narrow for the table, the text in the
-    last column is wrapped. If that is not enough, each row is printed as a block with one line per column. In a pipe,
-    each row is one line with a tab between columns.
+    last column is wrapped. If the table is still too wide, each row is printed as a block with one line per column. In
+    a pipe, each row is one line with a tab between columns.
     """
     if title:
         line(title, "bold")
@@ -174,7 +174,7 @@ def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
 
 
 def _lines(value: object) -> list[str]:
-    """Return the lines of a cell without control characters, because its text may come from other programs."""
+    """Return the lines of a cell without control characters, because the text may come from other programs."""
     return [printable(str(each)) for each in (value if isinstance(value, list) else [value])] or [""]
 
 
@@ -207,7 +207,7 @@ def _fitted(words: Sequence[str], width: int, indent: int = 0) -> list[str]:
 
 
 def _print(text: Text) -> None:
-    """Print a line on stdout without wrapping it. Its style is used only on a terminal."""
+    """Print a line on stdout without wrapping it. Use the style of the line only on a terminal."""
     _console().print(text, soft_wrap=True)
 
 
@@ -217,7 +217,7 @@ def _console() -> Console:
 
 
 def complain(text: str) -> None:
-    """Print an error on stderr. On a terminal, its lines are wrapped."""
+    """Print an error on stderr. On a terminal, wrap long lines."""
     width = Console(stderr=True).width if sys.stderr.isatty() else sys.maxsize
     for each in text.split("\n"):
         sys.stderr.writelines(f"{part}\n" for part in _wrapped(printable(each), width))
@@ -238,9 +238,9 @@ def show_repeatedly(show: Callable[[], None], seconds: float, *, clears: bool) -
 def progress(noun: str, estimate: Callable[[], int], *, then: str) -> Iterator[Callable[[int, float], bool]]:
     """Show a progress bar if stderr is a terminal. Yields a function to call with each new count.
 
-    ``noun`` names the counted things. ``estimate`` returns their approximate number, and is called only if a bar is
-    shown. ``then`` names the work after counting. A second bar shows this name when the count reaches the estimate or
-    stops growing.
+    ``noun`` names the counted things. ``estimate`` returns the approximate number of things, and is called only if a
+    bar is shown. ``then`` names the work after counting. A second bar shows ``then`` when the count reaches the
+    estimate or stops growing.
     """
     if not sys.stderr.isatty():
         yield lambda done, _: done >= 0

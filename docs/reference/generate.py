@@ -51,8 +51,8 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "status": {0: "the status was shown"},
     "audit": {
         0: "no purchase is owed",
-        1: "a payment is unexplained or cannot be judged, or a refunded payment still has an active purchase, or the "
-        "status of a payment is not known",
+        1: "a payment is unexplained, cannot be judged, has an unknown status, or is refunded but its purchase is "
+        "active; or a student has two active purchases of a course",
     },
     "doctor": {0: "it found no problem, but perhaps warnings", 1: "it found at least one problem"},
     "backfill": {
@@ -62,7 +62,7 @@ CODES: Mapping[str, Mapping[int, str]] = {
     },
     "why": {0: "it was found", 1: "no event, payment, purchase or student has this id"},
     "demo": {
-        0: "the audit proved every payment, or Ctrl-C ended the demonstration",
+        0: "the audit explained every payment, or Ctrl-C ended the demonstration",
         1: "a payment stayed unexplained, or a purchase was created twice",
     },
     "bench": {
@@ -77,15 +77,15 @@ CODES: Mapping[str, Mapping[int, str]] = {
     "dead-letters requeue": {0: "the events are due again", 1: f"{_NOT_DECIDED}; or some letters stay open"},
     "dead-letters discard": {0: "the dead letters are closed", 1: f"{_NOT_DECIDED}; or some letters stay open"},
 }
-"""The exit codes of each command with a meaning of their own; ``COMMON_CODES`` has those of all commands."""
+"""The exit codes that have a special meaning for one command. ``COMMON_CODES`` contains those of all commands."""
 
 COMMON_CODES: Mapping[int, str] = {
     0: "the command succeeded",
-    1: "the command found what it looks for, or refused to act",
+    1: "the command found a problem, or refused to act",
     2: "the command line is wrong",
-    69: "there is no connection: host, port or password is wrong, the server accepts no connections, or is a "
-    "standby and the command writes; or the database did not serve the command in time, because of a lock or a time "
-    "limit",
+    69: "there is no connection, because host, port or password is wrong or the server accepts no connections; or "
+    "the command writes, but the server is a standby; or the database did not answer in time, because of a lock or a "
+    "time limit",
     70: "an error in the program itself, which the command asks you to report",
     78: "a setting, URL, table, column or privilege is wrong; the message names it and the remedy",
     130: "Ctrl-C interrupted the command (`run` and `demo` end with 0 instead)",
@@ -93,12 +93,14 @@ COMMON_CODES: Mapping[int, str] = {
 
 NOTES: Mapping[str, str] = {
     "outbox_events_total": "All event types that the worker cannot handle count as `other`.",
-    "outbox_dead_letters_total": "Decided dead letters stay counted; `outbox_open_dead_letters` has the open ones.",
-    "outbox_transactions_total": "With `unknown`, the answer to COMMIT was lost.",
-    "outbox_unexplained_payments": "The number that the last backfill left; NaN before the first backfill.",
-    "outbox_value_at_risk": "The value is in units of the currency.",
-    "outbox_ignored_events": "Counted among the 100,000 oldest events, at the start and every five minutes.",
-    "outbox_set_aside_events": "`status` and `doctor` name them and the cause.",
+    "outbox_dead_letters_total": "A dead letter stays counted after a person has decided it; "
+    "`outbox_open_dead_letters` counts only open ones.",
+    "outbox_transactions_total": "`unknown` means that the connection broke during COMMIT.",
+    "outbox_unexplained_payments": "The last backfill found and left these payments; NaN before the first backfill.",
+    "outbox_value_at_risk": "The value is in units of the currency, for example euros.",
+    "outbox_ignored_events": "The worker counts them among the 100,000 oldest events, at its start and every five "
+    "minutes.",
+    "outbox_set_aside_events": "`status` and `doctor` name these events and the cause.",
     "outbox_guard": "The guard that is not in use has 0.",
     "outbox_since_poll_seconds": "The value is computed at each scrape.",
     "outbox_vacuum_horizon_seconds": "The time since this worker first saw the transaction that holds vacuum back.",
@@ -109,10 +111,10 @@ TABLES: Mapping[str, str] = {
     "payments": "The payments service writes this table; the worker only reads it.",
     "outbox": "Events that are not settled yet. Producers insert them; the worker claims, postpones and deletes them.",
     "purchases": "If a purchase is active, the student may use the course.",
-    "processed_events": "The marks. Each row shows that an event has reached its final outcome.",
+    "processed_events": "One row, called a mark, for each event that has reached its final outcome.",
     "dead_letters": "Events that wait for a person's decision, and the decisions that were made.",
-    "workers": "One row for each worker process of the last day. `status` reads them, and so does a new worker, "
-    "to find out whether an earlier one died.",
+    "workers": "One row for each worker process of the last day. `status` reads these rows. A new worker also reads "
+    "them, to find out whether an earlier worker died.",
     "backfill_runs": "The payments that each backfill checked and the purchases that it created: all backfills "
     "by hand, and the periodic ones of the last week.",
 }
@@ -123,30 +125,31 @@ MEANINGS: Mapping[str, str] = {
     "outbox.payload": "`payment_id` is required; `student_id`, `course_id`, `amount`, `currency` are checked if given",
     "outbox.headers": "the worker reads only `traceparent`, for log records",
     "outbox.due_at": "the worker claims the event only after this time; claims are in the order `(due_at, id)`",
-    "outbox.attempts": "failed attempts that were caused by the event itself",
-    "outbox.crashes": "proven deaths of worker processes while they processed only this event",
-    "outbox.last_error": "the reason of the last failed attempt",
+    "outbox.attempts": "number of failed attempts that the event itself caused",
+    "outbox.crashes": "number of worker processes that provably died while they processed only this event",
+    "outbox.last_error": "why the last attempt failed",
     "purchases.payment_id": "NULL means that the purchase is a gift",
     "purchases.is_active": "false means that the purchase was taken back; the worker never sets it to true again",
     "processed_events.outcome": "the [final outcome](../explanation/state-machine.md) of the event",
     "processed_events.recovered_at": "when the worker created the purchase that was missing in spite of this mark",
     "dead_letters.created_at": "when the event was written",
     "dead_letters.reason": "one of the [reasons](../how-to/dead-letters.md#2-remove-the-cause)",
-    "dead_letters.detail": "a text for people, without payload text",
+    "dead_letters.detail": "an explanation for people, without text from the payload",
     "dead_letters.state": "`open` means that nobody has decided yet",
     "dead_letters.actor": "the person who decided",
     "dead_letters.note": "all decisions so far, with their reasons",
     "workers.seen_at": "the time of the last heartbeat",
     "workers.stopped_at": "if this is NULL and `seen_at` is old, the worker has died",
     "workers.metrics": "the counters of the process",
-    "workers.succeeded_at": "when a new worker took over from this dead one",
+    "workers.succeeded_at": "when a new worker took over from this dead worker",
     "workers.isolated_event": "`outbox.id` of the event that the process settles alone, because it may kill a process",
     "workers.isolated_at": "since when the process settles that event alone",
-    "workers.isolated_timeline": "the server's timeline at that time; after a failover, the timeline is another one",
-    "workers.set_aside": "events that the database does not let the process record or remove, by `outbox.id`",
+    "workers.isolated_timeline": "the server's timeline at that time; each failover begins a new timeline",
+    "workers.set_aside": "the events that this process excludes from claims, because the database refuses to record or "
+    "remove them; each with its `outbox.id`",
     "backfill_runs.cutoff": "payments created after this time were not checked",
     "backfill_runs.is_full": "true if all payments were checked, false if only a range was",
-    "backfill_runs.cursor": "the last purchase created; if the run is continued, it begins after this one",
+    "backfill_runs.cursor": "the last purchase created; a backfill that continues this run begins after it",
     "backfill_runs.actor": "all persons who ran it",
     "backfill_runs.outcome": "NULL means that the backfill is running or was killed",
 }
@@ -281,9 +284,9 @@ def settings() -> str:
         "similar name.",
         "URLs may begin with `postgres://`, `postgresql://` or `postgresql+psycopg://`; the worker always uses\n"
         "psycopg 3. If a URL names several hosts (`postgresql://USER:PASSWORD@A:5432,B:5432/DATABASE`), the worker\n"
-        "uses the host that accepts writes. If another host is promoted, the worker connects to that one. In\n"
-        "passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the directory\n"
-        "of the socket as the host, `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
+        "uses the host that accepts writes. If another host is promoted, the worker connects to that host.\n"
+        "In passwords, percent-encode `@`, `/`, `#` and `%`. If the server listens on a Unix socket, write the\n"
+        "directory of the socket as the host, `%2Frun%2Fpostgresql`, or as the parameter `host=/run/postgresql`.",
         _table(["variable", "default", "limits", "reload", "meaning"], rows),
         "Settings with *yes* under *reload* can be changed without a restart: write the new value into the file and\n"
         "send SIGHUP ([how](../how-to/tune.md#change-limits-without-a-restart)). After a change of any other setting,\n"
@@ -358,7 +361,8 @@ def tables() -> str:
         "name ([other names](../how-to/adopt-a-database.md), [grants](../how-to/roles.md)).",
         "`outbox-worker migrate` creates the tables that are missing, each with a comment that names its origin. It\n"
         "adopts the tables that exist: it never alters or drops them. The table `outbox_worker_alembic_version`\n"
-        "records which migrations have been applied, and `outbox_worker_tables` lists the tables that they created.",
+        "records which migrations have been applied. `outbox_worker_tables` lists the tables that these migrations\n"
+        "created.",
         *(_described(role, table) for role, table in built.by_role().items()),
         "## Indexes and triggers of the optional migrations\n\n"
         "| made by | name | what |\n| --- | --- | --- |\n"

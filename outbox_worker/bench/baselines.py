@@ -21,7 +21,7 @@ FILL = """
     FROM paid
 """
 
-# what: claim, purchases, marks and removal of a thousand events in one statement; checks nothing
+# what: claims up to 1,000 events, inserts their purchases and marks, and deletes the events, all without checks
 BARE = """
     WITH claimed AS MATERIALIZED (
         SELECT id, event_id, event_type, payload FROM outbox WHERE due_at <= statement_timestamp()
@@ -54,7 +54,7 @@ _MARK_ONE = """
 
 
 def drain_bare(conninfo: str, connections: int) -> float:
-    """Settle all events by the bare statement on ``connections`` connections. Return the seconds it took."""
+    """Settle all events by the statement ``BARE`` on ``connections`` connections. Return the seconds that this took."""
     with ThreadPoolExecutor(connections) as pool:
         begin = time.monotonic()
         list(pool.map(_drain_bare, [conninfo] * connections))
@@ -68,7 +68,7 @@ def _drain_bare(conninfo: str) -> None:
 
 
 def drain_one_by_one(conninfo: str) -> float:
-    """Settle all events one at a time, each in its own transaction. Return the seconds it took."""
+    """Settle all events one at a time, each in its own transaction. Return the seconds that this took."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         begin = time.monotonic()
         while all(map(partial(_settle_one, connection), range(100))):

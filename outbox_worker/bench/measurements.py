@@ -62,9 +62,9 @@ def wal_bytes(connection: psycopg.Connection) -> int:
 
 
 def server_cpu(connection: psycopg.Connection) -> float | None:
-    """Return the CPU seconds of all server processes so far, even of ended ones.
+    """Return the CPU seconds that all server processes have used so far, including ended processes.
 
-    Return None if /proc does not show them.
+    Return None if /proc does not show the server processes.
     """
     stats = {int(entry.name): _stat(entry) for entry in Path("/proc").glob("[0-9]*")}
     backend = stats.get(connection.info.backend_pid)
@@ -120,7 +120,7 @@ def statements_per_batch(conninfo: str, events: int) -> float:
     """Return how many statements one claim loop sends for a full batch, including BEGIN and COMMIT.
 
     ``events``: how many events are in the outbox. A second run, with an empty outbox, counts the statements of start
-    and stop. They are subtracted from the statements of the first run.
+    and stop. These statements are subtracted from the statements of the first run.
     """
     settings = load_settings(database_url=url_of(conninfo))
     first, second = (_statements_of_a_drain(settings) for _ in range(2))
@@ -175,7 +175,7 @@ class _Watch:
     def run(self) -> list[float]:
         """Return the latencies in milliseconds.
 
-        Leave out those of the first second, because the worker may not listen yet.
+        Leave out the latencies of the first second, because the worker may not yet listen for notifications.
         """
         producer = threading.Thread(target=self._produce)
         producer.start()

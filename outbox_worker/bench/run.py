@@ -1,6 +1,6 @@
-"""Runs the benchmark: the real worker and bare SQL that does the same work settle events in turn, on one server.
+"""Runs the benchmark: the real worker and bare SQL with the same task settle events, one after the other.
 
-Events per second depend on the machine, so compare ratios. The benchmark uses only its own database.
+Events per second depend on the machine, so compare ratios. The benchmark uses only its own database on the server.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from outbox_worker.settings import Settings, load_settings
 DATABASE = "outbox_worker_bench"
 """The benchmark's database on the server of OUTBOX_DATABASE_URL. The benchmark drops it at the end."""
 ONE_BY_ONE_SHARE = 0.04
-"""The share of the events that the contestant ``one by one`` settles. With this share, it takes about as long as the
-other contestants."""
+"""The share of the events that the contestant ``one by one`` settles. The share is small, because this contestant is
+slow and would otherwise take much longer than the others."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -103,8 +103,8 @@ class BenchReport:
 def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
     """Run the benchmark and call ``say`` after each step.
 
-    Raises Refused if the benchmark's database has tables that the benchmark did not create, DatabaseUnavailable if it
-    cannot connect, and NotProved if the database refuses a statement.
+    Raises Refused if the benchmark's database has tables that the benchmark did not create. Raises DatabaseUnavailable
+    if the benchmark cannot connect, and NotProved if the database refuses a statement.
     """
     try:
         return _run(settings, plan, say)
@@ -137,7 +137,7 @@ def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchRep
 def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
     """Create the benchmark's database with its tables, and drop it at the end. Yields the connection string.
 
-    Raises Refused if somebody else's tables are in the database.
+    Raises Refused if the database has tables that the benchmark did not create.
     """
     server = _conninfo(settings)
     with psycopg.connect(server, autocommit=True) as connection:
@@ -212,7 +212,7 @@ def fill(connection: psycopg.Connection, events: int) -> None:
 
 
 def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
-    """Run the real command. Return the seconds from its first to its last log record, and its CPU seconds."""
+    """Run the worker. Return the seconds between its first and its last log record, and its CPU seconds."""
     command = worker_command("--drain", "--concurrency", str(plan.concurrency))
     process = subprocess.Popen(command, env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     assert process.stderr is not None  # noqa: S101 - not None, because stderr=PIPE

@@ -75,7 +75,7 @@ def run_command() -> int:
         if isinstance(error, DBAPIError):
             return _fail(in_a_sentence(error))
         if isinstance(error, OSError) and error.filename is None:
-            raise  # perhaps stdout cannot be written, which `__main__` finds out
+            raise  # perhaps stdout cannot be written; `__main__` handles this case
         return fail_unforeseen(error)
     return 0
 
@@ -100,9 +100,9 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def fail_unforeseen(error: Exception) -> int:
-    """Print an unexpected error and where it was raised, without its message, which may contain data of a row.
+    """Print an unexpected error and the lines of code that raised it. Return the exit status of program errors.
 
-    Return the exit status of errors in the program itself.
+    Do not print the message of the error, because this message may contain data of a row.
     """
     from outbox_worker.terminal import complain
 

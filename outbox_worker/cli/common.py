@@ -35,9 +35,9 @@ def open_database(
 ) -> tuple[Settings, Database, Tables]:
     """Load the settings and connect to the database.
 
-    A statement may take as long as the settings allow, or ``deadline_seconds`` if this is longer than the settings
-    allow. If ``patient`` is True, a statement may take any time. If ``looks`` is True, the command only reads, so the
-    server may be a standby. Raises SettingError and DatabaseUnavailable.
+    The longest time for a statement is ``deadline_seconds`` or the deadline of the settings, whichever is longer. If
+    ``patient`` is True, statements have no time limit. If ``looks`` is True, the command only reads, so the server may
+    be a standby. Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)
@@ -50,7 +50,10 @@ def open_database(
 
 
 def _expect_writable(database: Database) -> None:
-    """Refuse to write as a role that somebody made read-only by default. Only the daemon overrides this parameter."""
+    """Raise SettingError if default_transaction_read_only is on, because somebody has probably set it on purpose.
+
+    Only the daemon overrides default_transaction_read_only.
+    """
     with database.snapshot() as session:
         found = find_read_only_default(session)
     if found is not None:
@@ -69,7 +72,7 @@ def print_object(database: Database, value: Mapping[str, Any]) -> None:
 
 
 def mention_standby(database: Database, *, on_stderr: bool = False) -> None:
-    """If the server is a standby, print a line that says so, and how far the standby is behind at most."""
+    """If the server is a standby, print a line that says so, and how far the standby is behind the primary."""
     from outbox_worker import terminal
 
     if (standby := _standby_of(database)) is None:
@@ -111,16 +114,16 @@ _REMEDIES = {
     "42703": "Name your column in OUTBOX_COLUMNS.",
     "42501": "",
 }
-"""The remedy for each SQLSTATE."""
+"""The remedy to print for each SQLSTATE. If the text is empty, no remedy is printed."""
 _UNSTORABLE = ("22021", "22P05")
-"""The SQLSTATEs if the encoding of the database has no form for a character."""
+"""The SQLSTATEs of errors about a character that the encoding of the database cannot store."""
 _OF_RULES = ("23", "44", "P0")
-"""The classes of SQLSTATEs with which constraints, views and triggers refuse a row."""
+"""The first characters of the SQLSTATEs with which constraints, views and triggers refuse a row."""
 
 _AGAIN = "Run the command again."
 _TROUBLES = {
-    "55P03": "Another transaction holds a lock that this command needs, and did not release it in time. Wait until it "
-    "ends, or end it, and run the command again.",
+    "55P03": "Another transaction holds a lock that this command needs, and did not release it in time. Wait until "
+    "that transaction ends, or end it. Then run the command again.",
     "57014": "PostgreSQL cancelled a statement of this command: it took longer than statement_timeout or "
     "OUTBOX_DATABASE_DEADLINE_SECONDS allows, or a person cancelled it. Run the command again.",
     "40P01": f"This command and another transaction waited for each other's locks, again and again. {_AGAIN}",
@@ -128,7 +131,7 @@ _TROUBLES = {
     "25006": "This server or this role accepts no writes, but the command must write: the server is a standby, or "
     "default_transaction_read_only is on.",
 }
-"""The sentence for each SQLSTATE of a trouble that is not a lost connection, although it may pass."""
+"""The sentence to print for each SQLSTATE of an error that may be temporary, but is not a lost connection."""
 
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
@@ -139,7 +142,7 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
         case Failure.RECONNECT:
             return unavailable(error)
         case Failure.RETRY:
-            return DatabaseUnavailable(f"Other transactions are in the way: {server_message(error)}. {_AGAIN}")
+            return DatabaseUnavailable(f"Other transactions block this command: {server_message(error)}. {_AGAIN}")
         case Failure.EVENT if refusal := _refusal(error):
             return Refused(refusal)
         case Failure.PAUSE | Failure.UNCLEAR:

@@ -19,7 +19,7 @@ def run(
     ] = False,
     concurrency: Annotated[
         int | None,
-        typer.Option(help="Claim loops in this process (OUTBOX_CONCURRENCY, default 1).", show_default=False),
+        typer.Option(help="Number of loops that claim events (OUTBOX_CONCURRENCY, default 1).", show_default=False),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Events per transaction (OUTBOX_BATCH_SIZE, default 1000).", show_default=False)
@@ -28,7 +28,8 @@ def run(
         str | None,
         typer.Option(
             metavar="DURATION",
-            help="How often to look for lost purchases (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; 0: never).",
+            help="How often to look for payments without a purchase (OUTBOX_BACKFILL_EVERY_SECONDS, default 15m; "
+            "0: never).",
             show_default=False,
         ),
     ] = None,
@@ -74,9 +75,11 @@ def healthcheck(
 ) -> None:
     """Ask the daemon on this machine whether it is alive.
 
-    Sends the request to the address in OUTBOX_HTTP_LISTEN. Exit code 1 if the
-    daemon answers that it is stuck (with --ready: that it settles no events),
-    69 if there is no answer.
+    Sends the request to the address in OUTBOX_HTTP_LISTEN.
+
+    Exit code 1 if the daemon answers that it is stuck. With --ready, exit code 1
+    if the daemon answers that it settles no events. Exit code 69 if there is no
+    answer.
     """
     from outbox_worker.daemon.healthcheck import ask
 

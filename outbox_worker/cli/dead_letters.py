@@ -1,4 +1,4 @@
-"""Commands on dead letters: `list`, `show`, `requeue`, `discard`."""
+"""Commands on dead letters, which are events that wait for a person: `list`, `show`, `requeue`, `discard`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Why = Annotated[
     typer.Option("--reason", metavar="TEXT", help="Your reason, kept in the dead letter.", show_default=False),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", metavar="", help="Show only how many events and how much money; change nothing.")
+    bool, typer.Option("--dry-run", metavar="", help="Show the number of events and the sum of money; change nothing.")
 ]
 Token = Annotated[
     str | None,
@@ -131,7 +131,7 @@ def show_dead_letter(
     config: Config = None,
     json: AsJson = False,
 ) -> None:
-    """Show one dead letter: event, reason, payment, and what would happen now."""
+    """Show a dead letter: event, reason, payment, and what would happen now."""
     from outbox_worker.cli.views import explanation
     from outbox_worker.store.dead_letters import read_letter
 
@@ -165,11 +165,12 @@ def requeue_dead_letters(
 ) -> None:
     """Put dead events back into the outbox, due now.
 
-    Choose events by their ids, or all open dead letters that match options.
-    Before it asks, the command shows how many events and how much money.
+    Choose events by their ids, or all open dead letters that match the options.
+    The command shows the number of events and the sum of their payments, and then
+    asks for confirmation.
 
-    Exit code 1 if the outbox did not take an event. Its dead letter stays open,
-    and the command lists it with the reason.
+    Exit code 1 if the outbox did not take an event. The dead letter of such an
+    event stays open, and the command lists the event with the reason.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "requeue", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -194,11 +195,11 @@ def discard_dead_letters(
     """Close dead letters without settling their events.
 
     If a letter is the reason why its payment has no purchase, discarding the
-    letter waives the payment: the student gets no course for it. Before it
-    asks, the command shows how much money that is.
+    letter waives the payment: the student gets no course for it. The command
+    shows the sum of these payments, and then asks for confirmation.
 
-    Exit code 1 if a letter could not be closed. The command lists it with the
-    reason.
+    Exit code 1 if a letter could not be closed. The command lists each such letter
+    with the reason.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "discard", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)

@@ -81,8 +81,8 @@ def _outlast(show: Callable[[], None]) -> None:
 def doctor(config: Config = None, json: AsJson = False) -> None:
     """Check database and set-up, and suggest a remedy for each problem.
 
-    Changes nothing. Run it as the worker's role, with the worker's settings, on
-    the primary. It also lists checks that were not possible, because the role
+    Changes nothing. Run doctor as the worker's role, with the worker's settings,
+    on the primary. Also lists checks that were not possible, because the role
     lacks a privilege or because the server is a standby.
 
     Exit code 1 if there is a problem. Warnings alone give exit code 0.
@@ -111,8 +111,8 @@ def why(
 ) -> None:
     """Explain an event, payment, purchase or student.
 
-    Shows all records, which rule decided, and what would happen now. It uses
-    the same facts and rules as the worker. Changes nothing.
+    Shows all records, the rule that decided, and what would happen now. Uses the
+    same facts and rules as the worker. Changes nothing.
     """
     from outbox_worker.cli.views import explanation
 

@@ -38,7 +38,7 @@ def files(
 
 
 FILES = {
-    "grants.sql": "creates a role for each task, with exactly the privileges that it needs (psql)",
+    "grants.sql": "creates a role for each task, with exactly the privileges that the task needs (for psql)",
     "outbox-worker.service": "runs one worker under systemd",
     "outbox-worker@.service": "runs several workers under systemd, one for each instance name",
     "unix-socket.conf": "lets the systemd service connect to a database through a Unix socket (a drop-in)",

@@ -22,13 +22,14 @@ _MAX_REPAIRS = 1000
 def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> None:
     """Prove that nothing is owed.
 
-    Puts every succeeded payment (not refunded) that was created before the
-    audit began into one class, and counts the payments of each class.
+    Assigns every succeeded payment (not refunded) to one class, and counts the
+    payments of each class. Leaves out payments that were created after the audit
+    began.
 
-    Exit code 1 if a payment is unexplained (paid, but no purchase and no known
-    reason) or cannot be judged because of a value, if a refunded payment still
-    has its course, if the status of a payment is not known, or if a student has
-    more than one active purchase of a course.
+    Exit code 1 if the audit finds an unexplained payment (paid, but no purchase
+    and no known reason), a payment that cannot be judged because of a value, a
+    payment with an unknown status, a refunded payment with an active purchase, or
+    a student with more than one active purchase of a course.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -87,9 +88,9 @@ def backfill(
 
     Finds and counts succeeded payments (not refunded) that have no purchase and
     no event, dead letter or decision that explains why. Then makes their
-    purchases. Safe while workers or other backfills run. If it is killed, run it
-    again with the same range, and it continues. TIME is a date or an RFC 3339
-    time. Without a time zone, TIME is in UTC.
+    purchases. You may run backfill while workers or other backfills run. If a
+    backfill is killed, run it again with the same range: it then continues. TIME
+    is a date or an RFC 3339 time. Without a time zone, TIME is in UTC.
 
     Exit code 1 if more purchases are owed than --max-repairs allows, if an owed
     purchase could not be made, or if a payment cannot be judged.

@@ -29,15 +29,16 @@ def migrate(
         list[Option] | None,
         typer.Option(
             "--with",
-            help="Also create unique_index (guard `index`, built without blocking writers) or notify (lower latency).",
+            help="Also create unique_index (it prevents a second active purchase; writers are not blocked) or notify "
+            "(workers get new events sooner).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Create the tables that are missing.
 
-    Never alters an existing table; the worker uses it as it is. Safe to run
-    again, and safe while the database is in use.
+    Never alters an existing table: the worker uses it as it is. You may run this
+    command again at any time, even while the database is in use.
     """
     from outbox_worker import terminal
     from outbox_worker.schema.migrate import upgrade
@@ -73,7 +74,7 @@ def migrate(
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
-    """Print what adopted tables lack, and concerns, with the remedies. Return whether the worker cannot start."""
+    """Print problems and warnings about adopted tables, with remedies. Return True if the worker cannot start."""
     from outbox_worker import terminal
     from outbox_worker.schema.concerns import find_concerns
     from outbox_worker.schema.nullable import find_nullable

@@ -45,7 +45,9 @@ def bench(
     concurrency: Annotated[
         int, typer.Option(min=1, max=64, help="Claim loops of the worker, and connections of the bare SQL.")
     ] = 1,
-    guard: Annotated[Guard, typer.Option(metavar="GUARD", help="Guard to measure: index or lock.")] = Guard.INDEX,
+    guard: Annotated[
+        Guard, typer.Option(metavar="GUARD", help="Guard against duplicates: index or lock.")
+    ] = Guard.INDEX,
     latency: Annotated[
         bool,
         typer.Option("--latency/--no-latency", help="Also measure the time from a producer's COMMIT to the purchase."),

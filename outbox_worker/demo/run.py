@@ -40,11 +40,11 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""For how many seconds the payments service writes payments. It needs more time only if the database is too slow."""
+"""For how many seconds the payments service writes payments. If the database is slow, the service needs longer."""
 DAMAGE_SHARE = 0.05
 """The number of payments that the simulated old worker lost, as a share of all payments."""
 SETTLE_SECONDS = 60.0
-"""For how many seconds the workers may settle the last events after the payments service has ended."""
+"""How many seconds the workers have to settle the last events after the payments service has ended."""
 
 _WORKER_SETTINGS = {
     "OUTBOX_RETRY_BASE_SECONDS": "0.5",
@@ -80,13 +80,13 @@ class Proof:
 
     audit: AuditReport
     doubled: int
-    """How many active purchases are too many, because their pair already has another active purchase."""
+    """How many active purchases are too many, because the student already has an active purchase of the course."""
     unpaid: int
     """How many active purchases have no succeeded payment of the same student, course and amount."""
     lost: int
     """How many events have neither a mark nor a dead letter, or are still in the outbox."""
     outcomes: Mapping[str, int]
-    """The number of events for each outcome. Dead events are counted by reason."""
+    """The number of events for each outcome. Dead events are counted under the reason of their dead letter."""
 
     @property
     def holds(self) -> bool:
@@ -130,7 +130,10 @@ def run_demo(payments: int) -> Proof | None:
 
 @contextmanager
 def _private_database(directory: Path) -> Iterator[Settings]:
-    """Start a private PostgreSQL in ``directory`` and create the tables. First delete OUTBOX_* and PG* variables."""
+    """Start a private PostgreSQL in ``directory`` and create the tables.
+
+    First delete OUTBOX_* and PG* variables from the environment, so that they do not change the demonstration.
+    """
     for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
     where = embedded.ensure_server(directory)
@@ -145,7 +148,7 @@ def _private_database(directory: Path) -> Iterator[Settings]:
 
 
 class Crew:
-    """The worker processes. As a context manager, it stops all of them at the end."""
+    """The worker processes. The end of the ``with`` block stops all of these processes."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._url = settings.conninfo
@@ -165,7 +168,7 @@ class Crew:
         environment = {**os.environ, **_WORKER_SETTINGS, "OUTBOX_DATABASE_URL": self._url}
         command = [sys.executable, "-m", "outbox_worker", "run"]
         with self._log.open("ab") as log:
-            started = subprocess.Popen(  # noqa: S603 - ourselves
+            started = subprocess.Popen(  # noqa: S603 - starts this program
                 command,
                 env=environment,
                 stderr=log,
@@ -294,7 +297,7 @@ class Demo:
         return f"kill -9 {self._crew.kill_one()}: one worker is killed while it works"
 
     def _replace_it(self) -> str:
-        return f"process {self._crew.hire()} replaces it; nobody repairs anything by hand"
+        return f"process {self._crew.hire()} replaces the killed worker; nobody repairs anything by hand"
 
     def _drop_the_index(self) -> str:
         self._connection.execute(f"DROP INDEX {PAIR_INDEX}")

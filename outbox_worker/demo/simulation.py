@@ -49,7 +49,7 @@ class _Late:
 
 
 class PaymentsService:
-    """Makes ``count`` orders in a thread. Fixed shares of the orders have errors.
+    """Makes ``count`` orders in a thread. Some orders have errors; each kind of error has a fixed share.
 
     ``events`` is the number of events written.
     """
@@ -112,7 +112,7 @@ class PaymentsService:
             self._deliver_late(connection, time.monotonic())
 
     def _order(self, connection: psycopg.Connection, number: int) -> None:
-        """Make one order. Its number decides which error is simulated, if any."""
+        """Make one order. The number of the order decides which error is simulated, if any."""
         order, payment_id = Order(), uuid4()
         match number % 50:
             case 7 | 32:

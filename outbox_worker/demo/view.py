@@ -84,7 +84,7 @@ class PlainView:
 
 
 class LiveView:
-    """Draws a picture on a terminal that is refreshed several times per second."""
+    """Draws a picture on a terminal and refreshes this picture several times per second."""
 
     LINES = 10
 
@@ -127,7 +127,7 @@ _MEANINGS = {
     Outcome.ALREADY_EXISTS: "delivered a second time",
     Outcome.DUPLICATE_PAYMENT: "paid a second time: must be refunded",
     Outcome.SUPPRESSED: "refunded before it was settled: no purchase",
-    Outcome.REVOKED: "refunded: taken back, or given to another",
+    Outcome.REVOKED: "refunded: taken back, or now paid by another",
     Reason.PAYMENT_MISMATCH: "contradicts its payment: a person decides",
     Reason.INVALID_PAYLOAD: "payload is not an object: a dead letter",
     Reason.UNSUPPORTED_EVENT_TYPE: "unknown event type: a dead letter",

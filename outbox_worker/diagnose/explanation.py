@@ -1,7 +1,7 @@
-"""Explains why a payment has a purchase or none: its records, the rules that applied, and what its events would do now.
+"""Explains why a payment has a purchase or none: its records, the rules that applied, and predictions for its events.
 
-A prediction reads the facts by the worker's own statement and judges them by the same ``decide`` as the worker. All
-reads use one READ ONLY snapshot.
+A prediction uses the worker's own code: the same statement reads the facts, and the same function ``decide`` returns
+the outcome. All reads use one READ ONLY snapshot.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _GIVES = "already gives the student this course"
 
 
 class Occasion(StrEnum):
-    """The occasion on which a worker or a backfill would judge an event."""
+    """The occasion on which a worker or a backfill would decide the outcome of an event."""
 
     DUE = "due"
     POSTPONED = "postponed"
@@ -63,12 +63,12 @@ class Occasion(StrEnum):
     DELIVERED = "delivered_again"
     BACKFILL = "backfill"
     NEVER = "never"
-    """The event is never judged: workers do not claim events of its type, or it lacks a due time, id or type."""
+    """No occasion, because workers do not claim events of this type, or the event lacks a due time, id or type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What would happen to an event if it were judged now."""
+    """What would happen to an event if a worker or a backfill handled it now."""
 
     event_id: UUID
     event_type: str
@@ -78,14 +78,14 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """Something that happened, and when. ``subject`` is the id of its payment, event or purchase."""
+    """Something that happened to a payment, event or purchase, and when. ``subject`` is the id of this thing."""
 
     at: datetime | None
     what: str
     subject: Any
     detail: str = ""
     rules: tuple[int, ...] = ()
-    """Numbers of the rules in docs/explanation/state-machine.md that can be the reason for this entry."""
+    """The numbers of the rules (docs/explanation/state-machine.md) that can be the reason for this entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +94,12 @@ class PaymentStory:
 
     payment_id: UUID | None
     payment: PaymentRow | None
-    """None: ``payments`` has no such row, or the role cannot see it."""
+    """The row of the payment. None: there is no such row, or the role cannot see this row."""
     kind: str | None
-    """The class of the payment, or ``refunded_but_active``. None: the payment did not succeed, or was refunded and has
-    no active purchase."""
+    """The class of the payment, or ``refunded_but_active``. None: the payment is owed no purchase, because it did not
+    succeed or was refunded."""
     not_judged: str | None
-    """The value that prevents a judgement, as a clause for people; None if the payment can be judged."""
+    """The value because of which the payment fits no class, as a text for people. None: there is no such value."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     predictions: Sequence[Prediction]
@@ -119,11 +119,11 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """An event that could be judged again."""
+    """An event whose outcome ``why`` predicts."""
 
     occasion: Occasion
     payment_id: UUID | None = None
-    """The payment of an event whose payload does not exist or was deleted."""
+    """The payment of an event that has no payload, because only its mark is left or a backfill creates it."""
     first: UUID | None = None
     """Only for a backfill: the payment of the pair for which the backfill would create the purchase."""
 
@@ -136,9 +136,9 @@ class _Candidate:
 def explain(
     session: Session, tables: Tables, policy: RetryPolicy, claimed_types: Sequence[str] | None, asked: str
 ) -> Explanation:
-    """Explain the event, payment, purchase or student with this id. ``claimed_types``: see ``handlers``.
+    """Explain the event, payment, purchase or student with this id. Raises Refused if nothing has this id.
 
-    Raises Refused if nothing has this id.
+    ``claimed_types``: the event types that workers claim (None: all types).
     """
     found = look_up(session, tables, asked)
     if not found.kinds:
@@ -168,9 +168,9 @@ def _classes(
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
-    """Return, for each owed payment, the oldest unexplained payment of its pair.
+    """Return, for each owed payment, the oldest unexplained payment of the same student and course.
 
-    A backfill would use this oldest payment.
+    A backfill would make the purchase for this oldest payment.
     """
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
@@ -184,7 +184,7 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
 def _candidates(
     records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
 ) -> dict[UUID, _Candidate]:
-    """Return all events that have a record and, for each owed payment, the event that a backfill would use."""
+    """Return all events that have a record and, for each owed payment, the substitute event of a backfill."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{key: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events if (key := mark.event_id)},
@@ -211,7 +211,7 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
 ) -> list[Prediction]:
-    """Read the facts as the worker reads them, but without locks. Return what ``decide`` predicts."""
+    """Read the facts as the worker reads them, but without locks. Return the outcomes that ``decide`` predicts."""
     known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
@@ -249,7 +249,7 @@ def _only(payment_id: UUID | None) -> tuple[str | None, Repeated]:
 
 
 def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
-    """what: events from the outbox; else from their dead letter, as requeue would write them; else from their mark
+    """what: each event from the outbox, or else from its dead letter as requeue would write it, or else from its mark
     lock: none · index: event ids
     """
     outbox, letters, marks = tables.outbox, tables.dead_letters, tables.processed_events

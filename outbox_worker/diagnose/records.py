@@ -41,9 +41,9 @@ class PaymentRow:
     currency: str | None
     status: str | None
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``. The same holds for all times below."""
+    """None if Python cannot represent the time, for example ``-infinity``. So are all times in the classes below."""
     pair: tuple[str, str] = field(repr=False)
-    """Two texts that are equal exactly if student and course are the same. Purchases have the same texts."""
+    """Two texts that identify student and course. A purchase of the same student and course has the same texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class PurchaseRow:
     student_id: Any
     course_id: Any
     payment_id: UUID | None
-    """None: the purchase is a gift."""
+    """The payment that paid for the purchase. None: the purchase is a gift."""
     is_active: bool
     created_at: datetime | None
     deactivated_at: datetime | None
@@ -64,7 +64,7 @@ class WaitingEvent:
     """A row of the outbox."""
 
     event_id: UUID | None
-    """None: the column may be NULL in an adopted table, and it is. The same holds for the type."""
+    """None: the column is NULL, which is possible in an adopted table. ``event_type`` can be NULL there, too."""
     event_type: str | None
     created_at: datetime | None
     due_at: datetime | None
@@ -92,7 +92,7 @@ class MarkRow:
 class Records:
     payments: Sequence[PaymentRow] = ()
     purchases: Sequence[PurchaseRow] = ()
-    """The purchases of these payments, and the active purchases of their pairs."""
+    """The purchases of ``payments``, and the active purchases of the same students and courses."""
     waiting: Sequence[WaitingEvent] = ()
     letters: Sequence[DeadLetter] = ()
     marks: Sequence[MarkRow] = ()
@@ -119,8 +119,7 @@ class Found:
     """The kinds of things that have a given id, and their records."""
 
     kinds: Sequence[str]
-    """Any of ``event``, ``payment``, ``purchase``, ``student``. There is usually one kind, or no kind if nothing has
-    the id."""
+    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one kind; empty if nothing has the id."""
     payment_ids: Sequence[UUID]
     records: Records
     gifts: Sequence[PurchaseRow]
@@ -183,7 +182,7 @@ def _uuid_of(text: str) -> UUID | None:
 
 
 def _payments_of(tables: Tables, student: str) -> Select[Any]:
-    """what: the payments of a student, by payments and purchases · lock: none · index: on the pair, if any"""
+    """what: the payments of a student, found in payments and purchases · lock: none · index: on the pair, if any"""
     paid, own, same = tables.payments, tables.purchases, tables.ids.student_id
     of_rows = select(paid.c.id, paid.c.created_at).where(is_id(same.paid, paid.c.student_id, student))
     of_purchases = select(own.c.payment_id, own.c.created_at).where(is_bought_id(same, own.c.student_id, student))
@@ -217,7 +216,7 @@ def _read_purchases(session: Session, tables: Tables, *conditions: ColumnElement
 
 
 def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
-    """Put the last two values of a row, the texts of ``folded_pair``, together."""
+    """Combine the last two values of a row (the texts from ``folded_pair``) into one tuple."""
     *values, student, course = row
     return *values, (student, course)
 
@@ -246,7 +245,7 @@ def _read_events(
 def _read_waiting(
     session: Session, outbox: Table, events: Collection[UUID], payments: Collection[UUID]
 ) -> list[WaitingEvent]:
-    """what: events in the outbox · lock: none · index: event_id; by payment, all events are read"""
+    """what: events in the outbox · lock: none · index: event_id; a search by payment reads all events"""
     named = payload.payment_id_text(outbox)
     of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
     columns = [
@@ -263,7 +262,7 @@ def _read_waiting(
 
 
 def _read_marks(session: Session, marks: Table, events: Collection[UUID], payments: Collection[UUID]) -> list[MarkRow]:
-    """what: marks · lock: none · index: event_id; by payment, all marks are read"""
+    """what: marks · lock: none · index: event_id; a search by payment reads all marks"""
     columns = [marks.c[key] for key in ("event_id", "event_type", "outcome", "payment_id")]
     times = [readable(marks.c[key]) for key in ("processed_at", "recovered_at")]
     of_them = or_(marks.c.event_id.in_(events), marks.c.payment_id.in_(payments))

@@ -39,7 +39,7 @@ class Status:
     """The tables that our migrations did not create."""
     concerns: Sequence[SchemaProblem]
     set_aside: Mapping[int, str] = field(default_factory=dict)
-    """The events (``outbox.id``) that workers have set aside, each with the refusal of the database."""
+    """The events (``outbox.id``) that workers have excluded from claims, each with the refusal of the database."""
 
     def metrics(self) -> dict[str, float]:
         """Return each counter and each gauge.

@@ -23,7 +23,7 @@ from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.queries import database_time, is_succeeded
 
 _PATIENCE_SECONDS = 3600.0
-"""The deadline of the statement that groups all purchases, if the usual deadline was too short."""
+"""The deadline for the second try of the statement that groups all purchases. The first try has the usual deadline."""
 _SOON = literal(timedelta(hours=1))
 
 
@@ -36,12 +36,13 @@ class AuditReport:
     pairs_twice_active: Sequence[DoubledPair]
     """Pairs of student and course that have more than one active purchase."""
     cannot_be_judged: Sequence[UnjudgedPayment]
-    """Succeeded payments with a value that prevents a judgement, for example without a student."""
+    """Succeeded payments that fit no class because of a value, for example because their student is NULL."""
     unknown_statuses: Mapping[str, int]
     """The number of payments for each status that the worker does not know. The audit does not classify these
     payments."""
     dated_ahead: int
-    """The number of succeeded payments dated more than an hour in the future. The audit does not classify them."""
+    """The number of succeeded payments dated more than an hour in the future. The audit does not classify these
+    payments."""
 
     @property
     def ok(self) -> bool:
@@ -55,9 +56,9 @@ class AuditReport:
 
 
 class Audit:
-    """Classifies every succeeded payment that was created before the audit began, and finds pairs active twice.
+    """Classifies every succeeded payment that was created before the audit began. Changes nothing.
 
-    Changes nothing.
+    Also finds pairs of student and course that have more than one active purchase.
     """
 
     def __init__(self, database: Database, tables: Tables, scan: PaymentScan, dated_ahead: int) -> None:
@@ -95,9 +96,10 @@ class Audit:
         )
 
     def _doubled_pairs(self) -> Sequence[DoubledPair]:
-        """Find pairs that are active twice. If the statement exceeds the deadline, repeat it with a longer one.
+        """Find pairs that are active twice. If the statement exceeds the deadline, repeat it with a longer deadline.
 
-        The statement groups all active purchases. Without an index on the pair, it sorts them, and cannot be divided.
+        The statement groups all active purchases. Without an index on the pair, PostgreSQL must sort all of them, and
+        the statement cannot be divided into shorter ones.
         """
         try:
             return _doubled_pairs(self._database, self._tables)

@@ -43,10 +43,10 @@ from outbox_worker.store.payment_classes import RECENT, PaymentClass
 from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
-"""How many times the backfill, at its end, retries the payments whose pair was locked by another transaction."""
+"""How many times the backfill, at its end, retries the payments whose pair another transaction has locked."""
 _ROUND_SECONDS = 0.5
 _ROUNDS_SECONDS = 60.0
-"""The time after which no other round begins. Each blocked payment may wait for a lock in each round."""
+"""After this time, no other round of retries begins, because each round may wait for many locks."""
 _BEAT_SECONDS = 5.0
 
 
@@ -77,11 +77,11 @@ class Counts:
     recovered: PaymentTotals = field(default_factory=PaymentTotals)
     """The payments of ``made`` that had an earlier purchase, which was deleted."""
     explained: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments that were owed a purchase during the scan, but not when the backfill checked them again."""
+    """Payments that were owed a purchase during the scan, but no longer when the backfill checked them again."""
     contended: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments whose purchase the database refused, or did not write without an error."""
+    """Payments whose purchase the database refused with an error, or silently did not write."""
     withheld: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair has an older unexplained payment outside the range, which is owed the purchase."""
 
@@ -114,7 +114,8 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 class BackfillReport:
     """The result of a backfill.
 
-    If it continued a killed backfill, the counts include the killed backfill's work; all other fields do not.
+    If this backfill continued a killed one, the counts include the work of both. All other fields describe only the
+    work of this process.
     """
 
     dry_run: bool
@@ -135,8 +136,8 @@ class BackfillReport:
     def ok(self) -> bool:
         """Return whether every owed purchase was made and every payment was judged. Return True for every dry run.
 
-        A withheld payment does not count, because the older payment of its pair is owed the purchase, and the operator
-        has excluded that payment from the range.
+        A withheld payment does not make the result False: the purchase is owed to an older payment of its pair, which
+        the operator has excluded from the range.
         """
         return self.dry_run or not (self.made.contended or self.made.refused or self.cannot_be_judged)
 
@@ -202,7 +203,7 @@ class Backfill:
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
         oldest, self._duplicates = choose_owed(totals.unexplained)
         self._made.withheld = self._forecast_withheld(oldest)
-        self._is_cursor_held = bool(self._made.withheld)  # a backfill that continues this one finds them again
+        self._is_cursor_held = bool(self._made.withheld)  # a continued backfill must find them again
         behind = {payment.payment_id for payment in self._made.withheld}
         self._owed = [payment for payment in oldest if payment.payment_id not in behind]
         if self._scan.order == ("id",):
@@ -257,7 +258,7 @@ class Backfill:
         now = " now" if self._continued else ""
         raise Refused(
             f"A purchase is owed for {count_of(owed.count, 'payment')} ({money}), but --max-repairs allows {most:,}. "
-            f"Nothing was made{now}. List them with --dry-run; if they are right, pass --max-repairs {owed.count}."
+            f"Nothing was made{now}. List them with --dry-run. If they are right, pass --max-repairs {owed.count}."
         )
 
     def _make(self, run: UUID, progress: Throttle) -> None:
@@ -289,8 +290,8 @@ class Backfill:
     def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
         """Save cursor and counts in the transaction that writes the purchases.
 
-        The cursor stays before the first payment whose pair was locked. So a backfill that continues this one finds the
-        payment again.
+        The cursor stays before the first payment whose pair was locked. So a backfill that continues this one tries
+        that payment again.
         """
         self._is_cursor_held = self._is_cursor_held or bool(result.contended)
         if not self._is_cursor_held:
@@ -299,14 +300,14 @@ class Backfill:
         self._runs.advance(session, run, counts.written(), self._cursor)
 
     def _left(self, payments: Sequence[FoundPayment]) -> dict[str, Any]:
-        """Return the counts and sums of the payments that stay unexplained, for the gauges."""
+        """Return the counts and sums of the payments that stay unexplained, which the worker shows as metrics."""
         edge = self.range.before - RECENT
         return written_left(
             PaymentTotals.of(payments), PaymentTotals.of(each for each in payments if each.is_since(edge))
         )
 
     def _paced(self, progress: Throttle) -> Throttle:
-        """Return a throttle that sleeps if the scan exceeds ``max_rate``, and writes a heartbeat every few seconds."""
+        """Return a throttle that sleeps if the scan exceeds ``max_rate``, and writes heartbeats to the database."""
 
         def throttle(passed: int, seconds: float) -> bool:
             progress(passed, seconds)

@@ -1,8 +1,8 @@
-"""Lists duplicates: payments for a course that the student already has by another active purchase, paid or a gift.
+"""Lists duplicates: payments for a course that the student already has, because another purchase is active.
 
-The shop must refund a duplicate only if the payment of the other purchase is not refunded. If the shop refunded both
-payments, the student would lose the course. A duplicate is no longer listed after it is refunded, or after the other
-purchase becomes inactive. The list is computed on each call; no table stores it.
+The other purchase is paid or a gift. The shop must refund a duplicate only if the payment of the other purchase is not
+refunded. If the shop refunded both payments, the student would lose the course. A duplicate disappears from the list
+when it is refunded, or when the other purchase becomes inactive. No table stores the list.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outbox_worker.store.queries import database_time, has_status
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
-"""The largest number of duplicates in one statement that reads their other purchases."""
+"""The largest number of duplicates for which one statement reads the other purchases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ class Duplicate:
     held_by: UUID | None
     """The payment of the other purchase. None: the other purchase is a gift."""
     held_since: datetime | None
-    """None if Python cannot represent the time, or if the purchase has none."""
+    """When the other purchase was made. None if it has no time, or a time that Python cannot represent."""
     is_holder_refunded: bool
-    """Whether the payment of the other purchase is refunded. If so, the worker that settles the refund event makes a
-    purchase for the duplicate, so the duplicate must not be refunded."""
+    """Whether the payment of the other purchase is refunded. If so, the duplicate must not be refunded, because it gets
+    the purchase when a worker settles the refund event."""
 
 
 def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:

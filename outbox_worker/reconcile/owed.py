@@ -1,8 +1,8 @@
 """Makes owed purchases: locks the pairs, checks the payments again, and writes purchases and marks in one transaction.
 
-Each transaction handles at most ``CHUNK`` payments and uses the daemon's repository and guard. If a transaction fails
-because of its payments or of a lock, its payments are split in halves and retried, until each payment that the database
-refuses, or that another transaction blocks, is alone in its transaction.
+Each transaction handles at most ``CHUNK`` payments and uses the daemon's statements and guard against duplicates. If a
+transaction fails because of a payment or a lock, each half of its payments is tried again in its own transaction. In
+the end, each payment that the database refuses, or that another transaction blocks, is alone in its transaction.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from outbox_worker.store.payment_classes import PaymentClass, portion_statement
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
 
 CHUNK = 500
-"""The largest number of payments in one transaction."""
+"""The largest number of payments in one transaction, which locks the pair of each payment until COMMIT."""
 _ATTEMPTS = 8
 _LOCK_SECONDS = 1.0
-"""How long a statement waits for a lock. The wait is short, because each half of a blocked part waits again."""
+"""How long a statement waits for a lock. The time is short, because each half of a blocked part waits again."""
 _BLOCKED_IN_A_ROW = 10
-"""The number of parts in a row that were blocked, after which a blocked part is not halved any more.
+"""After this many blocked parts in a row, a blocked part of the payments is not halved any more.
 
-Another transaction then probably locks a whole table, and each half would wait as long again.
+Another transaction then probably locks a whole table, and each half would wait for the same lock.
 """
 _DIVIDED = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR, Failure.RETRY)
-"""The classes of failure after which a part is halved, because one of its payments may be the cause."""
+"""The classes of failure after which a part of the payments is halved, because one payment may be the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ class BackfillResult:
     purchase needs."""
     refused: list[Refusal] = field(default_factory=list)
     withheld: list[FoundPayment] = field(default_factory=list)
-    """Payments whose purchase was not made, because an older payment of their pair is unexplained, too, but the scan
-    did not read it."""
+    """Payments whose purchase was not made, because an older unexplained payment of their pair is owed the purchase.
+    The scan did not read that older payment."""
 
     @property
     def purchases(self) -> list[FoundPayment]:
@@ -103,7 +103,7 @@ class BackfillResult:
 
 
 def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
-    """Return two lists: the oldest payment of each pair (it is owed a purchase), and all other payments.
+    """Return two lists: the oldest payment of each pair (which is owed a purchase), and all other payments.
 
     The payments of the second list are duplicates.
     """
@@ -123,8 +123,8 @@ def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""A function that is called before each COMMIT, with the session, the payments and the result of this transaction. The
-function may write to the database, too."""
+"""A function that ``OwedPurchases.make`` calls before each COMMIT, with the session, the payments and the result of the
+transaction. The function may write to the database, too."""
 
 
 class OwedPurchases:
@@ -170,7 +170,7 @@ class OwedPurchases:
     def withheld(self, owed: Sequence[FoundPayment]) -> list[FoundPayment]:
         """Return the payments whose pair has an older unexplained payment that the scan did not read.
 
-        Without the pairs' locks, the result is only a forecast. ``make`` looks again.
+        The result is only a forecast, because this method does not lock the pairs. ``make`` checks again.
         """
         found: list[FoundPayment] = []
         for start in range(0, len(owed) if self._looks_for_older else 0, CHUNK):
@@ -183,8 +183,8 @@ class OwedPurchases:
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
         """Make one purchase for each payment. Yield the result of each transaction after its COMMIT.
 
-        No two payments may have the same pair. If another transaction locks a row that a purchase needs, its payment is
-        contended. Raises a database error if neither single payments nor locks caused it.
+        No two payments may have the same pair. If another transaction locks a row that a purchase needs, the result
+        lists the payment as contended. Raises every database error that no payment and no lock has caused.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
@@ -256,7 +256,7 @@ class OwedPurchases:
         return {key for key, payment_id in oldest.items() if payment_id not in (None, owed[key].payment_id)}
 
     def _still_unexplained(self, session: Session, batch: Batch) -> Batch:
-        """Return the events whose payments are still unexplained, by a snapshot that is newer than the locks."""
+        """Return the events whose payments are still unexplained. Call this method after locking the pairs."""
         if not batch:
             return batch
         values = {"ids": batch.payment_ids, "lists": True, "since": None, "before": None}
@@ -267,12 +267,12 @@ class OwedPurchases:
         return batch.only(key for key in batch if batch[key].payment_id in unexplained)
 
     def _judge(self, session: Session, batch: Batch) -> Verdicts:
-        """Judge the payments by the worker's rules."""
+        """Decide the outcome of each payment by the worker's rules."""
         seen = self._repository.look(session, batch, self._policy) if batch else {}
         return {key: decide(event_facts.facts) for key, event_facts in seen.items()}
 
     def _grant(self, session: Session, batch: Batch, verdicts: Verdicts, guard: GuardState) -> dict[int, Outcome]:
-        """Create the purchases that the verdicts allow, write marks, and close the payments' dead letters."""
+        """Create the purchases that the outcomes in ``verdicts`` allow, write marks, and close dead letters."""
         grants = batch.only(key for key in batch.ids if key in verdicts and verdicts[key].outcome in GRANTS)
         written = self._repository.insert_granted(session, grants, guard) if grants else set()
         if not written:
@@ -288,7 +288,7 @@ class OwedPurchases:
 
 
 def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
-    """Return the planner settings that ``plans`` switches off, with the value ``on``."""
+    """Return settings that switch on every planner method that ``plans`` switches off."""
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 
@@ -311,7 +311,7 @@ def _refused(part: Sequence[FoundPayment], error: DBAPIError | Inconsistent) -> 
 
 
 def _why_not(verdict: Verdict | None) -> str:
-    """Return why a payment got no purchase although nothing explains it: a rule of ``decide``, or a silent database."""
+    """Return why a payment got no purchase: the reason from ``decide``, or that the database wrote nothing."""
     return NOT_WRITTEN if verdict is None or verdict.reason is None else f"{verdict.reason}: {verdict.detail}"
 
 
@@ -328,7 +328,7 @@ def _result_of(
 ) -> BackfillResult:
     """Sort the payments by result.
 
-    ``left``: those that are still unexplained after the purchases were written, each with the reason.
+    ``left``: the payments that are still unexplained after the purchases were written, each with the reason.
     """
     result = BackfillResult()
     for key, payment in enumerate(part):

@@ -40,14 +40,13 @@ OLDER_THAN = timedelta(minutes=5)
 FULL_EVERY = timedelta(days=1)
 """The time between two full scans, which read all payments.
 
-All other scans read only payments created after the end of the last full scan's range, or up to ``RECENT`` before this
-end.
+All other scans begin ``RECENT`` before the end of the last full scan's range.
 """
 FUSE = 100
-"""The largest number of purchases to make. If more purchases are owed, the backfill makes none, because a person must
-check them first."""
+"""The largest number of purchases that one periodic backfill makes. If more are owed, the backfill makes no purchase,
+because something may be wrong and a person must check first."""
 _SHARE = 0.1
-"""The largest share of its time that the periodic backfill spends in statements."""
+"""The largest share of its time that the periodic backfill spends in statements, so that claims stay fast."""
 ACTOR = "outbox-worker run"
 _LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
@@ -63,11 +62,11 @@ class Turn:
     carried: PaymentTotals
     """The unexplained payments of the last full scan that are older than the range of this scan."""
     may_make: bool
-    """Whether this backfill may make purchases. If not, it only reports unexplained payments."""
+    """Whether this backfill may make purchases. Otherwise this backfill only reports unexplained payments."""
 
 
 class PeriodicBackfill:
-    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker of a database runs each backfill."""
+    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker per database runs each backfill."""
 
     def __init__(
         self,
@@ -88,13 +87,13 @@ class PeriodicBackfill:
     def run(self) -> bool:
         """Run until ``stop`` is set. Report each failure and try again."""
         asks = min(60.0, self._every.total_seconds() / 10)
-        while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - spread, not secrecy
+        while not self._stop_serving.wait(asks * random.uniform(0.5, 1)):  # noqa: S311 - not for secrets
             wait_out_outage(self.run_once, self._stop_serving, self._on_trouble)
         self._database.close()
         return True
 
     def run_once(self) -> bool:
-        """Run one backfill if one is due and no other worker runs it. Return whether this worker ran it."""
+        """If a backfill is due and no other worker runs it, run it. Return whether this worker ran the backfill."""
         with self._database.transaction() as session:
             turn = self._begin(session) if self._runs.take_periodic_turn(session, self._every) else None
         if turn is None:
@@ -147,7 +146,7 @@ class PeriodicBackfill:
         return False
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
-        """Report the unexplained payments, and make their purchases if this turn may make them."""
+        """Report the unexplained payments, and make their purchases if this backfill may make purchases."""
         if totals.cannot_be_judged:
             self._telemetry.payments_not_judged(len(totals.cannot_be_judged))
         unexplained = totals.value(PaymentClass.UNEXPLAINED)

@@ -1,8 +1,8 @@
 """A scan reads the payments page by page, in the order of a key, and classifies each payment.
 
-Most payments have a purchase. The statement of a page classifies these payments by indexes. All other payments of the
-pages are collected into portions. The statement of a portion also checks dead letters and marks, and reads the outbox
-once. A statement that exceeds the statement deadline is repeated with half as many payments.
+Most payments have a purchase. The first statement reads one page and classifies these payments by indexes. The scan
+collects all other payments into portions. The second statement classifies one portion: it also checks dead letters and
+marks, and reads the outbox once. If a statement exceeds its deadline, the scan repeats it with half as many payments.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from outbox_worker.store.payment_classes import (
 )
 
 STATEMENT_SECONDS = 30.0
-"""The statement deadline of commands that scan all payments."""
+"""The deadline for each statement of a command that scans all payments. Such statements may read many rows."""
 
 PAGE_FIRST = 1_000
-"""The number of payments in the first page. How long a page took determines the size of the next page."""
+"""The number of payments in the first page. The duration of each page determines the size of the next page."""
 
 PAGE_MAX = 50_000
 
@@ -59,7 +59,7 @@ AHEAD_MAX = 10_000
 """The largest number of payments dated in the future that a scan lists."""
 
 LEAST = 50
-"""A page or portion of this size or less is not halved. If its statement is too slow, the scan fails."""
+"""A scan does not halve a page or portion of this size or less. If the statement is still too slow, the scan fails."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -68,12 +68,11 @@ _BY_INDEX: Mapping[str, str] = {
     "jit": "off",
     "max_parallel_workers_per_gather": "0",
 }
-"""Planner settings that force PostgreSQL to read a page in index order, and to read the outbox once into a hash
-table."""
+"""Planner settings that make PostgreSQL read a page in index order, and read the outbox once into a hash table."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
-"""Memory for a hash table of all purchases. PostgreSQL builds it if no indexes find purchases by payment and by
-pair."""
+"""Planner settings that give PostgreSQL memory for a hash table of all purchases. PostgreSQL builds this table if no
+indexes find purchases by payment and by pair."""
 
 QUERY_CANCELED = "57014"
 
@@ -105,7 +104,7 @@ class ScanLimits:
     """Limits for one statement of a scan."""
 
     target_seconds: float = 1.0
-    """How many seconds the statement of a page should take. The scan adjusts page sizes to this."""
+    """How many seconds the statement of a page should take. The scan adjusts the page size to reach this time."""
     page_max: int = PAGE_MAX
     """The largest number of payments in a page."""
     portion: int = PORTION
@@ -117,7 +116,7 @@ class ScanPaths:
     """The indexes of this database that a scan can use."""
 
     order: tuple[str, ...]
-    """The columns by which the scan orders the payments: ``created_at, id``, or ``id`` alone."""
+    """The columns by which the scan orders the payments: ``created_at`` and ``id``, or ``id`` alone."""
     by_index: bool
     """Whether indexes find a purchase by its payment and by its pair. If not, PostgreSQL reads all purchases into a
     hash table."""
@@ -129,7 +128,7 @@ class ScanPaths:
 
 
 class Throttle(Protocol):
-    """A function that a scan calls after each statement. It may sleep."""
+    """A function that a scan calls after each statement. The function may sleep."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
         """Return whether the scan continues. ``passed``: payments read so far. ``seconds``: time of the statement."""
@@ -146,10 +145,9 @@ class ScanTotals:
     recent: PaymentTotals = field(default_factory=PaymentTotals)
     """The count and sums of the unexplained payments that were created in the last hour of the range."""
     unexplained: list[FoundPayment] = field(default_factory=list)
-    """The unexplained payments, one by one. The list is incomplete if there are more than the limit ``lists`` of
-    ``PaymentScan``."""
+    """The unexplained payments, one by one. The list ends soon after the limit ``lists`` of ``PaymentScan``."""
     duplicates: list[FoundPayment] = field(default_factory=list)
-    """The duplicates, one by one. The list is empty unless the scan has ``lists_duplicates``."""
+    """The duplicates, one by one. The list is empty if the scan does not list duplicates."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
     cannot_be_judged: list[UnjudgedPayment] = field(default_factory=list)
     unknown_statuses: Counter[str] = field(default_factory=Counter)
@@ -173,7 +171,7 @@ class ScanTotals:
                 listed.append(_found(row))
 
     def add_ahead(self, row: Row[Any]) -> None:
-        """Add a payment that is dated in the future, unless it is explained."""
+        """Add a payment that is dated in the future, if it is unexplained or cannot be judged."""
         if row.kind == CANNOT_BE_JUDGED:
             self.cannot_be_judged.append(_unjudged(row, row.reason))
         elif row.kind == PaymentClass.UNEXPLAINED:
@@ -188,8 +186,8 @@ class PaymentScan:
 
     Counts and sums include every payment of the range, even payments that are not listed one by one. ``lists``: about
     how many unexplained payments to list (None: all). ``lists_duplicates``: whether to list duplicates, too.
-    ``looks_ahead``: whether to list the payments without an explanation that are dated after the range in the future,
-    because no later scan reads them for years.
+    ``looks_ahead``: whether to list unexplained payments that are dated in the future, after the end of the range.
+    Otherwise no scan reads them before that date, perhaps for years.
     """
 
     def __init__(
@@ -262,7 +260,7 @@ class PaymentScan:
             after = rows[0].last
 
     def _look_again(self, ids: Sequence[str], throttle: Throttle) -> bool:
-        """Classify payments without a purchase. If a statement is too slow, repeat it for each half of its payments.
+        """Classify payments without a purchase. If a statement is too slow, run it again for each half of its payments.
 
         Return False if ``throttle`` ended the scan.
         """
@@ -281,7 +279,7 @@ class PaymentScan:
         return True
 
     def _look_ahead(self, throttle: Throttle) -> bool:
-        """List the payments without an explanation that are dated in the future. Return False if ``throttle`` ended."""
+        """List unexplained payments that are dated in the future. Return False if ``throttle`` ended the scan."""
         if self._ahead is None:
             return True
         began = time.monotonic()
@@ -320,7 +318,7 @@ def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
 def _half(size: int, error: DBAPIError) -> int:
     """Return half the size if the statement was cancelled because it took too long.
 
-    Raises any other error. If the size is already ``LEAST``, raises every error.
+    Raise ``error`` if it has another cause, or if ``size`` is already ``LEAST``.
     """
     if sqlstate(error) != QUERY_CANCELED or size <= LEAST:
         raise error

@@ -142,8 +142,8 @@ def test_blanks_and_signs_in_names_and_parameters(scheme: str, written: str, rea
         ("a:1,b:0/d", "the port must be from 1 to 65535"),
         ("a:1,b:x/d", "the port must be from 1 to 65535"),
         ("/d?port=x", "the port must be from 1 to 65535"),
-        ("/d?host=a,b&port=1", "name as many ports as hosts, or none"),
-        ("/d?host=a&host=b&port=1,2,3", "name as many ports as hosts, or none"),
+        ("/d?host=a,b&port=1", "give one port for each host, or no port"),
+        ("/d?host=a&host=b&port=1,2,3", "give one port for each host, or no port"),
         ("a,[::1/d", "not a URL"),
     ],
 )

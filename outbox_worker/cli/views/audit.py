@@ -70,7 +70,7 @@ def _print_doubled(found: Sequence[DoubledPair], limit: int) -> None:
 
 
 def next_steps(report: AuditReport) -> list[list[str]]:
-    """Return the commands to run next. They depend on the audit's result."""
+    """Return the commands to run next, which depend on the audit's result."""
     steps = []
     if report.unexplained:
         steps.append(["backfill", "--dry-run"])

@@ -60,11 +60,11 @@ def _rows(report: BackfillReport) -> list[tuple[object, ...]]:
     meanings = {
         "owed": "paid, and no purchase was ever made",
         "made": "the purchase was made now",
-        "recovered": "of these, made by an earlier backfill but deleted since",
+        "recovered": "of these, an earlier backfill made the purchase, but it was deleted",
         "duplicates": "paid again for the same course: no purchase made",
         "withheld": "an older payment of the pair lies outside the range: no purchase made",
-        "explained": "settled by somebody else after the scan",
-        "contended": "another transaction keeps student and course, or a row, locked",
+        "explained": "settled by another process after the scan",
+        "contended": "another transaction holds a lock that the purchase needs",
         "refused": "the database refused the purchase, or did not write it",
     }
     shown = {name: getattr(counts, name) for name in meanings}

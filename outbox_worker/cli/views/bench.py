@@ -63,7 +63,7 @@ def print_bench(report: BenchReport) -> None:
     )
     terminal.line(
         f"\nA full batch of one loop needs {found['statements_per_batch']:.1f} round trips, including BEGIN and COMMIT."
-        f"\nA worker starts in {found['start_up_ratio']:.1f} times the time of importing SQLAlchemy and psycopg."
+        f"\nA worker needs {found['start_up_ratio']:.1f} times as long to start as to import SQLAlchemy and psycopg."
     )
     if report.latencies:
         terminal.columns(

@@ -25,7 +25,7 @@ _OCCASIONS = {
     Occasion.REQUEUED: "if it is requeued",
     Occasion.DELIVERED: "if it is delivered again",
     Occasion.BACKFILL: "by a backfill",
-    Occasion.NEVER: "and later: workers do not claim events of this type, or without a due time, id or type",
+    Occasion.NEVER: "and later: workers do not claim events of this type, or events without due time, id or type",
 }
 
 
@@ -87,7 +87,7 @@ def print_explanation(found: Explanation) -> None:
             terminal.line("")
         show()
     if found.has_more:
-        terminal.line("\nThe student has more payments. To see another one, give its id.", "yellow")
+        terminal.line("\nThe student has more payments. To see another payment, give its id.", "yellow")
 
 
 def _print_gift(gift: PurchaseRow) -> None:
@@ -102,12 +102,13 @@ def _print_story(story: PaymentStory) -> None:
     _print_predictions(story.predictions)
     if sum(each.verdict.writes for each in story.predictions) > 1:
         terminal.line(
-            "\nEach prediction ignores the other events: only the first event to be settled makes the purchase.", "dim"
+            "\nEach prediction ignores the other events. Only the event that is settled first makes the purchase.",
+            "dim",
         )
 
 
 def next_steps(found: Explanation) -> list[list[str]]:
-    """Return the commands to run next. They depend on the payments' classes and dead letters."""
+    """Return the commands to run next, which depend on the payments' classes and dead letters."""
     steps = [["backfill", "--dry-run"]] if any(s.kind == PaymentClass.UNEXPLAINED for s in found.stories) else []
     letters = [each for s in found.stories for each in s.traces if isinstance(each, DeadLetter)]
     opened = [each for each in letters if each.state == DeadLetterState.OPEN]

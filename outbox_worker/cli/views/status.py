@@ -13,7 +13,7 @@ from outbox_worker.model import Outcome
 from outbox_worker.store.workers import WorkerRow
 
 _SHOWN = 5
-"""The largest number of ids that are shown of the events that are set aside for one cause."""
+"""For each cause, ``status`` shows at most this many ids of the events that workers have set aside."""
 
 
 def print_status(now: Status) -> None:
@@ -54,7 +54,7 @@ def print_status(now: Status) -> None:
 
 
 def _set_aside(now: Status) -> list[tuple[str, str]]:
-    """Return a fact for each refusal because of which events are set aside, with the ids of some of these events."""
+    """Return one line for each refusal of the database, with the ids of events that are set aside because of it."""
     by_refusal: dict[str, list[str]] = {}
     for key, refusal in now.set_aside.items():
         by_refusal.setdefault(refusal, []).append(str(key))

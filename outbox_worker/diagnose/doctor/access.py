@@ -1,4 +1,4 @@
-"""Checks that the role has exactly the privileges that a worker needs, and that row security hides no rows from it."""
+"""Checks whether the role has exactly the privileges that it needs, and whether row security hides rows from it."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ _COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DE
 
 
 def grants(subject: Subject) -> Iterator[Finding]:
-    """Report the privileges that the role lacks, and those that a worker's role does not need.
+    """Report the privileges that the role lacks, and the privileges that a worker's role has but does not need.
 
-    A role that is not the worker's is not told to get the worker's privileges.
+    For the role of an operator or a reader, report only missing privileges that the commands of this role need.
     """
     session, tables, kind = subject.session, subject.tables, subject.kind_of_role()
     elsewhere = find_problems(session, tables, STRUCTURE)
@@ -81,7 +81,7 @@ def grants(subject: Subject) -> Iterator[Finding]:
     if is_list_closed(session, tables.outbox):
         name = relation_name(ownership_list(tables.outbox))
         yield warning(
-            f"{subject.role} may not read {name}, so only the comments of tables tell which tables are ours",
+            f"{subject.role} may not read {name}, so only the comments of tables show which tables migrate created",
             "run deploy/grants.sql again, as after every migrate; or as its owner: "
             f"GRANT SELECT ON {name} TO {subject.role};",
         )
@@ -162,7 +162,7 @@ def _through_policies(subject: Subject, table: Table, commands: Collection[str])
 
 
 def _policy_for(name: str, role: str, commands: Collection[str]) -> str:
-    """Return the policy that shows all rows. A role that only reads gets a policy that only lets it read."""
+    """Return the statement that creates a policy for all rows. If the role only reads, the policy allows only reads."""
     if set(commands) == {"SELECT"}:
         return f"CREATE POLICY outbox_reader ON {name} FOR SELECT TO {role} USING (true);"
     return f"CREATE POLICY outbox_worker ON {name} TO {role} USING (true) WITH CHECK (true);"

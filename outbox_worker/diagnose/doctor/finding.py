@@ -42,7 +42,7 @@ class Subject:
     database: Database
 
     def present(self) -> dict[str, Table]:
-        """Return the tables that exist. Each key is the table's role, for example ``outbox``."""
+        """Return the tables that exist. Each key is the table's default name, for example ``outbox``."""
         return {key: table for key, table in self.tables.by_role().items() if exists(self.session, table)}
 
     @property
@@ -51,11 +51,14 @@ class Subject:
         return role_name(self.session)
 
     def kind_of_role(self) -> RoleKind:
-        """Return what the session's role is for. A role of no kind is taken for a worker's that lacks something."""
+        """Return the kind of the session's role: worker, operator or reader.
+
+        If the role fits no kind, treat it as a worker's role that lacks privileges.
+        """
         return kind_of_role(self.session, self.present()) or RoleKind.WORKER
 
     def is_of_a_worker(self) -> bool:
-        """Return whether the session's role is the worker's. If not, its parameters and limits are not the worker's."""
+        """Return whether the role is a worker's. Parameters and limits of any other role say nothing about workers."""
         return self.kind_of_role() is RoleKind.WORKER
 
 

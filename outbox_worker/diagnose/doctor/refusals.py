@@ -1,4 +1,4 @@
-"""Checks of what makes the database refuse or swallow the worker's writes, row by row."""
+"""Checks for causes that make the database refuse the worker's writes, or ignore them without an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COMMANDS: Mapping[str, Sequence[str]] = {
     "processed_events": ("INSERT",),
     "dead_letters": ("INSERT", "UPDATE"),
 }
-"""The commands of the worker on each table whose rows it writes."""
+"""The SQL commands with which the worker writes each table."""
 
 # what: whether UPDATE or DELETE on a table fails, because a publication has the table and no key identifies its rows
 # lock: none · index: the catalogue's own
@@ -40,7 +40,7 @@ _UNIDENTIFIED = text(
     """
 )
 
-# what: the value that a sequence gives next, or NULL if the role may not see it · lock: none
+# what: the last value that a sequence gave, or NULL if there is none or the role may not see it · lock: none
 # index: the catalogue's own
 _LAST_VALUE = text(
     "SELECT last_value FROM pg_sequences"
@@ -49,7 +49,7 @@ _LAST_VALUE = text(
 
 
 def set_aside(subject: Subject) -> Iterator[Finding]:
-    """Report the events that workers have set aside, and what the database has against their rows."""
+    """Report the events that workers have set aside (excluded from claims), and why the database refuses them."""
     by_refusal: dict[str, list[str]] = {}
     for key, refusal in read_set_aside(subject.session, subject.tables).items():
         by_refusal.setdefault(refusal, []).append(str(key))
@@ -64,7 +64,7 @@ def set_aside(subject: Subject) -> Iterator[Finding]:
 
 
 def swallowed(subject: Subject) -> Iterator[Finding]:
-    """Report triggers and rules that make a write of the worker change no row, without an error."""
+    """Report triggers and rules because of which a write of the worker changes no row and raises no error."""
     clean = True
     for role, table in subject.present().items():
         for command in _COMMANDS.get(role, ()):
@@ -73,18 +73,18 @@ def swallowed(subject: Subject) -> Iterator[Finding]:
                     clean = False
                     yield _swallower(table, command, str(each), lets_none_through=each.lets_none_through)
     if clean:
-        yield ok("no trigger or rule makes the worker's writes change no row")
+        yield ok("no trigger or rule suppresses the worker's writes")
 
 
 def _swallower(table: Table, command: str, named: str, *, lets_none_through: bool) -> Finding:
     name = relation_name(table)
     if lets_none_through:
         return problem(
-            f"{named} on {name} swallows {command}: no row changes, and the worker settles nothing",
+            f"{named} on {name} swallows {command}: no row changes, so the worker settles no event",
             f"let {named} pass the rows on (RETURN OLD for DELETE, RETURN NEW otherwise), or remove it",
         )
     return warning(
-        f"{named} on {name} may swallow {command} for some rows; the worker sets events aside whose rows cannot change",
+        f"{named} on {name} may swallow {command} for some rows; the worker then stops claiming these events",
         f"check that {named} passes on every row that the worker writes",
     )
 
@@ -116,7 +116,7 @@ def sequences_behind(subject: Subject) -> Iterator[Finding]:
             if isinstance(largest, int | Decimal) and given is not None and largest > given:
                 clean = False
                 yield problem(
-                    f"{sequence} is behind: it gave {given}, but {relation_name(table)} has {column} {largest}",
+                    f"{sequence} is behind: its value is {given}, but {relation_name(table)} has {column} {largest}",
                     f"as its owner: {set_sequence(table, column, sequence)}",
                 )
     if clean:

@@ -27,10 +27,10 @@ Look = Callable[[Subject], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check. It cannot run if a table whose role is in ``needs`` is missing.
+    """A check of the doctor. ``needs`` contains the tables without which the check cannot run, such as ``outbox``.
 
-    Most checks are about the tables, which a standby has, too. If ``is_of_primary`` is true, the check is about
-    the server on which workers run, so it cannot run on a standby.
+    Most checks are about the tables, which a standby has, too. If ``is_of_primary`` is true, the check is about the
+    primary server, so the doctor does not run it on a standby.
     """
 
     look: Look
@@ -83,7 +83,7 @@ class Diagnosis:
 class Report:
     checks: Sequence[Diagnosis]
     standby: Standby | None = None
-    """How up to date the server is, if it is a standby."""
+    """How far the server is behind its primary. None: the server is not a standby."""
 
     @property
     def ok(self) -> bool:

@@ -24,7 +24,7 @@ _TRIED = range(15, 19)
 _ROUNDS = 5
 _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
-"""An idle_session_timeout of fewer seconds would close connections that are idle between two events."""
+"""The smallest harmless idle_session_timeout, in seconds. A shorter value closes connections that wait for events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
 """The values of ``pg_settings.source`` for a parameter that is set for one role only."""
 _OF_ANOTHER_ROLE = (
@@ -118,7 +118,7 @@ def durability(subject: Subject) -> Iterator[Finding]:
 
 
 def encoding(subject: Subject) -> Iterator[Finding]:
-    """Check whether the encoding of the database has all characters, and whether its texts can be read."""
+    """Check whether the encoding of the database can store all characters and guarantees readable texts."""
     name: str = subject.session.scalars(_ENCODING).one()
     if name == SQL_ASCII:
         yield warning(
@@ -133,7 +133,7 @@ def encoding(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Check synchronous_commit. The value off is safe only for the worker's role (docs/explanation/decisions/010)."""
+    """Check synchronous_commit, which may be off only for the worker's role (docs/explanation/decisions/010)."""
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.is_of_one_role and not subject.is_of_a_worker():
         yield unseen(*_OF_ANOTHER_ROLE)
@@ -144,13 +144,13 @@ def synchronous_commit(subject: Subject) -> Iterator[Finding]:
     else:
         yield problem(
             f"off for all roles (source: {found.source}): a crash can undo payments that were confirmed to customers",
-            "set it to on for the server and the database; off is safe only for the worker's role "
+            "set synchronous_commit to on for server and database; off is safe only for the worker's role "
             "(docs/explanation/decisions/010)",
         )
 
 
 def time_outs(subject: Subject) -> Iterator[Finding]:
-    """Check the time-outs of the session that the worker does not set itself in each transaction."""
+    """Check the time-outs of the role's sessions, except those that the worker itself sets in each transaction."""
     parameters = _parameters(subject, "transaction_timeout", "idle_session_timeout")
     if not subject.is_of_a_worker() and any(parameter.is_of_one_role for parameter in parameters.values()):
         yield unseen(*_OF_ANOTHER_ROLE)
@@ -170,7 +170,7 @@ def time_outs(subject: Subject) -> Iterator[Finding]:
             f"ALTER ROLE {subject.role} SET idle_session_timeout = 0;",
         )
     if not whole and not 0 < idle < _IDLE_SECONDS:
-        yield ok("no harmful one is set; the worker itself sets those for statements, locks and idle transactions")
+        yield ok("no harmful time-out is set; the worker itself sets those for statements, locks and idle transactions")
 
 
 def clock(subject: Subject, now: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -227,7 +227,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
         yield ok(f"{evidence}; the pooler needs fewer connections to the server")
     elif needed > room:
         more = _more_connections(subject, room, limits[0], of_role)
-        yield problem(f"{evidence}: not enough", f"fewer workers, lower OUTBOX_CONCURRENCY, a pooler, or {more}")
+        yield problem(f"{evidence}: not enough", f"run fewer workers, lower OUTBOX_CONCURRENCY, add a pooler or {more}")
     elif 2 * needed > room:
         more = _more_connections(subject, room, limits[0], of_role)
         yield warning(f"{evidence}: not enough to start new workers before the old ones end", more)
@@ -236,7 +236,7 @@ def connections(subject: Subject) -> Iterator[Finding]:
 
 
 def _more_connections(subject: Subject, room: int, of_server: int, of_role: int) -> str:
-    """Return the remedy for the lowest limit of connections."""
+    """Return the remedy that raises the lowest limit of connections."""
     if room == of_server:
         return "raise max_connections"
     if room == of_role:
@@ -245,10 +245,10 @@ def _more_connections(subject: Subject, room: int, of_server: int, of_role: int)
 
 
 def pooler(subject: Subject) -> Iterator[Finding]:
-    """Check whether there is a pooler, and whether it gives each session its own backend.
+    """Check whether there is a pooler, and whether the pooler gives each session its own backend.
 
-    A pooler reports an invented process id to its clients. In transaction mode, a backend that served one client can
-    serve the transaction of another client while the first client is still connected.
+    A pooler reports an invented process id to its clients. In transaction mode, a backend (a process of the server)
+    that served one client can serve another client while the first client is still connected.
     """
     subject.session.rollback()  # ends the transaction, so that a pooler can give its backend to another client
     engine = subject.database.engine.execution_options(isolation_level="AUTOCOMMIT")

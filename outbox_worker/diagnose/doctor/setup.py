@@ -32,7 +32,7 @@ from outbox_worker.store.ignored import count_ignored
 
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20
-"""A table up to this size, in bytes, needs no index for the worker."""
+"""A table up to this size, in bytes, needs no index for the worker, because reading the whole table is fast."""
 _MIGRATE = "outbox-worker migrate --with unique_index"
 
 # what: the indexes of a table that are not valid, and whether one is being built · lock: none · index: the catalogue's
@@ -59,7 +59,7 @@ _INDEXED = text(
 # what: how large a table is, without its indexes · lock: none
 _SIZE = text("SELECT coalesce(pg_table_size(to_regclass(:relation)), 0)")
 
-# what: the backend that serves a listener, and whether its database has the outbox · lock: none
+# what: the process id of the connection's backend, and whether its database has the outbox · lock: none
 _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
@@ -108,7 +108,7 @@ def event_types(subject: Subject) -> Iterator[Finding]:
 
 
 def guard(subject: Subject) -> Iterator[Finding]:
-    """Report which guard is in force. If it is ``lock``, report duplicates that prevent a unique index."""
+    """Report which guard prevents duplicate purchases. For ``lock``, report duplicates that prevent a unique index."""
     session, tables = subject.session, with_ids_as_found(subject.session, subject.tables)
     if guard_in_force(session, tables) is Guard.INDEX:
         names = ", ".join(pair_indexes(session, tables.purchases))
@@ -133,31 +133,31 @@ def guard(subject: Subject) -> Iterator[Finding]:
 
 
 def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]]) -> tuple[str, str]:
-    """Say why no index of purchases can be the guard. The remedy gives purchases the types of payments."""
+    """Return why no unique index can prevent duplicates, and the remedy: give purchases the id types of payments."""
     name, paid = relation_name(tables.purchases), relation_name(tables.payments)
     own = [(tables.payments.c[key].name, tables.purchases.c[key].name, same) for key, same in loose]
     columns = "; ".join(f"{paid}.{a} is {same.paid}, and {name}.{b} is {same.bought}" for a, b, same in own)
     why = (
-        f"lock: {columns}: payments make more ids equal than purchases do, so a unique index of purchases would allow "
-        "one student two purchases, and each check of a pair reads all purchases"
+        f"lock: {columns}: the types of payments treat more ids as equal than the types of purchases, so a unique "
+        "index would allow one student two purchases of a course, and each check of a pair reads all purchases"
     )
     changes = [f"ALTER COLUMN {quoted(each)} TYPE {same.paid.sql_type}" for _, each, same in own]
     return why, f"as its owner: ALTER TABLE {name} {', '.join(changes)}; then: {_MIGRATE}; then restart the workers"
 
 
 def lock_key(subject: Subject) -> Iterator[Finding]:
-    """Print the key of a pair's lock if it is not the public formula (docs/contract.md), because of the ids' types."""
+    """Report how other programs must lock a student and course, if the formula of docs/contract.md is wrong here."""
     tables = with_ids_as_found(subject.session, subject.tables)
     if tables.ids.has_public_key:
-        yield ok("other programs lock a pair by the public formula")
+        yield ok("other programs lock a pair of student and course by the formula of docs/contract.md")
         return
     paid = tables.payments.alias("p")
     locked = select(func.pg_advisory_xact_lock(pair_key(tables.ids, paid))).where(paid.c.id == UUID(int=0))
     sql = str(locked.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
     types = " and ".join(f"{tables.payments.c[key].name} is {same.paid}" for key, same in tables.ids)
     yield ok(
-        f"{types}: the public formula is not the key of a pair's lock, because equal ids can have different texts; "
-        "other programs must lock a pair by this statement, with the id of their payment",
+        f"{types}: equal ids can have different texts, so the formula of docs/contract.md gives no usable lock key; "
+        "other programs must lock a pair of student and course by this statement, with the id of their payment",
         f"{' '.join(sql.split())};",
     )
 
@@ -165,8 +165,8 @@ def lock_key(subject: Subject) -> Iterator[Finding]:
 def invalid_indexes(subject: Subject) -> Iterator[Finding]:
     """Report indexes whose build failed.
 
-    PostgreSQL does not use such an index for queries, but still updates it on every write. If it is unique, it can
-    still refuse rows.
+    PostgreSQL does not use such an index for queries, but still updates the index on every write. If such an index is
+    unique, it can still refuse rows.
     """
     clean = True
     for table in subject.tables.by_role().values():
@@ -278,14 +278,14 @@ def _hears(subject: Subject) -> Finding:
     if relation is None:
         return warning(f"{what} workers listen on another database", remedy)
     if not is_direct:
-        return warning(f"{what} workers listen through a pooler, which passes on none in transaction mode", remedy)
+        return warning(f"{what} workers listen through a pooler, which drops notifications in transaction mode", remedy)
     return ok("in force: workers are notified when a producer commits an event")
 
 
 def backfill(subject: Subject) -> Iterator[Finding]:
     """Check whether the periodic backfill may make purchases (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
-        yield ok("a backfill was completed by hand, so the periodic one makes the purchases that are owed")
+        yield ok("a backfill was completed by hand, so the periodic backfill makes the purchases that are owed")
     elif not subject.settings.backfill_every_seconds:
         yield ok("the periodic backfill is switched off")
     else:

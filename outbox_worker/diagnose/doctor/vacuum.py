@@ -14,15 +14,15 @@ from outbox_worker.durations import ago, count_of
 from outbox_worker.schema.tables import relation_name
 
 _PATIENCE_SECONDS = 60.0
-"""A transaction that is open for more than this many seconds is reported, because it slows down claims."""
+"""The doctor reports transactions that are open for more seconds than this, because they prevent vacuum."""
 _PATIENCE_IDS = 100_000
-"""The same limit as a number of transaction ids. It is used if the role cannot see when a transaction began."""
+"""The same limit as a number of transaction ids. It applies if the role cannot see when a transaction began."""
 _OVERDUE = 10
-"""Vacuum is far behind if the number of dead rows is more than this multiple of the number that starts autovacuum."""
+"""Vacuum is far behind if there are more dead rows than this many times the number that starts autovacuum."""
 _OVERDUE_SECONDS = 3600.0
-"""Vacuum is far behind only if, besides ``_OVERDUE``, it has not run for more than this many seconds."""
+"""Vacuum is far behind only if it also has not run for this many seconds (see ``_OVERDUE``)."""
 
-# what: when a table was vacuumed, and when its next vacuum is due · lock: none · index: the catalogue's own
+# what: when a table was vacuumed, and how many dead rows start its next vacuum · lock: none · index: the catalogue's
 _VACUUMS = text(
     """
     WITH rules AS (
@@ -46,7 +46,7 @@ _VACUUMS = text(
 )
 
 # what: other transactions of this database that hold back its vacuums · lock: none
-# the start time of other roles' transactions is visible only with pg_read_all_stats, their transaction ids to all
+# every role sees the transaction ids of other roles; only a role with pg_read_all_stats sees when transactions began
 _TRANSACTIONS = text(
     """
     SELECT pid, quote_ident(usename) AS role, application_name AS program, state,
@@ -106,7 +106,7 @@ def autovacuum(subject: Subject) -> Iterator[Finding]:
     evidence = f"{name}: {count_of(row.dead, 'dead row')}, {row.size}; {ran}"
     if not row.is_on_everywhere:
         yield problem(
-            f"autovacuum or track_counts, which it needs, is off on this server; {evidence}",
+            f"autovacuum is off on this server, or track_counts is off, which autovacuum needs; {evidence}",
             "ALTER SYSTEM SET autovacuum = on; ALTER SYSTEM SET track_counts = on; SELECT pg_reload_conf();",
         )
     elif not row.is_on:
@@ -134,7 +134,7 @@ def horizon(
     if not subject.session.scalar(_SEES_ALL):
         yield unseen(
             "this role cannot see how long transactions of other roles have been open; everything else was checked",
-            f"as a superuser: GRANT pg_read_all_stats TO {subject.role}; -- also shows it the queries of all sessions",
+            f"as a superuser: GRANT pg_read_all_stats TO {subject.role}; -- the role then also sees all queries",
         )
     elif not found:
         yield ok(f"no transaction, slot or standby has held back vacuum for more than {ago(seconds)}")
