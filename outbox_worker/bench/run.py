@@ -44,7 +44,7 @@ slow and would otherwise take much longer than the others."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
-# what: tables that the benchmark did not create · lock: none · index: the catalogue's own
+# what: tables that the benchmark did not create · lock: none · index: the catalogue's indexes
 _STRANGERS = """
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema')

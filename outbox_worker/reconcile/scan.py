@@ -78,7 +78,7 @@ QUERY_CANCELED = "57014"
 
 _CLASSES = {each.value: each for each in PaymentClass}
 
-# what: whether an index starts with this column, which must be NOT NULL · lock: none · index: the catalogue's own
+# what: whether an index starts with this column, which must be NOT NULL · lock: none · index: the catalogue's indexes
 _LEADS_AN_INDEX = text(
     """
     SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]

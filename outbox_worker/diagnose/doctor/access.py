@@ -23,7 +23,7 @@ _NEEDED: Mapping[RoleKind, Privileges] = {
     RoleKind.READER: READING,
 }
 
-# what: privileges of the role other than those on tables · lock: none · index: the catalogue's own
+# what: privileges of the role other than those on tables · lock: none · index: the catalogue's indexes
 _ROLE = text(
     """
     SELECT rolsuper AS is_superuser,
@@ -50,7 +50,7 @@ _TABLE = text(
     """
 )
 
-# what: the policies of a table that apply to the role · lock: none · index: the catalogue's own
+# what: the policies of a table that apply to the role · lock: none · index: the catalogue's indexes
 _POLICIES = text(
     """
     SELECT CAST(polname AS text) AS name, CAST(polcmd AS text) AS command, polpermissive AS is_permissive,

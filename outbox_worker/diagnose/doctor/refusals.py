@@ -23,7 +23,7 @@ _COMMANDS: Mapping[str, Sequence[str]] = {
 """The SQL commands with which the worker writes each table."""
 
 # what: whether UPDATE or DELETE on a table fails, because a publication has the table and no key identifies its rows
-# lock: none · index: the catalogue's own
+# lock: none · index: the catalogue's indexes
 _UNIDENTIFIED = text(
     """
     SELECT EXISTS (SELECT FROM pg_publication p JOIN pg_publication_tables t ON t.pubname = p.pubname
@@ -41,7 +41,7 @@ _UNIDENTIFIED = text(
 )
 
 # what: the last value that a sequence gave, or NULL if there is none or the role may not see it · lock: none
-# index: the catalogue's own
+# index: the catalogue's indexes
 _LAST_VALUE = text(
     "SELECT last_value FROM pg_sequences"
     " WHERE to_regclass(format('%I.%I', schemaname, sequencename)) = to_regclass(:sequence)"

@@ -43,7 +43,7 @@ _PARAMETERS = text(
     "SELECT CAST(name AS text), reset_val, source FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))"
 )
 
-# what: how many connections are allowed, and how many other clients use · lock: none · index: the catalogue's own
+# what: how many connections are allowed, and how many other clients use · lock: none · index: the catalogue's indexes
 _CONNECTIONS = text(
     """
     SELECT CAST(current_setting('max_connections') AS int) AS most,

@@ -45,7 +45,7 @@ _INVALID = text(
     """
 )
 
-# what: the columns of every usable B-tree of a table, in their order · lock: none · index: the catalogue's own
+# what: the columns of every usable B-tree of a table, in their order · lock: none · index: the catalogue's indexes
 _INDEXED = text(
     """
     SELECT ARRAY(SELECT CAST(a.attname AS text) FROM generate_series(0, i.indnkeyatts - 1) AS k (position)
