@@ -18,15 +18,23 @@ _STDOUT_FAILED = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EDQUOT)
 def main() -> None:
     """Run the command line and exit with its status. SIGTERM has the same effect as Ctrl-C."""
     try:
+        status = _run_until_interrupted()
+    except KeyboardInterrupt:  # a second signal arrived while the first one was handled
+        status = _interrupted()
+    if status == _INTERRUPTED and _ENDED_BY_SIGNALS & set(sys.argv[1:2]):
+        status = 0
+    raise SystemExit(status)
+
+
+def _run_until_interrupted() -> int:
+    try:
         interrupts.install()
         _prepare_streams()
         status = _run()
         interrupts.ignore()
     except KeyboardInterrupt:
-        status = _interrupted()
-    if status == _INTERRUPTED and _ENDED_BY_SIGNALS & set(sys.argv[1:2]):
-        status = 0
-    raise SystemExit(status)
+        return _interrupted()
+    return status
 
 
 def _interrupted() -> int:

@@ -117,8 +117,6 @@ _REMEDIES = {
 """The remedy to print for each SQLSTATE. If the text is empty, no remedy is printed."""
 _UNSTORABLE = ("22021", "22P05")
 """The SQLSTATEs of errors about a character that the encoding of the database cannot store."""
-_OF_RULES = ("23", "44", "P0")
-"""The first characters of the SQLSTATEs with which constraints, views and triggers refuse a row."""
 
 _AGAIN = "Run the command again."
 _TROUBLES = {
@@ -143,8 +141,8 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
             return unavailable(error)
         case Failure.RETRY:
             return DatabaseUnavailable(f"Other transactions block this command: {server_message(error)}. {_AGAIN}")
-        case Failure.EVENT if refusal := _refusal(error):
-            return Refused(refusal)
+        case Failure.EVENT:
+            return Refused(_refusal(error))
         case Failure.PAUSE | Failure.UNCLEAR:
             remedy = _REMEDIES.get(sqlstate(error) or "", "Run `outbox-worker doctor` to check tables and privileges.")
             return SchemaError(f"The database refused: {server_message(error)}. {remedy}".rstrip())
@@ -152,13 +150,11 @@ def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:
             return OutboxWorkerError(f"This is a bug. Please report it: {describe(error)}")
 
 
-def _refusal(error: DBAPIError) -> str | None:
-    """Return the sentence for a row or value that the database refuses; None if the error has another cause."""
+def _refusal(error: DBAPIError) -> str:
+    """Return the sentence for a row or a value that the database refuses."""
     if sqlstate(error) in _UNSTORABLE:
         return f"The encoding of the database has no such character: {server_message(error)}."
-    if str(sqlstate(error)).startswith(_OF_RULES):
-        return f"The database refused: {describe(error)}. Nothing was changed."
-    return None
+    return f"The database refused: {describe(error)}. Nothing was changed."
 
 
 def fail(error: OutboxWorkerError) -> int:

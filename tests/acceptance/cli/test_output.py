@@ -103,6 +103,7 @@ def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
     assert (done.code, found["ok"]) == (1, False)
     assert found.keys() == {
         "ok",
+        "pairs_twice_active",
         "counts",
         "money",
         "unexplained",

@@ -390,6 +390,7 @@ def test_what_is_not_due_is_left(database_url: str, shop: Shop) -> None:
 def test_confirmations_and_refunds_in_turns(both_guards: str, database_url: str, shop: Shop) -> None:
     """An adopted outbox, which others share: both types are ours; a drain ends, and leaves what is theirs."""
     shop.rows("COMMENT ON TABLE outbox IS 'the shop''s own'")
+    shop.rows("DELETE FROM outbox_worker_tables WHERE table_name = 'outbox'")
     shop.pay_many(400)
     refund_every_other(shop)
     foreign = [shop.confirm(None, event_type=name) for name in ("RECEIPT_SENT", "REFUND_REPORTED")]

@@ -33,6 +33,7 @@ NAMES = {
     "outbox_oldest_due_seconds",
     "outbox_open_dead_letters",
     "outbox_ignored_events",
+    "outbox_set_aside_events",
     "outbox_guard",
     "outbox_unexplained_payments",
     "outbox_value_at_risk",

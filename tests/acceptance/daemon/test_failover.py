@@ -129,4 +129,4 @@ def test_it_waits_for_a_standby_to_be_promoted(site: Site, standby: Site) -> Non
 def expect_told_of_a_standby(worker: Process) -> None:
     for told in worker.told("paused"):
         assert told["failure"] == "reconnect"
-        assert "read-only" in told["error"]
+        assert "standby" in told["error"]

@@ -197,8 +197,9 @@ def payments_of_a_shop(terminal: Terminal) -> None:
     with psycopg.connect(terminal.url_of("OWNER"), autocommit=True) as connection:
         connection.execute("CREATE SCHEMA billing")
         connection.execute(
-            "CREATE TABLE billing.payment (id uuid PRIMARY KEY, user_id int, product_id int, amount numeric,"
-            " currency text, status text, created_at timestamptz DEFAULT now())"
+            "CREATE TABLE billing.payment (id uuid PRIMARY KEY, user_id int NOT NULL, product_id int NOT NULL,"
+            " amount numeric NOT NULL, currency text NOT NULL, status text NOT NULL,"
+            " created_at timestamptz NOT NULL DEFAULT now())"
         )
 
 

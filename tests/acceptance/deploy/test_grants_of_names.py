@@ -68,7 +68,7 @@ def test_names_that_need_quotes(odd: Premises, write: type[str]) -> None:
             purchases='"Purchases"' if write is quoted else "Purchases",
             processed_events="Public.Marks",
         )
-        assert said.count("absent") == 4
+        assert said.count("absent") == 5
     payments, purchases = '"My.Shop"."Pay ""ment"', '"Sp ace""q"."Purchases"'
     assert may(odd, "reader", payments, "SELECT")
     assert not may(odd, "reader", purchases, "INSERT")

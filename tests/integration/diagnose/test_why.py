@@ -149,14 +149,14 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     assert prospect == Prediction(
         backfill_event_id(owed.id), "PURCHASE_BACKFILLED", Occasion.BACKFILL, Verdict(Outcome.CREATED, writes=True)
     )
-    assert only(ask(owed.id)).kind is PaymentClass.UNEXPLAINED
+    assert only(ask(owed.id)).kind == PaymentClass.UNEXPLAINED
     shop.mark(backfill_event_id(twin.id), "created", twin.id, "PURCHASE_BACKFILLED")
     assert [each.verdict.outcome for each in only(ask(twin.id)).predictions] == ["recovered"]
     shop.purchase(twin)
     assert only(ask(twin.id)).predictions == [], "nobody delivers what a backfill has marked"
     assert [each.occasion for each in only(ask(waiting.id)).predictions] == [Occasion.DUE]
     assert only(ask(held.id)).predictions == []
-    assert only(ask(held.id)).kind is PaymentClass.DUPLICATE
+    assert only(ask(held.id)).kind == PaymentClass.DUPLICATE
 
 
 def test_of_several_that_are_owed_by_one_pair_a_backfill_takes_the_oldest(shop: Shop, ask: Ask) -> None:
@@ -265,7 +265,7 @@ def test_the_story_of_one_who_paid_twice(shop: Shop, ask: Ask, processor: Probed
     happened(processor)
     story = only(ask(event))
     assert story.payment_id == second.id
-    assert story.kind is PaymentClass.DUPLICATE
+    assert story.kind == PaymentClass.DUPLICATE
     assert [each.detail for each in story.timeline if each.what == "purchase made"] == [
         f"of payment {first.id}: it already gives the student this course"
     ]
@@ -274,7 +274,7 @@ def test_the_story_of_one_who_paid_twice(shop: Shop, ask: Ask, processor: Probed
     told = only(ask(first.id)).timeline
     assert [each.what for each in told if each.subject == refund] == ["event settled"]
     assert "purchase taken back" in [each.what for each in told]
-    assert only(ask(second.id)).kind is PaymentClass.ACTIVE
+    assert only(ask(second.id)).kind == PaymentClass.ACTIVE
 
 
 def test_a_student_is_all_their_payments_and_gifts(shop: Shop, ask: Ask) -> None:

@@ -273,7 +273,9 @@ def test_a_dry_run_needs_to_read_and_no_more(operator: Operator, shop: Shop) -> 
     shop.payment()
     shop.rows("CREATE ROLE looker_of_backfills")
     try:
-        shop.rows("GRANT SELECT ON payments, outbox, purchases, processed_events, dead_letters TO looker_of_backfills")
+        shop.rows(
+            "GRANT SELECT ON payments, outbox, purchases, processed_events, dead_letters, workers TO looker_of_backfills"
+        )
         operator.database.engine.dispose()
         shop.rows(
             "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET role = looker_of_backfills', current_database()); END $$"

@@ -47,9 +47,9 @@ def test_events_of_one_due_time_are_claimed_in_the_order_of_their_ids(
     starts: list[Any] = []
     claim = processor.outbox.claim
 
-    def watched(session: Any, limit: int, until: Any = None, start: Any = None) -> Any:
+    def watched(session: Any, limit: int, until: Any = None, start: Any = None, **besides: Any) -> Any:
         starts.append(start)
-        return claim(session, limit, until, start)
+        return claim(session, limit, until, start, **besides)
 
     monkeypatch.setattr(processor.outbox, "claim", watched)
     assert [len(processor.process_batch().batch) for _ in range(3)] == [10, 10, 5]
