@@ -274,7 +274,8 @@ def test_a_dry_run_needs_to_read_and_no_more(operator: Operator, shop: Shop) -> 
     shop.rows("CREATE ROLE looker_of_backfills")
     try:
         shop.rows(
-            "GRANT SELECT ON payments, outbox, purchases, processed_events, dead_letters, workers TO looker_of_backfills"
+            "GRANT SELECT ON payments, outbox, purchases, processed_events, dead_letters, workers"
+            " TO looker_of_backfills"
         )
         operator.database.engine.dispose()
         shop.rows(
