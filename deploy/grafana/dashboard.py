@@ -81,8 +81,12 @@ ROWS: Mapping[str, list[Panel]] = {
         ),
         Panel(
             title="Due events",
-            asks={"due": gauge("outbox_due_events"), "of ignored types": gauge("outbox_ignored_events")},
-            about="Both are counted up to a bound.",
+            asks={
+                "due": gauge("outbox_due_events"),
+                "of ignored types": gauge("outbox_ignored_events"),
+                "set aside": gauge("outbox_set_aside_events"),
+            },
+            about="Each is counted up to a bound.",
         ),
         Panel(
             title="From due to settled",

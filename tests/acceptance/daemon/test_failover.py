@@ -112,7 +112,7 @@ def test_it_waits_for_a_standby_to_be_promoted(site: Site, standby: Site) -> Non
         endure(worker)
         expect_told_of_a_standby(worker)
         drained = finish("run", "--drain", url=url, **PATIENT)
-        assert (drained.code, "read-only" in drained.stderr) == (69, True)
+        assert (drained.code, "standby" in drained.stderr) == (69, True)
         assert worker.told("worker_started") == []
         site.signal(signal.SIGQUIT)
         promote(standby)
