@@ -131,6 +131,18 @@ def unavailable(error: BaseException) -> DatabaseUnavailable:
     return DatabaseUnavailable(f"No connection to the database: {server_message(error)}")
 
 
+# what: checks deferred constraints and runs deferred triggers now instead of at COMMIT · lock: none
+_RUN_DEFERRED = text("SET CONSTRAINTS ALL IMMEDIATE")
+# what: defers the constraints again, until the next check · lock: none
+_DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
+
+
+def check_deferred(session: Session) -> None:
+    """Run the deferred triggers, and raise the error that COMMIT would raise because of a deferred constraint."""
+    session.execute(_RUN_DEFERRED)
+    session.execute(_DEFER_AGAIN)
+
+
 @contextmanager
 def savepoint(session: Session) -> Iterator[None]:
     """Run the ``with`` block in a savepoint. If the block raises an error, roll back to the savepoint. Do not nest.

@@ -104,6 +104,7 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "3D000": Failure.PAUSE,  # invalid_catalog_name
     "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
     "23000": Failure.EVENT,  # integrity_constraint_violation, for example WrittenOtherwise
+    "XX000": Failure.UNCLEAR,  # internal_error: also what an extension raises for a single row
     "428C9": Failure.PAUSE,  # generated_always: a column that the worker writes became a generated one
     "23001": Failure.EVENT,  # restrict_violation
     "23502": Failure.EVENT,  # not_null_violation
@@ -176,7 +177,9 @@ def classify(error: BaseException) -> Failure:
     if isinstance(error, Swallowed | NothingRecorded):
         return Failure.UNCLEAR
     if state := sqlstate(error):
-        return _by_function(error) or _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
+        found = _by_function(error) or _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
+        is_databases = found in (Failure.PAUSE, Failure.RECONNECT)
+        return Failure.UNCLEAR if is_databases and is_from_function(error) else found
     original = getattr(error, "orig", None) or error
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
         return Failure.RECONNECT  # no SQLSTATE, because the connection broke or was never made
@@ -194,6 +197,15 @@ def _by_function(error: BaseException) -> Failure | None:
         (_NOT_SUPPORTED, None): Failure.RECONNECT,
         (_NOT_IN_STATE, _REFUSES_UNIDENTIFIED): Failure.PAUSE,
     }.get((sqlstate(error) or "", _raised_by(error)))
+
+
+def is_from_function(error: BaseException) -> bool:
+    """Return whether a function in the database, for example of a trigger, raised the error.
+
+    Such a function may raise any SQLSTATE, and for a single row. The connection works afterwards, because PostgreSQL
+    ends a connection only with the severity FATAL.
+    """
+    return bool(_diagnosis(error, "context")) and _diagnosis(error, "severity_nonlocalized") == "ERROR"
 
 
 def is_arbiter_lost(error: BaseException) -> bool:

@@ -184,7 +184,7 @@ class LoneEvents:
 
     def gave_up(self, error: Exception) -> None:
         """Withdraw the accusation, because the event did not kill the process. The event is tried again later."""
-        self._failures += classify(error) in (Failure.RETRY, Failure.UNCLEAR)
+        self._failures += classify(error) in (Failure.RETRY, Failure.UNCLEAR, Failure.RECONNECT)
         self._isolation.withdraw()
 
     def done(self) -> None:

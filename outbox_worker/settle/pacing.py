@@ -73,6 +73,8 @@ class Pacing:
     limit: int = field(init=False)
     is_alone: bool = field(default=False, init=False)
     """Whether the last transaction failed and had claimed only one event."""
+    breaks_alone: bool = field(default=False, init=False)
+    """Whether the connection broke while an event was settled that had been claimed alone."""
     _passes_without_success: int = field(default=0, init=False)
     _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
@@ -134,6 +136,16 @@ class Pacing:
         self.limit = max(1, self.limit // 2)
         self.frontier.go_back()
 
+    def broke(self) -> None:
+        """Claim far fewer events next time, because the connection broke while events were settled.
+
+        An event may be the cause, for example by a trigger that ends the connection. After a claim of this single
+        event, the event is postponed, so that others can be settled.
+        """
+        self.is_alone = self.breaks_alone = self.limit == 1
+        self.limit = max(1, self.limit // 8)
+        self.frontier.go_back()
+
     def interrupted(self) -> None:
         """Begin the next claim at the start, because the transaction was rolled back and its events are still due."""
         self._beyond = None
@@ -157,11 +169,11 @@ class Pacing:
 
     def made_way(self) -> None:
         """Record that the event that was claimed alone is now postponed, so that other events can be claimed."""
-        self.is_alone = False
+        self.is_alone = self.breaks_alone = False
 
     def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:
         """Record that a batch was committed, ``seconds`` after its claim."""
-        self.is_alone = False
+        self.is_alone = self.breaks_alone = False
         self._end_turn()
         in_vain = is_full and not settled and not self.is_stuck
         self._passes_without_success = self._passes_without_success + 1 if in_vain else 0

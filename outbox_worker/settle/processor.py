@@ -133,7 +133,8 @@ class Processor:
 
     def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
         try:
-            makes_way = failed and self._pacing.is_alone and self._lone.event is None
+            has_failed = failed or self._pacing.breaks_alone
+            makes_way = has_failed and self._pacing.is_alone and self._lone.event is None
             return self._make_way(until) if makes_way else self._transact(until, careful)
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
@@ -160,6 +161,8 @@ class Processor:
                 result = self._commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
+            if classify(error) is Failure.RECONNECT and claim.batch and not isolated:
+                self._pacing.broke()
             if classify(error) is Failure.UNCLEAR and not isolated:
                 self._pacing.in_doubt(claim.end if len(claim.batch) >= limit else None)
             self._telemetry.transaction_failed(error, len(claim.batch))

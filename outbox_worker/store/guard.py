@@ -53,6 +53,7 @@ class GuardState:
     triggers_on: frozenset[str] = frozenset()
     """The commands, ``INSERT`` and ``UPDATE``, on which a trigger of ``purchases`` may change a row.
 
+    It also contains ``COMMIT`` if such a trigger can be deferred until COMMIT.
     Rows that such a command wrote are read back, because they may differ from what the worker wrote.
     """
 
@@ -183,6 +184,8 @@ _TRIGGERS_ON = text(
     FROM pg_trigger CROSS JOIN (VALUES ('INSERT', 4), ('UPDATE', 16)) AS of_type (command, bit)
     WHERE NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgtype & bit <> 0
       AND tgrelid IN (SELECT oid FROM part)
+    UNION SELECT 'COMMIT' FROM pg_trigger
+    WHERE NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgdeferrable AND tgrelid IN (SELECT oid FROM part)
     """
 )
 

@@ -43,6 +43,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import Keys
+from outbox_worker.database.engine import check_deferred
 from outbox_worker.database.failures import WrittenOtherwise, violated
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
@@ -109,7 +110,7 @@ class PurchaseRepository:
         statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
         inserted = self._run_insert(session, batch, statement)
         if "INSERT" in guard.triggers_on:
-            self._read_back(session, batch.among(inserted), is_active=True)
+            self._read_back(session, batch.among(inserted), guard, is_active=True)
         return inserted
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
@@ -119,7 +120,7 @@ class PurchaseRepository:
         """
         inserted = self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
         if "INSERT" in guard.triggers_on:
-            self._read_back(session, batch.among(inserted), is_active=True)
+            self._read_back(session, batch.among(inserted), guard, is_active=True)
         return inserted
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
@@ -154,7 +155,7 @@ class PurchaseRepository:
         with relying_on_a_key():
             revoked = self._run_insert(session, batch, self._revoke)
         if guard.triggers_on:
-            self._read_back(session, batch.among(revoked), is_active=False)
+            self._read_back(session, batch.among(revoked), guard, is_active=False)
         return revoked
 
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
@@ -229,8 +230,13 @@ class PurchaseRepository:
         if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
             raise PairTaken("Another transaction has just created an active purchase of the same pair.")
 
-    def _read_back(self, session: Session, batch: Batch, *, is_active: bool) -> None:
-        """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has just written."""
+    def _read_back(self, session: Session, batch: Batch, guard: GuardState, *, is_active: bool) -> None:
+        """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has just written.
+
+        A deferred trigger would change the purchase only at COMMIT, so it runs first.
+        """
+        if "COMMIT" in guard.triggers_on:
+            check_deferred(session)
         values = {"payment_ids": batch.payment_ids, "is_active": is_active}
         changed = sorted({key for row in self._changed.execute(session, values) for key in row.changed})
         if changed:
