@@ -122,11 +122,6 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
         "too many connections for role",
     ),
     "no_login": (partial(refused, how="NOLOGIN", mended="LOGIN"), "reconnect", "not permitted to log in"),
-    "read_only": (
-        partial(refused, how="SET default_transaction_read_only = on", mended="RESET default_transaction_read_only"),
-        "reconnect",
-        "read-only",
-    ),
     "too_many_connections": (crowded, "reconnect", NO_PLACE),
     "purchases_held": (partial(held, table="purchases"), "retry", "55P03"),
     "marks_held": (partial(held, table="processed_events"), "retry", "55P03"),

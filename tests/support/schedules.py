@@ -193,8 +193,8 @@ class ByLock(ByIndex):
             self.processor._settlement.settle = partial(_carefully, settle)  # type: ignore[method-assign]
 
 
-def _carefully(settle: Callable[..., Any], session: Any, batch: Any, *, careful: bool) -> Any:
-    return settle(session, batch, careful=careful or True)
+def _carefully(settle: Callable[..., Any], session: Any, batch: Any, **options: Any) -> Any:
+    return settle(session, batch, **options | {"careful": True})
 
 
 class Refund(Writer):

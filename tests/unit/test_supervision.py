@@ -217,5 +217,5 @@ def test_where_http_listens(text: str, listen: Listen | None) -> None:
     "text", ["", "9464", ":9464", "localhost", "localhost:", "::1:80", "a:70000", "unix:", "unix:x"]
 )
 def test_what_is_no_place_to_listen(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected HOST:PORT|needs a path"):
+    with pytest.raises(ValueError, match=r"expected HOST:PORT|needs an absolute path"):
         parse_listen(text)

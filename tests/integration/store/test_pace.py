@@ -123,9 +123,9 @@ def watch_starts(processor: Any) -> list[Any]:
     starts: list[Any] = []
     claim = processor.outbox.claim
 
-    def watched(session: Any, limit: int, until: Any = None, start: Any = None) -> Any:
+    def watched(session: Any, limit: int, until: Any = None, start: Any = None, **besides: Any) -> Any:
         starts.append(start)
-        return claim(session, limit, until, start)
+        return claim(session, limit, until, start, **besides)
 
     processor.outbox.claim = watched
     return starts

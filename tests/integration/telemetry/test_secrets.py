@@ -21,6 +21,7 @@ from loguru import logger
 from prometheus_client import generate_latest
 from sqlalchemy.exc import DBAPIError
 
+from outbox_worker.errors import NothingRecorded
 from outbox_worker.model import Outcome
 from outbox_worker.telemetry.logs import Style, configure_logging
 from tests.support.factories import ABSENT, Payment, ProbedProcessor, Shop
@@ -63,7 +64,7 @@ def loud(shop: Shop) -> Shop:
     return shop
 
 
-@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("refusal", sorted(REFUSALS.keys() - {"unique"}))
 def test_what_the_server_says_of_a_row_is_not_repeated(
     loud: Shop, processor: ProbedProcessor, listen: Listen, refusal: str
 ) -> None:
@@ -75,6 +76,20 @@ def test_what_the_server_says_of_a_row_is_not_repeated(
         heard = listen(style)
         assert processor.process_batch().outcomes() == {Outcome.RETRIED: 1, Outcome.DEAD: 1}
         assert_kept(loud, processor, heard(), "event_retried", "event_buried")
+
+
+def test_what_the_server_says_of_a_key_that_is_no_events_is_not_repeated(
+    loud: Shop, processor: ProbedProcessor, listen: Listen
+) -> None:
+    run(loud, REFUSALS["unique"])
+    assert SECRET in what_the_server_says(loud)
+    pay_loudly(loud)
+    for style in STYLES:
+        heard = listen(style)
+        with pytest.raises(NothingRecorded) as raised:
+            processor.process_batch()
+        processor.telemetry.trouble(raised.value, 1.0)
+        assert_kept(loud, processor, heard(), "paused", "transaction_rolled_back")
 
 
 @pytest.mark.parametrize("state", ["P0001", "22000", "ZZ001"])
@@ -146,7 +161,8 @@ def test_a_drain_that_gives_up_does_not_repeat_what_stopped_it(
     pay_loudly(loud, status=status)
     done = finish("run", "--drain", url=database_url, database_deadline_seconds=1, log_level="DEBUG")
     assert done.code == code
-    assert done.sentences().startswith("outbox-worker: ")
+    told = done.sentences() if code == 78 else done.record("drain_left_events")["message"]
+    assert told.startswith("outbox-worker: " if code == 78 else "1 event is set aside")
     assert SECRET not in done.stdout + done.stderr
 
 
