@@ -52,16 +52,20 @@ _GENERATED = text(
 )
 
 # what: the rules because of which PostgreSQL refuses INSERT … ON CONFLICT (even a disabled rule ON UPDATE), and the
-# rules that make every INSERT write nothing · lock: none · index: the catalogue's indexes
+# rules that make every INSERT write nothing. In a rule, the type of the command NOTHING is 7, or 6 before PostgreSQL 15
+# lock: none · index: the catalogue's indexes
 _RULES = text(
     """
-    SELECT CAST(rulename AS text) AS name, CASE ev_type WHEN '2' THEN 'UPDATE' ELSE 'INSERT' END AS command,
-           ev_type = '3' AND ev_action = '<>' AS writes_nothing
-    FROM pg_rewrite
-    WHERE ev_class = to_regclass(:relation)
-      AND (ev_type = '2' OR ev_type = '3' AND ev_enabled IN ('O', 'A')
-                            AND (ev_action <> '<>' OR is_instead AND ev_qual = '<>'))
-    ORDER BY rulename
+    WITH rules AS (
+        SELECT CAST(rulename AS text) AS name, CASE ev_type WHEN '2' THEN 'UPDATE' ELSE 'INSERT' END AS command,
+               ev_enabled IN ('O', 'A') AS is_enabled, is_instead AND ev_qual = '<>' AS is_instead_of_all,
+               substring(ev_action FROM 'commandType ([0-9]+)') = CASE
+                   WHEN CAST(current_setting('server_version_num') AS int) < 150000 THEN '6' ELSE '7'
+               END AS does_nothing
+        FROM pg_rewrite WHERE ev_class = to_regclass(:relation) AND ev_type IN ('2', '3'))
+    SELECT name, command, command = 'INSERT' AND does_nothing AS writes_nothing FROM rules
+    WHERE command = 'UPDATE' OR is_enabled AND (is_instead_of_all OR NOT does_nothing)
+    ORDER BY name
     """
 )
 

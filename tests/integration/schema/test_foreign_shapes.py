@@ -42,9 +42,9 @@ def partition(shop: Shop, table: str, by: str) -> None:
     """Put a partitioned table in the place of the table."""
     bounds = "FOR VALUES WITH (MODULUS 1, REMAINDER 0)" if "HASH" in by else "DEFAULT"
     shop.connection.execute(
-        f"CREATE TABLE parts (LIKE {table} INCLUDING DEFAULTS INCLUDING IDENTITY) PARTITION BY {by};"
-        f"CREATE TABLE part PARTITION OF parts {bounds};"
-        f"DROP TABLE {table} CASCADE; ALTER TABLE parts RENAME TO {table}",
+        f"ALTER TABLE {table} RENAME TO plain;"
+        f"CREATE TABLE {table} (LIKE plain INCLUDING DEFAULTS INCLUDING IDENTITY) PARTITION BY {by};"
+        f"DROP TABLE plain CASCADE; CREATE TABLE part PARTITION OF {table} {bounds}",
         prepare=False,
     )
 
