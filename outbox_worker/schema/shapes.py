@@ -21,7 +21,7 @@ _VIEWS: Mapping[str, str] = {"v": "a view", "m": "a materialized view", "f": "a 
 """Maps the values of ``pg_class.relkind`` that stand for something else than a table to their names."""
 
 _UPSERTED = ("purchases", "processed_events", "dead_letters")
-"""The tables that the worker writes with INSERT … ON CONFLICT, and that other applications may have made."""
+"""The tables of results, which the worker writes with INSERT … ON CONFLICT. It writes ``workers`` in this way, too."""
 
 _NOT_WRITTEN = (
     *(("purchases", "id"), ("dead_letters", "actor"), ("dead_letters", "note")),
@@ -156,7 +156,7 @@ def find_rules(session: Session, role: str, table: Table) -> Iterator[SchemaProb
 
 
 def _rules(session: Session, role: str, table: Table) -> list[Row[str, str, bool]]:
-    return [*session.execute(_RULES, {"relation": relation_name(table)})] if role in _UPSERTED else []
+    return [*session.execute(_RULES, {"relation": relation_name(table)})] if role in (*_UPSERTED, "workers") else []
 
 
 def find_keys_to_outbox(session: Session, role: str, table: Table, outbox: Table) -> Iterator[SchemaProblem]:

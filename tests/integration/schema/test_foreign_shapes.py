@@ -10,6 +10,7 @@ from outbox_worker.errors import Refused, SchemaError
 from outbox_worker.model import Outcome
 from outbox_worker.schema.concerns import find_concerns
 from outbox_worker.schema.nullable import find_nullable
+from outbox_worker.schema.privileges import STRUCTURE
 from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.requirements import check_schema, find_problems
 from outbox_worker.schema.tables import Tables, build_tables
@@ -72,6 +73,9 @@ def test_a_foreign_key_to_the_outbox(
 
 
 def test_the_foreign_key_of_a_partition(shop: Shop, database: Database, tables: Tables) -> None:
+    """A foreign key that PostgreSQL does not enforce is none."""
+    if shop.connection.info.server_version >= 180000:
+        shop.rows("ALTER TABLE processed_events ADD FOREIGN KEY (event_id) REFERENCES outbox (event_id) NOT ENFORCED")
     partition(shop, "dead_letters", "HASH (event_id)")
     shop.rows("ALTER TABLE dead_letters ADD PRIMARY KEY (event_id)")
     shop.rows("ALTER TABLE part ADD FOREIGN KEY (event_id) REFERENCES outbox (event_id) ON DELETE CASCADE")
@@ -93,10 +97,19 @@ def test_a_foreign_key_of_purchases_only_if_it_deletes_purchases(
     assert problems(database, tables) == []
 
 
+def test_an_outbox_that_the_role_may_not_see_hides_no_other_problem(shop: Shop, database: Database) -> None:
+    shop.rows("CREATE SCHEMA closed; ALTER TABLE outbox SET SCHEMA closed; GRANT SELECT ON payments TO pg_monitor")
+    elsewhere = build_tables(load_settings(tables={"outbox": "closed.outbox"}))
+    with database.transaction() as session:
+        session.connection().exec_driver_sql("SET LOCAL ROLE pg_monitor")
+        found = find_problems(session, elsewhere, STRUCTURE)
+    assert [each.finding for each in found] == ["no USAGE on the schema closed"]
+
+
 # --- rules
 
 
-@pytest.mark.parametrize("table", ["purchases", "processed_events", "dead_letters"])
+@pytest.mark.parametrize("table", ["purchases", "processed_events", "dead_letters", "workers"])
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
