@@ -45,7 +45,8 @@ CODES: Mapping[str, Mapping[int, str]] = {
     },
     "migrate": {
         0: "all tables and indexes exist",
-        1: "the unique index cannot be built, because some pairs have two active purchases; nothing was changed",
+        1: "the unique index cannot be built, because some pairs have two active purchases, or because purchases is "
+        "partitioned; nothing was changed",
         78: "the worker cannot use an existing table, or the role may not change the schema",
     },
     "status": {0: "the status was shown"},

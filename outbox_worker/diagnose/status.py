@@ -14,7 +14,8 @@ from outbox_worker.schema.catalogue import adopted_tables
 from outbox_worker.schema.concerns import find_concerns
 from outbox_worker.schema.nullable import nullable_keys
 from outbox_worker.schema.privileges import COUNTING
-from outbox_worker.schema.requirements import SchemaProblem, check_schema
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.handlers import UnknownTypes, claimed_types
 from outbox_worker.store.dead_letters import count_open

@@ -195,6 +195,31 @@ def _ownership_seen(session: Session | Connection, table: Table, listed: Table) 
     return session.execute(_OWNED, asked).one()
 
 
+# what: the kind of a relation: a table, a partitioned table, a view, … · lock: none · index: the catalogue's indexes
+_KIND = text("SELECT CAST(relkind AS text) FROM pg_class WHERE oid = to_regclass(:relation)")
+
+# what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's indexes
+_OWNER = text(
+    "SELECT quote_ident(pg_get_userbyid(relowner)) AS name, pg_has_role(relowner, 'USAGE') AS is_us"
+    " FROM pg_class WHERE oid = to_regclass(:relation)"
+)
+
+
+def kind_of_relation(session: Session | Connection, table: Table) -> str:
+    """Return the letter in ``pg_class.relkind`` for an existing table."""
+    return str(session.scalar(_KIND, {"relation": relation_name(table)}))
+
+
+def is_partitioned(session: Session | Connection, table: Table) -> bool:
+    return kind_of_relation(session, table) == "p"
+
+
+def as_owner(session: Session, relation: str) -> str:
+    """Return the beginning of a remedy that only the owner of the table may run. Return "" if this role may run it."""
+    owner = session.execute(_OWNER, {"relation": relation}).one()
+    return "" if owner.is_us else f"as {owner.name}: "
+
+
 def role_name(session: Session) -> str:
     """Return the name of the current role, quoted if needed."""
     role: str = session.scalars(text("SELECT quote_ident(current_user)")).one()
@@ -277,6 +302,23 @@ def is_unique(session: Session, name: str, column: Column[object]) -> bool:
     )
     partial = f"({quoted(column.name)} IS NOT NULL)" if column.nullable else None
     return bool(session.scalar(asked, {"name": name, "column": column.name, "partial": partial}))
+
+
+# what: whether a unique index, also a deferrable one, is on exactly this column · lock: none
+# index: the catalogue's indexes
+_HAS_UNIQUE_INDEX = text(
+    """
+    SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+                   WHERE i.indrelid = to_regclass(:relation) AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1
+                     AND a.attname = :column
+                     AND coalesce(pg_get_expr(i.indpred, i.indrelid) = format('(%I IS NOT NULL)', a.attname), true))
+    """
+)
+
+
+def has_unique_index(session: Session, table: Table, key: str) -> bool:
+    """Return whether two rows can never have the same value in this column, except NULL."""
+    return bool(session.scalar(_HAS_UNIQUE_INDEX, {"relation": relation_name(table), "column": table.c[key].name}))
 
 
 def notifies(session: Session | Connection, outbox: Table) -> bool:

@@ -7,14 +7,51 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from outbox_worker.schema.catalogue import exists, pair_indexes, unfit_pair_indexes, unlogged_tables
-from outbox_worker.schema.requirements import SchemaProblem, find_narrower
-from outbox_worker.schema.tables import Tables, relation_name
+from outbox_worker.schema.catalogue import (
+    as_owner,
+    exists,
+    has_unique_index,
+    pair_indexes,
+    unfit_pair_indexes,
+    unlogged_tables,
+)
+from outbox_worker.schema.partitions import build_pair_index, can_be_unique, create_index
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.requirements import find_narrower
+from outbox_worker.schema.shapes import noun_of_view
+from outbox_worker.schema.tables import Tables, quoted, relation_name
 
 
 def find_concerns(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return all concerns about the tables that exist."""
-    return [*find_narrower(session, tables), *find_unlogged(session, tables), *find_unfit_index(session, tables)]
+    return [
+        *find_narrower(session, tables),
+        *find_unlogged(session, tables),
+        *find_unfit_index(session, tables),
+        *find_shared_event_ids(session, tables),
+    ]
+
+
+def find_shared_event_ids(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a concern if two events in the outbox can have the same event id.
+
+    A mark or dead letter is written once for each event id, so the second of two such events leaves no trace.
+    """
+    outbox = tables.outbox
+    if not exists(session, outbox) or noun_of_view(session, outbox) or has_unique_index(session, outbox, "event_id"):
+        return []
+    name, column = relation_name(outbox), quoted(outbox.c.event_id.name)
+    remedy = f"{name} is partitioned by other columns, so no index can help: let the producers give each event a new id"
+    if can_be_unique(session, outbox, ["event_id"]):
+        ddl = create_index(session, outbox, ["event_id"], unique=True)
+        remedy = f"{as_owner(session, name)}{ddl} -- fails while two events have the same id"
+    return [
+        SchemaProblem(
+            f"{name} has no unique index on {column}: if two events have the same id, only one of them leaves a mark "
+            "or a dead letter, and the payment of the other is unexplained",
+            remedy,
+        )
+    ]
 
 
 def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
@@ -29,7 +66,7 @@ def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
         SchemaProblem(
             f"the worker cannot use the unique index {name} on {relation_name(purchases)} as its guard, because it is "
             f"deferrable, or covers other rows than the active purchases (its condition: {predicate or 'none'})",
-            "outbox-worker migrate --with unique_index",
+            build_pair_index(session, purchases),
         )
         for name, predicate in unfit_pair_indexes(session, purchases).items()
     ]

@@ -17,9 +17,10 @@ from sqlalchemy import Connection, MetaData, Table, text
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
-from outbox_worker.errors import SchemaError, SettingError
-from outbox_worker.schema.catalogue import exists, is_owned, notifies, pair_indexes
+from outbox_worker.errors import Refused, SchemaError, SettingError
+from outbox_worker.schema.catalogue import exists, is_owned, is_partitioned, notifies, pair_indexes
 from outbox_worker.schema.ownership import find_missing_rights
+from outbox_worker.schema.partitions import why_no_pair_index
 from outbox_worker.schema.requirements import find_misfits, list_problems
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.schema.waiting import telling_waits
@@ -55,7 +56,8 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
     trigger of an option, this function creates it again.
 
     Raises SettingError if OUTBOX_TABLES names a payments table that does not exist. Raises SchemaError if this role may
-    not migrate, or if an existing table does not fit. Raises Refused if duplicates prevent ``unique_index``.
+    not migrate, or if an existing table does not fit. Raises Refused if duplicates or partitions prevent
+    ``unique_index``.
     """
     with database.engine.connect() as connection:
         with _alone(connection):
@@ -63,6 +65,7 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
             before = {role for role, table in tables.by_role().items() if exists(connection, table)}
             _expect_named_payments(settings, tables, before)
             _expect_fitting_tables(connection, tables)
+            _expect_possible_index(connection, tables, options)
             found = [option for option in options if _in_force(connection, tables, option)]
             connection.rollback()
             config = _config(connection, settings)
@@ -101,6 +104,18 @@ def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
     """Refuse tables of other applications that do not fit, because the migrations never alter them."""
     if misfits := find_misfits(Session(connection), tables, of_others=True):
         raise SchemaError(f"Existing tables do not fit. Nothing was changed.\n{list_problems(misfits)}")
+
+
+def _expect_possible_index(connection: Connection, tables: Tables, options: Sequence[str]) -> None:
+    """Refuse to build the unique index on a partitioned table, because PostgreSQL would raise an error there."""
+    purchases = tables.purchases
+    if "unique_index" not in options or not is_partitioned(connection, purchases):
+        return
+    if not pair_indexes(connection, purchases):
+        raise Refused(
+            f"The unique index cannot be built: {why_no_pair_index(purchases)}. Run migrate without "
+            "--with unique_index. Nothing was changed."
+        )
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:

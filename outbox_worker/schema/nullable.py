@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from sqlalchemy import Table, text
 from sqlalchemy.orm import Session
 
-from outbox_worker.schema.catalogue import actual_columns, exists
+from outbox_worker.schema.catalogue import actual_columns, as_owner, exists
 from outbox_worker.schema.privileges import CLOSED_SCHEMAS, may
-from outbox_worker.schema.requirements import NEVER_READ, SchemaProblem
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.requirements import NEVER_READ
+from outbox_worker.schema.shapes import name_the_table, noun_of_view
 from outbox_worker.schema.tables import Tables, quoted, relation_name
 
 _VALUES: Mapping[tuple[str, str], str] = {
@@ -35,12 +37,6 @@ columns, a person must find the right value.
 
 _NEVER_CLAIMED = ("event_id", "event_type", "due_at")
 """The columns of the outbox that must have a value. If one is NULL, no worker claims (locks and settles) the event."""
-
-# what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's indexes
-_OWNER = text(
-    "SELECT quote_ident(pg_get_userbyid(relowner)) AS name, pg_has_role(relowner, 'USAGE') AS is_us"
-    " FROM pg_class WHERE oid = to_regclass(:relation)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,8 @@ def _nullable(session: Session, tables: Tables) -> Iterator[_Nullable]:
 def _problems(session: Session, found: _Nullable) -> Iterator[SchemaProblem]:
     name = relation_name(found.table)
     empty = [key for key in found.keys if _has_null(session, found.table, key)]
-    fillable = [key for key in empty if (found.role, key) in _VALUES]
+    noun = noun_of_view(session, found.table)
+    fillable = [key for key in empty if (found.role, key) in _VALUES and not noun]
     undecided = [key for key in empty if key not in fillable]
     if undecided:
         nulls = " OR ".join(f"{quoted(found.table.c[key].name)} IS NULL" for key in undecided)
@@ -99,11 +96,17 @@ def _problems(session: Session, found: _Nullable) -> Iterator[SchemaProblem]:
             f"{name} has rows in which a value is NULL: {found.names(undecided)}{_consequence(found, undecided)}",
             f"give these rows a value or delete them, then run doctor again: SELECT * FROM {name} WHERE {nulls};",  # noqa: S608
         )
-    if settled := [key for key in found.keys if key not in undecided]:
+    settled = [key for key in found.keys if key not in undecided]
+    if settled and noun and found.role != "payments":
+        yield SchemaProblem(
+            f"columns of {name} may be NULL: {found.names(settled)}{_consequence(found, settled)}",
+            name_the_table(found.role, noun),
+        )
+    elif settled and not noun:
         filled = f", and there are rows with NULL: {found.names(fillable)}" if fillable else ""
         yield SchemaProblem(
             f"columns of {name} may be NULL: {found.names(settled)}{filled}{_consequence(found, settled)}",
-            _as_owner(session, name) + " ".join([*_updates(found, fillable), _alter(found, settled)]),
+            as_owner(session, name) + " ".join([*_updates(found, fillable), _alter(found, settled)]),
         )
 
 
@@ -132,8 +135,3 @@ def _updates(found: _Nullable, keys: Sequence[str]) -> list[str]:
 def _alter(found: _Nullable, keys: Sequence[str]) -> str:
     forbidden = ", ".join(f"ALTER COLUMN {quoted(found.table.c[key].name)} SET NOT NULL" for key in keys)
     return f"ALTER TABLE {relation_name(found.table)} {forbidden};"
-
-
-def _as_owner(session: Session, name: str) -> str:
-    owner = session.execute(_OWNER, {"relation": name}).one()
-    return "" if owner.is_us else f"as {owner.name}: "

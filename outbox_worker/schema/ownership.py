@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Table, text
 
 from outbox_worker.schema.catalogue import has_limited_amounts, is_owned, notifies, pair_indexes
-from outbox_worker.schema.requirements import SchemaProblem
+from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.tables import Tables, ownership_list, relation_name
 
 # what: for each schema its owner (public belongs to the owner of the database), and whether this role may use it and

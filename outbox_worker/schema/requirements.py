@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Boolean, Column, Integer, Numeric, String, Table, Text, text
@@ -21,6 +20,7 @@ from sqlalchemy.types import DateTime, TypeEngine
 from outbox_worker.errors import SchemaError
 from outbox_worker.schema.catalogue import ActualColumn, actual_columns, exists, is_owned, is_unique, role_name
 from outbox_worker.schema.ids import INTEGERS, TEXTS, read_ids
+from outbox_worker.schema.partitions import can_be_unique
 from outbox_worker.schema.privileges import (
     CLOSED_SCHEMAS,
     PRIVILEGES,
@@ -31,6 +31,15 @@ from outbox_worker.schema.privileges import (
     kind_of_role,
     lacking,
     may,
+)
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.shapes import (
+    find_generated,
+    find_keys_to_outbox,
+    find_rules,
+    find_unwritable_view,
+    name_the_table,
+    noun_of_view,
 )
 from outbox_worker.schema.tables import Tables, quoted, relation_name
 
@@ -70,12 +79,6 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     Integer: {*INTEGERS},
     String: {*TEXTS},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SchemaProblem:
-    finding: str
-    remedy: str
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
@@ -171,7 +174,12 @@ def _is_narrower(paid: ActualColumn, bought: ActualColumn) -> bool:
 
 
 def _pair_of_columns(session: Session, tables: Tables, key: str) -> tuple[ActualColumn, ActualColumn] | None:
-    """Return a column of payments and the column of purchases that gets its copy; None if one of the two is missing."""
+    """Return a column of payments and the column of purchases that gets its copy.
+
+    Return None if one of the two is missing, or if purchases is a view, which ``find_unwritable_view`` reports.
+    """
+    if find_unwritable_view(session, "purchases", tables.purchases):
+        return None
     found = [
         actual_columns(session, relation_name(table)).get(table.c[key].name)
         for table in (tables.payments, tables.purchases)
@@ -306,7 +314,14 @@ def _run_again(session: Session) -> str:
 
 def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> Iterator[SchemaProblem]:
     for role, table in present.items():
-        yield from _table_misfits(session, role, table)
+        if unwritable := find_unwritable_view(session, role, table):
+            yield unwritable
+        else:
+            yield from _table_misfits(session, role, table)
+            yield from find_generated(session, role, table)
+            yield from find_rules(session, role, table)
+            if "outbox" in present:
+                yield from find_keys_to_outbox(session, role, table, tables.outbox)
     if {"payments", "purchases"} <= present.keys():
         yield from _pair_misfits(session, tables)
 
@@ -319,15 +334,24 @@ def _table_misfits(session: Session, role: str, table: Table) -> Iterator[Schema
         yield _not_migrated(name, added)
     else:
         added = []
+    noun = noun_of_view(session, table)
     for column in table.columns:
         if (role, column.key) not in NEVER_READ and column not in added:
-            yield from _column_problems(name, role, column, actual)
+            yield from _column_problems(name, role, column, actual, noun)
     yield from _unwritten_problems(name, role, table, actual)
     if role in _UPSERTED_BY and not is_unique(session, name, table.c[_UPSERTED_BY[role]]):
-        column_name = table.c[_UPSERTED_BY[role]].name
-        yield SchemaProblem(
-            f"{name}.{column_name} is not unique", f"ALTER TABLE {name} ADD UNIQUE ({quoted(column_name)});"
-        )
+        yield _not_unique(session, role, table)
+
+
+def _not_unique(session: Session, role: str, table: Table) -> SchemaProblem:
+    name, column = relation_name(table), table.c[_UPSERTED_BY[role]]
+    finding = f"{name}.{column.name} is not unique"
+    if can_be_unique(session, table, [column.key]):
+        return SchemaProblem(finding, f"ALTER TABLE {name} ADD UNIQUE ({quoted(column.name)});")
+    return SchemaProblem(
+        f"{finding}, and the table is partitioned by other columns: a unique key must contain the partition key",
+        f"name a table in OUTBOX_TABLES ({role}=…) that is not partitioned, or partition it by {quoted(column.name)}",
+    )
 
 
 def _not_migrated(name: str, columns: Sequence[Column[object]]) -> SchemaProblem:
@@ -352,7 +376,7 @@ def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
 
 
 def _column_problems(
-    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn]
+    name: str, role: str, column: Column[object], columns: Mapping[str, ActualColumn], noun: str | None
 ) -> Iterator[SchemaProblem]:
     actual = columns.get(column.name)
     if actual is None and role == "payments":
@@ -362,10 +386,11 @@ def _column_problems(
             f"column {name}.{column.name} is missing", f"set its name in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
         )
     elif actual is None:
+        ddl = f"ALTER TABLE {name} ADD COLUMN {_written(column)};"
         yield SchemaProblem(
             f"column {name}.{column.name} is missing",
             f"set the name of your column in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "
-            f"ALTER TABLE {name} ADD COLUMN {_written(column)};",
+            f"{name_the_table(role, noun) if noun else ddl}",
         )
     elif not _fits(role, column, actual):
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]

@@ -17,11 +17,13 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
-from outbox_worker.schema.concerns import find_unfit_index, find_unlogged
+from outbox_worker.schema.concerns import find_shared_event_ids, find_unfit_index, find_unlogged
 from outbox_worker.schema.ids import SameId
 from outbox_worker.schema.nullable import find_nullable
+from outbox_worker.schema.partitions import build_pair_index, create_index
 from outbox_worker.schema.privileges import STRUCTURE
 from outbox_worker.schema.requirements import find_narrower, find_problems, with_ids_as_found
+from outbox_worker.schema.shapes import noun_of_view
 from outbox_worker.schema.tables import PAIR_INDEX, Tables, quoted, relation_name
 from outbox_worker.settle.handlers import claimed_types
 from outbox_worker.store.backfill_runs import BackfillRuns
@@ -33,12 +35,12 @@ from outbox_worker.store.ignored import count_ignored
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20
 """A table up to this size, in bytes, needs no index for the worker, because reading the whole table is fast."""
-_MIGRATE = "outbox-worker migrate --with unique_index"
 
 # what: the indexes of a table that are not valid, and whether one is being built · lock: none · index: the catalogue's
 _INVALID = text(
     """
     SELECT c.relname, CAST(CAST(c.oid AS regclass) AS text) AS name, i.indisunique,
+           c.relkind = 'I' AS is_partitioned,
            EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.index_relid = c.oid) AS is_under_way
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
     WHERE i.indrelid = to_regclass(:relation) AND NOT i.indisvalid ORDER BY c.relname
@@ -64,12 +66,14 @@ _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
 def tables(subject: Subject) -> Iterator[Finding]:
-    """Report missing or wrong tables, columns, types and unique keys, and columns that may be NULL."""
+    """Report missing or wrong tables, columns, types and unique keys, columns that may be NULL, and odd forms."""
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
     nullable = find_nullable(subject.session, subject.tables)
     yield from (problem(each.finding, each.remedy) for each in nullable)
-    if not problems and not nullable:
+    shared = find_shared_event_ids(subject.session, subject.tables)
+    yield from (warning(each.finding, each.remedy) for each in shared)
+    if not problems and not nullable and not shared:
         adopted = adopted_tables(subject.session, subject.tables)
         count = len(subject.tables.by_role())
         yield ok(f"all {count} tables have what the worker needs; adopted: {', '.join(adopted) or 'none'}")
@@ -116,9 +120,10 @@ def guard(subject: Subject) -> Iterator[Finding]:
         return
     unfit = find_unfit_index(session, tables)
     why = unfit[0].finding if unfit else "there is no unique index"
-    blind, remedy = f"lock: {why}; other code that inserts purchases can create duplicates", _MIGRATE
+    remedy = build_pair_index(session, tables.purchases)
+    blind = f"lock: {why}; other code that inserts purchases can create duplicates"
     if loose := [(key, same) for key, same in tables.ids if not same.is_indexable]:
-        blind, remedy = _explain_loose(tables, loose)
+        blind, remedy = _explain_loose(tables, loose, remedy)
     doubled = doubled_pairs(session, tables, _SHOWN + 1)
     if not doubled:
         yield warning(blind, remedy)
@@ -132,7 +137,7 @@ def guard(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]]) -> tuple[str, str]:
+def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]], then: str) -> tuple[str, str]:
     """Return why no unique index can prevent duplicates, and the remedy: give purchases the id types of payments."""
     name, paid = relation_name(tables.purchases), relation_name(tables.payments)
     own = [(tables.payments.c[key].name, tables.purchases.c[key].name, same) for key, same in loose]
@@ -142,7 +147,7 @@ def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]]) -> tuple
         "index would allow one student two purchases of a course, and each check of a pair reads all purchases"
     )
     changes = [f"ALTER COLUMN {quoted(each)} TYPE {same.paid.sql_type}" for _, each, same in own]
-    return why, f"as its owner: ALTER TABLE {name} {', '.join(changes)}; then: {_MIGRATE}; then restart the workers"
+    return why, f"as its owner: ALTER TABLE {name} {', '.join(changes)}; then: {then}; then restart the workers"
 
 
 def lock_key(subject: Subject) -> Iterator[Finding]:
@@ -177,9 +182,13 @@ def invalid_indexes(subject: Subject) -> Iterator[Finding]:
                 continue
             say = problem if row.indisunique else warning
             rebuild = f"REINDEX INDEX CONCURRENTLY {row.name}; or: DROP INDEX CONCURRENTLY {row.name};"
+            if row.is_partitioned:
+                rebuild = f"attach the missing indexes of partitions to it, or: DROP INDEX {row.name};"
             yield say(
                 f"{row.name} is INVALID, because its build failed: no query uses it, but every write updates it",
-                _MIGRATE if row.relname == PAIR_INDEX else rebuild,
+                build_pair_index(subject.session, table)
+                if row.relname == PAIR_INDEX and not row.is_partitioned
+                else rebuild,
             )
     if clean:
         yield ok("no index is invalid")
@@ -210,13 +219,17 @@ _HELPFUL = (
 
 
 def indexes(subject: Subject, small_bytes: int = _SMALL_BYTES) -> Iterator[Finding]:
-    """Report indexes that adopted tables lack. The remedy is the statement that creates the index."""
+    """Report indexes that adopted tables lack. The remedy is the statement that creates the index.
+
+    PostgreSQL cannot create an index on a view, so this check omits views.
+    """
     present = subject.present()
-    missing = [each for each in _HELPFUL if each.role in present and _is_missed(subject, each, small_bytes)]
+    indexed = {role for role, table in present.items() if not noun_of_view(subject.session, table)}
+    missing = [each for each in _HELPFUL if each.role in indexed and _is_missed(subject, each, small_bytes)]
     for each in missing:
         yield _lacks(subject, each.role, each.keys, each.without)
     by_time = order_of(subject.session, subject.tables) != ("id",)
-    if not by_time and _size(subject, subject.tables.payments) > small_bytes:
+    if not by_time and "payments" in indexed and _size(subject, subject.tables.payments) > small_bytes:
         yield _lacks(subject, "payments", ("created_at", "id"), "a backfill of a few days reads all payments")
     elif not missing:
         yield ok("every table that needs an index has it")
@@ -238,9 +251,7 @@ def _is_missed(subject: Subject, wanted: _Helpful, small_bytes: int) -> bool:
 def _lacks(subject: Subject, role: str, keys: tuple[str, ...], without: str) -> Finding:
     table = subject.tables.by_role()[role]
     name, columns = relation_name(table), ", ".join(quoted(table.c[key].name) for key in keys)
-    return warning(
-        f"{name} has no index on ({columns}): {without}", f"CREATE INDEX CONCURRENTLY ON {name} ({columns});"
-    )
+    return warning(f"{name} has no index on ({columns}): {without}", create_index(subject.session, table, keys))
 
 
 def _size(subject: Subject, table: Table) -> int:

@@ -13,7 +13,8 @@ from outbox_worker.database.engine import Database
 from outbox_worker.errors import SchemaError
 from outbox_worker.model import Outcome
 from outbox_worker.schema.concerns import find_concerns
-from outbox_worker.schema.requirements import SchemaProblem, check_schema, find_problems
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.requirements import check_schema, find_problems
 from outbox_worker.schema.tables import build_tables
 from outbox_worker.settings import load_settings
 from tests.support.installations import Installation

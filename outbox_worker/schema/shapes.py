@@ -1,0 +1,186 @@
+"""Finds forms of existing tables with which PostgreSQL refuses the worker's writes, or deletes what the worker wrote.
+
+These forms are views, generated columns, rules and foreign keys to the outbox. All of them come from other
+applications, because the migrations create nothing of this kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from sqlalchemy import Row, Table, text
+from sqlalchemy.orm import Session
+
+from outbox_worker.model import COLUMNS
+from outbox_worker.schema.catalogue import as_owner, kind_of_relation
+from outbox_worker.schema.privileges import PRIVILEGES
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.tables import quoted, relation_name
+
+_VIEWS: Mapping[str, str] = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
+"""Maps the values of ``pg_class.relkind`` that stand for something else than a table to their names."""
+
+_UPSERTED = ("purchases", "processed_events", "dead_letters")
+"""The tables of results, which the worker writes with INSERT … ON CONFLICT. It writes ``workers`` in this way, too."""
+
+_NOT_WRITTEN = (
+    *(("purchases", "id"), ("dead_letters", "actor"), ("dead_letters", "note")),
+    *(("workers", "started_at"), ("backfill_runs", "started_at")),
+)
+"""Columns that the worker leaves to their defaults, or that only a person's decision writes."""
+
+_WRITTEN: Mapping[str, tuple[str, ...]] = {
+    "outbox": PRIVILEGES["outbox"]["UPDATE"],
+    **{
+        role: tuple(key for key in COLUMNS[role] if (role, key) not in _NOT_WRITTEN)
+        for role in (*_UPSERTED, "workers", "backfill_runs")
+    },
+}
+"""The columns that the worker writes, by table."""
+
+# what: the generated columns of a table (stored or virtual), and those with GENERATED ALWAYS AS IDENTITY · lock: none
+# index: the catalogue's indexes
+_GENERATED = text(
+    """
+    SELECT CAST(attname AS text) AS name, CAST(attgenerated AS text) AS generated,
+           format_type(atttypid, atttypmod) AS written_type
+    FROM pg_attribute
+    WHERE attrelid = to_regclass(:relation) AND attnum > 0 AND NOT attisdropped
+      AND (attgenerated <> '' OR attidentity = 'a')
+    ORDER BY attnum
+    """
+)
+
+# what: the rules because of which PostgreSQL refuses INSERT … ON CONFLICT (even a disabled rule ON UPDATE), and the
+# rules that make every INSERT write nothing. In a rule, the type of the command NOTHING is 7, or 6 before PostgreSQL 15
+# lock: none · index: the catalogue's indexes
+_RULES = text(
+    """
+    WITH rules AS (
+        SELECT CAST(rulename AS text) AS name, CASE ev_type WHEN '2' THEN 'UPDATE' ELSE 'INSERT' END AS command,
+               ev_enabled IN ('O', 'A') AS is_enabled, is_instead AND ev_qual = '<>' AS is_instead_of_all,
+               substring(ev_action FROM 'commandType ([0-9]+)') = CASE
+                   WHEN CAST(current_setting('server_version_num') AS int) < 150000 THEN '6' ELSE '7'
+               END AS does_nothing
+        FROM pg_rewrite WHERE ev_class = to_regclass(:relation) AND ev_type IN ('2', '3'))
+    SELECT name, command, command = 'INSERT' AND does_nothing AS writes_nothing FROM rules
+    WHERE command = 'UPDATE' OR is_enabled AND (is_instead_of_all OR NOT does_nothing)
+    ORDER BY name
+    """
+)
+
+# what: the foreign keys from a table, or one of its partitions, to the outbox. PostgreSQL 18 does not check a foreign
+# key that is NOT ENFORCED · lock: none · index: the catalogue's indexes
+_KEYS_TO_OUTBOX = text(
+    """
+    SELECT CAST(c.conname AS text) AS name, format('%I.%I', n.nspname, t.relname) AS relation,
+           CAST(c.confdeltype AS text) AS on_delete
+    FROM pg_constraint c JOIN pg_class t ON t.oid = c.conrelid JOIN pg_namespace n ON n.oid = t.relnamespace
+    WHERE c.contype = 'f' AND c.conparentid = 0 AND to_jsonb(c) ->> 'conenforced' IS DISTINCT FROM 'false'
+      AND coalesce(pg_partition_root(c.conrelid), c.conrelid) = to_regclass(:relation)
+      AND coalesce(pg_partition_root(c.confrelid), c.confrelid) = to_regclass(:outbox)
+    ORDER BY relation, c.conname
+    """
+)
+
+_CASCADE = "c"
+_SETS_A_VALUE = ("n", "d")
+
+
+def noun_of_view(session: Session, table: Table) -> str | None:
+    """Return what a relation is if it is no table: a view, a materialized view or a foreign table."""
+    return _VIEWS.get(kind_of_relation(session, table))
+
+
+def name_the_table(role: str, noun: str) -> str:
+    """Return the remedy for a view, because ALTER TABLE cannot give a view a column, a unique key or NOT NULL."""
+    return f"it is {noun}: name the table behind it in OUTBOX_TABLES ({role}=…)"
+
+
+def find_unwritable_view(session: Session, role: str, table: Table) -> SchemaProblem | None:
+    """Return a problem if the worker must write a relation that is no table. The worker only reads ``payments``."""
+    noun = noun_of_view(session, table)
+    if noun is None or role == "payments" or (role not in _UPSERTED and noun != _VIEWS["m"]):
+        return None
+    why = "PostgreSQL never lets a program write one" if noun == _VIEWS["m"] else "it can have no unique key"
+    return SchemaProblem(f"{relation_name(table)} is {noun}, not a table: {why}", name_the_table(role, noun))
+
+
+def find_generated(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
+    """Report columns that the worker writes, but that PostgreSQL computes, so that it refuses every write."""
+    written = {table.c[key].name for key in _WRITTEN.get(role, ())}
+    relation = relation_name(table)
+    for row in session.execute(_GENERATED, {"relation": relation}):
+        if row.name in written:
+            kind = "a generated column" if row.generated else "GENERATED ALWAYS AS IDENTITY"
+            yield SchemaProblem(
+                f"column {relation}.{row.name} is {kind}, so PostgreSQL refuses every value that the worker writes",
+                as_owner(session, relation) + _let_be_written(relation, row),
+            )
+
+
+def _let_be_written(relation: str, row: Row[str, str, str]) -> str:
+    """Return the statements that make an ordinary column of a generated one, and keep its values."""
+    column = quoted(row.name)
+    if not row.generated:
+        return f"ALTER TABLE {relation} ALTER COLUMN {column} SET GENERATED BY DEFAULT;"
+    if row.generated == "s":
+        return f"ALTER TABLE {relation} ALTER COLUMN {column} DROP EXPRESSION;"
+    new = quoted(f"{row.name[:50]}_written")
+    return (
+        f"ALTER TABLE {relation} ADD COLUMN {new} {row.written_type}; UPDATE {relation} SET {new} = {column}; "  # noqa: S608 - is printed
+        f"ALTER TABLE {relation} DROP COLUMN {column}; ALTER TABLE {relation} RENAME COLUMN {new} TO {column};"
+    )
+
+
+def rules_against_upserts(session: Session, role: str, table: Table) -> list[str]:
+    """Return the names of the rules that ``find_rules`` reports."""
+    return [row.name for row in _rules(session, role, table)]
+
+
+def find_rules(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
+    """Report the rules with which no INSERT … ON CONFLICT of the worker can succeed."""
+    relation = relation_name(table)
+    for row in _rules(session, role, table):
+        why = (
+            "the worker's INSERT writes no row"
+            if row.writes_nothing
+            else "PostgreSQL refuses INSERT … ON CONFLICT on a table with such a rule, even if the rule is disabled"
+            if row.command == "UPDATE"
+            else "PostgreSQL refuses INSERT … ON CONFLICT on a table with such a rule"
+        )
+        yield SchemaProblem(
+            f"{relation} has the rule {quoted(row.name)} ON {row.command}: {why}",
+            f"{as_owner(session, relation)}DROP RULE {quoted(row.name)} ON {relation};",
+        )
+
+
+def _rules(session: Session, role: str, table: Table) -> list[Row[str, str, bool]]:
+    return [*session.execute(_RULES, {"relation": relation_name(table)})] if role in (*_UPSERTED, "workers") else []
+
+
+def find_keys_to_outbox(session: Session, role: str, table: Table, outbox: Table) -> Iterator[SchemaProblem]:
+    """Report foreign keys to the outbox, because the worker deletes each event after it wrote a mark or a letter.
+
+    A foreign key from ``purchases`` is a problem only if it deletes purchases. The worker never writes its column.
+    """
+    if role not in _UPSERTED:
+        return
+    asked = {"relation": relation_name(table), "outbox": relation_name(outbox)}
+    for row in session.execute(_KEYS_TO_OUTBOX, asked):
+        if role != "purchases" or row.on_delete == _CASCADE:
+            name = quoted(row.name)
+            yield SchemaProblem(
+                f"{row.relation} has the foreign key {name} to {relation_name(outbox)}: {_why_no_key(row.on_delete)}",
+                f"{as_owner(session, row.relation)}ALTER TABLE {row.relation} DROP CONSTRAINT {name};",
+            )
+
+
+def _why_no_key(on_delete: str) -> str:
+    if on_delete == _CASCADE:
+        return (
+            "if the worker removes an event from the outbox, PostgreSQL also deletes the row that refers to the event"
+        )
+    if on_delete in _SETS_A_VALUE:
+        return "if the worker removes an event from the outbox, PostgreSQL overwrites the event's id in this row"
+    return "PostgreSQL refuses to remove an event from the outbox while this row refers to the event"

@@ -1,0 +1,398 @@
+"""Tables of another application whose form makes writes fail or lose rows: each is told, and each remedy helps."""
+
+from __future__ import annotations
+
+import pytest
+
+from outbox_worker.database.engine import Database
+from outbox_worker.diagnose.doctor.report import examine
+from outbox_worker.errors import Refused, SchemaError
+from outbox_worker.model import Outcome
+from outbox_worker.schema.concerns import find_concerns
+from outbox_worker.schema.nullable import find_nullable
+from outbox_worker.schema.privileges import STRUCTURE
+from outbox_worker.schema.problem import SchemaProblem
+from outbox_worker.schema.requirements import check_schema, find_problems
+from outbox_worker.schema.tables import Tables, build_tables
+from outbox_worker.settings import Settings, load_settings
+from tests.support.factories import ProbedProcessor, Shop, drain_all
+from tests.support.installations import Installation
+
+
+def problems(database: Database, tables: Tables) -> list[SchemaProblem]:
+    with database.transaction() as session:
+        return find_problems(session, tables)
+
+
+def concerns(database: Database, tables: Tables) -> list[SchemaProblem]:
+    with database.transaction() as session:
+        return find_concerns(session, tables)
+
+
+def paste(shop: Shop, remedy: str) -> None:
+    """Run the statements of a remedy, as a person does, one after the other."""
+    for each in remedy.removeprefix("as its owner: ").split("; "):
+        shop.connection.execute(each, prepare=False)
+
+
+def verdicts(settings: Settings, name: str) -> list[tuple[str, str, str]]:
+    return [(str(each.verdict), each.evidence, each.remedy) for each in examine(settings).checks if each.name == name]
+
+
+def partition(shop: Shop, table: str, by: str) -> None:
+    """Put a partitioned table in the place of the table."""
+    bounds = "FOR VALUES WITH (MODULUS 1, REMAINDER 0)" if "HASH" in by else "DEFAULT"
+    shop.connection.execute(
+        f"ALTER TABLE {table} RENAME TO plain;"
+        f"CREATE TABLE {table} (LIKE plain INCLUDING DEFAULTS INCLUDING IDENTITY) PARTITION BY {by};"
+        f"DROP TABLE plain CASCADE; CREATE TABLE part PARTITION OF {table} {bounds}",
+        prepare=False,
+    )
+
+
+# --- foreign keys to the outbox
+
+
+@pytest.mark.parametrize("table", ["dead_letters", "processed_events"])
+@pytest.mark.parametrize(
+    ("action", "why"),
+    [("CASCADE", "also deletes the row"), ("NO ACTION", "refuses to remove"), ("SET NULL", "overwrites")],
+)
+def test_a_foreign_key_to_the_outbox(
+    shop: Shop, database: Database, tables: Tables, table: str, action: str, why: str
+) -> None:
+    shop.rows(
+        f'ALTER TABLE {table} ADD CONSTRAINT "of An event" FOREIGN KEY (event_id) REFERENCES outbox (event_id)'
+        f" ON DELETE {action}"
+    )
+    (found,) = problems(database, tables)
+    assert f'public.{table} has the foreign key "of An event" to public.outbox: ' in found.finding
+    assert why in found.finding
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+
+
+def test_the_foreign_key_of_a_partition(shop: Shop, database: Database, tables: Tables) -> None:
+    """A foreign key that PostgreSQL does not enforce is none."""
+    if shop.connection.info.server_version >= 180000:
+        shop.rows("ALTER TABLE processed_events ADD FOREIGN KEY (event_id) REFERENCES outbox (event_id) NOT ENFORCED")
+    partition(shop, "dead_letters", "HASH (event_id)")
+    shop.rows("ALTER TABLE dead_letters ADD PRIMARY KEY (event_id)")
+    shop.rows("ALTER TABLE part ADD FOREIGN KEY (event_id) REFERENCES outbox (event_id) ON DELETE CASCADE")
+    (found,) = problems(database, tables)
+    assert found.remedy == "ALTER TABLE public.part DROP CONSTRAINT part_event_id_fkey;"
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+
+
+def test_a_foreign_key_of_purchases_only_if_it_deletes_purchases(
+    shop: Shop, database: Database, tables: Tables
+) -> None:
+    shop.rows("ALTER TABLE purchases ADD of_event uuid REFERENCES outbox (event_id) ON DELETE SET NULL")
+    shop.rows("ALTER TABLE purchases ADD FOREIGN KEY (payment_id) REFERENCES payments ON DELETE CASCADE")
+    assert problems(database, tables) == []
+    shop.rows("ALTER TABLE purchases ADD by_event uuid REFERENCES outbox (event_id) ON DELETE CASCADE")
+    (found,) = problems(database, tables)
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+
+
+def test_an_outbox_that_the_role_may_not_see_hides_no_other_problem(shop: Shop, database: Database) -> None:
+    shop.rows("CREATE SCHEMA closed; ALTER TABLE outbox SET SCHEMA closed; GRANT SELECT ON payments TO pg_monitor")
+    elsewhere = build_tables(load_settings(tables={"outbox": "closed.outbox"}))
+    with database.transaction() as session:
+        session.connection().exec_driver_sql("SET LOCAL ROLE pg_monitor")
+        found = find_problems(session, elsewhere, STRUCTURE)
+    assert [each.finding for each in found] == ["no USAGE on the schema closed"]
+
+
+# --- rules
+
+
+@pytest.mark.parametrize("table", ["purchases", "processed_events", "dead_letters", "workers"])
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        ("ON INSERT TO {} DO ALSO INSERT INTO log DEFAULT VALUES", "PostgreSQL refuses"),
+        ("ON INSERT TO {} DO INSTEAD NOTHING", "writes no row"),
+        ("ON UPDATE TO {} DO INSTEAD NOTHING", "PostgreSQL refuses"),
+        ("ON UPDATE TO {} WHERE false DO ALSO NOTHING", "PostgreSQL refuses"),
+    ],
+)
+def test_a_rule_stops_the_worker(
+    shop: Shop, database: Database, tables: Tables, settings: Settings, table: str, rule: str, why: str
+) -> None:
+    shop.rows("CREATE TABLE log (n int)")
+    shop.rows(f'CREATE RULE "my Rule" AS {rule.format(table)}')
+    (found,) = problems(database, tables)
+    assert f'public.{table} has the rule "my Rule" ON ' in found.finding
+    assert why in found.finding
+    assert [verdict for verdict, *_ in verdicts(settings, "swallowed_writes")] == ["ok"]
+    assert any(found.remedy == remedy for *_, remedy in verdicts(settings, "tables"))
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+
+
+def test_a_disabled_rule_is_told_exactly_if_it_refuses(
+    shop: Shop, database: Database, tables: Tables, processor: ProbedProcessor
+) -> None:
+    """PostgreSQL refuses ON CONFLICT because of a disabled rule ON UPDATE, but not because of one ON INSERT."""
+    for command in ("INSERT", "UPDATE"):
+        shop.rows(f"CREATE RULE r{command} AS ON {command} TO processed_events DO ALSO SELECT 1")
+        shop.rows(f"ALTER TABLE processed_events DISABLE RULE r{command}")
+    with pytest.raises(Exception, match="ON CONFLICT"):
+        shop.rows(
+            "INSERT INTO processed_events (event_id, event_type, outcome) VALUES (gen_random_uuid(), 'x', 'created')"
+            " ON CONFLICT DO NOTHING"
+        )
+    (found,) = problems(database, tables)
+    assert "rupdate ON UPDATE" in found.finding
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+    shop.paid()
+    assert drain_all(processor) == {Outcome.CREATED: 1}
+
+
+def test_rules_that_leave_the_write_alone_are_no_problem(
+    shop: Shop, database: Database, tables: Tables, processor: ProbedProcessor
+) -> None:
+    shop.rows("CREATE RULE r1 AS ON INSERT TO dead_letters DO ALSO NOTHING")
+    shop.rows("CREATE RULE r2 AS ON DELETE TO purchases DO INSTEAD NOTHING")
+    shop.rows("CREATE RULE r3 AS ON UPDATE TO payments DO INSTEAD NOTHING")
+    assert problems(database, tables) == []
+    shop.confirm(shop.payment("failed"))
+    shop.rows("UPDATE outbox SET attempts = 9")
+    assert drain_all(processor) == {Outcome.DEAD: 1}
+
+
+# --- generated columns
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "expression"),
+    [
+        ("purchases", "currency", "text GENERATED ALWAYS AS ('EUR') STORED"),
+        ("purchases", "deactivated_at", "timestamptz GENERATED ALWAYS AS ('epoch') STORED"),
+        ("processed_events", "payment_id", "uuid GENERATED ALWAYS AS (event_id) STORED"),
+        ("dead_letters", "attempts", "int GENERATED ALWAYS AS IDENTITY"),
+        ("outbox", "attempts", "int GENERATED ALWAYS AS IDENTITY"),
+        ("outbox", "last_error", "text GENERATED ALWAYS AS (event_type) STORED"),
+        ("workers", "guard", "text GENERATED ALWAYS AS (host) STORED"),
+        ("backfill_runs", "pid", "int GENERATED ALWAYS AS IDENTITY"),
+    ],
+)
+def test_a_written_column_that_postgresql_computes(
+    shop: Shop, database: Database, tables: Tables, table: str, column: str, expression: str
+) -> None:
+    shop.rows(f"ALTER TABLE {table} DROP COLUMN {column}, ADD COLUMN {column} {expression}")
+    (found,) = problems(database, tables)
+    assert f"column public.{table}.{column} is " in found.finding
+    assert "every value that the worker writes" in found.finding
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+
+
+def test_a_virtual_column_keeps_its_values(shop: Shop, database: Database, tables: Tables) -> None:
+    if shop.connection.info.server_version < 180000:
+        pytest.skip("PostgreSQL has virtual generated columns since version 18")
+    shop.mark(shop.paid()[1])
+    shop.rows("ALTER TABLE processed_events DROP COLUMN outcome")
+    shop.rows("ALTER TABLE processed_events ADD outcome text GENERATED ALWAYS AS ('cre' || 'ated') VIRTUAL")
+    (found,) = problems(database, tables)
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+    assert shop.rows("SELECT outcome FROM processed_events") == [("created",)]
+
+
+def test_computed_columns_that_the_worker_does_not_write(shop: Shop, database: Database, tables: Tables) -> None:
+    shop.rows("ALTER TABLE purchases DROP COLUMN id, ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY")
+    shop.rows("ALTER TABLE payments DROP COLUMN currency, ADD COLUMN currency text GENERATED ALWAYS AS ('EUR') STORED")
+    shop.rows("ALTER TABLE purchases ADD COLUMN own text GENERATED ALWAYS AS ('x') STORED")
+    shop.rows("ALTER TABLE dead_letters DROP COLUMN note, ADD COLUMN note text GENERATED ALWAYS AS (reason) STORED")
+    assert problems(database, tables) == []
+
+
+# --- all of them stop migrate
+
+
+def test_migrate_refuses_adopted_tables_of_such_a_form(empty: Installation) -> None:
+    empty.execute("CREATE TABLE outbox (event_id uuid UNIQUE)")
+    empty.execute(
+        "CREATE TABLE processed_events (event_id uuid PRIMARY KEY REFERENCES outbox (event_id) ON DELETE CASCADE)"
+    )
+    empty.execute("CREATE RULE r AS ON UPDATE TO processed_events DO ALSO SELECT 1")
+    with pytest.raises(SchemaError, match=r"has the rule r ON UPDATE(.|\n)*has the foreign key"):
+        empty.migrate()
+
+
+# --- event ids that two events can share
+
+
+def test_an_outbox_without_a_unique_event_id(
+    shop: Shop, database: Database, tables: Tables, settings: Settings
+) -> None:
+    assert concerns(database, tables) == []
+    shop.rows("ALTER TABLE outbox DROP CONSTRAINT outbox_event_id_key")
+    (found,) = concerns(database, tables)
+    assert "public.outbox has no unique index on event_id" in found.finding
+    assert ("warning", found.finding, found.remedy) in verdicts(settings, "tables")
+    assert problems(database, tables) == []
+    assert found.remedy.startswith("CREATE UNIQUE INDEX CONCURRENTLY ON public.outbox (event_id);")
+    paste(shop, found.remedy)
+    assert concerns(database, tables) == []
+    assert [verdict for verdict, *_ in verdicts(settings, "tables")] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("index", "is_enough"),
+    [
+        ("ALTER TABLE outbox ADD UNIQUE (event_id) DEFERRABLE", True),
+        ("CREATE UNIQUE INDEX ON outbox (event_id) INCLUDE (id)", True),
+        ("CREATE UNIQUE INDEX ON outbox (event_id) WHERE event_id IS NOT NULL", True),
+        ("CREATE UNIQUE INDEX ON outbox (event_id) WHERE attempts = 0", False),
+        ("CREATE UNIQUE INDEX ON outbox (event_id, event_type)", False),
+        ("CREATE INDEX ON outbox (event_id)", False),
+    ],
+)
+def test_which_index_keeps_event_ids_apart(
+    shop: Shop, database: Database, tables: Tables, index: str, is_enough: bool
+) -> None:
+    shop.rows("ALTER TABLE outbox DROP CONSTRAINT outbox_event_id_key")
+    shop.rows(index)
+    assert (concerns(database, tables) == []) is is_enough
+
+
+@pytest.mark.parametrize(
+    ("by", "remedy"),
+    [
+        ("HASH (event_id)", "CREATE UNIQUE INDEX ON public.outbox (event_id);"),
+        ("RANGE (due_at)", "public.outbox is partitioned by other columns"),
+    ],
+)
+def test_the_event_ids_of_a_partitioned_outbox(
+    shop: Shop, database: Database, tables: Tables, by: str, remedy: str
+) -> None:
+    partition(shop, "outbox", by)
+    (found,) = concerns(database, tables)
+    assert found.remedy.startswith(remedy)
+    if "CREATE" in remedy:
+        paste(shop, found.remedy)
+        assert concerns(database, tables) == []
+
+
+# --- partitioned tables
+
+
+def test_indexes_of_partitioned_tables_are_not_built_concurrently(shop: Shop, settings: Settings) -> None:
+    partition(shop, "outbox", "RANGE (due_at)")
+    told = [remedy for _, evidence, remedy in verdicts(settings, "indexes") if "public.outbox" in evidence]
+    assert told == [f"CREATE INDEX ON public.outbox ({columns});" for columns in ("due_at, id", "id")]
+    for each in told:
+        paste(shop, each)
+    assert [verdict for verdict, *_ in verdicts(settings, "indexes")] == ["ok"]
+
+
+def test_an_invalid_index_of_a_partitioned_table(shop: Shop, settings: Settings) -> None:
+    partition(shop, "outbox", "RANGE (due_at)")
+    shop.rows("CREATE INDEX half ON ONLY outbox (due_at)")
+    ((_, _, remedy),) = verdicts(settings, "invalid_indexes")
+    paste(shop, remedy.partition("or: ")[2])
+    assert [verdict for verdict, *_ in verdicts(settings, "invalid_indexes")] == ["ok"]
+
+
+def partitioned_purchases(site: Installation) -> Settings:
+    partition(Shop(site.connection), "purchases", "HASH (payment_id)")
+    site.execute("ALTER TABLE purchases ADD UNIQUE (payment_id)")
+    return load_settings(database_url=site.url)
+
+
+def test_partitioned_purchases_stay_with_the_lock(migrated: Installation) -> None:
+    settings = partitioned_purchases(migrated)
+    before = migrated.snapshot()
+    with pytest.raises(Refused, match=r"public\.purchases is partitioned(.|\n)*stays with the guard lock"):
+        migrated.migrate("unique_index")
+    assert migrated.snapshot() == before
+    ((verdict, evidence, remedy),) = verdicts(settings, "guard")
+    assert (verdict, evidence.partition(":")[0]) == ("warning", "lock")
+    assert "migrate --with" not in remedy
+    assert "public.purchases is partitioned" in remedy
+    migrated.migrate()
+    shop = Shop(migrated.connection)
+    shop.paid()
+    assert migrated.drain() == {Outcome.CREATED: 1}
+
+
+def test_an_index_of_other_rows_on_partitioned_purchases(migrated: Installation) -> None:
+    partitioned_purchases(migrated)
+    partition(Shop(migrated.connection), "purchases", "HASH (student_id)")
+    migrated.execute("CREATE UNIQUE INDEX ON purchases (student_id, course_id)")
+    database = Database(load_settings(database_url=migrated.url), deadline_seconds=10)
+    found = concerns(database, build_tables(load_settings(database_url=migrated.url)))
+    database.close()
+    assert [each.remedy.partition(",")[0] for each in found] == ["public.purchases is partitioned"]
+
+
+@pytest.mark.parametrize("table", ["purchases", "processed_events", "dead_letters"])
+def test_a_partitioned_table_that_cannot_have_the_key(
+    shop: Shop, database: Database, tables: Tables, table: str
+) -> None:
+    key = "payment_id" if table == "purchases" else "event_id"
+    partition(shop, table, f"RANGE ({'created_at' if table != 'processed_events' else 'processed_at'})")
+    (found,) = problems(database, tables)
+    assert f"public.{table}.{key} is not unique, and the table is partitioned by other columns" in found.finding
+    assert "ALTER TABLE" not in found.remedy
+    partition(shop, table, f"HASH ({key})")
+    (found,) = problems(database, tables)
+    paste(shop, found.remedy)
+    assert problems(database, tables) == []
+
+
+# --- views
+
+
+@pytest.mark.parametrize("table", ["purchases", "processed_events", "dead_letters"])
+def test_a_view_is_not_a_table(shop: Shop, database: Database, tables: Tables, table: str) -> None:
+    shop.rows(f"ALTER TABLE {table} RENAME TO behind; CREATE VIEW {table} AS TABLE behind")
+    (found,) = problems(database, tables)
+    assert found.finding == f"public.{table} is a view, not a table: it can have no unique key"
+    assert found.remedy == f"it is a view: name the table behind it in OUTBOX_TABLES ({table}=…)"
+    with database.transaction() as session:
+        assert all("ALTER TABLE" not in each.remedy for each in find_nullable(session, tables))
+        assert find_problems(session, build_tables(load_settings(tables={table: "behind"}))) == []
+
+
+@pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
+def test_an_outbox_that_is_a_view(
+    shop: Shop, database: Database, tables: Tables, settings: Settings, kind: str
+) -> None:
+    shop.rows("ALTER TABLE outbox RENAME TO behind; ALTER TABLE behind DROP COLUMN crashes")
+    shop.rows(f"CREATE {kind} outbox AS TABLE behind")
+    with database.transaction() as session:
+        found = [*find_problems(session, tables), *find_nullable(session, tables), *find_concerns(session, tables)]
+    assert len(found) == (3 if kind == "MATERIALIZED VIEW" else 2) - (kind != "VIEW")
+    assert all(f"it is a {kind.lower()}: name the table behind it" in each.remedy for each in found)
+    assert all("ALTER TABLE" not in each.remedy for each in found)
+    assert [verdict for verdict, *_ in verdicts(settings, "indexes")] == ["ok"]
+
+
+def test_a_view_of_the_outbox_can_be_settled(shop: Shop, processor: ProbedProcessor) -> None:
+    """It is not refused, because PostgreSQL passes the writes on to the table behind it."""
+    shop.rows("ALTER TABLE outbox RENAME TO behind; CREATE VIEW outbox AS TABLE behind")
+    shop.paid()
+    assert drain_all(processor) == {Outcome.CREATED: 1}
+
+
+def test_payments_may_be_a_view(shop: Shop, database: Database, tables: Tables, settings: Settings) -> None:
+    """The worker only reads it; only a row with NULL is told."""
+    payment = shop.payment()
+    shop.rows("ALTER TABLE payments RENAME TO behind; ALTER TABLE behind ALTER status DROP NOT NULL")
+    shop.rows("CREATE VIEW payments AS TABLE behind")
+    with database.transaction() as session:
+        assert check_schema(session, tables).payments is tables.payments
+        assert find_nullable(session, tables) == []
+    assert [verdict for verdict, *_ in verdicts(settings, "indexes")] == ["ok"]
+    shop.rows("UPDATE behind SET status = NULL")
+    with database.transaction() as session:
+        (found,) = find_nullable(session, tables)
+    assert "has rows in which a value is NULL: status" in found.finding
+    assert shop.rows(found.remedy[found.remedy.index("SELECT") :])[0][0] == payment.id
