@@ -87,6 +87,8 @@ _NOT_SUPPORTED = "0A000"
 Everything that PostgreSQL does not support has the same SQLSTATE, for example ON CONFLICT on a table with rules.
 """
 
+_INTERNAL_ERROR = "XX000"
+
 _BY_SQLSTATE: Mapping[str, Failure] = {
     "40001": Failure.RETRY,  # serialization_failure
     "40P01": Failure.RETRY,  # deadlock_detected
@@ -104,7 +106,7 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "3D000": Failure.PAUSE,  # invalid_catalog_name
     "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
     "23000": Failure.EVENT,  # integrity_constraint_violation, for example WrittenOtherwise
-    "XX000": Failure.UNCLEAR,  # internal_error: also what an extension raises for a single row
+    _INTERNAL_ERROR: Failure.UNCLEAR,  # also what an extension raises for a single row
     "428C9": Failure.PAUSE,  # generated_always: a column that the worker writes became a generated one
     "23001": Failure.EVENT,  # restrict_violation
     "23502": Failure.EVENT,  # not_null_violation
@@ -176,16 +178,28 @@ def classify(error: BaseException) -> Failure:
         return Failure.PAUSE
     if isinstance(error, Swallowed | NothingRecorded):
         return Failure.UNCLEAR
-    if state := sqlstate(error):
-        found = _by_function(error) or _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
-        is_databases = found in (Failure.PAUSE, Failure.RECONNECT)
-        return Failure.UNCLEAR if is_databases and is_from_function(error) else found
+    if sqlstate(error):
+        return Failure.UNCLEAR if is_from_function(error) and is_trouble(error) else _by_state(error)
     original = getattr(error, "orig", None) or error
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
         return Failure.RECONNECT  # no SQLSTATE, because the connection broke or was never made
     if isinstance(original, CommitLost | DatabaseUnavailable):
         return Failure.RECONNECT
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
+
+
+def _by_state(error: BaseException) -> Failure:
+    state = sqlstate(error) or ""
+    return _by_function(error) or _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.UNCLEAR)
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Return whether the SQLSTATE says that the database is in trouble, and not that a row is wrong.
+
+    If a function raises such an error for a single event, the event is postponed, but the try is not counted.
+    """
+    is_internal = sqlstate(error) == _INTERNAL_ERROR
+    return sqlstate(error) is not None and (is_internal or _by_state(error) in (Failure.PAUSE, Failure.RECONNECT))
 
 
 def _by_function(error: BaseException) -> Failure | None:

@@ -51,7 +51,7 @@ class _Part:
         if len(self.batch) > 1:
             if self.rung is Rung.FULL and step is not Step.REMOVE:
                 return [replace(self, rung=Rung.BARE)]
-            first = Rung.UNCHARGED if self.outcome is None else Rung.FULL
+            first = Rung.UNCHARGED if self.rung is Rung.UNCHARGED else Rung.FULL
             return [replace(self, batch=half, rung=first) for half in halves(self.batch)]
         rung = _next_rung(self.rung, step, is_dead=self.outcome is Outcome.DEAD)
         return [] if rung is None else [replace(self, rung=rung)]
@@ -97,9 +97,18 @@ class Recording:
         self._policy = policy
 
     def record(
-        self, session: Session, batch: Batch, verdicts: Verdicts, savepoints: Savepoints, *, checks_deferred: bool
+        self,
+        session: Session,
+        batch: Batch,
+        verdicts: Verdicts,
+        savepoints: Savepoints,
+        *,
+        checks_deferred: bool,
+        troubles: Mapping[int, Exception],
     ) -> Recorded:
         """Record the retried and the dead events among ``verdicts``.
+
+        ``troubles``: events that are only postponed, because an error that they met does not prove that they are wrong.
 
         Raises the database's error if no event can be the cause of the error.
         """
@@ -108,17 +117,26 @@ class Recording:
             for outcome in (Outcome.RETRIED, Outcome.DEAD)
             if (keys := {key for key, verdict in verdicts.items() if verdict.outcome is outcome})
         ]
-        return self._write_all(session, parts, verdicts, savepoints, checks_deferred)
+        if troubles:
+            parts.append(_Part(batch.among(troubles.keys()), Outcome.RETRIED, Rung.UNCHARGED))
+        return self._write_all(session, parts, verdicts, savepoints, checks_deferred, troubles)
 
     def postpone(self, session: Session, batch: Batch, savepoints: Savepoints) -> Recorded:
         """Postpone the events by the base delay, without counting a try."""
-        return self._write_all(session, [_Part(batch, None, Rung.UNCHARGED)], {}, savepoints, checks_deferred=True)
+        parts = [_Part(batch, None, Rung.UNCHARGED)]
+        return self._write_all(session, parts, {}, savepoints, checks_deferred=True, troubles={})
 
     def _write_all(
-        self, session: Session, parts: list[_Part], verdicts: Verdicts, savepoints: Savepoints, checks_deferred: bool
+        self,
+        session: Session,
+        parts: list[_Part],
+        verdicts: Verdicts,
+        savepoints: Savepoints,
+        checks_deferred: bool,
+        troubles: Mapping[int, Exception],
     ) -> Recorded:
         recorded = Recorded()
-        causes: dict[int, Exception] = {}
+        causes = dict(troubles)
         while parts and savepoints.left:
             part = parts.pop()
             step = Step.RECORD

@@ -20,6 +20,7 @@ from outbox_worker.database.failures import (
     classify,
     describe,
     is_arbiter_lost,
+    is_trouble,
     sqlstate,
 )
 from outbox_worker.decision import RetryPolicy, refused
@@ -98,7 +99,8 @@ class Settlement:
         found = self._settle_all(session, batch, savepoints, careful=careful, is_last=is_last)
         if found.is_recorded:
             return Settled(verdicts=found.verdicts)
-        refusals = {key: self._refuse(batch[key], error) for key, error in found.refusals.items()}
+        faults = {key: error for key, error in found.refusals.items() if not is_trouble(error)}
+        refusals = {key: self._refuse(batch[key], error) for key, error in faults.items()}
         return self._record(session, batch, replace(found, verdicts=found.verdicts | refusals), savepoints)
 
     def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Settled:
@@ -310,9 +312,10 @@ class Settlement:
         return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
     def _record(self, session: Session, batch: Batch, found: Found, savepoints: Savepoints) -> Settled:
-        """Record the events that are retried or dead."""
+        """Record the events that are retried or dead. Postpone those that met trouble, without counting a try."""
+        troubles = {key: error for key, error in found.refusals.items() if is_trouble(error)}
         recorded = self._recording.record(
-            session, batch, found.verdicts, savepoints, checks_deferred=found.checks_deferred
+            session, batch, found.verdicts, savepoints, checks_deferred=found.checks_deferred, troubles=troubles
         )
         return self._conclude(session, found, recorded)
 

@@ -35,7 +35,8 @@ def log_unrecorded(refusals: Mapping[int, str]) -> None:
     if refusals:
         ids, told = _shown(refusals)
         logger.bind(event="outcome_not_recorded", count=len(refusals), outbox_ids=ids, refusals=told).error(
-            "the database refuses to record that {} failed; the worker tries again later and does not count this try",
+            "the database does not let the worker settle {}, or record the failure; the worker tries again later and "
+            "does not count this try",
             count_of(len(refusals), "event"),
         )
 

@@ -41,7 +41,7 @@ BY_SQLSTATE = {
     "58000": Failure.PAUSE,
     "58030": Failure.PAUSE,
     "58P01": Failure.PAUSE,
-    "XX000": Failure.PAUSE,
+    "XX000": Failure.UNCLEAR,
     "XX001": Failure.PAUSE,
     "XX002": Failure.PAUSE,
     "28000": Failure.PAUSE,
