@@ -76,8 +76,8 @@ class Heartbeats:
     def _judge(self) -> None:
         """Take over the rows of workers that died while they processed one event.
 
-        Process the next events one at a time if it is not proven that this event caused the death. Also
-        process single events if the claim loops have waited for this check, and a worker died or may have died.
+        Process the next events one at a time if it is not proven that this event caused the death. Process single
+        events, too, if a worker died or may have died while the claim loops waited for this judgement.
         """
         with self._database.transaction() as session:
             found = self._workers.take_over_dead_workers(

@@ -60,7 +60,8 @@ class _Part:
 def _next_rung(rung: Rung, step: Step, *, is_dead: bool) -> Rung | None:
     """Return the next lower rung for a single event, or None if there is none.
 
-    The rung ``KEEPING`` is only for a dead event, and only if the database may have refused the deletion of its row.
+    Use the rung ``KEEPING`` (the row stays in the outbox) only for a dead event, and only if deleting its row may be
+    what the database refused.
     """
     if rung is Rung.UNCHARGED:
         return None

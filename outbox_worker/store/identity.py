@@ -39,7 +39,8 @@ _UUID_SHAPE = "________-____-____-____-____________"
 _INTEGER_TEXT = r"^[+-]?[0-9]{1,40}$"
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST_NUMBER = 100
-"""A number in a payload is cut to this many characters. A number that was cut is too long to match the patterns."""
+"""A number in a payload is cut to this many characters. A longer number does not match the patterns, even after it was
+cut."""
 
 
 class _Named(UserDefinedType[Any]):

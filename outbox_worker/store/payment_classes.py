@@ -81,7 +81,8 @@ payment is of this kind even if it has a purchase, because no sum can include th
 for a payment of this kind until a person has corrected the value.
 """
 CURRENCY_MAX = 100
-"""The largest number of characters of a currency. A payment with a longer currency is ``CANNOT_BE_JUDGED``."""
+"""The largest number of characters of a currency. If the currency of a payment is longer than this, the payment is
+``CANNOT_BE_JUDGED``."""
 
 READ_TO_CLASSIFY = ("id", "student_id", "course_id", "amount", "currency", "created_at")
 """The columns of payments that determine the class of a standing payment."""

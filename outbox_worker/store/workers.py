@@ -363,7 +363,7 @@ def _is_running(workers: FromClause) -> ColumnElement[bool]:
 
 
 def _is_latest(workers: Table) -> ColumnElement[bool]:
-    """Build the condition that the worker of a row runs, or that no other worker has started after it ended."""
+    """Build the condition that the worker of a row still runs, or has ended and no other worker has started since."""
     later = workers.alias("later")
     ended = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
     return or_(_is_running(workers), ~select(later.c.id).where(later.c.started_at > ended).exists())

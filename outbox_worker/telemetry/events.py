@@ -53,7 +53,7 @@ def log_set_aside(refusals: Mapping[int, str]) -> None:
 
 
 def _shown(refusals: Mapping[int, str]) -> tuple[list[int], list[str]]:
-    """Return the first ids of the events and the first different refusals, at most ``EXAMPLES_MAX`` of each."""
+    """Return the first ids of the events and the first distinct refusals, at most ``EXAMPLES_MAX`` of each."""
     return list(refusals)[:EXAMPLES_MAX], list(dict.fromkeys(refusals.values()))[:EXAMPLES_MAX]
 
 
