@@ -202,7 +202,8 @@ class OwedPurchases:
                 if smaller := [] if is_stuck else self._smaller(part, error, tried):
                     parts += smaller
                     continue
-                if classify(error) is Failure.UNCLEAR and not is_writable:
+                is_unclear = classify(error) is Failure.UNCLEAR and not isinstance(error, Inconsistent)
+                if is_unclear and not is_writable:
                     raise  # no purchase was written yet, so the database itself may be the cause, not this payment
                 blocked += is_blocked
                 result = BackfillResult(contended=list(part)) if is_blocked else _refused(part, error)

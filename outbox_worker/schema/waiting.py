@@ -25,6 +25,7 @@ _BLOCKERS = text(
     """
     SELECT b.pid, a.usename AS user, a.application_name AS application, a.xact_start AS since, a.state
     FROM unnest(pg_blocking_pids(:pid)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+    WHERE b.pid <> pg_backend_pid()
     GROUP BY b.pid, a.usename, a.application_name, a.xact_start, a.state ORDER BY b.pid
     """
 )

@@ -46,7 +46,7 @@ def test_it_says_whose_transaction_it_waits_for_and_again(
         pid = holder.info.backend_pid
         building = pool.submit(migrated.migrate, "unique_index")
         eventually(lambda: len(told()) > 1, "it is told, and again")
-        holder.execute(str(told()[0]["message"]).partition("Look: ")[2].partition(";")[0])
+        holder.execute(str(told()[0]["message"]).partition("To see it: ")[2].partition(";")[0])
         with psycopg.connect(servers.libpq(migrated.url), autocommit=True) as other:
             other.execute(str(told()[0]["message"]).partition("end it: ")[2])
         assert building.result(timeout=30).built == ("unique_index",)

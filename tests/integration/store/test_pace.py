@@ -209,8 +209,8 @@ def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make
 def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
     shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    shop.pay_many(50)
-    processor = make_processor(batch_size=10)
+    shop.pay_many(80)
+    processor = make_processor(batch_size=20)
     never_sweep(processor)
     starts = watch_starts(processor)
     processor.process_batch()
@@ -221,4 +221,4 @@ def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
     assert starts[-1] is not None
     processor.process_batch()
     assert starts[-1] is None
-    assert drain_all(processor) == {Outcome.CREATED: 30}
+    assert drain_all(processor) == {Outcome.CREATED: 45}
