@@ -82,7 +82,7 @@ def test_a_full_disk_with_four_loops_is_no_death(database_url: str, shop: Shop) 
     assert (shop.count("dead_letters"), shop.count("purchases")) == (0, 1)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_stops_are_no_death(signals: int, database_url: str, shop: Shop, connect: Connect) -> None:
     """Each at the worst moment: the event is accused and in hand. Also if the stop is hurried."""
     payment, _ = shop.paid()

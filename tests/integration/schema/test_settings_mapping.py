@@ -78,6 +78,9 @@ MAPPINGS: dict[str, dict[str, Any]] = {
 }
 """A shop's likely names; names that need quotes everywhere; names that mean another column of ours."""
 
+EACH = ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "swapped"))]
+"""Names that need quotes everywhere in each run; the other mappings in the slow one."""
+
 TIMES = {
     "purchases": ("id", "created_at", "deactivated_at"),
     "processed_events": ("processed_at", "recovered_at"),
@@ -221,7 +224,7 @@ def settled(make_site: Sites, request: pytest.FixtureRequest) -> tuple[Site, Sit
     return plain, mapped, drain_all(plain.processor()), drain_all(mapped.processor())
 
 
-@pytest.mark.parametrize("settled", MAPPINGS, indirect=True)
+@pytest.mark.parametrize("settled", EACH, indirect=True)
 def test_other_names_same_results(settled: tuple[Site, Site, Counter[Outcome], Counter[Outcome]]) -> None:
     plain, mapped, expected, outcomes = settled
     assert set(expected) == set(Outcome)
@@ -232,7 +235,7 @@ def test_other_names_same_results(settled: tuple[Site, Site, Counter[Outcome], C
     assert sum(after["purchases"].values()) > 25
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("name", EACH)
 def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None:
     """Of waiting events, of dead letters, of marks."""
     plain, mapped = make_site(), make_site(**MAPPINGS[name])
@@ -247,7 +250,7 @@ def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None
         mapped.forget()
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("name", EACH)
 def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> None:
     """What is found, what is made, and how it goes on where it was killed."""
     plain, mapped = make_site(), make_site(**MAPPINGS[name])
