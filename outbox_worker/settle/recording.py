@@ -20,7 +20,7 @@ from outbox_worker.database.failures import NO_EVENTS_FAULT, classify
 from outbox_worker.decision import RetryPolicy, retry_delay
 from outbox_worker.errors import Inconsistent, Swallowed
 from outbox_worker.model import Batch, Outcome, Reason, Verdict, Verdicts
-from outbox_worker.settle.escalation import Step, halves
+from outbox_worker.settle.escalation import PartRefused, Step, halves
 from outbox_worker.settle.savepoints import Savepoints
 from outbox_worker.store.outbox import Outbox, Postponement
 
@@ -136,31 +136,58 @@ class Recording:
         checks_deferred: bool,
         troubles: Mapping[int, Exception],
     ) -> Recorded:
-        recorded = Recorded()
-        causes = dict(troubles)
-        while parts and savepoints.left:
-            part = parts.pop()
-            step = Step.RECORD
+        """Write all parts in one savepoint. If the database refuses one of them, give each part its own savepoint."""
+        recorded, causes = Recorded(), dict(troubles)
+        waiting = [parts] if parts else []
+        while waiting and savepoints.left:
+            together = waiting.pop()
             try:
-                with savepoints.take():
-                    traces = self._write(session, part, verdicts)
+                traces = self._attempt(session, together, verdicts, savepoints, checks_deferred=checks_deferred)
+            except PartRefused as refusal:
+                if len(together) > 1:
+                    waiting += [[part] for part in reversed(together)]
+                    continue
+                (part,) = together
+                causes |= dict.fromkeys(part.batch, refusal.error)
+                lower = part.lower(refusal.step)
+                waiting += [[each] for each in reversed(lower)]
+                recorded.refused |= {} if lower else dict.fromkeys(part.batch, refusal.error)
+            else:
+                for part in together:
+                    _add(recorded, part, verdicts, traces, causes)
+        recorded.is_through = not waiting
+        return recorded
+
+    def _attempt(
+        self,
+        session: Session,
+        parts: list[_Part],
+        verdicts: Verdicts,
+        savepoints: Savepoints,
+        *,
+        checks_deferred: bool,
+    ) -> dict[int, str]:
+        """Write parts in one savepoint, and return the traceparents of their events.
+
+        Raises PartRefused if an event of the parts may be the cause of an error.
+        """
+        step, traces = Step.RECORD, dict[int, str]()
+        try:
+            with savepoints.take():
+                for part in parts:
+                    step = Step.RECORD
+                    traces |= self._write(session, part, verdicts)
                     if part.outcome is Outcome.DEAD and part.rung in (Rung.FULL, Rung.BARE):
                         step = Step.REMOVE
                         self._outbox.remove(session, part.batch, part.batch.ids)
-                    if checks_deferred:
-                        step = Step.CHECK
-                        savepoints.check_deferred()
-            except (DBAPIError, Swallowed) as error:
-                if classify(error) in NO_EVENTS_FAULT:
-                    raise
-                causes |= dict.fromkeys(part.batch, error)
-                lower = part.lower(step)
-                parts += reversed(lower)
-                recorded.refused |= {} if lower else dict.fromkeys(part.batch, error)
-            else:
-                _add(recorded, part, verdicts, traces, causes)
-        recorded.is_through = not parts
-        return recorded
+                if checks_deferred:
+                    step = Step.CHECK
+                    savepoints.check_deferred()
+        except (DBAPIError, Swallowed) as error:
+            if classify(error) in NO_EVENTS_FAULT:
+                raise
+            raise PartRefused(step, error) from error
+        return traces
 
     def _write(self, session: Session, part: _Part, verdicts: Verdicts) -> dict[int, str]:
         """Write a part as fully as its rung says. Return the traceparents of the events whose outcome is recorded."""

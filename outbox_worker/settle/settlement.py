@@ -39,8 +39,8 @@ from outbox_worker.store.set_aside import MOST, SetAside
 BATCHES_TO_LOOK_AT = 100
 """After a batch failed because an event already had a mark, this number of batches check for marks first."""
 
-FOR_RECORDING = 2
-"""Settling in parts leaves this number of savepoints: one to record retried events, and one to record dead events."""
+FOR_RECORDING = 1
+"""The number of savepoints that settling in parts leaves, so that the worker can record retried and dead events."""
 
 
 @dataclass(frozen=True, kw_only=True)

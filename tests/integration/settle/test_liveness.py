@@ -51,12 +51,12 @@ def test_events_that_come_back_at_once_are_passed_in_their_turn(
 
 
 def test_many_refused_that_come_back_at_once_hold_nobody_up(shop: Shop, make_processor: MakeProcessor) -> None:
-    """They fill the savepoints of each transaction: behind n of them an event is settled within 6 + n / 12."""
+    """They fill the savepoints of each transaction: behind n of them an event is settled within 6 + n / 15."""
     never_succeed(shop, 60, "refused")
     processor = make_processor(policy=FOR_EVER)
     for _ in range(3):
         late = [pay(shop, GOOD)[1] for _ in range(5)]
-        assert any(settled(shop, late) == 5 for _ in batches(processor, 6 + 60 // 12))
+        assert any(settled(shop, late) == 5 for _ in batches(processor, 6 + 60 // FEW_IN_DOUBT))
     assert shop.scalar("SELECT min(attempts) FROM outbox") >= 3, "they came back all the time"
 
 
