@@ -5,9 +5,9 @@ Also finds out which of the tables the worker's migrations created.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Column, Connection, Row, Table, and_, func, select, text
 from sqlalchemy.exc import DBAPIError
@@ -16,10 +16,7 @@ from sqlalchemy.orm import Session
 from outbox_worker.database.failures import Failure, classify
 from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, Tables, ownership_list, quoted, relation_name
 
-_COMMAND_BITS = {"INSERT": 4, "DELETE": 8, "UPDATE": 16}
-"""Maps each command to the bit that stands for the command in ``pg_trigger.tgtype``."""
-_COMMAND_NUMBERS = {"UPDATE": "2", "INSERT": "3", "DELETE": "4"}
-"""Maps each command to the number that stands for the command in ``pg_rewrite.ev_type``."""
+_Found = TypeVar("_Found")
 
 # what: the unique, valid indexes on exactly student and course that compare ids as the columns do. For each index: its
 # predicate, whether it is immediate (not deferrable), and whether is_active may be NULL · lock: none
@@ -141,8 +138,20 @@ class ActualColumn:
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
-    asked = text("SELECT to_regclass(:name) IS NOT NULL")
-    return bool(session.scalar(asked, {"name": relation_name(table)}))
+    return kind_of_relation(session, table) is not None
+
+
+def _read_once(session: Session | Connection, key: str, read: Callable[[], _Found]) -> _Found:
+    """Return the result of ``read``. Call ``read`` only once for each session, because many checks need the same facts.
+
+    With a ``Connection``, call ``read`` each time, so that a migration sees what it has just changed.
+    """
+    if not isinstance(session, Session):
+        return read()
+    if key not in session.info:
+        session.info[key] = read()
+    found: _Found = session.info[key]
+    return found
 
 
 # what: whether a table has the comment of our migrations; whether this role can read the list of our tables
@@ -205,9 +214,15 @@ _OWNER = text(
 )
 
 
-def kind_of_relation(session: Session | Connection, table: Table) -> str:
-    """Return the letter in ``pg_class.relkind`` for an existing table."""
-    return str(session.scalar(_KIND, {"relation": relation_name(table)}))
+def kind_of_relation(session: Session | Connection, table: Table) -> str | None:
+    """Return the letter in ``pg_class.relkind``, or None if the table does not exist."""
+    name = relation_name(table)
+
+    def read() -> str | None:
+        kind: str | None = session.scalar(_KIND, {"relation": name})
+        return kind
+
+    return _read_once(session, f"kind of {name}", read)
 
 
 def is_partitioned(session: Session | Connection, table: Table) -> bool:
@@ -261,7 +276,10 @@ _COLUMNS = text(
 
 
 def actual_columns(session: Session | Connection, name: str) -> dict[str, ActualColumn]:
-    return {row[0]: ActualColumn(*row[1:]) for row in session.execute(_COLUMNS, {"name": name})}
+    def read() -> dict[str, ActualColumn]:
+        return {row[0]: ActualColumn(*row[1:]) for row in session.execute(_COLUMNS, {"name": name})}
+
+    return _read_once(session, f"columns of {name}", read)
 
 
 def has_limited_amounts(session: Session | Connection, purchases: Table) -> bool:
@@ -325,122 +343,3 @@ def notifies(session: Session | Connection, outbox: Table) -> bool:
     """Return whether the outbox has the trigger of the optional migration ``notify``, and the trigger is enabled."""
     asked = {"relation": relation_name(outbox), "name": NOTIFY_TRIGGER}
     return bool(session.scalar(_HAS_TRIGGER, asked))
-
-
-@dataclass(frozen=True, slots=True)
-class Interference:
-    """A trigger or rule of another application that may make a command fail, or swallow it.
-
-    A swallowed command changes no row, but raises no error.
-    """
-
-    name: str
-    is_rule: bool
-    swallows: bool
-    """Whether the command may change no row without an error, because of a rule with INSTEAD, or because of a BEFORE
-    trigger whose function returns NULL."""
-    lets_none_through: bool
-    """Whether, as far as the definition shows, the command can change no row at all, and raises no error."""
-
-    def __str__(self) -> str:
-        return f"the {'rule' if self.is_rule else 'trigger'} {quoted(self.name)}"
-
-
-# what: the enabled row triggers (BEFORE and AFTER) and the INSTEAD rules of a command. A trigger function that returns
-# NULL, and never OLD or NEW, lets no row through · lock: none · index: the catalogue's indexes
-_INTERFERENCE = text(
-    r"""
-    SELECT CAST(t.tgname AS text) AS name, false AS is_rule,
-           t.tgtype & 2 = 2 AND p.prosrc ~* '\mreturn\s+null\M' AS swallows,
-           t.tgtype & 2 = 2 AND p.prosrc ~* '\mreturn\s+null\M' AND p.prosrc !~* '\mreturn\s+(old|new)\M'
-           AND t.tgqual IS NULL AS lets_none_through
-    FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-    WHERE t.tgrelid = to_regclass(:relation) AND NOT t.tgisinternal AND t.tgenabled IN ('O', 'A')
-      AND t.tgtype & 1 = 1 AND t.tgtype & CAST(:bit AS int) <> 0
-    UNION ALL
-    SELECT CAST(rulename AS text), true, true, ev_qual = '<>'
-    FROM pg_rewrite
-    WHERE ev_class = to_regclass(:relation) AND is_instead AND ev_enabled IN ('O', 'A') AND ev_type = :number
-    ORDER BY 3 DESC, 1
-    """
-)
-
-# what: whether a unique index is on this table or one of its partitions, and the columns of the index · lock: none
-# index: the catalogue's indexes
-_UNIQUE_KEY = text(
-    """
-    SELECT coalesce(pg_partition_root(t.oid), t.oid) = to_regclass(:relation) AS is_of_table,
-           CASE WHEN i.indexprs IS NULL THEN
-               ARRAY(SELECT CAST(a.attname AS text) FROM generate_series(0, i.indnkeyatts - 1) AS k (position)
-                     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[k.position])
-           END AS names
-    FROM pg_class t JOIN pg_namespace n ON n.oid = t.relnamespace
-    JOIN pg_index i ON i.indrelid = t.oid JOIN pg_class c ON c.oid = i.indexrelid
-    WHERE n.nspname = :schema AND t.relname = :table AND c.relname = :name
-    """
-)
-
-# what: the columns that a sequence fills by default or as an identity, each with its sequence · lock: none
-# index: the catalogue's indexes
-_SEQUENCES = text(
-    """
-    SELECT CAST(a.attname AS text) AS column_name, quote_ident(n.nspname) || '.' || quote_ident(s.relname) AS sequence
-    FROM pg_attribute a
-    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-    JOIN pg_depend dep
-      ON dep.classid = CAST('pg_attrdef' AS regclass) AND dep.objid = d.oid
-         AND dep.refclassid = CAST('pg_class' AS regclass) AND dep.deptype = 'n'
-      OR dep.classid = CAST('pg_class' AS regclass) AND dep.refclassid = CAST('pg_class' AS regclass)
-         AND dep.refobjid = a.attrelid AND dep.refobjsubid = a.attnum AND dep.deptype = 'i'
-    JOIN pg_class s ON s.relkind = 'S' AND s.oid = CASE dep.deptype WHEN 'i' THEN dep.objid ELSE dep.refobjid END
-    JOIN pg_namespace n ON n.oid = s.relnamespace
-    WHERE a.attrelid = to_regclass(:relation) AND a.attnum > 0 AND NOT a.attisdropped
-    ORDER BY a.attnum
-    """
-)
-
-
-def interference(session: Session, table: Table, command: str) -> Sequence[Interference]:
-    """Return the triggers and rules that may make a command on a table fail, or swallow the command.
-
-    A swallowed command changes no row, but raises no error. The triggers and rules that may swallow it come first.
-    """
-    asked = {"bit": _COMMAND_BITS[command], "number": _COMMAND_NUMBERS[command]}
-    return [Interference(*row) for row in session.execute(_INTERFERENCE, {"relation": relation_name(table), **asked})]
-
-
-def likely_cause(session: Session, table: Table, command: str, *, swallowed: bool) -> str:
-    """Name the triggers, rules and row security that may have made a command on a table fail.
-
-    If ``swallowed`` is true, the command raised no error, but changed too few rows. Return an empty string if there is
-    no possible cause.
-    """
-    found = interference(session, table, command)
-    named = [str(each) for each in found if each.swallows or not swallowed]
-    if swallowed and not named:
-        named = [str(each) for each in found]
-    if session.scalar(text("SELECT row_security_active(:name)"), {"name": relation_name(table)}):
-        named.append("row security")
-    return " or ".join(named)
-
-
-def unique_key(session: Session, table: Table, error_of: tuple[str | None, str | None, str | None]) -> set[str] | None:
-    """Return the columns of a unique index. ``error_of`` contains its schema, its table and its name.
-
-    Return None if the index is neither on this table nor on one of its partitions, or if the index has expressions.
-    """
-    schema, name, index = error_of
-    asked = {"relation": relation_name(table), "schema": schema, "table": name, "name": index}
-    row = session.execute(_UNIQUE_KEY, asked).one_or_none()
-    return set(row.names) if row is not None and row.is_of_table and row.names else None
-
-
-def sequences(session: Session, table: Table) -> dict[str, str]:
-    """Return the columns whose default values come from a sequence, each with the name of its sequence."""
-    return {row.column_name: row.sequence for row in session.execute(_SEQUENCES, {"relation": relation_name(table)})}
-
-
-def set_sequence(table: Table, column: str, sequence: str) -> str:
-    """Return the statement that sets a sequence to the largest value of its column."""
-    name = sequence.replace("'", "''")
-    return f"SELECT setval('{name}', (SELECT CAST(max({quoted(column)}) AS bigint) FROM {relation_name(table)}));"  # noqa: S608 - printed, names are quoted

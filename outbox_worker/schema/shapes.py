@@ -89,7 +89,7 @@ _SETS_A_VALUE = ("n", "d")
 
 def noun_of_view(session: Session, table: Table) -> str | None:
     """Return what a relation is if it is no table: a view, a materialized view or a foreign table."""
-    return _VIEWS.get(kind_of_relation(session, table))
+    return _VIEWS.get(kind_of_relation(session, table) or "")
 
 
 def name_the_table(role: str, noun: str) -> str:

@@ -24,7 +24,8 @@ from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import Failure, classify
 from outbox_worker.model import Guard
 from outbox_worker.settle.pacing import STUCK_PASSES_MAX
-from outbox_worker.store.outbox import IsolatedEvent, Outbox
+from outbox_worker.store.claims import IsolatedEvent
+from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.workers import Workers
 
 _WAIT_SECONDS = 0.5

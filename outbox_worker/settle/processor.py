@@ -27,8 +27,9 @@ from outbox_worker.settle.handlers import build_handlers
 from outbox_worker.settle.isolation import Isolation, LoneEvents
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.settlement import Settled, Settlement
+from outbox_worker.store.claims import Claim, IsolatedEvent
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Claim, IsolatedEvent, Outbox
+from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 

@@ -4,11 +4,14 @@
 - ``purchases``: writes purchases and marks (``processed_events``), and locks pairs
 - ``dead_letters``, ``workers``, ``backfill_runs``: one module for each of these tables
 - ``crashes``: counts the proven deaths of workers for an event
+- ``set_aside``: the events that no claim takes; ``ignored``: counts events of types that no handler settles
+- ``doubled``: finds pairs with more than one active purchase
 - ``guard``: finds out which guard is in force
-- parts of statements: ``pairs`` (the statements that ``purchases`` runs to lock and read pairs), ``claimed`` (finds
-  the rows of claimed events), ``payload``, ``payment_classes`` (the SQL CASE that classifies payments), ``queries``
 - ``processes``: finds out whether a process still runs
+- parts of statements: ``claims`` (locks due events, for ``outbox``), ``pairs`` (locks and reads pairs, for
+  ``purchases``), ``claimed`` (finds the rows of claimed events), ``identity`` (compares ids), ``payload``,
+  ``payment_classes`` (the SQL CASE that classifies payments), ``queries``
 
-The first parameter of every function is the session, and the caller begins and commits the transaction. Do not commit,
-retry or log here, and do not decide the outcome of an event.
+The first parameter of every function that runs a statement is the session, and the caller begins and commits the
+transaction. Do not commit, retry or log here, and do not decide the outcome of an event.
 """

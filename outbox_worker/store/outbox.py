@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -16,18 +16,14 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    DateTime,
     Delete,
     FromClause,
     Interval,
-    Row,
     Select,
     Table,
     Text,
     Update,
     bindparam,
-    case,
-    cast,
     delete,
     func,
     literal,
@@ -35,61 +31,42 @@ from sqlalchemy import (
     or_,
     select,
     true,
-    tuple_,
     type_coerce,
     update,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY, array
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 from sqlalchemy.types import TypeEngine
 
-from outbox_worker.database.arrays import ArrayText, Keys
+from outbox_worker.database.arrays import Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.database.failures import describe, violated
 from outbox_worker.database.statements import Statement, write
 from outbox_worker.errors import Swallowed
-from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason, Repeated
-from outbox_worker.schema.catalogue import likely_cause
+from outbox_worker.model import Batch, DeadLetterState, Position, Reason
+from outbox_worker.schema.interference import likely_cause
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of, window_of, within
+from outbox_worker.store.claims import (
+    Claim,
+    IsolatedEvent,
+    claim_isolated_statement,
+    claim_of,
+    claim_statement,
+    complete,
+    counted,
+    due_statement,
+    is_other,
+    isolate_statement,
+)
 from outbox_worker.store.queries import is_claimable
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
-_LONGEST_TYPE = 200
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 """The pattern of a traceparent, by the standard W3C Trace Context. A header with any other text is ignored."""
 _TRACEPARENT_LENGTH = 55
-
-_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
-_FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
-"""The smallest possible id. Together with ``_FIRST_MOMENT``, this id forms a position before every event."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Events locked by this transaction, in the order ``(due_at, id)``."""
-
-    batch: Batch = field(default_factory=Batch)
-    transaction_id: str | None = None
-    """The transaction's id.
-
-    If the answer to COMMIT is lost, ``pg_xact_status`` uses this id to find out whether the transaction was committed.
-    """
-    end: Position | None = None
-    """The position of the last event; None if no event was claimed."""
-    crash_suspects: Sequence[int] = ()
-    """The events of the batch whose crash count is not 0. Each of these events is processed alone later."""
-
-
-@dataclass(frozen=True, slots=True)
-class IsolatedEvent:
-    """An event that is processed alone."""
-
-    id: int
-    crashes: int
-    """The number of processes that are proven to have died while they processed only this event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +101,12 @@ class Outbox:
     def __init__(self, tables: Tables, event_types: Collection[str] | None) -> None:
         self._tables = tables
         self._event_types = None if event_types is None else sorted(event_types)
-        self._claim = Statement(_claim_statement(tables.outbox, ours=self._ours()))
-        self._claim_others = Statement(_claim_statement(tables.outbox, ours=[*self._ours(), _is_other(tables.outbox)]))
-        self._claim_isolated = Statement(_claim_isolated_statement(tables.outbox))
-        self._isolate_first = Statement(_isolate_statement(tables.outbox, [*self._ours(), _is_other(tables.outbox)]))
-        self._isolate = Statement(
-            _isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)])
-        )
-        self._due = Statement(_due_statement(tables.outbox, ours=[*self._ours(), _is_other(tables.outbox)]))
+        self._claim = Statement(claim_statement(tables.outbox, ours=self._ours()))
+        self._claim_others = Statement(claim_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
+        self._claim_isolated = Statement(claim_isolated_statement(tables.outbox))
+        self._isolate_first = Statement(isolate_statement(tables.outbox, [*self._ours(), is_other(tables.outbox)]))
+        self._isolate = Statement(isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)]))
+        self._due = Statement(due_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
         self._left = Statement(_left_statement(tables.outbox))
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
@@ -139,7 +114,7 @@ class Outbox:
         self._traceparents = Statement(_traceparents_statement(tables.outbox))
         self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
         self._backlog = Statement(
-            _backlog_statement(tables.outbox, [*self._ours(), _is_other(tables.outbox)], self.BACKLOG_BOUND)
+            _backlog_statement(tables.outbox, [*self._ours(), is_other(tables.outbox)], self.BACKLOG_BOUND)
         )
 
     @property
@@ -169,8 +144,8 @@ class Outbox:
         due_at, key = start or (None, None)
         values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
         if set_aside:
-            return _claim_of(self._claim_others.execute(session, {**values, "set_aside": list(set_aside)}).one())
-        return _claim_of(self._claim.execute(session, values).one())
+            return claim_of(self._claim_others.execute(session, {**values, "set_aside": list(set_aside)}).one())
+        return claim_of(self._claim.execute(session, values).one())
 
     def isolate(
         self, session: Session, key: int | None, until: datetime | None, *, set_aside: Collection[int] = ()
@@ -190,7 +165,7 @@ class Outbox:
 
         The claim is empty if another worker has locked, settled or postponed the event since ``isolate``.
         """
-        return _claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
+        return claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
 
     def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:
         """Return whether any event is due by ``until``, including events that another worker has locked.
@@ -276,141 +251,15 @@ class Outbox:
         lacks: list[ColumnElement[bool]] = [
             outbox.c[key].is_(None) for key in ("due_at", "event_id", "event_type") if key in nullable
         ]
-        counted = _never_claimed_statement(outbox, lacks, self._ours(), self.BACKLOG_BOUND)
-        found: int = session.scalars(counted).one()
+        never = _never_claimed_statement(outbox, lacks, self._ours(), self.BACKLOG_BOUND)
+        found: int = session.scalars(never).one()
         return found
-
-
-def _claim_of(row: Row[Any]) -> Claim:
-    if row.ids is None:
-        return Claim()
-    types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
-    payment_ids, repeated = _read(row)
-    window = DueWindow(row.first_due_at, row.end_due_at)
-    event_ids, attempts = ArrayText(row.event_ids), ArrayText(row.attempts)
-    batch = Batch(row.ids, event_ids, types, payment_ids, attempts, row.lateness, repeated, window)
-    return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.crash_suspects or ())
-
-
-def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
-    """Return the payment ids in the payloads. If payloads are json or text, also return their other fields."""
-    if "documents" not in row._fields:
-        return payload.usable_payment_ids(row.candidates), ()
-    found = [payload.read_document(document) for document in row.documents]
-    return [payment_id for payment_id, _ in found], [repeated for _, repeated in found]
-
-
-def _claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: claims due events after a position, oldest first; returns one row of arrays with all values to settle them
-    lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
-    """
-    start = tuple_(
-        func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT),
-        func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID),
-    )
-    return _gathered(
-        _keys(outbox)
-        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *_complete(outbox), *ours)
-        .order_by(outbox.c.due_at, outbox.c.id)
-        .limit(bindparam("limit", type_=BigInteger))
-        .with_for_update(skip_locked=True)
-    )
-
-
-def _claim_isolated_statement(outbox: Table) -> Select[Any]:
-    """what: claims one due event by its id · lock: FOR UPDATE SKIP LOCKED · index: primary key"""
-    one = outbox.c.id == bindparam("id", type_=BigInteger)
-    return _gathered(_keys(outbox).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
-
-
-def _complete(outbox: FromClause) -> list[ColumnElement[bool]]:
-    """Build the conditions that the event has an id and a type, because an adopted table may allow NULL.
-
-    The worker cannot mark an event without an id, and has no handler for an event without a type. So the worker never
-    claims such events. The commands ``doctor`` and ``status`` report them.
-    """
-    return [outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None)]
-
-
-def _counted(column: ColumnElement[int]) -> ColumnElement[int]:
-    """Build the value of a counter; a missing value is 0."""
-    return func.coalesce(column, 0)
-
-
-def _is_other(outbox: Table) -> ColumnElement[bool]:
-    """Build the condition that an event is not set aside."""
-    return outbox.c.id != func.all(bindparam("set_aside", type_=Keys("bigint")))
-
-
-def _due_by() -> ColumnElement[Any]:
-    return func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
-
-
-def _keys(outbox: Table) -> Select[Any]:
-    """Select the columns of an event that settling needs."""
-    return select(
-        outbox.c.id,
-        outbox.c.event_id,
-        func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
-        payload.claim_columns(outbox),
-        _counted(outbox.c.attempts).label("attempts"),
-        _counted(outbox.c.crashes).label("crashes"),
-        seconds_since(outbox.c.due_at).label("lateness"),
-        outbox.c.due_at.label("due_at"),
-    )
-
-
-def _gathered(keys: Select[Any]) -> Select[Any]:
-    """Aggregate the locked rows into one row of arrays."""
-    claimed = keys.cte("claimed").prefix_with("MATERIALIZED")
-    first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
-    one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
-    gathered: list[ColumnElement[Any]] = [
-        func.array_agg(claimed.c.id).label("ids"),
-        _text_of_all(claimed.c.event_id).label("event_ids"),
-        one_for_all.label("event_types"),
-        func.array_agg(claimed.c.document).label("documents")
-        if "document" in claimed.c
-        else _text_of_all(claimed.c.candidate).label("candidates"),
-        _text_of_all(claimed.c.attempts).label("attempts"),
-        func.array_agg(claimed.c.lateness).label("lateness"),
-        func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("crash_suspects"),
-    ]
-    gathered.append(cast(func.min(claimed.c.due_at), Text).label("first_due_at"))
-    end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
-    return select(
-        *gathered, end, cast(func.pg_current_xact_id_if_assigned(), Text).label("transaction_id")
-    ).select_from(claimed)
-
-
-def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Aggregate a column into an array in text form. The worker parses the array only if it needs a single value."""
-    return cast(func.array_agg(column), Text)
-
-
-def _isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: chooses the first due event · lock: FOR UPDATE SKIP LOCKED, until the choice is committed
-    index: (due_at, id), or the primary key if ``ours`` names the event
-    """
-    return (
-        select(outbox.c.id, _counted(outbox.c.crashes).label("crashes"))
-        .where(outbox.c.due_at <= _due_by(), *_complete(outbox), *ours)
-        .order_by(outbox.c.due_at, outbox.c.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-
-
-def _due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: whether any event is due · lock: none · index: (due_at, id)"""
-    due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))
-    return select(select(outbox.c.id).where(due, *_complete(outbox), *ours).exists())
 
 
 def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
     """what: counts due and later events up to a bound; age of the oldest due one · lock: none · index: (due_at, id)"""
     now = func.statement_timestamp()
-    ours = [*_complete(outbox), *ours]
+    ours = [*complete(outbox), *ours]
     due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
     later = select(outbox.c.id).where(outbox.c.due_at > now, is_claimable(outbox), *ours).limit(bound).subquery()
     waiting = select(func.count()).select_from(later).scalar_subquery()
@@ -446,7 +295,7 @@ def _postpone_statement(outbox: Table) -> Update:
         .where(outbox.c.id == given.c.id, outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
         .values(
             due_at=func.clock_timestamp() + type_coerce(given.c.delay, Interval()),
-            attempts=_counted(outbox.c.attempts) + given.c.charge,
+            attempts=counted(outbox.c.attempts) + given.c.charge,
             last_error=func.coalesce(given.c.error, outbox.c.last_error),
         )
     )
@@ -464,7 +313,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
         "created_at": func.coalesce(outbox.c.created_at, func.clock_timestamp()),
         "payload": payload.to_dead_letter(outbox),
         "payment_id": given.c.payment_id,
-        "attempts": _counted(outbox.c.attempts) + 1,
+        "attempts": counted(outbox.c.attempts) + 1,
         "reason": given.c.reason,
         "detail": given.c.detail,
         "dead_at": func.clock_timestamp(),

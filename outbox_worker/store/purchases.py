@@ -50,7 +50,7 @@ from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import DefaultTaken, PairTaken
 from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
-from outbox_worker.schema.catalogue import sequences, set_sequence, unique_key
+from outbox_worker.schema.interference import sequences, set_sequence, unique_key
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of

@@ -25,8 +25,9 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
 from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.processor import Processor
+from outbox_worker.store.claims import Claim
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Claim, Outbox
+from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import Telemetry
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 from sqlalchemy import Table, TextClause, text
 
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
-from outbox_worker.schema.catalogue import interference, sequences, set_sequence
+from outbox_worker.schema.interference import interference, sequences, set_sequence
 from outbox_worker.schema.shapes import rules_against_upserts
 from outbox_worker.schema.tables import quoted, relation_name
 from outbox_worker.store.workers import read_set_aside

@@ -262,7 +262,6 @@ def check_generated(
     return tried
 
 
-@pytest.mark.slow
 def test_generated_payloads(column: str, shop: Shop, processor: ProbedProcessor, said: list[str]) -> None:
     """Together with the other types more than 500 cases."""
     assert check_generated(shop, column, processor, said, FEW) > 200

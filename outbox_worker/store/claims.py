@@ -1,0 +1,188 @@
+"""Defines the statements that claim events, that is, lock the rows of due events, and reads their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    FromClause,
+    Row,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import array
+
+from outbox_worker.database.arrays import ArrayText, Keys
+from outbox_worker.database.expressions import seconds_since
+from outbox_worker.model import Batch, DueWindow, Position, Repeated
+from outbox_worker.store import payload
+
+_LONGEST_TYPE = 200
+_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
+_FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
+"""The smallest possible id. Together with ``_FIRST_MOMENT``, this id forms a position before every event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Events locked by this transaction, in the order ``(due_at, id)``."""
+
+    batch: Batch = field(default_factory=Batch)
+    transaction_id: str | None = None
+    """The transaction's id.
+
+    If the answer to COMMIT is lost, ``pg_xact_status`` uses this id to find out whether the transaction was committed.
+    """
+    end: Position | None = None
+    """The position of the last event; None if no event was claimed."""
+    crash_suspects: Sequence[int] = ()
+    """The events of the batch whose crash count is not 0. Each of these events is processed alone later."""
+
+
+@dataclass(frozen=True, slots=True)
+class IsolatedEvent:
+    """An event that is processed alone."""
+
+    id: int
+    crashes: int
+    """The number of processes that are proven to have died while they processed only this event."""
+
+
+def claim_of(row: Row[Any]) -> Claim:
+    """Return the claim in a row of a claim statement; an empty claim if the statement found no event."""
+    if row.ids is None:
+        return Claim()
+    types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
+    payment_ids, repeated = _read(row)
+    window = DueWindow(row.first_due_at, row.end_due_at)
+    event_ids, attempts = ArrayText(row.event_ids), ArrayText(row.attempts)
+    batch = Batch(row.ids, event_ids, types, payment_ids, attempts, row.lateness, repeated, window)
+    return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.crash_suspects or ())
+
+
+def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
+    """Return the payment ids in the payloads. If payloads are json or text, also return their other fields."""
+    if "documents" not in row._fields:
+        return payload.usable_payment_ids(row.candidates), ()
+    found = [payload.read_document(document) for document in row.documents]
+    return [payment_id for payment_id, _ in found], [repeated for _, repeated in found]
+
+
+def claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: claims due events after a position, oldest first; returns one row of arrays with all values to settle them
+    lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
+    """
+    start = tuple_(
+        func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT),
+        func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID),
+    )
+    return _gathered(
+        _keys(outbox)
+        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *complete(outbox), *ours)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(bindparam("limit", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+    )
+
+
+def claim_isolated_statement(outbox: Table) -> Select[Any]:
+    """what: claims one due event by its id · lock: FOR UPDATE SKIP LOCKED · index: primary key"""
+    one = outbox.c.id == bindparam("id", type_=BigInteger)
+    return _gathered(_keys(outbox).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
+
+
+def complete(outbox: FromClause) -> list[ColumnElement[bool]]:
+    """Build the conditions that the event has an id and a type, because an adopted table may allow NULL.
+
+    The worker cannot mark an event without an id, and has no handler for an event without a type. So the worker never
+    claims such events. The commands ``doctor`` and ``status`` report them.
+    """
+    return [outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None)]
+
+
+def counted(column: ColumnElement[int]) -> ColumnElement[int]:
+    """Build the value of a counter; a missing value is 0."""
+    return func.coalesce(column, 0)
+
+
+def is_other(outbox: Table) -> ColumnElement[bool]:
+    """Build the condition that an event is not set aside."""
+    return outbox.c.id != func.all(bindparam("set_aside", type_=Keys("bigint")))
+
+
+def _due_by() -> ColumnElement[Any]:
+    return func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
+
+
+def _keys(outbox: Table) -> Select[Any]:
+    """Select the columns of an event that settling needs."""
+    return select(
+        outbox.c.id,
+        outbox.c.event_id,
+        func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
+        payload.claim_columns(outbox),
+        counted(outbox.c.attempts).label("attempts"),
+        counted(outbox.c.crashes).label("crashes"),
+        seconds_since(outbox.c.due_at).label("lateness"),
+        outbox.c.due_at.label("due_at"),
+    )
+
+
+def _gathered(keys: Select[Any]) -> Select[Any]:
+    """Aggregate the locked rows into one row of arrays."""
+    claimed = keys.cte("claimed").prefix_with("MATERIALIZED")
+    first, last = func.min(claimed.c.event_type), func.max(claimed.c.event_type)
+    one_for_all = case((first == last, array([first])), else_=func.array_agg(claimed.c.event_type))
+    gathered: list[ColumnElement[Any]] = [
+        func.array_agg(claimed.c.id).label("ids"),
+        _text_of_all(claimed.c.event_id).label("event_ids"),
+        one_for_all.label("event_types"),
+        func.array_agg(claimed.c.document).label("documents")
+        if "document" in claimed.c
+        else _text_of_all(claimed.c.candidate).label("candidates"),
+        _text_of_all(claimed.c.attempts).label("attempts"),
+        func.array_agg(claimed.c.lateness).label("lateness"),
+        func.array_agg(claimed.c.id).filter(claimed.c.crashes > 0).label("crash_suspects"),
+    ]
+    gathered.append(cast(func.min(claimed.c.due_at), Text).label("first_due_at"))
+    end = cast(func.max(claimed.c.due_at), Text).label("end_due_at")
+    return select(
+        *gathered, end, cast(func.pg_current_xact_id_if_assigned(), Text).label("transaction_id")
+    ).select_from(claimed)
+
+
+def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Aggregate a column into an array in text form. The worker parses the array only if it needs a single value."""
+    return cast(func.array_agg(column), Text)
+
+
+def isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: chooses the first due event · lock: FOR UPDATE SKIP LOCKED, until the choice is committed
+    index: (due_at, id), or the primary key if ``ours`` names the event
+    """
+    return (
+        select(outbox.c.id, counted(outbox.c.crashes).label("crashes"))
+        .where(outbox.c.due_at <= _due_by(), *complete(outbox), *ours)
+        .order_by(outbox.c.due_at, outbox.c.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: whether any event is due · lock: none · index: (due_at, id)"""
+    due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))
+    return select(select(outbox.c.id).where(due, *complete(outbox), *ours).exists())
