@@ -23,6 +23,7 @@ def main() -> None:
         status = _interrupted()
     if status == _INTERRUPTED and _ENDED_BY_SIGNALS & set(sys.argv[1:2]):
         status = 0
+    _forget_interrupts()
     raise SystemExit(status)
 
 
@@ -47,6 +48,15 @@ def _interrupted() -> int:
     except KeyboardInterrupt:
         interrupts.ignore()
     return _INTERRUPTED
+
+
+def _forget_interrupts() -> None:
+    """Keep Python from ending ``python -m outbox_worker`` by SIGINT instead of with our exit status.
+
+    CPython does so if the last code that ``exec`` or ``eval`` ran from a string was left by a KeyboardInterrupt, even
+    if the KeyboardInterrupt was caught later. Dataclasses run such code (``run_eval_code_obj`` in ``pythonrun.c``).
+    """
+    exec("")  # noqa: S102 - an empty string
 
 
 def _run() -> int:

@@ -32,29 +32,24 @@ def log_events(batch: Batch, verdicts: Verdicts) -> None:
 
 def log_unrecorded(refusals: Mapping[int, str]) -> None:
     """Log the failed events for which the database refuses to record the failure. The worker retries later."""
-    _log_refusals(
-        "outcome_not_recorded",
-        refusals,
-        "the database does not let the worker settle {}, or record the failure; the worker tries again later and does "
-        "not count this try",
-    )
+    if refusals:
+        ids, told = _shown(refusals)
+        logger.bind(event="outcome_not_recorded", count=len(refusals), outbox_ids=ids, refusals=told).error(
+            "the database does not let the worker settle {}, or record the failure; the worker tries again later and "
+            "does not count this try",
+            count_of(len(refusals), "event"),
+        )
 
 
 def log_set_aside(refusals: Mapping[int, str]) -> None:
     """Log the events whose rows in the outbox the database refuses to delete or to change."""
-    _log_refusals(
-        "events_set_aside",
-        refusals,
-        "the database refuses to change the rows of {}; the worker tries again after 15 s, then every 10 minutes. "
-        "Meanwhile it settles all other events",
-    )
-
-
-def _log_refusals(event: str, refusals: Mapping[int, str], message: str) -> None:
     if refusals:
         ids, told = _shown(refusals)
-        log = logger.bind(event=event, count=len(refusals), outbox_ids=ids, refusals=told)
-        log.error(message, count_of(len(refusals), "event"))
+        logger.bind(event="events_set_aside", count=len(refusals), outbox_ids=ids, refusals=told).error(
+            "the database refuses to change the rows of {}; the worker tries again after 15 s, then every 10 minutes. "
+            "Meanwhile it settles all other events",
+            count_of(len(refusals), "event"),
+        )
 
 
 def _shown(refusals: Mapping[int, str]) -> tuple[list[int], list[str]]:

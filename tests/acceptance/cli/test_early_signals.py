@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,16 @@ finally:
 """
 
 
+INSIDE_EXEC = """
+import os, signal
+from outbox_worker import __main__ as program
+
+program._run = lambda: exec("os.kill(os.getpid(), signal.SIGTERM)")
+program.main()
+"""
+"""The signal arrives while code from a string runs, as when a dataclass or a named tuple is made."""
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("place", ["cli", "daemon.worker"])
 def test_a_signal_that_an_import_swallows_still_ends_the_daemon(place: str, name: str, database_url: str) -> None:
@@ -64,6 +75,19 @@ def test_a_signal_that_an_import_swallows_still_ends_the_daemon(place: str, name
     assert (done.code, done.stdout) == (0, "sent 1"), done
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(("command", "code"), [("run", 0), ("audit", 130)])
+def test_one_that_interrupts_code_run_from_a_string_leaves_the_exit_status(
+    command: str, code: int, tmp_path: Path
+) -> None:
+    """CPython would end the process by SIGINT, although the interruption was caught."""
+    (tmp_path / "interrupted.py").write_text(INSIDE_EXEC)
+    started = [sys.executable, "-m", "interrupted", command]
+    done = subprocess.run(
+        started, env=environment(None, {}) | {"PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
 def test_so_does_one_that_ends_another_command(database_url: str) -> None:
