@@ -170,6 +170,8 @@ def test_a_reload_takes_log_level_and_limits(database_url: str, shop: Shop, mana
         reload(process, manager)
         assert sorted(process.wait_for("reloaded")["changed"]) == ["batch_size", "log_level"]
         assert process.wait_for("restart_needed")["settings"] == ["concurrency"]
+        shop.pay_many(1)
+        eventually(lambda: shop.count("outbox") == 0, "a step that may have begun before the reload has ended")
         shop.pay_many(50)
         process.wait_for("batch_committed", claimed=7)
         eventually(lambda: shop.count("outbox") == 0, "all are settled")
