@@ -135,6 +135,10 @@ format: $(VENV)/dev ## Format the code and mend what lint can
 reference: $(VENV)/dev ## Write docs/reference from the code
 	@$(BIN)/python docs/reference/generate.py
 
+.PHONY: statements
+statements: $(VENV)/dev ## Write docs/statements.sql from the code
+	@$(BIN)/python docs/statements.py
+
 .PHONY: dashboard
 dashboard: $(VENV)/run ## Write deploy/grafana/outbox-worker.json from its source
 	@$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/outbox-worker.json

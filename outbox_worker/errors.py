@@ -129,6 +129,12 @@ class PairTaken(OutboxWorkerError):
     sqlstate: ClassVar[str] = "40001"
 
 
+class Again(OutboxWorkerError):
+    """Numbers of written rows that do not match. The batch is rolled back, and settled in a careful transaction."""
+
+    exit_code = 69
+
+
 class Inconsistent(OutboxWorkerError):
     """A statement that did not change as many rows as it must. This is a bug of the worker; no event is at fault."""
 

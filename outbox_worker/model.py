@@ -130,6 +130,17 @@ class DueWindow(NamedTuple):
     last: str
 
 
+class Latencies(NamedTuple):
+    """How late events were settled, as a histogram."""
+
+    buckets: Sequence[Sequence[int]] = ()
+    """Pairs (number of bounds that are not smaller than the latency, number of events)."""
+    seconds: float = 0.0
+    """The sum of all latencies."""
+
+
+NO_LATENCIES = Latencies()
+
 ALWAYS = DueWindow("-infinity", "infinity")
 
 
@@ -206,10 +217,6 @@ class Batch(Mapping[int, Event]):
             return dict.fromkeys(types, self)
         return {name: self._take([at for at, each in enumerate(self.event_types) if each == name]) for name in types}
 
-    def payments(self) -> Sequence[str | None]:
-        """Return the payment id of each event."""
-        return self.payment_ids
-
     def _take(self, positions: Sequence[int]) -> Batch:
         columns = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "window"}
         taken = {name: [column[at] for at in positions] for name, column in columns.items() if column}
@@ -262,12 +269,6 @@ class Verdict:
     detail: str = ""
     writes: bool = False
     """Whether the verdict inserts a purchase or deactivates one."""
-    via_fast_path: bool = False
-    """Whether the fast statement created the purchase.
-
-    The worker then does not search for a mark or an open dead letter, because the fast statement skips events that have
-    a mark or an open dead letter.
-    """
     passed_to: str | None = None
     """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
     refused_next: str | None = None

@@ -34,13 +34,12 @@ from outbox_worker.schema import migrate as migration
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
-from outbox_worker.settle.handlers import build_handlers
+from outbox_worker.settle.handlers import HANDLED_TYPES
 from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.processor import Processor
+from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Outbox
-from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import servers
@@ -50,9 +49,8 @@ from tests.support.sites import ROLE, Site
 
 _HOLDER = pytest.StashKey[servers.Holder]()
 _count = itertools.count(1)
-_repository = functools.lru_cache(maxsize=4)(PurchaseRepository)
-_outbox = functools.lru_cache(maxsize=4)(Outbox)
-"""Both hold statements and no state: rendering them took a quarter of most tests. A processor gets a copy."""
+_doors = functools.lru_cache(maxsize=4)(Doors.of)
+"""They hold statements and no state: rendering them took a quarter of most tests. A processor gets copies."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -237,13 +235,12 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         watch.know(found)
         with used.transaction() as session:
             watch.probe(session)
-        repository = copy.copy(_repository(found))
-        handlers = build_handlers(repository, policy)
-        outbox = copy.copy(_outbox(found, None if unknown_types == "bury" else tuple(handlers)))
+        doors = Doors._make(map(copy.copy, _doors(found, None if unknown_types == "bury" else HANDLED_TYPES)))
         isolation = isolation or Isolation(used, Workers(found, uuid4()))
-        made = ProbedProcessor(used, outbox, repository, watch, telemetry, policy, Pacing(batch_size, 60), isolation)
+        made = ProbedProcessor(used, doors, watch, telemetry, policy, Pacing(batch_size, 60), isolation)
         made.database, made.telemetry, made.watch, made.isolation = used, telemetry, watch, isolation
-        made.outbox, made.repository = outbox, repository
+        made.path, made.outbox, made.repository = doors
+        made.note_verdicts()
         return made
 
     return make

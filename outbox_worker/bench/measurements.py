@@ -22,6 +22,7 @@ from sqlalchemy import event as listener
 from outbox_worker.bench.baselines import FILL
 from outbox_worker.daemon.signals import Signals
 from outbox_worker.daemon.worker import Worker
+from outbox_worker.database.direct import Direct
 from outbox_worker.settings import Settings, load_settings
 
 LATENCY_RATE = 50
@@ -116,32 +117,47 @@ def start_ups(conninfo: str, rounds: int) -> list[float]:
     return found
 
 
-def statements_per_batch(conninfo: str, events: int) -> float:
-    """Return how many statements one claim loop sends for a full batch, including BEGIN and COMMIT.
+def waits_per_batch(conninfo: str, events: int) -> float:
+    """Return how often one claim loop waits for the server during a full batch, including COMMIT.
 
-    ``events``: how many events are in the outbox. A second run, with an empty outbox, counts the statements of start
-    and stop. These statements are subtracted from the statements of the first run.
+    ``events``: how many events are in the outbox. A second run, with an empty outbox, counts the waits of start and
+    stop. These waits are subtracted from the waits of the first run.
     """
     settings = load_settings(database_url=url_of(conninfo))
-    first, second = (_statements_of_a_drain(settings) for _ in range(2))
+    first, second = (_waits_of_a_drain(settings) for _ in range(2))
     return (first - second) / (events // settings.batch_size)
 
 
-def _statements_of_a_drain(settings: Settings) -> int:
-    sent: list[str] = []
-    watched = {"begin": lambda *_: sent.append("BEGIN"), "commit": lambda *_: sent.append("COMMIT")}
-    watched["before_cursor_execute"] = lambda *given: sent.append(given[2])
+def _waits_of_a_drain(settings: Settings) -> int:
+    waits: list[str] = []
+    watched = {name: lambda *_: waits.append("SQLAlchemy") for name in ("begin", "commit", "before_cursor_execute")}
     for name, note in watched.items():
         listener.listen(Engine, name, note)
     logger.disable("outbox_worker")
     try:
-        with Signals() as signals:
+        with _counting(Direct, "fetch", waits), _counting(Direct, "commit", waits), Signals() as signals:
             Worker(settings).drain(signals)
     finally:
         logger.enable("outbox_worker")
         for name, note in watched.items():
             listener.remove(Engine, name, note)
-    return len(sent)
+    return len(waits)
+
+
+@contextmanager
+def _counting(owner: type, name: str, calls: list[str]) -> Iterator[None]:
+    """Append the name of a method to ``calls`` each time the method is called inside the ``with`` block."""
+    method = getattr(owner, name)
+
+    def counted(*given: Any) -> Any:
+        calls.append(name)
+        return method(*given)
+
+    setattr(owner, name, counted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, method)
 
 
 def latencies(conninfo: str) -> list[float]:

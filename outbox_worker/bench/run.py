@@ -23,8 +23,8 @@ from outbox_worker.bench.measurements import (
     latencies,
     server_cpu,
     start_ups,
-    statements_per_batch,
     url_of,
+    waits_per_batch,
     wal_bytes,
     worker_command,
     worker_environment,
@@ -84,8 +84,8 @@ class BenchReport:
 
     plan: Plan
     runs: Mapping[str, Sequence[BenchRun]]
-    statements_per_batch: float = 0.0
-    """How many round trips to the server a full batch needs, including BEGIN and COMMIT."""
+    waits_per_batch: float = 0.0
+    """How often one claim loop waits for the server during a full batch, including COMMIT."""
     start_ups: Sequence[float] = ()
     """How long a worker takes to start, as multiples of the time to import SQLAlchemy and psycopg."""
     latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchRep
         return BenchReport(
             plan=plan,
             runs=runs,
-            statements_per_batch=statements_per_batch(conninfo, batches),
+            waits_per_batch=waits_per_batch(conninfo, batches),
             start_ups=start_ups(conninfo, plan.rounds),
             latencies=_measure_latencies(connection, conninfo, say) if plan.latency else {},
         )

@@ -92,7 +92,7 @@ class ClaimLoop:
         progress = time.monotonic()
         while not self._pulse.is_set():
             report = self.run_once(until, patience=deadline)
-            if report is not None and report.verdicts:
+            if report is not None and report.settled:
                 progress = time.monotonic()
             elif wait_out_outage(partial(is_empty, until), self._pulse, self._meet_trouble, deadline):
                 return True
@@ -113,7 +113,7 @@ class ClaimLoop:
         so that workers do not all claim at the same moment.
         """
         low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
-        if report.verdicts:
+        if report.settled:
             self._pause = 0.0
             if report.is_full:
                 return

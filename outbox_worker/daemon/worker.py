@@ -37,9 +37,9 @@ from outbox_worker.settle.handlers import claimed_types
 from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Frontier, Pacing
 from outbox_worker.settle.processor import Processor
+from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
-from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.queries import database_time
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.logs import configure_logging
@@ -52,8 +52,12 @@ class Start:
 
     tables: Tables
     """The tables with the column types of this database. For example, the payload column may be jsonb, json or text."""
-    outbox: Outbox
-    """The outbox table, with the event types that the worker claims."""
+    doors: Doors
+    """The statements on these tables, for the event types that the worker claims."""
+
+    @property
+    def outbox(self) -> Outbox:
+        return self.doors.outbox
 
 
 class Worker:
@@ -130,7 +134,7 @@ class Worker:
         for concern in concerns:
             self.telemetry.setup_concern(concern.finding, concern.remedy)
         self._heartbeats.started(found)
-        return Start(tables=tables, outbox=Outbox(tables, event_types))
+        return Start(tables=tables, doors=Doors.of(tables, event_types))
 
     def _wait_for_start(self, signals: Signals) -> Start | None:
         """Start as soon as the database can be reached. Return None if a stop signal arrives before that.
@@ -180,8 +184,7 @@ class Worker:
     def _processor(self, start: Start, frontier: Frontier) -> Processor:
         return Processor(
             self._database,
-            start.outbox,
-            PurchaseRepository(start.tables),
+            start.doors,
             self._guard,
             self.telemetry,
             self._settings.retry_policy,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import psycopg
 import tenacity
@@ -16,11 +16,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.deadline import GRACE_SECONDS, BoundedConnection, bounded
+from outbox_worker.database.direct import Direct
 from outbox_worker.database.encodings import read_leniently
 from outbox_worker.database.failures import Failure, classify, server_message, standbys_among
 from outbox_worker.database.planner import set_local
 from outbox_worker.embedded import server as embedded
-from outbox_worker.errors import DatabaseUnavailable
+from outbox_worker.errors import CommitLost, DatabaseUnavailable
 from outbox_worker.settings import Settings
 
 APPLICATION_NAME = "outbox-worker"
@@ -53,6 +54,7 @@ class Database:
         self, settings: Settings, *, connections: int = 1, deadline_seconds: float | None, looks: bool = False
     ) -> None:
         self._settings, self._deadline_seconds, self._looks = settings, deadline_seconds, looks
+        self._can_queue = settings.pooler != "transaction" and psycopg.Pipeline.is_supported()
         self.engine = _create_engine(settings, connections, deadline_seconds, looks=looks)
 
     def with_deadline(self, seconds: float) -> Database:
@@ -74,6 +76,45 @@ class Database:
         with Session(engine) as session:
             set_local(session, self._limits())
             yield session
+
+    @contextmanager
+    def direct(self, **parameters: str) -> Iterator[Direct]:
+        """Run a READ COMMITTED transaction on psycopg's connection. The caller commits it by ``commit``.
+
+        Raises the errors of psycopg. If libpq has no pipelines, or the connection goes through a pooler in transaction
+        mode, BEGIN and the parameters are sent alone.
+        """
+        pooled = self.engine.raw_connection()
+        connection = cast("BoundedConnection", pooled.driver_connection)
+        try:
+            with Direct(connection, self._limits() | parameters, queues=self._can_queue) as transaction:
+                yield transaction
+        except BaseException as error:
+            if classify(error) is Failure.RECONNECT:
+                pooled.invalidate(error)
+            raise
+        finally:
+            if connection.closed and pooled.is_valid:
+                pooled.invalidate()
+            pooled.close()
+
+    def commit(self, session: Session | Direct, transaction_id: str | None) -> Literal["commit", "unknown"]:
+        """Commit. If the connection is lost before the answer, ask the server whether the transaction was committed.
+
+        Return ``unknown`` if only the server's later answer tells so. Raises CommitLost if the transaction was rolled
+        back, or if the server does not know. Raises the database's error if the database refuses to commit.
+        """
+        try:
+            session.commit()
+        except (DBAPIError, psycopg.Error) as error:
+            if classify(error) is not Failure.RECONNECT or transaction_id is None:
+                raise
+            session.close()
+            with suppress(DBAPIError):  # no server answers, or a promoted standby does not know the transaction
+                if self.was_committed(transaction_id):
+                    return "unknown"
+            raise CommitLost("The connection was lost during COMMIT; the batch is settled again.") from error
+        return "commit"
 
     def was_committed(self, transaction_id: str) -> bool | None:
         """Return whether a transaction whose COMMIT got no answer was committed.

@@ -22,6 +22,12 @@ The planner gets no choice because the statistics of a queue are often outdated.
 because for a small batch, planning takes longer than the execution.
 """
 
+
+def index_plans(has_indexes: bool) -> Mapping[str, str]:
+    """Return ``INDEX_PLANS`` if the tables have the indexes that the statements need; otherwise nothing."""
+    return INDEX_PLANS if has_indexes else {}
+
+
 FREE_PLANS: Mapping[str, str] = {
     **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
     "plan_cache_mode": "force_custom_plan",
@@ -30,7 +36,7 @@ FREE_PLANS: Mapping[str, str] = {
 
 # what: set parameters until the transaction ends, except those that this server does not know · lock: none
 # safe behind a pooler
-_SET_LOCAL = (
+SET_LOCAL = (
     "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
     " WHERE current_setting(key, true) IS NOT NULL"
 )
@@ -52,4 +58,4 @@ def planned(session: Session, **parameters: str) -> Iterator[None]:
 
 def set_local(session: Session, parameters: Mapping[str, str]) -> None:
     """Set parameters until the transaction ends. A parameter that the server's version does not have is ignored."""
-    session.connection().exec_driver_sql(_SET_LOCAL, {"parameters": json.dumps(parameters)})
+    session.connection().exec_driver_sql(SET_LOCAL, {"parameters": json.dumps(parameters)})

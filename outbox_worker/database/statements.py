@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from outbox_worker.database.arrays import Keys, array_literal
 from outbox_worker.database.failures import sqlstate
 from outbox_worker.errors import Inconsistent, KeyMissing, Swallowed
 
+_PARAMETER = re.compile(r"%\((\w+)\)s")
+"""The pattern of a named parameter in the SQL that SQLAlchemy renders for psycopg."""
+
 
 @contextmanager
 def relying_on_a_key() -> Iterator[None]:
@@ -30,16 +34,22 @@ def relying_on_a_key() -> Iterator[None]:
 
 
 class _Rendered(NamedTuple):
-    """The SQL of a statement, the values of its constant parameters, and the names of its array parameters."""
+    """The SQL of a statement, the values of its constant lists, and the names of its array parameters."""
 
     sql: str
     constants: Mapping[str, Any]
     keys: Set[str]
 
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of all parameters, as psycopg takes them."""
+        written = {name: array_literal(value) if name in self.keys else value for name, value in given.items()}
+        return {**self.constants, **written}
+
 
 class Statement:
     """A statement that SQLAlchemy renders to SQL only once, when the SQL is first needed.
 
+    Constants are written into the SQL, so that each execution sends only the parameters that vary.
     If SQLAlchemy rendered the statement at each execution, a batch of 1,000 events would take 10 % longer.
     """
 
@@ -54,17 +64,39 @@ class Statement:
     def _rendered(self) -> _Rendered:
         compiled = self._clause.compile(dialect=PGDialect_psycopg())  # type: ignore[no-untyped-call]
         assert isinstance(compiled, SQLCompiler)  # noqa: S101 - always true for a statement
-        return _Rendered(
-            sql=str(compiled),
-            constants={name: bind.value for name, bind in compiled.binds.items()},
-            keys={name for name, bind in compiled.binds.items() if isinstance(bind.type, Keys)},
-        )
+        sql, constants = str(compiled), {name: bind.value for name, bind in compiled.binds.items()}
+        for name, bind in compiled.binds.items():
+            if isinstance(bind.value, str | int | float):
+                written = compiled.render_literal_value(bind.value, bind.type)
+                sql = sql.replace(f"%({name})s", written.replace("%", "%%"))
+                del constants[name]
+        keys = {name for name, bind in compiled.binds.items() if isinstance(bind.type, Keys)}
+        return _Rendered(sql, constants, keys)
 
     def execute(self, session: Session, values: Mapping[str, Any]) -> CursorResult[Any]:
         """Execute the statement in the transaction of the session. ``values`` maps parameter names to values."""
-        sql, constants, keys = self._rendered
-        written = {name: array_literal(value) if name in keys else value for name, value in values.items()}
-        return session.connection().exec_driver_sql(sql, {**constants, **written})
+        return session.connection().exec_driver_sql(self._rendered.sql, self._rendered.values(values))
+
+    def numbered(self, values: Mapping[str, Any]) -> tuple[str, list[Any]]:
+        """Return the SQL with the parameters $1, $2, … as PostgreSQL takes it, and the values of these parameters."""
+        sql, names = self._numbered
+        given = self._rendered.values(values)
+        return sql, [given[name] for name in names]
+
+    @cached_property
+    def _numbered(self) -> tuple[str, list[str]]:
+        names = list(dict.fromkeys(_PARAMETER.findall(self._rendered.sql)))
+        sql = _PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", self._rendered.sql)
+        return sql.replace("%%", "%"), names
+
+
+Fetch = Callable[[Statement, Mapping[str, Any]], Any]
+"""A function that executes a statement with these values, and returns its only row."""
+
+
+def fetching(session: Session) -> Fetch:
+    """Return a function that executes statements in the transaction of the session."""
+    return lambda statement, values: statement.execute(session, values).one()
 
 
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:

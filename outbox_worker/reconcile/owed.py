@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.database.engine import Database
+from outbox_worker.database.engine import Database, check_deferred
 from outbox_worker.database.failures import (
     TIMED_OUT,
     UNIQUE_VIOLATION,
@@ -285,6 +285,9 @@ class OwedPurchases:
         payment_ids = [str(batch[key].payment_id) for key in written]
         if letters := open_confirmations(session, self._tables, payment_ids):
             self._outbox.close_letters(session, letters)
+        if "INSERT" in guard.triggers_on:
+            check_deferred(session)
+            self._repository.read_back(session, payment_ids, is_active=True)
         return granted
 
 

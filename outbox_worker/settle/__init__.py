@@ -1,8 +1,9 @@
-"""Settles events, from the claim to COMMIT. The order of calls is processor → settlement → handlers → ``store``.
+"""Settles events, from the claim to COMMIT: first ``fast``, by one statement; what falls out, carefully.
 
-Call ``Processor.process_batch``, which owns the transaction. ``settlement`` marks and deletes settled events, and
-``recording`` writes retries and dead letters. ``pacing`` decides how many events the next claim asks for, and where the
-claim begins in the queue. ``isolation`` processes single events alone after a worker has died. Two decisions are made
-outside this package: ``decision.decide`` decides the outcome of an event, and ``decision.retry_delay`` the delay of its
-next try. Do not write SQL here, because all statements are in ``store``. Do not log or count an outcome before COMMIT.
+Call ``Processor.process_batch``. In a careful transaction, the order of calls is processor → settlement → handlers →
+``store``. ``settlement`` marks and deletes settled events, and ``recording`` writes retries and dead letters.
+``pacing`` decides how many events the next claim asks for, and where the claim begins in the queue. ``isolation``
+processes single events alone after a worker has died. Two decisions are made outside this package:
+``decision.decide`` decides the outcome of an event, and ``decision.retry_delay`` the delay of its next try. Do not
+write SQL here, because all statements are in ``store``. Do not log or count an outcome before COMMIT.
 """

@@ -35,10 +35,7 @@ class Found:
 
     These events are not settled yet, because a later attempt to delete the rows may succeed.
     """
-    checks_deferred: bool = False
     is_through: bool = True
-    is_recorded: bool = False
-    """Whether every outcome is recorded already."""
 
 
 class Bisection:
@@ -48,7 +45,7 @@ class Bisection:
         self.plan = plan
         self.parts = parts
         """The parts that are not tried yet. The last part of the list is tried next."""
-        self.found = Found(checks_deferred=True)
+        self.found = Found()
         self.foreign: set[int] = set()
         """Events that violated a unique key other than that of pair, payment or mark. So the cause is unclear."""
         self._stuck = stuck

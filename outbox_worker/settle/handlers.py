@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.failures import NO_EVENTS_FAULT, classify, is_arbiter_lost
 from outbox_worker.decision import RetryPolicy, decide, refused
-from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Batch, Facts, Guard, Outcome, Verdict, Verdicts
+from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Batch, Facts, Outcome, Verdict, Verdicts
 from outbox_worker.schema.catalogue import is_owned
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settle.escalation import PartRefused, Step
@@ -21,38 +21,18 @@ from outbox_worker.store.pairs import EventFacts, PairLocks, StandingPayment
 from outbox_worker.store.payment_classes import PaymentClass
 from outbox_worker.store.purchases import PurchaseRepository
 
-_VIA_FAST_PATH = Verdict(Outcome.CREATED, writes=True, via_fast_path=True)
-
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """The way in which one attempt settles a batch: the guard, the locks, and whether to use the fast statement."""
+    """The way in which one attempt settles a batch."""
 
     guard: GuardState
-    locks: PairLocks | None = None
-    """The pairs that are locked already. If None, the handler locks the pairs of the events that it must judge."""
-    looks_at_marks: bool = True
-    """Whether to check first which events have a mark already.
-
-    Without this check, the attempt fails (23505) if one of the events has a mark.
-    """
-    judges_all: bool = False
-    """Whether to judge every event individually.
-
-    If false, one fast statement first inserts the purchases of all events to which none of rules 1 to 8 of
-    docs/explanation/state-machine.md applies. Then only the other events are judged individually.
-    """
+    locks: PairLocks
+    """The pairs that are locked already."""
     grants_next: bool = True
     """Whether a refund creates a purchase for the next payment of its pair.
 
     If false, no such purchase is created, and the verdict names the payment that would have got it.
-    """
-
-
-class OutOfOrder(Exception):
-    """Raised if a purchase would be written out of the order in which all workers write purchases.
-
-    The batch is then rolled back to its savepoint and settled again, and every event is judged individually.
     """
 
 
@@ -118,11 +98,6 @@ class _UnderLocks(ABC):
     def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Write the purchases of these events. Return the ids of the events whose purchase was written."""
 
-    def _lock(self, session: Session, batch: Batch, plan: AttemptPlan) -> frozenset[int]:
-        """Lock the pairs of the events if the plan contains no locks yet. Return the keys of the locked pairs."""
-        locks = plan.locks or self._repository.lock_pairs(session, batch, plan.guard.lock_capacity)
-        return locks.keys
-
     def _look(self, session: Session, batch: Batch) -> dict[int, EventFacts]:
         return self._repository.look(session, batch, self._policy)
 
@@ -133,8 +108,6 @@ class _UnderLocks(ABC):
         seen: Mapping[int, EventFacts],
         held: frozenset[int],
         guard: GuardState,
-        *,
-        may_write: bool = True,
     ) -> Verdicts:
         """Judge the events and write their purchases. Judge an event again if its purchase was not written.
 
@@ -150,8 +123,6 @@ class _UnderLocks(ABC):
             writing = {key for key, verdict in judged.items() if verdict.writes}
             verdicts |= {key: verdict for key, verdict in judged.items() if key not in writing}
             verdicts |= {key: _unwritable(seen[key]) for key in writing & tried}
-            if writing and not may_write:
-                raise OutOfOrder("a purchase is owed, but purchases of later pairs are already written")
             chosen = self._choose(batch.among(writing - tried), seen)
             written = self._write(session, chosen, guard) if chosen else set()
             verdicts |= {key: judged[key] for key in written}
@@ -165,36 +136,8 @@ class ConfirmedPurchases(_UnderLocks):
     """Creates the purchases of confirmed payments."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Insert the purchases of all clean events by one statement.
-
-        Then lock the pairs of the other events and judge them. An event is clean if none of rules 1 to 8 applies to it.
-        Raises OutOfOrder if one of the other events must get a purchase. All workers write purchases in the same order,
-        and the first statement may have written purchases that come after this one.
-        """
-        inserted = set() if plan.judges_all else self._insert_clean(session, batch, plan)
-        verdicts = dict.fromkeys(inserted, _VIA_FAST_PATH)
-        if len(inserted) == len(batch):
-            return verdicts
-        rest = batch.without(inserted)
-        held = self._lock(session, rest, plan)
-        seen = self._look(session, rest)
-        return verdicts | self._judge(session, rest, seen, held, plan.guard, may_write=not inserted)
-
-    def _insert_clean(self, session: Session, batch: Batch, plan: AttemptPlan) -> set[int]:
-        """Insert the purchases of clean events. Return the ids of the events whose purchase was inserted.
-
-        Only the first event of each payment is used, so that each inserted purchase belongs to exactly one event. Under
-        the guard ``lock``, only events with a locked pair are used. The pair of an event is not locked if its payment
-        became visible only after the pairs of the batch were locked.
-        """
-        firsts = dict(zip(reversed(batch.payments()), reversed(batch.ids), strict=True))
-        offered = batch if len(firsts) == len(batch) else batch.only(reversed(firsts.values()))
-        if plan.guard.guard is Guard.LOCK:
-            locked = plan.locks.locked if plan.locks else frozenset()
-            offered = offered.only(key for key in offered.ids if key in locked)
-        if not offered:
-            return set()
-        return self._repository.insert_clean(session, offered, plan.guard, looks_at_marks=plan.looks_at_marks)
+        """Judge the events, and create the purchases that are owed."""
+        return self._judge(session, batch, self._look(session, batch), plan.locks.keys, plan.guard)
 
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         return _first_of_each(batch, {key: seen[key].key for key in batch})
@@ -208,17 +151,16 @@ class RefundedPurchases(_UnderLocks):
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         """Write all refunds. Then create purchases for other payments of these pairs that have no purchase yet."""
-        held = self._lock(session, batch, plan)
         seen = self._look(session, batch)
-        verdicts = self._judge(session, batch, seen, held, plan.guard)
+        verdicts = self._judge(session, batch, seen, plan.locks.keys, plan.guard)
         revoked = batch.among({key for key, verdict in verdicts.items() if verdict.outcome is Outcome.REVOKED})
         return verdicts | self._grant_next(session, revoked, seen, plan)
 
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         return _first_of_each(batch, {key: seen[key].facts.payment_id for key in batch})
 
-    def _write(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        return self._repository.revoke(session, batch, guard)
+    def _write(self, session: Session, batch: Batch, _guard: GuardState) -> set[int]:
+        return self._repository.revoke(session, batch)
 
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], plan: AttemptPlan

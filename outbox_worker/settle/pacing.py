@@ -73,6 +73,8 @@ class Pacing:
     limit: int = field(init=False)
     is_alone: bool = field(default=False, init=False)
     """Whether the last transaction failed and had claimed only one event."""
+    is_calm: bool = field(default=True, init=False)
+    """Whether no failure is being looked into. Otherwise the next transaction is a careful one."""
     breaks_alone: bool = field(default=False, init=False)
     """Whether the connection broke while an event was settled that had been claimed alone."""
     _passes_without_success: int = field(default=0, init=False)
@@ -132,6 +134,7 @@ class Pacing:
 
         The events are not at fault, because another transaction caused this failure.
         """
+        self.is_calm = False
         self.is_alone = self.limit == 1
         self.limit = max(1, self.limit // 2)
         self.frontier.go_back()
@@ -142,9 +145,14 @@ class Pacing:
         An event may be the cause, for example by a trigger that ends the connection. After a claim of this single
         event, the event is postponed, so that others can be settled.
         """
+        self.is_calm = False
         self.is_alone = self.breaks_alone = self.limit == 1
         self.limit = max(1, self.limit // 8)
         self.frontier.go_back()
+
+    def be_careful(self) -> None:
+        """Settle the next batch in a careful transaction."""
+        self.is_calm = False
 
     def interrupted(self) -> None:
         """Begin the next claim at the start, because the transaction was rolled back and its events are still due."""
@@ -158,6 +166,7 @@ class Pacing:
         refused, too, the next claim begins after ``end``, the position of the last event of a full claim. If an event
         after ``end`` succeeds, the database is not the cause.
         """
+        self.is_calm = False
         if self.limit > FEW_IN_DOUBT:
             self.limit = FEW_IN_DOUBT
         else:
@@ -171,7 +180,7 @@ class Pacing:
         """Record that the event that was claimed alone is now postponed, so that other events can be claimed."""
         self.is_alone = self.breaks_alone = False
 
-    def committed(self, *, claimed: int, settled: int, is_full: bool, seconds: float) -> None:
+    def committed(self, claimed: int, settled: int, *, is_full: bool, seconds: float) -> None:
         """Record that a batch was committed, ``seconds`` after its claim."""
         self.is_alone = self.breaks_alone = False
         self._end_turn()
@@ -180,6 +189,7 @@ class Pacing:
         if not is_full or settled < claimed or self._beyond is not None:
             self.frontier.go_back()
         self._beyond = None
+        self.is_calm = not self.is_stuck
         self.limit = max(1, self.limit // 2) if self._ran_out else self._grown(claimed if is_full else 0, seconds)
         self._ran_out = False
 

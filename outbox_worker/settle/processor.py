@@ -1,7 +1,7 @@
-"""Processes one batch in one transaction: claim, settle, record, commit.
+"""Settles one batch of due events: by one statement, and what that statement leaves in a careful transaction.
 
-In ``settle``, only this module and ``isolation`` begin and commit transactions. After a transient failure, the
-processor tries again with half the batch. The processor postpones an event that blocks other events.
+In ``settle``, only this module, ``fast`` and ``isolation`` begin and commit transactions. After a transient failure,
+the processor tries again with half the batch. The processor postpones an event that blocks other events.
 """
 
 from __future__ import annotations
@@ -11,31 +11,26 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from typing import Literal
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import Failure, classify, describe
-from outbox_worker.database.planner import INDEX_PLANS
+from outbox_worker.database.failures import Failure, classify
+from outbox_worker.database.planner import index_plans
 from outbox_worker.database.retry import retry_transaction
 from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
-from outbox_worker.errors import CommitLost
-from outbox_worker.model import Batch, Facts, Guard
+from outbox_worker.errors import Again
+from outbox_worker.model import Batch, Facts
+from outbox_worker.settle.fast import FastTransaction
 from outbox_worker.settle.handlers import build_handlers
 from outbox_worker.settle.isolation import Isolation, LoneEvents
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.settlement import Settled, Settlement
 from outbox_worker.store.claims import Claim, IsolatedEvent
+from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Outbox
-from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
-
-
-class RefusedAtCommit(Exception):
-    """Raised if COMMIT fails because an event of the batch violates a deferred constraint."""
 
 
 def _nothing() -> None:
@@ -48,8 +43,7 @@ class Processor:
     def __init__(
         self,
         database: Database,
-        outbox: Outbox,
-        purchases: PurchaseRepository,
+        doors: Doors,
         guard: GuardWatch,
         telemetry: Telemetry,
         policy: RetryPolicy,
@@ -57,17 +51,17 @@ class Processor:
         isolation: Isolation,
     ) -> None:
         self._database = database
-        self._handlers = build_handlers(purchases, policy)
-        self._outbox = outbox
+        _, self._outbox, self._purchases = doors
+        self._handlers = build_handlers(self._purchases, policy)
         self._isolation = isolation
-        self._purchases = purchases
         self._guard = guard
         self._telemetry = telemetry
         self._policy = policy
         self._pacing = pacing
         self._on_failed_try: Callable[[], None] = _nothing
-        self._lone = LoneEvents(isolation, outbox)
-        self._settlement = Settlement(outbox, purchases, self._handlers, guard, policy, pacing.set_aside)
+        self._lone = LoneEvents(isolation, self._outbox)
+        self._fast = FastTransaction(database, doors, guard, telemetry, pacing)
+        self._settlement = self._settles(policy)
 
     def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
         """Call ``on_failed_try`` after each failed transaction that ``process_batch`` tries again."""
@@ -80,13 +74,15 @@ class Processor:
         events must be processed alone.
         """
         self._handlers, self._policy = build_handlers(self._purchases, policy), policy
-        self._settlement = Settlement(
-            self._outbox, self._purchases, self._handlers, self._guard, policy, self._pacing.set_aside
-        )
+        self._settlement = self._settles(policy)
         self._pacing.adopt(batch_size, target_seconds)
 
+    def _settles(self, policy: RetryPolicy) -> Settlement:
+        set_aside = self._pacing.set_aside
+        return Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy, set_aside)
+
     def process_batch(self, until: datetime | None = None) -> BatchReport:
-        """Claim and settle one batch of events in one transaction.
+        """Claim one batch of events, and settle it in a fast transaction, a careful one, or both.
 
         The events are due by ``until``, or by now if ``until`` is None. Raises the database's error if no event is
         known to be the cause of the error. The batch is then rolled back, and no try is counted.
@@ -101,11 +97,11 @@ class Processor:
         """Process one event alone, as the module ``isolation`` describes. Meanwhile, the other claim loops wait."""
         isolated = self._lone.choose(self._guard.state.guard, until, self._plans())
         if isolated is None:
-            return BatchReport(batch=Batch(), verdicts={}, limit=1, guard=self._guard.state.guard)
+            return BatchReport(limit=1, guard=self._guard.state.guard)
         if self._lone.is_stuck:
             return self._postpone_isolated(isolated, until)
         try:
-            report = self._process(until)
+            report = self._process_carefully(until)
         except Exception as error:
             self._on_failed_try()
             self._lone.gave_up(error)
@@ -123,68 +119,94 @@ class Processor:
         return self._made_way(batch, settled)
 
     def _process(self, until: datetime | None) -> BatchReport:
+        """Settle a batch by one statement, then carefully what fell out. After a failure, settle it all carefully."""
+        if not self._fast.is_possible:
+            return self._process_carefully(until)
+        try:
+            report = self._fast.run(until)
+        except Again as again:
+            if isinstance(again.__cause__, Again):
+                self._probe_guard()
+            return self._process_carefully(until)
+        if report.created:
+            self._settlement.succeeded()
+        if not report.fell_out:
+            self._pacing.committed(report.claimed, report.settled, is_full=report.is_full, seconds=report.seconds)
+        while report.fell_out:
+            report = report.followed_by(self._process_carefully(until, report))
+        return report
+
+    def _probe_guard(self) -> None:
+        """Check whether the unique index or a trigger of purchases has changed, because numbers did not match."""
+        with suppress(DBAPIError), self._database.transaction() as session:
+            self._guard.probe(session)
+
+    def _process_carefully(self, until: datetime | None, fast: BatchReport | None = None) -> BatchReport:
+        """Settle a batch under the locks of its pairs: the events that fell out of ``fast``, or else a new claim."""
         attempts = self._pacing.batch_size.bit_length() + 2
         try:
-            return retry_transaction(partial(self._try, until, False), attempts=attempts)
-        except RefusedAtCommit:
-            return retry_transaction(partial(self._try, until, True), attempts=attempts)
+            return retry_transaction(partial(self._try, until, fast), attempts=attempts)
         except Exception:
             self._pacing.gave_up()
             raise
 
-    def _try(self, until: datetime | None, careful: bool, failed: int) -> BatchReport:
+    def _try(self, until: datetime | None, fast: BatchReport | None, failed: int) -> BatchReport:
         try:
             has_failed = failed or self._pacing.breaks_alone
             makes_way = has_failed and self._pacing.is_alone and self._lone.event is None
-            return self._make_way(until) if makes_way else self._transact(until, careful)
+            return self._make_way(until) if makes_way else self._transact(until, None if failed else fast)
         except DBAPIError as error:
             if classify(error) is Failure.RETRY:
                 self._pacing.failed()
                 self._on_failed_try()
             raise
 
-    def _transact(self, until: datetime | None, careful: bool) -> BatchReport:
-        """Claim, settle and commit in one transaction."""
-        claim, limit, isolated = Claim(), self._claim_size(), self._lone.event
+    def _transact(self, until: datetime | None, fast: BatchReport | None) -> BatchReport:
+        """Claim, settle and commit in one careful transaction."""
+        claim, limit, isolated = Claim(), min(self._pacing.limit, self._guard.state.lock_capacity), self._lone.event
+        before = fast or BatchReport(limit=1 if isolated else limit, guard=self._guard.state.guard)
         try:
             with self._database.transaction(**self._plans()) as session:
-                claim = (
-                    self._outbox.claim_isolated(session, isolated, until)
-                    if isolated
-                    else self._claim(session, limit, until)
-                )
-                if len(claim.batch) >= limit and not isolated:
-                    self._pacing.claimed(claim.end)
+                if isolated:
+                    claim = self._outbox.claim_isolated(session, isolated, until)
+                elif fast:
+                    claim = self._outbox.claim_these(session, fast.fell_out[:limit], fast.window, until)
+                else:
+                    claim = self._claim(session, limit, until)
+                    self._pacing.claimed(claim.end if len(claim.batch) >= limit else None)
                 claimed_at = time.monotonic()
-                settled = self._settle(session, claim, careful, until is not None) if claim.batch else Settled()
+                batch, left = self._choose(claim)
+                settled = self._settle(session, batch, is_last=until is not None) if batch else Settled()
                 if isolated:
                     self._isolation.clear_crash(session)
-                result = self._commit(session, claim.transaction_id)
+                answer = self._database.commit(session, claim.transaction_id)
         except Exception as error:
             self._pacing.interrupted()
             if classify(error) is Failure.RECONNECT and claim.batch and not isolated:
                 self._pacing.broke()
             if classify(error) is Failure.UNCLEAR and not isolated:
-                self._pacing.in_doubt(claim.end if len(claim.batch) >= limit else None)
+                self._pacing.in_doubt(claim.end if not fast and len(claim.batch) >= limit else None)
             self._telemetry.transaction_failed(error, len(claim.batch))
             raise
         report = BatchReport(
+            claimed=len(claim.batch),
             batch=claim.batch,
+            fell_out=[*left.ids, *fast.fell_out[limit:]] if fast else (),
+            window=claim.batch.window,
             verdicts=settled.verdicts,
             postponed=settled.postponed,
             set_aside=settled.set_aside,
-            limit=1 if isolated else limit,
+            limit=before.limit,
             guard=self._guard.state.guard,
             seconds=time.monotonic() - claimed_at,
-            transaction=result,
+            transaction=answer,
         )
         self._committed(settled)
+        self._telemetry.batch_committed(report)
         if not isolated:
             self._lone.crash_suspects += claim.crash_suspects
-            self._pacing.committed(
-                claimed=len(claim.batch), settled=len(settled.verdicts), is_full=report.is_full, seconds=report.seconds
-            )
-        self._telemetry.batch_committed(report)
+            whole = before.followed_by(report) if fast else report
+            self._pacing.committed(whole.claimed, whole.settled, is_full=whole.is_full, seconds=whole.seconds)
         return report
 
     def _committed(self, settled: Settled) -> None:
@@ -208,59 +230,35 @@ class Processor:
         self._pacing.claimed_from_start(began, time.monotonic())
         return claim
 
-    def _claim_size(self) -> int:
-        """Return the number of events to claim. Under the guard ``lock``, this number is at most ``lock_capacity``."""
-        guard = self._guard.state
-        return min(self._pacing.limit, guard.lock_capacity) if guard.guard is Guard.LOCK else self._pacing.limit
-
     def _plans(self) -> Mapping[str, str]:
-        return INDEX_PLANS if self._guard.state.has_index_paths else {}
+        return index_plans(self._guard.state.has_index_paths)
 
-    def _commit(self, session: Session, transaction_id: str | None) -> Literal["commit", "unknown"]:
-        """Commit. If the connection is lost before the answer, ask the server whether the transaction was committed."""
-        try:
-            session.commit()
-        except DBAPIError as error:
-            failure = classify(error)
-            if failure is Failure.RECONNECT and transaction_id is not None:
-                session.close()
-                with suppress(DBAPIError):  # no server answers, or a promoted standby does not know the transaction
-                    if self._database.was_committed(transaction_id):
-                        return "unknown"
-                raise CommitLost("The connection was lost during COMMIT; the batch is settled again.") from error
-            if failure in (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR):
-                raise RefusedAtCommit(describe(error)) from error
-            raise
-        return "commit"
+    def _choose(self, claim: Claim) -> tuple[Batch, Batch]:
+        """Choose the events to settle now. Also return the events of other types, which this transaction leaves.
 
-    def _settle(self, session: Session, claim: Claim, careful: bool, drains: bool) -> Settled:
+        Each handler writes its purchases in ascending order. If two handlers wrote in one transaction, the whole
+        transaction would not be in ascending order, and two workers could deadlock. Events without a handler are
+        settled with any other type. A crash suspect is processed alone later.
+        """
+        batch = claim.batch if self._lone.event else claim.batch.without(claim.crash_suspects)
+        kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
+        if len(kinds) < 2:
+            return batch, Batch()
+        chosen = self._pacing.choose(list(kinds))
+        left = batch.among({key for name, events in kinds.items() if name != chosen for key in events})
+        return batch.without(left.keys()), left
+
+    def _settle(self, session: Session, batch: Batch, *, is_last: bool) -> Settled:
         isolated = self._lone.event
-        batch = claim.batch if isolated else claim.batch.without(claim.crash_suspects)
         if isolated and isolated.crashes >= CRASHES_MAX:
             verdicts = dict.fromkeys(batch, decide(Facts(crashes=isolated.crashes)))
             return self._settlement.record(session, batch, verdicts)
-        if not batch:
-            return Settled()
-        batch = self._of_one_kind(batch)
         if self._pacing.is_stuck and not isolated:
             return self._postpone_uncharged(session, batch)
-        settled = self._settlement.settle(session, batch, careful=careful, is_last=drains)
+        settled = self._settlement.settle(session, batch, is_last=is_last)
         if not settled.is_through:
             self._pacing.ran_out()
         return settled
-
-    def _of_one_kind(self, batch: Batch) -> Batch:
-        """Keep the events of one handler, and events without a handler.
-
-        All other events stay in the outbox until later. Each handler writes its purchases in ascending order. If two
-        handlers wrote in one transaction, the whole transaction would not be in ascending order, and two workers could
-        deadlock.
-        """
-        kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
-        if len(kinds) < 2:
-            return batch
-        chosen = self._pacing.choose(list(kinds))
-        return batch.without({key for name, events in kinds.items() if name != chosen for key in events})
 
     def _make_way(self, until: datetime | None) -> BatchReport:
         """Postpone the first event without counting a try.
@@ -278,8 +276,7 @@ class Processor:
 
     def _made_way(self, batch: Batch, settled: Settled) -> BatchReport:
         self._committed(settled)
-        report = BatchReport(
-            batch=batch, verdicts={}, set_aside=settled.set_aside, limit=1, guard=self._guard.state.guard
-        )
+        guard = self._guard.state.guard
+        report = BatchReport(claimed=len(batch), batch=batch, set_aside=settled.set_aside, limit=1, guard=guard)
         self._telemetry.batch_committed(report)
         return report

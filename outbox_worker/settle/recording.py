@@ -104,7 +104,6 @@ class Recording:
         verdicts: Verdicts,
         savepoints: Savepoints,
         *,
-        checks_deferred: bool,
         troubles: Mapping[int, Exception],
     ) -> Recorded:
         """Record the retried and the dead events among ``verdicts``.
@@ -120,12 +119,12 @@ class Recording:
         ]
         if troubles:
             parts.append(_Part(batch.among(troubles.keys()), Outcome.RETRIED, Rung.UNCHARGED))
-        return self._write_all(session, parts, verdicts, savepoints, checks_deferred, troubles)
+        return self._write_all(session, parts, verdicts, savepoints, troubles)
 
     def postpone(self, session: Session, batch: Batch, savepoints: Savepoints) -> Recorded:
         """Postpone the events by the base delay, without counting a try."""
         parts = [_Part(batch, None, Rung.UNCHARGED)]
-        return self._write_all(session, parts, {}, savepoints, checks_deferred=True, troubles={})
+        return self._write_all(session, parts, {}, savepoints, troubles={})
 
     def _write_all(
         self,
@@ -133,7 +132,6 @@ class Recording:
         parts: list[_Part],
         verdicts: Verdicts,
         savepoints: Savepoints,
-        checks_deferred: bool,
         troubles: Mapping[int, Exception],
     ) -> Recorded:
         """Write all parts in one savepoint. If the database refuses one of them, give each part its own savepoint."""
@@ -142,7 +140,7 @@ class Recording:
         while waiting and savepoints.left:
             together = waiting.pop()
             try:
-                traces = self._attempt(session, together, verdicts, savepoints, checks_deferred=checks_deferred)
+                traces = self._attempt(session, together, verdicts, savepoints)
             except PartRefused as refusal:
                 if len(together) > 1:
                     waiting += [[part] for part in reversed(together)]
@@ -164,8 +162,6 @@ class Recording:
         parts: list[_Part],
         verdicts: Verdicts,
         savepoints: Savepoints,
-        *,
-        checks_deferred: bool,
     ) -> dict[int, str]:
         """Write parts in one savepoint, and return the traceparents of their events.
 
@@ -180,9 +176,8 @@ class Recording:
                     if part.outcome is Outcome.DEAD and part.rung in (Rung.FULL, Rung.BARE):
                         step = Step.REMOVE
                         self._outbox.remove(session, part.batch, part.batch.ids)
-                if checks_deferred:
-                    step = Step.CHECK
-                    savepoints.check_deferred()
+                step = Step.CHECK
+                savepoints.check_deferred()
         except (DBAPIError, Swallowed) as error:
             if classify(error) in NO_EVENTS_FAULT:
                 raise

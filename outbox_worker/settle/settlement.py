@@ -1,14 +1,13 @@
-"""Settles a claimed batch, as a whole or in parts, and records the outcomes. Then the processor commits.
+"""Settles the events of a careful transaction, as a whole or in parts, and records the outcomes.
 
-The fast way settles the whole batch in one savepoint. If that fails, the batch is halved, and each half is tried in its
-own savepoint. Halving goes on until each event that the database refuses is a part by itself.
+The pairs of the events are locked first. Then the whole batch is settled in one savepoint. If the database refuses it,
+the batch is halved, and each half is tried in its own savepoint, until each refused event is a part by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -24,20 +23,17 @@ from outbox_worker.database.failures import (
     sqlstate,
 )
 from outbox_worker.decision import RetryPolicy, refused
-from outbox_worker.errors import Inconsistent, NothingRecorded, Swallowed
-from outbox_worker.model import FINAL, Batch, Event, Guard, Outcome, Verdict, Verdicts, by_outcome
+from outbox_worker.errors import NothingRecorded, Swallowed
+from outbox_worker.model import FINAL, GRANTS, Batch, Event, Guard, Outcome, Verdict, Verdicts, by_outcome
 from outbox_worker.settle.bisection import Bisection, Found, UnprovenRefusals, final
 from outbox_worker.settle.escalation import Concession, PartRefused, Step, TrialPassed
-from outbox_worker.settle.handlers import AttemptPlan, Handlers, OutOfOrder, judge_unhandled
+from outbox_worker.settle.handlers import AttemptPlan, Handlers, judge_unhandled
 from outbox_worker.settle.recording import Recorded, Recording
 from outbox_worker.settle.savepoints import Savepoints
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.set_aside import MOST, SetAside
-
-BATCHES_TO_LOOK_AT = 100
-"""After a batch failed because an event already had a mark, this number of batches check for marks first."""
 
 FOR_RECORDING = 1
 """The number of savepoints that settling in parts leaves, so that the worker can record retried and dead events."""
@@ -55,14 +51,6 @@ class Settled:
     """Events that no claim takes from now on, each with the reason why its row was not deleted or postponed."""
     is_through: bool = True
     """False if some events were not tried, because no savepoint was left."""
-
-
-class _Attempted(NamedTuple):
-    """The result of an attempt that succeeded."""
-
-    verdicts: Verdicts
-    is_recorded: bool
-    """True if no event is retried or dead, so that ``Recording`` has nothing to write."""
 
 
 class Settlement:
@@ -84,28 +72,27 @@ class Settlement:
         self._policy = policy
         self._set_aside = set_aside
         self._recording = Recording(outbox, policy)
-        self._batches_to_look_at = 0
         self._unproven = UnprovenRefusals()
         self._unrecorded = UnprovenRefusals()
 
-    def settle(self, session: Session, batch: Batch, *, careful: bool, is_last: bool = False) -> Settled:
+    def settle(self, session: Session, batch: Batch, *, is_last: bool = False) -> Settled:
         """Settle and record the batch.
 
-        If ``careful`` is true, settle in parts, and check deferred constraints in each part. If the database refuses
-        for the first time to delete the row of an event, do not settle the event yet. But if the process ends soon
-        (``is_last``), settle the event at once. Raises the database's error if no event is known to be its cause.
+        If the database refuses for the first time to delete the row of an event, do not settle the event yet. But if
+        the process ends soon (``is_last``), settle the event at once. Raises the database's error if no event is known
+        to be its cause.
         """
         savepoints = Savepoints(session)
-        found = self._settle_all(session, batch, savepoints, careful=careful, is_last=is_last)
-        if found.is_recorded:
-            return Settled(verdicts=found.verdicts)
+        bisection = Bisection(*self._arrange(session, batch), stuck=None if is_last else self._set_aside.known)
+        self._bisect(session, batch, savepoints, bisection)
+        found = replace(bisection.found, refusals=self._faults(bisection), is_through=not bisection.parts)
         faults = {key: error for key, error in found.refusals.items() if not is_trouble(error)}
         refusals = {key: self._refuse(batch[key], error) for key, error in faults.items()}
         return self._record(session, batch, replace(found, verdicts=found.verdicts | refusals), savepoints)
 
     def record(self, session: Session, batch: Batch, verdicts: Verdicts) -> Settled:
         """Record events that are retried or dead, without settling them first."""
-        return self._record(session, batch, Found(verdicts, checks_deferred=True), Savepoints(session))
+        return self._record(session, batch, Found(verdicts), Savepoints(session))
 
     def postpone(self, session: Session, batch: Batch) -> Settled:
         """Postpone events by the base delay without counting a try, so that other events can be settled."""
@@ -125,36 +112,10 @@ class Settlement:
         self._unrecorded.committed(changed, is_proof=bool(changed))
         self._unrecorded.prove(settled.set_aside)
 
-    def _settle_all(
-        self, session: Session, batch: Batch, savepoints: Savepoints, *, careful: bool, is_last: bool
-    ) -> Found:
-        judges_all = False
-        if not careful:
-            try:
-                verdicts, is_recorded = self._settle_fast(session, batch, savepoints)
-                return Found(verdicts, is_recorded=is_recorded)
-            except PartRefused:
-                pass
-            except (Inconsistent, OutOfOrder):
-                judges_all = True
-        found = Bisection(
-            *self._rearrange(session, batch, judges_all), stuck=None if is_last else self._set_aside.known
-        )
-        self._bisect(session, batch, savepoints, found)
-        return replace(found.found, refusals=self._faults(found), is_through=not found.parts)
-
-    def _settle_fast(self, session: Session, batch: Batch, savepoints: Savepoints) -> _Attempted:
-        """Settle the batch in one savepoint. Raises PartRefused if an event may be the cause of an error."""
-        if self._guard.state.guard is Guard.INDEX:
-            try:
-                return self._attempt_as_new(session, batch, AttemptPlan(self._guard.state), savepoints)
-            except PartRefused as refusal:
-                if not is_arbiter_lost(refusal.error):
-                    raise
-            self._guard.fall_back()
-        guard = self._guard.state
-        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
-        return self._attempt_as_new(session, batch.without(locks.contended), AttemptPlan(guard, locks), savepoints)
+    def succeeded(self) -> None:
+        """Record that the fast statement settled events, so the database works and earlier refusals have causes."""
+        self._unproven.committed((), is_proof=True)
+        self._unrecorded.committed((), is_proof=True)
 
     def _faults(self, bisection: Bisection) -> dict[int, Exception]:
         """Return the refusals that the events themselves caused.
@@ -181,22 +142,18 @@ class Settlement:
             part = found.parts.pop()
             plan = _share(found.plan, len(part) / len(batch))
             try:
-                settled = self._attempt_part(session, part, plan, savepoints, found)
+                verdicts = self._attempt(session, part, plan, savepoints, found)
             except TrialPassed:
                 found.hold(part)
             except PartRefused as refusal:
-                if not is_arbiter_lost(refusal.error) or plan.guard.guard is Guard.LOCK:
+                if is_arbiter_lost(refusal.error) and plan.guard.guard is Guard.INDEX:
+                    self._guard.fall_back()
+                    found.plan, found.parts = self._arrange(session, found.rest(batch, part))
+                else:
                     self._look_at_key(session, part, refusal.error, found)
                     found.failed(part, refusal)
-                    continue
-                self._guard.fall_back()
-                found.plan, found.parts = self._rearrange(session, found.rest(batch, part), plan.judges_all)
-            except (Inconsistent, OutOfOrder):
-                if plan.judges_all:
-                    raise
-                found.plan, found.parts = self._rearrange(session, found.rest(batch, part), judges_all=True)
             else:
-                found.succeeded(part, settled.verdicts)
+                found.succeeded(part, verdicts)
 
     def _look_at_key(self, session: Session, part: Batch, error: Exception, found: Bisection) -> None:
         """Note the event of a part if it violated a unique key other than that of the pair, payment or mark."""
@@ -204,85 +161,62 @@ class Settlement:
         if is_unique and not self._purchases.is_own_key(session, error):
             found.foreign.update(part)
 
-    def _rearrange(self, session: Session, batch: Batch, judges_all: bool) -> tuple[AttemptPlan, list[Batch]]:
-        """Prepare to settle a batch in parts: lock its pairs, and sort its events in the order that all workers use.
+    def _arrange(self, session: Session, batch: Batch) -> tuple[AttemptPlan, list[Batch]]:
+        """Lock the pairs of a batch, and sort its events in the order that all workers use.
 
-        Under the guard ``index``, this locks the pairs only if ``judges_all`` is true.
+        Leave out the events whose pair another transaction has locked.
         """
         guard = self._guard.state
-        needs_locks = judges_all or guard.guard is Guard.LOCK
-        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity if needs_locks else 0)
-        left_out = locks.contended if needs_locks else ()
-        free = batch.only(key for key in locks.order if key not in left_out)
-        return AttemptPlan(guard, locks if needs_locks else None, judges_all=judges_all), [free] if free else []
-
-    def _attempt_part(
-        self, session: Session, part: Batch, plan: AttemptPlan, savepoints: Savepoints, found: Bisection
-    ) -> _Attempted:
-        """Attempt a part of a batch without the writes that its concessions name. Check deferred constraints, too."""
-        made = found.concessions(part)
-        return self._attempt(
-            session,
-            part,
-            replace(plan, grants_next=Concession.NEXT_PAYMENT not in made),
-            savepoints,
-            removes=Concession.ROW not in made,
-            checks_deferred=True,
-            is_trial=found.is_trial(part),
-        )
+        locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
+        free = batch.only(key for key in locks.order if key not in locks.contended)
+        return AttemptPlan(guard, locks), [free] if free else []
 
     def _attempt(
-        self,
-        session: Session,
-        batch: Batch,
-        plan: AttemptPlan,
-        savepoints: Savepoints,
-        *,
-        removes: bool = True,
-        checks_deferred: bool = False,
-        is_trial: bool = False,
-    ) -> _Attempted:
-        """Handle a batch, and mark and delete its settled events. One savepoint contains all of these writes.
+        self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: Savepoints, found: Bisection
+    ) -> Verdicts:
+        """Handle a part of a batch, mark and delete its settled events, and check the deferred constraints.
 
-        Raises PartRefused if an event may be the cause of an error. If ``is_trial``, a success raises TrialPassed, so
-        that all writes are rolled back.
+        One savepoint contains all of these writes. The writes that the concessions of the part name are omitted. Raises
+        PartRefused if an event may be the cause of an error. If the attempt is a trial, a success raises TrialPassed,
+        so that all writes are rolled back.
         """
-        step = Step.HANDLE
+        step, omitted = Step.HANDLE, found.concessions(batch)
         try:
             with savepoints.take():
+                plan = replace(plan, grants_next=Concession.NEXT_PAYMENT not in omitted)
                 verdicts = self._handle(session, batch, plan)
                 step = Step.RECORD
                 outcomes = by_outcome(verdicts)
-                settled = {outcome: outcomes.pop(outcome) for outcome in FINAL & outcomes.keys()}
+                settled = {outcome: outcomes[outcome] for outcome in FINAL & outcomes.keys()}
                 verdicts = self._mark(session, batch, verdicts, settled)
-                if removes and settled:
+                if Concession.ROW not in omitted and settled:
                     step = Step.REMOVE
                     self._outbox.remove(session, batch, [key for keys in settled.values() for key in keys])
-                if checks_deferred:
-                    step = Step.CHECK
-                    savepoints.check_deferred()
-                if is_trial:
+                step = Step.CHECK
+                savepoints.check_deferred()
+                if plan.guard.triggers_on:
+                    step = Step.HANDLE
+                    self._read_back(session, batch, verdicts)
+                    step = Step.GRANT_NEXT
+                    self._read_back_next(session, verdicts)
+                if found.is_trial(batch):
                     raise TrialPassed
         except (DBAPIError, Swallowed) as error:
             if classify(error) in NO_EVENTS_FAULT:
                 raise
             raise PartRefused(step, error) from error
-        return _Attempted(verdicts, is_recorded=not outcomes)
+        return verdicts
 
-    def _attempt_as_new(self, session: Session, batch: Batch, plan: AttemptPlan, savepoints: Savepoints) -> _Attempted:
-        """Settle the batch without a check for marks. If an event has a mark and this fails, try again with the check.
+    def _read_back(self, session: Session, batch: Batch, verdicts: Verdicts) -> None:
+        """Raise an error if a trigger of the database changed a purchase of these events."""
+        for outcomes, is_active in ((GRANTS, True), ({Outcome.REVOKED}, False)):
+            written = [key for key, verdict in verdicts.items() if verdict.writes and verdict.outcome in outcomes]
+            self._purchases.read_back(session, batch.among(written).payment_ids, is_active=is_active)
 
-        The first attempt has no check because nearly all events are new and have no mark.
-        """
-        if not self._batches_to_look_at:
-            try:
-                return self._attempt(session, batch, replace(plan, looks_at_marks=False), savepoints)
-            except PartRefused as refusal:
-                if sqlstate(refusal.error) != UNIQUE_VIOLATION or refusal.step is not Step.RECORD:
-                    raise
-            self._batches_to_look_at = BATCHES_TO_LOOK_AT
-        self._batches_to_look_at -= 1
-        return self._attempt(session, batch, plan, savepoints)
+    def _read_back_next(self, session: Session, verdicts: Verdicts) -> None:
+        """Raise an error if a trigger changed the purchase of a pair's next payment."""
+        passed = [verdict.passed_to for verdict in verdicts.values() if verdict.passed_to]
+        self._purchases.read_back(session, passed, is_active=True)
 
     def _handle(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
         verdicts: Verdicts = {}
@@ -298,25 +232,17 @@ class Settlement:
 
         Return the verdicts. A verdict that is logged individually now contains the traceparent of its event.
         """
-        judged = {
-            outcome: [key for key in keys if not verdicts[key].via_fast_path] for outcome, keys in settled.items()
-        }
-        logged = [key for keys in judged.values() for key in keys if verdicts[key].logged_individually]
+        logged = [key for keys in settled.values() for key in keys if verdicts[key].logged_individually]
         traces = self._outbox.traceparents(session, batch, logged) if logged else {}
         for outcome, keys in settled.items():
-            if new := batch.among(keys).without(set(judged[outcome])):
-                self._purchases.mark_first(session, new, outcome)
-            if judged[outcome]:
-                self._purchases.mark(session, batch.among(judged[outcome]), outcome)
-                self._outbox.close_letters(session, batch.among(judged[outcome]).event_ids)
+            self._purchases.mark(session, batch.among(keys), outcome)
+            self._outbox.close_letters(session, batch.among(keys).event_ids)
         return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
     def _record(self, session: Session, batch: Batch, found: Found, savepoints: Savepoints) -> Settled:
         """Record the events that are retried or dead. Postpone those that met trouble, without counting a try."""
         troubles = {key: error for key, error in found.refusals.items() if is_trouble(error)}
-        recorded = self._recording.record(
-            session, batch, found.verdicts, savepoints, checks_deferred=found.checks_deferred, troubles=troubles
-        )
+        recorded = self._recording.record(session, batch, found.verdicts, savepoints, troubles=troubles)
         return self._conclude(session, found, recorded)
 
     def _conclude(self, session: Session, found: Found, recorded: Recorded) -> Settled:

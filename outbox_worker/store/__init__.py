@@ -1,5 +1,6 @@
 """Reads and writes the tables: every statement that claims and settles events, and the parts of these statements.
 
+- ``fast_path``: the statement that claims and settles a batch at once; ``doors``: all objects that a claim loop needs
 - ``outbox``: claims due events; deletes them, postpones them, or moves them to the dead letters
 - ``purchases``: writes purchases and marks (``processed_events``), and locks pairs
 - ``dead_letters``, ``workers``, ``backfill_runs``: one module for each of these tables

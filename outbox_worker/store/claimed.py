@@ -26,8 +26,17 @@ def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
     planner may search for an id in the index ``(due_at, id)``. Without this condition, the search would read the whole
     index.
     """
-    first, last = (cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True)) for end in DueWindow._fields)
+    first, last = (_end_of_window(end) for end in DueWindow._fields)
     return due_at.between(first, last)
+
+
+def window_start() -> ColumnElement[Any]:
+    """Build the earliest due time of the claimed events: the parameter ``window_first``."""
+    return _end_of_window("first")
+
+
+def _end_of_window(end: str) -> ColumnElement[Any]:
+    return cast(bindparam(f"window_{end}", type_=Text), DateTime(timezone=True))
 
 
 def event_of(keys: FromClause, outbox: Table) -> FromClause:

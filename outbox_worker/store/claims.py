@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +19,18 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal,
     literal_column,
     select,
     tuple_,
 )
-from sqlalchemy.dialects.postgresql import array
+from sqlalchemy.dialects.postgresql import ARRAY, array
 
 from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import Batch, DueWindow, Position, Repeated
 from outbox_worker.store import payload
+from outbox_worker.store.claimed import within
 
 _LONGEST_TYPE = 200
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
@@ -85,12 +87,14 @@ def claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[An
     """what: claims due events after a position, oldest first; returns one row of arrays with all values to settle them
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
-    start = tuple_(
-        func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT),
-        func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID),
-    )
-    return _gathered(
-        _keys(outbox)
+    return _gathered(due_events(outbox, _keys(outbox), ours))
+
+
+def due_events(outbox: Table, columns: Sequence[ColumnElement[Any]], ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """Select due events after the position (``start_due_at``, ``start_id``), oldest first, and lock their rows."""
+    start = tuple_(start_due_at(), func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID))
+    return (
+        select(*columns)
         .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *complete(outbox), *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(bindparam("limit", type_=BigInteger))
@@ -98,10 +102,30 @@ def claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[An
     )
 
 
+def start_due_at() -> ColumnElement[Any]:
+    """Build the due time at which a claim begins: the parameter ``start_due_at``, or ``-infinity`` if it is NULL."""
+    return func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT)
+
+
 def claim_isolated_statement(outbox: Table) -> Select[Any]:
     """what: claims one due event by its id · lock: FOR UPDATE SKIP LOCKED · index: primary key"""
     one = outbox.c.id == bindparam("id", type_=BigInteger)
-    return _gathered(_keys(outbox).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
+    return _gathered(select(*_keys(outbox)).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
+
+
+def claim_these_statement(outbox: Table) -> Select[Any]:
+    """what: claims due events by their ids · lock: FOR UPDATE SKIP LOCKED · index: primary key or (due_at, id)"""
+    these = outbox.c.id == func.any(bindparam("ids", type_=Keys("bigint")))
+    due = (these, within(outbox.c.due_at), outbox.c.due_at <= _due_by(), *complete(outbox))
+    found = select(*_keys(outbox)).where(*due).order_by(outbox.c.due_at, outbox.c.id)
+    return _gathered(found.with_for_update(skip_locked=True))
+
+
+def of_types(outbox: Table, event_types: Collection[str] | None) -> list[ColumnElement[bool]]:
+    """Build the condition that an event has one of these types. None stands for all types."""
+    if event_types is None:
+        return []
+    return [outbox.c.event_type == func.any(literal(sorted(event_types), ARRAY(Text)))]
 
 
 def complete(outbox: FromClause) -> list[ColumnElement[bool]]:
@@ -127,9 +151,9 @@ def _due_by() -> ColumnElement[Any]:
     return func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
 
 
-def _keys(outbox: Table) -> Select[Any]:
+def _keys(outbox: Table) -> list[ColumnElement[Any]]:
     """Select the columns of an event that settling needs."""
-    return select(
+    return [
         outbox.c.id,
         outbox.c.event_id,
         func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
@@ -138,7 +162,7 @@ def _keys(outbox: Table) -> Select[Any]:
         counted(outbox.c.crashes).label("crashes"),
         seconds_since(outbox.c.due_at).label("lateness"),
         outbox.c.due_at.label("due_at"),
-    )
+    ]
 
 
 def _gathered(keys: Select[Any]) -> Select[Any]:

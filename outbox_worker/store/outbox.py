@@ -44,7 +44,7 @@ from outbox_worker.database.expressions import seconds_since
 from outbox_worker.database.failures import describe, violated
 from outbox_worker.database.statements import Statement, write
 from outbox_worker.errors import Swallowed
-from outbox_worker.model import Batch, DeadLetterState, Position, Reason
+from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason
 from outbox_worker.schema.interference import likely_cause
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
@@ -55,11 +55,13 @@ from outbox_worker.store.claims import (
     claim_isolated_statement,
     claim_of,
     claim_statement,
+    claim_these_statement,
     complete,
     counted,
     due_statement,
     is_other,
     isolate_statement,
+    of_types,
 )
 from outbox_worker.store.queries import is_claimable
 
@@ -104,6 +106,7 @@ class Outbox:
         self._claim = Statement(claim_statement(tables.outbox, ours=self._ours()))
         self._claim_others = Statement(claim_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
         self._claim_isolated = Statement(claim_isolated_statement(tables.outbox))
+        self._claim_these = Statement(claim_these_statement(tables.outbox))
         self._isolate_first = Statement(isolate_statement(tables.outbox, [*self._ours(), is_other(tables.outbox)]))
         self._isolate = Statement(isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)]))
         self._due = Statement(due_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
@@ -123,9 +126,7 @@ class Outbox:
         return self._event_types
 
     def _ours(self) -> list[ColumnElement[bool]]:
-        if self._event_types is None:
-            return []
-        return [self._tables.outbox.c.event_type == func.any(literal(self._event_types, ARRAY(Text)))]
+        return of_types(self._tables.outbox, self._event_types)
 
     def claim(
         self,
@@ -166,6 +167,14 @@ class Outbox:
         The claim is empty if another worker has locked, settled or postponed the event since ``isolate``.
         """
         return claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
+
+    def claim_these(self, session: Session, ids: Sequence[int], window: DueWindow, until: datetime | None) -> Claim:
+        """Lock those of these events that are still due and that no other transaction has locked.
+
+        ``window`` contains the due times of the events.
+        """
+        values = {"ids": ids, "until": until, "window_first": window.first, "window_last": window.last}
+        return claim_of(self._claim_these.execute(session, values).one())
 
     def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:
         """Return whether any event is due by ``until``, including events that another worker has locked.

@@ -2,7 +2,7 @@
 
 The lock of a pair is a transaction-level advisory lock. Its key, ``identity.pair_key``, is public, so other programs
 may use the same lock. Under both guards, the worker locks the pair before it judges an event or writes a refund. Only
-``insert_clean`` under the guard ``index`` needs no lock. ``identity`` defines which pairs are the same.
+the fast statement under the guard ``index`` needs no lock. ``identity`` defines which pairs are the same.
 
 ``PurchaseRepository`` locks pairs, reads facts and writes purchases with one statement for each of these steps.
 """

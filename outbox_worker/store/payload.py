@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sqlalchemy import ColumnElement, FromClause, Text, and_, case, cast, false, func, literal_column, true
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, array
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID, array
 
 from outbox_worker.database.arrays import ArrayText
 from outbox_worker.model import Repeated
@@ -180,6 +180,20 @@ def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` if it has the length and the hyphens of a UUID; otherwise NULL."""
     written = _written(outbox, "payment_id")
     return case((written.like(_UUID_SHAPE), written))
+
+
+def as_uuid(text: ColumnElement[str]) -> ColumnElement[Any]:
+    """Convert a text with the length of a UUID to a UUID. Any other text becomes NULL.
+
+    The expression raises an error if the text has this length, but is not a UUID.
+    """
+    return case((func.octet_length(text) == len(_UUID_SHAPE), cast(text, UUID(as_uuid=False))))
+
+
+def is_written_as(text: ColumnElement[str], uuid: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Build the condition that a text is the usual form of a UUID. PostgreSQL also accepts other forms."""
+    usual = cast(uuid, Text)
+    return case((usual == text, true()), else_=usual == func.lower(text))
 
 
 def usable_payment_ids(candidates: str) -> Sequence[str | None]:

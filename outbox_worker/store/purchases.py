@@ -43,16 +43,14 @@ from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import Keys
-from outbox_worker.database.engine import check_deferred
 from outbox_worker.database.failures import WrittenOtherwise, violated
 from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import DefaultTaken, PairTaken
-from outbox_worker.model import GRANTS, Batch, DeadLetterState, Guard, Outcome
+from outbox_worker.model import GRANTS, Batch, Guard, Outcome
 from outbox_worker.schema.interference import sequences, set_sequence, unique_key
 from outbox_worker.schema.tables import Tables, relation_name
-from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, index_is_in_transition, on_active_pair
 from outbox_worker.store.identity import comparable_pair, written_order
@@ -67,12 +65,10 @@ from outbox_worker.store.pairs import (
     keys_of,
     lock_statement,
     look_statement,
-    payload_source,
     payment_of,
     purchase_of,
     standing_statement,
 )
-from outbox_worker.store.queries import is_succeeded
 
 _COPIED = ("student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at")
 """The columns of a purchase that the worker inserts."""
@@ -97,31 +93,14 @@ class PurchaseRepository:
         self._standing = Statement(standing_statement(tables))
         self._revoke = Statement(_offered(_revoke_statement(tables), tables))
         self._changed = Statement(_changed_statement(tables))
-        self._mark_first = Statement(_mark_statement(tables))
         self._mark = Statement(_remark_statement(tables))
-
-    def insert_clean(self, session: Session, batch: Batch, guard: GuardState, *, looks_at_marks: bool) -> set[int]:
-        """Insert the purchases of all events to which none of rules 1 to 8 applies. Return the ids of these events.
-
-        No two events may name the same payment. If the guard is ``lock``, the caller must have locked all pairs.
-        If ``looks_at_marks`` is false, purchases of marked events are inserted, too. ``mark_first`` then fails, and
-        these purchases are rolled back.
-        """
-        statement = self._insert(guard.guard, guard.predicate, nothing_against=True, looks_at_marks=looks_at_marks)
-        inserted = self._run_insert(session, batch, statement)
-        if "INSERT" in guard.triggers_on:
-            self._read_back(session, batch.among(inserted), guard, is_active=True)
-        return inserted
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Insert the purchases that ``decide`` allowed, and return the ids of the events whose purchase was inserted.
 
         The caller must have locked the pairs.
         """
-        inserted = self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
-        if "INSERT" in guard.triggers_on:
-            self._read_back(session, batch.among(inserted), guard, is_active=True)
-        return inserted
+        return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
         """Lock up to ``capacity`` pairs of a batch in ascending key order, without waiting for other transactions.
@@ -146,17 +125,14 @@ class PurchaseRepository:
             for row, event in events
         }
 
-    def revoke(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
+    def revoke(self, session: Session, batch: Batch) -> set[int]:
         """Make the purchases of refunded payments inactive. Return the ids of the events whose refund was written.
 
         The caller must have locked the pairs, and no two events may name the same payment. If a payment has no
         purchase, an inactive one is inserted, so that a later confirmation creates no active purchase.
         """
         with relying_on_a_key():
-            revoked = self._run_insert(session, batch, self._revoke)
-        if guard.triggers_on:
-            self._read_back(session, batch.among(revoked), guard, is_active=False)
-        return revoked
+            return self._run_insert(session, batch, self._revoke)
 
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
         """Read the succeeded payments of the events' pairs, oldest first.
@@ -169,17 +145,15 @@ class PurchaseRepository:
                 found.setdefault(row.id, []).append(StandingPayment(row.payment_id, row.kind))
         return found
 
-    def mark_first(self, session: Session, batch: Batch, outcome: Outcome) -> None:
-        """Write the first mark of these events. Raises IntegrityError (23505) if one of them is already marked."""
-        self._run_mark(session, batch, outcome, self._mark_first)
-
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
         """Mark events with their final outcome.
 
         An existing mark gets the new outcome only if the event has just created a purchase, that is, if ``outcome`` is
         one of ``GRANTS``. Otherwise the existing mark does not change.
         """
-        self._run_mark(session, batch, outcome, self._mark)
+        for event_type, events in batch.by_type().items():
+            keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
+            write(session, self._mark, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def is_own_key(self, session: Session, error: Exception) -> bool:
         """Return whether the unique key in an error 23505 is that of the pair, of the payment, or of the event's mark.
@@ -201,11 +175,6 @@ class PurchaseRepository:
             return names in own
         return False
 
-    def _run_mark(self, session: Session, batch: Batch, outcome: Outcome, statement: Statement) -> None:
-        for event_type, events in batch.by_type().items():
-            keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
-            write(session, statement, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
-
     def _run_insert(self, session: Session, batch: Batch, statement: Statement) -> set[int]:
         row = statement.execute(session, {**keys_of(batch), "offered": len(batch)}).one()
         written = set(batch.ids) if row.payments is None else self._keys_of_payments(batch, row.payments)
@@ -215,7 +184,7 @@ class PurchaseRepository:
 
     def _keys_of_payments(self, batch: Batch, payment_ids: Sequence[str]) -> set[int]:
         """Return the events of these payments. Raise WrittenOtherwise if a trigger changed a payment's id."""
-        by_payment = dict(zip(batch.payments(), batch.ids, strict=True))
+        by_payment = dict(zip(batch.payment_ids, batch.ids, strict=True))
         if not by_payment.keys() >= {*payment_ids}:
             raise self._written_otherwise(["payment_id"])
         return {by_payment[payment_id] for payment_id in payment_ids}
@@ -230,14 +199,15 @@ class PurchaseRepository:
         if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
             raise PairTaken("Another transaction has just created an active purchase of the same pair.")
 
-    def _read_back(self, session: Session, batch: Batch, guard: GuardState, *, is_active: bool) -> None:
-        """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has just written.
+    def read_back(self, session: Session, payment_ids: Sequence[str | None], *, is_active: bool) -> None:
+        """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has written.
 
-        A deferred trigger would change the purchase only at COMMIT, so it runs first.
+        Call this method at the end, after the deferred triggers have run. Otherwise a deferred trigger that looks at
+        the mark would not find it yet.
         """
-        if "COMMIT" in guard.triggers_on:
-            check_deferred(session)
-        values = {"payment_ids": batch.payment_ids, "is_active": is_active}
+        if not payment_ids:
+            return
+        values = {"payment_ids": payment_ids, "is_active": is_active}
         changed = sorted({key for row in self._changed.execute(session, values) for key in row.changed})
         if changed:
             raise self._written_otherwise(changed)
@@ -246,12 +216,8 @@ class PurchaseRepository:
         relation = relation_name(self._tables.purchases)
         return WrittenOtherwise(f"a trigger on {relation} changed the purchase: {', '.join(changed)}")
 
-    def _build_insert(
-        self, guard: Guard, predicate: str, *, nothing_against: bool = False, looks_at_marks: bool = False
-    ) -> Statement:
-        statement = _insert_statement(
-            self._tables, self._event_of, guard, nothing_against=nothing_against, looks_at_marks=looks_at_marks
-        )
+    def _build_insert(self, guard: Guard, predicate: str) -> Statement:
+        statement = _insert_statement(self._tables, self._event_of, guard)
         if guard is Guard.INDEX:
             statement = statement.on_conflict_do_nothing(**on_active_pair(self._tables.purchases, predicate))
             return Statement(_offered(statement, self._tables))
@@ -298,9 +264,7 @@ def _offered(statement: postgresql.Insert, tables: Tables, is_unsure: ColumnElem
     return select(payments.label("payments"), (false() if is_unsure is None else is_unsure).label("is_unsure"))
 
 
-def _insert_statement(
-    tables: Tables, event_of: EventOf, guard: Guard, *, nothing_against: bool, looks_at_marks: bool
-) -> postgresql.Insert:
+def _insert_statement(tables: Tables, event_of: EventOf, guard: Guard) -> postgresql.Insert:
     """what: inserts the purchases of claimed events, copied from payment rows, in the order in which all workers write
     lock: the claimed rows (already locked) · index: primary keys of outbox and payments, purchases.payment_id
     guard: ``index``: the caller adds ON CONFLICT; ``lock``: one event per pair, none if the pair has an active purchase
@@ -316,11 +280,6 @@ def _insert_statement(
         .where(payments.c.student_id.is_not(None), payments.c.course_id.is_not(None))
         .order_by(*written_order(tables.ids, payments), outbox.c.due_at, outbox.c.id)
     )
-    if nothing_against:
-        source = source.where(*_nothing_speaks_against(tables, outbox, payload_source(claimed, outbox), payments))
-    if looks_at_marks:
-        marks = tables.processed_events
-        source = source.where(~exists().where(marks.c.event_id == outbox.c.event_id))
     if guard is Guard.LOCK:
         source = source.ext(distinct_on(*written_order(tables.ids, payments)))
         source = source.where(~exists().where(holds_pair(tables.ids, purchases, payments)))
@@ -329,24 +288,6 @@ def _insert_statement(
 
 def _copied_columns(payments: FromClause) -> list[ColumnElement[Any]]:
     return [payments.c.student_id, payments.c.course_id, payments.c.id, payments.c.amount, payments.c.currency]
-
-
-def _nothing_speaks_against(
-    tables: Tables, outbox: FromClause, source: FromClause, payments: FromClause
-) -> list[ColumnElement[bool]]:
-    """Build the conditions of ``insert_clean``: rules 4 to 7 do not apply, and the event has no open dead letter.
-
-    The subquery finds the letter only by its event id, and the state of the letter is compared outside the
-    subquery. If the subquery also had the condition ``state = 'open'``, the planner might read the whole index of
-    open letters, instead of looking up one event id.
-    """
-    letters = tables.dead_letters
-    state = select(letters.c.state).where(letters.c.event_id == outbox.c.event_id).scalar_subquery()
-    return [
-        is_succeeded(payments),
-        *(not_(differs) for differs in payload.mismatches(tables.ids, source, payments).values()),
-        state.is_distinct_from(DeadLetterState.OPEN.value),
-    ]
 
 
 def _revoke_statement(tables: Tables) -> postgresql.Insert:

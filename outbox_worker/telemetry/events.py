@@ -21,10 +21,9 @@ _LOUD = (Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.DEAD)
 
 
 def log_events(batch: Batch, verdicts: Verdicts) -> None:
-    """Log each event that the fast path did not settle. More than ``SINGLES_MAX`` events of a kind share one record."""
-    logged = {key: verdict for key, verdict in verdicts.items() if not verdict.via_fast_path}
-    crowds = _crowds(logged)
-    for key, verdict in logged.items():
+    """Log each event of a careful transaction. More than ``SINGLES_MAX`` events of a kind share one record."""
+    crowds = _crowds(verdicts)
+    for key, verdict in verdicts.items():
         _log_event(batch[key], verdict, in_crowd=_kind(verdict) in crowds and verdict.refused_next is None)
     for (outcome, reason), keys in crowds.items():
         _log_crowd(outcome, reason, [str(batch[key].event_id) for key in keys])

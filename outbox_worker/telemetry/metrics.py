@@ -17,9 +17,9 @@ from prometheus_client.utils import floatToGoString
 
 from outbox_worker import __version__
 from outbox_worker.database.failures import Failure
-from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome, Reason
+from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Latencies, Outcome, Reason
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
 _KNOWN_TYPES = (PURCHASE_CONFIRMED, PURCHASE_REFUNDED)
 _OTHER = "other"
 _RESULTS = ("commit", "rollback", "unknown")
@@ -43,6 +43,14 @@ class BulkHistogram(Collector):
         with self._lock:
             self._counts = [had + count for had, count in zip(self._counts, below, strict=True)]
             self._sum += math.fsum(ordered)
+
+    def observe_counts(self, latencies: Latencies) -> None:
+        """Add values that the database has counted already, for the same bounds."""
+        with self._lock:
+            for bounds_not_below, count in latencies.buckets:
+                for at in range(len(self._counts) - 1 - bounds_not_below, len(self._counts)):
+                    self._counts[at] += count
+            self._sum += latencies.seconds
 
     def collect(self) -> Iterator[Metric]:
         """Return the histogram in the form that prometheus_client exports."""
@@ -80,11 +88,11 @@ class Metrics:
         self.batch_seconds = Histogram(
             "outbox_batch_duration_seconds",
             "Time from the claim to the end of COMMIT",
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=registry,
         )
         self.latency = BulkHistogram(
-            "outbox_settle_latency_seconds", "Time from due_at to the end of COMMIT of a settled event", _SECONDS
+            "outbox_settle_latency_seconds", "Time from due_at to the end of COMMIT of a settled event", SECONDS
         )
         registry.register(self.latency)
         self.batch_size = Histogram(

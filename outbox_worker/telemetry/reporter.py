@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Literal
@@ -21,7 +21,18 @@ from outbox_worker.database.engine import unavailable
 from outbox_worker.database.failures import Failure, classify, describe, login_refusal, sqlstate, trace
 from outbox_worker.durations import count_of
 from outbox_worker.errors import CommitLost
-from outbox_worker.model import Batch, Guard, Outcome, Verdicts, by_outcome
+from outbox_worker.model import (
+    ALWAYS,
+    NO_LATENCIES,
+    PURCHASE_CONFIRMED,
+    Batch,
+    DueWindow,
+    Guard,
+    Latencies,
+    Outcome,
+    Verdicts,
+    by_outcome,
+)
 from outbox_worker.money import amount_texts
 from outbox_worker.telemetry.events import log_events, log_set_aside, log_unrecorded
 from outbox_worker.telemetry.metrics import Metrics
@@ -29,12 +40,23 @@ from outbox_worker.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """The result of one committed transaction. A claimed event that has no verdict stays unchanged in the outbox."""
+    """The result of one batch: of a fast transaction, of a careful one, or of both."""
 
-    batch: Batch
-    verdicts: Verdicts
+    claimed: int = 0
+    """The number of events that the batch claimed."""
     limit: int
     guard: Guard
+    created: int = 0
+    """The number of events that the fast statement settled. Each of them got a purchase."""
+    latencies: Latencies = NO_LATENCIES
+    """The latencies of these events, including an estimate for COMMIT."""
+    fell_out: Sequence[int] = ()
+    """Claimed events (``outbox.id``) that this transaction left unchanged, for a careful transaction that follows."""
+    window: DueWindow = ALWAYS
+    """The range of the due times of the claimed events."""
+    batch: Batch = field(default_factory=Batch)
+    """The events of the careful transaction. An event that has no verdict stays unchanged in the outbox."""
+    verdicts: Verdicts = field(default_factory=dict)
     postponed: Mapping[int, str] = field(default_factory=dict)
     """Events (``outbox.id``) whose failure the database refused to record, each with the refusal.
 
@@ -48,15 +70,36 @@ class BatchReport:
 
     @property
     def is_full(self) -> bool:
-        return len(self.batch) >= self.limit
+        return self.claimed >= self.limit
+
+    @property
+    def settled(self) -> int:
+        """The number of events whose outcome is recorded."""
+        return self.created + len(self.verdicts)
 
     @cached_property
     def by_outcome(self) -> dict[Outcome, list[int]]:
-        """The ids of the events of each outcome."""
+        """The ids of the events of each outcome in the careful transaction."""
         return by_outcome(self.verdicts)
 
     def outcomes(self) -> Tally[Outcome]:
-        return Tally({outcome: len(keys) for outcome, keys in self.by_outcome.items()})
+        judged = Tally({outcome: len(keys) for outcome, keys in self.by_outcome.items()})
+        return judged + Tally({Outcome.CREATED: self.created})
+
+    def followed_by(self, careful: BatchReport) -> BatchReport:
+        """Return the report of the whole batch, after a careful transaction has treated the events that fell out."""
+        return replace(
+            careful,
+            claimed=self.claimed,
+            limit=self.limit,
+            created=self.created + careful.created,
+            latencies=self.latencies,
+            window=self.window,
+            verdicts=self.verdicts | careful.verdicts,
+            postponed={**self.postponed, **careful.postponed},
+            set_aside={**self.set_aside, **careful.set_aside},
+            seconds=self.seconds + careful.seconds,
+        )
 
 
 @dataclass
@@ -257,7 +300,7 @@ class Telemetry:
 
     def _log_first_batch(self, report: BatchReport) -> None:
         """Log the first settled batch at once, so that a person sees it without waiting for the next heartbeat."""
-        if report.verdicts and not self._has_settled:
+        if report.settled and not self._has_settled:
             self._has_settled = True
             self._log_settled()
 
@@ -276,20 +319,20 @@ class Telemetry:
         """Count and log one committed transaction. For an empty claim, only record the time of the claim."""
         self.metrics.polled()
         self._resumed()
-        if not report.batch:
+        if not report.claimed:
             return
         self._count(report)
         counts = {str(outcome): count for outcome, count in sorted(report.outcomes().items())}
         logger.bind(
             event="batch_committed",
-            claimed=len(report.batch),
+            claimed=report.claimed,
             guard=str(report.guard),
             milliseconds=round(report.seconds * 1000, 1),
             result=report.transaction,
             **counts,
-        ).debug("settled {} of {} claimed events", len(report.verdicts), len(report.batch))
-        if report.verdicts and report.guard is Guard.LOCK:
-            logger.bind(event="constraint_fallback", claimed=len(report.batch)).debug(
+        ).debug("settled {} of {} claimed events", report.settled, report.claimed)
+        if report.settled and report.guard is Guard.LOCK:
+            logger.bind(event="constraint_fallback", claimed=report.claimed).debug(
                 "batch settled with the guard `lock`"
             )
         self._log_first_batch(report)
@@ -300,9 +343,11 @@ class Telemetry:
     def _count(self, report: BatchReport) -> None:
         metrics = self.metrics
         metrics.transactions.labels(report.transaction).inc()
-        metrics.batch_size.observe(len(report.batch))
+        metrics.batch_size.observe(report.claimed)
         metrics.batch_seconds.observe(report.seconds)
-        metrics.fallbacks.inc(bool(report.verdicts) and report.guard is Guard.LOCK)
+        metrics.fallbacks.inc(report.settled > 0 and report.guard is Guard.LOCK)
+        metrics.count_events(PURCHASE_CONFIRMED, Outcome.CREATED, report.created)
+        metrics.latency.observe_counts(report.latencies)
         keys = report.by_outcome
         for event_type, events in report.batch.by_type().items():
             for outcome, settled in keys.items():

@@ -10,6 +10,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -20,16 +21,17 @@ from sqlalchemy import make_url
 from sqlalchemy.schema import CreateSchema
 
 from outbox_worker.database.engine import Database
-from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome
+from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome, Verdict
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
 from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.processor import Processor
 from outbox_worker.store.claims import Claim
+from outbox_worker.store.fast_path import FastPath
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.purchases import PurchaseRepository
-from outbox_worker.telemetry.reporter import Telemetry
+from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 ABSENT = object()
 """In a payload override: leave the key out. None writes a JSON null."""
@@ -53,13 +55,31 @@ class ProbedProcessor(Processor):
     database: Database
     telemetry: Telemetry
     watch: GuardWatch
+    path: FastPath
     outbox: Outbox
     repository: PurchaseRepository
     isolation: Isolation
     meeting: threading.Barrier | None = None
+    is_careful = False
+    """Whether the next batches are settled in careful transactions only."""
+    judged: dict[UUID, Verdict]
+    """What the careful transactions decided, by event."""
 
     def isolate_next(self, events: int) -> None:
         self.isolation.isolate_next(events)
+
+    def note_verdicts(self) -> None:
+        """Keep what each careful transaction decides, as it is told."""
+        self.judged, tell = {}, self.telemetry.batch_committed
+
+        def note(report: BatchReport) -> None:
+            self.judged |= {report.batch[key].event_id: verdict for key, verdict in report.verdicts.items()}
+            tell(report)
+
+        self.telemetry.batch_committed = note  # type: ignore[method-assign]
+
+    def _process(self, until: datetime | None) -> BatchReport:
+        return self._process_carefully(until) if self.is_careful else super()._process(until)
 
     def _claim(self, *arguments: Any) -> Claim:
         claim, meeting, self.meeting = super()._claim(*arguments), self.meeting, None
@@ -73,7 +93,7 @@ def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outco
     outcomes: Counter[Outcome] = Counter()
     for _ in range(batches_max):
         report = processor.process_batch()
-        if not report.batch:
+        if not report.claimed:
             return outcomes
         outcomes += report.outcomes()
     raise AssertionError(f"still claiming after {batches_max} batches: {outcomes}")

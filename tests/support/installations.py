@@ -21,9 +21,8 @@ from outbox_worker.settings import load_settings
 from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.processor import Processor
+from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch, probe_guard
-from outbox_worker.store.outbox import Outbox
-from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 from tests.support import ROOT, catalogue
@@ -114,16 +113,14 @@ class Installation:
         database, telemetry = Database(settings, deadline_seconds=10), Telemetry()
         with database.transaction() as session:
             tables = check_schema(session, build_tables(settings))
-        watch, repository = GuardWatch(tables.purchases, telemetry.guard_changed), PurchaseRepository(tables)
+        watch, doors = GuardWatch(tables.purchases, telemetry.guard_changed), Doors.of(tables, None)
         policy = settings.retry_policy
-        outbox, isolation = Outbox(tables, None), Isolation(database, Workers(tables, uuid4()))
+        isolation = Isolation(database, Workers(tables, uuid4()))
         try:
             watch.know(tables)
             with database.transaction() as session:
                 watch.probe(session)
-            return drain_all(
-                Processor(database, outbox, repository, watch, telemetry, policy, Pacing(100, 60), isolation)
-            )
+            return drain_all(Processor(database, doors, watch, telemetry, policy, Pacing(100, 60), isolation))
         finally:
             database.close()
 

@@ -12,13 +12,12 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import event as listener
-
 from outbox_worker.database.engine import Database
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.model import Outcome
 from outbox_worker.telemetry.reporter import BatchReport
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all
+from tests.support.watching import on_commit, on_statement
 
 T = TypeVar("T")
 PATIENCE = 20.0
@@ -34,15 +33,12 @@ class Brake:
         self._step, self._seen = step, 0
         self.reached, self.released = threading.Event(), threading.Event()
         self.statement = ""
-        listener.listen(database.engine, "before_cursor_execute", self._before)
-        listener.listen(database.engine, "commit", self._before_commit)
+        on_statement(database, self._before)
+        on_commit(database, partial(self._count, "COMMIT"))
 
-    def _before(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "set_config" not in statement and "SAVEPOINT" not in statement:
+    def _before(self, statement: str) -> None:
+        if not any(word in statement for word in ("set_config", "SAVEPOINT", "SET CONSTRAINTS")):
             self._count(statement)
-
-    def _before_commit(self, _connection: Any) -> None:
-        self._count("COMMIT")
 
     def _count(self, statement: str) -> None:
         self._seen += 1

@@ -5,8 +5,10 @@ What it swallows it has acknowledged: that is the middlebox which neither keepal
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,8 +18,8 @@ from typing import Literal
 from sqlalchemy import make_url
 
 _COMMIT = b"COMMIT\x00"
-_SAVEPOINT = b"SAVEPOINT attempt"
-"""As they are sent at first; later on prepared ones have a name only."""
+_CLAIMED = re.compile(rb"first_due_at.*\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.DOTALL)
+"""The reply to a claim of which events came: a column's name, and a due time."""
 
 
 @dataclass(eq=False)
@@ -28,6 +30,9 @@ class _Line:
     server: socket.socket
     swallows: frozenset[str] = frozenset()
     dies_at_reply: bool = False
+    asked_at: float = 0.0
+    is_asked: bool = False
+    """Whether a request was passed on since the last reply."""
     is_at_work: bool = False
     """Something was claimed: a savepoint was set."""
 
@@ -49,6 +54,10 @@ class Proxy:
     """How many requests were acknowledged and forgotten."""
     mute: bool = False
     """New connections are accepted, and nothing more."""
+    quiet_seconds: float = 0.0
+    """A reply is kept back until the client has sent nothing for so long: it waits."""
+    waits: int = 0
+    """How often a client waited for a reply."""
     _plan: Literal["before", "after"] | None = None
 
     def __post_init__(self) -> None:
@@ -113,22 +122,30 @@ class Proxy:
                 if "requests" in line.swallows:
                     self.swallowed += 1
                     continue
-                line.is_at_work = line.is_at_work or _SAVEPOINT in data
                 if _COMMIT in data and self._plan is not None and line.is_at_work:
                     plan, self._plan = self._plan, None
                     self.cuts += 1
                     if plan == "before":
                         break
                     line.dies_at_reply = True
+                line.asked_at, line.is_asked = time.monotonic(), True
                 line.server.sendall(data)
         line.cut()
+
+    def _await_quiet(self, line: _Line) -> None:
+        while (left := line.asked_at + self.quiet_seconds - time.monotonic()) > 0:
+            time.sleep(left)
+        self.waits += line.is_asked
+        line.is_asked = False
 
     def _pass_replies(self, line: _Line) -> None:
         with suppress(OSError):
             while data := line.server.recv(65536):
                 if line.dies_at_reply:
                     break
+                self._await_quiet(line)
                 if "replies" not in line.swallows:
+                    line.is_at_work = _CLAIMED.search(data) is not None
                     line.client.sendall(data)
         line.cut()
 

@@ -16,12 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import partial
-from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
-from sqlalchemy import event as listener
 from sqlalchemy import text
 
 from outbox_worker.decision import RetryPolicy
@@ -34,6 +31,7 @@ from tests.support.history import find_twice_active, keep_history
 from tests.support.interleaving import AT_ONCE
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 from tests.support.sites import watch_charges
+from tests.support.watching import on_commit, on_rollback, on_statement
 
 PATIENCE = 60.0
 _INSIDE = 4242
@@ -115,22 +113,22 @@ class Writer(Actor):
         with self.database.transaction() as session:
             self.pid = int(session.scalar(text("SELECT pg_backend_pid()")) or 0)
         self._wrote = False
-        listener.listen(self.database.engine, "before_cursor_execute", self._before)
-        listener.listen(self.database.engine, "commit", self._before_commit)
-        listener.listen(self.database.engine, "rollback", self._forget)
+        on_statement(self.database, self._before)
+        on_commit(self.database, self._before_commit)
+        on_rollback(self.database, self._forget)
 
-    def _before(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+    def _before(self, statement: str) -> None:
         if _INSERT in statement and _GRANTED not in statement:
             self._wrote = True
             if self.stops_before_insert:
                 self.stop("INSERT")
 
-    def _before_commit(self, _connection: Any) -> None:
+    def _before_commit(self) -> None:
         if self._wrote:
             self._wrote = False
             self.stop("COMMIT")
 
-    def _forget(self, _connection: Any) -> None:
+    def _forget(self) -> None:
         self._wrote = False
 
     stops_before_insert = True
@@ -173,6 +171,11 @@ class ByIndex(Writer):
     def prepare(self, pair: Pair) -> None:
         self.pair = pair
 
+    def probe(self) -> None:
+        super().probe()
+        watch = self.processor.watch  # the trigger at which writers stand changes nothing
+        watch.state = replace(watch.state, triggers_on=frozenset())
+
     def act(self) -> None:
         self.probe()
         with self.shop.connection.transaction():
@@ -188,13 +191,7 @@ class ByLock(ByIndex):
     def probe(self) -> None:
         watch = self.processor.watch
         watch.state = replace(watch.state, guard=Guard.LOCK, predicate="", lock_capacity=100)
-        settle = self.processor._settlement.settle
-        if not isinstance(settle, partial):
-            self.processor._settlement.settle = partial(_carefully, settle)  # type: ignore[method-assign]
-
-
-def _carefully(settle: Callable[..., Any], session: Any, batch: Any, **options: Any) -> Any:
-    return settle(session, batch, **options | {"careful": True})
+        self.processor.is_careful = True
 
 
 class Refund(Writer):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sqlalchemy import event as listener
+from functools import partial
 
 from outbox_worker.database.engine import Database
+from tests.support.watching import on_begin, on_commit, on_rollback, on_statement
 
 
 class RoundTrips:
@@ -15,12 +14,13 @@ class RoundTrips:
     def __init__(self, database: Database) -> None:
         self.sent: list[str] = []
         self.statements: list[str] = []
-        for name in ("begin", "commit", "rollback"):
-            listener.listen(database.engine, name, lambda *_, name=name: self.sent.append(name))
-        listener.listen(database.engine, "before_cursor_execute", self._execute)
+        on_begin(database, partial(self.sent.append, "begin"))
+        on_commit(database, partial(self.sent.append, "commit"))
+        on_rollback(database, partial(self.sent.append, "rollback"))
+        on_statement(database, self._execute)
 
-    def _execute(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        words = {"set_config": "set", "SKIP LOCKED": "claim", "INTO public.purchases": "insert"}
+    def _execute(self, statement: str) -> None:
+        words = {"set_config": "set", "won AS": "fast", "SKIP LOCKED": "claim", "INTO public.purchases": "insert"}
         words |= {"INTO public.processed_events": "mark", "DELETE FROM public.outbox": "delete"}
         words |= {"ROLLBACK TO": "rollback to", "SAVEPOINT": "savepoint"}
         self.statements.append(statement)

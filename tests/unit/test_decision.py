@@ -160,12 +160,6 @@ def test_details_name_what_differs() -> None:
     assert str(OTHER) in decide(Facts(**SOUND, mark=Mark("created", OTHER))).detail
 
 
-def test_no_verdict_of_decide_is_clean() -> None:
-    """``clean`` skips the closing of dead letters: only the fast statement has proved that there is none."""
-    judged = [decide(Facts(**(sound | rule[1]))) for sound, rules in TABLES.values() for rule in rules]
-    assert not any(verdict.via_fast_path for verdict in judged)
-
-
 @pytest.mark.parametrize(("last_try", "outcome"), [(False, Outcome.RETRIED), (True, Outcome.DEAD)])
 def test_an_event_that_the_database_refuses(last_try: bool, outcome: Outcome) -> None:
     assert refused("why", last_try) == Verdict(outcome, Reason.REJECTED_BY_DATABASE, "why")

@@ -45,6 +45,6 @@ def test_the_conditions_and_the_key_are_plain() -> None:
 
 @pytest.mark.parametrize("guard", Guard)
 def test_the_insert_orders_by_the_columns(guard: Guard) -> None:
-    sql = str(PurchaseRepository(TABLES)._insert(guard, "is_active", nothing_against=True, looks_at_marks=True))
+    sql = str(PurchaseRepository(TABLES)._insert(guard, "is_active"))
     assert "ORDER BY payment.student_id, payment.course_id, event.due_at, event.id" in " ".join(sql.split())
     assert ("DISTINCT ON (payment.student_id, payment.course_id)" in sql) == (guard is Guard.LOCK)

@@ -32,7 +32,7 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
     return {
         "plan": report.plan,
         "contestants": contestants,
-        "statements_per_batch": report.statements_per_batch,
+        "statements_per_batch": report.waits_per_batch,
         "start_up_ratio": statistics.median(report.start_ups),
         "latency": latencies,
     }
@@ -62,7 +62,7 @@ def print_bench(report: BenchReport) -> None:
         numbers=(1, 2, 3, 4, 5),
     )
     terminal.line(
-        f"\nA full batch of one loop needs {found['statements_per_batch']:.1f} round trips, including BEGIN and COMMIT."
+        f"\nFor a full batch, one loop waits {found['statements_per_batch']:.1f} times for the server, COMMIT included."
         f"\nA worker needs {found['start_up_ratio']:.1f} times as long to start as to import SQLAlchemy and psycopg."
     )
     if report.latencies:

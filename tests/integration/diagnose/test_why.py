@@ -30,6 +30,7 @@ from outbox_worker.store.purchases import backfill_event_id
 from tests.support.factories import ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
 from tests.support.payloads import TYPES, retype
+from tests.support.settling import judge
 from tests.support.worlds import ALONE, FEW, REFUNDS_ALONE, PairCase, write
 
 Ask = Callable[..., Explanation]
@@ -69,8 +70,8 @@ def meant(verdict: Verdict) -> tuple[object, ...]:
 def happened(processor: ProbedProcessor) -> Mapping[UUID, tuple[object, ...]]:
     """What becomes of all that is due: a transaction settles one type of event."""
     found: dict[UUID, tuple[object, ...]] = {}
-    while (report := processor.process_batch()).batch:
-        found |= {report.batch[key].event_id: meant(verdict) for key, verdict in report.verdicts.items()}
+    while verdicts := judge(processor):
+        found |= {event: meant(verdict) for event, verdict in verdicts.items()}
     return found
 
 

@@ -21,8 +21,8 @@ REFERENCE = ROOT / "docs" / "reference"
 SAMPLE = ROOT / "deploy" / "outbox-worker.toml"
 
 
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_reference", REFERENCE / "generate.py")
+def load_generator(path: Path = REFERENCE / "generate.py") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,6 +41,11 @@ def rows(page: str) -> set[str]:
 @pytest.mark.parametrize("name", ["commands.md", "settings.md", "metrics.md", "tables.md"])
 def test_a_generated_page_is_what_would_be_written(name: str) -> None:
     assert (REFERENCE / name).read_text() == GENERATOR.pages()[name], "run `make reference`"
+
+
+def test_the_statements_are_those_that_are_sent() -> None:
+    generator = load_generator(ROOT / "docs" / "statements.py")
+    assert (ROOT / "docs" / "statements.sql").read_text() == generator.page(), "run `make statements`"
 
 
 def test_every_generated_page_is_looked_at() -> None:

@@ -24,10 +24,9 @@ from outbox_worker.settings import load_settings
 from outbox_worker.settle.isolation import Isolation
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.settle.processor import Processor
+from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch
-from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.payment_classes import PaymentClass
-from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.reporter import Telemetry
 from tests.support.factories import ABSENT, Shop, drain_all, make_payments
@@ -108,11 +107,9 @@ class Site:
             self.watch.probe(session)
 
     def processor(self, batch_size: int = 1000) -> Processor:
-        repository, policy = PurchaseRepository(self.tables), self.settings.retry_policy
-        outbox, isolation = Outbox(self.tables, None), Isolation(self.database, Workers(self.tables, uuid4()))
-        return Processor(
-            self.database, outbox, repository, self.watch, Telemetry(), policy, Pacing(batch_size, 60), isolation
-        )
+        doors, policy = Doors.of(self.tables, None), self.settings.retry_policy
+        isolation = Isolation(self.database, Workers(self.tables, uuid4()))
+        return Processor(self.database, doors, self.watch, Telemetry(), policy, Pacing(batch_size, 60), isolation)
 
     def audit(self) -> dict[PaymentClass, int]:
         return Audit.start(self.database, self.tables).run().counts

@@ -26,12 +26,11 @@ from outbox_worker.model import (
     Outcome,
     Reason,
     Verdict,
-    Verdicts,
 )
-from outbox_worker.settle.escalation import PartRefused, Step, halves
-from outbox_worker.settle.handlers import OutOfOrder
+from outbox_worker.settle.escalation import halves
 from tests.support.factories import ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
+from tests.support.settling import VIA_FAST_PATH, judge
 from tests.support.worlds import (
     ALONE,
     DIFFERENT,
@@ -67,7 +66,7 @@ def settle_in_each_way(shop: Shop, make_processor: MakeProcessor) -> SettleInEac
     """Write a world, settle it, check it; then the same again in the other ways. Returns what became of its events."""
     processors = {way: make_processor() for way in Way}
     make_parts(processors[Way.IN_PARTS])
-    judge_all(processors[Way.JUDGED])
+    processors[Way.JUDGED].is_careful = True
 
     def settle(world: list[PairCase]) -> list[list[Any]]:
         return [settle_and_check(shop, processor, world, way) for way, processor in processors.items()]
@@ -77,27 +76,14 @@ def settle_in_each_way(shop: Shop, make_processor: MakeProcessor) -> SettleInEac
 
 def make_parts(processor: ProbedProcessor) -> None:
     """Each batch goes the way in parts, and not in less than two."""
-    settlement = processor._settlement
-    rearrange = settlement._rearrange
+    settlement, processor.is_careful = processor._settlement, True
+    arrange = settlement._arrange
 
     def halved(*given: Any, **named: Any) -> Any:
-        plan, parts = rearrange(*given, **named)
+        plan, parts = arrange(*given, **named)
         return plan, [half for part in parts for half in halves(part) if half]
 
-    settlement._settle_fast = refuse_as_told(PartRefused(Step.HANDLE, ValueError("as told")))  # type: ignore[method-assign]
-    settlement._rearrange = halved  # type: ignore[method-assign]
-
-
-def judge_all(processor: ProbedProcessor) -> None:
-    """Each batch is one in which a purchase would be written out of order."""
-    processor._settlement._settle_fast = refuse_as_told(OutOfOrder("as told"))  # type: ignore[method-assign]
-
-
-def refuse_as_told(error: Exception) -> Callable[..., Any]:
-    def refuse(*_: Any) -> Any:
-        raise error
-
-    return refuse
+    settlement._arrange = halved  # type: ignore[method-assign]
 
 
 @FEW
@@ -166,13 +152,11 @@ def test_refunds_of_one_payment_many(world: list[PairCase], settle_in_each_way: 
 
 def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCase], way: Way) -> list[Any]:
     told = write(shop, world)
-    report = processor.process_batch()
-    ids = {event.event_id: key for key, event in report.batch.items()}
-    assert ids.keys() == {one.event_id for one in told}
-    verdicts: Verdicts = {key: report.verdicts[key] for key in ids.values()}
+    verdicts = judge(processor)
+    assert verdicts.keys() == {one.event_id for one in told}
     after = purchases_of(shop, told)
     found = rows_of(shop, told)
-    judged = [(one, verdicts[ids[one.event_id]]) for one in told]
+    judged = [(one, verdicts[one.event_id]) for one in told]
     check_grants(judged, after)
     check_revocations(judged, after)
     for one, verdict in judged:
@@ -187,12 +171,10 @@ def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCas
 
 
 def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
-    """The fast statement makes all purchases that are owed or, where one of them has a past, none; of each part."""
+    """The fast statement makes exactly the purchases that are owed to events without a past."""
     owed = [(one, verdict) for one, verdict in judged if verdict.outcome in GRANTS]
-    fast = way is not Way.JUDGED and all(is_clean(one, verdict) for one, verdict in owed)
-    if fast or way is not Way.IN_PARTS:
-        assert [verdict.via_fast_path for _, verdict in owed] == [fast] * len(owed)
-    assert not any(verdict.via_fast_path for _, verdict in judged if verdict.outcome not in GRANTS)
+    fast = [way is Way.FAST and is_clean(one, verdict) for one, verdict in owed]
+    assert [verdict is VIA_FAST_PATH for _, verdict in owed] == fast
 
 
 def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:

@@ -28,13 +28,14 @@ def charge(shop: Shop, event: Any, times: int) -> None:
 def watch(processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch, look: Any) -> list[Any]:
     """What ``look`` finds each time a purchase is about to be written."""
     seen: list[Any] = []
-    insert = processor.repository.insert_clean
+    insert = processor.repository.insert_granted
 
     def watched(*given: Any, **named: Any) -> Any:
         seen.append(look())
         return insert(*given, **named)
 
-    monkeypatch.setattr(processor.repository, "insert_clean", watched)
+    monkeypatch.setattr(processor.repository, "insert_granted", watched)
+    processor.is_careful = True
     return seen
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from outbox_worker.model import PURCHASE_CONFIRMED, Outcome
 from tests.support.factories import Payment, ProbedProcessor, Shop
+from tests.support.settling import settle
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 
@@ -258,12 +259,6 @@ def test_one_letter_through_the_life_of_an_event_that_comes_back_twice(shop: Sho
 
 
 # --- helpers
-
-
-def settle(processor: ProbedProcessor) -> dict[UUID, Outcome]:
-    """One batch: the outcome of each event that has one."""
-    report = processor.process_batch()
-    return {report.batch[key].event_id: verdict.outcome for key, verdict in report.verdicts.items()}
 
 
 def mark_each(shop: Shop, paid: list[tuple[Payment, UUID]], outcomes: list[str], named: bool) -> list[Any]:

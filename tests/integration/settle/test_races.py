@@ -75,7 +75,7 @@ def test_two_workers_on_one_pair_whatever_the_moment(
         shop.rows("TRUNCATE processed_events, purchases, payments")
     assert "SKIP LOCKED" in statements[0]
     assert statements[-2:] == ["COMMIT", ""]
-    assert len(statements) >= 6, statements
+    assert len(statements) >= (3 if kind is one_of_each else 6), statements
     assert fast.watch.state.guard == both_guards
     assert errors(fast) == {}
     assert deadlocks(shop, fast_database) == 0
@@ -194,7 +194,7 @@ def test_opposite_orders_never_deadlock(
     for _ in range(50):
         pay_in_opposite_orders(shop, 40)
         reports = run_together(pool, one, two)
-        assert all(report.batch for report in reports)
+        assert all(report.claimed for report in reports)
         settle_all(one, lambda: shop.count("outbox") == 0)
         assert errors(one, two) == {}
         assert shop.doubled() == 0
@@ -215,11 +215,11 @@ def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(
     second_row, _ = shop.paid(student=high, course=course, due_in="-8 hours")
     shop.paid(student=high, course=course, due_in="-7 hours")
     shop.paid(student=low, course=course, due_in="-6 hours")
-    stop_insert_of(shop, second_row, "BEFORE")
-    holder = connect(autocommit=True)
-    holder.execute("SELECT pg_advisory_lock(%s)", [GATE])
     databases = [make_database(connections=1), make_database(connections=1)]
     one, two = (make_processor(batch_size=2, policy=AT_ONCE, database=database) for database in databases)
+    stop_insert_of(shop, second_row, "BEFORE")  # unknown to the workers, which else would go carefully
+    holder = connect(autocommit=True)
+    holder.execute("SELECT pg_advisory_lock(%s)", [GATE])
     first = pool.submit(one.process_batch)
     poll(shop.waiting, "the first worker is between its rows")
     second = pool.submit(two.process_batch)
@@ -282,8 +282,8 @@ def test_rows_share_locked_by_a_foreign_key_are_not_claimed_then_blocked(
     stranger.execute("INSERT INTO notes SELECT id FROM outbox WHERE event_id = %s", [event])
     processor = make_processor(database=make_database(deadline_seconds=2))
     report = processor.process_batch()
-    assert {claimed.event_id for claimed in report.batch.values()} == set(neighbours)
     assert report.outcomes() == {Outcome.CREATED: 5}
+    assert all(shop.outcome_of(each) == "created" for each in neighbours)
     assert errors(processor) == {}
     assert shop.event(event).attempts == 0
     stranger.commit()
@@ -298,15 +298,10 @@ def test_no_event_is_handed_out_twice(
     shop.pay_many(300, events=2)
     workers = [make_processor(batch_size=16, policy=AT_ONCE, database=make_database()) for _ in range(4)]
 
-    def work(processor: ProbedProcessor) -> list[UUID]:
-        settled: list[UUID] = []
+    def work(processor: ProbedProcessor) -> Counter[Outcome]:
+        settled: Counter[Outcome] = Counter()
         while shop_count() > 0:
-            report = processor.process_batch()
-            settled += [
-                report.batch[key].event_id
-                for key, verdict in report.verdicts.items()
-                if verdict.outcome is not Outcome.RETRIED
-            ]
+            settled += processor.process_batch().outcomes()
         return settled
 
     counting = threading.Lock()
@@ -315,8 +310,9 @@ def test_no_event_is_handed_out_twice(
         with counting:
             return shop.count("outbox")
 
-    settled = [one for future in [pool.submit(work, each) for each in workers] for one in future.result(PATIENCE)]
-    assert len(settled) == len(set(settled)) == 600
+    settled = [future.result(PATIENCE) for future in [pool.submit(work, each) for each in workers]]
+    assert sum(settled, Counter()) == {Outcome.CREATED: 300, Outcome.ALREADY_EXISTS: 300}
+    assert shop.count("processed_events") == 600
     assert shop.count("purchases") == 300
     assert shop.doubled() == 0
     assert {worker.watch.state.guard for worker in workers} == {both_guards}

@@ -45,12 +45,13 @@ def test_events_of_one_due_time_are_claimed_in_the_order_of_their_ids(
     monkeypatch.setattr(processor._pacing, "claimed_from_start", lambda *_: None)
     processor._pacing.frontier.start_due = float("inf")
     starts: list[Any] = []
-    claim = processor.outbox.claim
+    fast = processor._fast
+    run = fast._run
 
-    def watched(session: Any, limit: int, until: Any = None, start: Any = None, **besides: Any) -> Any:
+    def watched(transaction: Any, wanted: Any, start: Any) -> Any:
         starts.append(start)
-        return claim(session, limit, until, start, **besides)
+        return run(transaction, wanted, start)
 
-    monkeypatch.setattr(processor.outbox, "claim", watched)
-    assert [len(processor.process_batch().batch) for _ in range(3)] == [10, 10, 5]
+    monkeypatch.setattr(fast, "_run", watched)
+    assert [processor.process_batch().claimed for _ in range(3)] == [10, 10, 5]
     assert [start is None for start in starts] == [True, False, False]

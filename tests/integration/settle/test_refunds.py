@@ -5,14 +5,14 @@ from __future__ import annotations
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import event as listener
 
 from outbox_worker.database.engine import Database
 from outbox_worker.database.planner import FREE_PLANS, INDEX_PLANS, planned
-from outbox_worker.model import PURCHASE_REFUNDED, Outcome, Reason
+from outbox_worker.model import PURCHASE_REFUNDED, Guard, Outcome, Reason
 from tests.support.factories import Payment, ProbedProcessor, Shop, drain_all
 from tests.support.makers import MakeProcessor
 from tests.support.settling import LAST, STRANGER, bought, metric, settle
+from tests.support.watching import on_statement
 
 pytestmark = pytest.mark.usefixtures("both_guards")
 
@@ -167,7 +167,7 @@ def test_two_refunds_of_one_payment_in_one_batch(shop: Shop, processor: ProbedPr
     payment, _ = bought(shop)
     events = [shop.refund(payment) for _ in range(3)]
     sent: list[str] = []
-    listener.listen(processor.database.engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
+    on_statement(processor.database, sent.append)
     assert settle(processor) == dict.fromkeys(events, Outcome.REVOKED)
     assert [statement for statement in sent if statement.startswith("ROLLBACK")] == []
     assert [row.is_active for row in shop.purchases(payment)] == [False]
@@ -233,11 +233,12 @@ def test_a_batch_of_refunds_takes_the_same_statements_however_large(
     refunds(shop, size, min(next_payments, size))
     processor = make_processor()
     sent: list[str] = []
-    listener.listen(database.engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
+    on_statement(database, sent.append)
     assert processor.process_batch().outcomes() == {Outcome.REVOKED: size}
-    # limits, claim, savepoint, lock, look, take back, switches, who stands, switches, mark, letters, remove
-    # and where somebody gets the pair instead: grant, traces
-    assert len(sent) == (14 if next_payments else 12), sent
+    # limits, fast (under the guard lock: one statement more); limits, claim, lock, savepoint, look, take back,
+    # deferred constraints twice; and where somebody gets the pair instead: grant, traces
+    locks = processor.watch.state.guard is Guard.LOCK
+    assert len(sent) == (18 if next_payments else 16) + locks, sent
     assert len(shop.rows("SELECT id FROM purchases WHERE is_active")) == min(next_payments, size)
 
 

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import event as listener
 from sqlalchemy.exc import DBAPIError
 
+from outbox_worker.database.direct import Direct
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import Failure, classify, sqlstate
 from outbox_worker.errors import CommitLost
@@ -23,6 +24,7 @@ from tests.support.factories import Clerk, Payment, ProbedProcessor, Shop, drain
 from tests.support.interleaving import poll
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 from tests.support.refusals import BAD, GOOD, NO_TRIGGER, REFUSALS, pay, pay_many, raising, run, trigger
+from tests.support.settling import settle
 from tests.support.trips import RoundTrips
 
 pytestmark = pytest.mark.usefixtures("both_guards")
@@ -121,7 +123,7 @@ def test_an_unclear_failure_of_every_event_is_nobodys_fault(
     pay_many(shop, 100, GOOD)
     trips = RoundTrips(database)
     assert_pauses(shop, processor, "42501")
-    assert trips.savepoints() == [MAX_SAVEPOINTS - FOR_RECORDING], "the rest would record what was refused"
+    assert trips.savepoints() == [0, MAX_SAVEPOINTS - FOR_RECORDING], "the rest would record what was refused"
     run(shop, NO_TRIGGER)
     assert drain_all(processor) == {Outcome.CREATED: 100}
 
@@ -279,10 +281,14 @@ def test_a_commit_that_is_killed_is_settled_again(
         assert_created(shop, payment, event)
 
 
-def test_a_commit_whose_answer_is_lost_counts(shop: Shop, database: Database, processor: ProbedProcessor) -> None:
+@pytest.mark.parametrize("careful", [False, True], ids=["fast", "careful"])
+def test_a_commit_whose_answer_is_lost_counts(
+    careful: bool, shop: Shop, database: Database, processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The transaction took effect and the connection was gone before the answer: asked, and reported once."""
     paid = [pay(shop, GOOD) for _ in range(3)]
-    listener.listen(database.engine, "commit", commit_and_hang_up, once=True)
+    hang_up_at_commit(database, careful, monkeypatch)
+    processor.is_careful = careful
     report = processor.process_batch()
     assert (report.transaction, report.outcomes()) == ("unknown", {Outcome.CREATED: 3})
     assert metric(processor, "outbox_transactions_total", result="unknown") == 1
@@ -292,14 +298,21 @@ def test_a_commit_whose_answer_is_lost_counts(shop: Shop, database: Database, pr
     assert settle(processor) == {}
 
 
+@pytest.mark.parametrize("careful", [False, True], ids=["fast", "careful"])
 @pytest.mark.parametrize("asked", ["of the future", "in vain"])
 def test_a_commit_of_which_nobody_knows_is_lost(
-    asked: str, shop: Shop, database: Database, processor: ProbedProcessor
+    asked: str,
+    careful: bool,
+    shop: Shop,
+    database: Database,
+    processor: ProbedProcessor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A standby promoted before it heard of the transaction refuses the question; one that is down does, too."""
     for _ in range(3):
         pay(shop, GOOD)
-    listener.listen(database.engine, "commit", commit_and_hang_up, once=True)
+    hang_up_at_commit(database, careful, monkeypatch)
+    processor.is_careful = careful
     questions = {
         "of the future": "SELECT pg_xact_status('281474976711656')",
         "in vain": "SELECT pg_terminate_backend(pg_backend_pid())",
@@ -345,12 +358,6 @@ def foreign(connect: Connect, make_processor: MakeProcessor, make_database: Make
 # --- helpers
 
 
-def settle(processor: ProbedProcessor) -> dict[UUID, Outcome]:
-    """One batch: the outcome of each event that has one."""
-    report = processor.process_batch()
-    return {report.batch[key].event_id: verdict.outcome for key, verdict in report.verdicts.items()}
-
-
 def settled(processor: ProbedProcessor) -> dict[Outcome, int]:
     return dict(processor.process_batch().outcomes())
 
@@ -367,7 +374,7 @@ def assert_created(shop: Shop, payment: Payment, event: UUID) -> None:
 def assert_pauses(shop: Shop, processor: ProbedProcessor, state: str, outbox: str = "outbox") -> None:
     """The batch raises what the database said, and the outbox is as it was, to the last column."""
     was = shop.rows(f"SELECT * FROM {outbox} ORDER BY id")
-    with pytest.raises(DBAPIError) as raised:
+    with pytest.raises((DBAPIError, psycopg.Error)) as raised:
         processor.process_batch()
     assert sqlstate(raised.value) == state
     assert classify(raised.value) in (Failure.PAUSE, Failure.UNCLEAR)
@@ -399,10 +406,24 @@ def backend_at_the_gate(shop: Shop) -> int | None:
     return pid
 
 
-def commit_and_hang_up(connection: Any) -> None:
-    driver = connection.connection.dbapi_connection
-    driver.commit()
-    driver.close()
+def hang_up_at_commit(database: Database, careful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next COMMIT is carried out; its answer is lost with the connection."""
+
+    def commit_and_hang_up(connection: Any) -> None:
+        driver = connection.connection.dbapi_connection
+        driver.commit()
+        driver.close()
+
+    def commit_directly(transaction: Direct) -> None:
+        monkeypatch.undo()
+        transaction._connection.commit()
+        transaction._connection.close()
+        transaction._connection.commit()
+
+    if careful:
+        listener.listen(database.engine, "commit", commit_and_hang_up, once=True)
+    else:
+        monkeypatch.setattr(Direct, "commit", commit_directly)
 
 
 def db_now(shop: Shop) -> datetime:

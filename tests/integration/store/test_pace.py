@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from sqlalchemy import text
@@ -12,64 +12,60 @@ from sqlalchemy.exc import DBAPIError
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome
 from outbox_worker.settings import load_settings
-from outbox_worker.settle.settlement import BATCHES_TO_LOOK_AT
 from tests.support.factories import Shop, drain_all, hold_pair, open_payment
 from tests.support.makers import Connect, MakeProcessor
+from tests.support.proxy import proxied
 from tests.support.refusals import NO_TRIGGER, raising, run
 from tests.support.trips import RoundTrips
 
 
 @pytest.mark.parametrize("size", [1, 10, 1000])
-def test_a_batch_takes_eight_round_trips_however_large(
-    size: int, shop: Shop, database: Database, make_processor: MakeProcessor
+def test_a_batch_takes_one_statement_however_large(
+    size: int, both_guards: str, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """The happy path stays in the database: four statements, set-wise; the rest is the transaction's frame."""
+    """The happy path stays in the database. Under the guard ``lock``, one statement locks, and another one settles."""
     shop.pay_many(size)
     processor = make_processor(batch_size=1000)
+    size = min(size, processor.watch.state.lock_capacity) if both_guards == "lock" else size
     trips = RoundTrips(database)
     assert processor.process_batch().outcomes() == {Outcome.CREATED: size}
-    frame, work = ["begin", "set", "claim", "savepoint"], ["insert", "mark", "delete"]
-    assert trips.sent == [*frame, *work, "commit"]
+    assert trips.sent == ["set", "begin", *(["claim"] if both_guards == "lock" else []), "fast", "commit"]
 
 
-def test_an_empty_look_takes_four_round_trips(database: Database, make_processor: MakeProcessor) -> None:
-    processor = make_processor()
-    trips = RoundTrips(database)
-    assert not processor.process_batch().batch
-    assert trips.sent == ["begin", "set", "claim", "commit"]
-
-
-def test_marks_are_looked_at_only_after_one_was_met(
-    shop: Shop, database: Database, make_processor: MakeProcessor
+@pytest.mark.parametrize("pooler", ["none", "transaction"])
+def test_a_batch_waits_twice_for_the_server(
+    pooler: Literal["none", "transaction"], database_url: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """Events are taken for new; where one is not, its mark speaks up when it is written, and the batch begins again."""
+    """BEGIN and the parameters travel with the statement; behind a pooler, each alone. Then COMMIT.
+
+    A look in vain ends with ROLLBACK.
+    """
+    with proxied(database_url) as proxy:
+        database = Database(load_settings(database_url=proxy.url, pooler=pooler), deadline_seconds=10)
+        processor = make_processor(database=database)
+        expected = 2 if pooler == "none" else 4
+        for _ in range(2):
+            shop.pay_many(10)
+            processor.process_batch()
+        proxy.quiet_seconds = 0.05
+        shop.pay_many(10)
+        before = proxy.waits
+        assert processor.process_batch().outcomes() == {Outcome.CREATED: 10}
+        assert proxy.waits - before == expected
+        assert processor.process_batch().claimed == 0
+        assert proxy.waits - before == 2 * expected
+        database.close()
+
+
+def test_a_mark_is_looked_at_before_anything_is_written(shop: Shop, database: Database, processor: Any) -> None:
+    """A marked event falls out of the statement; it is judged, and its neighbours are settled at once."""
+    recovered, event = shop.paid(due_in="-1 hour")
+    shop.mark(event, "created", recovered.id)
     shop.pay_many(10)
-    recovered, event = shop.paid(due_in="-1 hour")
-    shop.mark(event, "created", recovered.id)
-    processor = make_processor(batch_size=2)
     trips = RoundTrips(database)
-    assert processor.process_batch().outcomes() == {Outcome.CREATED: 1, Outcome.RECOVERED: 1}
-    assert trips.sent.count("savepoint") == 3, "as new; with a look; carefully"
-    del trips.sent[:]
-    assert drain_all(processor) == {Outcome.CREATED: 9}
-    inserts = [sent for sent in trips.statements if "INTO public.purchases" in sent]
-    assert [("public.processed_events.event_id" in sent) for sent in inserts[-5:]] == [True] * 5
-
-
-def test_after_a_hundred_batches_events_are_taken_for_new_again(
-    shop: Shop, database: Database, make_processor: MakeProcessor
-) -> None:
-    recovered, event = shop.paid(due_in="-1 hour")
-    shop.mark(event, "created", recovered.id)
-    shop.pay_many(BATCHES_TO_LOOK_AT + 2)
-    processor = make_processor(batch_size=1)
-    trips = RoundTrips(database)
-    assert drain_all(processor) == {Outcome.RECOVERED: 1, Outcome.CREATED: BATCHES_TO_LOOK_AT + 2}
-    looked = [
-        "public.processed_events.event_id" in sent for sent in trips.statements if "INTO public.purchases" in sent
-    ]
-    assert looked.count(True) >= BATCHES_TO_LOOK_AT
-    assert looked[-1] is False
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 10, Outcome.RECOVERED: 1}
+    assert [sent.count("savepoint") for sent in trips.transactions()] == [0, 1]
+    assert "rollback" not in trips.sent
 
 
 def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, make_processor: MakeProcessor) -> None:
@@ -81,7 +77,9 @@ def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, mak
     with database.transaction() as session:
         kept = "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement NOT LIKE '%set_config%'"
         plans = session.execute(text(kept)).all()
-    assert sum(generic for generic, _ in plans) > 20
+    assert sum(generic for generic, _ in plans) == 12 + 2, (
+        "and two looks in vain: after the last claim, and from the start"
+    )
     assert [custom for _, custom in plans] == [0] * len(plans)
 
 
@@ -101,7 +99,7 @@ def test_no_row_travels_on_the_happy_path(shop: Shop, make_processor: MakeProces
     shop.paid(payload={"note": "x" * 2**20})
     report = make_processor().process_batch()
     assert report.outcomes() == {Outcome.CREATED: 1}
-    assert len(repr(report.batch)) < 1000
+    assert len(repr(report)) < 1000
 
 
 # --- the low-water mark
@@ -121,13 +119,17 @@ def test_a_claim_begins_where_the_last_one_ended_and_short_claims_at_the_beginni
 
 def watch_starts(processor: Any) -> list[Any]:
     starts: list[Any] = []
-    claim = processor.outbox.claim
+    run, claim = processor._fast._run, processor.outbox.claim
 
-    def watched(session: Any, limit: int, until: Any = None, start: Any = None, **besides: Any) -> Any:
+    def watched(transaction: Any, wanted: Any, start: Any) -> Any:
+        starts.append(start)
+        return run(transaction, wanted, start)
+
+    def watched_claim(session: Any, limit: int, until: Any = None, start: Any = None, **besides: Any) -> Any:
         starts.append(start)
         return claim(session, limit, until, start, **besides)
 
-    processor.outbox.claim = watched
+    processor._fast._run, processor.outbox.claim = watched, watched_claim
     return starts
 
 
@@ -171,7 +173,7 @@ def test_sweeps_come_by_themselves_while_the_backlog_lasts(
         processor.process_batch()
     late.commit()
     while any(shop.outcome_of(event) is None for event in events):
-        assert processor.process_batch().batch
+        assert processor.process_batch().claimed
     assert shop.count("outbox") > 10_000, "the backlog was not drained first"
 
 
@@ -218,7 +220,9 @@ def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
     with pytest.raises(DBAPIError):
         processor.process_batch()
     run(shop, NO_TRIGGER)
-    assert starts[-1] is not None
+    fast, careful = starts[-2:]
+    assert fast is not None
+    assert careful is None
     processor.process_batch()
     assert starts[-1] is None
     assert drain_all(processor) == {Outcome.CREATED: 45}

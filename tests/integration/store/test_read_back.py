@@ -11,6 +11,7 @@ from outbox_worker.settings import Settings
 from outbox_worker.store.guard import GuardState
 from tests.support.backfilling import Operator
 from tests.support.factories import ProbedProcessor, Shop, drain_all
+from tests.support.makers import MakeProcessor
 
 LAST = 9
 CHANGES = {
@@ -122,3 +123,20 @@ def test_a_backfill_reads_its_purchases_back(
     assert [each.payment.payment_id for each in report.made.refused] == [bad.id]
     assert "changed the purchase: is_active" in report.made.refused[0].detail
     assert shop.purchases(bad) == []
+
+
+def test_a_deferred_trigger_that_looks_at_the_mark_finds_it(
+    both_guards: str, shop: Shop, make_processor: MakeProcessor
+) -> None:
+    """The worker knows the trigger from its start. It may run only when the mark is written, as at COMMIT."""
+    unmarked = "NOT EXISTS (SELECT FROM processed_events WHERE payment_id = NEW.payment_id)"
+    shop.rows(
+        "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN IF {unmarked} THEN RAISE EXCEPTION 'no mark'; END IF; RETURN NEW; END $$;"
+        "CREATE CONSTRAINT TRIGGER look AFTER INSERT ON purchases DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION look()"
+    )
+    processor = make_processor()
+    shop.pay_many(3)
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 3}
+    assert processor.watch.state.guard == both_guards

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from sqlalchemy import event as listener
 from sqlalchemy import select
 
 from outbox_worker.database.engine import Database
@@ -20,6 +18,7 @@ from tests.support.guarding import without_index
 from tests.support.interleaving import PATIENCE, errors
 from tests.support.makers import MakeDatabase, MakeProcessor
 from tests.support.same_ids import KINDS, Kind, every_kind, pay, retype
+from tests.support.watching import on_commit
 
 PUBLIC = "hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0)"
 
@@ -86,16 +85,16 @@ def test_the_lock_knows_both_ways(
     slow, fast = (make_processor(batch_size=1, database=make_database()) for _ in range(2))
     reached, released = threading.Event(), threading.Event()
 
-    def stand(_: Any) -> None:
+    def stand() -> None:
         reached.set()
         assert released.wait(PATIENCE)
 
-    listener.listen(slow.database.engine, "commit", stand)
+    on_commit(slow.database, stand)
     slowly = pool.submit(slow.process_batch)
     assert reached.wait(PATIENCE)
     report = fast.process_batch()
     released.set()
-    assert (len(report.batch), report.outcomes()) == (1, {})
+    assert (report.claimed, report.outcomes()) == (1, {})
     assert slowly.result(PATIENCE).outcomes() == {Outcome.CREATED: 1}
     assert drain_all(fast) == {Outcome.DUPLICATE_PAYMENT: 1}
     assert shop.count("purchases") == 1

@@ -1,0 +1,26 @@
+"""Groups the objects that a claim loop needs to read and write the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from outbox_worker.schema.tables import Tables
+from outbox_worker.store.fast_path import FastPath
+from outbox_worker.store.outbox import Outbox
+from outbox_worker.store.purchases import PurchaseRepository
+from outbox_worker.telemetry.metrics import SECONDS
+
+
+class Doors(NamedTuple):
+    """The doors to the tables. They keep compiled statements, but no state."""
+
+    fast_path: FastPath
+    outbox: Outbox
+    purchases: PurchaseRepository
+
+    @classmethod
+    def of(cls, tables: Tables, event_types: Collection[str] | None) -> Doors:
+        """``event_types`` are the types of events to claim. None means that events of all types are claimed."""
+        fast_path = FastPath(tables, event_types, SECONDS)
+        return cls(fast_path, Outbox(tables, event_types), PurchaseRepository(tables))
