@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ HISTORY = 10_000_000
 BACKLOG = 5_000_000
 HORIZON_SECONDS = 180
 IDLE_WORKERS = 40
+IDLE_SECONDS = 60.0
 
 _HISTORY = """
     WITH bought AS (
@@ -245,18 +247,25 @@ def pages() -> None:
 
 
 def idle() -> None:
-    """Measure the server's CPU time while forty workers have nothing to do."""
-    with database() as (connection, conninfo):
-        crew = [Worker(conninfo) for _ in range(IDLE_WORKERS)]
-        time.sleep(10)
-        before, begin = bench.server_cpu(connection), time.monotonic()
-        time.sleep(60)
-        after, end = bench.server_cpu(connection), time.monotonic()
-        for worker in crew:
-            worker.stop()
-        assert before is not None
-        assert after is not None
-        print(f"   {IDLE_WORKERS} idle workers: {(after - before) / (end - begin):.1%} of one core of the server")
+    """Measure the server's CPU time of forty workers: idle, then with 50 events/s; without and with ``notify``."""
+    for option in (None, "notify"):
+        with database() as (connection, conninfo):
+            if option:
+                bench.migrate(conninfo, option)
+            crew = [Worker(conninfo) for _ in range(IDLE_WORKERS)]
+            time.sleep(20)
+            for name, load in (("idle", time.sleep), ("with 50 events/s", partial(produce, connection, 50))):
+                before, begin = bench.server_cpu(connection), time.monotonic()
+                load(IDLE_SECONDS)
+                after, end = bench.server_cpu(connection), time.monotonic()
+                assert before is not None
+                assert after is not None
+                share = (after - before) / (end - begin)
+                print(f"   {IDLE_WORKERS} workers, {name}, {option or 'polling'}: {share:.1%} of one core", flush=True)
+            for worker in crew:
+                worker.stop()
+            clean = sum(worker.settled()[0] for worker in crew)
+            print(f"   {clean:,} events settled; by each worker: {sorted(each.settled()[0] for each in crew)[-8:]}")
 
 
 SCENES = {scene.__name__: scene for scene in (loops, history, backlog, horizon, pages, idle)}

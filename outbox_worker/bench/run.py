@@ -147,13 +147,18 @@ def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
             _drop(connection)
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
         try:
-            mine = load_settings(database_url=url_of(own))
-            database = Database(mine, deadline_seconds=None)
-            upgrade(database, mine, build_tables(mine), ["unique_index"] if plan.guard == "index" else [])
-            database.close()
+            migrate(own, *(["unique_index"] if plan.guard == "index" else []))
             yield own
         finally:
             _drop(connection)
+
+
+def migrate(conninfo: str, *options: str) -> None:
+    """Create the tables in the benchmark's database, and add these options to them."""
+    settings = load_settings(database_url=url_of(conninfo))
+    database = Database(settings, deadline_seconds=None)
+    upgrade(database, settings, build_tables(settings), options)
+    database.close()
 
 
 def _drop(connection: psycopg.Connection) -> None:
@@ -231,12 +236,9 @@ def _measure_latencies(
     """Return the milliseconds from a producer's COMMIT to its purchase, and the milliseconds of a single COMMIT."""
     fill(connection, 1)
     found = {"one commit": commits(connection)}
-    mine = load_settings(database_url=url_of(conninfo))
     for name, option in (("by polling", None), ("by notify", "notify")):
         if option:
-            database = Database(mine, deadline_seconds=None)
-            upgrade(database, mine, build_tables(mine), [option])
-            database.close()
+            migrate(conninfo, option)
         found[name] = latencies(conninfo)
         say(f"latency {name}: median {statistics.median(found[name]):.1f} ms")
     return found

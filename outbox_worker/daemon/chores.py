@@ -30,8 +30,11 @@ from outbox_worker.telemetry.reporter import Telemetry
 CHORE_SECONDS = 5.0
 """The seconds between two rounds of chores.
 
-After at most this time, the worker notices that its guard (unique index or lock) has changed.
+After at most this time, the worker notices that its guard (unique index or lock) has changed. An idle worker notices it
+after at most ``QUIET_SECONDS``.
 """
+QUIET_SECONDS = 30.0
+"""The seconds between two full rounds while no event is due. The rounds in between only write a heartbeat."""
 IGNORED_SECONDS = 300.0
 """The seconds between two counts of the events of ignored types.
 
@@ -86,6 +89,7 @@ class Chores:
         self._horizon = HorizonWatch()
         self._is_schema_suspect = False
         self._counted_ignored_at: float | None = None
+        self._quiet_until = 0.0
 
     def run(self, is_over: threading.Event) -> bool:
         """Run rounds until ``is_over`` is set. Then run one more round, which records that the process stopped."""
@@ -98,19 +102,30 @@ class Chores:
     def do_round(self, *, stopped: bool = False) -> None:
         """Read the facts, report them and write a heartbeat. If ``stopped``, also record that the process stopped."""
         try:
+            if not stopped and self._supervision.is_idle and time.monotonic() < self._quiet_until:
+                self._beat()
+                return
             self._check_schema_if_suspect()
             look = self._look(stopped)
             self._heartbeats.written(stopped=stopped)
         except Exception as error:  # noqa: BLE001 - reported; with a traceback if it is a bug
+            self._quiet_until = 0.0
             self._heartbeats.lost()
             self.meet_trouble(error, CHORE_SECONDS)
             self._supervision.looked_in_vain(error)
             return
+        self._quiet_until = 0.0 if look.backlog.due else time.monotonic() + QUIET_SECONDS
         self._count_ignored_if_late()
         self._supervision.looked(look.status())
         if look.has_notify and self._start_listening is not None:
             self._start_listening()
             self._start_listening = None
+
+    def _beat(self) -> None:
+        """Write a heartbeat, and nothing else, because no event has become due since the last full round."""
+        with self._database.transaction() as session:
+            self._heartbeats.beat(session, self._guard.state.guard, self._telemetry.beat(), stopped=False)
+        self._heartbeats.written_only()
 
     def meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
         """Log a failed step of any thread.

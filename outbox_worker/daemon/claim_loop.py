@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import partial
 
+from outbox_worker.daemon.bell import Bell
 from outbox_worker.daemon.signals import Signals
 from outbox_worker.daemon.supervision import Pulse
 from outbox_worker.database.retry import wait_out_outage
@@ -17,6 +19,8 @@ from outbox_worker.settings import Settings
 from outbox_worker.settle.processor import Processor
 from outbox_worker.telemetry.reporter import BatchReport
 
+HEARD_SECONDS = 10.0
+"""The longest pause between two looks for events while notifications arrive, if ``poll_max_seconds`` is less."""
 JUDGED_WITHIN_SECONDS = 30.0
 """The longest time that the claim loops of a new worker wait before their first claim.
 
@@ -38,24 +42,17 @@ class ClaimLoop:
         pulse: Pulse,
         on_trouble: Callable[[BaseException, float], None],
         may_claim: threading.Event,
+        bell: Bell,
     ) -> None:
         self._processor = processor
         self._settings = settings
         self._pulse = pulse
         self._on_trouble = on_trouble
         self._may_claim = may_claim
+        self._bell = bell
         self._pause = 0.0
-        self._woken = threading.Event()
         self._adopted = settings
-        self.is_resting = False
         processor.tell_of_tries(pulse.beat)
-
-    def wake(self) -> None:
-        """Wake the loop if it sleeps.
-
-        If the loop does not sleep now, its next sleep ends at once, so that the loop looks for events once more.
-        """
-        self._woken.set()
 
     def adopt(self, settings: Settings) -> None:
         """Use the limits in ``settings`` from the next step on. Any thread may call this method."""
@@ -79,10 +76,11 @@ class ClaimLoop:
     def run(self) -> bool:
         """Settle events until the flag ``pulse`` is set."""
         self._pulse.rest(self._may_claim, JUDGED_WITHIN_SECONDS)
-        while not self._pulse.is_set():
-            report = self.run_once()
-            if report is not None:
-                self._rest(report)
+        is_rung = False
+        while not self._pulse.is_set() and (report := self.run_once()) is not None:
+            if report.settled or is_rung:
+                self._bell.looked(in_vain=not report.settled)
+            is_rung = not _may_be_more(report) and self._rest(is_busy=report.settled > 0)
         return True
 
     def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
@@ -98,30 +96,62 @@ class ClaimLoop:
                 return True
             elif time.monotonic() - progress > deadline:
                 return False
-            if report is not None:
-                self._rest(report)
+            if report is not None and not _may_be_more(report):
+                self._sleep(self._next_pause(self._settings.poll_max_seconds, is_busy=report.settled > 0))
         return True
 
     def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
         self._pulse.failed(error)
         self._on_trouble(error, pause_seconds)
 
-    def _rest(self, report: BatchReport) -> None:
-        """Sleep, unless the claim returned a full batch.
+    def _rest(self, *, is_busy: bool) -> bool:
+        """Sleep until an event may be due. Return whether a notification woke the loop.
 
-        While no events arrive, each sleep is twice as long as the last one. Each sleep is shortened by a random part,
-        so that workers do not all claim at the same moment.
+        If other workers were faster after the last notifications, wait a little after this one, and look whether an
+        event is left. Also look after each pause. ``is_busy`` tells whether the last claim settled events. While
+        notifications arrive and no event is due, pauses may be longer than ``poll_max_seconds``.
         """
-        low, high = self._settings.poll_min_seconds, self._settings.poll_max_seconds
-        if report.settled:
-            self._pause = 0.0
-            if report.is_full:
-                return
-        self._pause = next_pause(self._pause, minimum=low, maximum=high)
-        self.is_resting = True
-        self._pulse.rest(self._woken, self._pause * random.uniform(0.75, 1))  # noqa: S311 - spreads load; not a secret
-        self.is_resting = False
-        self._woken.clear()
+        longest, until_due, is_rung = self._settings.poll_max_seconds, math.inf, False
+        while until_due > 0 and not self._pulse.is_set():
+            is_rung = self._sleep(min(self._next_pause(longest, is_busy=is_busy), until_due))
+            if is_rung and not self._bell.restraint_seconds:
+                break
+            if is_rung:
+                self._pulse.wait(self._bell.restraint_seconds)
+            until_due, is_busy = self._look(), False
+            self._pulse.is_idle = until_due > 0
+            if is_rung and until_due > 0:
+                self._bell.looked(in_vain=True)
+            longest = max(longest, HEARD_SECONDS) if self._bell.is_heard else self._settings.poll_max_seconds
+        self._pulse.is_idle = False
+        return is_rung
+
+    def _next_pause(self, longest: float, *, is_busy: bool) -> float:
+        """Return the seconds to sleep: while no events arrive, twice the last pause.
+
+        Each pause is shortened by a random part, so that workers do not all claim at the same moment.
+        """
+        shortest = self._settings.poll_min_seconds
+        self._pause = next_pause(0.0 if is_busy else self._pause, minimum=shortest, maximum=longest)
+        return self._pause * random.uniform(0.75, 1)  # noqa: S311 - spreads load; not a secret
+
+    def _sleep(self, seconds: float) -> bool:
+        return self._pulse.rest(self._bell, seconds)
+
+    def _look(self) -> float:
+        """Return the seconds until an event is due; 0 after a failure, because a claim then tries again in time."""
+        try:
+            until_due = self._processor.seconds_until_due()
+        except Exception as error:  # noqa: BLE001 - reported; run_once waits for the database
+            self._meet_trouble(error, 0.0)
+            return 0.0
+        self._pulse.succeeded()
+        return until_due
+
+
+def _may_be_more(report: BatchReport) -> bool:
+    """Return whether more events are probably due now, because the claim was full."""
+    return report.is_full and report.settled > 0
 
 
 class LoopThread(threading.Thread):

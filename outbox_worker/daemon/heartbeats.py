@@ -63,6 +63,10 @@ class Heartbeats:
         self._contact.heartbeats += 1
         self._judge()
 
+    def written_only(self) -> None:
+        """Record that a heartbeat was committed, without a check of other workers."""
+        self._contact.heartbeats += 1
+
     def review_set_aside(self, session: Session) -> Sequence[int]:
         """Return the ids of the events that are set aside, that is, events that this worker must not claim.
 

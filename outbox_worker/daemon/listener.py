@@ -1,4 +1,4 @@
-"""Wakes a claim loop when a producer commits new events: the trigger sends NOTIFY, and this module uses LISTEN.
+"""Listens for the notifications that the option ``notify`` sends when a producer commits new events.
 
 The listener is optional, because a claim loop that polls also finds every event.
 """
@@ -6,37 +6,47 @@ The listener is optional, because a claim loop that polls also finds every event
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+from uuid import uuid4
 
-from outbox_worker.database.engine import connect_directly
+import psycopg
+from sqlalchemy import func, select
+
+from outbox_worker.daemon.bell import Bell
+from outbox_worker.database.engine import Database, connect_directly
 from outbox_worker.database.retry import wait_out_outage
 from outbox_worker.schema.tables import NOTIFY_CHANNEL, Tables
 from outbox_worker.settings import Settings
 
-_PATIENCE_SECONDS = 1.0
+TEST_SECONDS = 60.0
+"""The seconds between two tests whether notifications arrive."""
+_PATIENCE_SECONDS = 2.0
 
 
 class Listener(threading.Thread):
-    """Calls ``wake`` when notifications arrive on its own direct connection.
+    """Opens the direct connection that listens, and lends it to the ``bell`` at which the claim loops sleep.
 
-    While the connection is lost, no notifications arrive. So the listener also calls ``wake`` once after it has
-    connected and sent LISTEN.
+    While the connection is lost, no notifications arrive. So the listener also rings the bell once after it has sent
+    LISTEN. At each connect and then every ``TEST_SECONDS``, the listener tests by a notification of its own whether
+    notifications of the worker's database arrive. While they do, the claim loops poll less often.
     """
 
     def __init__(
         self,
         settings: Settings,
+        database: Database,
         tables: Tables,
+        bell: Bell,
         stop: threading.Event,
-        wake: Callable[[], None],
         on_trouble: Callable[[BaseException, float], None],
     ) -> None:
         super().__init__(daemon=True)
         self._connect = partial(connect_directly, settings)
+        self._database, self._bell, self._stop_serving = database, bell, stop
         self._payload = f"{tables.outbox.schema}.{tables.outbox.name}"
-        self._stop_serving = stop
-        self._wake = wake
         self._on_trouble = on_trouble
 
     def run(self) -> None:
@@ -45,8 +55,20 @@ class Listener(threading.Thread):
     def _listen(self) -> None:
         with self._connect() as connection:
             connection.execute(f"LISTEN {NOTIFY_CHANNEL}")
-            self._wake()
             while not self._stop_serving.is_set():
-                heard = connection.notifies(timeout=_PATIENCE_SECONDS, stop_after=1)
-                if any(notice.payload == self._payload for notice in heard):
-                    self._wake()
+                self._bell.is_heard = self._hears(connection)
+                self._bell.is_needed.clear()
+                with self._bell.listening(connection, self._payload):
+                    self._bell.ring()
+                    self._stop_serving.is_set() or self._bell.is_needed.wait(TEST_SECONDS)
+
+    def _hears(self, connection: psycopg.Connection[Any]) -> bool:
+        """Send a notification through the worker's database. Return whether it arrives at the connection in time."""
+        token = str(uuid4())
+        with self._database.transaction() as session:
+            session.execute(select(func.pg_notify(NOTIFY_CHANNEL, token)))
+        over = time.monotonic() + _PATIENCE_SECONDS
+        while (left := over - time.monotonic()) > 0:
+            if token in {notice.payload for notice in connection.notifies(timeout=left, stop_after=1)}:
+                return True
+        return False

@@ -14,7 +14,7 @@ from outbox_worker.daemon.http import Endpoints
 from outbox_worker.daemon.liveness import STOPPING, Liveness
 from outbox_worker.daemon.systemd import Notifier
 from outbox_worker.database.failures import Failure, classify, describe
-from outbox_worker.database.retry import Stop
+from outbox_worker.database.retry import Sleep, Stop
 from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
@@ -42,6 +42,8 @@ class Pulse:
     ) -> None:
         self._stop, self._liveness, self._loop = stop, liveness, loop
         self._feed, self._slice_seconds = feed, slice_seconds
+        self.is_idle = False
+        """Whether the loop sleeps, because its last look found no due event."""
 
     def is_set(self) -> bool:
         return self._stop.is_set()
@@ -62,8 +64,8 @@ class Pulse:
         self._liveness.told(self._loop, reason(error))
         self.beat()
 
-    def rest(self, until: Stop, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the flag ``until``, and record beats. Return whether the flag was set."""
+    def rest(self, until: Sleep, seconds: float) -> bool:
+        """Wait at most ``seconds`` for ``until``, and record beats. Return whether ``until`` woke the loop."""
         over = time.monotonic() + seconds
         while not until.wait(min(max(0.0, over - time.monotonic()), self._slice_seconds)):
             self.beat()
@@ -81,6 +83,7 @@ class Supervision:
         watchdog, limit = notifier.watchdog_seconds, self._liveness.limit_seconds
         self._slice_seconds = min(limit, watchdog or limit) / _SLICES
         self._is_up = False
+        self._pulses: list[Pulse] = []
         if watchdog is not None and watchdog < limit:
             telemetry.watchdog_is_short(watchdog, limit)
 
@@ -93,7 +96,14 @@ class Supervision:
     def pulses(self, loops: int, stop: Stop) -> list[Pulse]:
         """Return one pulse for each claim loop. From now on, expect these loops to end steps until ``stop`` is set."""
         self._liveness.expect(loops, time.monotonic())
-        return [Pulse(stop, self._liveness, loop, self._feed, self._slice_seconds) for loop in range(loops)]
+        given = self._feed, self._slice_seconds
+        self._pulses = [Pulse(stop, self._liveness, loop, *given) for loop in range(loops)]
+        return self._pulses
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all claim loops sleep, because no event is due."""
+        return all(pulse.is_idle for pulse in self._pulses)
 
     def waits(self, error: BaseException) -> None:
         """Report that the start failed and the worker tries again. Send READY to systemd, because the process runs."""

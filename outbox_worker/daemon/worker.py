@@ -16,6 +16,7 @@ from datetime import datetime
 from functools import partial
 from uuid import uuid4
 
+from outbox_worker.daemon.bell import Bell
 from outbox_worker.daemon.chores import CHORE_SECONDS, Chores
 from outbox_worker.daemon.claim_loop import ClaimLoop, LoopThread, all_done
 from outbox_worker.daemon.heartbeats import Heartbeats
@@ -80,6 +81,7 @@ class Worker:
         self._heartbeats = Heartbeats(self._database, self._workers, self._isolation, self.telemetry, settings)
         self._stop = threading.Event()
         self._is_over = threading.Event()
+        self._bell = Bell()
         self._loops: list[ClaimLoop] = []
 
     def run(self, signals: Signals) -> int:
@@ -155,7 +157,8 @@ class Worker:
 
     def _serve(self, signals: Signals, start: Start) -> None:
         may_listen = self._settings.pooler == "none" or self._settings.listen_conninfo is not None
-        listener = Listener(self._settings, start.tables, self._stop, self._wake_loop, self.telemetry.trouble)
+        given = self._settings, self._database, start.tables, self._bell, self._stop
+        listener = Listener(*given, self.telemetry.trouble)
         chores = self._make_chores(start, start_listening=listener.start if may_listen else None)
         self._loops = self._make_loops(start, chores)
         housekeeping: Callable[[], bool] = partial(chores.run, self._is_over)
@@ -175,9 +178,9 @@ class Worker:
         )
 
     def _make_loops(self, start: Start, chores: Chores) -> list[ClaimLoop]:
-        frontier, may_claim = Frontier(), self._heartbeats.may_claim
+        frontier, shared = Frontier(), (chores.meet_trouble, self._heartbeats.may_claim, self._bell)
         return [
-            ClaimLoop(self._processor(start, frontier), self._settings, pulse, chores.meet_trouble, may_claim)
+            ClaimLoop(self._processor(start, frontier), self._settings, pulse, *shared)
             for pulse in self._supervision.pulses(self._settings.concurrency, self._stop)
         ]
 
@@ -221,19 +224,13 @@ class Worker:
             self.telemetry.stopping()
         self._stop.set()
         self._heartbeats.may_claim.set()
-        self._wake_loop()
+        self._bell.silence()
         self._await(loops, signals)
         self._is_over.set()
         self._await(others, signals)
         self._isolation.withdraw_here()
         self.telemetry.stopped()
         return [thread.result() for thread in loops]
-
-    def _wake_loop(self) -> None:
-        """Wake one sleeping loop, because events may be due. If no loop sleeps or the worker stops, wake all loops."""
-        resting = [loop for loop in self._loops if loop.is_resting]
-        for loop in self._loops if self._stop.is_set() else resting[:1] or self._loops:
-            loop.wake()
 
     def _await(self, threads: Sequence[LoopThread], signals: Signals) -> None:
         """Wait at most ``database_deadline_seconds`` until all threads have ended or a second stop signal arrives."""

@@ -25,11 +25,15 @@ _SET_LOCAL = SET_LOCAL.replace("%(parameters)s", "$1")
 class Direct:
     """One transaction on a connection of psycopg. ``Database.direct`` opens it.
 
-    If ``queues`` is true, the first statement is sent together with BEGIN and the parameters.
+    If ``queues`` is true, the first statement is sent together with BEGIN and the parameters. If ``looks`` is true as
+    well, BEGIN is left out: the transaction then ends with its first statement, which must only read.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], parameters: Mapping[str, str], *, queues: bool) -> None:
+    def __init__(
+        self, connection: psycopg.Connection[Any], parameters: Mapping[str, str], *, queues: bool, looks: bool = False
+    ) -> None:
         self._connection, self._parameters, self._queues = connection, parameters, queues
+        self._begins = not (queues and looks)
         self._may_prepare = connection.prepare_threshold is not None
         self._cursor = psycopg.RawCursor(connection, row_factory=namedtuple_row)
         self._queue = ExitStack()
@@ -38,7 +42,8 @@ class Direct:
         self._connection.autocommit = True  # otherwise psycopg waits for the answer to its own BEGIN
         if self._queues:
             self._queue.enter_context(self._connection.pipeline())
-        self._cursor.execute(_BEGIN, prepare=False)
+        if self._begins:
+            self._cursor.execute(_BEGIN, prepare=False)
         self._cursor.execute(_SET_LOCAL, [json.dumps(self._parameters)], prepare=self._may_prepare)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -77,17 +77,25 @@ class Database:
             set_local(session, self._limits())
             yield session
 
-    @contextmanager
-    def direct(self, **parameters: str) -> Iterator[Direct]:
+    def direct(self, **parameters: str) -> AbstractContextManager[Direct]:
         """Run a READ COMMITTED transaction on psycopg's connection. The caller commits it by ``commit``.
 
         Raises the errors of psycopg. If libpq has no pipelines, or the connection goes through a pooler in transaction
         mode, BEGIN and the parameters are sent alone.
         """
+        return self._direct(parameters, looks=False)
+
+    def look(self, **parameters: str) -> AbstractContextManager[Direct]:
+        """Run a transaction like ``direct``, but with a single statement, which only reads. It takes one round trip."""
+        return self._direct(parameters, looks=True)
+
+    @contextmanager
+    def _direct(self, parameters: Mapping[str, str], *, looks: bool) -> Iterator[Direct]:
         pooled = self.engine.raw_connection()
         connection = cast("BoundedConnection", pooled.driver_connection)
         try:
-            with Direct(connection, self._limits() | parameters, queues=self._can_queue) as transaction:
+            limits = {**self._limits(), **parameters}
+            with Direct(connection, limits, queues=self._can_queue, looks=looks) as transaction:
                 yield transaction
         except BaseException as error:
             if classify(error) is Failure.RECONNECT:

@@ -15,12 +15,16 @@ from outbox_worker.errors import SchemaError, SettingError
 T = TypeVar("T")
 
 
-class Stop(Protocol):
+class Sleep(Protocol):
+    """What a thread can wait for, at most ``timeout`` seconds. ``wait`` returns whether the thread was woken."""
+
+    def wait(self, timeout: float) -> bool: ...
+
+
+class Stop(Sleep, Protocol):
     """A stop flag for which a thread can wait: a ``threading.Event``, or the ``Signals`` of the main thread."""
 
     def is_set(self) -> bool: ...
-
-    def wait(self, timeout: float) -> bool: ...
 
 
 def retry_transaction(

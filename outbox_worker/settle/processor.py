@@ -93,6 +93,16 @@ class Processor:
         with self._isolation.together(self._on_failed_try):
             return self._process(until)
 
+    def seconds_until_due(self) -> float:
+        """Return the seconds until the first event is due; 0 or less if it is due now. This look takes one round trip.
+
+        Raises the errors of psycopg.
+        """
+        with self._database.look(**self._plans()) as transaction:
+            seconds = self._outbox.seconds_until_due(transaction.fetch, set_aside=self._pacing.set_aside.ids)
+        self._telemetry.looked()
+        return seconds
+
     def _process_alone(self, until: datetime | None) -> BatchReport:
         """Process one event alone, as the module ``isolation`` describes. Meanwhile, the other claim loops wait."""
         isolated = self._lone.choose(self._guard.state.guard, until, self._plans())

@@ -206,6 +206,14 @@ def isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[
     )
 
 
+def next_due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+    """what: how many seconds ago the first event became due; negative if it is due later · lock: none
+    index: (due_at, id)
+    """
+    first = select(outbox.c.due_at).where(*complete(outbox), *ours).order_by(outbox.c.due_at, outbox.c.id).limit(1)
+    return select(seconds_since(first.scalar_subquery()).label("late_seconds"))
+
+
 def due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
     """what: whether any event is due · lock: none · index: (due_at, id)"""
     due = outbox.c.due_at <= bindparam("until", type_=DateTime(timezone=True))

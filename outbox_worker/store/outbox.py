@@ -6,6 +6,7 @@ event is settled, its row is deleted in the same transaction. So the outbox cont
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from sqlalchemy.types import TypeEngine
 from outbox_worker.database.arrays import Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.database.failures import describe, violated
-from outbox_worker.database.statements import Statement, write
+from outbox_worker.database.statements import Fetch, Statement, write
 from outbox_worker.errors import Swallowed
 from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason
 from outbox_worker.schema.interference import likely_cause
@@ -61,6 +62,7 @@ from outbox_worker.store.claims import (
     due_statement,
     is_other,
     isolate_statement,
+    next_due_statement,
     of_types,
 )
 from outbox_worker.store.queries import is_claimable
@@ -110,6 +112,7 @@ class Outbox:
         self._isolate_first = Statement(isolate_statement(tables.outbox, [*self._ours(), is_other(tables.outbox)]))
         self._isolate = Statement(isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)]))
         self._due = Statement(due_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
+        self._next_due = Statement(next_due_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
         self._left = Statement(_left_statement(tables.outbox))
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
@@ -182,6 +185,14 @@ class Outbox:
         The events ``set_aside`` do not count.
         """
         return bool(self._due.execute(session, {"until": until, "set_aside": list(set_aside)}).scalar())
+
+    def seconds_until_due(self, fetch: Fetch, *, set_aside: Collection[int] = ()) -> float:
+        """Return the seconds until the first event is due, whether or not another worker has locked this event.
+
+        Return 0 or less if it is due now, and infinity if there is no event. The events ``set_aside`` do not count.
+        """
+        late: float | None = fetch(self._next_due, {"set_aside": list(set_aside)}).late_seconds
+        return math.inf if late is None else -late
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
         """Delete events from the outbox. Raises Swallowed if an event is still there afterwards.

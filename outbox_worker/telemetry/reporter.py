@@ -315,10 +315,14 @@ class Telemetry:
                 "in the last {:.1f} s {}", seconds, _counted(_outcomes(counts))
             )
 
-    def batch_committed(self, report: BatchReport) -> None:
-        """Count and log one committed transaction. For an empty claim, only record the time of the claim."""
+    def looked(self) -> None:
+        """Record that a claim loop has just looked for due events, and that the database answered."""
         self.metrics.polled()
         self._resumed()
+
+    def batch_committed(self, report: BatchReport) -> None:
+        """Count and log one committed transaction. For an empty claim, only record the time of the claim."""
+        self.looked()
         if not report.claimed:
             return
         self._count(report)

@@ -17,14 +17,17 @@ Told = dict[str, str]
 WEDGED = """
 import pathlib, sys, threading
 from outbox_worker.settle.processor import Processor
-process, flag, victims = Processor.process_batch, pathlib.Path(sys.argv.pop(1)), []
-def wedged(self, *given):
-    if flag.exists():
-        victims.append(self)
-        if victims[0] is self:
-            threading.Event().wait()
-    return process(self, *given)
-Processor.process_batch = wedged
+flag, victims = pathlib.Path(sys.argv.pop(1)), []
+def wedging(step):
+    def wedged(self, *given):
+        if flag.exists():
+            victims.append(self)
+            if victims[0] is self:
+                threading.Event().wait()
+        return step(self, *given)
+    return wedged
+Processor.process_batch = wedging(Processor.process_batch)
+Processor.seconds_until_due = wedging(Processor.seconds_until_due)
 from outbox_worker.__main__ import main
 main()
 """

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from outbox_worker.address import Listen, parse_listen
+from outbox_worker.daemon.bell import Bell
 from outbox_worker.daemon.claim_loop import ClaimLoop
 from outbox_worker.daemon.liveness import FEED_SECONDS, STOPPING, Liveness
 from outbox_worker.daemon.signals import Signals, make_signals
@@ -124,7 +125,7 @@ def test_a_loop_without_database_beats_through_its_pauses() -> None:
     flag, feed = Flag(waits=200), Mock()
     processor = Mock(process_batch=Mock(side_effect=psycopg.OperationalError("gone")))
     pulse = Pulse(flag, serving(1), 0, feed, slice_seconds=0.01)
-    assert ClaimLoop(processor, load_settings(), pulse, Mock(), threading.Event()).run_once() is None
+    assert ClaimLoop(processor, load_settings(), pulse, Mock(), threading.Event(), Bell()).run_once() is None
     assert len(flag.timeouts) > 200
     assert max(flag.timeouts) <= 0.01
 

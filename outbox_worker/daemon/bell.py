@@ -1,0 +1,128 @@
+"""The place where the claim loops of one process sleep until events may be due.
+
+With the option ``notify``, a sleeping loop waits at the socket of the connection that listens. So no other thread runs
+between the producer's COMMIT and the claim.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psycopg
+
+_FIRST_RESTRAINT_SECONDS = 0.01
+_LONGEST_RESTRAINT_SECONDS = 1.0
+
+
+class Bell:
+    """Wakes one sleeping claim loop for each notification and for each call of ``ring``.
+
+    One sleeping loop holds the lock ``_turn`` and waits at the socket; the other loops wait for this lock. If the loop
+    at the socket is woken, it releases the lock, so that the next loop waits at the socket.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._reading = threading.Lock(), threading.Lock()
+        self._selector = selectors.DefaultSelector()
+        self._rung, self._rope = os.pipe()
+        os.set_blocking(self._rung, False)
+        os.set_blocking(self._rope, False)
+        weakref.finalize(self, _close, self._selector, self._rung, self._rope)
+        self._selector.register(self._rung, selectors.EVENT_READ)
+        self._connection: psycopg.Connection[Any] | None = None
+        self._payload = ""
+        self._loss: psycopg.Error | None = None
+        self._is_silent = False
+        self.is_heard = False
+        """Whether notifications reach this process. The listener tests this from time to time."""
+        self.is_needed = threading.Event()
+        """Set if the listener must act, because the connection is lost or the worker stops."""
+        self.restraint_seconds = 0.0
+        """How long a loop waits between a notification and its look for events. See ``looked``."""
+
+    def ring(self) -> None:
+        """Wake one sleeping loop. If no loop sleeps, the next sleep ends at once."""
+        with suppress(BlockingIOError):  # the pipe is full, so the next sleep ends at once anyway
+            os.write(self._rope, b"!")
+
+    def silence(self) -> None:
+        """Wake all loops, and let no loop sleep any more, because the worker stops."""
+        self._is_silent = True
+        self.is_needed.set()
+        self.ring()
+
+    def wait(self, timeout: float) -> bool:
+        """Sleep at most ``timeout`` seconds. Return whether the loop was woken."""
+        over = time.monotonic() + timeout
+        if not self._turn.acquire(timeout=timeout):
+            return False
+        try:
+            while not self._is_silent:
+                ready = {key.fd for key, _ in self._selector.select(max(0.0, over - time.monotonic()))}
+                is_rung = self._rung in ready and self._has_rung()
+                is_notified = bool(ready - {self._rung}) and self._has_notification()
+                if is_rung or is_notified:
+                    return True
+                if not ready:
+                    return False
+            return True
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def listening(self, connection: psycopg.Connection[Any], payload: str) -> Iterator[None]:
+        """Inside the ``with`` block, wake one loop for each notification with this payload.
+
+        Meanwhile, only this object may use the connection. Raises the error if the connection is lost meanwhile.
+        """
+        place = connection.fileno()
+        with self._reading:
+            self._connection, self._payload, self._loss = connection, payload, None
+            self._selector.register(place, selectors.EVENT_READ)
+        try:
+            yield
+        finally:
+            with self._reading:
+                self._connection = None
+                self._selector.unregister(place)
+        if self._loss is not None:
+            raise self._loss
+
+    def looked(self, *, in_vain: bool) -> None:
+        """Record the result of the look that followed a notification.
+
+        If other workers were faster, this worker waits twice as long before its next look, but at most one second. So
+        if many workers hear of each event, only a few of them look for it at once.
+        """
+        doubled = max(_FIRST_RESTRAINT_SECONDS, self.restraint_seconds * 2)
+        self.restraint_seconds = min(_LONGEST_RESTRAINT_SECONDS, doubled) if in_vain else 0.0
+
+    def _has_rung(self) -> bool:
+        with suppress(BlockingIOError):
+            return bool(os.read(self._rung, 1024))
+        return False
+
+    def _has_notification(self) -> bool:
+        """Read all notifications that have arrived. If the connection is lost, hand it back to the listener."""
+        with self._reading:
+            if self._connection is None:
+                return False
+            try:
+                return self._payload in {notice.payload for notice in self._connection.notifies(timeout=0)}
+            except psycopg.Error as error:
+                self._loss, self._connection, self.is_heard = error, None, False
+                self.is_needed.set()
+                return True
+
+
+def _close(selector: selectors.BaseSelector, *pipe: int) -> None:
+    selector.close()
+    for end in pipe:
+        os.close(end)
