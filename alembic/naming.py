@@ -15,6 +15,24 @@ from typing import ClassVar, NoReturn
 import sqlalchemy as sa
 from alembic.util import CommandError
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
+
+_LOCK_MILLISECONDS = 500
+"""The longest wait of ALTER TABLE for the lock of the table, in milliseconds.
+
+The wait must be short, because all new statements on the table wait while ALTER TABLE waits.
+"""
+_TRIES = 40
+_LOCK_NOT_AVAILABLE = "55P03"
+
+# what: the other processes that hold a lock on a table · lock: none · index: none, a function of the server
+_HOLDERS = sa.text(
+    """
+    SELECT string_agg(DISTINCT CAST(pid AS text), ', ') FROM pg_locks
+    WHERE relation = to_regclass(:relation) AND granted AND pid <> pg_backend_pid()
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    """
+)
 
 
 class RevisionRefused(CommandError):
@@ -76,6 +94,30 @@ class TableNaming:
         )
         is_this = sa.and_(listed.c.table_schema == self.schema, listed.c.table_name == self.table)
         return bool(bind.scalar(sa.select(sa.exists().where(is_this))))
+
+    def alter(self, bind: sa.Connection, actions: str) -> None:
+        """Run ALTER TABLE. Wait only briefly for the lock and try repeatedly, so that running workers never wait long.
+
+        Raises RevisionRefused, with the processes that hold the lock, if all tries fail.
+        """
+        for _ in range(_TRIES):
+            try:
+                with bind.begin_nested():
+                    bind.execute(sa.text(f"SET LOCAL lock_timeout = {_LOCK_MILLISECONDS}"))
+                    bind.execute(sa.text(f"ALTER TABLE {self.relation} {actions}"))
+                    bind.execute(sa.text("SET LOCAL lock_timeout = DEFAULT"))
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+                bind.execute(sa.text("SELECT pg_sleep(1)"))
+            else:
+                return
+        holders = bind.scalar(_HOLDERS, {"relation": self.relation})
+        self.refuse(
+            f"{self.relation} was locked by other transactions in each of {_TRIES} tries"
+            + (f" (now: processes {holders})" if holders else "")
+            + ". The table was not changed. Run migrate again when no long transaction uses it."
+        )
 
     def refuse(self, reason: str) -> NoReturn:
         raise RevisionRefused(reason)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from alembic import context, op
-from sqlalchemy.exc import DBAPIError
 
 if TYPE_CHECKING:
     from naming import TableNaming
@@ -19,23 +18,6 @@ revision = "core_0006"
 down_revision = "core_0005"
 branch_labels = None
 depends_on = None
-
-LOCK_MILLISECONDS = 500
-"""The longest wait for the lock of the table, in milliseconds.
-
-The wait must be short, because all new statements on the table wait while ALTER TABLE waits.
-"""
-TRIES = 40
-LOCK_NOT_AVAILABLE = "55P03"
-
-# what: the other processes that hold a lock on a table · lock: none · index: none, a function of the server
-HOLDERS = sa.text(
-    """
-    SELECT string_agg(DISTINCT CAST(pid AS text), ', ') FROM pg_locks
-    WHERE relation = to_regclass(:relation) AND granted AND pid <> pg_backend_pid()
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    """
-)
 
 # what: the type of a column, whether it is a string type, and whether a view, a rule, a trigger, a policy or a
 # generated column uses the column. If so, PostgreSQL refuses to change the type · lock: none
@@ -78,7 +60,9 @@ def upgrade() -> None:
         if wanted != currency.name and not bind.scalar(sa.select(rows.exists())):
             changes["currency"] = wanted
     if changes:
-        _alter(purchases, changes)
+        quote = bind.dialect.identifier_preparer.quote
+        columns = {quote(purchases.column(key)): type_name for key, type_name in changes.items()}
+        purchases.alter(bind, ", ".join(f"ALTER COLUMN {name} TYPE {kind}" for name, kind in columns.items()))
 
 
 def downgrade() -> None:
@@ -88,30 +72,3 @@ def downgrade() -> None:
 def _type(naming: TableNaming, key: str) -> sa.Row[Any] | None:
     asked = {"relation": naming.relation, "column": naming.column(key)}
     return op.get_bind().execute(TYPE, asked).one_or_none()
-
-
-def _alter(purchases: TableNaming, changes: dict[str, str]) -> None:
-    """Alter the table. Wait only briefly for its lock and try repeatedly, so that running workers never wait long."""
-    bind = op.get_bind()
-    quote = bind.dialect.identifier_preparer.quote
-    actions = ", ".join(
-        f"ALTER COLUMN {quote(purchases.column(key))} TYPE {type_name}" for key, type_name in changes.items()
-    )
-    for _ in range(TRIES):
-        try:
-            with bind.begin_nested():
-                bind.execute(sa.text(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}"))
-                bind.execute(sa.text(f"ALTER TABLE {purchases.relation} {actions}"))
-                bind.execute(sa.text("SET LOCAL lock_timeout = DEFAULT"))
-        except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
-                raise
-            bind.execute(sa.text("SELECT pg_sleep(1)"))
-        else:
-            return
-    holders = bind.scalar(HOLDERS, {"relation": purchases.relation})
-    purchases.refuse(
-        f"{purchases.relation} was locked by other transactions in each of {TRIES} tries"
-        + (f" (now: processes {holders})" if holders else "")
-        + ". The table was not changed. Run migrate again when no long transaction uses it."
-    )

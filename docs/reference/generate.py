@@ -129,6 +129,7 @@ MEANINGS: Mapping[str, str] = {
     "outbox.attempts": "number of failed attempts that the event itself caused",
     "outbox.crashes": "number of worker processes that provably died while they processed only this event",
     "outbox.last_error": "why the last attempt failed",
+    "purchases.id": "grows with time (UUIDv7); before PostgreSQL 18, an expression with the same effect",
     "purchases.payment_id": "NULL means that the purchase is a gift",
     "purchases.is_active": "false means that the purchase was taken back; the worker never sets it to true again",
     "processed_events.outcome": "the [final outcome](../explanation/state-machine.md) of the event",

@@ -73,6 +73,8 @@ _RECORDED = Numeric()
 """The type of the amounts that the worker writes. It has no limits, so that PostgreSQL never rounds an amount."""
 _NOW = text("clock_timestamp()")
 _RANDOM_ID = text("gen_random_uuid()")
+_ORDERED_ID = text("uuidv7()")
+"""Ids that grow with time. Before PostgreSQL 18, the default is an expression with the same effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def _outbox(b: _Builder) -> Table:
 def _purchases(b: _Builder) -> Table:
     """Build the table without an index on student and course, because a migration builds a unique or a plain one."""
     return b.table(
-        b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
+        b.column("id", _ID, primary_key=True, server_default=_ORDERED_ID),
         b.column("student_id", _ID),
         b.column("course_id", _ID),
         b.column("payment_id", _ID, nullable=True, unique=True),

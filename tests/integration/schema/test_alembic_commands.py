@@ -18,7 +18,7 @@ from tests.support.installations import SHOPS_PAYMENTS, Installation
 
 @pytest.mark.parametrize(
     ("run", "line"),
-    [(command.heads, r"^core_0006 \(core\) \(head\)$"), (command.history, r"^core_0001 -> core_0002 \(core\), ")],
+    [(command.heads, r"^core_0007 \(core\) \(head\)$"), (command.history, r"^core_0001 -> core_0002 \(core\), ")],
 )
 def test_plain_alembic_lists_the_revisions_without_a_database(run: Callable[[Config], object], line: str) -> None:
     printed = io.StringIO()
@@ -28,7 +28,7 @@ def test_plain_alembic_lists_the_revisions_without_a_database(run: Callable[[Con
 
 def test_plain_alembic_tells_where_a_database_is(migrated: Installation) -> None:
     migrated.migrate("notify")
-    assert set(migrated.alembic(command.current).splitlines()) == {"core_0006 (head)", "notify_0001 (head)"}
+    assert set(migrated.alembic(command.current).splitlines()) == {"core_0007 (head)", "notify_0001 (head)"}
 
 
 # --- check

@@ -83,7 +83,7 @@ def test_the_version_table_is_our_own_and_the_shops_is_left_alone(empty: Install
     empty.execute("INSERT INTO alembic_version VALUES ('the_shops')")
     before = empty.snapshot()["public.alembic_version"]
     empty.migrate()
-    assert empty.revisions() == {"core_0006"}
+    assert empty.revisions() == {"core_0007"}
     assert empty.snapshot()["public.alembic_version"] == before
     empty.downgrade("core")
     assert empty.snapshot()["public.alembic_version"] == before
@@ -113,7 +113,7 @@ def test_an_installation_of_the_first_revision_gets_what_came_since(migrated: In
     fill(stock)
     stock.rows("ALTER TABLE workers DROP COLUMN succeeded_at")
     stock.rows("DROP TABLE backfill_runs")
-    stock.rows("UPDATE outbox_worker_alembic_version SET version_num = 'core_0001' WHERE version_num = 'core_0006'")
+    stock.rows("UPDATE outbox_worker_alembic_version SET version_num = 'core_0001' WHERE version_num = 'core_0007'")
     assert migrated.migrate().created == ("public.backfill_runs",)
     assert stock.rows("SELECT succeeded_at FROM workers") == [(None,)]
 
@@ -212,7 +212,7 @@ def test_plain_alembic_is_enough_to_run(empty: Installation) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert empty.own_tables() == OWN
-    assert empty.revisions() == {"core_0006"}
+    assert empty.revisions() == {"core_0007"}
 
 
 def test_plain_alembic_reads_the_settings(empty: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
