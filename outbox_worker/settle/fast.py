@@ -62,8 +62,6 @@ class FastTransaction:
         try:
             with opens(**index_plans(state.has_index_paths)) as transaction:
                 result = self._settle(transaction, limit, until)
-                if result.claimed >= limit:
-                    self._pacing.claimed(result.end)
                 answer = self._commit(transaction, result)
         except Exception as error:
             self._pacing.interrupted()
@@ -105,11 +103,12 @@ class FastTransaction:
             commit_seconds=self._commit_seconds,
         )
         start = self._pacing.start(began)
-        if start is not None and (result := self._run(transaction, wanted, start)).claimed:
-            return result
-        began = time.monotonic()
-        result = self._run(transaction, wanted, None)
-        self._pacing.claimed_from_start(began, time.monotonic())
+        result = self._run(transaction, wanted, start) if start is not None else FastResult()
+        if not result.claimed:
+            start, began = None, time.monotonic()
+            result = self._run(transaction, wanted, start)
+            self._pacing.claimed_from_start(began, time.monotonic())
+        self._pacing.claimed(start, result.end, is_full=result.claimed >= limit)
         return result
 
     def _run(self, transaction: Session | Direct, wanted: Wanted, start: Position | None) -> FastResult:

@@ -29,7 +29,7 @@ A larger batch could need more than ``MAX_SAVEPOINTS`` savepoints, because each 
 START_SHARE = 0.05
 """The largest share of its time that a claim loop spends on claims from the start of the queue.
 
-This limit applies only while claims are full.
+This limit applies only while claims find events. A claim that finds none after the last claim begins at the start.
 """
 
 
@@ -38,14 +38,13 @@ class Frontier:
     """The position that the claim loops of one process have reached in the queue. The loops share one frontier.
 
     A claim from the start of the queue is slow, because it must read the rows that other loops have locked, and also
-    the index entries of rows that were deleted after the oldest open snapshot. So while claims are full and all their
-    events are settled, the next claim begins where the last claim ended. An event can still appear before that
-    position, because of a late commit or because the clock was set back. So from time to time, a claim begins at the
-    start of the queue again.
+    the index entries of rows that were deleted after the oldest open snapshot. So while all claimed events are settled,
+    the next claim begins where the last claim ended. An event can still appear before that position, because of a late
+    commit or because the clock was set back. So from time to time, a claim begins at the start of the queue again.
     """
 
     mark: Position | None = None
-    """The position where the last full claim ended. If None, the next claim begins at the start of the queue."""
+    """The position where the last claim ended. If None, the next claim begins at the start of the queue."""
     start_due: float = 0.0
     """The time from which the next claim begins at the start of the queue."""
     turn: int = 0
@@ -108,9 +107,14 @@ class Pacing:
             return self._beyond
         return None if now >= self.frontier.start_due else self.frontier.mark
 
-    def claimed(self, end: Position | None) -> None:
-        """Begin the next claim at ``end``, where a full claim ended."""
-        if self._turn == self.frontier.turn:
+    def claimed(self, start: Position | None, end: Position | None, *, is_full: bool) -> None:
+        """Begin the next claim where a claim from ``start`` ended. ``end`` is None if the claim found no event.
+
+        A claim from the start of the queue that is not full leaves the mark where it is. Such a claim has found all due
+        events, but it may have ended before the mark.
+        """
+        is_short_from_start = start is None and not is_full and self.frontier.mark is not None
+        if end is not None and not is_short_from_start and self._turn == self.frontier.turn:
             self.frontier.mark = end
 
     def claimed_from_start(self, began: float, now: float) -> None:
@@ -186,7 +190,7 @@ class Pacing:
         self._end_turn()
         in_vain = is_full and not settled and not self.is_stuck
         self._passes_without_success = self._passes_without_success + 1 if in_vain else 0
-        if not is_full or settled < claimed or self._beyond is not None:
+        if settled < claimed or self._beyond is not None:
             self.frontier.go_back()
         self._beyond = None
         self.is_calm = not self.is_stuck

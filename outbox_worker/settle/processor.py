@@ -96,10 +96,15 @@ class Processor:
     def seconds_until_due(self) -> float:
         """Return the seconds until the first event is due; 0 or less if it is due now. This look takes one round trip.
 
+        Like a claim, the look begins where the last claim ended, and from time to time at the start of the queue.
         Raises the errors of psycopg.
         """
+        began, set_aside = time.monotonic(), self._pacing.set_aside.ids
+        start = self._pacing.start(began)
         with self._database.look(**self._plans()) as transaction:
-            seconds = self._outbox.seconds_until_due(transaction.fetch, set_aside=self._pacing.set_aside.ids)
+            seconds = self._outbox.seconds_until_due(transaction.fetch, start, set_aside=set_aside)
+        if start is None:
+            self._pacing.claimed_from_start(began, time.monotonic())
         self._telemetry.looked()
         return seconds
 
@@ -183,7 +188,6 @@ class Processor:
                     claim = self._outbox.claim_these(session, fast.fell_out[:limit], fast.window, until)
                 else:
                     claim = self._claim(session, limit, until)
-                    self._pacing.claimed(claim.end if len(claim.batch) >= limit else None)
                 claimed_at = time.monotonic()
                 batch, left = self._choose(claim)
                 settled = self._settle(session, batch, is_last=until is not None) if batch else Settled()
@@ -233,11 +237,12 @@ class Processor:
         """
         began = time.monotonic()
         start, besides = self._pacing.start(began), self._pacing.set_aside.ids
-        if start is not None and (claim := self._outbox.claim(session, limit, until, start, set_aside=besides)).batch:
-            return claim
-        began = time.monotonic()
-        claim = self._outbox.claim(session, limit, until, set_aside=besides)
-        self._pacing.claimed_from_start(began, time.monotonic())
+        claim = Claim() if start is None else self._outbox.claim(session, limit, until, start, set_aside=besides)
+        if not claim.batch:
+            start, began = None, time.monotonic()
+            claim = self._outbox.claim(session, limit, until, set_aside=besides)
+            self._pacing.claimed_from_start(began, time.monotonic())
+        self._pacing.claimed(start, claim.end, is_full=len(claim.batch) >= limit)
         return claim
 
     def _plans(self) -> Mapping[str, str]:

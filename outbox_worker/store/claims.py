@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from psycopg.types.numeric import Int8
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -92,14 +93,27 @@ def claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[An
 
 def due_events(outbox: Table, columns: Sequence[ColumnElement[Any]], ours: list[ColumnElement[bool]]) -> Select[Any]:
     """Select due events after the position (``start_due_at``, ``start_id``), oldest first, and lock their rows."""
-    start = tuple_(start_due_at(), func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID))
     return (
         select(*columns)
-        .where(outbox.c.due_at <= _due_by(), tuple_(outbox.c.due_at, outbox.c.id) > start, *complete(outbox), *ours)
+        .where(outbox.c.due_at <= _due_by(), _is_after_start(outbox), *complete(outbox), *ours)
         .order_by(outbox.c.due_at, outbox.c.id)
         .limit(bindparam("limit", type_=BigInteger))
         .with_for_update(skip_locked=True)
     )
+
+
+def _is_after_start(outbox: Table) -> ColumnElement[bool]:
+    start = tuple_(start_due_at(), func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID))
+    return tuple_(outbox.c.due_at, outbox.c.id) > start
+
+
+def start_of(start: Position | None) -> dict[str, Any]:
+    """Return the parameters of a position at which a claim begins; None stands for the start of the queue.
+
+    ``Int8``: psycopg sends small numbers as other types, and each type would be another statement to plan.
+    """
+    due_at, key = start or (None, None)
+    return {"start_due_at": due_at, "start_id": None if key is None else Int8(key)}
 
 
 def start_due_at() -> ColumnElement[Any]:
@@ -207,10 +221,11 @@ def isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[
 
 
 def next_due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: how many seconds ago the first event became due; negative if it is due later · lock: none
+    """what: how many seconds ago the first event after a position became due; negative if it is due later · lock: none
     index: (due_at, id)
     """
-    first = select(outbox.c.due_at).where(*complete(outbox), *ours).order_by(outbox.c.due_at, outbox.c.id).limit(1)
+    first = select(outbox.c.due_at).where(_is_after_start(outbox), *complete(outbox), *ours)
+    first = first.order_by(outbox.c.due_at, outbox.c.id).limit(1)
     return select(seconds_since(first.scalar_subquery()).label("late_seconds"))
 
 

@@ -59,7 +59,7 @@ from outbox_worker.model import (
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import event_of, window_start
-from outbox_worker.store.claims import counted, due_events, is_other, of_types, start_due_at
+from outbox_worker.store.claims import counted, due_events, is_other, of_types, start_due_at, start_of
 from outbox_worker.store.guard import GuardState, index_is_in_transition, on_active_pair
 from outbox_worker.store.identity import pair_key, written_order
 from outbox_worker.store.pairs import claimed_keys, holds_pair, keys_of, payload_source, payment_of
@@ -104,15 +104,8 @@ class Wanted:
     """An estimate of the duration of COMMIT. It is added to each latency."""
 
     def to_claim(self, start: Position | None) -> dict[str, Any]:
-        """``Int8``: psycopg sends small numbers as other types, and each type would be another statement to plan."""
-        due_at, key = start or (None, None)
-        return {
-            "limit": Int8(self.limit),
-            "until": self.until,
-            "start_due_at": due_at,
-            "start_id": None if key is None else Int8(key),
-            "set_aside": list(self.set_aside),
-        }
+        limit = Int8(self.limit)  # like the start's id, see ``start_of``
+        return {"limit": limit, "until": self.until, **start_of(start), "set_aside": list(self.set_aside)}
 
     def to_settle(self) -> dict[str, Any]:
         return {"odd": list(self.odd), "commit_seconds": self.commit_seconds}

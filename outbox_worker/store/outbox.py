@@ -64,6 +64,7 @@ from outbox_worker.store.claims import (
     isolate_statement,
     next_due_statement,
     of_types,
+    start_of,
 )
 from outbox_worker.store.queries import is_claimable
 
@@ -145,8 +146,7 @@ class Outbox:
         Claim only events that are due by ``until``, or by now if ``until`` is None. If ``start`` is given, claim only
         events after this position. Never claim the events ``set_aside``.
         """
-        due_at, key = start or (None, None)
-        values = {"limit": limit, "until": until, "start_due_at": due_at, "start_id": key}
+        values = {"limit": limit, "until": until, **start_of(start)}
         if set_aside:
             return claim_of(self._claim_others.execute(session, {**values, "set_aside": list(set_aside)}).one())
         return claim_of(self._claim.execute(session, values).one())
@@ -186,12 +186,13 @@ class Outbox:
         """
         return bool(self._due.execute(session, {"until": until, "set_aside": list(set_aside)}).scalar())
 
-    def seconds_until_due(self, fetch: Fetch, *, set_aside: Collection[int] = ()) -> float:
-        """Return the seconds until the first event is due, whether or not another worker has locked this event.
+    def seconds_until_due(self, fetch: Fetch, start: Position | None, *, set_aside: Collection[int] = ()) -> float:
+        """Return the seconds until the first event after ``start`` is due, even if another worker has locked the event.
 
         Return 0 or less if it is due now, and infinity if there is no event. The events ``set_aside`` do not count.
         """
-        late: float | None = fetch(self._next_due, {"set_aside": list(set_aside)}).late_seconds
+        values = {**start_of(start), "set_aside": list(set_aside)}
+        late: float | None = fetch(self._next_due, values).late_seconds
         return math.inf if late is None else -late
 
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:

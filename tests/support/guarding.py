@@ -41,8 +41,8 @@ def transactions(processor: ProbedProcessor) -> dict[str, float]:
 
 def pay_twice(shop: Shop) -> tuple[Payment, UUID, Payment, UUID]:
     """Two payments of one pair, the first event older."""
-    first, event = shop.paid(due_in="-2 seconds")
-    second, later = shop.paid(student=first.student_id, course=first.course_id, due_in="-1 second")
+    first, event = shop.paid()
+    second, later = shop.paid(student=first.student_id, course=first.course_id)
     return first, event, second, later
 
 

@@ -23,9 +23,13 @@ def settle(processor: ProbedProcessor) -> dict[UUID, Outcome]:
 
 
 def judge(processor: ProbedProcessor) -> dict[UUID, Verdict]:
-    """One batch: the verdict on each event that has one. The report knows the ids only of those that were judged."""
+    """One batch from the start of the queue: the verdict on each event that has one.
+
+    The report knows the ids only of those that were judged.
+    """
     before = marked(processor)
     processor.judged.clear()
+    processor._pacing.frontier.go_back()
     report = processor.process_batch()
     created = dict.fromkeys(marked(processor) - before - processor.judged.keys(), VIA_FAST_PATH)
     assert len(created) == report.created

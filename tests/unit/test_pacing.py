@@ -17,10 +17,8 @@ def committed(pacing: Pacing, **changes: Any) -> None:
     """A full batch that was claimed and settled at once, but for the changes."""
     full = {"claimed": pacing.limit, "settled": pacing.limit, "is_full": True, "seconds": 0.02, "end": END}
     given: dict[str, Any] = full | changes
-    pacing.start(0.0)
-    end = given.pop("end")
-    if given["is_full"]:
-        pacing.claimed(end)
+    start = pacing.start(0.0)
+    pacing.claimed(start, given.pop("end"), is_full=given["is_full"])
     pacing.committed(**given)
 
 
@@ -45,8 +43,8 @@ def test_a_full_claim_that_was_settled_moves_the_mark_and_a_sweep_comes_in_its_t
 
 @pytest.mark.parametrize(
     "changes",
-    [{"is_full": False, "claimed": 999, "settled": 999}, {"settled": 999}, {"settled": 0}],
-    ids=["a short claim", "one event left behind", "all left behind"],
+    [{"settled": 999}, {"settled": 0}, {"is_full": False, "claimed": 5, "settled": 4}],
+    ids=["one event left behind", "all left behind", "one of a short claim left behind"],
 )
 def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> None:
     pacing = Pacing(1000, 0.5)
@@ -56,13 +54,35 @@ def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> 
     assert pacing.start(1.0) is None
 
 
+def test_a_short_claim_moves_the_mark_too() -> None:
+    """A worker that keeps up claims few events at a time, and would read all dead entries for each of them."""
+    pacing = Pacing(1000, 0.5)
+    pacing.claimed_from_start(0.0, 1.0)
+    committed(pacing)
+    committed(pacing, is_full=False, claimed=3, settled=3, end=LATER)
+    assert pacing.start(1.0) == LATER
+    pacing.claimed(LATER, None, is_full=False)
+    assert pacing.start(1.0) == LATER, "a claim that finds nothing leaves it"
+
+
+def test_a_short_sweep_that_ends_before_the_mark_leaves_it_and_a_full_one_does_not() -> None:
+    pacing = Pacing(1000, 0.5)
+    pacing.claimed_from_start(0.0, 1.0)
+    pacing.claimed(None, LATER, is_full=False)
+    assert pacing.start(1.0) == LATER, "the first one sets it"
+    pacing.claimed(None, END, is_full=False)
+    assert pacing.start(1.0) == LATER, "it has found all that is due"
+    pacing.claimed(None, END, is_full=True)
+    assert pacing.start(1.0) == END, "more may be due behind it"
+
+
 def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
     """Otherwise each walks over all that the others hold."""
     frontier = Frontier(start_due=float("inf"))
     one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
-    one.claimed(END)
+    one.claimed(None, END, is_full=True)
     assert other.start(0.0) == END
-    other.claimed(LATER)
+    other.claimed(None, LATER, is_full=True)
     assert one.start(0.0) == LATER
 
 
@@ -70,12 +90,12 @@ def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_
     frontier = Frontier(start_due=float("inf"))
     one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
     one.start(0.0)
-    one.claimed(END)
+    one.claimed(None, END, is_full=True)
     other.start(0.0)
     one.interrupted()
-    other.claimed(LATER)
+    other.claimed(None, LATER, is_full=True)
     assert other.start(0.0) is None
-    other.claimed(LATER)
+    other.claimed(None, LATER, is_full=True)
     assert one.start(0.0) == LATER
 
 
