@@ -28,6 +28,8 @@ APPLICATION_NAME = "outbox-worker"
 
 _PLAIN = {
     "array_nulls": "on",  # the worker sends arrays that contain NULL, for example of payment ids
+    "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous time zones
+    "extra_float_digits": "1",  # with less, the server rounds times and durations
     "quote_all_identifiers": "off",  # the predicate of the unique index is compared as the catalogue prints it
     "transaction_timeout": "0",  # PostgreSQL 17 and later; the worker limits single statements instead
 }
@@ -35,6 +37,10 @@ _PLAIN = {
 
 With other values, set for the role or for the database, some of the worker's statements would fail.
 """
+
+# what: switches time limits off for this session · lock: none
+_LIFT = "SELECT set_config('statement_timeout', '0', false), set_config('lock_timeout', '0', false)"
+_TRIES = 5
 
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}
 
@@ -162,7 +168,6 @@ class Database:
         milliseconds = max(1, round(self._deadline_seconds * 1000))
         return {
             **_PLAIN,
-            "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous time zones
             "statement_timeout": str(milliseconds),
             "lock_timeout": str(max(1, milliseconds // 5)),
             "idle_in_transaction_session_timeout": str(milliseconds),
@@ -269,7 +274,25 @@ def _connect(settings: Settings, answer_seconds: float | None, *, looks: bool) -
     read_leniently(connection)
     if settings.pooler == "transaction":
         connection.prepare_threshold = None  # the next transaction may run in another backend
+    else:
+        _lift_time_limits(connection)
     return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
+
+
+def _lift_time_limits(connection: psycopg.Connection[Any]) -> None:
+    """Switch off the time limits that were set for the role or the database, until each transaction sets its own ones.
+
+    Otherwise a very short limit could cancel the statement that sets the limits of a transaction. It could also cancel
+    this statement, so try a few times.
+    """
+    connection.autocommit = True
+    for _ in range(_TRIES):
+        try:
+            connection.execute(_LIFT)
+            break
+        except psycopg.errors.QueryCanceled:
+            continue
+    connection.autocommit = False
 
 
 def _create_engine(settings: Settings, connections: int, deadline_seconds: float | None, *, looks: bool) -> Engine:

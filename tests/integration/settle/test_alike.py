@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -104,15 +106,19 @@ def test_settings_of_a_role_or_database_that_break_statements_are_overruled(
     shop: Shop, processor: ProbedProcessor
 ) -> None:
     name = shop.scalar("SELECT current_database()")
-    given = ["array_nulls = off", "quote_all_identifiers = on"]
+    given = ["array_nulls = off", "quote_all_identifiers = on", "statement_timeout = '1ms'", "lock_timeout = '1ms'"]
+    given += ["extra_float_digits = -15", "datestyle = 'SQL, DMY'", "intervalstyle = 'sql_standard'"]
     if shop.scalar("SELECT current_setting('server_version_num')::int >= 170000"):
         given.append("transaction_timeout = '500ms'")
     for each in given:
         shop.rows(f"ALTER DATABASE {name} SET {each}")
     processor.database.close()
+    with processor.database.engine.connect() as connection:
+        assert connection.scalar(text("SHOW statement_timeout")) == "0", "also before a transaction sets its own"
     created, broken = shop.paid()[1], shop.confirm(None, payload="[]")
     with processor.database.transaction() as session:
         processor.watch._versions = None
         assert processor.watch.probe(session).guard is Guard.INDEX
         session.execute(text("SELECT pg_sleep(0.7)"))
+        assert abs(session.scalars(text("SELECT date_part('epoch', clock_timestamp())")).one() - time.time()) < 60
     assert settle(processor) == {created: Outcome.CREATED, broken: Outcome.DEAD}
