@@ -8,7 +8,7 @@ database refuses this, too, the caller sets the event aside. All other events of
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
@@ -178,6 +178,8 @@ class Recording:
                         self._outbox.remove(session, part.batch, part.batch.ids)
                 step = Step.CHECK
                 savepoints.check_deferred()
+                step = Step.RECORD
+                self._read_back(session, parts, verdicts)
         except (DBAPIError, Swallowed) as error:
             if classify(error) in NO_EVENTS_FAULT:
                 raise
@@ -200,6 +202,13 @@ class Recording:
             given = {key: Postponement(self._delay(batch, key, part.outcome), True, errors[key]) for key in batch}
             self._outbox.postpone(session, batch, given)
         return traces
+
+    def _read_back(self, session: Session, parts: Sequence[_Part], verdicts: Verdicts) -> None:
+        """Raise Swallowed if a trigger of the database deleted or changed a dead letter of these parts."""
+        for part in parts:
+            if part.outcome is Outcome.DEAD and part.rung is not Rung.UNCHARGED:
+                reasons = {verdict.reason for key in part.batch if (verdict := verdicts[key]).reason}
+                self._outbox.read_letters_back(session, part.batch.event_ids, reasons)
 
     def _delay(self, batch: Batch, key: int, outcome: Outcome | None) -> timedelta:
         """Return the delay until the next try. An event without an outcome only waits for the base delay."""

@@ -118,6 +118,7 @@ class Outbox:
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
         self._bury = Statement(_bury_statement(tables))
+        self._letters = Statement(_open_letters_statement(tables.dead_letters))
         self._traceparents = Statement(_traceparents_statement(tables.outbox))
         self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
         self._backlog = Statement(
@@ -234,6 +235,16 @@ class Outbox:
         }
         write(session, self._bury, values, len(letters))
 
+    def read_letters_back(self, session: Session, event_ids: Sequence[str], reasons: Collection[Reason]) -> None:
+        """Check that each event has an open dead letter with one of these reasons.
+
+        Raises Swallowed if not, because a trigger of the database deleted or changed the letter after ``bury``.
+        """
+        values = {"event_ids": event_ids, "reasons": [reason.value for reason in reasons]}
+        found = self._letters.execute(session, values).scalar_one()
+        if found < len(event_ids):
+            raise Swallowed("INSERT", str(self._tables.dead_letters), found, len(event_ids))
+
     def traceparents(self, session: Session, batch: Batch, ids: Collection[int]) -> dict[int, str]:
         """Read the traceparents from the headers of these events. The worker reads no other header."""
         rows = self._traceparents.execute(session, {"ids": list(ids), **window_of(batch)})
@@ -345,6 +356,14 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     reopened = {letters.c[key]: statement.excluded[key] for key in written if key != "event_id"}
     cleared = {letters.c.resolved_at: None}
     return statement.on_conflict_do_update(index_elements=[letters.c.event_id], set_=reopened | cleared)
+
+
+def _open_letters_statement(letters: Table) -> Select[Any]:
+    """what: counts open dead letters of events with given reasons · lock: none · index: primary key"""
+    is_of = letters.c.event_id == func.any(bindparam("event_ids", type_=Keys("uuid")))
+    has_reason = letters.c.reason == func.any(bindparam("reasons", type_=ARRAY(Text)))
+    is_open = letters.c.state == DeadLetterState.OPEN.value
+    return select(func.count()).select_from(letters).where(is_of, is_open, has_reason)
 
 
 def _traceparents_statement(outbox: Table) -> Select[Any]:

@@ -189,6 +189,26 @@ UNBURIABLE = {
         None,
     ),
     "trigger that swallows": (trigger("INSERT", "RETURN NULL;", table="dead_letters"), None),
+    "trigger that deletes": (
+        trigger(
+            "INSERT", "DELETE FROM dead_letters WHERE event_id = NEW.event_id; RETURN NULL;", "AFTER", "dead_letters"
+        ),
+        None,
+    ),
+    "trigger that deletes at COMMIT": (
+        trigger(
+            "INSERT",
+            "DELETE FROM dead_letters WHERE event_id = NEW.event_id; RETURN NULL;",
+            "AFTER DEFERRABLE INITIALLY DEFERRED",
+            "dead_letters",
+        ),
+        None,
+    ),
+    "trigger that closes": (trigger("INSERT", "NEW.state := 'settled'; RETURN NEW;", table="dead_letters"), None),
+    "trigger that changes the reason": (
+        trigger("INSERT", "NEW.reason := 'other'; RETURN NEW;", table="dead_letters"),
+        None,
+    ),
     "row that stays": (trigger("DELETE", RAISES), Outcome.DEAD),
 }
 
