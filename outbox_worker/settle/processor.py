@@ -225,10 +225,10 @@ class Processor:
 
     def _committed(self, settled: Settled) -> None:
         self._settlement.committed(settled)
-        set_aside = self._pacing.set_aside
-        if set_aside.known:
-            set_aside.forget(settled.verdicts.keys() - settled.set_aside.keys())
-        set_aside.add(settled.set_aside, time.monotonic())
+        set_aside, now = self._pacing.set_aside, time.monotonic()
+        set_aside.forget(settled.verdicts.keys() - settled.set_aside.keys())
+        set_aside.add(settled.set_aside, now)
+        set_aside.add_unrecorded(settled.postponed, now)
 
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
         """Claim events after the end of the last claim.

@@ -7,7 +7,7 @@ reads the events of other workers from their rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 MOST = 1000
@@ -25,6 +25,12 @@ LATER_SECONDS = 600.0
 Each try makes a batch fail once, so tries must be rare.
 """
 
+UNRECORDED_MAX = 3
+"""After this many tries in a row whose outcome the database refused to record, an event is set aside.
+
+Otherwise only the log would tell that the event can be neither settled nor buried.
+"""
+
 
 @dataclass
 class SetAside:
@@ -34,6 +40,8 @@ class SetAside:
     """All events that a claim must not take. The list is replaced as a whole, so reading the list needs no lock."""
     known: set[int] = field(default_factory=set)
     """The events that this worker has set aside before."""
+    _unrecorded: dict[int, int] = field(default_factory=dict)
+    """For each event whose outcome the database refused to record: the number of such tries in a row."""
     _own: dict[int, tuple[str, float]] = field(default_factory=dict)
     """For each event of this worker: the refusal, and the time from which a claim may take the event again."""
     _others: frozenset[int] = frozenset()
@@ -53,15 +61,25 @@ class SetAside:
             self.known |= refusals.keys()
             self._gather()
 
+    def add_unrecorded(self, refusals: Mapping[int, str], now: float) -> None:
+        """Count the tries whose outcome could not be recorded. Set an event aside after ``UNRECORDED_MAX`` of them."""
+        for key in refusals:
+            self._unrecorded[key] = self._unrecorded.get(key, 0) + 1
+        often = {key: refusal for key, refusal in refusals.items() if self._unrecorded[key] >= UNRECORDED_MAX}
+        if self.has_room(often):
+            self.add(often, now)
+
     def release_old(self, now: float) -> None:
         """Release the events of this worker whose time is over, so that the next claim takes them again."""
         with self._lock:
             self._own = {key: (refusal, until) for key, (refusal, until) in self._own.items() if until > now}
             self._gather()
 
-    def forget(self, settled: Iterable[int]) -> None:
-        """Forget that these events were refused before, because their rows could be deleted or postponed now."""
+    def forget(self, settled: Set[int]) -> None:
+        """Forget that these events were refused before, because their outcome could be recorded now."""
         self.known.difference_update(settled)
+        for key in self._unrecorded.keys() & settled:
+            del self._unrecorded[key]
 
     def learn(self, others: Iterable[int]) -> None:
         """Replace the events that other workers have set aside."""

@@ -10,6 +10,7 @@ import pytest
 
 from outbox_worker.errors import NothingRecorded, Swallowed
 from outbox_worker.model import Outcome
+from outbox_worker.store.set_aside import UNRECORDED_MAX
 from tests.support.factories import Payment, ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
 from tests.support.settling import LAST, metric, settle
@@ -231,6 +232,27 @@ def test_an_event_that_cannot_be_buried_stops_no_other(
     told = Counter(record["event"] for record in records if "refusals" in record)
     assert told == ({"outcome_not_recorded": 1} if not outcome else {"events_set_aside": 1} if stays else {})
     assert metric(processor, "outbox_dead_letters_total", reason="payment_not_found") == (outcome is not None)
+
+
+def test_an_event_that_can_never_be_recorded_is_told_to_everybody_after_a_while(
+    shop: Shop, processor: ProbedProcessor
+) -> None:
+    """It is set aside like an event whose row cannot be changed: ``status`` and ``doctor`` show it, and why."""
+    bad = shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR"), attempts=LAST)
+    forbid(shop, Way(UNBURIABLE["trigger that deletes"][0]), bad)
+    key = shop.event(bad).id
+    for turn in range(UNRECORDED_MAX):
+        assert aside(processor) == []
+        _, good = shop.paid()
+        assert settle(processor)[good] is Outcome.CREATED
+        assert shop.event(bad).attempts == LAST, turn
+        shop.make_due()
+    assert aside(processor) == [key]
+    assert "INSERT on public.dead_letters" in processor._pacing.set_aside.refusals()[str(key)]
+    shop.rows("DROP FUNCTION odd() CASCADE")
+    release(processor)
+    assert settle(processor) == {bad: Outcome.DEAD}
+    assert aside(processor) == []
 
 
 # --- many

@@ -114,7 +114,7 @@ def test_an_event_is_tried_again_soon_at_first_and_then_rarely() -> None:
         assert (list(aside.ids), aside.refusals()) == ([5], {"5": REFUSAL})
         aside.release_old(began + seconds)
         assert (list(aside.ids), aside.refusals()) == ([], {})
-    aside.forget([5])
+    aside.forget({5})
     aside.add({5: REFUSAL}, 5000.0)
     aside.release_old(5000.0 + FIRST_SECONDS)
     assert list(aside.ids) == []
