@@ -640,7 +640,7 @@ AND held.is_active)) THEN 'duplicate'::VARCHAR WHEN (CAST(standing.id AS TEXT) I
     lower(left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER)) AS lower_1
 FROM public.outbox
 WHERE public.outbox.event_type = 'PURCHASE_CONFIRMED'::VARCHAR
-AND CASE WHEN (public.outbox.due_at < CAST('infinity' AS timestamptz)
+AND CASE WHEN (public.outbox.due_at < CAST('9999-01-01' AS timestamptz)
 AND public.outbox.event_id IS NOT NULL
 AND public.outbox.event_type IS NOT NULL) THEN true ELSE false END
 AND public.outbox.id != all(array((SELECT CAST(aside.key AS BIGINT) AS key

@@ -70,6 +70,13 @@ class Pacing:
     set_aside: SetAside = field(default_factory=SetAside)
     """The events that no claim takes. All claim loops of one process share this object."""
     limit: int = field(init=False)
+    """The number of events that the next claim asks for."""
+    careful_limit: int = field(init=False)
+    """The number of events that the next careful transaction takes. It is at most ``limit``.
+
+    If many events are refused, this limit shrinks alone, so that the fast statement still claims full batches. So the
+    refused events do not delay those that nothing speaks against.
+    """
     is_alone: bool = field(default=False, init=False)
     """Whether the last transaction failed and had claimed only one event."""
     is_calm: bool = field(default=True, init=False)
@@ -85,7 +92,7 @@ class Pacing:
     _chosen_before: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.limit = self.batch_size
+        self.limit = self.careful_limit = self.batch_size
 
     @property
     def is_stuck(self) -> bool:
@@ -95,7 +102,7 @@ class Pacing:
     def adopt(self, batch_size: int, target_seconds: float) -> None:
         """Use new limits from the next claim on. If the new size is larger, batches grow to it step by step."""
         self.batch_size, self.target_seconds = batch_size, target_seconds
-        self.limit = min(self.limit, batch_size)
+        self._shrink(batch_size)
 
     def start(self, now: float) -> Position | None:
         """Return the position after which the next claim begins, or None for the start.
@@ -140,7 +147,7 @@ class Pacing:
         """
         self.is_calm = False
         self.is_alone = self.limit == 1
-        self.limit = max(1, self.limit // 2)
+        self._shrink(self.limit // 2)
         self.frontier.go_back()
 
     def broke(self) -> None:
@@ -151,7 +158,7 @@ class Pacing:
         """
         self.is_calm = False
         self.is_alone = self.breaks_alone = self.limit == 1
-        self.limit = max(1, self.limit // 8)
+        self._shrink(self.limit // 8)
         self.frontier.go_back()
 
     def be_careful(self) -> None:
@@ -172,7 +179,7 @@ class Pacing:
         """
         self.is_calm = False
         if self.limit > FEW_IN_DOUBT:
-            self.limit = FEW_IN_DOUBT
+            self._shrink(FEW_IN_DOUBT)
         else:
             self._beyond = end
 
@@ -194,12 +201,19 @@ class Pacing:
             self.frontier.go_back()
         self._beyond = None
         self.is_calm = not self.is_stuck
-        self.limit = max(1, self.limit // 2) if self._ran_out else self._grown(claimed if is_full else 0, seconds)
+        careful = self.careful_limit // 2 if self._ran_out else self.careful_limit * 2
+        if not self._ran_out:
+            self.limit = self._grown(claimed if is_full else 0, seconds)
+        self.careful_limit = min(max(1, careful), self.limit)
         self._ran_out = False
 
     def ran_out(self) -> None:
-        """Claim half as many events next time, because this batch used all savepoints before every event was tried."""
+        """Take half as many events into the next careful transaction, because this one used all its savepoints."""
         self._ran_out = True
+
+    def _shrink(self, most: int) -> None:
+        self.limit = max(1, min(self.limit, most))
+        self.careful_limit = min(self.careful_limit, self.limit)
 
     def _end_turn(self) -> None:
         self._chosen, self._chosen_before = None, self._chosen

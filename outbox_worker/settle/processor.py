@@ -134,7 +134,10 @@ class Processor:
         return self._made_way(batch, settled)
 
     def _process(self, until: datetime | None) -> BatchReport:
-        """Settle a batch by one statement, then carefully what fell out. After a failure, settle it all carefully."""
+        """Settle a batch by one statement, then carefully what fell out. After a failure, settle it all carefully.
+
+        If many events fell out, leave some of them for the next batch, so that they do not delay clean events for long.
+        """
         if not self._fast.is_possible:
             return self._process_carefully(until)
         try:
@@ -149,6 +152,8 @@ class Processor:
             self._pacing.committed(report.claimed, report.settled, is_full=report.is_full, seconds=report.seconds)
         while report.fell_out:
             report = report.followed_by(self._process_carefully(until, report))
+            if report.seconds > self._pacing.target_seconds:
+                break
         return report
 
     def _probe_guard(self) -> None:
@@ -178,7 +183,8 @@ class Processor:
 
     def _transact(self, until: datetime | None, fast: BatchReport | None) -> BatchReport:
         """Claim, settle and commit in one careful transaction."""
-        claim, limit, isolated = Claim(), min(self._pacing.limit, self._guard.state.lock_capacity), self._lone.event
+        limit, isolated = min(self._pacing.careful_limit, self._guard.state.lock_capacity), self._lone.event
+        claim = Claim()
         before = fast or BatchReport(limit=1 if isolated else limit, guard=self._guard.state.guard)
         try:
             with self._database.transaction(**self._plans()) as session:

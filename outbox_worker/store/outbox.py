@@ -66,7 +66,7 @@ from outbox_worker.store.claims import (
     of_types,
     start_of,
 )
-from outbox_worker.store.queries import is_claimable
+from outbox_worker.store.queries import NEVER, is_claimable
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
@@ -304,8 +304,7 @@ def _never_claimed_statement(
     """what: counts events that can never be claimed, up to a bound
     lock: none · index: (due_at, id) and event_id; if the type may be NULL, the outbox is read once
     """
-    is_never_due = outbox.c.due_at >= literal_column("CAST('infinity' AS timestamptz)")
-    found = select(outbox.c.id).where(or_(is_never_due, *lacks), *ours).limit(bound).subquery()
+    found = select(outbox.c.id).where(or_(outbox.c.due_at >= NEVER, *lacks), *ours).limit(bound).subquery()
     return select(func.count()).select_from(found)
 
 
@@ -359,11 +358,15 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _open_letters_statement(letters: Table) -> Select[Any]:
-    """what: counts open dead letters of events with given reasons · lock: none · index: primary key"""
+    """what: counts open dead letters of events with given reasons · lock: none · index: primary key
+
+    The state is compared outside the subquery. Otherwise the planner might read the whole index of open letters.
+    """
     is_of = letters.c.event_id == func.any(bindparam("event_ids", type_=Keys("uuid")))
-    has_reason = letters.c.reason == func.any(bindparam("reasons", type_=ARRAY(Text)))
-    is_open = letters.c.state == DeadLetterState.OPEN.value
-    return select(func.count()).select_from(letters).where(is_of, is_open, has_reason)
+    written = select(letters.c.state, letters.c.reason).where(is_of).offset(literal_column("0")).subquery("written")
+    has_reason = written.c.reason == func.any(bindparam("reasons", type_=ARRAY(Text)))
+    is_open = written.c.state == DeadLetterState.OPEN.value
+    return select(func.count()).select_from(written).where(is_open, has_reason)
 
 
 def _traceparents_statement(outbox: Table) -> Select[Any]:

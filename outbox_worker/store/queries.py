@@ -10,6 +10,9 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.model import PaymentStatus
 
+NEVER: ColumnElement[datetime] = literal_column("CAST('9999-01-01' AS timestamptz)")
+"""An event that is due then or later, for example at ``infinity``, is never claimed; its payment is not in flight."""
+
 
 def database_time(session: Session) -> datetime:
     """Return the time of the database's clock. Only this clock decides which events are due."""
@@ -46,6 +49,5 @@ def is_claimable(outbox: FromClause) -> ColumnElement[bool]:
     handler. The CASE prevents the planner from reading the whole index on the due time. That would be slow, because the
     condition holds for nearly all events.
     """
-    is_due_sometime = outbox.c.due_at < literal_column("CAST('infinity' AS timestamptz)")
-    is_complete = and_(is_due_sometime, outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None))
+    is_complete = and_(outbox.c.due_at < NEVER, outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None))
     return case((is_complete, true()), else_=false())

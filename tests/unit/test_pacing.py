@@ -163,13 +163,16 @@ def test_a_short_claim_says_nothing_about_the_time_that_a_full_one_takes() -> No
     assert pacing.limit == 1000
 
 
-def test_running_out_of_savepoints_halves_the_next_batch_once() -> None:
+def test_running_out_of_savepoints_halves_the_next_careful_transaction_once() -> None:
+    """The fast statement goes on with full batches, so that what is refused does not delay what is clean."""
     pacing = Pacing(1000, 0.5)
     pacing.ran_out()
     committed(pacing)
-    assert pacing.limit == 500
+    assert (pacing.limit, pacing.careful_limit) == (1000, 500)
     committed(pacing)
-    assert pacing.limit == 1000
+    assert (pacing.limit, pacing.careful_limit) == (1000, 1000)
+    pacing.failed()
+    assert (pacing.limit, pacing.careful_limit) == (500, 500)
 
 
 # --- in doubt

@@ -169,9 +169,10 @@ def test_an_event_that_nobody_can_claim_is_told_and_not_in_flight(
     print_status(status)
 
 
-def test_due_at_infinity_is_never(database: Database, tables: Tables, shop: Shop) -> None:
+@pytest.mark.parametrize("due_at", ["infinity", "294276-01-01", "9999-01-01"])
+def test_due_at_infinity_is_never(database: Database, tables: Tables, shop: Shop, due_at: str) -> None:
     shop.paid()
-    shop.rows("UPDATE outbox SET due_at = 'infinity'")
+    shop.rows(f"UPDATE outbox SET due_at = '{due_at}'")
     status = read_status(database, tables, None)
     assert (status.never_claimed, status.backlog.waiting) == (1, 0)
     assert len(Audit.start(database, tables).run().unexplained) == 1

@@ -273,6 +273,20 @@ def test_many_that_cannot_be_charged_are_found_step_by_step(shop: Shop, make_pro
     assert len(events) == shop.count("outbox")
 
 
+def test_many_that_cannot_be_recorded_do_not_delay_the_others(shop: Shop, make_processor: MakeProcessor) -> None:
+    """They are found one by one, in many transactions; meanwhile full batches of clean events are settled."""
+    for _ in range(60):
+        shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR"), attempts=LAST)
+    shop.connection.execute(UNBURIABLE["trigger that deletes"][0])
+    shop.pay_many(120)
+    processor = make_processor(batch_size=100)
+    processor._pacing.target_seconds = 0.0
+    reports = [processor.process_batch() for _ in range(4)]
+    assert sum(report.created for report in reports) == 120
+    assert shop.count("outbox") == 60, "they wait until their letters can be written"
+    assert sum(len(report.postponed) for report in reports) < 60, "which takes longer"
+
+
 def test_more_than_a_worker_may_set_aside_is_the_databases(
     shop: Shop, processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

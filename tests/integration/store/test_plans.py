@@ -88,6 +88,7 @@ def kind_of(statement: str) -> str:
         "UPDATE public.dead_letters": "close letters",
         "DELETE FROM public.outbox": "delete",
         "UPDATE public.outbox": "postpone",
+        "AS written": "read back",
         "AS pair_held": "look",
         "AS traceparent": "trace",
         "AS kind": "standing",
@@ -175,7 +176,8 @@ def add_one_of_every_kind(shop: Shop) -> None:
     shop.paid(payload={"payment_id": None}, due_in="-9 days")
 
 
-KINDS = {"fast", "claim", "lock", "insert", "mark", "bury", "close letters", "delete", "postpone", "look", "trace"}
+KINDS = {"fast", "claim", "lock", "look", "insert", "mark", "delete", "bury", "read back", "close letters"}
+KINDS |= {"postpone", "trace"}
 
 
 @pytest.mark.parametrize("analyzed", ["full", "empty", "never"])
