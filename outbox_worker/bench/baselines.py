@@ -21,6 +21,38 @@ FILL = """
     FROM paid
 """
 
+FILL_MIXED = """
+    WITH numbered AS MATERIALIZED (
+        SELECT n, gen_random_uuid() AS event_id, gen_random_uuid() AS payment_id, gen_random_uuid() AS student_id,
+               gen_random_uuid() AS course_id, n %% 100 IN (10, 40, 70) AS is_redelivered, n %% 50 = 1 AS is_second,
+               n %% 100 = 30 AS is_early, n %% 1000 = 505 AS is_poison, n %% 100 IN (20, 60, 90) AS is_refund
+        FROM generate_series(1, %s) AS n
+    ), drawn AS MATERIALIZED (
+        SELECT n, event_id, payment_id, is_redelivered, is_early, is_poison, is_refund,
+               CASE WHEN is_second AND n > 1 THEN lag(student_id) OVER by_number ELSE student_id END AS student_id,
+               CASE WHEN is_second AND n > 1 THEN lag(course_id) OVER by_number ELSE course_id END AS course_id
+        FROM numbered WINDOW by_number AS (ORDER BY n)
+    ), paid AS (
+        INSERT INTO payments (id, student_id, course_id, amount, currency, status)
+        SELECT payment_id, student_id, course_id, 49.90, 'EUR', CASE WHEN is_refund THEN 'refunded' ELSE 'succeeded' END
+        FROM drawn WHERE NOT is_early AND NOT is_poison
+    ), bought AS (
+        INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)
+        SELECT student_id, course_id, payment_id, 49.90, 'EUR' FROM drawn WHERE is_redelivered OR is_refund
+    ), marked AS (
+        INSERT INTO processed_events (event_id, event_type, outcome, payment_id)
+        SELECT event_id, 'PURCHASE_CONFIRMED', 'created', payment_id FROM drawn WHERE is_redelivered
+    )
+    INSERT INTO outbox (event_id, event_type, payload)
+    SELECT event_id, CASE WHEN is_refund THEN 'PURCHASE_REFUNDED' ELSE 'PURCHASE_CONFIRMED' END,
+           CASE WHEN is_poison THEN '[]' ELSE
+               jsonb_build_object('payment_id', payment_id, 'student_id', student_id, 'course_id', course_id,
+                                  'amount', 49.90, 'currency', 'EUR') END
+    FROM drawn ORDER BY n
+"""
+"""Of the events, 3 % are redelivered, 2 % are second payments of a pair, 1 % come before their payment, 0.1 % have a
+payload that nobody can read, and 3 % are refunds."""
+
 # what: claims up to 1,000 events, inserts their purchases and marks, and deletes the events, all without checks
 BARE = """
     WITH claimed AS MATERIALIZED (

@@ -17,7 +17,7 @@ from datetime import datetime
 import psycopg
 from psycopg import sql
 
-from outbox_worker.bench.baselines import FILL, drain_bare, drain_one_by_one
+from outbox_worker.bench.baselines import FILL, FILL_MIXED, drain_bare, drain_one_by_one
 from outbox_worker.bench.measurements import (
     commits,
     latencies,
@@ -41,6 +41,8 @@ DATABASE = "outbox_worker_bench"
 ONE_BY_ONE_SHARE = 0.04
 """The share of the events that the contestant ``one by one`` settles. The share is small, because this contestant is
 slow and would otherwise take much longer than the others."""
+MIXED = "worker, mixed load"
+"""The contestant that settles events of all kinds (``FILL_MIXED``), not only first confirmations."""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -49,6 +51,14 @@ _STRANGERS = """
     SELECT format('%%I.%%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p', 'm') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
       AND n.nspname NOT LIKE 'pg_toast%%' AND c.relname <> %s AND obj_description(c.oid, 'pg_class') IS DISTINCT FROM %s
+"""
+
+
+# what: due events that are left, and payments that are owed a purchase · lock: none · index: none, reads all payments
+_UNSETTLED = """
+    SELECT (SELECT count(*) FROM outbox WHERE attempts = 0)
+           + (SELECT count(*) FROM payments p WHERE p.status = 'succeeded' AND NOT EXISTS
+              (SELECT FROM purchases b WHERE (b.student_id, b.course_id) = (p.student_id, p.course_id) AND b.is_active))
 """
 
 
@@ -94,10 +104,15 @@ class BenchReport:
         values = [value for value in map(of, self.runs[contestant]) if value is not None]
         return statistics.median(values) if values else None
 
-    def ratio(self, contestant: str) -> float:
-        """Divide, in each round, the contestant's rate by the rate of bare SQL. Return the median of these ratios."""
-        pairs = zip(self.runs[contestant], self.runs["bare SQL"], strict=True)
-        return statistics.median(mine.rate / limit.rate for mine, limit in pairs)
+    def ratio(self, contestant: str, to: str = "bare SQL") -> float:
+        """Divide, in each round, the contestant's rate by another one's. Return the median of these ratios."""
+        pairs = zip(self.runs[contestant], self.runs[to], strict=True)
+        return statistics.median(mine.rate / other.rate for mine, other in pairs)
+
+    @property
+    def mixed_ratio(self) -> float:
+        """The worker's rate with the mixed load, divided by its rate with first confirmations only."""
+        return self.ratio(MIXED, to="worker")
 
 
 def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
@@ -116,7 +131,7 @@ def run_bench(settings: Settings, plan: Plan, say: Callable[[str], None]) -> Ben
 
 def _run(settings: Settings, plan: Plan, say: Callable[[str], None]) -> BenchReport:
     with own_database(settings, plan) as conninfo, psycopg.connect(conninfo, autocommit=True) as connection:
-        runs: dict[str, list[BenchRun]] = {"worker": [], "bare SQL": [], "one by one": []}
+        runs: dict[str, list[BenchRun]] = {"worker": [], "bare SQL": [], MIXED: [], "one by one": []}
         for turn in range(plan.rounds):
             for name in list(runs) if turn % 2 else reversed(list(runs)):
                 run = _measure(connection, conninfo, plan, name)
@@ -184,12 +199,13 @@ def _conninfo(settings: Settings) -> str:
 
 def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
     """Fill the outbox and measure how one contestant settles it. Leave out the CPU time of the worker's start."""
-    idle = _drain_by_worker(conninfo, plan)[1] if name == "worker" else 0.0
+    is_worker = name in ("worker", MIXED)
+    idle = _drain_by_worker(conninfo, plan)[1] if is_worker else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
-    fill(connection, events)
+    fill(connection, events, FILL_MIXED if name == MIXED else FILL)
     server, wal, client = server_cpu(connection), wal_bytes(connection), None
     match name:
-        case "worker":
+        case "worker" | "worker, mixed load":
             seconds, used = _drain_by_worker(conninfo, plan)
             client = max(0.0, used - idle)
         case "bare SQL":
@@ -197,8 +213,8 @@ def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: st
         case _:
             seconds = drain_one_by_one(conninfo)
     after = server_cpu(connection)
-    if connection.execute("SELECT count(*) FROM purchases").fetchone() != (events,):
-        raise NotProved(f"{name}: not every event has a purchase, so the figures would be wrong.")
+    if connection.execute(_UNSETTLED).fetchone() != (0,):
+        raise NotProved(f"{name}: not every event is settled, so the figures would be wrong.")
     return BenchRun(
         events=events,
         seconds=seconds,
@@ -208,10 +224,10 @@ def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: st
     )
 
 
-def fill(connection: psycopg.Connection, events: int) -> None:
+def fill(connection: psycopg.Connection, events: int, statement: str = FILL) -> None:
     connection.execute(f"TRUNCATE {', '.join(_TABLES)}")
     for begin in range(0, events, _CHUNK):
-        connection.execute(FILL, (min(_CHUNK, events - begin),))
+        connection.execute(statement, (min(_CHUNK, events - begin),))
     connection.execute("VACUUM ANALYZE")
     connection.execute("CHECKPOINT")
 

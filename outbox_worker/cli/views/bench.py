@@ -32,6 +32,7 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
     return {
         "plan": report.plan,
         "contestants": contestants,
+        "mixed_ratio": report.mixed_ratio,
         "statements_per_batch": report.waits_per_batch,
         "start_up_ratio": statistics.median(report.start_ups),
         "latency": latencies,
@@ -62,6 +63,7 @@ def print_bench(report: BenchReport) -> None:
         numbers=(1, 2, 3, 4, 5),
     )
     terminal.line(
+        f"\nWith the mixed load, the worker reaches {found['mixed_ratio']:.2f} of its rate with clean events."
         f"\nFor a full batch, one loop waits {found['statements_per_batch']:.1f} times for the server, COMMIT included."
         f"\nA worker needs {found['start_up_ratio']:.1f} times as long to start as to import SQLAlchemy and psycopg."
     )

@@ -30,7 +30,7 @@ def test_it_refuses_somebodys_database_and_measures_in_its_own(server: servers.S
             connection.execute(f"DROP DATABASE {DATABASE}")
         found = finish(*SMALL, "--json", url=server.url, patience=4 * PATIENCE).object
         assert connection.execute("SELECT FROM pg_database WHERE datname = %s", (DATABASE,)).fetchone() is None
-    assert found["contestants"].keys() == {"worker", "bare SQL", "one by one"}
+    assert found["contestants"].keys() == {"worker", "worker, mixed load", "bare SQL", "one by one"}
     assert found["contestants"]["bare SQL"]["ratio_to_bare"] == 1
     for each in found["contestants"].values():
         assert each["events_per_second"] > 0
