@@ -197,6 +197,7 @@ FROM public.outbox
 WHERE public.outbox.id = claimed.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true),
 clean AS MATERIALIZED
 (SELECT DISTINCT ON (payment.student_id, payment.course_id) claimed.id AS id, claimed.event_id AS event_id,
@@ -326,8 +327,10 @@ WITH claimed AS MATERIALIZED
     -1000000000::INTEGER) END AS FLOAT) AS lateness, public.outbox.due_at AS due_at
 FROM public.outbox
 WHERE public.outbox.id = any(:ids::bigint[])
-AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
-AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND public.outbox.due_at BETWEEN (SELECT min(window_firsts.due_at) AS min_1
+FROM unnest(CAST(:window_firsts::TEXT[] AS TIMESTAMP WITH TIME ZONE[])) AS window_firsts(due_at))
+AND (SELECT max(window_lasts.due_at) AS max_1
+FROM unnest(CAST(:window_lasts::TEXT[] AS TIMESTAMP WITH TIME ZONE[])) AS window_lasts(due_at))
 AND public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
 AND public.outbox.event_id IS NOT NULL
 AND public.outbox.event_type IS NOT NULL
@@ -419,6 +422,7 @@ FROM public.outbox
 WHERE public.outbox.id = claimed.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true LEFT OUTER JOIN public.payments ON public.payments.id = claimed.payment_id LEFT
     OUTER JOIN public.purchases ON public.purchases.payment_id = claimed.payment_id),
 ranked AS MATERIALIZED
@@ -475,6 +479,7 @@ FROM public.outbox
 WHERE public.outbox.id = claimed.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true LEFT OUTER JOIN public.payments ON public.payments.id = claimed.payment_id LEFT
     OUTER JOIN LATERAL (SELECT public.purchases.student_id AS student_id, public.purchases.course_id AS course_id,
     public.purchases.amount AS amount, public.purchases.currency AS currency
@@ -499,6 +504,7 @@ FROM public.outbox
 WHERE public.outbox.id = claimed.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true JOIN LATERAL (SELECT public.payments.id AS id, public.payments.student_id AS
     student_id, public.payments.course_id AS course_id, public.payments.amount AS amount, public.payments.currency AS
     currency, public.payments.status AS status
@@ -535,6 +541,7 @@ FROM public.outbox
 WHERE public.outbox.id = claimed.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true JOIN LATERAL (SELECT public.payments.id AS id, public.payments.student_id AS
     student_id, public.payments.course_id AS course_id, public.payments.amount AS amount, public.payments.currency AS
     currency, public.payments.status AS status
@@ -581,6 +588,7 @@ FROM public.outbox
 WHERE public.outbox.id = claimed.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true JOIN LATERAL (SELECT public.payments.id AS id, public.payments.student_id AS
     student_id, public.payments.course_id AS course_id, public.payments.amount AS amount, public.payments.currency AS
     currency, public.payments.status AS status
@@ -729,6 +737,7 @@ FROM public.outbox
 WHERE public.outbox.id = given.id
 AND public.outbox.due_at BETWEEN CAST(:window_first::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND CAST(:window_last::VARCHAR AS TIMESTAMP WITH TIME ZONE)
+AND coalesce(public.outbox.crashes, 0::INTEGER) >= 0
 LIMIT ALL OFFSET 0) AS event ON true
 ON CONFLICT (event_id) DO UPDATE SET event_type = excluded.event_type, payload = excluded.payload, headers =
     excluded.headers, created_at = excluded.created_at, payment_id = excluded.payment_id, attempts =

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal
 
@@ -17,12 +17,41 @@ from outbox_worker.database.failures import Failure, classify
 from outbox_worker.database.planner import index_plans
 from outbox_worker.database.statements import fetching
 from outbox_worker.errors import Again
-from outbox_worker.model import Guard, Position
+from outbox_worker.model import DueWindow, Guard, Position
 from outbox_worker.settle.pacing import Pacing
 from outbox_worker.store.doors import Doors
 from outbox_worker.store.fast_path import FastResult, Wanted
 from outbox_worker.store.guard import GuardState, GuardWatch
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
+
+
+@dataclass
+class FallenEvents:
+    """The events that fell out of several batches of a claim loop, until one careful transaction settles them.
+
+    A careful transaction needs about twenty round trips, however few events it settles.
+    """
+
+    _ids: dict[int, None] = field(default_factory=dict)
+    _windows: list[DueWindow] = field(default_factory=list)
+    _since: float = 0.0
+
+    def add(self, report: BatchReport, now: float) -> None:
+        """Add the events that fell out of a batch at the time ``now``, in monotonic seconds."""
+        if report.fell_out:
+            self._since = self._since if self._ids else now
+            self._ids |= dict.fromkeys(report.fell_out)
+            self._windows += report.windows
+
+    def must_be_settled(self, now: float, *, most: int, seconds: float) -> bool:
+        """Return whether half of ``most`` events, or at least one event since ``seconds``, wait to be settled."""
+        return bool(self._ids) and (len(self._ids) * 2 >= most or now - self._since >= seconds)
+
+    def take(self, report: BatchReport) -> BatchReport:
+        """Return a report of these events and of those that ``report`` created. Afterwards, no event waits here."""
+        ids, windows = list(self._ids), self._windows
+        self._ids, self._windows = {}, []
+        return replace(report, claimed=report.created + len(ids), fell_out=ids, windows=windows)
 
 
 class FastTransaction:
@@ -76,7 +105,7 @@ class FastTransaction:
             guard=state.guard,
             created=result.created,
             fell_out=result.fell_out,
-            window=result.window,
+            windows=[result.window],
             latencies=result.latencies,
             seconds=time.monotonic() - began,
             transaction=answer,

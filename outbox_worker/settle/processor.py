@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -22,7 +23,7 @@ from outbox_worker.database.retry import retry_transaction
 from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
 from outbox_worker.errors import Again
 from outbox_worker.model import Batch, Facts
-from outbox_worker.settle.fast import FastTransaction
+from outbox_worker.settle.fast import FallenEvents, FastTransaction
 from outbox_worker.settle.handlers import build_handlers
 from outbox_worker.settle.isolation import Isolation, LoneEvents
 from outbox_worker.settle.pacing import Pacing
@@ -60,6 +61,7 @@ class Processor:
         self._pacing = pacing
         self._on_failed_try: Callable[[], None] = _nothing
         self._lone = LoneEvents(isolation, self._outbox)
+        self._fallen = FallenEvents()
         self._fast = FastTransaction(database, doors, guard, telemetry, pacing)
         self._settlement = self._settles(policy)
 
@@ -134,9 +136,11 @@ class Processor:
         return self._made_way(batch, settled)
 
     def _process(self, until: datetime | None) -> BatchReport:
-        """Settle a batch by one statement, then carefully what fell out. After a failure, settle it all carefully.
+        """Settle a batch by one statement. After a failure, settle the batch carefully.
 
-        If many events fell out, leave some of them for the next batch, so that they do not delay clean events for long.
+        The events that fall out are collected, and settled carefully when enough of them have come together, or after
+        ``target_seconds``. If many events fell out, some of them are left for later, so that they do not delay clean
+        events for long.
         """
         if not self._fast.is_possible:
             return self._process_carefully(until)
@@ -148,6 +152,19 @@ class Processor:
             return self._process_carefully(until)
         if report.created:
             self._settlement.succeeded()
+        self._fallen.add(report, time.monotonic())
+        if report.is_full and not self._must_settle_fallen():
+            self._pacing.committed(report.claimed, report.claimed, is_full=True, seconds=report.seconds)
+            return replace(report, fell_out=())
+        return self._settle_fallen(until, report)
+
+    def _must_settle_fallen(self) -> bool:
+        most, seconds = self._pacing.careful_limit, self._pacing.target_seconds
+        return self._fallen.must_be_settled(time.monotonic(), most=most, seconds=seconds)
+
+    def _settle_fallen(self, until: datetime | None, report: BatchReport) -> BatchReport:
+        """Settle carefully the events that fell out of this batch and of earlier ones."""
+        report = self._fallen.take(report)
         if not report.fell_out:
             self._pacing.committed(report.claimed, report.settled, is_full=report.is_full, seconds=report.seconds)
         while report.fell_out:
@@ -191,7 +208,7 @@ class Processor:
                 if isolated:
                     claim = self._outbox.claim_isolated(session, isolated, until)
                 elif fast:
-                    claim = self._outbox.claim_these(session, fast.fell_out[:limit], fast.window, until)
+                    claim = self._outbox.claim_these(session, fast.fell_out[:limit], fast.windows, until)
                 else:
                     claim = self._claim(session, limit, until)
                 claimed_at = time.monotonic()
@@ -212,7 +229,7 @@ class Processor:
             claimed=len(claim.batch),
             batch=claim.batch,
             fell_out=[*left.ids, *fast.fell_out[limit:]] if fast else (),
-            window=claim.batch.window,
+            windows=[claim.batch.window],
             verdicts=settled.verdicts,
             postponed=settled.postponed,
             set_aside=settled.set_aside,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -12,9 +13,11 @@ from sqlalchemy import (
     Text,
     bindparam,
     cast,
+    func,
     literal_column,
     select,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from outbox_worker.model import Batch, DueWindow
 
@@ -30,6 +33,26 @@ def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
     return due_at.between(first, last)
 
 
+def within_any(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Build the condition that the due time lies in the range of the parameters ``window_firsts`` and ``window_lasts``.
+
+    These are the windows of several claims, in any order.
+    """
+    firsts, lasts = (_times(f"window_{end}s") for end in DueWindow._fields)
+    earliest = select(func.min(firsts.c.due_at)).scalar_subquery()
+    return due_at.between(earliest, select(func.max(lasts.c.due_at)).scalar_subquery())
+
+
+def _times(parameter: str) -> FromClause:
+    times = cast(bindparam(parameter, type_=ARRAY(Text)), ARRAY(DateTime(timezone=True)))
+    return func.unnest(times).table_valued("due_at").render_derived(name=parameter)
+
+
+def windows_of(windows: Sequence[DueWindow]) -> dict[str, list[str]]:
+    """Return the parameters of ``within_any``."""
+    return {f"window_{end}s": [getattr(window, end) for window in windows] for end in DueWindow._fields}
+
+
 def window_start() -> ColumnElement[Any]:
     """Build the earliest due time of the claimed events: the parameter ``window_first``."""
     return _end_of_window("first")
@@ -43,9 +66,11 @@ def event_of(keys: FromClause, outbox: Table) -> FromClause:
     """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``. Join the subquery ON true.
 
     OFFSET 0 forces the planner to start the join at ``keys``. Without OFFSET 0, the planner may start at the outbox if
-    the outbox was empty when ANALYZE ran.
+    the outbox was empty when ANALYZE ran. The condition on ``crashes`` always holds. Without it, the planner may read
+    all entries of the window in the index ``(due_at, id)`` for each id, because this index has all columns it needs.
     """
-    row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at))
+    always = func.coalesce(outbox.c.crashes, 0) >= literal_column("0")
+    row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at), always)
     return row.offset(literal_column("0")).lateral("event")
 
 

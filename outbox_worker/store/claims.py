@@ -31,7 +31,7 @@ from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import Batch, DueWindow, Position, Repeated
 from outbox_worker.store import payload
-from outbox_worker.store.claimed import within
+from outbox_worker.store.claimed import within_any
 
 _LONGEST_TYPE = 200
 _FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
@@ -130,7 +130,7 @@ def claim_isolated_statement(outbox: Table) -> Select[Any]:
 def claim_these_statement(outbox: Table) -> Select[Any]:
     """what: claims due events by their ids · lock: FOR UPDATE SKIP LOCKED · index: primary key or (due_at, id)"""
     these = outbox.c.id == func.any(bindparam("ids", type_=Keys("bigint")))
-    due = (these, within(outbox.c.due_at), outbox.c.due_at <= _due_by(), *complete(outbox))
+    due = (these, within_any(outbox.c.due_at), outbox.c.due_at <= _due_by(), *complete(outbox))
     found = select(*_keys(outbox)).where(*due).order_by(outbox.c.due_at, outbox.c.id)
     return _gathered(found.with_for_update(skip_locked=True))
 

@@ -49,7 +49,7 @@ from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Rea
 from outbox_worker.schema.interference import likely_cause
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
-from outbox_worker.store.claimed import event_of, window_of, within
+from outbox_worker.store.claimed import event_of, window_of, windows_of, within
 from outbox_worker.store.claims import (
     Claim,
     IsolatedEvent,
@@ -172,12 +172,14 @@ class Outbox:
         """
         return claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
 
-    def claim_these(self, session: Session, ids: Sequence[int], window: DueWindow, until: datetime | None) -> Claim:
+    def claim_these(
+        self, session: Session, ids: Sequence[int], windows: Sequence[DueWindow], until: datetime | None
+    ) -> Claim:
         """Lock those of these events that are still due and that no other transaction has locked.
 
-        ``window`` contains the due times of the events.
+        ``windows`` contain the due times of the events.
         """
-        values = {"ids": ids, "until": until, "window_first": window.first, "window_last": window.last}
+        values = {"ids": ids, "until": until, **windows_of(windows)}
         return claim_of(self._claim_these.execute(session, values).one())
 
     def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:

@@ -52,8 +52,8 @@ class BatchReport:
     """The latencies of these events, including an estimate for COMMIT."""
     fell_out: Sequence[int] = ()
     """Claimed events (``outbox.id``) that this transaction left unchanged, for a careful transaction that follows."""
-    window: DueWindow = ALWAYS
-    """The range of the due times of the claimed events."""
+    windows: Sequence[DueWindow] = (ALWAYS,)
+    """The ranges of the due times of these events."""
     batch: Batch = field(default_factory=Batch)
     """The events of the careful transaction. An event that has no verdict stays unchanged in the outbox."""
     verdicts: Verdicts = field(default_factory=dict)
@@ -94,7 +94,7 @@ class BatchReport:
             limit=self.limit,
             created=self.created + careful.created,
             latencies=self.latencies,
-            window=self.window,
+            windows=self.windows,
             verdicts=self.verdicts | careful.verdicts,
             postponed={**self.postponed, **careful.postponed},
             set_aside={**self.set_aside, **careful.set_aside},

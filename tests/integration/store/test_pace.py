@@ -236,6 +236,7 @@ def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make
     holder = connect()
     hold_pair(holder, held)
     processor = make_processor(batch_size=10)
+    processor._pacing.target_seconds = 0.0
     never_sweep(processor)
     starts = watch_starts(processor)
     for _ in range(3):
@@ -244,6 +245,28 @@ def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make
     holder.rollback()
     assert drain_all(processor)[Outcome.DUPLICATE_PAYMENT] == 1
     assert shop.outcome_of(event) == "duplicate_payment"
+
+
+def test_what_falls_out_is_collected_while_claims_are_full(shop: Shop, make_processor: MakeProcessor) -> None:
+    """A careful transaction costs twenty round trips: one for the events of several batches, and none forgotten."""
+    for _ in range(6):
+        shop.pay_many(9)
+        paid, event = shop.paid()
+        shop.mark(event, "created", paid.id)
+    processor = make_processor(batch_size=10)
+    never_sweep(processor)
+    processor._pacing.target_seconds = 60.0
+    found = [processor.process_batch().outcomes() for _ in range(7)]
+    assert [each[Outcome.RECOVERED] for each in found] == [0, 0, 0, 0, 5, 0, 1]
+    assert [each[Outcome.CREATED] for each in found] == [9, 9, 9, 9, 9, 9, 0]
+    shop.pay_many(9)
+    paid, event = shop.paid()
+    shop.mark(event, "created", paid.id)
+    shop.pay_many(30)
+    processor._pacing.target_seconds = 0.0
+    assert processor.process_batch().outcomes() == {Outcome.CREATED: 9, Outcome.RECOVERED: 1}, (
+        "nor do they wait for long"
+    )
 
 
 def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
