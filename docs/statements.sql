@@ -15,8 +15,8 @@ WITH claimed AS MATERIALIZED
     crashes, left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER) AS candidate
 FROM public.outbox
 WHERE public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
-AND (public.outbox.due_at, public.outbox.id) > (coalesce(CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
-    CAST('-infinity' AS timestamptz)), coalesce(:start_id::BIGINT, CAST(-(2^63) AS bigint)))
+AND (public.outbox.due_at, public.outbox.id) > (CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
+    :start_id::BIGINT)
 AND public.outbox.event_id IS NOT NULL
 AND public.outbox.event_type IS NOT NULL
 AND public.outbox.id != all(:set_aside::bigint[])
@@ -105,8 +105,7 @@ removed AS
 FROM public.outbox
 WHERE public.outbox.id = any(array((SELECT won.id
 FROM won)))
-AND public.outbox.due_at BETWEEN coalesce(CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE), CAST('-infinity'
-    AS timestamptz))
+AND public.outbox.due_at BETWEEN CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE)
 AND (SELECT max(claimed.due_at) AS max_1
 FROM claimed)
 RETURNING public.outbox.due_at),
@@ -142,8 +141,8 @@ WITH claimed AS MATERIALIZED
     crashes, left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER) AS candidate
 FROM public.outbox
 WHERE public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
-AND (public.outbox.due_at, public.outbox.id) > (coalesce(CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
-    CAST('-infinity' AS timestamptz)), coalesce(:start_id::BIGINT, CAST(-(2^63) AS bigint)))
+AND (public.outbox.due_at, public.outbox.id) > (CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
+    :start_id::BIGINT)
 AND public.outbox.event_id IS NOT NULL
 AND public.outbox.event_type IS NOT NULL
 AND public.outbox.id != all(:set_aside::bigint[])
@@ -357,8 +356,8 @@ WITH claimed AS MATERIALIZED
     -1000000000::INTEGER) END AS FLOAT) AS lateness, public.outbox.due_at AS due_at
 FROM public.outbox
 WHERE public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
-AND (public.outbox.due_at, public.outbox.id) > (coalesce(CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
-    CAST('-infinity' AS timestamptz)), coalesce(:start_id::BIGINT, CAST(-(2^63) AS bigint)))
+AND (public.outbox.due_at, public.outbox.id) > (CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
+    :start_id::BIGINT)
 AND public.outbox.event_id IS NOT NULL
 AND public.outbox.event_type IS NOT NULL
 ORDER BY public.outbox.due_at, public.outbox.id

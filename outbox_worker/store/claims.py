@@ -21,7 +21,6 @@ from sqlalchemy import (
     cast,
     func,
     literal,
-    literal_column,
     select,
     tuple_,
 )
@@ -34,9 +33,8 @@ from outbox_worker.store import payload
 from outbox_worker.store.claimed import within_any
 
 _LONGEST_TYPE = 200
-_FIRST_MOMENT: ColumnElement[Any] = literal_column("CAST('-infinity' AS timestamptz)")
-_FIRST_ID: ColumnElement[Any] = literal_column("CAST(-(2^63) AS bigint)")
-"""The smallest possible id. Together with ``_FIRST_MOMENT``, this id forms a position before every event."""
+_BEFORE_ALL = Position("-infinity", -(2**63))
+"""A position before every event, with the smallest possible id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +101,22 @@ def due_events(outbox: Table, columns: Sequence[ColumnElement[Any]], ours: list[
 
 
 def _is_after_start(outbox: Table) -> ColumnElement[bool]:
-    start = tuple_(start_due_at(), func.coalesce(bindparam("start_id", type_=BigInteger), _FIRST_ID))
-    return tuple_(outbox.c.due_at, outbox.c.id) > start
+    return tuple_(outbox.c.due_at, outbox.c.id) > tuple_(start_due_at(), bindparam("start_id", type_=BigInteger))
 
 
 def start_of(start: Position | None) -> dict[str, Any]:
     """Return the parameters of a position at which a claim begins; None stands for the start of the queue.
 
-    ``Int8``: psycopg sends small numbers as other types, and each type would be another statement to plan.
+    ``Int8``: psycopg sends small numbers as other types, and each type would be another statement to plan. For the same
+    reason, no value is None.
     """
-    due_at, key = start or (None, None)
-    return {"start_due_at": due_at, "start_id": None if key is None else Int8(key)}
+    due_at, key = start or _BEFORE_ALL
+    return {"start_due_at": due_at, "start_id": Int8(key)}
 
 
 def start_due_at() -> ColumnElement[Any]:
-    """Build the due time at which a claim begins: the parameter ``start_due_at``, or ``-infinity`` if it is NULL."""
-    return func.coalesce(cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True)), _FIRST_MOMENT)
+    """Build the due time at which a claim begins: the parameter ``start_due_at``."""
+    return cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True))
 
 
 def claim_isolated_statement(outbox: Table) -> Select[Any]:
