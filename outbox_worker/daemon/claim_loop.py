@@ -90,14 +90,16 @@ class ClaimLoop:
         progress = time.monotonic()
         while not self._pulse.is_set():
             report = self.run_once(until, patience=deadline)
-            if report is not None and report.settled:
+            has_settled = report is not None and report.settled > 0
+            if has_settled:
                 progress = time.monotonic()
-            elif wait_out_outage(partial(is_empty, until), self._pulse, self._meet_trouble, deadline):
+            if report is not None and _may_be_more(report):
+                continue
+            if wait_out_outage(partial(is_empty, until), self._pulse, self._meet_trouble, deadline):
                 return True
-            elif time.monotonic() - progress > deadline:
+            if time.monotonic() - progress > deadline:
                 return False
-            if report is not None and not _may_be_more(report):
-                self._sleep(self._next_pause(self._settings.poll_max_seconds, is_busy=report.settled > 0))
+            self._sleep(self._next_pause(self._settings.poll_max_seconds, is_busy=has_settled))
         return True
 
     def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
