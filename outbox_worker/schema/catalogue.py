@@ -5,7 +5,7 @@ Also finds out which of the tables the worker's migrations created.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -135,23 +135,40 @@ class ActualColumn:
     base_type: str
     """The type on which the domain of the column is based, or ``type_name`` if the type is no domain."""
     may_be_null: bool
+    computed: str | None
+    """How PostgreSQL computes the column: ``stored``, ``virtual`` or ``identity``; None if it takes what is written."""
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
     return kind_of_relation(session, table) is not None
 
 
-def _read_once(session: Session | Connection, key: str, read: Callable[[], _Found]) -> _Found:
+def _read_once(session: Session | Connection, fact: str, name: str, read: Callable[[], _Found]) -> _Found:
     """Return the result of ``read``. Call ``read`` only once for each session, because many checks need the same facts.
 
     With a ``Connection``, call ``read`` each time, so that a migration sees what it has just changed.
     """
     if not isinstance(session, Session):
         return read()
-    if key not in session.info:
-        session.info[key] = read()
-    found: _Found = session.info[key]
+    if (fact, name) not in session.info:
+        session.info[fact, name] = read()
+    found: _Found = session.info[fact, name]
     return found
+
+
+_KIND_OF, _COLUMNS_OF = "kind", "columns"
+"""The facts about a relation that a session remembers."""
+
+
+def read_ahead(session: Session, tables: Iterable[Table]) -> None:
+    """Read the kinds and columns of these tables with one statement each, so that the checks need none of their own."""
+    names = [relation_name(table) for table in tables]
+    for fact, found in ((_KIND_OF, _kinds(session, names)), (_COLUMNS_OF, _columns(session, names))):
+        session.info.update({(fact, name): value for name, value in found.items()})
+
+
+def _kinds(session: Session | Connection, names: Sequence[str]) -> dict[str, str | None]:
+    return {row.name: row.kind for row in session.execute(_KINDS, {"names": names})}
 
 
 # what: whether a table has the comment of our migrations; whether this role can read the list of our tables
@@ -204,8 +221,14 @@ def _ownership_seen(session: Session | Connection, table: Table, listed: Table) 
     return session.execute(_OWNED, asked).one()
 
 
-# what: the kind of a relation: a table, a partitioned table, a view, … · lock: none · index: the catalogue's indexes
-_KIND = text("SELECT CAST(relkind AS text) FROM pg_class WHERE oid = to_regclass(:relation)")
+# what: the kind of each relation: a table, a partitioned table, a view, … · lock: none
+# index: the catalogue's indexes
+_KINDS = text(
+    """
+    SELECT given.name, CAST(c.relkind AS text) AS kind
+    FROM unnest(CAST(:names AS text[])) AS given (name) LEFT JOIN pg_class c ON c.oid = to_regclass(given.name)
+    """
+)
 
 # what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's indexes
 _OWNER = text(
@@ -217,12 +240,7 @@ _OWNER = text(
 def kind_of_relation(session: Session | Connection, table: Table) -> str | None:
     """Return the letter in ``pg_class.relkind``, or None if the table does not exist."""
     name = relation_name(table)
-
-    def read() -> str | None:
-        kind: str | None = session.scalar(_KIND, {"relation": name})
-        return kind
-
-    return _read_once(session, f"kind of {name}", read)
+    return _read_once(session, _KIND_OF, name, lambda: _kinds(session, [name])[name])
 
 
 def is_partitioned(session: Session | Connection, table: Table) -> bool:
@@ -241,12 +259,12 @@ def role_name(session: Session) -> str:
     return role
 
 
-# what: the columns of a table. The limit of an enum is the length of its longest label. The type modifier of numeric
+# what: the columns of each table. The limit of an enum is the length of its longest label. The type modifier of numeric
 # contains precision and scale.
 # lock: none · index: the catalogue's indexes
 _COLUMNS = text(
     """
-    SELECT a.attname, t.typname AS type_name, t.typtype = 'e' AS is_enum,
+    SELECT given.name, a.attname, t.typname AS type_name, t.typtype = 'e' AS is_enum,
            a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS must_be_written,
            format_type(a.atttypid, a.atttypmod) AS written_type, t.typcategory = 'S' AS is_string,
            CASE WHEN t.typtype = 'e' THEN (SELECT max(length(enumlabel)) FROM pg_enum WHERE enumtypid = t.oid)
@@ -267,19 +285,26 @@ _COLUMNS = text(
                                   SELECT b.typname, b.typtype, b.typbasetype
                                   FROM up JOIN pg_type b ON b.oid = up.typbasetype)
             SELECT CAST(typname AS text) FROM up WHERE typtype <> 'd') AS base_type,
-           NOT (a.attnotnull OR t.typnotnull) AS may_be_null
-    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-    WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped
+           NOT (a.attnotnull OR t.typnotnull) AS may_be_null,
+           CASE WHEN a.attgenerated = 's' THEN 'stored' WHEN a.attgenerated <> '' THEN 'virtual'
+                WHEN a.attidentity = 'a' THEN 'identity' END AS computed
+    FROM unnest(CAST(:names AS text[])) AS given (name)
+    JOIN pg_attribute a ON a.attrelid = to_regclass(given.name) JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attnum
     """
 )
 
 
 def actual_columns(session: Session | Connection, name: str) -> dict[str, ActualColumn]:
-    def read() -> dict[str, ActualColumn]:
-        return {row[0]: ActualColumn(*row[1:]) for row in session.execute(_COLUMNS, {"name": name})}
+    return _read_once(session, _COLUMNS_OF, name, lambda: _columns(session, [name])[name])
 
-    return _read_once(session, f"columns of {name}", read)
+
+def _columns(session: Session | Connection, names: Sequence[str]) -> dict[str, dict[str, ActualColumn]]:
+    found: dict[str, dict[str, ActualColumn]] = {name: {} for name in names}
+    for name, column, *properties in session.execute(_COLUMNS, {"names": names}):
+        found[name][column] = ActualColumn(*properties)
+    return found
 
 
 def has_limited_amounts(session: Session | Connection, purchases: Table) -> bool:

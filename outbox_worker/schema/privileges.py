@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
@@ -117,17 +118,21 @@ def kind_for(privileges: Privileges) -> RoleKind:
     return RoleKind.READER if only_reads else RoleKind.OPERATOR
 
 
-# what: whether this role has a privilege on the table or on all named columns. If no column is named, any column is
-# enough. DELETE exists only for whole tables · lock: none · index: the catalogue's indexes
+# what: whether this role has each privilege on its table or on all its named columns, in the order given. If no column
+# is named, any column is enough. DELETE exists only for whole tables · lock: none · index: the catalogue's indexes
 _ALLOWED = text(
     """
     SELECT CASE
-        WHEN has_table_privilege(to_regclass(:name), :privilege) THEN true
-        WHEN :privilege = 'DELETE' THEN false
-        WHEN cardinality(CAST(:columns AS text[])) = 0 THEN has_any_column_privilege(to_regclass(:name), :privilege)
-        ELSE (SELECT bool_and(has_column_privilege(attrelid, attnum, :privilege)) FROM pg_attribute
-              WHERE attrelid = to_regclass(:name) AND attname = ANY(CAST(:columns AS text[])))
+        WHEN has_table_privilege(relation, privilege) THEN true
+        WHEN privilege = 'DELETE' THEN false
+        WHEN cardinality(columns) = 0 THEN has_any_column_privilege(relation, privilege)
+        ELSE (SELECT bool_and(has_column_privilege(attrelid, attnum, privilege)) FROM pg_attribute
+              WHERE attrelid = relation AND attname = ANY(columns))
     END
+    FROM (SELECT CAST(to_regclass(name) AS oid) AS relation, privilege, columns, position
+          FROM ROWS FROM (jsonb_to_recordset(CAST(:asked AS jsonb)) AS (name text, privilege text, columns text[]))
+               WITH ORDINALITY AS given (name, privilege, columns, position)) AS asked
+    ORDER BY position
     """
 )
 
@@ -154,18 +159,27 @@ def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
 
 def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> bool:
     """Return whether the role has the privilege. Ignore missing columns, because another check reports them."""
-    columns = [table.c[key].name for key in keys]
-    asked = {"name": relation_name(table), "privilege": privilege, "columns": columns}
-    return session.scalar(_ALLOWED, asked) is not False
+    return _allowed(session, [(table, privilege, keys)]) == [True]
+
+
+def _allowed(session: Session, asked: Sequence[tuple[Table, str, Sequence[str]]]) -> list[bool]:
+    """Return, for each privilege on the columns of these keys, whether the role has it."""
+    rows = [
+        {"name": relation_name(table), "privilege": privilege, "columns": [table.c[key].name for key in keys]}
+        for table, privilege, keys in asked
+    ]
+    return [found is not False for found in session.scalars(_ALLOWED, {"asked": json.dumps(rows)})]
 
 
 def lacking(session: Session, present: Mapping[str, Table], privileges: Privileges) -> dict[str, list[str]]:
     """Return, by table, the needed privileges that the current role lacks. ``present`` contains the existing tables."""
-    found = {
-        role: [each for each, keys in privileges.get(role, {}).items() if not may(session, table, each, keys)]
-        for role, table in present.items()
-    }
-    return {role: missing for role, missing in found.items() if missing}
+    needed = [(role, each, keys) for role in present for each, keys in privileges.get(role, {}).items()]
+    allowed = _allowed(session, [(present[role], each, keys) for role, each, keys in needed])
+    missing: dict[str, list[str]] = {}
+    for (role, each, _), is_allowed in zip(needed, allowed, strict=True):
+        if not is_allowed:
+            missing.setdefault(role, []).append(each)
+    return missing
 
 
 def kind_of_role(session: Session, present: Mapping[str, Table]) -> RoleKind | None:

@@ -18,7 +18,15 @@ from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import DateTime, TypeEngine
 
 from outbox_worker.errors import SchemaError
-from outbox_worker.schema.catalogue import ActualColumn, actual_columns, exists, is_owned, is_unique, role_name
+from outbox_worker.schema.catalogue import (
+    ActualColumn,
+    actual_columns,
+    exists,
+    is_owned,
+    is_unique,
+    read_ahead,
+    role_name,
+)
 from outbox_worker.schema.ids import INTEGERS, TEXTS, read_ids
 from outbox_worker.schema.partitions import can_be_unique
 from outbox_worker.schema.privileges import (
@@ -113,6 +121,7 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
     by_role = {role: table for role, table in tables.by_role().items() if role in privileges}
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}
+    read_ahead(session, seen.values())
     present = {role: table for role, table in seen.items() if exists(session, table)}
     return [
         *_closed_problems(session, closed),

@@ -1,8 +1,9 @@
 """Processes without the long start: a server that has imported the libraries forks one for each command.
 
-``python -m outbox_worker`` spends most of its start, a second of CPU, on importing SQLAlchemy, psycopg and others. The
-server imports these once per run of the tests, and nothing of ours: each process imports that anew. What it forks is a
-real process with a pid, an environment, streams, signals and an exit code of its own.
+``python -m outbox_worker`` spends most of its start, a second of CPU, on imports. The server imports the libraries and
+our packages below the command line once per run of the tests. Each process imports the command line itself, because
+that looks at the environment, the streams and the signals. What the server forks is a real process with a pid, an
+environment, streams, signals and an exit code of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +42,18 @@ LIBRARIES = (
     "tenacity",
     "typer",
     "uvicorn",
+)
+OURS = (
+    "outbox_worker.daemon.healthcheck",
+    "outbox_worker.daemon.http",
+    "outbox_worker.daemon.worker",
+    "outbox_worker.diagnose.doctor.report",
+    "outbox_worker.diagnose.explanation",
+    "outbox_worker.diagnose.status",
+    "outbox_worker.reconcile.audit",
+    "outbox_worker.reconcile.backfill",
+    "outbox_worker.reconcile.duplicates",
+    "outbox_worker.schema.migrate",
 )
 _LENGTH = struct.Struct("!I")
 _FDS = 4
@@ -124,7 +137,7 @@ class ForkServer:
 
 def serve(line: socket.socket) -> dict[str, Any] | None:
     """Fork a process for each request. Returns the request in each of these, and None in the server at its end."""
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *OURS):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
