@@ -83,6 +83,20 @@ class RetryPolicy:
         return attempts + 1 >= self.max_attempts
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of one call to the worker's path: the tries of an event, and the size and the time of a batch."""
+
+    policy: RetryPolicy
+    batch_size: int
+    target_seconds: float
+    """The longest time that a batch should take.
+
+    There is a limit because a producer may insert the id of a claimed event again. The producer must then wait until
+    the batch is committed.
+    """
+
+
 class Death(Enum):
     """Whether another worker died, and whether the event that it processed is the cause."""
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from outbox_worker import money
@@ -19,6 +19,8 @@ PURCHASE_BACKFILLED = "PURCHASE_BACKFILLED"
 """The ``event_type`` of a mark that a backfill writes for a payment that has no event."""
 
 PURCHASE_REFUNDED = "PURCHASE_REFUNDED"
+
+_Item = TypeVar("_Item")
 
 
 class Outcome(StrEnum):
@@ -202,6 +204,11 @@ class Batch(Mapping[int, Event]):
         """Return the events with these keys, in the order of ``keys``."""
         return self._take([self._positions[key] for key in keys])
 
+    def halves(self) -> tuple[Batch, Batch]:
+        """Return both halves, in the order of the claim. If there is only one event, the first half is empty."""
+        first, second = halves(list(self))
+        return self.only(first), self.only(second)
+
     def among(self, keys: Collection[int]) -> Batch:
         """Return the events with these keys, in the order of the claim."""
         return self if len(keys) == len(self) else self.without(set(self.ids).difference(keys))
@@ -287,6 +294,12 @@ class Verdict:
 
 Verdicts = dict[int, Verdict]
 """Verdicts by ``outbox.id``. A claimed event that has no verdict stays unchanged in the outbox."""
+
+
+def halves(items: Sequence[_Item]) -> tuple[Sequence[_Item], Sequence[_Item]]:
+    """Return both halves of a sequence. If it has only one item, the first half is empty."""
+    middle = len(items) // 2
+    return items[:middle], items[middle:]
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:

@@ -36,7 +36,7 @@ from pydantic_settings import (
 )
 
 from outbox_worker.address import EMBEDDED, Listen, expect_server_url, expect_usable, libpq_url, parse_listen
-from outbox_worker.decision import RetryPolicy
+from outbox_worker.decision import Limits, RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
 from outbox_worker.model import COLUMNS
 
@@ -325,6 +325,10 @@ class Settings(BaseSettings):
             base=timedelta(seconds=self.retry_base_seconds),
             maximum=timedelta(seconds=self.retry_max_seconds),
         )
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.retry_policy, self.batch_size, self.batch_target_ms / 1000)
 
     @property
     def embedded_directory(self) -> Path | None:

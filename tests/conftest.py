@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import os
 import shutil
@@ -26,7 +27,7 @@ import pytest
 from loguru import logger
 
 from outbox_worker.database.engine import Database
-from outbox_worker.decision import RetryPolicy
+from outbox_worker.decision import Limits, RetryPolicy
 from outbox_worker.embedded import server as embedded
 from outbox_worker.errors import OutboxWorkerError
 from outbox_worker.model import Outcome
@@ -62,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(str(error)) from None
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for all that a shell starts in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.set_threshold(200_000, 20, 100)  # the engines and statements of each test are many objects; a tenth of the time
     for name in [name for name in os.environ if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_")]:
         del os.environ[name]
 
@@ -237,7 +239,8 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
             watch.probe(session)
         doors = Doors._make(map(copy.copy, _doors(found, None if unknown_types == "bury" else HANDLED_TYPES)))
         isolation = isolation or Isolation(used, Workers(found, uuid4()))
-        made = ProbedProcessor(used, doors, watch, telemetry, policy, Pacing(batch_size, 60), isolation)
+        pacing = Pacing(Limits(policy, batch_size, 60))
+        made = ProbedProcessor(used, doors, watch, telemetry, pacing, isolation, lambda: None)
         made.database, made.telemetry, made.watch, made.isolation = used, telemetry, watch, isolation
         made.path, made.outbox, made.repository = doors
         made.note_verdicts()

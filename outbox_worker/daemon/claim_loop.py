@@ -32,7 +32,8 @@ about 15 seconds.
 class ClaimLoop:
     """Claims (locks) and settles events on one connection until the flag ``pulse`` is set.
 
-    Each step settles one batch. The pulse records the end of each step, each failed try and each part of a sleep.
+    Each step settles one batch. The pulse records the end of each step, each failed try and each part of a sleep. Any
+    thread may replace ``settings``; the next step uses their limits.
     """
 
     def __init__(
@@ -45,30 +46,20 @@ class ClaimLoop:
         bell: Bell,
     ) -> None:
         self._processor = processor
-        self._settings = settings
+        self.settings = settings
         self._pulse = pulse
         self._on_trouble = on_trouble
         self._may_claim = may_claim
         self._bell = bell
         self._pause = 0.0
-        self._adopted = settings
-        processor.tell_of_tries(pulse.beat)
-
-    def adopt(self, settings: Settings) -> None:
-        """Use the limits in ``settings`` from the next step on. Any thread may call this method."""
-        self._settings = settings
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
         """Settle one batch. If the database fails, try again for ``patience`` seconds; None means without a limit.
 
         Return None if the flag ``pulse`` was set before a batch was settled.
         """
-        if (settings := self._settings) is not self._adopted:
-            self._processor.adopt(settings.retry_policy, settings.batch_size, settings.batch_target_ms / 1000)
-            self._adopted = settings
-        report = wait_out_outage(
-            partial(self._processor.process_batch, until), self._pulse, self._meet_trouble, patience
-        )
+        settle = partial(self._processor.process_batch, until, self.settings.limits)
+        report = wait_out_outage(settle, self._pulse, self._meet_trouble, patience)
         if report is not None:
             self._pulse.succeeded()
         return report
@@ -86,7 +77,7 @@ class ClaimLoop:
     def drain(self, until: datetime, is_empty: Callable[[datetime], bool]) -> bool:
         """Settle all events due by ``until``. Return False if other transactions kept due rows locked for too long."""
         self._pulse.rest(self._may_claim, JUDGED_WITHIN_SECONDS)
-        deadline = self._settings.database_deadline_seconds
+        deadline = self.settings.database_deadline_seconds
         progress = time.monotonic()
         while not self._pulse.is_set():
             report = self.run_once(until, patience=deadline)
@@ -99,7 +90,7 @@ class ClaimLoop:
                 return True
             if time.monotonic() - progress > deadline:
                 return False
-            self._sleep(self._next_pause(self._settings.poll_max_seconds, is_busy=has_settled))
+            self._sleep(self._next_pause(self.settings.poll_max_seconds, is_busy=has_settled))
         return True
 
     def _meet_trouble(self, error: BaseException, pause_seconds: float) -> None:
@@ -113,7 +104,7 @@ class ClaimLoop:
         event is left. Also look after each pause. ``is_busy`` tells whether the last claim settled events. While
         notifications arrive and no event is due, pauses may be longer than ``poll_max_seconds``.
         """
-        longest, until_due, is_rung = self._settings.poll_max_seconds, math.inf, False
+        longest, until_due, is_rung = self.settings.poll_max_seconds, math.inf, False
         while until_due > 0 and not self._pulse.is_set():
             is_rung = self._sleep(min(self._next_pause(longest, is_busy=is_busy), until_due))
             if is_rung and not self._bell.restraint_seconds:
@@ -124,7 +115,7 @@ class ClaimLoop:
             self._pulse.is_idle = until_due > 0
             if is_rung and until_due > 0:
                 self._bell.looked(in_vain=True)
-            longest = max(longest, HEARD_SECONDS) if self._bell.is_heard else self._settings.poll_max_seconds
+            longest = max(longest, HEARD_SECONDS) if self._bell.is_heard else self.settings.poll_max_seconds
         self._pulse.is_idle = False
         return is_rung
 
@@ -133,7 +124,7 @@ class ClaimLoop:
 
         Each pause is shortened by a random part, so that workers do not all claim at the same moment.
         """
-        shortest = self._settings.poll_min_seconds
+        shortest = self.settings.poll_min_seconds
         self._pause = next_pause(0.0 if is_busy else self._pause, minimum=shortest, maximum=longest)
         return self._pause * random.uniform(0.75, 1)  # noqa: S311 - spreads load; not a secret
 

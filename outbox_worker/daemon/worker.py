@@ -180,19 +180,19 @@ class Worker:
     def _make_loops(self, start: Start, chores: Chores) -> list[ClaimLoop]:
         frontier, shared = Frontier(), (chores.meet_trouble, self._heartbeats.may_claim, self._bell)
         return [
-            ClaimLoop(self._processor(start, frontier), self._settings, pulse, *shared)
+            ClaimLoop(self._processor(start, frontier, pulse), self._settings, pulse, *shared)
             for pulse in self._supervision.pulses(self._settings.concurrency, self._stop)
         ]
 
-    def _processor(self, start: Start, frontier: Frontier) -> Processor:
+    def _processor(self, start: Start, frontier: Frontier, pulse: Pulse) -> Processor:
         return Processor(
             self._database,
             start.doors,
             self._guard,
             self.telemetry,
-            self._settings.retry_policy,
-            Pacing(self._settings.batch_size, self._settings.batch_target_ms / 1000, frontier, self._workers.set_aside),
+            Pacing(self._settings.limits, frontier, self._workers.set_aside),
             self._isolation,
+            pulse.beat,
         )
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
@@ -261,7 +261,7 @@ class Worker:
         if found.log_level != before.log_level:
             configure_logging(found.log_level, before.log_format)
         for loop in self._loops:
-            loop.adopt(self._settings)
+            loop.settings = self._settings
         self.telemetry.reloaded(
             [name for name in changed if name in RELOADABLE], [name for name in changed if name not in RELOADABLE]
         )

@@ -51,6 +51,8 @@ class Failure(StrEnum):
 NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
 """The classes of failure that no event can cause."""
 
+QUERY_CANCELED = "57014"
+"""The SQLSTATE if a statement took longer than ``statement_timeout``, or if somebody cancelled it."""
 UNIQUE_VIOLATION = "23505"
 """The SQLSTATE of a unique violation.
 

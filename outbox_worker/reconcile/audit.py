@@ -12,9 +12,9 @@ from sqlalchemy import Select, func, literal, select
 from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import sqlstate
+from outbox_worker.database.failures import QUERY_CANCELED, sqlstate
 from outbox_worker.model import FoundPayment, UnjudgedPayment
-from outbox_worker.reconcile.scan import QUERY_CANCELED, PaymentScan, ScanPaths, ScanRange, Throttle
+from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
 from outbox_worker.schema.privileges import EXPLAINING
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables

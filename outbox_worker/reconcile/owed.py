@@ -40,6 +40,7 @@ from outbox_worker.model import (
     Repeated,
     Verdict,
     Verdicts,
+    halves,
 )
 from outbox_worker.reconcile.scan import plans
 from outbox_worker.schema.tables import Tables
@@ -224,8 +225,7 @@ class OwedPurchases:
             self._guard.fall_back()
             return [part]
         if len(part) > 1:
-            middle = len(part) // 2
-            return [part[middle:], part[:middle]]
+            return halves(part)[::-1]
         if sqlstate(error) == UNIQUE_VIOLATION and part[0].payment_id not in tried:
             tried.add(part[0].payment_id)
             return [part]  # another transaction inserted a purchase first, so check this payment again

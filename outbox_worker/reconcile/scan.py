@@ -24,9 +24,9 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import ArrayText
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import sqlstate
+from outbox_worker.database.failures import QUERY_CANCELED, sqlstate
 from outbox_worker.database.statements import Statement
-from outbox_worker.model import FoundPayment, PaymentTotals, UnjudgedPayment
+from outbox_worker.model import FoundPayment, PaymentTotals, UnjudgedPayment, halves
 from outbox_worker.money import add
 from outbox_worker.schema.catalogue import has_index_paths
 from outbox_worker.schema.tables import Tables, relation_name
@@ -74,7 +74,6 @@ _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
 """Planner settings that give PostgreSQL memory for a hash table of all purchases. PostgreSQL builds this table if no
 indexes find purchases by payment and by pair."""
 
-QUERY_CANCELED = "57014"
 
 _CLASSES = {each.value: each for each in PaymentClass}
 
@@ -250,7 +249,8 @@ class PaymentScan:
             try:
                 rows = self._execute(statement, values | {"limit": size})
             except DBAPIError as error:
-                self._size = _half(size, error)
+                _raise_unless_too_slow(error, size)
+                self._size = size // 2
                 continue
             self.totals.passed += rows[0].passed
             self._size = _fitting(size, self._limits.target_seconds / self._seconds, self._limits.page_max)
@@ -271,8 +271,8 @@ class PaymentScan:
             try:
                 self._execute(self._again, {"ids": part, "lists": lists})
             except DBAPIError as error:
-                middle = _half(len(part), error)
-                parts += [part[middle:], part[:middle]]
+                _raise_unless_too_slow(error, len(part))
+                parts += reversed(halves(part))
                 continue
             if not throttle(self.totals.passed, self._seconds):
                 return False
@@ -315,14 +315,10 @@ def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
     return ("created_at", "id") if session.scalar(_LEADS_AN_INDEX, asked) else ("id",)
 
 
-def _half(size: int, error: DBAPIError) -> int:
-    """Return half the size if the statement was cancelled because it took too long.
-
-    Raise ``error`` if it has another cause, or if ``size`` is already ``LEAST``.
-    """
+def _raise_unless_too_slow(error: DBAPIError, size: int) -> None:
+    """Raise ``error`` unless it means that the statement took too long, and ``size`` is greater than ``LEAST``."""
     if sqlstate(error) != QUERY_CANCELED or size <= LEAST:
         raise error
-    return size // 2
 
 
 def _fitting(size: int, ratio: float, most: int) -> int:

@@ -16,7 +16,6 @@ from outbox_worker.settle.escalation import (
     Concessions,
     PartRefused,
     Step,
-    halves,
     next_concessions,
 )
 from outbox_worker.settle.handlers import AttemptPlan
@@ -77,7 +76,7 @@ class Bisection:
         """Halve a part that failed. Try a single event again with fewer writes, or note that the event was refused."""
         error = refusal.error
         if len(part) > 1:
-            self.parts += reversed(halves(part))
+            self.parts += reversed(part.halves())
             return
         (key,) = part
         if sqlstate(error) == UNIQUE_VIOLATION and key not in self._looked_again:

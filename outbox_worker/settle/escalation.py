@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
-from outbox_worker.model import Batch
-
 
 class Step(Enum):
     """The step of an attempt at which the database refused a part."""
@@ -62,13 +60,6 @@ class TrialPassed(Exception):
 
     The success proves that the database refuses only the deletion of the event's row.
     """
-
-
-def halves(batch: Batch) -> list[Batch]:
-    """Return both halves of a batch. If the batch has only one event, the first half is empty."""
-    keys = list(batch)
-    middle = len(keys) // 2
-    return [batch.only(keys[:middle]), batch.only(keys[middle:])]
 
 
 def next_concessions(step: Step, made: Concessions, *, is_refund: bool) -> Concessions | None:

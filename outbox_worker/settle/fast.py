@@ -135,8 +135,8 @@ class FastTransaction:
         result = self._run(transaction, wanted, start) if start is not None else FastResult()
         if not result.claimed:
             start, began = None, time.monotonic()
-            result = self._run(transaction, wanted, start)
-            self._pacing.claimed_from_start(began, time.monotonic())
+            result = self._run(transaction, wanted, self._pacing.frontier.start)
+            self._pacing.claimed_from_start(began, time.monotonic(), has_found=result.claimed > 0)
         self._pacing.claimed(start, result.end, is_full=result.claimed >= limit)
         return result
 

@@ -5,9 +5,12 @@ This module does no I/O. This module does not read the clock either, because the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
+from outbox_worker.decision import Limits
 from outbox_worker.model import Position
 from outbox_worker.store.set_aside import SetAside
 
@@ -26,6 +29,13 @@ FEW_IN_DOUBT = 15
 
 A larger batch could need more than ``MAX_SAVEPOINTS`` savepoints, because each halving takes two of them.
 """
+LONG_CLAIM_SECONDS = 1.0
+"""If a claim from the start finds no event for longer than this, the next one does not look further back in time."""
+REACH_FIRST = 24 * 60 * 60.0
+REACH_LEAST = 60.0
+"""How far back, in seconds, a claim from the start looks at first and at least, after such a claim took too long."""
+REACH_CUT = 8
+"""By how much the reach shrinks each time. With four times, it shrinks from a day to less than a minute."""
 START_SHARE = 0.05
 """The largest share of its time that a claim loop spends on claims from the start of the queue.
 
@@ -47,6 +57,14 @@ class Frontier:
     """The position where the last claim ended. If None, the next claim begins at the start of the queue."""
     start_due: float = 0.0
     """The time from which the next claim begins at the start of the queue."""
+    reach: float = math.inf
+    """How far back, in seconds, a claim from the start looks.
+
+    While a transaction stays open for hours, no claim can read all index entries of deleted rows within the time limit
+    of a statement. Claims then look at the newest part of the queue only, so that the queue does not stand still.
+    """
+    start: Position | None = None
+    """The position where a claim from the start begins, which follows from ``reach``. None is the oldest event."""
     turn: int = 0
     """The number of calls of ``go_back``. If this number changes during a claim, the claim does not set ``mark``."""
 
@@ -55,17 +73,18 @@ class Frontier:
         self.mark = None
         self.turn += 1
 
+    def look_back(self, reach: float, today: datetime) -> None:
+        """Let claims from the start look ``reach`` seconds back. ``today`` is the time by the database's clock."""
+        self.reach = reach
+        is_far = reach > REACH_FIRST
+        self.start = None if is_far else Position((today - timedelta(seconds=reach)).isoformat(), 0)
+
 
 @dataclass
 class Pacing:
-    """The state of one claim loop between two batches.
+    """The state of one claim loop between two batches."""
 
-    ``target_seconds`` is the longest time that a batch should take. There is a limit because a producer may
-    insert the id of a claimed event again. The producer must then wait until the batch is committed.
-    """
-
-    batch_size: int
-    target_seconds: float
+    limits: Limits
     frontier: Frontier = field(default_factory=Frontier)
     set_aside: SetAside = field(default_factory=SetAside)
     """The events that no claim takes. All claim loops of one process share this object."""
@@ -83,6 +102,8 @@ class Pacing:
     """Whether no failure is being looked into. Otherwise the next transaction is a careful one."""
     breaks_alone: bool = field(default=False, init=False)
     """Whether the connection broke while an event was settled that had been claimed alone."""
+    may_reach_further: bool = field(default=False, init=False)
+    """Whether the next claim from the start may look further back than the last one."""
     _passes_without_success: int = field(default=0, init=False)
     _turn: int = field(default=0, init=False)
     _ran_out: bool = field(default=False, init=False)
@@ -92,17 +113,17 @@ class Pacing:
     _chosen_before: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.limit = self.careful_limit = self.batch_size
+        self.limit = self.careful_limit = self.limits.batch_size
 
     @property
     def is_stuck(self) -> bool:
         """Whether the first events must be postponed, because ``STUCK_PASSES_MAX`` full claims settled no event."""
         return self._passes_without_success >= STUCK_PASSES_MAX
 
-    def adopt(self, batch_size: int, target_seconds: float) -> None:
-        """Use new limits from the next claim on. If the new size is larger, batches grow to it step by step."""
-        self.batch_size, self.target_seconds = batch_size, target_seconds
-        self._shrink(batch_size)
+    def use(self, limits: Limits) -> None:
+        """Use these limits from the next claim on. If the size is larger than before, batches grow to it in steps."""
+        self.limits = limits
+        self._shrink(limits.batch_size)
 
     def start(self, now: float) -> Position | None:
         """Return the position after which the next claim begins, or None for the start.
@@ -124,12 +145,24 @@ class Pacing:
         if end is not None and not is_short_from_start and self._turn == self.frontier.turn:
             self.frontier.mark = end
 
-    def claimed_from_start(self, began: float, now: float) -> None:
+    def claimed_from_start(self, began: float, now: float, *, has_found: bool) -> None:
         """Delay the next claim from the start so that such claims use at most ``START_SHARE`` of the time.
 
-        The last claim from the start took from ``began`` to ``now``.
+        The last claim from the start took from ``began`` to ``now``. ``has_found`` tells whether it found an event.
         """
         self.frontier.start_due = now + (now - began) * (1 / START_SHARE - 1)
+        is_limited = self.frontier.start is not None
+        self.may_reach_further = is_limited and (has_found or now - began < LONG_CLAIM_SECONDS)
+
+    def reach_less(self, today: datetime) -> None:
+        """Let claims from the start look less far back, because such a claim took longer than a statement may take."""
+        reach = min(self.frontier.reach / REACH_CUT, REACH_FIRST)
+        self.frontier.look_back(max(reach, REACH_LEAST), today)
+
+    def reach_further(self, today: datetime) -> None:
+        """Let claims from the start look twice as far back."""
+        self.may_reach_further = False
+        self.frontier.look_back(self.frontier.reach * 2, today)
 
     def choose(self, kinds: Sequence[str]) -> str:
         """Choose the event type to settle now: the first of ``kinds`` that was not chosen for the last batch.
@@ -219,12 +252,12 @@ class Pacing:
         self._chosen, self._chosen_before = None, self._chosen
 
     def _grown(self, claimed: int, seconds: float) -> int:
-        """Double the limit, but not beyond ``batch_size`` or the number of events that fit into ``target_seconds``.
+        """Double the limit, but not beyond the batch size or the number of events that fit into the target time.
 
         A slow database does not reduce the limit below ``FEWEST``.
         """
-        grown = min(self.batch_size, self.limit * 2)
+        grown = min(self.limits.batch_size, self.limit * 2)
         if not claimed or seconds <= 0:
             return grown
-        affordable = int(claimed * self.target_seconds / seconds)
+        affordable = int(claimed * self.limits.target_seconds / seconds)
         return min(grown, max(affordable, min(self.limit, FEWEST)))

@@ -13,14 +13,15 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
+import psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import Database
-from outbox_worker.database.failures import Failure, classify
+from outbox_worker.database.failures import QUERY_CANCELED, Failure, classify, sqlstate
 from outbox_worker.database.planner import index_plans
 from outbox_worker.database.retry import retry_transaction
-from outbox_worker.decision import CRASHES_MAX, RetryPolicy, decide
+from outbox_worker.decision import CRASHES_MAX, Limits, decide
 from outbox_worker.errors import Again
 from outbox_worker.model import Batch, Facts
 from outbox_worker.settle.fast import FallenEvents, FastTransaction
@@ -31,15 +32,15 @@ from outbox_worker.settle.settlement import Settled, Settlement
 from outbox_worker.store.claims import Claim, IsolatedEvent
 from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch
+from outbox_worker.store.queries import database_time
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 
-def _nothing() -> None:
-    """Do nothing. The processor calls this function until ``tell_of_tries`` sets another one."""
-
-
 class Processor:
-    """Settles batches on one connection. Each claim loop has its own processor."""
+    """Settles batches on one connection. Each claim loop has its own processor.
+
+    The processor calls ``on_failed_try`` after each failed transaction that ``process_batch`` tries again.
+    """
 
     def __init__(
         self,
@@ -47,53 +48,47 @@ class Processor:
         doors: Doors,
         guard: GuardWatch,
         telemetry: Telemetry,
-        policy: RetryPolicy,
         pacing: Pacing,
         isolation: Isolation,
+        on_failed_try: Callable[[], None],
     ) -> None:
         self._database = database
         _, self._outbox, self._purchases = doors
-        self._handlers = build_handlers(self._purchases, policy)
         self._isolation = isolation
         self._guard = guard
         self._telemetry = telemetry
-        self._policy = policy
         self._pacing = pacing
-        self._on_failed_try: Callable[[], None] = _nothing
+        self._on_failed_try = on_failed_try
         self._lone = LoneEvents(isolation, self._outbox)
         self._fallen = FallenEvents()
         self._fast = FastTransaction(database, doors, guard, telemetry, pacing)
-        self._settlement = self._settles(policy)
+        self._use(pacing.limits)
 
-    def tell_of_tries(self, on_failed_try: Callable[[], None]) -> None:
-        """Call ``on_failed_try`` after each failed transaction that ``process_batch`` tries again."""
-        self._on_failed_try = on_failed_try
-
-    def adopt(self, policy: RetryPolicy, batch_size: int, target_seconds: float) -> None:
-        """Use new limits from the next batch on.
-
-        The processor then forgets which events were refused for an unclear cause. The processor still knows which
-        events must be processed alone.
-        """
-        self._handlers, self._policy = build_handlers(self._purchases, policy), policy
-        self._settlement = self._settles(policy)
-        self._pacing.adopt(batch_size, target_seconds)
-
-    def _settles(self, policy: RetryPolicy) -> Settlement:
-        set_aside = self._pacing.set_aside
-        return Settlement(self._outbox, self._purchases, self._handlers, self._guard, policy, set_aside)
-
-    def process_batch(self, until: datetime | None = None) -> BatchReport:
+    def process_batch(self, until: datetime | None = None, limits: Limits | None = None) -> BatchReport:
         """Claim one batch of events, and settle it in a fast transaction, a careful one, or both.
 
-        The events are due by ``until``, or by now if ``until`` is None. Raises the database's error if no event is
-        known to be the cause of the error. The batch is then rolled back, and no try is counted.
+        The events are due by ``until``, or by now if ``until`` is None. If ``limits`` is None, the limits of the last
+        batch remain. If the limits change, the processor forgets which events were refused for an unclear cause, but
+        still knows which events must be processed alone.
+
+        Raises the database's error if no event is known to be the cause of the error. The batch is then rolled back,
+        and no try is counted.
         """
+        if limits is not None and limits != self._pacing.limits:
+            self._use(limits)
         if self._lone.is_next:
             with self._isolation.alone(self._on_failed_try):
                 return self._process_alone(until)
         with self._isolation.together(self._on_failed_try):
-            return self._process(until)
+            report = self._process(until)
+        self._reach_further()
+        return report
+
+    def _use(self, limits: Limits) -> None:
+        self._pacing.use(limits)
+        self._handlers = build_handlers(self._purchases, limits.policy)
+        doors = self._outbox, self._purchases
+        self._settlement = Settlement(*doors, self._handlers, self._guard, limits.policy, self._pacing.set_aside)
 
     def seconds_until_due(self) -> float:
         """Return the seconds until the first event is due; 0 or less if it is due now. This look takes one round trip.
@@ -103,12 +98,30 @@ class Processor:
         """
         began, set_aside = time.monotonic(), self._pacing.set_aside.ids
         start = self._pacing.start(began)
-        with self._database.look(**self._plans()) as transaction:
-            seconds = self._outbox.seconds_until_due(transaction.fetch, start, set_aside=set_aside)
+        front = self._pacing.frontier.start if start is None else start
+        try:
+            with self._database.look(**self._plans()) as transaction:
+                seconds = self._outbox.seconds_until_due(transaction.fetch, front, set_aside=set_aside)
+        except psycopg.Error as error:
+            self._reach_less(error)
+            raise
         if start is None:
-            self._pacing.claimed_from_start(began, time.monotonic())
+            self._pacing.claimed_from_start(began, time.monotonic(), has_found=seconds <= 0)
         self._telemetry.looked()
+        self._reach_further()
         return seconds
+
+    def _reach_less(self, error: BaseException | None) -> None:
+        """Let claims from the start look less far back, if the last claim may have taken too long."""
+        if error is not None and sqlstate(error) == QUERY_CANCELED:
+            with suppress(DBAPIError), self._database.transaction() as session:
+                self._pacing.reach_less(database_time(session))
+
+    def _reach_further(self) -> None:
+        """Let claims from the start look further back, if the last one was limited and did not take long."""
+        if self._pacing.may_reach_further:
+            with suppress(DBAPIError), self._database.transaction() as session:
+                self._pacing.reach_further(database_time(session))
 
     def _process_alone(self, until: datetime | None) -> BatchReport:
         """Process one event alone, as the module ``isolation`` describes. Meanwhile, the other claim loops wait."""
@@ -149,6 +162,7 @@ class Processor:
         except Again as again:
             if isinstance(again.__cause__, Again):
                 self._probe_guard()
+            self._reach_less(again.__cause__)
             return self._process_carefully(until)
         if report.created:
             self._settlement.succeeded()
@@ -159,7 +173,7 @@ class Processor:
         return self._settle_fallen(until, report)
 
     def _must_settle_fallen(self) -> bool:
-        most, seconds = self._pacing.careful_limit, self._pacing.target_seconds
+        most, seconds = self._pacing.careful_limit, self._pacing.limits.target_seconds
         return self._fallen.must_be_settled(time.monotonic(), most=most, seconds=seconds)
 
     def _settle_fallen(self, until: datetime | None, report: BatchReport) -> BatchReport:
@@ -169,7 +183,7 @@ class Processor:
             self._pacing.committed(report.claimed, report.settled, is_full=report.is_full, seconds=report.seconds)
         while report.fell_out:
             report = report.followed_by(self._process_carefully(until, report))
-            if report.seconds > self._pacing.target_seconds:
+            if report.seconds > self._pacing.limits.target_seconds:
                 break
         return report
 
@@ -180,7 +194,7 @@ class Processor:
 
     def _process_carefully(self, until: datetime | None, fast: BatchReport | None = None) -> BatchReport:
         """Settle a batch under the locks of its pairs: the events that fell out of ``fast``, or else a new claim."""
-        attempts = self._pacing.batch_size.bit_length() + 2
+        attempts = self._pacing.limits.batch_size.bit_length() + 2
         try:
             return retry_transaction(partial(self._try, until, fast), attempts=attempts)
         except Exception:
@@ -196,6 +210,7 @@ class Processor:
             if classify(error) is Failure.RETRY:
                 self._pacing.failed()
                 self._on_failed_try()
+            self._reach_less(error)
             raise
 
     def _transact(self, until: datetime | None, fast: BatchReport | None) -> BatchReport:
@@ -263,8 +278,8 @@ class Processor:
         claim = Claim() if start is None else self._outbox.claim(session, limit, until, start, set_aside=besides)
         if not claim.batch:
             start, began = None, time.monotonic()
-            claim = self._outbox.claim(session, limit, until, set_aside=besides)
-            self._pacing.claimed_from_start(began, time.monotonic())
+            claim = self._outbox.claim(session, limit, until, self._pacing.frontier.start, set_aside=besides)
+            self._pacing.claimed_from_start(began, time.monotonic(), has_found=bool(claim.batch))
         self._pacing.claimed(start, claim.end, is_full=len(claim.batch) >= limit)
         return claim
 
@@ -303,8 +318,9 @@ class Processor:
 
         Another transaction blocks this event, even in a batch that contains no other event.
         """
+        start, besides = self._pacing.frontier.start, self._pacing.set_aside.ids
         with self._database.transaction(**self._plans()) as session:
-            batch = self._outbox.claim(session, 1, until, set_aside=self._pacing.set_aside.ids).batch
+            batch = self._outbox.claim(session, 1, until, start, set_aside=besides).batch
             settled = self._postpone_uncharged(session, batch)
         self._pacing.made_way()
         return self._made_way(batch, settled)

@@ -20,7 +20,7 @@ from outbox_worker.database.failures import NO_EVENTS_FAULT, classify
 from outbox_worker.decision import RetryPolicy, retry_delay
 from outbox_worker.errors import Inconsistent, Swallowed
 from outbox_worker.model import Batch, Outcome, Reason, Verdict, Verdicts
-from outbox_worker.settle.escalation import PartRefused, Step, halves
+from outbox_worker.settle.escalation import PartRefused, Step
 from outbox_worker.settle.savepoints import Savepoints
 from outbox_worker.store.outbox import Outbox, Postponement
 
@@ -52,7 +52,7 @@ class _Part:
             if self.rung is Rung.FULL and step is not Step.REMOVE:
                 return [replace(self, rung=Rung.BARE)]
             first = Rung.UNCHARGED if self.rung is Rung.UNCHARGED else Rung.FULL
-            return [replace(self, batch=half, rung=first) for half in halves(self.batch)]
+            return [replace(self, batch=half, rung=first) for half in self.batch.halves()]
         rung = _next_rung(self.rung, step, is_dead=self.outcome is Outcome.DEAD)
         return [] if rung is None else [replace(self, rung=rung)]
 

@@ -41,7 +41,7 @@ from outbox_worker.database.engine import savepoint
 from outbox_worker.database.expressions import readable
 from outbox_worker.database.failures import Failure, classify, describe
 from outbox_worker.errors import NothingWritten, Refused, WrongUsage
-from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState
+from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, halves
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.payment_classes import has_unfit_amount, waivable
@@ -308,7 +308,8 @@ def decide_letters(
             "The dead letters or their payments have changed since the preview. Nothing was done; repeat the command."
         )
     refused = _taken_ids(session, tables, ids) if decision is Decision.REQUEUE else {}
-    parts, done = [[each for each in ids if each not in refused]], 0
+    parts: list[Sequence[UUID]] = [[each for each in ids if each not in refused]]
+    done = 0
     while parts:
         part = parts.pop()
         try:
@@ -321,8 +322,7 @@ def decide_letters(
             if len(part) == 1:
                 refused[part[0]] = str(error) if isinstance(error, NothingWritten) else describe(error)
             else:
-                middle = len(part) // 2
-                parts += [part[middle:], part[:middle]]
+                parts += reversed(halves(part))
     return DecidedLetters(done, [RefusedLetter(each, refused[each]) for each in ids if each in refused])
 
 

@@ -10,6 +10,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
@@ -67,6 +68,9 @@ class ProbedProcessor(Processor):
 
     def isolate_next(self, events: int) -> None:
         self.isolation.isolate_next(events)
+
+    def set_target(self, seconds: float) -> None:
+        self._pacing.limits = replace(self._pacing.limits, target_seconds=seconds)
 
     def note_verdicts(self) -> None:
         """Keep what each careful transaction decides, as it is told."""

@@ -12,6 +12,7 @@ from alembic import command
 from alembic.config import Config
 
 from outbox_worker.database.engine import Database
+from outbox_worker.decision import Limits
 from outbox_worker.model import COLUMNS, Guard, Outcome
 from outbox_worker.schema import migrate as migration
 from outbox_worker.schema.migrate import VERSION_TABLE, Migrated
@@ -114,13 +115,13 @@ class Installation:
         with database.transaction() as session:
             tables = check_schema(session, build_tables(settings))
         watch, doors = GuardWatch(tables.purchases, telemetry.guard_changed), Doors.of(tables, None)
-        policy = settings.retry_policy
+        pacing = Pacing(Limits(settings.retry_policy, 100, 60))
         isolation = Isolation(database, Workers(tables, uuid4()))
         try:
             watch.know(tables)
             with database.transaction() as session:
                 watch.probe(session)
-            return drain_all(Processor(database, doors, watch, telemetry, policy, Pacing(100, 60), isolation))
+            return drain_all(Processor(database, doors, watch, telemetry, pacing, isolation, lambda: None))
         finally:
             database.close()
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from outbox_worker.decision import Limits, RetryPolicy
 from outbox_worker.model import Position
-from outbox_worker.settle.pacing import FEW_IN_DOUBT, FEWEST, START_SHARE, STUCK_PASSES_MAX, Frontier, Pacing
+from outbox_worker.settle.pacing import (
+    FEW_IN_DOUBT,
+    FEWEST,
+    LONG_CLAIM_SECONDS,
+    START_SHARE,
+    STUCK_PASSES_MAX,
+    Frontier,
+    Pacing,
+)
 
 END = Position("2026-01-01 00:00:00+00", 1000)
 LATER = Position("2026-01-01 00:00:01+00", 2000)
+POLICY = RetryPolicy(max_attempts=3, base=timedelta(seconds=1), maximum=timedelta(seconds=2))
+
+
+def limits(batch_size: int) -> Limits:
+    return Limits(POLICY, batch_size, target_seconds=0.5)
 
 
 def committed(pacing: Pacing, **changes: Any) -> None:
@@ -26,12 +41,12 @@ def committed(pacing: Pacing, **changes: Any) -> None:
 
 
 def test_it_begins_at_the_beginning() -> None:
-    assert Pacing(1000, 0.5).start(0.0) is None
+    assert Pacing(limits(1000)).start(0.0) is None
 
 
 def test_a_full_claim_that_was_settled_moves_the_mark_and_a_sweep_comes_in_its_time() -> None:
-    pacing = Pacing(1000, 0.5)
-    pacing.claimed_from_start(100.0, 101.0)
+    pacing = Pacing(limits(1000))
+    pacing.claimed_from_start(100.0, 101.0, has_found=True)
     committed(pacing)
     due = 101.0 + 1.0 / START_SHARE - 1.0
     assert pacing.start(101.0) == pacing.start(due - 0.1) == END
@@ -47,8 +62,8 @@ def test_a_full_claim_that_was_settled_moves_the_mark_and_a_sweep_comes_in_its_t
     ids=["one event left behind", "all left behind", "one of a short claim left behind"],
 )
 def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> None:
-    pacing = Pacing(1000, 0.5)
-    pacing.claimed_from_start(0.0, 1.0)
+    pacing = Pacing(limits(1000))
+    pacing.claimed_from_start(0.0, 1.0, has_found=True)
     committed(pacing)
     committed(pacing, **changes)
     assert pacing.start(1.0) is None
@@ -56,8 +71,8 @@ def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> 
 
 def test_a_short_claim_moves_the_mark_too() -> None:
     """A worker that keeps up claims few events at a time, and would read all dead entries for each of them."""
-    pacing = Pacing(1000, 0.5)
-    pacing.claimed_from_start(0.0, 1.0)
+    pacing = Pacing(limits(1000))
+    pacing.claimed_from_start(0.0, 1.0, has_found=True)
     committed(pacing)
     committed(pacing, is_full=False, claimed=3, settled=3, end=LATER)
     assert pacing.start(1.0) == LATER
@@ -66,8 +81,8 @@ def test_a_short_claim_moves_the_mark_too() -> None:
 
 
 def test_a_short_sweep_that_ends_before_the_mark_leaves_it_and_a_full_one_does_not() -> None:
-    pacing = Pacing(1000, 0.5)
-    pacing.claimed_from_start(0.0, 1.0)
+    pacing = Pacing(limits(1000))
+    pacing.claimed_from_start(0.0, 1.0, has_found=True)
     pacing.claimed(None, LATER, is_full=False)
     assert pacing.start(1.0) == LATER, "the first one sets it"
     pacing.claimed(None, END, is_full=False)
@@ -79,7 +94,7 @@ def test_a_short_sweep_that_ends_before_the_mark_leaves_it_and_a_full_one_does_n
 def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
     """Otherwise each walks over all that the others hold."""
     frontier = Frontier(start_due=float("inf"))
-    one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
+    one, other = Pacing(limits(1000), frontier), Pacing(limits(1000), frontier)
     one.claimed(None, END, is_full=True)
     assert other.start(0.0) == END
     other.claimed(None, LATER, is_full=True)
@@ -88,7 +103,7 @@ def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
 
 def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_it() -> None:
     frontier = Frontier(start_due=float("inf"))
-    one, other = Pacing(1000, 0.5, frontier), Pacing(1000, 0.5, frontier)
+    one, other = Pacing(limits(1000), frontier), Pacing(limits(1000), frontier)
     one.start(0.0)
     one.claimed(None, END, is_full=True)
     other.start(0.0)
@@ -101,18 +116,68 @@ def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_
 
 @pytest.mark.parametrize("what", ["failed", "interrupted"])
 def test_after_a_rollback_it_begins_at_the_beginning(what: str) -> None:
-    pacing = Pacing(1000, 0.5)
-    pacing.claimed_from_start(0.0, 1.0)
+    pacing = Pacing(limits(1000))
+    pacing.claimed_from_start(0.0, 1.0, has_found=True)
     committed(pacing)
     getattr(pacing, what)()
     assert pacing.start(1.0) is None
+
+
+# --- how far back, while no claim can read everything from the start in time
+
+
+TODAY = datetime(2026, 1, 10, tzinfo=UTC)
+
+
+def reach_after(pacing: Pacing, cuts: int) -> list[float]:
+    reaches = []
+    for _ in range(cuts):
+        pacing.reach_less(TODAY)
+        reaches.append(pacing.frontier.reach)
+    return reaches
+
+
+def test_each_claim_that_takes_too_long_shortens_the_reach_to_a_minute_at_least() -> None:
+    assert reach_after(Pacing(limits(1000)), 6) == [86400, 10800, 1350, 168.75, 60, 60]
+
+
+def test_a_limited_claim_begins_so_far_before_today() -> None:
+    pacing = Pacing(limits(1000))
+    pacing.reach_less(TODAY)
+    assert pacing.frontier.start == Position("2026-01-09T00:00:00+00:00", 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "has_found", "grows"),
+    [(0.5, False, True), (LONG_CLAIM_SECONDS, False, False), (LONG_CLAIM_SECONDS, True, True)],
+    ids=["short", "long, and in vain", "long, because it settled events"],
+)
+def test_the_reach_grows_unless_a_claim_was_long_in_vain(seconds: float, has_found: bool, grows: bool) -> None:
+    pacing = Pacing(limits(1000))
+    pacing.reach_less(TODAY)
+    pacing.claimed_from_start(0.0, seconds, has_found=has_found)
+    assert pacing.may_reach_further is grows
+
+
+def test_it_grows_until_nothing_limits_it() -> None:
+    pacing = Pacing(limits(1000))
+    reach_after(pacing, 2)
+    for hours in (6, 12, 24):
+        pacing.claimed_from_start(0.0, 0.1, has_found=False)
+        pacing.reach_further(TODAY)
+        assert pacing.frontier.start == Position((TODAY - timedelta(hours=hours)).isoformat(), 0)
+        assert not pacing.may_reach_further, "once for each claim"
+    pacing.reach_further(TODAY)
+    assert pacing.frontier.start is None
+    pacing.claimed_from_start(0.0, 0.1, has_found=False)
+    assert not pacing.may_reach_further
 
 
 # --- how many
 
 
 def test_what_failed_is_halved_down_to_one_and_what_went_through_is_doubled() -> None:
-    pacing, sizes = Pacing(1000, 0.5), []
+    pacing, sizes = Pacing(limits(1000)), []
     for _ in range(11):
         pacing.failed()
         sizes.append(pacing.limit)
@@ -125,7 +190,7 @@ def test_what_failed_is_halved_down_to_one_and_what_went_through_is_doubled() ->
 
 
 def test_two_events_that_fail_are_not_one_alone() -> None:
-    pacing = Pacing(2, 0.5)
+    pacing = Pacing(limits(2))
     pacing.failed()
     assert (pacing.limit, pacing.is_alone) == (1, False)
     pacing.failed()
@@ -135,7 +200,7 @@ def test_two_events_that_fail_are_not_one_alone() -> None:
 
 
 def test_a_slow_database_shrinks_the_batch_to_its_time_and_a_fast_one_does_not() -> None:
-    fast, slow = Pacing(1000, 0.5), Pacing(1000, 0.5)
+    fast, slow = Pacing(limits(1000)), Pacing(limits(1000))
     committed(fast, seconds=0.5)
     committed(slow, seconds=2.0)
     assert (fast.limit, slow.limit) == (1000, 250)
@@ -148,24 +213,24 @@ def test_a_slow_database_shrinks_the_batch_to_its_time_and_a_fast_one_does_not()
 
 
 def test_a_database_that_is_slow_whatever_it_does_gets_no_tiny_batches() -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     for _ in range(20):
         committed(pacing, seconds=30.0)
     assert pacing.limit == FEWEST
-    pacing = Pacing(10, 0.5)
+    pacing = Pacing(limits(10))
     committed(pacing, seconds=30.0)
     assert pacing.limit == 10
 
 
 def test_a_short_claim_says_nothing_about_the_time_that_a_full_one_takes() -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     committed(pacing, claimed=1, settled=1, is_full=False, seconds=3.0)
     assert pacing.limit == 1000
 
 
 def test_running_out_of_savepoints_halves_the_next_careful_transaction_once() -> None:
     """The fast statement goes on with full batches, so that what is refused does not delay what is clean."""
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     pacing.ran_out()
     committed(pacing)
     assert (pacing.limit, pacing.careful_limit) == (1000, 500)
@@ -179,7 +244,7 @@ def test_running_out_of_savepoints_halves_the_next_careful_transaction_once() ->
 
 
 def test_in_doubt_it_goes_on_with_few_and_then_behind_them() -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     fails_in_doubt(pacing)
     assert (pacing.limit, pacing.start(1.0)) == (FEW_IN_DOUBT, None)
     fails_in_doubt(pacing)
@@ -191,8 +256,8 @@ def test_in_doubt_it_goes_on_with_few_and_then_behind_them() -> None:
 
 
 def test_after_a_success_behind_those_in_doubt_it_begins_at_the_beginning() -> None:
-    pacing = Pacing(FEW_IN_DOUBT, 0.5)
-    pacing.claimed_from_start(0.0, 1.0)
+    pacing = Pacing(limits(FEW_IN_DOUBT))
+    pacing.claimed_from_start(0.0, 1.0, has_found=True)
     fails_in_doubt(pacing)
     committed(pacing, end=LATER)
     assert pacing.start(1.0) is None
@@ -201,7 +266,7 @@ def test_after_a_success_behind_those_in_doubt_it_begins_at_the_beginning() -> N
 
 
 def test_any_other_failure_ends_the_search() -> None:
-    pacing = Pacing(FEW_IN_DOUBT, 0.5)
+    pacing = Pacing(limits(FEW_IN_DOUBT))
     fails_in_doubt(pacing)
     pacing.interrupted()
     assert pacing.start(1.0) is None
@@ -219,7 +284,7 @@ CONFIRMED, REFUNDED = "PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"
 
 
 def test_the_first_events_type_comes_first_and_none_twice_in_a_row() -> None:
-    pacing, chosen = Pacing(1000, 0.5), []
+    pacing, chosen = Pacing(limits(1000)), []
     for _ in range(4):
         chosen.append(pacing.choose([REFUNDED, CONFIRMED]))
         committed(pacing, settled=500)
@@ -227,7 +292,7 @@ def test_the_first_events_type_comes_first_and_none_twice_in_a_row() -> None:
 
 
 def test_a_claim_of_one_type_in_between_begins_anew() -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     pacing.choose([REFUNDED, CONFIRMED])
     committed(pacing, settled=500)
     committed(pacing)
@@ -236,7 +301,7 @@ def test_a_claim_of_one_type_in_between_begins_anew() -> None:
 
 @pytest.mark.parametrize("what", ["failed", "interrupted"])
 def test_what_is_repeated_keeps_its_turn_and_what_is_given_up_does_not(what: str) -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     pacing.choose([REFUNDED, CONFIRMED])
     getattr(pacing, what)()
     assert pacing.choose([REFUNDED, CONFIRMED]) == REFUNDED
@@ -248,7 +313,7 @@ def test_what_is_repeated_keeps_its_turn_and_what_is_given_up_does_not(what: str
 
 
 def test_full_claims_in_vain_make_way_after_a_while_once() -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     for _ in range(STUCK_PASSES_MAX):
         assert not pacing.is_stuck
         committed(pacing, settled=0)
@@ -259,7 +324,7 @@ def test_full_claims_in_vain_make_way_after_a_while_once() -> None:
 
 @pytest.mark.parametrize("changes", [{"settled": 1}, {"settled": 0, "is_full": False, "claimed": 3}])
 def test_any_success_and_any_short_claim_end_the_count(changes: dict[str, Any]) -> None:
-    pacing = Pacing(1000, 0.5)
+    pacing = Pacing(limits(1000))
     for _ in range(STUCK_PASSES_MAX - 1):
         committed(pacing, settled=0)
     committed(pacing, **changes)

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import delete, insert, select, text
 
 from outbox_worker.database.engine import Database
+from outbox_worker.decision import Limits
 from outbox_worker.diagnose.explanation import Explanation, explain
 from outbox_worker.model import COLUMNS, Guard, Outcome
 from outbox_worker.reconcile.audit import Audit
@@ -107,9 +108,9 @@ class Site:
             self.watch.probe(session)
 
     def processor(self, batch_size: int = 1000) -> Processor:
-        doors, policy = Doors.of(self.tables, None), self.settings.retry_policy
+        doors, pacing = Doors.of(self.tables, None), Pacing(Limits(self.settings.retry_policy, batch_size, 60))
         isolation = Isolation(self.database, Workers(self.tables, uuid4()))
-        return Processor(self.database, doors, self.watch, Telemetry(), policy, Pacing(batch_size, 60), isolation)
+        return Processor(self.database, doors, self.watch, Telemetry(), pacing, isolation, lambda: None)
 
     def audit(self) -> dict[PaymentClass, int]:
         return Audit.start(self.database, self.tables).run().counts

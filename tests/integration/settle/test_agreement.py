@@ -27,7 +27,6 @@ from outbox_worker.model import (
     Reason,
     Verdict,
 )
-from outbox_worker.settle.escalation import halves
 from tests.support.factories import ProbedProcessor, Shop
 from tests.support.makers import MakeProcessor
 from tests.support.settling import VIA_FAST_PATH, judge
@@ -81,7 +80,7 @@ def make_parts(processor: ProbedProcessor) -> None:
 
     def halved(*given: Any, **named: Any) -> Any:
         plan, parts = arrange(*given, **named)
-        return plan, [half for part in parts for half in halves(part) if half]
+        return plan, [half for part in parts for half in part.halves() if half]
 
     settlement._arrange = halved  # type: ignore[method-assign]
 

@@ -169,7 +169,7 @@ def test_while_one_loop_works_alone_the_others_stand_still(
     assert at_work.wait(20)
     shop.pay_many(3)
     waited = threading.Event()
-    other.tell_of_tries(waited.set)
+    other._on_failed_try = waited.set
     batch = pool.submit(other.process_batch)
     assert waited.wait(20), "it tells that it lives while it waits"
     assert shop.count("purchases") == 0
@@ -199,7 +199,7 @@ def test_a_loop_waits_for_the_batches_of_the_others_before_it_accuses(
     assert at_work.wait(20)
     shop.paid()
     one.isolate_next(1)
-    other.tell_of_tries(waited.set)
+    other._on_failed_try = waited.set
     alone = pool.submit(other.process_batch)
     assert waited.wait(20)
     assert shop.count("workers") == 0, "nobody is accused while a batch could kill the process"

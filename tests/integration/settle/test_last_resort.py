@@ -280,7 +280,7 @@ def test_many_that_cannot_be_recorded_do_not_delay_the_others(shop: Shop, make_p
     shop.connection.execute(UNBURIABLE["trigger that deletes"][0])
     shop.pay_many(120)
     processor = make_processor(batch_size=100)
-    processor._pacing.target_seconds = 0.0
+    processor.set_target(0.0)
     reports = [processor.process_batch() for _ in range(4)]
     assert sum(report.created for report in reports) == 120
     assert shop.count("outbox") == 60, "they wait until their letters can be written"

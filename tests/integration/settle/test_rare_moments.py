@@ -42,7 +42,7 @@ def test_events_of_one_due_time_are_claimed_in_the_order_of_their_ids(
     shop.pay_many(25)
     shop.rows("UPDATE outbox SET due_at = now() - interval '1 minute'")
     processor = make_processor(batch_size=10)
-    monkeypatch.setattr(processor._pacing, "claimed_from_start", lambda *_: None)
+    monkeypatch.setattr(processor._pacing, "claimed_from_start", lambda *_, **__: None)
     processor._pacing.frontier.start_due = float("inf")
     starts: list[Any] = []
     fast = processor._fast

@@ -13,7 +13,7 @@ from outbox_worker.database.engine import Database
 from outbox_worker.model import Outcome
 from outbox_worker.settings import load_settings
 from tests.support.factories import Shop, drain_all, hold_pair, open_payment
-from tests.support.makers import Connect, MakeProcessor
+from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 from tests.support.proxy import proxied
 from tests.support.refusals import NO_TRIGGER, raising, run
 from tests.support.trips import RoundTrips
@@ -173,7 +173,7 @@ def watch_starts(processor: Any) -> list[Any]:
 
 def never_sweep(processor: Any) -> None:
     """The next sweep is far away: what is found now is found by the other rules."""
-    processor._pacing.claimed_from_start = lambda *_: None
+    processor._pacing.claimed_from_start = lambda *_, **__: None
     processor._pacing.frontier.start_due = float("inf")
 
 
@@ -236,7 +236,7 @@ def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make
     holder = connect()
     hold_pair(holder, held)
     processor = make_processor(batch_size=10)
-    processor._pacing.target_seconds = 0.0
+    processor.set_target(0.0)
     never_sweep(processor)
     starts = watch_starts(processor)
     for _ in range(3):
@@ -255,7 +255,7 @@ def test_what_falls_out_is_collected_while_claims_are_full(shop: Shop, make_proc
         shop.mark(event, "created", paid.id)
     processor = make_processor(batch_size=10)
     never_sweep(processor)
-    processor._pacing.target_seconds = 60.0
+    processor.set_target(60.0)
     found = [processor.process_batch().outcomes() for _ in range(7)]
     assert [each[Outcome.RECOVERED] for each in found] == [0, 0, 0, 0, 5, 0, 1]
     assert [each[Outcome.CREATED] for each in found] == [9, 9, 9, 9, 9, 9, 0]
@@ -263,7 +263,7 @@ def test_what_falls_out_is_collected_while_claims_are_full(shop: Shop, make_proc
     paid, event = shop.paid()
     shop.mark(event, "created", paid.id)
     shop.pay_many(30)
-    processor._pacing.target_seconds = 0.0
+    processor.set_target(0.0)
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 9, Outcome.RECOVERED: 1}, (
         "nor do they wait for long"
     )
@@ -287,3 +287,32 @@ def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
     processor.process_batch()
     assert starts[-1] is None
     assert drain_all(processor) == {Outcome.CREATED: 45}
+
+
+@pytest.mark.usefixtures("both_guards")
+def test_a_queue_behind_more_dead_rows_than_a_statement_can_read_goes_on(
+    connect: Connect, shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor
+) -> None:
+    """A transaction stays open for hours, so that no claim from the start ends in time: new events are settled all the
+    same, and an old one that appeared late as soon as VACUUM can remove the dead rows.
+    """
+    with connect() as holder:
+        holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM outbox")
+        shop.rows(
+            "INSERT INTO outbox (event_id, event_type, payload, due_at) SELECT gen_random_uuid(), 'X', '{}',"
+            " now() - interval '2 days' - n * interval '1 millisecond' FROM generate_series(1, 400000) AS n"
+        )
+        shop.rows("DELETE FROM outbox")
+        processor = make_processor(database=make_database(connections=1, deadline_seconds=0.03))
+        late, _ = shop.paid(due_in="-2 days")
+        for _ in range(3):
+            shop.pay_many(10)
+            assert drain_all(processor) == {Outcome.CREATED: 10}
+            processor._pacing.frontier.go_back()
+        assert not shop.purchases(late)
+    shop.rows("VACUUM outbox")
+    for _ in range(5):
+        processor._pacing.frontier.go_back()
+        processor.process_batch()
+    assert shop.purchases(late)
+    assert processor._pacing.frontier.start is None

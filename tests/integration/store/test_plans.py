@@ -187,7 +187,7 @@ def test_every_statement_of_a_batch_walks_indexes(
     analyze(shop, analyzed)
     add_one_of_every_kind(shop)
     processor = make_processor(batch_size=600)
-    processor._pacing.target_seconds = 0.0
+    processor.set_target(0.0)
     plans = Plans(database)
     report = processor.process_batch()
     assert report.guard == both_guards
