@@ -10,9 +10,9 @@
 -- index: (due_at, id); primary keys of payments, marks, letters and outbox; purchases.payment_id and the pair's index
 -- guard: ``index``: ON CONFLICT DO NOTHING; ``lock``: one event per pair, none if the pair has an active purchase
 WITH claimed AS MATERIALIZED
-(SELECT public.outbox.id AS id, public.outbox.event_id AS event_id, public.outbox.event_type AS event_type,
-    public.outbox.due_at AS due_at, public.outbox.payload AS payload, coalesce(public.outbox.crashes, 0::INTEGER) AS
-    crashes, left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER) AS candidate
+(SELECT public.outbox.id AS id, public.outbox.event_id AS event_id, public.outbox.due_at AS due_at,
+    public.outbox.payload AS payload, public.outbox.event_type AS event_type, coalesce(public.outbox.crashes,
+    0::INTEGER) AS crashes, left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER) AS candidate
 FROM public.outbox
 WHERE public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
 AND (public.outbox.due_at, public.outbox.id) > (CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
@@ -26,8 +26,8 @@ clean AS MATERIALIZED
 (SELECT usable.id AS id, usable.event_id AS event_id, usable.due_at AS due_at, payment.id AS payment_id,
     payment.student_id AS student_id, payment.course_id AS course_id, payment.amount AS amount, payment.currency AS
     currency
-FROM (SELECT claimed.id AS id, claimed.event_id AS event_id, claimed.event_type AS event_type, claimed.due_at AS
-    due_at, claimed.payload AS payload, claimed.crashes AS crashes, claimed.candidate AS candidate, CASE WHEN
+FROM (SELECT claimed.id AS id, claimed.event_id AS event_id, claimed.due_at AS due_at, claimed.payload AS payload,
+    claimed.event_type AS event_type, claimed.crashes AS crashes, claimed.candidate AS candidate, CASE WHEN
     (octet_length(claimed.candidate) = 36::INTEGER) THEN CAST(claimed.candidate AS UUID) END AS payment_id
 FROM claimed) AS usable JOIN LATERAL (SELECT public.payments.id AS id, public.payments.student_id AS student_id,
     public.payments.course_id AS course_id, public.payments.amount AS amount, public.payments.currency AS currency,
@@ -136,9 +136,9 @@ FROM claimed;
 -- what: claims due events, and locks the pairs of their payments in ascending key order, without waiting
 -- lock: FOR UPDATE SKIP LOCKED, then pg_try_advisory_xact_lock · index: (due_at, id); primary key of payments
 WITH claimed AS MATERIALIZED
-(SELECT public.outbox.id AS id, public.outbox.event_id AS event_id, public.outbox.event_type AS event_type,
-    public.outbox.due_at AS due_at, public.outbox.payload AS payload, coalesce(public.outbox.crashes, 0::INTEGER) AS
-    crashes, left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER) AS candidate
+(SELECT public.outbox.id AS id, public.outbox.event_id AS event_id, public.outbox.due_at AS due_at,
+    public.outbox.payload AS payload, public.outbox.event_type AS event_type, coalesce(public.outbox.crashes,
+    0::INTEGER) AS crashes, left(public.outbox.payload ->> 'payment_id'::VARCHAR, 100::INTEGER) AS candidate
 FROM public.outbox
 WHERE public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
 AND (public.outbox.due_at, public.outbox.id) > (CAST(:start_due_at::VARCHAR AS TIMESTAMP WITH TIME ZONE),
@@ -152,8 +152,8 @@ tried AS MATERIALIZED
 (SELECT ordered.id AS id, ordered.payment_id AS payment_id, pg_try_advisory_xact_lock(ordered.key) AS is_locked
 FROM (SELECT usable.id AS id, payment.id AS payment_id, hashtextextended(CAST(payment.student_id AS TEXT) || ':' ||
     CAST(payment.course_id AS TEXT), 0::INTEGER) AS key
-FROM (SELECT claimed.id AS id, claimed.event_id AS event_id, claimed.event_type AS event_type, claimed.due_at AS
-    due_at, claimed.payload AS payload, claimed.crashes AS crashes, claimed.candidate AS candidate, CASE WHEN
+FROM (SELECT claimed.id AS id, claimed.event_id AS event_id, claimed.due_at AS due_at, claimed.payload AS payload,
+    claimed.event_type AS event_type, claimed.crashes AS crashes, claimed.candidate AS candidate, CASE WHEN
     (octet_length(claimed.candidate) = 36::INTEGER) THEN CAST(claimed.candidate AS UUID) END AS payment_id
 FROM claimed) AS usable JOIN LATERAL (SELECT public.payments.id AS id, public.payments.student_id AS student_id,
     public.payments.course_id AS course_id, public.payments.amount AS amount, public.payments.currency AS currency,
@@ -186,7 +186,7 @@ FROM claimed;
 -- index: (due_at, id); primary keys of payments, marks, letters and outbox; purchases.payment_id and the pair's index
 -- guard: ``index``: ON CONFLICT DO NOTHING; ``lock``: one event per pair, none if the pair has an active purchase
 WITH claimed AS MATERIALIZED
-(SELECT event.id AS id, event.event_id AS event_id, event.event_type AS event_type, event.due_at AS due_at,
+(SELECT event.id AS id, event.event_id AS event_id, event.due_at AS due_at, event.event_type AS event_type,
     claimed.payment_id AS payment_id, event.payload AS payload, coalesce(event.crashes, 0::INTEGER) AS crashes
 FROM unnest(:ids::bigint[], :payment_ids::uuid[]) AS claimed(id, payment_id) JOIN LATERAL (SELECT public.outbox.id AS
     id, public.outbox.event_id AS event_id, public.outbox.event_type AS event_type, public.outbox.payload AS payload,

@@ -91,6 +91,10 @@ class PaymentStatus(StrEnum):
     REFUNDED = "refunded"
 
 
+IGNORED = "ignored"
+"""The name of the statuses, in the setting of status values, that the worker treats like a pending payment."""
+
+
 class DeadLetterState(StrEnum):
     OPEN = "open"
     REQUEUED = "requeued"

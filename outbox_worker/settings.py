@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -38,7 +40,7 @@ from pydantic_settings import (
 from outbox_worker.address import EMBEDDED, Listen, expect_server_url, expect_usable, libpq_url, parse_listen
 from outbox_worker.decision import Limits, RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
-from outbox_worker.model import COLUMNS
+from outbox_worker.model import COLUMNS, IGNORED, PaymentStatus
 
 PREFIX = "OUTBOX_"
 OPTIONS = ("config", "backfill_every_seconds", "batch_size", "concurrency", "log_level", "log_format")
@@ -113,6 +115,45 @@ def _expect_distinct(names: Mapping[str, str], noun: str) -> None:
         other = by_name.setdefault(name, key)
         if other != key:
             raise ValueError(f"{other} and {key} have the same {noun} name, but each needs its own")
+
+
+StatusValues = dict[str, tuple[str, ...]]
+"""Maps a status of the worker, or ``ignored``, to the texts that mean this status in the payments table."""
+
+
+def _known_statuses(value: StatusValues) -> StatusValues:
+    known = (*PaymentStatus, IGNORED)
+    if unknown := sorted(value.keys() - set(known)):
+        raise ValueError(f"status_values: no such status: {', '.join(unknown)}; they are {', '.join(known)}")
+    given = [text for texts in all_status_values(value).values() for text in texts]
+    if twice := sorted({text for text in given if given.count(text) > 1}):
+        raise ValueError(f"status_values: {', '.join(twice)} would mean two statuses")
+    return value
+
+
+def all_status_values(given: StatusValues) -> StatusValues:
+    """Return the texts of every status. A status that is not given has its own name."""
+    return {status: given.get(status, (status,)) for status in PaymentStatus} | {IGNORED: given.get(IGNORED, ())}
+
+
+TypeNames = dict[str, Literal["PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"]]
+"""Maps other names of event types to the worker's event types."""
+
+
+class OutboxMapping(BaseModel):
+    """What differs in the outbox, apart from its name and the names of its columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    types: TypeNames = {}
+
+
+class PaymentsMapping(BaseModel):
+    """What differs in the payments table, apart from its name and the names of its columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status_values: Annotated[StatusValues, AfterValidator(_known_statuses)] = {}
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
@@ -204,6 +245,16 @@ class Settings(BaseSettings):
     )
     columns: ColumnMap = Field(
         {}, description="columns that have other names in your database: payments.student_id=user_id"
+    )
+    payments: PaymentsMapping = Field(
+        PaymentsMapping(),
+        description="statuses that have other names in your payments table, in the file: [payments] "
+        'status_values.succeeded = ["PAID"]; in the environment as JSON',
+    )
+    outbox: OutboxMapping = Field(
+        OutboxMapping(),
+        description='event types that have other names in your outbox, in the file: [outbox] types."payment.paid" = '
+        '"PURCHASE_CONFIRMED"; in the environment as JSON',
     )
     batch_size: int = Field(
         1000,

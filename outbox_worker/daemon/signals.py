@@ -21,7 +21,7 @@ _CLOSED = -1
 
 
 class Signals:
-    """Context manager for the main thread, which can use it like a ``threading.Event`` that a stop signal sets.
+    """A context manager for the main thread. Inside it, a stop signal sets this object like a ``threading.Event``.
 
     The signals in ``more`` stop the process, as SIGTERM and SIGINT do. The signal ``reload`` only wakes the main
     thread. The method ``take_reload`` returns whether this signal has arrived.

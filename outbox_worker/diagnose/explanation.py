@@ -46,7 +46,7 @@ from outbox_worker.store.payment_classes import (
     why_not_judged,
 )
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id
-from outbox_worker.store.queries import is_succeeded
+from outbox_worker.store.queries import is_succeeded, type_of
 
 SHOWN = 100
 """An error message shows at most this many characters of an unknown id."""
@@ -257,7 +257,7 @@ def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
     given = ids.table_valued("event_id", with_ordinality="position").render_derived(name="given")
     is_waiting = outbox.c.event_id.is_not(None)
     marked = func.nullif(marks.c.event_type, PURCHASE_BACKFILLED)
-    types = [outbox.c.event_type, letters.c.event_type, marked, literal(PURCHASE_CONFIRMED)]
+    types = [type_of(outbox), type_of(letters), marked, literal(PURCHASE_CONFIRMED)]
     requeued = payload.from_dead_letter(letters.c.payload, outbox)
     written = case((is_waiting, outbox.c.payload), else_=requeued)
     return (

@@ -24,7 +24,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.dead_letters import DeadLetter, read_letters
 from outbox_worker.store.identity import folded_pair, is_bought_id, is_id, same_pair
-from outbox_worker.store.queries import is_claimable
+from outbox_worker.store.queries import is_claimable, status_of, type_of
 
 _Row = TypeVar("_Row")
 
@@ -195,7 +195,7 @@ def _payments_of(tables: Tables, student: str) -> Select[Any]:
 def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> list[PaymentRow]:
     """what: payments, the oldest first · lock: none · index: primary key"""
     paid = tables.payments
-    texts = [cast(paid.c[key], Text) for key in ("currency", "status")]
+    texts = [cast(paid.c.currency, Text).label("currency"), status_of(paid).label("status")]
     columns = [
         *(paid.c[key] for key in ("id", "student_id", "course_id", "amount")),
         *texts,
@@ -249,7 +249,8 @@ def _read_waiting(
     named = payload.payment_id_text(outbox)
     of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
     columns = [
-        *(outbox.c[key].label(key) for key in ("event_id", "event_type")),
+        outbox.c.event_id.label("event_id"),
+        type_of(outbox).label("event_type"),
         *(readable(outbox.c[key]) for key in ("created_at", "due_at")),
         *(func.coalesce(outbox.c[key], 0).label(key) for key in ("attempts", "crashes")),
         outbox.c.last_error.label("last_error"),

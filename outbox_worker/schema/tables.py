@@ -32,7 +32,7 @@ from sqlalchemy.types import TypeEngine
 
 from outbox_worker.model import COLUMNS
 from outbox_worker.schema.ids import UUIDS, PairIds, SameId
-from outbox_worker.settings import Settings
+from outbox_worker.settings import Settings, StatusValues, TypeNames, all_status_values
 
 PAIR_INDEX = "purchases_active_student_course_key"
 """The name of the unique index that prevents a second active purchase of a student for the same course.
@@ -65,6 +65,12 @@ The payload of a notification is the schema and the name of the outbox table.
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
 """The name of the trigger that the optional migration ``notify`` creates, and of its trigger function."""
+
+STATUS_VALUES = "status_values"
+"""The key under which the column ``payments.status`` keeps the texts of each status, if they are set."""
+
+TYPE_NAMES = "type_names"
+"""The key under which the columns ``event_type`` of outbox and dead letters keep the other names of event types."""
 
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
@@ -157,11 +163,11 @@ def build_tables(settings: Settings) -> Tables:
     builders = {role: _Builder(metadata, Naming(settings, role)) for role in COLUMNS}
     return Tables(
         metadata,
-        payments=_payments(builders["payments"]),
-        outbox=_outbox(builders["outbox"]),
+        payments=_payments(builders["payments"], all_status_values(settings.payments.status_values)),
+        outbox=_outbox(builders["outbox"], settings.outbox.types),
         purchases=_purchases(builders["purchases"]),
         processed_events=_processed_events(builders["processed_events"]),
-        dead_letters=_dead_letters(builders["dead_letters"]),
+        dead_letters=_dead_letters(builders["dead_letters"], settings.outbox.types),
         workers=_workers(builders["workers"]),
         backfill_runs=_backfill_runs(builders["backfill_runs"]),
     )
@@ -178,25 +184,25 @@ def _ownership_list(metadata: MetaData, schema: str) -> Table:
     return Table(OWNERSHIP_LIST, metadata, *names, schema=schema)
 
 
-def _payments(b: _Builder) -> Table:
+def _payments(b: _Builder, statuses: StatusValues) -> Table:
     return b.table(
         b.column("id", _ID, primary_key=True, server_default=_RANDOM_ID),
         b.column("student_id", _ID),
         b.column("course_id", _ID),
         b.column("amount", _PAID),
         b.column("currency", CHAR(3)),
-        b.column("status", Text),
+        b.column("status", Text, info={STATUS_VALUES: statuses}),
         b.column("created_at", _TIME, server_default=_NOW),
         b.column("updated_at", _TIME, server_default=_NOW),
-        b.one_of("status", "pending", "succeeded", "failed", "refunded"),
+        b.one_of("status", *(text for texts in statuses.values() for text in texts)),
     )
 
 
-def _outbox(b: _Builder) -> Table:
+def _outbox(b: _Builder, names: TypeNames) -> Table:
     table = b.table(
         b.column("id", BigInteger, Identity(), primary_key=True),
         b.column("event_id", _ID, unique=True),
-        b.column("event_type", Text),
+        b.column("event_type", Text, info={TYPE_NAMES: names}),
         b.column("payload", JSONB),
         b.column("headers", JSONB, nullable=True),
         b.column("created_at", _TIME, server_default=_NOW),
@@ -235,10 +241,10 @@ def _processed_events(b: _Builder) -> Table:
     )
 
 
-def _dead_letters(b: _Builder) -> Table:
+def _dead_letters(b: _Builder, names: TypeNames) -> Table:
     table = b.table(
         b.column("event_id", _ID, primary_key=True),
-        b.column("event_type", Text),
+        b.column("event_type", Text, info={TYPE_NAMES: names}),
         b.column("payload", JSONB),
         b.column("headers", JSONB, nullable=True),
         b.column("created_at", _TIME),

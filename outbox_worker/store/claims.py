@@ -20,17 +20,17 @@ from sqlalchemy import (
     case,
     cast,
     func,
-    literal,
     select,
     tuple_,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, array
+from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.model import Batch, DueWindow, Position, Repeated
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import within_any
+from outbox_worker.store.queries import has_type, type_of
 
 _LONGEST_TYPE = 200
 _BEFORE_ALL = Position("-infinity", -(2**63))
@@ -137,7 +137,7 @@ def of_types(outbox: Table, event_types: Collection[str] | None) -> list[ColumnE
     """Build the condition that an event has one of these types. None stands for all types."""
     if event_types is None:
         return []
-    return [outbox.c.event_type == func.any(literal(sorted(event_types), ARRAY(Text)))]
+    return [has_type(outbox, event_types)]
 
 
 def complete(outbox: FromClause) -> list[ColumnElement[bool]]:
@@ -168,7 +168,7 @@ def _keys(outbox: Table) -> list[ColumnElement[Any]]:
     return [
         outbox.c.id,
         outbox.c.event_id,
-        func.left(outbox.c.event_type, _LONGEST_TYPE).label("event_type"),
+        func.left(type_of(outbox), _LONGEST_TYPE).label("event_type"),
         payload.claim_columns(outbox),
         counted(outbox.c.attempts).label("attempts"),
         counted(outbox.c.crashes).label("crashes"),

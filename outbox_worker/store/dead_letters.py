@@ -45,7 +45,7 @@ from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, halves
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.payment_classes import has_unfit_amount, waivable
-from outbox_worker.store.queries import currency_code, is_claimable, is_succeeded
+from outbox_worker.store.queries import currency_code, has_type, is_claimable, is_succeeded
 
 CONTENT_MAX = 10_000
 """At most this many characters of a payload are shown. The same limit applies to the headers."""
@@ -210,7 +210,7 @@ def open_confirmations(session: Session, tables: Tables, payment_ids: Collection
     letters = tables.dead_letters
     of_them = letters.c.payment_id == func.any(ids_as(letters.c.payment_id.type, payment_ids))
     is_open = letters.c.state == DeadLetterState.OPEN.value
-    found = select(letters.c.event_id).where(of_them, is_open, letters.c.event_type == PURCHASE_CONFIRMED)
+    found = select(letters.c.event_id).where(of_them, is_open, has_type(letters, [PURCHASE_CONFIRMED]))
     return session.scalars(found).all()
 
 

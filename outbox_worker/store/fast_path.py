@@ -63,7 +63,7 @@ from outbox_worker.store.claims import counted, due_events, is_other, of_types, 
 from outbox_worker.store.guard import GuardState, index_is_in_transition, on_active_pair
 from outbox_worker.store.identity import pair_key, written_order
 from outbox_worker.store.pairs import claimed_keys, holds_pair, keys_of, payload_source, payment_of
-from outbox_worker.store.queries import is_succeeded
+from outbox_worker.store.queries import is_succeeded, type_of
 
 _COPIED = ("student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at")
 _ZERO: ColumnElement[int] = literal_column("0")
@@ -198,9 +198,9 @@ def _result_of(row: Any) -> FastResult:
 def _due(tables: Tables, ours: list[ColumnElement[bool]]) -> Select[Any]:
     """Select the due events after a position, oldest first, and lock their rows."""
     outbox = tables.outbox
-    read = [outbox.c[key] for key in ("id", "event_id", "event_type", "due_at", "payload")]
     columns = [
-        *read,
+        *(outbox.c[key] for key in ("id", "event_id", "due_at", "payload")),
+        type_of(outbox).label("event_type"),
         counted(outbox.c.crashes).label("crashes"),
         payload.key_text(outbox, "payment_id").label("candidate"),
     ]
@@ -213,7 +213,7 @@ def _given(tables: Tables) -> Select[Any]:
     event = event_of(keys, outbox)
     source = payload_source(keys, event)
     fields = [event.c.payload] if source is event else [keys.c[key] for key in Repeated._fields]
-    read = [event.c[key] for key in ("id", "event_id", "event_type", "due_at")]
+    read = [*(event.c[key] for key in ("id", "event_id", "due_at")), type_of(event).label("event_type")]
     crashes = counted(event.c.crashes).label("crashes")
     return select(*read, keys.c.payment_id, *fields, crashes).select_from(keys).join(event, true())
 

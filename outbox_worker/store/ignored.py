@@ -6,11 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, Text, cast, func, literal, select
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy import Select, Text, cast, func, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.schema.tables import Tables
+from outbox_worker.store.queries import has_type
 
 BOUND = 100_000
 """Only this many of the oldest events are examined, so that counting is cheap in an outbox of any length."""
@@ -55,7 +55,7 @@ def _ignored_statement(tables: Tables, event_types: Collection[str]) -> Select[A
     """
     outbox = tables.outbox
     oldest = select(outbox.c.event_type).order_by(outbox.c.due_at, outbox.c.id).limit(BOUND).subquery("oldest")
-    handled = oldest.c.event_type == func.any(literal(sorted(event_types), ARRAY(Text)))
+    handled = has_type(oldest, event_types)
     name = func.coalesce(func.left(cast(oldest.c.event_type, Text), NAME_MAX), "NULL").label("event_type")
     events = func.count().label("events")
     return (

@@ -43,7 +43,7 @@ from outbox_worker.store import payload
 from outbox_worker.store.claimed import window_of
 from outbox_worker.store.identity import comparable_pair, has_pair, pair_key, same_pair, written_order
 from outbox_worker.store.payment_classes import READ_TO_CLASSIFY, class_among
-from outbox_worker.store.queries import is_succeeded
+from outbox_worker.store.queries import is_succeeded, status_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     own, held = purchases.alias("own"), purchases.alias("held")
     is_active = func.bool_or(own.c.is_active.is_(true()))  # a purchase whose is_active is NULL is not active
     active = select(is_active).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
-    status = func.coalesce(cast(payments.c.status, Text), "")  # NULL would mean that there is no payment row
+    status = func.coalesce(status_of(payments), "")  # NULL would mean that there is no payment row
     bought = purchase_of(claimed, purchases)
     return (
         select(

@@ -44,7 +44,7 @@ from outbox_worker.schema.ids import PairIds
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.identity import folded_pair, same_pair
-from outbox_worker.store.queries import currency_code, has_status, is_claimable, is_succeeded
+from outbox_worker.store.queries import currency_code, has_status, has_type, is_claimable, is_succeeded
 from outbox_worker.store.workers import set_aside_events
 
 
@@ -172,7 +172,7 @@ def has_unfit_amount(payments: FromClause) -> ColumnElement[bool]:
 def waivable(letters: FromClause) -> ColumnElement[bool]:
     """Build the condition that discarding the letter waives the purchase of its payment, if the payment is standing."""
     reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
-    return and_(letters.c.event_type == PURCHASE_CONFIRMED, reasons)
+    return and_(has_type(letters, [PURCHASE_CONFIRMED]), reasons)
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
@@ -292,7 +292,7 @@ def _may_be_settled(tables: Tables) -> list[ColumnElement[bool]]:
     """Build the conditions that an event confirms a payment, can be claimed, and is not set aside by any worker."""
     outbox = tables.outbox
     is_other = outbox.c.id != func.all(func.array(set_aside_events(tables.workers).scalar_subquery()))
-    return [outbox.c.event_type == PURCHASE_CONFIRMED, is_claimable(outbox), is_other]
+    return [has_type(outbox, [PURCHASE_CONFIRMED]), is_claimable(outbox), is_other]
 
 
 def _named(tables: Tables) -> ColumnElement[Any]:

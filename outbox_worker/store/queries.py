@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, FromClause, Text, and_, case, cast, false, func, literal_column, select, true
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Text,
+    and_,
+    case,
+    cast,
+    false,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
-from outbox_worker.model import PaymentStatus
+from outbox_worker.model import IGNORED, PaymentStatus
+from outbox_worker.schema.tables import STATUS_VALUES, TYPE_NAMES
 
 NEVER: ColumnElement[datetime] = literal_column("CAST('9999-01-01' AS timestamptz)")
 """An event that is due then or later, for example at ``infinity``, is never claimed; its payment is not in flight."""
@@ -30,16 +47,51 @@ def currency_code(currency: ColumnElement[Any]) -> ColumnElement[str]:
 
 
 def has_status(payments: FromClause, status: PaymentStatus) -> ColumnElement[bool]:
-    """Build the condition that the payment has this status.
+    """Build the condition that the payment has this status, whatever its name in the table is.
 
     The status is compared as text, because it may be an enum.
     """
-    return cast(payments.c.status, Text) == status.value
+    return or_(*(cast(payments.c.status, Text) == text for text in _texts(payments, status)))
+
+
+def status_of(payments: FromClause) -> ColumnElement[str]:
+    """Build the worker's name of the payment's status; for an unknown status, its text in the table."""
+    other_names = [each for each in PaymentStatus if _texts(payments, each) != [each.value]]
+    written: ColumnElement[str] = cast(payments.c.status, Text)
+    whens = [(has_status(payments, each), literal_column(f"'{each}'", Text)) for each in other_names]
+    return case(*whens, else_=written) if whens else written
+
+
+def _texts(payments: FromClause, status: PaymentStatus) -> list[str]:
+    """Return the texts that mean this status. An ignored status means *pending*."""
+    (column,) = payments.c.status.base_columns
+    values = column.info[STATUS_VALUES]
+    return [*values[status], *(values[IGNORED] if status is PaymentStatus.PENDING else ())]
 
 
 def is_succeeded(payments: FromClause) -> ColumnElement[bool]:
     """Build the condition that the payment succeeded and is not refunded. Such a payment is called *standing*."""
     return has_status(payments, PaymentStatus.SUCCEEDED)
+
+
+def type_of(events: FromClause) -> ColumnElement[str]:
+    """Build the worker's name of the event's type; for a type that the worker does not know, its name in the table."""
+    written, names = events.c.event_type, _type_names(events)
+    whens = [(written == name, literal_column(f"'{event_type}'", Text)) for name, event_type in names.items()]
+    return case(*whens, else_=written) if whens else written
+
+
+def has_type(events: FromClause, event_types: Collection[str]) -> ColumnElement[bool]:
+    """Build the condition that the event has one of these types, whatever their names in the table are."""
+    others = [name for name, event_type in _type_names(events).items() if event_type in event_types]
+    names = sorted({*event_types, *others})
+    return events.c.event_type == (names[0] if len(names) == 1 else func.any(literal(names, ARRAY(Text))))
+
+
+def _type_names(events: FromClause) -> Mapping[str, str]:
+    (column,) = events.c.event_type.base_columns
+    names: Mapping[str, str] = column.info[TYPE_NAMES]
+    return names
 
 
 def is_claimable(outbox: FromClause) -> ColumnElement[bool]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.cli.views.payments import money_lines, print_payments
 from outbox_worker.durations import count_of
-from outbox_worker.model import PaymentStatus
 from outbox_worker.reconcile.audit import AuditReport
 from outbox_worker.store.doubled import DoubledPair
 from outbox_worker.store.payment_classes import PaymentClass
@@ -42,7 +42,8 @@ def print_audit(report: AuditReport, limit: int) -> None:
     _print_doubled(report.pairs_twice_active, limit)
     if report.unknown_statuses:
         listed = ", ".join(f"{status} ({count:,})" for status, count in report.unknown_statuses.items())
-        terminal.line(f"\nNot audited, because the status is none of {_STATUSES}: {listed}.", "yellow")
+        terminal.line(f"\nNot audited, because the status is unknown: {listed}.", "yellow")
+        _print_status_example(report.unknown_statuses)
     if report.dated_ahead:
         terminal.line(
             f"\nNot audited, because created_at is in the future: {count_of(report.dated_ahead, 'payment')}.", "yellow"
@@ -57,6 +58,13 @@ def print_audit(report: AuditReport, limit: int) -> None:
             told.append(f"{count_of(doubled, 'pair')} of student and course active twice")
         terminal.line(f"\n{'; '.join(told)}.", "red")
         terminal.line('What to do: docs/runbook.md, "The audit found something".')
+
+
+def _print_status_example(unknown: Mapping[str, int]) -> None:
+    """Print lines for the configuration file that would give the unknown statuses a meaning."""
+    listed = ", ".join(json.dumps(status, ensure_ascii=False) for status in unknown)
+    terminal.line("Say in the configuration file what it means, for example:", "yellow")
+    terminal.line(f"  [payments]\n  status_values.succeeded = [{listed}]")
 
 
 def _print_doubled(found: Sequence[DoubledPair], limit: int) -> None:
@@ -85,7 +93,6 @@ def next_steps(report: AuditReport) -> list[list[str]]:
     return steps
 
 
-_STATUSES = ", ".join(PaymentStatus)
 _ALWAYS_COUNTED = ("unexplained", "refunded but active")
 
 MEANINGS = {

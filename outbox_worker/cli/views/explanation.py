@@ -187,7 +187,7 @@ def _class(story: PaymentStory, status: str | None) -> str:
     if story.not_judged is not None:
         return f"cannot be judged: {story.not_judged}"
     if status not in set(PaymentStatus):
-        return f"not judged: its status is none of {', '.join(PaymentStatus)}"
+        return "not judged: its status is unknown; add it to status_values under [payments] in the configuration file"
     if kind is None:
         return f"none: a {status} payment is owed no purchase"
     return f"{kind.replace('_', ' ')}: {_MEANINGS[kind]}"

@@ -42,6 +42,7 @@ CHECKS: Mapping[str, Check] = {
     "server": Check(server_checks.server),
     "tables": Check(setup_checks.tables),
     "money": Check(setup_checks.money, ("payments", "purchases")),
+    "statuses": Check(setup_checks.statuses, ("payments",)),
     "unlogged": Check(setup_checks.unlogged),
     "grants": Check(access_checks.grants),
     "row_security": Check(access_checks.row_security),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -17,7 +18,7 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
-from outbox_worker.schema.concerns import find_shared_event_ids, find_unfit_index, find_unlogged
+from outbox_worker.schema.concerns import find_shared_event_ids, find_unfit_index, find_unknown_statuses, find_unlogged
 from outbox_worker.schema.ids import SameId
 from outbox_worker.schema.nullable import find_nullable
 from outbox_worker.schema.partitions import build_pair_index, create_index
@@ -87,6 +88,14 @@ def money(subject: Subject) -> Iterator[Finding]:
         yield ok("purchases can hold every amount and currency that payments can hold")
 
 
+def statuses(subject: Subject) -> Iterator[Finding]:
+    """Report statuses of payments that the worker does not know."""
+    found = find_unknown_statuses(subject.session, subject.tables)
+    yield from (problem(each.finding, each.remedy) for each in found)
+    if not found:
+        yield ok("the worker knows every status that payments have")
+
+
 def unlogged(subject: Subject) -> Iterator[Finding]:
     """Report UNLOGGED tables, which PostgreSQL empties after a crash."""
     found = find_unlogged(subject.session, subject.tables)
@@ -107,7 +116,9 @@ def event_types(subject: Subject) -> Iterator[Finding]:
     else:
         yield warning(
             f"{count_of(ignored.events, 'event')} of unknown types stay in the outbox: {ignored.listed()}",
-            "if no other consumer reads them, set OUTBOX_UNKNOWN_TYPES=bury, which makes dead letters of them",
+            "if one of them confirms a purchase, say so in the configuration file: [outbox] "
+            f'types.{json.dumps(ignored.types[0].event_type, ensure_ascii=False)} = "PURCHASE_CONFIRMED"; if no other '
+            "consumer reads them, set OUTBOX_UNKNOWN_TYPES=bury, which makes dead letters of them",
         )
 
 
