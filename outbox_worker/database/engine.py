@@ -39,7 +39,10 @@ With other values, set for the role or for the database, some of the worker's st
 """
 
 # what: switches time limits off for this session · lock: none
-_LIFT = "SELECT set_config('statement_timeout', '0', false), set_config('lock_timeout', '0', false)"
+_LIFT = (
+    "SELECT set_config('statement_timeout', '0', false), set_config('lock_timeout', '0', false),"
+    " set_config('idle_in_transaction_session_timeout', '0', false), set_config('idle_session_timeout', '0', false)"
+)
 _TRIES = 5
 
 _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 2}

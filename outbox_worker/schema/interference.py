@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from sqlalchemy import Table, text
 from sqlalchemy.orm import Session
@@ -130,6 +131,21 @@ def unique_key(session: Session, table: Table, error_of: tuple[str | None, str |
 def sequences(session: Session, table: Table) -> dict[str, str]:
     """Return the columns whose default values come from a sequence, each with the name of its sequence."""
     return {row.column_name: row.sequence for row in session.execute(_SEQUENCES, {"relation": relation_name(table)})}
+
+
+# what: the last value that a sequence gave, or NULL if there is none or the role may not see it · lock: none
+# index: the catalogue's indexes
+_LAST_VALUE = text(
+    "SELECT last_value FROM pg_sequences"
+    " WHERE to_regclass(format('%I.%I', schemaname, sequencename)) = to_regclass(:sequence)"
+)
+
+
+def last_and_largest(session: Session, table: Table, column: str, sequence: str) -> tuple[int | None, int | None]:
+    """Return the last value of a sequence, and the largest value of its column. None means that it is not known."""
+    largest = session.scalar(text(f"SELECT max({quoted(column)}) FROM {relation_name(table)}"))  # noqa: S608 - the names are quoted
+    last: int | None = session.scalar(_LAST_VALUE, {"sequence": sequence})
+    return last, int(largest) if isinstance(largest, int | Decimal) else None
 
 
 def set_sequence(table: Table, column: str, sequence: str) -> str:

@@ -93,7 +93,7 @@ class FastTransaction:
                 result = self._settle(transaction, limit, until)
                 answer = self._commit(transaction, result)
         except Exception as error:
-            self._pacing.interrupted()
+            self._pacing.interrupted(result.claimed)
             self._telemetry.transaction_failed(error, result.claimed)
             if isinstance(error, DBAPIError | psycopg.Error | Again) and classify(error) is not Failure.RECONNECT:
                 raise Again("The batch is settled again in a careful transaction.") from error

@@ -106,6 +106,8 @@ class Pacing:
     """Whether the next claim from the start may look further back than the last one."""
     _passes_without_success: int = field(default=0, init=False)
     _turn: int = field(default=0, init=False)
+    _in_hand: int = field(default=0, init=False)
+    """The number of events that the last interrupted transaction had claimed."""
     _ran_out: bool = field(default=False, init=False)
     _beyond: Position | None = field(default=None, init=False)
     """The position after which the next claim begins, to skip refused events. If None, no event is skipped."""
@@ -179,8 +181,9 @@ class Pacing:
         The events are not at fault, because another transaction caused this failure.
         """
         self.is_calm = False
-        self.is_alone = self.limit == 1
-        self._shrink(self.limit // 2)
+        claimed = self._in_hand or self.limit
+        self.is_alone = claimed == 1
+        self._shrink(claimed // 2)
         self.frontier.go_back()
 
     def broke(self) -> None:
@@ -190,16 +193,21 @@ class Pacing:
         event, the event is postponed, so that others can be settled.
         """
         self.is_calm = False
-        self.is_alone = self.breaks_alone = self.limit == 1
-        self._shrink(self.limit // 8)
+        claimed = self._in_hand or self.limit
+        self.is_alone = self.breaks_alone = claimed == 1
+        self._shrink(claimed // 8)
         self.frontier.go_back()
 
     def be_careful(self) -> None:
         """Settle the next batch in a careful transaction."""
         self.is_calm = False
 
-    def interrupted(self) -> None:
-        """Begin the next claim at the start, because the transaction was rolled back and its events are still due."""
+    def interrupted(self, claimed: int) -> None:
+        """Begin the next claim at the start, because the transaction was rolled back and its events are still due.
+
+        ``claimed`` is the number of these events; 0 if the transaction failed before its claim returned.
+        """
+        self._in_hand = claimed
         self._beyond = None
         self.frontier.go_back()
 

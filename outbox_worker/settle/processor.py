@@ -233,7 +233,7 @@ class Processor:
                     self._isolation.clear_crash(session)
                 answer = self._database.commit(session, claim.transaction_id)
         except Exception as error:
-            self._pacing.interrupted()
+            self._pacing.interrupted(len(claim.batch))
             if classify(error) is Failure.RECONNECT and claim.batch and not isolated:
                 self._pacing.broke()
             if classify(error) is Failure.UNCLEAR and not isolated:

@@ -49,7 +49,7 @@ from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import DefaultTaken, PairTaken
 from outbox_worker.model import GRANTS, Batch, Guard, Outcome
-from outbox_worker.schema.interference import sequences, set_sequence, unique_key
+from outbox_worker.schema.interference import last_and_largest, sequences, set_sequence, unique_key
 from outbox_worker.schema.tables import Tables, relation_name
 from outbox_worker.store.claimed import event_of
 from outbox_worker.store.guard import GuardState, index_is_in_transition, on_active_pair
@@ -159,8 +159,7 @@ class PurchaseRepository:
         """Return whether the unique key in an error 23505 is that of the pair, of the payment, or of the event's mark.
 
         If so, the event is the cause of the error. If the key is another one, every purchase may violate it. Raises
-        DefaultTaken if the worker writes no column of the key, because the default of a column then gave the row a key
-        that another row has.
+        DefaultTaken if a sequence gave the row a key that another row has, because the sequence is behind its column.
         """
         purchases, marks = self._tables.purchases, self._tables.processed_events
         written = {purchases: {*_COPIED, "deactivated_at"}, marks: {column.key for column in marks.c}}
@@ -169,7 +168,7 @@ class PurchaseRepository:
             if names is None:
                 continue
             if not names & {table.c[key].name for key in keys}:
-                raise _default_taken(session, table, names, error)
+                _raise_if_behind(session, table, names, error)
             pair = {purchases.c.student_id.name, purchases.c.course_id.name}
             own = (pair, {purchases.c.payment_id.name}) if table is purchases else ({marks.c.event_id.name},)
             return names in own
@@ -224,12 +223,19 @@ class PurchaseRepository:
         return Statement(_offered(statement, self._tables, index_is_in_transition(self._tables.purchases)))
 
 
-def _default_taken(session: Session, table: Table, names: set[str], error: Exception) -> DefaultTaken:
-    found = {name: sequence for name, sequence in sequences(session, table).items() if name in names}
-    index = violated(error)[2]
-    told = f"a default of {relation_name(table)} gives new rows a key that another row has (constraint {index})"
-    remedies = [set_sequence(table, name, sequence) for name, sequence in found.items()]
-    return DefaultTaken(f"{told}; its sequence is behind, so run this: {' '.join(remedies)}" if remedies else told)
+def _raise_if_behind(session: Session, table: Table, names: set[str], error: Exception) -> None:
+    """Raise DefaultTaken if a sequence that fills one of these columns is behind, or if that cannot be seen."""
+    remedies = []
+    for column, sequence in sequences(session, table).items():
+        if column in names:
+            last, largest = last_and_largest(session, table, column, sequence)
+            if last is None or largest is None or largest > last:
+                remedies.append(set_sequence(table, column, sequence))
+    if remedies:
+        raise DefaultTaken(
+            f"a default of {relation_name(table)} gives new rows a key that another row has (constraint "
+            f"{violated(error)[2]}); its sequence is behind, so run this: {' '.join(remedies)}"
+        )
 
 
 def backfill_event_id(payment_id: UUID) -> UUID:

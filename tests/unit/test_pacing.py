@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -107,20 +108,29 @@ def test_a_claim_that_was_under_way_while_another_was_rolled_back_does_not_pass_
     one.start(0.0)
     one.claimed(None, END, is_full=True)
     other.start(0.0)
-    one.interrupted()
+    one.interrupted(0)
     other.claimed(None, LATER, is_full=True)
     assert other.start(0.0) is None
     other.claimed(None, LATER, is_full=True)
     assert one.start(0.0) == LATER
 
 
-@pytest.mark.parametrize("what", ["failed", "interrupted"])
-def test_after_a_rollback_it_begins_at_the_beginning(what: str) -> None:
+@pytest.mark.parametrize("fails", [Pacing.failed, lambda pacing: pacing.interrupted(0)], ids=["failed", "interrupted"])
+def test_after_a_rollback_it_begins_at_the_beginning(fails: Callable[[Pacing], None]) -> None:
     pacing = Pacing(limits(1000))
     pacing.claimed_from_start(0.0, 1.0, has_found=True)
     committed(pacing)
-    getattr(pacing, what)()
+    fails(pacing)
     assert pacing.start(1.0) is None
+
+
+@pytest.mark.parametrize(("claimed", "limit", "is_alone"), [(13, 6, False), (1, 1, True), (0, 500, False)])
+def test_a_failure_halves_what_was_in_hand(claimed: int, limit: int, is_alone: bool) -> None:
+    """With few events in the queue, halving the limit itself would repeat the same failure several times."""
+    pacing = Pacing(limits(1000))
+    pacing.interrupted(claimed)
+    pacing.failed()
+    assert (pacing.limit, pacing.is_alone) == (limit, is_alone)
 
 
 # --- how far back, while no claim can read everything from the start in time
@@ -268,13 +278,13 @@ def test_after_a_success_behind_those_in_doubt_it_begins_at_the_beginning() -> N
 def test_any_other_failure_ends_the_search() -> None:
     pacing = Pacing(limits(FEW_IN_DOUBT))
     fails_in_doubt(pacing)
-    pacing.interrupted()
+    pacing.interrupted(0)
     assert pacing.start(1.0) is None
 
 
 def fails_in_doubt(pacing: Pacing, end: Position | None = END) -> None:
     pacing.start(1.0)
-    pacing.interrupted()
+    pacing.interrupted(0)
     pacing.in_doubt(end)
 
 
@@ -299,11 +309,11 @@ def test_a_claim_of_one_type_in_between_begins_anew() -> None:
     assert pacing.choose([REFUNDED, CONFIRMED]) == REFUNDED
 
 
-@pytest.mark.parametrize("what", ["failed", "interrupted"])
-def test_what_is_repeated_keeps_its_turn_and_what_is_given_up_does_not(what: str) -> None:
+@pytest.mark.parametrize("fails", [Pacing.failed, lambda pacing: pacing.interrupted(0)], ids=["failed", "interrupted"])
+def test_what_is_repeated_keeps_its_turn_and_what_is_given_up_does_not(fails: Callable[[Pacing], None]) -> None:
     pacing = Pacing(limits(1000))
     pacing.choose([REFUNDED, CONFIRMED])
-    getattr(pacing, what)()
+    fails(pacing)
     assert pacing.choose([REFUNDED, CONFIRMED]) == REFUNDED
     pacing.gave_up()
     assert pacing.choose([REFUNDED, CONFIRMED]) == CONFIRMED

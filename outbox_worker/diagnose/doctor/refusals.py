@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal
 
-from sqlalchemy import Table, TextClause, text
+from sqlalchemy import Table, text
 
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
-from outbox_worker.schema.interference import interference, sequences, set_sequence
+from outbox_worker.schema.interference import interference, last_and_largest, sequences, set_sequence
 from outbox_worker.schema.shapes import rules_against_upserts
-from outbox_worker.schema.tables import quoted, relation_name
+from outbox_worker.schema.tables import relation_name
 from outbox_worker.store.workers import read_set_aside
 
 _SHOWN = 5
@@ -39,13 +38,6 @@ _UNIDENTIFIED = text(
            EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary AND indisvalid) AS has_key
     FROM pg_class c WHERE c.oid = to_regclass(:relation)
     """
-)
-
-# what: the last value that a sequence gave, or NULL if there is none or the role may not see it · lock: none
-# index: the catalogue's indexes
-_LAST_VALUE = text(
-    "SELECT last_value FROM pg_sequences"
-    " WHERE to_regclass(format('%I.%I', schemaname, sequencename)) = to_regclass(:sequence)"
 )
 
 
@@ -116,17 +108,12 @@ def sequences_behind(subject: Subject) -> Iterator[Finding]:
     clean = True
     for role, table in subject.present().items():
         for column, sequence in sequences(subject.session, table).items() if role != "payments" else ():
-            given = subject.session.scalar(_LAST_VALUE, {"sequence": sequence})
-            largest = subject.session.scalar(_largest(table, column))
-            if isinstance(largest, int | Decimal) and given is not None and largest > given:
+            last, largest = last_and_largest(subject.session, table, column, sequence)
+            if last is not None and largest is not None and largest > last:
                 clean = False
                 yield problem(
-                    f"{sequence} is behind: its value is {given}, but {relation_name(table)} has {column} {largest}",
+                    f"{sequence} is behind: its value is {last}, but {relation_name(table)} has {column} {largest}",
                     f"as its owner: {set_sequence(table, column, sequence)}",
                 )
     if clean:
         yield ok("no sequence is behind its column, as far as the role can see")
-
-
-def _largest(table: Table, column: str) -> TextClause:
-    return text(f"SELECT max({quoted(column)}) FROM {relation_name(table)}")  # noqa: S608 - the names are quoted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -202,6 +203,29 @@ def test_an_event_that_always_meets_a_conflict_makes_way_uncharged(
     run(shop, NO_TRIGGER)
     shop.make_due()
     assert settle(processor) == {events[place]: Outcome.CREATED}
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_an_event_that_takes_longer_than_a_statement_may_makes_way_soon(
+    place: int,
+    shop: Shop,
+    make_database: MakeDatabase,
+    make_processor: MakeProcessor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each try costs the whole time limit, so the tries must be few: about the logarithm of the number of events."""
+    run(shop, trigger(f"IF NEW.course_id = '{BAD}' THEN PERFORM pg_sleep(5); END IF;"))
+    courses = [GOOD] * 7
+    courses[place] = BAD
+    events = [pay(shop, course)[1] for course in courses]
+    processor = make_processor(database=make_database(deadline_seconds=0.3))
+    rolled_back: list[Exception] = []
+    monkeypatch.setattr(processor.telemetry, "transaction_failed", lambda error, _: rolled_back.append(error))
+    while shop.count("purchases") < 6:
+        with suppress(DBAPIError):
+            processor.process_batch()
+        assert len(rolled_back) <= 8
+    assert shop.event(events[place]).attempts == 0
 
 
 @pytest.mark.parametrize("ends", ["commit", "rollback"])
