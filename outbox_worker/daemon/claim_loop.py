@@ -82,7 +82,7 @@ class ClaimLoop:
         while not self._pulse.is_set():
             report = self.run_once(until, patience=deadline)
             has_settled = report is not None and report.settled > 0
-            if has_settled:
+            if has_settled or (report is not None and report.has_made_way):
                 progress = time.monotonic()
             if report is not None and _may_be_more(report):
                 continue

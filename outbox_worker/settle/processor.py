@@ -331,6 +331,8 @@ class Processor:
     def _made_way(self, batch: Batch, settled: Settled) -> BatchReport:
         self._committed(settled)
         guard = self._guard.state.guard
-        report = BatchReport(claimed=len(batch), batch=batch, set_aside=settled.set_aside, limit=1, guard=guard)
+        report = BatchReport(
+            claimed=len(batch), batch=batch, set_aside=settled.set_aside, limit=1, guard=guard, has_made_way=bool(batch)
+        )
         self._telemetry.batch_committed(report)
         return report

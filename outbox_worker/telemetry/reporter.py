@@ -64,6 +64,8 @@ class BatchReport:
     """
     set_aside: Mapping[int, str] = field(default_factory=dict)
     """Events (``outbox.id``) whose rows the database refused to delete or to change, each with the refusal."""
+    has_made_way: bool = False
+    """Whether the batch only postponed its events, without counting a try, so that others can be claimed."""
     seconds: float = 0.0
     """The duration from the claim to the end of COMMIT."""
     transaction: Literal["commit", "unknown"] = "commit"
