@@ -124,12 +124,24 @@ def test_after_a_rollback_it_begins_at_the_beginning(fails: Callable[[Pacing], N
     assert pacing.start(1.0) is None
 
 
-@pytest.mark.parametrize(("claimed", "limit", "is_alone"), [(13, 6, False), (1, 1, True), (0, 500, False)])
-def test_a_failure_halves_what_was_in_hand(claimed: int, limit: int, is_alone: bool) -> None:
-    """With few events in the queue, halving the limit itself would repeat the same failure several times."""
+@pytest.mark.parametrize(
+    ("fails", "claimed", "limit", "is_alone"),
+    [
+        (Pacing.failed, 13, 6, False),
+        (Pacing.failed, 1, 1, True),
+        (Pacing.failed, 0, 500, False),
+        (Pacing.broke, 40, 5, False),
+        (Pacing.broke, 1, 1, True),
+        (Pacing.broke, 0, 125, False),
+    ],
+)
+def test_a_failure_divides_what_was_in_hand(
+    fails: Callable[[Pacing], None], claimed: int, limit: int, is_alone: bool
+) -> None:
+    """With few events in the queue, dividing the limit itself would repeat the same failure several times."""
     pacing = Pacing(limits(1000))
     pacing.interrupted(claimed)
-    pacing.failed()
+    fails(pacing)
     assert (pacing.limit, pacing.is_alone) == (limit, is_alone)
 
 

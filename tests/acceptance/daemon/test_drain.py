@@ -22,6 +22,7 @@ from outbox_worker.schema.tables import PAIR_INDEX, PAIR_LOOKUP_INDEX
 from tests.support.factories import Shop
 from tests.support.makers import Connect
 from tests.support.processes import eventually, finish, start
+from tests.support.refusals import BAD, GOOD, pay, run, trigger
 
 TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -353,6 +354,19 @@ def test_rows_and_pairs_that_others_hold_are_waited_for_until_the_deadline(
     assert finish("run", "--drain", url=database_url).code == 0
     assert (shop.count("outbox"), shop.count("purchases")) == (0, 51)
     assert shop.outcome_of(event) == "duplicate_payment"
+    assert done.record("worker_started")["guard"] == both_guards
+
+
+def test_an_event_that_takes_too_long_makes_way_for_all_others(both_guards: str, database_url: str, shop: Shop) -> None:
+    """Its tries take longer than a drain waits for progress; that it is postponed is progress."""
+    run(shop, trigger(f"IF NEW.course_id = '{BAD}' THEN PERFORM pg_sleep(5); END IF;"))
+    before = [pay(shop, GOOD) for _ in range(6)]
+    _, slow = pay(shop, BAD)
+    after = [pay(shop, GOOD) for _ in range(6)]
+    done = finish("run", "--drain", url=database_url, database_deadline_seconds=0.5)
+    assert done.code == 0, done
+    assert [len(shop.purchases(payment)) for payment, _ in (*before, *after)] == [1] * 12
+    assert shop.event(slow).attempts == 0
     assert done.record("worker_started")["guard"] == both_guards
 
 

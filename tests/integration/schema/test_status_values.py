@@ -56,6 +56,16 @@ def test_each_status_means_what_the_settings_say(shop: Shop, make_processor: Mak
     assert drain_all(processor)[Outcome.REVOKED] == 1
 
 
+def test_why_tells_what_a_status_means(shop: Shop, database_url: str, tmp_path: Path) -> None:
+    shop.rows(FREE)
+    payment = shop.payment(status="REFUNDED", ago="1 hour")
+    path = tmp_path / "outbox-worker.toml"
+    path.write_text('[payments]\nstatus_values.refunded = ["REFUNDED"]\n', encoding="utf-8")
+    assert (
+        "a refunded payment is owed no purchase" in finish("why", str(payment.id), url=database_url, config=path).stdout
+    )
+
+
 @pytest.mark.usefixtures("named_otherwise")
 def test_the_audit_judges_what_they_mean(shop: Shop, database: Database, tables: Tables) -> None:
     owed = shop.payment(status="CAPTURED", ago="1 hour")
