@@ -10,8 +10,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 DATABASE = OUTBOX_DATABASE_URL="$${OUTBOX_DATABASE_URL:-embedded:.outbox}"
-# xdist's workers; four keep two cores busy, because many tests wait
-JOBS ?= 4
+# xdist's workers; three keep two cores busy, because many tests wait
+JOBS ?= 3
 # how long `make storm` lasts, and which one it is
 SECONDS ?= 60
 SEED ?= 1

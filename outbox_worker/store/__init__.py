@@ -7,7 +7,7 @@
 - ``crashes``: counts the proven deaths of workers for an event
 - ``set_aside``: the events that no claim takes; ``ignored``: counts events of types that no handler settles
 - ``doubled``: finds pairs with more than one active purchase
-- ``guard``: finds out which guard is in force
+- ``guard``: finds out which guard is in force; ``statuses``: finds statuses of payments that nobody explained
 - ``processes``: finds out whether a process still runs
 - parts of statements: ``claims`` (locks due events, for ``outbox``), ``pairs`` (locks and reads pairs, for
   ``purchases``), ``claimed`` (finds the rows of claimed events), ``identity`` (compares ids), ``payload``,

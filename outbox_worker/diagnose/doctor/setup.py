@@ -18,7 +18,7 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
-from outbox_worker.schema.concerns import find_shared_event_ids, find_unfit_index, find_unknown_statuses, find_unlogged
+from outbox_worker.schema.concerns import find_shared_event_ids, find_unfit_index, find_unlogged
 from outbox_worker.schema.ids import SameId
 from outbox_worker.schema.nullable import find_nullable
 from outbox_worker.schema.partitions import build_pair_index, create_index
@@ -32,6 +32,7 @@ from outbox_worker.store.doubled import doubled_pairs
 from outbox_worker.store.guard import guard_in_force
 from outbox_worker.store.identity import pair_key
 from outbox_worker.store.ignored import count_ignored
+from outbox_worker.store.statuses import find_unknown_statuses
 
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20

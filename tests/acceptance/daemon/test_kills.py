@@ -88,7 +88,7 @@ def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random
 def check(url: str, shop: Shop, kills: int) -> None:
     """After a last drain everything is as if nobody had been killed."""
     sent = shop.scalar("SELECT count(*) FROM sent")
-    drained = finish("run", "--drain", url=url)
+    drained = finish("run", "--drain", url=url, patience=240)
     assert drained.code == 0, drained.stderr
     assert shop.count("outbox") == 0
     assert shop.rows("SELECT * FROM charged") == []

@@ -12,9 +12,9 @@ from outbox_worker.database.engine import Database
 from outbox_worker.errors import SettingError
 from outbox_worker.model import PURCHASE_REFUNDED, Outcome
 from outbox_worker.reconcile.audit import Audit
-from outbox_worker.schema.concerns import find_unknown_statuses
 from outbox_worker.schema.tables import Tables, build_tables
 from outbox_worker.settings import Settings, load_settings
+from outbox_worker.store.statuses import find_unknown_statuses
 from tests.support.factories import Shop, drain_all
 from tests.support.makers import MakeProcessor
 from tests.support.processes import finish
