@@ -11,6 +11,7 @@ The layers of the package, from the top. Modules with ``|`` between them are in 
 - ``schema`` | ``telemetry``: the tables and privileges that the worker needs | logs and metrics
 - ``database``: connections and transactions, independent of the tables
 - ``embedded`` | ``settings`` | ``terminal``: the private PostgreSQL | the settings | formatting for terminals
+- ``mapping``: the names that tables, columns, statuses and event types have in the user's database
 - ``decision`` | ``durations`` | ``escapes`` | ``interrupts``: the rules for events and retries | times as text | text
   without control characters | signals that arrive while the program starts
 - ``address``: parses URLs and addresses

@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -40,7 +38,7 @@ from pydantic_settings import (
 from outbox_worker.address import EMBEDDED, Listen, expect_server_url, expect_usable, libpq_url, parse_listen
 from outbox_worker.decision import Limits, RetryPolicy
 from outbox_worker.errors import SettingError, WrongUsage
-from outbox_worker.model import COLUMNS, IGNORED, PaymentStatus
+from outbox_worker.mapping import ColumnMap, OutboxMapping, PaymentsMapping, TableMap
 
 PREFIX = "OUTBOX_"
 OPTIONS = ("config", "backfill_every_seconds", "batch_size", "concurrency", "log_level", "log_format")
@@ -59,101 +57,12 @@ RELOADABLE = (
 _OTHERS = ("OUTBOX_TEST_DATABASE_URL", "OUTBOX_TEST_PG", "OUTBOX_TEST_PG_BIN")
 
 
-def _split_pairs(value: object) -> object:
-    """Parse ``a=b,c=d``, the form of a mapping in an environment variable. Return a TOML table unchanged."""
-    if not isinstance(value, str):
-        return value
-    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
-    if not all(equals and name.strip() for _, equals, name in pairs):
-        raise ValueError("expected NAME=NAME, separated by commas")
-    return {key.strip(): name.strip() for key, _, name in pairs}
-
-
-def _flatten_columns(value: object) -> object:
-    """Convert the TOML form ``[columns.payments] student_id = "user_id"`` to ``payments.student_id=user_id``."""
-    value = _split_pairs(value)
-    if not isinstance(value, dict):
-        return value
-    nested = {key: inner for key, inner in value.items() if isinstance(inner, dict)}
-    flat = {f"{table}.{column}": name for table, names in nested.items() for column, name in names.items()}
-    return {key: name for key, name in value.items() if key not in nested} | flat
-
-
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
-
-
-def _usable_names(value: dict[str, str]) -> dict[str, str]:
-    if odd := sorted(name for name in value.values() if set(name) & set("%:")):
-        raise ValueError(f"names with % or : are not supported: {', '.join(odd)}")
-    return value
-
-
-def _known_tables(value: dict[str, str]) -> dict[str, str]:
-    if unknown := set(value) - set(COLUMNS):
-        raise ValueError(f"no such table: {', '.join(sorted(unknown))}; the tables are {', '.join(COLUMNS)}")
-    _expect_distinct({table: value.get(table, table) for table in COLUMNS}, "table")
-    return value
-
-
-def _known_columns(value: dict[str, str]) -> dict[str, str]:
-    known = {f"{table}.{column}" for table, columns in COLUMNS.items() for column in columns}
-    if unknown := set(value) - known:
-        raise ValueError(f"no such column: {', '.join(sorted(unknown))}; write TABLE.COLUMN=NAME")
-    for table, columns in COLUMNS.items():
-        _expect_distinct({f"{table}.{key}": value.get(f"{table}.{key}", key) for key in columns}, "column")
-    return value
-
-
-def _expect_distinct(names: Mapping[str, str], noun: str) -> None:
-    by_name: dict[str, str] = {}
-    for key, name in names.items():
-        other = by_name.setdefault(name, key)
-        if other != key:
-            raise ValueError(f"{other} and {key} have the same {noun} name, but each needs its own")
-
-
-StatusValues = dict[str, tuple[str, ...]]
-"""Maps a status of the worker, or ``ignored``, to the texts that mean this status in the payments table."""
-
-
-def _known_statuses(value: StatusValues) -> StatusValues:
-    known = (*PaymentStatus, IGNORED)
-    if unknown := sorted(value.keys() - set(known)):
-        raise ValueError(f"status_values: no such status: {', '.join(unknown)}; they are {', '.join(known)}")
-    given = [text for texts in all_status_values(value).values() for text in texts]
-    if twice := sorted({text for text in given if given.count(text) > 1}):
-        raise ValueError(f"status_values: {', '.join(twice)} would mean two statuses")
-    return value
-
-
-def all_status_values(given: StatusValues) -> StatusValues:
-    """Return the texts of every status. A status that is not given has its own name."""
-    return {status: given.get(status, (status,)) for status in PaymentStatus} | {IGNORED: given.get(IGNORED, ())}
-
-
-TypeNames = dict[str, Literal["PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"]]
-"""Maps other names of event types to the worker's event types."""
-
-
-class OutboxMapping(BaseModel):
-    """What differs in the outbox, apart from its name and the names of its columns."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    types: TypeNames = {}
-
-
-class PaymentsMapping(BaseModel):
-    """What differs in the payments table, apart from its name and the names of its columns."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    status_values: Annotated[StatusValues, AfterValidator(_known_statuses)] = {}
 
 
 def _usable_url(value: SecretStr) -> SecretStr:
@@ -180,22 +89,6 @@ def _usable_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
 def _usable_listen(value: str) -> str:
     parse_listen(value)
     return value
-
-
-TableMap = Annotated[
-    dict[str, str],
-    NoDecode,
-    BeforeValidator(_split_pairs),
-    AfterValidator(_known_tables),
-    AfterValidator(_usable_names),
-]
-ColumnMap = Annotated[
-    dict[str, str],
-    NoDecode,
-    BeforeValidator(_flatten_columns),
-    AfterValidator(_known_columns),
-    AfterValidator(_usable_names),
-]
 
 
 class Settings(BaseSettings):

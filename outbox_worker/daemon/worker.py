@@ -42,7 +42,6 @@ from outbox_worker.store.doors import Doors
 from outbox_worker.store.guard import GuardWatch
 from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.queries import database_time
-from outbox_worker.store.statuses import find_unknown_statuses
 from outbox_worker.store.workers import Workers
 from outbox_worker.telemetry.logs import configure_logging
 from outbox_worker.telemetry.reporter import Telemetry
@@ -126,7 +125,7 @@ class Worker:
             found = self._heartbeats.start(session, guard)
             event_types = claimed_types(session, tables, self._settings.unknown_types)
             adopted = adopted_tables(session, tables)
-            concerns = [*find_concerns(session, tables), *find_unknown_statuses(session, tables)]
+            concerns = find_concerns(session, tables)
             nullable = nullable_columns(session, tables)
             self._workers.learn_set_aside(session)
         if nullable:

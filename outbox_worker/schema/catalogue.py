@@ -56,6 +56,14 @@ _HAS_TRIGGER = text(
     " WHERE tgrelid = to_regclass(:relation) AND tgname = :name AND tgenabled IN ('O', 'A'))"
 )
 
+# what: the labels of a column's enum, in its order · lock: none · index: the catalogue's indexes
+_ENUM_LABELS = text(
+    """
+    SELECT CAST(e.enumlabel AS text) FROM pg_attribute a JOIN pg_enum e ON e.enumtypid = a.atttypid
+    WHERE a.attrelid = to_regclass(:relation) AND a.attname = :column ORDER BY e.enumsortorder
+    """
+)
+
 
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
     """Return the unique indexes that can be the guard ``index``: the name and the predicate of each.
@@ -328,6 +336,12 @@ _UNLOGGED = text(
     WHERE c.relpersistence <> 'p' AND c.relkind = 'r' ORDER BY part.position, name
     """
 )
+
+
+def enum_labels(session: Session | Connection, table: Table, key: str) -> Sequence[str]:
+    """Return the labels of the enum that the column has as its type. If the type is no enum, return no label."""
+    names = {"relation": relation_name(table), "column": table.c[key].name}
+    return session.execute(_ENUM_LABELS, names).scalars().all()
 
 
 def unlogged_tables(session: Session, names: Sequence[str]) -> list[tuple[str, bool]]:

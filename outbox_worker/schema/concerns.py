@@ -5,10 +5,15 @@ Each concern has a finding, which says what is wrong, and a remedy.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from sqlalchemy.orm import Session
 
+from outbox_worker.mapping import status_example
 from outbox_worker.schema.catalogue import (
     as_owner,
+    enum_labels,
     exists,
     has_unique_index,
     pair_indexes,
@@ -19,7 +24,9 @@ from outbox_worker.schema.partitions import build_pair_index, can_be_unique, cre
 from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.requirements import find_narrower
 from outbox_worker.schema.shapes import noun_of_view
-from outbox_worker.schema.tables import Tables, quoted, relation_name
+from outbox_worker.schema.tables import STATUS_VALUES, Tables, quoted, relation_name
+
+_NAMED_AT_MOST = 5
 
 
 def find_concerns(session: Session, tables: Tables) -> list[SchemaProblem]:
@@ -29,6 +36,29 @@ def find_concerns(session: Session, tables: Tables) -> list[SchemaProblem]:
         *find_unlogged(session, tables),
         *find_unfit_index(session, tables),
         *find_shared_event_ids(session, tables),
+        *find_unknown_labels(session, tables),
+    ]
+
+
+def find_unknown_labels(session: Session, tables: Tables) -> list[SchemaProblem]:
+    """Return a concern if the enum of ``payments.status`` has labels that the worker does not know."""
+    return unknown_statuses(tables, enum_labels(session, tables.payments, "status"))
+
+
+def unknown_statuses(tables: Tables, statuses: Sequence[str]) -> list[SchemaProblem]:
+    """Return a concern if the settings give no meaning to some of the ``statuses`` of payments."""
+    column = tables.payments.c.status
+    known = set(itertools.chain(*column.info[STATUS_VALUES].values()))
+    unknown = [status for status in statuses if status not in known]
+    if not unknown:
+        return []
+    return [
+        SchemaProblem(
+            f"{relation_name(tables.payments)}.{column.name} can be {', '.join(unknown[:_NAMED_AT_MOST])}, which the "
+            "worker does not know: payments with such a status get no purchase, and `audit` does not classify them",
+            "say what each status means in the configuration file, under [payments], for example "
+            f"{status_example(unknown[:1])}; list in status_values.ignored those that never mean paid",
+        )
     ]
 
 

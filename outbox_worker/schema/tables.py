@@ -30,9 +30,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
 from sqlalchemy.types import TypeEngine
 
+from outbox_worker.mapping import StatusValues, TypeNames, all_status_values
 from outbox_worker.model import COLUMNS
 from outbox_worker.schema.ids import UUIDS, PairIds, SameId
-from outbox_worker.settings import Settings, StatusValues, TypeNames, all_status_values
+from outbox_worker.settings import Settings
 
 PAIR_INDEX = "purchases_active_student_course_key"
 """The name of the unique index that prevents a second active purchase of a student for the same course.

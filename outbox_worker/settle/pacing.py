@@ -75,8 +75,8 @@ class Frontier:
 
     def look_back(self, reach: float, today: datetime) -> None:
         """Let claims from the start look ``reach`` seconds back. ``today`` is the time by the database's clock."""
-        self.reach = reach
         is_far = reach > REACH_FIRST
+        self.reach = math.inf if is_far else reach
         self.start = None if is_far else Position((today - timedelta(seconds=reach)).isoformat(), 0)
 
 

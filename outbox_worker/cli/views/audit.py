@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from outbox_worker import terminal
 from outbox_worker.cli.views.payments import money_lines, print_payments
 from outbox_worker.durations import count_of
+from outbox_worker.mapping import status_example
 from outbox_worker.reconcile.audit import AuditReport
 from outbox_worker.store.doubled import DoubledPair
 from outbox_worker.store.payment_classes import PaymentClass
@@ -62,9 +62,8 @@ def print_audit(report: AuditReport, limit: int) -> None:
 
 def _print_status_example(unknown: Mapping[str, int]) -> None:
     """Print lines for the configuration file that would give the unknown statuses a meaning."""
-    listed = ", ".join(json.dumps(status, ensure_ascii=False) for status in unknown)
     terminal.line("Say in the configuration file what it means, for example:", "yellow")
-    terminal.line(f"  [payments]\n  status_values.succeeded = [{listed}]")
+    terminal.line(f"  [payments]\n  {status_example(unknown)}")
 
 
 def _print_doubled(found: Sequence[DoubledPair], limit: int) -> None:
