@@ -1,23 +1,12 @@
 // graphile-worker: fetches jobs in batches (localQueue) and runs many at once. Each job commits its own work; the job
 // is deleted by a later statement, for many jobs at once. Usage: node graphile.mjs CONNECTION fill|drain EVENTS
-import { Logger, run, runMigrations } from "graphile-worker";
-import pg from "pg";
-import { EACH, valuesOf } from "./work.mjs";
+import { Logger, makeWorkerUtils, run } from "graphile-worker";
+import { EACH, fill, measure, valuesOf } from "./work.mjs";
 
 const [connectionString, step, events] = process.argv.slice(2);
 const CONCURRENCY = 24;
 
-if (step === "fill") {
-  await runMigrations({ connectionString });
-  const client = new pg.Client({ connectionString });
-  await client.connect();
-  await client.query("SELECT graphile_worker.add_job('buy', event::json) FROM peer_events");
-  await client.end();
-} else {
-  let left = Number(events);
-  let finish;
-  const finished = new Promise((resolve) => (finish = resolve));
-  const begin = performance.now();
+async function start(settled) {
   const runner = await run({
     connectionString,
     maxPoolSize: CONCURRENCY + 1,
@@ -31,8 +20,15 @@ if (step === "fill") {
       buy: (event, { withPgClient }) => withPgClient((client) => client.query({ name: "buy", text: EACH, values: valuesOf(event) })),
     },
   });
-  runner.events.on("job:complete", () => --left || finish());
-  await finished;
-  await runner.stop();
-  console.log(JSON.stringify({ seconds: (performance.now() - begin) / 1000 }));
+  runner.events.on("job:complete", () => settled(1));
+  return () => runner.stop();
+}
+
+if (step === "fill") {
+  const utils = await makeWorkerUtils({ connectionString });
+  await utils.migrate();
+  await fill(connectionString, (rows) => utils.addJobs(rows.map((payload) => ({ identifier: "buy", payload }))));
+  await utils.release();
+} else {
+  await measure(connectionString, Number(events), "EXISTS (SELECT FROM graphile_worker.jobs)", start);
 }

@@ -5,8 +5,9 @@
     OUTBOX_DATABASE_URL=… .venv/bin/python benchmarks/peers/run.py
 
 Uses only the benchmark's own database. Prints the rates of all rounds, and writes the chart docs/images/peers.svg. Each
-queue runs in its best form that still loses no event; the head of each script says which. A queue's time does not
-include its start. pg-boss asks for Node.js 22.12 or later.
+queue runs in its best form that still loses no event; the head of each script says which. A queue's time ends when its
+last job is committed; it includes neither the start nor the stop of the process. pg-boss asks for Node.js 22.12 or
+later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-// The work of one event, the same for each peer in JavaScript: a purchase and a mark, written by one statement.
+// What the peers in JavaScript share: the work of an event, the step "fill", and the measurement of the step "drain".
+import pg from "pg";
+
+// The work of one event: a purchase and a mark, written by one statement.
 export const EACH = `
   WITH bought AS (
     INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)
@@ -22,3 +25,32 @@ export const ALL = `
   )
   INSERT INTO processed_events (event_id, event_type, outcome, payment_id)
   SELECT event_id, 'PURCHASE_CONFIRMED', 'created', payment_id FROM event ON CONFLICT DO NOTHING`;
+
+// Call `insert` with the events of the table peer_events, in portions.
+export async function fill(connectionString, insert) {
+  const client = new pg.Client({ connectionString });
+  await client.connect();
+  const { rows } = await client.query("SELECT event FROM peer_events");
+  await client.end();
+  for (let at = 0; at < rows.length; at += 1000) {
+    await insert(rows.slice(at, at + 1000).map((row) => row.event));
+  }
+}
+
+// Print the seconds from the start of the worker until every job is settled and committed. `start` starts the worker,
+// which calls `settled(n)` after n jobs, and returns the function that stops it: the stop is not measured.
+// `hasUnfinished` is the SQL condition that the queue still has a job.
+export async function measure(connectionString, events, hasUnfinished, start) {
+  const client = new pg.Client({ connectionString });
+  await client.connect();
+  let left = events;
+  let finish;
+  const finished = new Promise((resolve) => (finish = resolve));
+  const begin = performance.now();
+  const stop = await start((n) => (left -= n) || finish());
+  await finished;
+  while ((await client.query(`SELECT ${hasUnfinished} AS yes`)).rows[0].yes);
+  console.log(JSON.stringify({ seconds: (performance.now() - begin) / 1000 }));
+  await stop();
+  await client.end();
+}
