@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -190,7 +191,7 @@ def test_it_grows_until_nothing_limits_it() -> None:
         assert pacing.frontier.start == Position((TODAY - timedelta(hours=hours)).isoformat(), 0)
         assert not pacing.may_reach_further, "once for each claim"
     pacing.reach_further(TODAY)
-    assert pacing.frontier.start is None
+    assert (pacing.frontier.start, pacing.frontier.reach) == (None, math.inf)
     pacing.claimed_from_start(0.0, 0.1, has_found=False)
     assert not pacing.may_reach_further
 
