@@ -17,6 +17,7 @@ The layers of the package, from the top. Modules with ``|`` between them are in 
 - ``address``: parses URLs and addresses
 - ``errors``: the tree of errors, with exit codes
 - ``model``: enumerations and records, such as ``Outcome`` and ``Event``
+- ``keys`` | ``money``: parse ids of payments and events | format and add amounts of money
 
 A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and ``bench``. Only ``cli``,
 ``demo`` and ``bench`` import ``terminal``. ``model`` and ``decision`` import no database library. The import contracts

@@ -168,7 +168,8 @@ def decide(facts: Facts) -> Verdict:
     if not facts.handled:  # 1
         return Verdict(Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE, "no handler for this event type", rule=1)
     if facts.payment_id is None:  # 2
-        return Verdict(Outcome.DEAD, Reason.INVALID_PAYLOAD, "payment_id is missing or not a UUID string", rule=2)
+        detail = "payment_id is missing, or cannot be the id of a payment"
+        return Verdict(Outcome.DEAD, Reason.INVALID_PAYLOAD, detail, rule=2)
     if facts.mark and facts.mark.payment_id not in (None, facts.payment_id):  # 3
         return Verdict(Outcome.DEAD, Reason.EVENT_ID_REUSED, f"marked for payment {facts.mark.payment_id}", rule=3)
     return _decide_refund(facts) if facts.is_refund else _decide_confirmation(facts)

@@ -9,9 +9,9 @@ from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
-from uuid import UUID
 
 from outbox_worker import money
+from outbox_worker.keys import Key
 
 PURCHASE_CONFIRMED = "PURCHASE_CONFIRMED"
 
@@ -113,10 +113,10 @@ class Event(NamedTuple):
     """The keys of a claimed event. This record does not contain the payload of the event."""
 
     id: int
-    event_id: UUID
+    event_id: str
     event_type: str
     payment_id: str | None
-    """The payload's ``payment_id`` in lower case; None if the value is not a UUID string."""
+    """The payload's ``payment_id`` in its usual text; None if the value cannot be the id of a payment."""
     attempts: int
     lateness: float
     """Seconds from ``due_at`` to the claim, measured by the database's clock."""
@@ -188,7 +188,7 @@ class Batch(Mapping[int, Event]):
         at = self._positions[key]
         return Event(
             id=key,
-            event_id=UUID(self.event_ids[at]),
+            event_id=self.event_ids[at],
             event_type=self.event_types[at],
             payment_id=self.payment_ids[at],
             attempts=int(self.attempts[at]),
@@ -240,7 +240,7 @@ class Batch(Mapping[int, Event]):
 
 class Mark(NamedTuple):
     outcome: str
-    payment_id: UUID | None
+    payment_id: Key | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +255,7 @@ class Facts:
     handled: bool = True
     is_refund: bool = False
     """True if the event reports a refund; False if it confirms a purchase."""
-    payment_id: UUID | None = None
+    payment_id: Key | None = None
     mark: Mark | None = None
     purchase_active: bool | None = None
     """Whether the purchase of this payment is active; None if this payment has no purchase."""
@@ -360,7 +360,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 class FoundPayment:
     """A payment whose purchase is missing, or that a person should check."""
 
-    payment_id: UUID
+    payment_id: Key
     student_id: Any
     course_id: Any
     amount: Decimal | None
@@ -380,9 +380,10 @@ class FoundPayment:
         return self.created_at is not None and self.created_at >= time
 
     @property
-    def age(self) -> tuple[datetime, int]:
-        """The sort key that puts the oldest payment first."""
-        return self.created_at or datetime.min.replace(tzinfo=UTC), self.payment_id.int
+    def age(self) -> tuple[datetime, int, str]:
+        """The sort key that puts the oldest payment first. By their length and text, integers are sorted as numbers."""
+        key = str(self.payment_id)
+        return self.created_at or datetime.min.replace(tzinfo=UTC), len(key), key
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,9 +394,9 @@ class UnjudgedPayment(FoundPayment):
     """Tells people which value is missing or unusable, as a clause: ``it names no student``."""
 
     @property
-    def age(self) -> tuple[datetime, int]:
+    def age(self) -> tuple[datetime, int, str]:
         """A sort key that puts the oldest payment first. The key contains no id, because an id may be missing."""
-        return self.created_at or datetime.min.replace(tzinfo=UTC), 0
+        return self.created_at or datetime.min.replace(tzinfo=UTC), 0, ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,26 @@ TYPE_AS_WRITTEN = sa.text(
     """
 )
 
+# what: the type that our tables give to ids of payments or events: uuid, bigint, or text with the collation of the ids
+# lock: none · index: the catalogue's indexes
+TYPE_OF_KEY = sa.text(
+    """
+    WITH RECURSIVE up (oid, collated) AS (
+        SELECT a.atttypid, a.attcollation FROM pg_attribute a
+        WHERE a.attrelid = to_regclass(:relation) AND a.attname = :column AND NOT a.attisdropped
+        UNION ALL
+        SELECT t.typbasetype, up.collated FROM up JOIN pg_type t ON t.oid = up.oid WHERE t.typtype = 'd')
+    SELECT CASE WHEN t.typname IN ('int2', 'int4', 'int8') THEN 'bigint'
+                WHEN t.typname IN ('text', 'varchar') THEN
+                     'text' || coalesce(' COLLATE ' || quote_ident(n.nspname) || '.' || quote_ident(c.collname), '')
+                ELSE 'uuid' END
+    FROM up JOIN pg_type t ON t.oid = up.oid
+    LEFT JOIN pg_collation c ON c.oid = up.collated AND up.collated <> t.typcollation
+    LEFT JOIN pg_namespace n ON n.oid = c.collnamespace
+    WHERE t.typtype <> 'd'
+    """
+)
+
 
 def upgrade() -> None:
     _create_schemas()
@@ -121,7 +141,7 @@ def _purchases(naming: TableNaming) -> None:
         sa.Column(c("id"), ID, primary_key=True, server_default=RANDOM_ID),
         sa.Column(c("student_id"), _type_in_payments("student_id"), nullable=False),
         sa.Column(c("course_id"), _type_in_payments("course_id"), nullable=False),
-        sa.Column(c("payment_id"), ID, unique=True),
+        sa.Column(c("payment_id"), _type_of_key("payments", "id"), unique=True),
         sa.Column(c("amount"), MONEY, nullable=False),
         sa.Column(c("currency"), sa.CHAR(3), nullable=False),
         sa.Column(c("is_active"), sa.Boolean, nullable=False, server_default=sa.true()),
@@ -160,14 +180,21 @@ def _type_in_payments(key: str) -> _TypeAsWritten:
     return _TypeAsWritten(op.get_bind().execute(TYPE_AS_WRITTEN, asked).scalar_one())
 
 
+def _type_of_key(role: str, key: str) -> _TypeAsWritten:
+    """Return the type for copies of the ids in this column."""
+    naming: TableNaming = context.config.attributes["naming"].of(role)
+    asked = {"relation": naming.relation, "column": naming.column(key)}
+    return _TypeAsWritten(op.get_bind().execute(TYPE_OF_KEY, asked).scalar() or "uuid")
+
+
 def _processed_events(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
-        sa.Column(c("event_id"), ID, primary_key=True),
+        sa.Column(c("event_id"), _type_of_key("outbox", "event_id"), primary_key=True),
         sa.Column(c("event_type"), sa.Text, nullable=False),
         sa.Column(c("outcome"), sa.Text, nullable=False),
-        sa.Column(c("payment_id"), ID),
+        sa.Column(c("payment_id"), _type_of_key("payments", "id")),
         sa.Column(c("processed_at"), TIME, nullable=False, server_default=NOW),
         sa.Column(c("recovered_at"), TIME),
     )
@@ -177,12 +204,12 @@ def _dead_letters(naming: TableNaming) -> None:
     c = naming.column
     _create(
         naming,
-        sa.Column(c("event_id"), ID, primary_key=True),
+        sa.Column(c("event_id"), _type_of_key("outbox", "event_id"), primary_key=True),
         sa.Column(c("event_type"), sa.Text, nullable=False),
         sa.Column(c("payload"), postgresql.JSONB, nullable=False),
         sa.Column(c("headers"), postgresql.JSONB),
         sa.Column(c("created_at"), TIME, nullable=False),
-        sa.Column(c("payment_id"), ID),
+        sa.Column(c("payment_id"), _type_of_key("payments", "id")),
         sa.Column(c("attempts"), sa.Integer, nullable=False),
         sa.Column(c("reason"), sa.Text, nullable=False),
         sa.Column(c("detail"), sa.Text, nullable=False),

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-from uuid import UUID
 
 import typer
 from loguru import logger
@@ -30,7 +29,7 @@ def _complete_reason(incomplete: str) -> list[str]:
 
 
 letters_app = typer.Typer(help="Show dead letters, and requeue or discard them.", no_args_is_help=True)
-EventIds = Annotated[list[UUID] | None, typer.Argument(metavar="EVENT_ID", help="Ids of events.", show_default=False)]
+EventIds = Annotated[list[str] | None, typer.Argument(metavar="EVENT_ID", help="Ids of events.", show_default=False)]
 DeadReason = Annotated[
     str | None,
     typer.Option(
@@ -105,10 +104,10 @@ def list_dead_letters(
 
     age = parse_duration(older_than, "--older-than") if older_than else None
     selection = Selection(state=state, reason=_reason(reason), event_type=event_type, older_than=age)
-    place = LetterCursor.parse(after) if after else None
     _, database, tables = open_database(config, looks=True)
     with database.transaction() as session:
-        check_schema(session, tables, reading("dead_letters"))
+        tables = check_schema(session, tables, reading("dead_letters"))
+        place = LetterCursor.parse(after, tables.event_key) if after else None
         page = list_letters(session, tables, selection, after=place, limit=limit)
     if json:
         print_object(database, {"dead_letters": page.letters, "next": page.end and str(page.end)})
@@ -127,16 +126,16 @@ def list_dead_letters(
 
 @letters_app.command("show")
 def show_dead_letter(
-    event: Annotated[UUID, typer.Argument(metavar="EVENT_ID", help="Id of the event.", show_default=False)],
+    event: Annotated[str, typer.Argument(metavar="EVENT_ID", help="Id of the event.", show_default=False)],
     config: Config = None,
     json: AsJson = False,
 ) -> None:
     """Show a dead letter: event, reason, payment, and what would happen now."""
     from outbox_worker.cli.views import explanation
-    from outbox_worker.store.dead_letters import read_letter
+    from outbox_worker.store.dead_letters import parse_event_id, read_letter
 
     with looking(config) as (database, session, tables, explain):
-        letter, content = read_letter(session, tables, event)
+        letter, content = read_letter(session, tables, parse_event_id(tables, event))
         stories = explain(str(event)).stories
     story = next((each for each in stories if each.payment_id == letter.payment_id), stories[0])
     if json:
@@ -206,7 +205,7 @@ def discard_dead_letters(
 
 
 def _select(
-    events: list[UUID] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
+    events: list[str] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
 ) -> tuple[Selection, Sequence[str]]:
     """Return the chosen letters, and the command-line words that choose the same letters. Raises WrongUsage."""
     from outbox_worker.store.dead_letters import Selection
@@ -255,6 +254,7 @@ def _decide(
     _, database, tables = open_database(config, patient=True, looks=dry_run)
     with database.snapshot() as session:
         tables = check_schema(session, tables, PREVIEWING if dry_run else acting)
+        selection = selection.parsed(tables)
         check_decidable(session, tables, selection, decision)
         seen = preview(session, tables, selection)
     if not json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, overload
@@ -15,8 +16,8 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 class Keys(UserDefinedType[Sequence[Any]]):
     """The type of an array parameter that the client sends as one array literal. None becomes NULL.
 
-    The elements must not contain a comma, brace or quote. Integers, UUIDs and names contain none of these. Use ARRAY
-    for other texts.
+    ``item`` is the type of the elements in SQL. If it is not text, the elements must not contain a comma, brace or
+    quote. Integers and UUIDs contain none of these.
     """
 
     render_bind_cast = True
@@ -57,17 +58,37 @@ class ArrayText(Sequence[Any]):
     @cached_property
     def _elements(self) -> list[str | None]:
         inner = self._text[1:-1]
+        if '"' in inner:
+            return [_unquoted(each) for each in _ELEMENTS.findall(inner)]
         return [None if each == "NULL" else each for each in inner.split(",")] if inner else []
 
 
-def array_literal(keys: Sequence[Any] | None) -> str:
-    """Return the keys as a PostgreSQL array literal. Return ``{}`` if there are no keys."""
+_ELEMENTS = re.compile(r'"(?:[^"\\]|\\.)*"|[^,]+', re.DOTALL)
+"""The pattern of one element in the text form of an array, with or without quotes."""
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+
+
+def _unquoted(element: str) -> str | None:
+    if element.startswith('"'):
+        return _ESCAPED.sub(r"\1", element[1:-1])
+    return None if element == "NULL" else element
+
+
+def array_literal(keys: Sequence[Any] | None, item: str) -> str:
+    """Return the keys as a PostgreSQL array literal. Return ``{}`` if there are no keys. ``item``: see ``Keys``."""
     if isinstance(keys, ArrayText):
         return str(keys)
     keys = keys or ()
+    if item == "text":
+        return "{" + ",".join("NULL" if key is None else _quoted(str(key)) for key in keys) + "}"
     if None in keys:
         keys = ["NULL" if key is None else key for key in keys]
     return "{" + ",".join(map(str, keys)) + "}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def ids_as(kind: TypeEngine[Any], ids: Iterable[UUID | str]) -> ColumnElement[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -34,16 +34,16 @@ def relying_on_a_key() -> Iterator[None]:
 
 
 class _Rendered(NamedTuple):
-    """The SQL of a statement, the values of its constant lists, and the names of its array parameters."""
+    """The SQL of a statement, the values of its constant lists, and the element types of its array parameters."""
 
     sql: str
     constants: Mapping[str, Any]
-    keys: Set[str]
+    keys: Mapping[str, str]
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values of all parameters, as psycopg takes them."""
-        written = {name: array_literal(value) if name in self.keys else value for name, value in given.items()}
-        return {**self.constants, **written}
+        keys = {name: array_literal(given[name], item) for name, item in self.keys.items() if name in given}
+        return {**self.constants, **given, **keys}
 
 
 class Statement:
@@ -70,7 +70,7 @@ class Statement:
                 written = compiled.render_literal_value(bind.value, bind.type)
                 sql = sql.replace(f"%({name})s", written.replace("%", "%%"))
                 del constants[name]
-        keys = {name for name, bind in compiled.binds.items() if isinstance(bind.type, Keys)}
+        keys = {name: bind.type.item for name, bind in compiled.binds.items() if isinstance(bind.type, Keys)}
         return _Rendered(sql, constants, keys)
 
     def execute(self, session: Session, values: Mapping[str, Any]) -> CursorResult[Any]:

@@ -12,9 +12,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from typing import Any, assert_never
-from uuid import UUID
 
-from sqlalchemy import CTE, ColumnElement, FromClause, Table, case, func, literal, or_, select
+from sqlalchemy import CTE, ColumnElement, FromClause, Table, case, column, func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import ids_as
@@ -22,6 +21,7 @@ from outbox_worker.decision import RULES_BEHIND, RetryPolicy, decide
 from outbox_worker.diagnose.records import MarkRow, PaymentRow, PurchaseRow, Records, WaitingEvent, look_up
 from outbox_worker.durations import count_of
 from outbox_worker.errors import Refused
+from outbox_worker.keys import Key
 from outbox_worker.model import (
     PURCHASE_BACKFILLED,
     PURCHASE_CONFIRMED,
@@ -70,7 +70,7 @@ class Occasion(StrEnum):
 class Prediction:
     """What would happen to an event if a worker or a backfill handled it now."""
 
-    event_id: UUID
+    event_id: Key
     event_type: str
     occasion: Occasion
     verdict: Verdict
@@ -92,7 +92,7 @@ class TimelineEntry:
 class PaymentStory:
     """The history of one payment, or the history of events that name no payment."""
 
-    payment_id: UUID | None
+    payment_id: Key | None
     payment: PaymentRow | None
     """The row of the payment. None: there is no such row, or the role cannot see this row."""
     kind: str | None
@@ -122,9 +122,9 @@ class _Candidate:
     """An event whose outcome ``why`` predicts."""
 
     occasion: Occasion
-    payment_id: UUID | None = None
+    payment_id: Key | None = None
     """The payment of an event that has no payload, because only its mark is left or a backfill creates it."""
-    first: UUID | None = None
+    first: Key | None = None
     """Only for a backfill: the payment of the pair for which the backfill would create the purchase."""
 
     @property
@@ -145,18 +145,19 @@ def explain(
         raise Refused(f"No event, payment, purchase or student has the id {asked[:SHOWN]}.")
     classes, unfit = _classes(session, tables, [each.id for each in found.records.payments])
     owed = [payment_id for payment_id, kind in classes.items() if kind == PaymentClass.UNEXPLAINED]
-    candidates = _candidates(found.records, _firsts(session, tables, owed), claimed_types)
+    candidates = _candidates(tables, found.records, _firsts(session, tables, owed), claimed_types)
     predictions = _judge(session, tables, policy, candidates) if candidates else []
-    named: list[UUID | None] = list(found.payment_ids)
+    named: list[Key | None] = list(found.payment_ids)
     if not named and found.records.traces:
         named.append(None)
-    stories = [replace(_story(found.records, key, classes, predictions), not_judged=unfit.get(key)) for key in named]
+    told = {key: _story(tables, found.records, key, classes, predictions) for key in named}
+    stories = [replace(story, not_judged=unfit.get(key)) for key, story in told.items()]
     return Explanation(asked, found.kinds, stories, found.gifts, found.has_more)
 
 
 def _classes(
-    session: Session, tables: Tables, ids: Sequence[UUID]
-) -> tuple[Mapping[UUID, str], Mapping[UUID | None, str]]:
+    session: Session, tables: Tables, ids: Sequence[Key]
+) -> tuple[Mapping[Key, str], Mapping[Key | None, str]]:
     """what: the classes of the succeeded payments, and the reasons why some cannot be judged
     lock: none · index: primary keys; see ``class_among``
     """
@@ -167,7 +168,7 @@ def _classes(
     return {key: kind for key, kind, _ in rows}, {key: why for key, kind, why in rows if kind == CANNOT_BE_JUDGED}
 
 
-def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID, UUID]:
+def _firsts(session: Session, tables: Tables, owed: Sequence[Key]) -> dict[Key, Key]:
     """Return, for each owed payment, the oldest unexplained payment of the same student and course.
 
     A backfill would make the purchase for this oldest payment.
@@ -178,12 +179,12 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[UUID]) -> dict[UUID
         owed[key]: [each.payment_id for each in found if each.kind == PaymentClass.UNEXPLAINED]
         for key, found in standing.items()
     }
-    return {payment_id: UUID(first) for payment_id, (first, *_) in unexplained.items()}
+    return {payment_id: tables.payment_key.key(first) for payment_id, (first, *_) in unexplained.items()}
 
 
 def _candidates(
-    records: Records, owed: Mapping[UUID, UUID], claimed_types: Sequence[str] | None
-) -> dict[UUID, _Candidate]:
+    tables: Tables, records: Records, owed: Mapping[Key, Key], claimed_types: Sequence[str] | None
+) -> dict[Key, _Candidate]:
     """Return all events that have a record and, for each owed payment, the substitute event of a backfill."""
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
@@ -194,7 +195,10 @@ def _candidates(
             for each in records.waiting
             if (key := each.event_id)
         },
-        **{backfill_event_id(key): _Candidate(Occasion.BACKFILL, key, first) for key, first in owed.items()},
+        **{
+            backfill_event_id(key, tables.event_key): _Candidate(Occasion.BACKFILL, key, first)
+            for key, first in owed.items()
+        },
     }
 
 
@@ -209,16 +213,18 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 
 
 def _judge(
-    session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[UUID, _Candidate]
+    session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[Key, _Candidate]
 ) -> list[Prediction]:
     """Read the facts as the worker reads them, but without locks. Return the outcomes that ``decide`` predicts."""
-    known = _known(tables, list(candidates))
+    known, kind = _known(tables, list(candidates)), tables.payment_key
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
     ]
-    rows = session.execute(select(*read_of, payload.claim_columns(known)).order_by(known.c.id)).all()
+    rows = session.execute(select(*read_of, payload.claim_columns(known, kind)).order_by(known.c.id)).all()
     read = [
-        payload.read_claim_columns(known, row[-1]) if row.has_payload else _only(candidates[row.event_id].payment_id)
+        payload.read_claim_columns(known, kind, row[-1])
+        if row.has_payload
+        else _only(candidates[row.event_id].payment_id)
         for row in rows
     ]
     batch = Batch(
@@ -244,17 +250,18 @@ def _predict(row: Any, candidate: _Candidate, facts: Facts) -> Prediction:
     return Prediction(row.event_id, event_type, candidate.occasion, verdict)
 
 
-def _only(payment_id: UUID | None) -> tuple[str | None, Repeated]:
+def _only(payment_id: Key | None) -> tuple[str | None, Repeated]:
     return None if payment_id is None else str(payment_id), Repeated()
 
 
-def _known(tables: Tables, events: Sequence[UUID]) -> CTE:
+def _known(tables: Tables, events: Sequence[Key]) -> CTE:
     """what: each event from the outbox, or else from its dead letter as requeue would write it, or else from its mark
     lock: none · index: event ids
     """
     outbox, letters, marks = tables.outbox, tables.dead_letters, tables.processed_events
-    ids = func.unnest(ids_as(marks.c.event_id.type, events))
-    given = ids.table_valued("event_id", with_ordinality="position").render_derived(name="given")
+    event_id = column("event_id", marks.c.event_id.type)
+    ids = func.unnest(ids_as(event_id.type, events))
+    given = ids.table_valued(event_id, with_ordinality="position").render_derived(name="given")
     is_waiting = outbox.c.event_id.is_not(None)
     marked = func.nullif(marks.c.event_type, PURCHASE_BACKFILLED)
     types = [type_of(outbox), type_of(letters), marked, literal(PURCHASE_CONFIRMED)]
@@ -285,9 +292,10 @@ def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
 
 
 def _story(
+    tables: Tables,
     records: Records,
-    payment_id: UUID | None,
-    classes: Mapping[UUID, str],
+    payment_id: Key | None,
+    classes: Mapping[Key, str],
     predictions: Sequence[Prediction],
 ) -> PaymentStory:
     """Return the story of one payment. If ``payment_id`` is None, return the story of events that name no payment."""
@@ -296,7 +304,7 @@ def _story(
     events = {each.event_id for each in named if each.event_id is not None}
     traces = [each for each in records.traces if each in named or each.event_id in events]
     if payment_id is not None:
-        events.add(backfill_event_id(payment_id))
+        events.add(backfill_event_id(payment_id, tables.event_key))
     purchases = _purchases(records, payment_id, payment)
     timeline = [
         *_of_payment(payment),
@@ -314,7 +322,7 @@ def _story(
     )
 
 
-def _kind(payment: PaymentRow | None, classes: Mapping[UUID, str], purchases: Sequence[PurchaseRow]) -> str | None:
+def _kind(payment: PaymentRow | None, classes: Mapping[Key, str], purchases: Sequence[PurchaseRow]) -> str | None:
     if payment is None:
         return None
     is_active = any(each.is_active and each.payment_id == payment.id for each in purchases)
@@ -323,7 +331,7 @@ def _kind(payment: PaymentRow | None, classes: Mapping[UUID, str], purchases: Se
     return classes.get(payment.id)
 
 
-def _purchases(records: Records, payment_id: UUID | None, payment: PaymentRow | None) -> list[PurchaseRow]:
+def _purchases(records: Records, payment_id: Key | None, payment: PaymentRow | None) -> list[PurchaseRow]:
     """Return the payment's own purchases and the active purchase of its pair."""
     pair = payment and payment.pair
     return [
@@ -380,7 +388,7 @@ def _of_mark(mark: MarkRow) -> Iterator[TimelineEntry]:
         yield TimelineEntry(mark.recovered_at, "event settled", key, outcome, rules)
 
 
-def _of_purchase(purchase: PurchaseRow, payment_id: UUID | None) -> Iterator[TimelineEntry]:
+def _of_purchase(purchase: PurchaseRow, payment_id: Key | None) -> Iterator[TimelineEntry]:
     whose = "" if purchase.payment_id == payment_id else _owner(purchase)
     yield TimelineEntry(purchase.created_at, "purchase made", purchase.id, whose)
     if not purchase.is_active:

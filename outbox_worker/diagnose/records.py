@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
-from uuid import UUID
 
 from sqlalchemy import ColumnElement, Select, Table, Text, cast, func, or_, select, true
 from sqlalchemy.exc import DataError
@@ -19,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from outbox_worker.database.engine import savepoint
 from outbox_worker.database.expressions import readable
+from outbox_worker.keys import Key
 from outbox_worker.schema.ids import IdColumn
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
@@ -34,7 +34,7 @@ PAYMENTS_MAX = 100
 
 @dataclass(frozen=True, slots=True)
 class PaymentRow:
-    id: UUID
+    id: Key
     student_id: Any
     course_id: Any
     amount: Decimal | None
@@ -51,7 +51,7 @@ class PurchaseRow:
     id: Any
     student_id: Any
     course_id: Any
-    payment_id: UUID | None
+    payment_id: Key | None
     """The payment that paid for the purchase. None: the purchase is a gift."""
     is_active: bool
     created_at: datetime | None
@@ -63,7 +63,7 @@ class PurchaseRow:
 class WaitingEvent:
     """A row of the outbox."""
 
-    event_id: UUID | None
+    event_id: Key | None
     """None: the column is NULL, which is possible in an adopted table. ``event_type`` can be NULL there, too."""
     event_type: str | None
     created_at: datetime | None
@@ -74,16 +74,16 @@ class WaitingEvent:
     is_due: bool
     is_claimable: bool
     """Whether a worker can claim the event, now or later."""
-    payment_id: UUID | None
+    payment_id: Key | None
     """The payment that the payload names."""
 
 
 @dataclass(frozen=True, slots=True)
 class MarkRow:
-    event_id: UUID | None
+    event_id: Key | None
     event_type: str | None
     outcome: str | None
-    payment_id: UUID | None
+    payment_id: Key | None
     processed_at: datetime | None
     recovered_at: datetime | None
 
@@ -103,15 +103,16 @@ class Records:
         return [*self.waiting, *self.letters, *self.marks]
 
     @property
-    def event_ids(self) -> list[UUID]:
+    def event_ids(self) -> list[Key]:
         """Return the ids of all events that have a record."""
         return list(dict.fromkeys(each.event_id for each in self.traces if each.event_id is not None))
 
     @property
-    def payment_ids(self) -> list[UUID]:
+    def payment_ids(self) -> list[Key]:
         """Return the ids of payments that have a row, then of payments that only an event, mark or purchase names."""
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
-        return list(dict.fromkeys([*(each.id for each in self.payments), *filter(None, named)]))
+        known = [each for each in named if each is not None]
+        return list(dict.fromkeys([*(each.id for each in self.payments), *known]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Found:
 
     kinds: Sequence[str]
     """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one kind; empty if nothing has the id."""
-    payment_ids: Sequence[UUID]
+    payment_ids: Sequence[Key]
     records: Records
     gifts: Sequence[PurchaseRow]
     """Purchases without a payment: all those of the student, or the one that has the given id."""
@@ -130,8 +131,8 @@ class Found:
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
     """Find everything that has this id. Also find a payment without a row if an event, mark or purchase names it."""
-    given = _uuid_of(asked)
-    of_event = _read_events(session, tables, events=[given]) if given else Records()
+    event, payment = tables.event_key.parse(asked), tables.payment_key.parse(asked)
+    of_event = _read_events(session, tables, events=[event]) if event else Records()
     own = tables.purchases.c
     bought = _ask(session, lambda: _read_purchases(session, tables, is_id(IdColumn(), own.id, asked)))
     of_student = _ask(session, lambda: session.scalars(_payments_of(tables, asked)).all())
@@ -139,10 +140,11 @@ def look_up(session: Session, tables: Tables, asked: str) -> Found:
     is_gift = is_bought_id(same, own.student_id, asked), own.payment_id.is_(None)
     gifts = _ask(session, lambda: _read_purchases(session, tables, *is_gift))
     of_purchase = [each.payment_id for each in bought if each.payment_id]
-    concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *of_purchase, *([given] if given else [])]
+    concerned = [*of_student[:PAYMENTS_MAX], *of_event.payment_ids, *of_purchase, *([payment] if payment else [])]
     records = read(session, tables, of_event.event_ids, dict.fromkeys(concerned))
     known = set(records.payment_ids)
-    kinds = {"event": of_event.event_ids, "payment": given in known, "purchase": bought, "student": of_student or gifts}
+    is_known = payment in known
+    kinds = {"event": of_event.event_ids, "payment": is_known, "purchase": bought, "student": of_student or gifts}
     return Found(
         [kind for kind, found in kinds.items() if found],
         [each for each in dict.fromkeys(concerned) if each in known],
@@ -161,7 +163,7 @@ def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]
         return ()
 
 
-def read(session: Session, tables: Tables, events: Collection[UUID], payments: Iterable[UUID]) -> Records:
+def read(session: Session, tables: Tables, events: Collection[Key], payments: Iterable[Key]) -> Records:
     """Read the records of these events and payments."""
     ids = list(payments)
     of_events = _read_events(session, tables, events, ids)
@@ -172,13 +174,6 @@ def read(session: Session, tables: Tables, events: Collection[UUID], payments: I
         of_events.letters,
         of_events.marks,
     )
-
-
-def _uuid_of(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
 
 
 def _payments_of(tables: Tables, student: str) -> Select[Any]:
@@ -192,7 +187,7 @@ def _payments_of(tables: Tables, student: str) -> Select[Any]:
     )
 
 
-def _read_payments(session: Session, tables: Tables, ids: Collection[UUID]) -> list[PaymentRow]:
+def _read_payments(session: Session, tables: Tables, ids: Collection[Key]) -> list[PaymentRow]:
     """what: payments, the oldest first · lock: none · index: primary key"""
     paid = tables.payments
     texts = [cast(paid.c.currency, Text).label("currency"), status_of(paid).label("status")]
@@ -221,7 +216,7 @@ def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
     return *values, (student, course)
 
 
-def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElement[bool]:
+def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[Key]) -> ColumnElement[bool]:
     """what: purchases of payments, and active purchases of their pairs · lock: none · index: payment_id, the pair's"""
     own, paid = tables.purchases.alias("own"), tables.payments
     rows = own.join(paid, same_pair(tables.ids, own, paid))
@@ -229,24 +224,22 @@ def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[UUID]) -> ColumnElem
     return tables.purchases.c.id.in_(select(own.c.id).where(own.c.payment_id.in_(ids)).union(holding))
 
 
-def _read_events(
-    session: Session, tables: Tables, events: Collection[UUID], payments: Collection[UUID] = ()
-) -> Records:
+def _read_events(session: Session, tables: Tables, events: Collection[Key], payments: Collection[Key] = ()) -> Records:
     """Read the records of events that have one of these event ids or one of these payment ids."""
     letters = tables.dead_letters
     of_them = or_(letters.c.event_id.in_(events), letters.c.payment_id.in_(payments))
     return Records(
-        waiting=_read_waiting(session, tables.outbox, events, payments),
+        waiting=_read_waiting(session, tables, events, payments),
         letters=read_letters(session, tables, of_them),
         marks=_read_marks(session, tables.processed_events, events, payments),
     )
 
 
 def _read_waiting(
-    session: Session, outbox: Table, events: Collection[UUID], payments: Collection[UUID]
+    session: Session, tables: Tables, events: Collection[Key], payments: Collection[Key]
 ) -> list[WaitingEvent]:
     """what: events in the outbox · lock: none · index: event_id; a search by payment reads all events"""
-    named = payload.payment_id_text(outbox)
+    outbox, named = tables.outbox, payload.payment_id_text(tables.outbox, tables.payment_key)
     of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
     columns = [
         outbox.c.event_id.label("event_id"),
@@ -259,10 +252,11 @@ def _read_waiting(
         named.label("payment_id"),
     ]
     rows = session.execute(select(*columns).where(of_them).order_by(outbox.c.created_at, outbox.c.id))
-    return [WaitingEvent(**row._asdict() | {"payment_id": _uuid_of(row.payment_id or "")}) for row in rows]
+    parse = tables.payment_key.parse
+    return [WaitingEvent(**row._asdict() | {"payment_id": parse(row.payment_id or "")}) for row in rows]
 
 
-def _read_marks(session: Session, marks: Table, events: Collection[UUID], payments: Collection[UUID]) -> list[MarkRow]:
+def _read_marks(session: Session, marks: Table, events: Collection[Key], payments: Collection[Key]) -> list[MarkRow]:
     """what: marks · lock: none · index: event_id; a search by payment reads all marks"""
     columns = [marks.c[key] for key in ("event_id", "event_type", "outcome", "payment_id")]
     times = [readable(marks.c[key]) for key in ("processed_at", "recovered_at")]

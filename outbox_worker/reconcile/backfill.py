@@ -206,8 +206,7 @@ class Backfill:
         self._is_cursor_held = bool(self._made.withheld)  # a continued backfill must find them again
         behind = {payment.payment_id for payment in self._made.withheld}
         self._owed = [payment for payment in oldest if payment.payment_id not in behind]
-        if self._scan.order == ("id",):
-            self._owed.sort(key=lambda payment: payment.payment_id.int)
+        self._owed = self._scan.in_order(self._owed)
         if not self._counts.looked_at:
             self._counts = Counts(
                 totals.passed,

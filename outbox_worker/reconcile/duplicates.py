@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import Select, and_, bindparam, false, func, select
 
@@ -19,13 +18,14 @@ from outbox_worker.database.arrays import Keys
 from outbox_worker.database.engine import Database
 from outbox_worker.database.expressions import readable
 from outbox_worker.database.statements import Statement
+from outbox_worker.keys import Key
 from outbox_worker.model import FoundPayment, PaymentStatus
 from outbox_worker.reconcile.scan import PaymentScan, ScanPaths, ScanRange, Throttle
 from outbox_worker.schema.privileges import Privileges, reading
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.identity import same_pair
-from outbox_worker.store.queries import database_time, has_status
+from outbox_worker.store.queries import database_time, has_status, read_key
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
@@ -38,7 +38,7 @@ class Duplicate:
 
     payment: FoundPayment
     purchase_id: Any
-    held_by: UUID | None
+    held_by: Key | None
     """The payment of the other purchase. None: the other purchase is a gift."""
     held_since: datetime | None
     """When the other purchase was made. None if it has no time, or a time that Python cannot represent."""
@@ -81,7 +81,7 @@ class Duplicates:
         holders = {key: holder for part in parts for key, holder in self._look_up(part).items()}
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]
 
-    def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[UUID, Any]:
+    def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[Key, Any]:
         """Return the other active purchase of each payment's pair. Leave out pairs without such a purchase."""
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
@@ -94,13 +94,13 @@ def _holders(tables: Tables) -> Select[Any]:
     holder = payments.alias("holder")
     is_refunded = func.coalesce(has_status(holder, PaymentStatus.REFUNDED), false())
     columns = [
-        payments.c.id,
+        read_key(payments.c.id).label("id"),
         held.c.id.label("purchase_id"),
-        held.c.payment_id.label("held_by"),
+        read_key(held.c.payment_id).label("held_by"),
         readable(held.c.created_at).label("held_since"),
         is_refunded.label("is_refunded"),
     ]
-    ids = bindparam("ids", type_=Keys("uuid"))
+    ids = bindparam("ids", type_=Keys(tables.payment_key))
     holds = and_(same_pair(tables.ids, held, payments), held.c.is_active)
     rows = payments.join(held, holds).outerjoin(holder, holder.c.id == held.c.payment_id)
     found = select(*columns).select_from(rows)

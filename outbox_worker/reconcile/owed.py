@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -30,6 +29,7 @@ from outbox_worker.database.retry import retry_transaction
 from outbox_worker.database.statements import Statement
 from outbox_worker.decision import RetryPolicy, decide
 from outbox_worker.errors import Inconsistent
+from outbox_worker.keys import Key, KeyKind
 from outbox_worker.model import (
     GRANTS,
     PURCHASE_BACKFILLED,
@@ -144,7 +144,7 @@ class OwedPurchases:
         """``looks_for_older``: whether unexplained payments may be older than those that the scan has read."""
         self._looks_for_older = looks_for_older
         self._database, self._tables, self._policy, self._guard = database, tables, policy, guard
-        self._repository = PurchaseRepository(tables, backfill_event_of)
+        self._repository = PurchaseRepository(tables, partial(backfill_event_of, tables.event_key))
         self._outbox = Outbox(tables, None)
         self._classes = Statement(portion_statement(tables, by_index=by_index))
         looking, writing = plans(by_index), INDEX_PLANS if by_index else {}
@@ -177,7 +177,7 @@ class OwedPurchases:
         for start in range(0, len(owed) if self._looks_for_older else 0, CHUNK):
             part = owed[start : start + CHUNK]
             with self._database.transaction(**self._writing) as session:
-                behind = self._behind_older(session, _as_batch(part))
+                behind = self._behind_older(session, _as_batch(part, self._tables.event_key))
             found += [payment for key, payment in enumerate(part) if key in behind]
         return found
 
@@ -189,7 +189,7 @@ class OwedPurchases:
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
-        tried: set[UUID] = set()
+        tried: set[Key] = set()
         is_writable, blocked = False, 0
         while parts:
             part = parts.pop()
@@ -212,7 +212,7 @@ class OwedPurchases:
             yield result
 
     def _smaller(
-        self, part: Sequence[FoundPayment], error: DBAPIError | Inconsistent, tried: set[UUID]
+        self, part: Sequence[FoundPayment], error: DBAPIError | Inconsistent, tried: set[Key]
     ) -> Sequence[Sequence[FoundPayment]]:
         """Return the parts to try instead of ``part`` (its halves, or ``part`` itself).
 
@@ -233,7 +233,7 @@ class OwedPurchases:
 
     def _transact(self, part: Sequence[FoundPayment], on_written: OnWritten, _failed: int) -> BackfillResult:
         """Lock the pairs, check the payments again and write their purchases, in one transaction."""
-        batch, guard = _as_batch(part), self._guard.state
+        batch, guard = _as_batch(part, self._tables.event_key), self._guard.state
         with self._database.transaction(**self._limits, **self._writing) as session:
             locks = self._repository.lock_pairs(session, batch, guard.lock_capacity)
             owed = self._still_unexplained(session, batch.only(key for key in locks.order if key in locks.locked))
@@ -296,11 +296,11 @@ def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
     return {name: "on" for name in plans if name.startswith("enable_")}
 
 
-def _as_batch(payments: Sequence[FoundPayment]) -> Batch:
+def _as_batch(payments: Sequence[FoundPayment], event_key: KeyKind) -> Batch:
     """Return a batch with one substitute event per payment. The id of an event is the position of its payment."""
     return Batch(
         ids=range(len(payments)),
-        event_ids=[str(backfill_event_id(payment.payment_id)) for payment in payments],
+        event_ids=[str(backfill_event_id(payment.payment_id, event_key)) for payment in payments],
         event_types=[PURCHASE_BACKFILLED] * len(payments),
         payment_ids=[str(payment.payment_id) for payment in payments],
         attempts=[0] * len(payments),

@@ -15,17 +15,17 @@ from datetime import datetime
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple, Protocol
-from uuid import UUID
 
-from sqlalchemy import Row, select, text
+from sqlalchemy import Row, bindparam, func, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox_worker.database.arrays import ArrayText
+from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.engine import Database
 from outbox_worker.database.failures import QUERY_CANCELED, sqlstate
 from outbox_worker.database.statements import Statement
+from outbox_worker.keys import Key
 from outbox_worker.model import FoundPayment, PaymentTotals, UnjudgedPayment, halves
 from outbox_worker.money import add
 from outbox_worker.schema.catalogue import has_index_paths
@@ -218,6 +218,20 @@ class PaymentScan:
         created_at = payment.created_at.isoformat() if payment.created_at else "-infinity"
         return [{"id": str(payment.payment_id), "created_at": created_at}[key] for key in self.order]
 
+    def in_order(self, payments: list[FoundPayment]) -> list[FoundPayment]:
+        """Return the payments, which are sorted by age, in the order in which this scan reads payments.
+
+        PostgreSQL sorts the ids, because Python does not know the collation of the column.
+        """
+        if self.order != ("id",) or not payments:
+            return payments
+        paid = self._tables.payments
+        ids = bindparam("ids", type_=Keys(self._tables.payment_key))
+        ordered = Statement(select(paid.c.id).where(paid.c.id == func.any(ids)).order_by(paid.c.id))
+        by_id = {str(each.payment_id): each for each in payments}
+        with self._database.transaction() as session:
+            return [by_id[str(key)] for key in ordered.execute(session, {"ids": list(by_id)}).scalars()]
+
     def estimate(self) -> int:
         """Return the planner's estimate of the number of payments in the range."""
         asked = select(self._tables.payments.c.id).where(*span(self._tables, self.order))
@@ -336,7 +350,7 @@ def _unjudged(row: Row[Any], reason: str) -> UnjudgedPayment:
 
 def _described(
     row: Row[Any],
-) -> tuple[UUID, Any, Any, Decimal | None, str, datetime | None, float | None, tuple[str, str]]:
+) -> tuple[Key, Any, Any, Decimal | None, str, datetime | None, float | None, tuple[str, str]]:
     who = row.id, row.student_id, row.course_id
     same = row.same_student, row.same_course
     return *who, row.amount, row.currency, row.created_at, row.age_seconds, same

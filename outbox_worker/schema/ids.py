@@ -1,18 +1,24 @@
-"""Reads the types of student and course ids in payments and purchases, and finds out when two ids are the same.
+"""Reads the types of ids from the database, and finds out when two ids are the same.
 
-A column may have one type in payments and another type in purchases, for example citext and text. ``store.identity``
-builds the SQL expressions that compare such ids.
+Ids of students and courses may have one type in payments and another type in purchases, for example citext and text.
+``store.identity`` builds the SQL expressions that compare such ids. The ids of payments and events, called *keys*, have
+one kind in all tables: uuid, integer or text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from sqlalchemy import Connection, Table, text
+from sqlalchemy import BigInteger, Connection, Dialect, Table, Text, TypeDecorator, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.orm import Session
+from sqlalchemy.types import TypeEngine
+
+from outbox_worker.keys import KeyKind
 
 DEFAULT_COLLATION = 'pg_catalog."default"'
 
@@ -20,7 +26,7 @@ INTEGERS = frozenset({"int2", "int4", "int8"})
 
 TEXTS = frozenset({"text", "varchar", "bpchar", "citext"})
 
-# what: the base types, scales and collations of the two id columns of a table · lock: none
+# what: the base types, scales and collations of id columns of a table · lock: none
 # index: the catalogue's indexes
 _ID_COLUMNS = text(
     """
@@ -173,14 +179,51 @@ UUIDS = PairIds()
 """The rules if both ids are UUIDs, as in the tables that the migrations create."""
 
 
+class _IntegerKey(TypeDecorator[str]):
+    """The type of a column with integer ids. In Python, such an id is the text with which PostgreSQL writes it."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> int | None:  # noqa: ARG002 - the library's
+        return None if value is None else int(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> str | None:  # noqa: ARG002 - the library's
+        return None if value is None else str(value)
+
+
+KEY_TYPES: Mapping[KeyKind, TypeEngine[Any]] = {
+    KeyKind.UUID: UUID(as_uuid=True),
+    KeyKind.INTEGER: _IntegerKey(),
+    KeyKind.TEXT: Text(),
+}
+"""The SQLAlchemy types of columns with keys."""
+
+KEY_KINDS = {
+    "uuid": KeyKind.UUID,
+    **dict.fromkeys(INTEGERS, KeyKind.INTEGER),
+    **dict.fromkeys(("text", "varchar"), KeyKind.TEXT),
+}
+
+
+def key_kind(column: IdColumn) -> KeyKind | None:
+    """Return the kind of the ids of payments or events in such a column; None if the worker cannot use the type.
+
+    The worker compares these ids as texts, too, so a type or collation that ignores differences is not possible.
+    """
+    return KEY_KINDS.get(column.type_name) if column.is_deterministic else None
+
+
 def read_ids(session: Session | Connection, payments: Table, purchases: Table) -> dict[str, SameId]:
     """Return the comparison rule for each id column. Leave out a column that is missing in one of the tables."""
-    paid, bought = _id_columns(session, payments), _id_columns(session, purchases)
-    return {key: SameId(paid[key], bought[key]) for key in ("student_id", "course_id") if key in paid and key in bought}
+    both = ("student_id", "course_id")
+    paid, bought = id_columns(session, payments, both), id_columns(session, purchases, both)
+    return {key: SameId(paid[key], bought[key]) for key in both if key in paid and key in bought}
 
 
-def _id_columns(session: Session | Connection, table: Table) -> dict[str, IdColumn]:
-    keys = {table.c[key].name: key for key in ("student_id", "course_id")}
+def id_columns(session: Session | Connection, table: Table, of: Collection[str]) -> dict[str, IdColumn]:
+    """Return the types of these columns, by column key. Leave out a column that is missing in the database."""
+    keys = {table.c[key].name: key for key in of}
     relation = postgresql.dialect().identifier_preparer.format_table(table)  # type: ignore[no-untyped-call]
     rows = session.execute(_ID_COLUMNS, {"relation": relation, "names": list(keys)})
     return {keys[name]: IdColumn(*facts) for name, *facts in rows}

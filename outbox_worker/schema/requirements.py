@@ -18,6 +18,7 @@ from sqlalchemy.schema import CreateColumn
 from sqlalchemy.types import DateTime, TypeEngine
 
 from outbox_worker.errors import SchemaError
+from outbox_worker.keys import KeyKind
 from outbox_worker.schema.catalogue import (
     ActualColumn,
     actual_columns,
@@ -27,7 +28,7 @@ from outbox_worker.schema.catalogue import (
     read_ahead,
     role_name,
 )
-from outbox_worker.schema.ids import INTEGERS, TEXTS, read_ids
+from outbox_worker.schema.ids import INTEGERS, KEY_KINDS, TEXTS, IdColumn, id_columns, key_kind, read_ids
 from outbox_worker.schema.partitions import can_be_unique
 from outbox_worker.schema.privileges import (
     CLOSED_SCHEMAS,
@@ -49,7 +50,7 @@ from outbox_worker.schema.shapes import (
     name_the_table,
     noun_of_view,
 )
-from outbox_worker.schema.tables import Tables, quoted, relation_name
+from outbox_worker.schema.tables import EVENT_KEYS, PAYMENT_KEYS, Tables, quoted, relation_name
 
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 
@@ -97,20 +98,41 @@ def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIV
     problems = find_problems(session, tables, privileges)
     if problems:
         raise SchemaError(f"The database lacks something that the worker needs.\n{list_problems(problems)}")
-    if {"payments", "purchases"} <= privileges.keys():
-        tables = with_ids_as_found(session, tables)
-    return _with_payload_as_found(session, tables) if "outbox" in privileges else tables
+    return with_types_as_found(session, tables, privileges)
 
 
-def with_ids_as_found(session: Session, tables: Tables) -> Tables:
-    """Return the tables with this database's rules that say when ids in payments and purchases are the same."""
-    return tables.with_ids(read_ids(session, tables.payments, tables.purchases))
+def with_types_as_found(session: Session, tables: Tables, roles: Collection[str]) -> Tables:
+    """Return the tables with the types of this database: those of all ids, and of ``outbox.payload``.
 
-
-def _with_payload_as_found(session: Session, tables: Tables) -> Tables:
-    found = actual_columns(session, relation_name(tables.outbox))[tables.outbox.c.payload.name]
-    kind = _DOCUMENTS.get(found.type_name)
+    Only the tables of these roles are looked at.
+    """
+    if {"payments", "purchases"} <= {*roles}:
+        tables = tables.with_ids(read_ids(session, tables.payments, tables.purchases))
+    payments, events = (_key_kinds(session, tables, keys, roles) for keys in (PAYMENT_KEYS, EVENT_KEYS))
+    tables = tables.with_keys(next(iter(payments), KeyKind.UUID), next(iter(events), KeyKind.UUID))
+    if "outbox" not in roles:
+        return tables
+    found = actual_columns(session, relation_name(tables.outbox)).get(tables.outbox.c.payload.name)
+    kind = _DOCUMENTS.get(found.type_name) if found else None
     return tables.with_documents(kind) if kind else tables
+
+
+def _key_kinds(
+    session: Session, tables: Tables, keys: Sequence[tuple[str, str]], roles: Collection[str]
+) -> list[KeyKind]:
+    """Return the kinds of the ids in these columns, in the same order. Leave out missing and unfit columns."""
+    return [kind for _, _, found in _key_columns(session, tables, keys, roles) if (kind := key_kind(found))]
+
+
+def _key_columns(
+    session: Session, tables: Tables, keys: Sequence[tuple[str, str]], roles: Collection[str]
+) -> Iterator[tuple[str, str, IdColumn]]:
+    """Yield the columns of these roles that exist: role, key and type."""
+    for role, key in keys:
+        if role in roles:
+            found = id_columns(session, getattr(tables, role), [key]).get(key)
+            if found is not None:
+                yield role, key, found
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
@@ -333,6 +355,37 @@ def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> 
                 yield from find_keys_to_outbox(session, role, table, tables.outbox)
     if {"payments", "purchases"} <= present.keys():
         yield from _pair_misfits(session, tables)
+    for keys, noun in ((PAYMENT_KEYS, "payments"), (EVENT_KEYS, "events")):
+        yield from _key_misfits(session, tables, keys, noun, present)
+
+
+def _key_misfits(
+    session: Session, tables: Tables, keys: Sequence[tuple[str, str]], noun: str, present: Collection[str]
+) -> Iterator[SchemaProblem]:
+    """Report columns with ids of payments or events whose kind differs from that of the first such column."""
+    first: tuple[str, IdColumn] | None = None
+    for role, key, found in _key_columns(session, tables, keys, present):
+        name = f"{relation_name(getattr(tables, role))}.{getattr(tables, role).c[key].name}"
+        if not found.is_deterministic:
+            yield SchemaProblem(
+                f"{name} is {found}, which treats different texts as equal, but the worker compares the ids of {noun} "
+                "as texts, too",
+                "give the column a deterministic collation",
+            )
+        elif first is None:
+            first = name, found
+        elif key_kind(found) and key_kind(first[1]) and key_kind(found) is not key_kind(first[1]):
+            yield SchemaProblem(
+                f"{first[0]} is {first[1]} and {name} is {found}",
+                f"convert one of the two columns, because both contain the ids of {noun}",
+            )
+        elif (role, key) == ("processed_events", "event_id") and found.type_name in ("int2", "int4"):
+            yield SchemaProblem(
+                f"{name} is {found}, but a backfill writes event ids that only bigint can hold",
+                f"as the table's owner: ALTER TABLE {relation_name(tables.processed_events)} "
+                f"ALTER COLUMN {quoted(tables.processed_events.c.event_id.name)} TYPE bigint; "
+                "(it rewrites the table; nobody can read or write the table meanwhile)",
+            )
 
 
 def _table_misfits(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
@@ -405,6 +458,8 @@ def _column_problems(
         wanted = column.type.compile(dialect=postgresql.dialect()).lower()  # type: ignore[no-untyped-call]
         if isinstance(column.type, Numeric) and actual.type_name in INTEGERS:
             wanted += "; amounts are whole units of the currency, not cents"
+        if (role, column.key) in (*PAYMENT_KEYS, *EVENT_KEYS):
+            wanted = "uuid, integer, bigint, text or varchar"
         yield SchemaProblem(
             f"column {name}.{column.name} is {actual.type_name}, not {wanted}",
             f"convert the column, or set another column in OUTBOX_COLUMNS ({role}.{column.key}=…)",
@@ -412,6 +467,8 @@ def _column_problems(
 
 
 def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
+    if (role, column.key) in (*PAYMENT_KEYS, *EVENT_KEYS):
+        return actual.base_type in KEY_KINDS
     if column.key in ("student_id", "course_id"):
         return actual.base_type in _IDS
     if (role, column.key) in (("payments", "status"), ("payments", "currency"), ("purchases", "id")):

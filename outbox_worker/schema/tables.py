@@ -30,9 +30,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
 from sqlalchemy.types import TypeEngine
 
+from outbox_worker.keys import KeyKind
 from outbox_worker.mapping import StatusValues, TypeNames, all_status_values
 from outbox_worker.model import COLUMNS
-from outbox_worker.schema.ids import UUIDS, PairIds, SameId
+from outbox_worker.schema.ids import KEY_TYPES, UUIDS, PairIds, SameId
 from outbox_worker.settings import Settings
 
 PAIR_INDEX = "purchases_active_student_course_key"
@@ -66,6 +67,17 @@ The payload of a notification is the schema and the name of the outbox table.
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
 """The name of the trigger that the optional migration ``notify`` creates, and of its trigger function."""
+
+PAYMENT_KEYS = (
+    ("payments", "id"),
+    ("purchases", "payment_id"),
+    ("processed_events", "payment_id"),
+    ("dead_letters", "payment_id"),
+)
+"""The columns, by role and key, that contain ids of payments."""
+
+EVENT_KEYS = (("outbox", "event_id"), ("processed_events", "event_id"), ("dead_letters", "event_id"))
+"""The columns, by role and key, that contain ids of events."""
 
 STATUS_VALUES = "status_values"
 """The key under which the column ``payments.status`` keeps the texts of each status, if they are set."""
@@ -102,11 +114,29 @@ class Tables:
     ``requirements.check_schema`` reads these rules from the database.
     """
 
+    payment_key: KeyKind = KeyKind.UUID
+    """The kind of the payments' ids, in all tables. ``requirements.check_schema`` reads it from the database."""
+    event_key: KeyKind = KeyKind.UUID
+    """The kind of the events' ids, in all tables."""
+
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
         """Return a copy of these tables in which ``outbox.payload`` has another type: json or text."""
-        outbox = self.outbox.to_metadata(MetaData(info=self.metadata.info))
-        outbox.c.payload.type = kind
-        return replace(self, outbox=outbox)
+        return self._with_types({("outbox", "payload"): kind})
+
+    def with_keys(self, payment: KeyKind, event: KeyKind) -> Tables:
+        """Return a copy of these tables in which the ids of payments and events are of other kinds."""
+        if (payment, event) == (self.payment_key, self.event_key):
+            return self
+        types = dict.fromkeys(PAYMENT_KEYS, KEY_TYPES[payment]) | dict.fromkeys(EVENT_KEYS, KEY_TYPES[event])
+        return replace(self._with_types(types), payment_key=payment, event_key=event)
+
+    def _with_types(self, types: Mapping[tuple[str, str], TypeEngine[Any]]) -> Tables:
+        """Return a copy of these tables in which columns, given by role and key, have these types."""
+        metadata = MetaData(info=self.metadata.info)
+        copies = {role: getattr(self, role).to_metadata(metadata) for role in dict.fromkeys(role for role, _ in types)}
+        for (role, key), kind in types.items():
+            copies[role].c[key].type = kind
+        return replace(self, **copies)
 
     def with_ids(self, ids: Mapping[str, SameId]) -> Tables:
         """Return a copy of these tables with the rules for comparing ids in this database."""

@@ -27,7 +27,9 @@ from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
+from outbox_worker.keys import KeyKind
 from outbox_worker.model import Batch, DueWindow, Position, Repeated
+from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.claimed import within_any
 from outbox_worker.store.queries import has_type, type_of
@@ -62,31 +64,31 @@ class IsolatedEvent:
     """The number of processes that are proven to have died while they processed only this event."""
 
 
-def claim_of(row: Row[Any]) -> Claim:
+def claim_of(row: Row[Any], payment_key: KeyKind) -> Claim:
     """Return the claim in a row of a claim statement; an empty claim if the statement found no event."""
     if row.ids is None:
         return Claim()
     types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
-    payment_ids, repeated = _read(row)
+    payment_ids, repeated = _read(row, payment_key)
     window = DueWindow(row.first_due_at, row.end_due_at)
     event_ids, attempts = ArrayText(row.event_ids), ArrayText(row.attempts)
     batch = Batch(row.ids, event_ids, types, payment_ids, attempts, row.lateness, repeated, window)
     return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.crash_suspects or ())
 
 
-def _read(row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
+def _read(row: Row[Any], payment_key: KeyKind) -> tuple[Sequence[str | None], Sequence[Repeated]]:
     """Return the payment ids in the payloads. If payloads are json or text, also return their other fields."""
     if "documents" not in row._fields:
-        return payload.usable_payment_ids(row.candidates), ()
-    found = [payload.read_document(document) for document in row.documents]
+        return payload.usable_payment_ids(row.candidates, payment_key), ()
+    found = [payload.read_document(document, payment_key) for document in row.documents]
     return [payment_id for payment_id, _ in found], [repeated for _, repeated in found]
 
 
-def claim_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
+def claim_statement(tables: Tables, ours: list[ColumnElement[bool]]) -> Select[Any]:
     """what: claims due events after a position, oldest first; returns one row of arrays with all values to settle them
     lock: FOR UPDATE SKIP LOCKED (settling deletes the row) · index: (due_at, id)
     """
-    return _gathered(due_events(outbox, _keys(outbox), ours))
+    return _gathered(due_events(tables.outbox, _keys(tables), ours))
 
 
 def due_events(outbox: Table, columns: Sequence[ColumnElement[Any]], ours: list[ColumnElement[bool]]) -> Select[Any]:
@@ -119,17 +121,19 @@ def start_due_at() -> ColumnElement[Any]:
     return cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True))
 
 
-def claim_isolated_statement(outbox: Table) -> Select[Any]:
+def claim_isolated_statement(tables: Tables) -> Select[Any]:
     """what: claims one due event by its id · lock: FOR UPDATE SKIP LOCKED · index: primary key"""
+    outbox = tables.outbox
     one = outbox.c.id == bindparam("id", type_=BigInteger)
-    return _gathered(select(*_keys(outbox)).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
+    return _gathered(select(*_keys(tables)).where(one, outbox.c.due_at <= _due_by()).with_for_update(skip_locked=True))
 
 
-def claim_these_statement(outbox: Table) -> Select[Any]:
+def claim_these_statement(tables: Tables) -> Select[Any]:
     """what: claims due events by their ids · lock: FOR UPDATE SKIP LOCKED · index: primary key or (due_at, id)"""
+    outbox = tables.outbox
     these = outbox.c.id == func.any(bindparam("ids", type_=Keys("bigint")))
     due = (these, within_any(outbox.c.due_at), outbox.c.due_at <= _due_by(), *complete(outbox))
-    found = select(*_keys(outbox)).where(*due).order_by(outbox.c.due_at, outbox.c.id)
+    found = select(*_keys(tables)).where(*due).order_by(outbox.c.due_at, outbox.c.id)
     return _gathered(found.with_for_update(skip_locked=True))
 
 
@@ -163,13 +167,14 @@ def _due_by() -> ColumnElement[Any]:
     return func.coalesce(bindparam("until", type_=DateTime(timezone=True)), func.statement_timestamp())
 
 
-def _keys(outbox: Table) -> list[ColumnElement[Any]]:
+def _keys(tables: Tables) -> list[ColumnElement[Any]]:
     """Select the columns of an event that settling needs."""
+    outbox = tables.outbox
     return [
         outbox.c.id,
         outbox.c.event_id,
         func.left(type_of(outbox), _LONGEST_TYPE).label("event_type"),
-        payload.claim_columns(outbox),
+        payload.claim_columns(outbox, tables.payment_key),
         counted(outbox.c.attempts).label("attempts"),
         counted(outbox.c.crashes).label("crashes"),
         seconds_since(outbox.c.due_at).label("lateness"),

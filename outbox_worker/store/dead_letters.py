@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any, NamedTuple
-from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
@@ -41,6 +40,7 @@ from outbox_worker.database.engine import savepoint
 from outbox_worker.database.expressions import readable
 from outbox_worker.database.failures import Failure, classify, describe
 from outbox_worker.errors import NothingWritten, Refused, WrongUsage
+from outbox_worker.keys import Key, KeyKind
 from outbox_worker.model import PURCHASE_CONFIRMED, DeadLetterState, halves
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
@@ -75,9 +75,9 @@ DECIDABLE = {
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    event_id: UUID
+    event_id: Key
     event_type: str
-    payment_id: UUID | None
+    payment_id: Key | None
     attempts: int
     reason: str
     detail: str
@@ -102,11 +102,16 @@ class Content(NamedTuple):
 class Selection:
     """Selects the letters of ``event_ids``; if this is empty, all letters that match the other fields."""
 
-    event_ids: Sequence[UUID] = ()
+    event_ids: Sequence[Key] = ()
+    """Until ``parsed`` is called, the texts that a person typed."""
     state: DeadLetterState = DeadLetterState.OPEN
     reason: str | None = None
     event_type: str | None = None
     older_than: timedelta | None = None
+
+    def parsed(self, tables: Tables) -> Selection:
+        """Return this selection with parsed event ids. Raises WrongUsage if a text cannot be the id of an event."""
+        return replace(self, event_ids=[parse_event_id(tables, str(each)) for each in self.event_ids])
 
     def conditions(self, letters: FromClause) -> list[ColumnElement[bool]]:
         if self.event_ids:
@@ -150,7 +155,7 @@ class Decided(NamedTuple):
 class RefusedLetter(NamedTuple):
     """A dead letter that could not be requeued or discarded, and the reason."""
 
-    event_id: UUID
+    event_id: Key
     reason: str
 
 
@@ -170,19 +175,21 @@ class LetterCursor(NamedTuple):
     """The position of the last letter of a page. The next page begins after this position."""
 
     dead_at: datetime
-    event_id: UUID
+    event_id: Key
 
     def __str__(self) -> str:
         return f"{self.dead_at.isoformat()}/{self.event_id}"
 
     @classmethod
-    def parse(cls, text: str) -> LetterCursor:
+    def parse(cls, text: str, kind: KeyKind) -> LetterCursor:
         """Parse the text that ``str(cursor)`` returns. Raises WrongUsage for any other text."""
-        dead_at, _, event_id = text.partition("/")
+        dead_at, _, typed = text.partition("/")
         try:
-            return cls(datetime.fromisoformat(dead_at), UUID(event_id))
+            if (event_id := kind.parse(typed)) is not None:
+                return cls(datetime.fromisoformat(dead_at), event_id)
         except ValueError:
-            raise WrongUsage("--after: give the value that was printed below the previous page.") from None
+            pass
+        raise WrongUsage("--after: give the value that was printed below the previous page.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +197,14 @@ class Page:
     letters: Sequence[DeadLetter]
     end: LetterCursor | None
     """The cursor for the next page; None if this is the last page."""
+
+
+def parse_event_id(tables: Tables, typed: str) -> Key:
+    """Parse the id of an event that a person typed. Raises WrongUsage if it cannot be the id of an event."""
+    found = tables.event_key.parse(typed)
+    if found is None:
+        raise WrongUsage(f"EVENT_ID: '{typed}' cannot be the id of an event, because these ids are {tables.event_key}.")
+    return found
 
 
 def history(note: str | None) -> list[Decided]:
@@ -205,7 +220,7 @@ def count_open(session: Session, tables: Tables) -> int:
     return session.scalars(counted).one()
 
 
-def open_confirmations(session: Session, tables: Tables, payment_ids: Collection[str]) -> Sequence[UUID]:
+def open_confirmations(session: Session, tables: Tables, payment_ids: Collection[str]) -> Sequence[Key]:
     """Return the ids of events that confirm one of these payments and have an open dead letter."""
     letters = tables.dead_letters
     of_them = letters.c.payment_id == func.any(ids_as(letters.c.payment_id.type, payment_ids))
@@ -250,7 +265,7 @@ def read_letters(
     return [DeadLetter(*row) for row in rows]
 
 
-def read_letter(session: Session, tables: Tables, event_id: UUID) -> tuple[DeadLetter, Content]:
+def read_letter(session: Session, tables: Tables, event_id: Key) -> tuple[DeadLetter, Content]:
     """Read one letter, and payload and headers of its event. Raises Refused if the event has no letter."""
     letters = tables.dead_letters
     found = read_letters(session, tables, letters.c.event_id == event_id)
@@ -308,7 +323,7 @@ def decide_letters(
             "The dead letters or their payments have changed since the preview. Nothing was done; repeat the command."
         )
     refused = _taken_ids(session, tables, ids) if decision is Decision.REQUEUE else {}
-    parts: list[Sequence[UUID]] = [[each for each in ids if each not in refused]]
+    parts: list[Sequence[Key]] = [[each for each in ids if each not in refused]]
     done = 0
     while parts:
         part = parts.pop()
@@ -331,7 +346,7 @@ def _is_letters_fault(error: DBAPIError | NothingWritten) -> bool:
     return isinstance(error, NothingWritten) or classify(error) in (Failure.EVENT, Failure.GUARD)
 
 
-def _carry_out(session: Session, tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> None:
+def _carry_out(session: Session, tables: Tables, ids: Sequence[Key], decision: Decision, actor: str, why: str) -> None:
     """Write the decision about these letters. Raises NothingWritten if the database did not write every row."""
     if not ids:
         return
@@ -344,34 +359,35 @@ def _carry_out(session: Session, tables: Tables, ids: Sequence[UUID], decision: 
         raise NothingWritten(_NOT_CLOSED)
 
 
-def _taken_ids(session: Session, tables: Tables, ids: Sequence[UUID]) -> dict[UUID, str]:
+def _taken_ids(session: Session, tables: Tables, ids: Sequence[Key]) -> dict[Key, str]:
     """what: the letters whose event id belongs to another event in the outbox, each with a reason
     lock: none · index: outbox.event_id
     """
     kept = _events_of(tables, ids)
     taken = select(kept.c.event_id).join(tables.outbox, tables.outbox.c.event_id == kept.c.event_id)
-    return dict.fromkeys(session.scalars(taken.where(_is_the_same(kept, tables.outbox).is_not(true()))), _TAKEN)
+    return dict.fromkeys(session.scalars(taken.where(_is_the_same(kept, tables).is_not(true()))), _TAKEN)
 
 
-def _count_waiting(tables: Tables, ids: Sequence[UUID]) -> Select[Any]:
+def _count_waiting(tables: Tables, ids: Sequence[Key]) -> Select[Any]:
     """what: how many of the letters' events wait in the outbox · lock: none · index: outbox.event_id"""
     kept = _events_of(tables, ids)
     waiting = select(func.count(kept.c.event_id.distinct()))
     waiting = waiting.join_from(kept, tables.outbox, tables.outbox.c.event_id == kept.c.event_id)
-    return waiting.where(_is_the_same(kept, tables.outbox))
+    return waiting.where(_is_the_same(kept, tables))
 
 
-def _events_of(tables: Tables, ids: Sequence[UUID]) -> FromClause:
+def _events_of(tables: Tables, ids: Sequence[Key]) -> FromClause:
     """Build a relation with the events of these letters, as the events were in the outbox."""
     letters = tables.dead_letters
     content = payload.from_dead_letter(letters.c.payload, tables.outbox).label("payload")
     return select(letters.c.event_id, letters.c.event_type, content).where(_among(letters, ids)).subquery("kept")
 
 
-def _is_the_same(kept: FromClause, outbox: FromClause) -> ColumnElement[bool]:
+def _is_the_same(kept: FromClause, tables: Tables) -> ColumnElement[bool]:
     """Build the condition that the event in the outbox is the letter's event, and that a worker can claim it."""
-    of_one_payment = payload.payment_id_text(outbox).is_not_distinct_from(payload.payment_id_text(kept))
-    return and_(outbox.c.event_type == kept.c.event_type, of_one_payment, is_claimable(outbox))
+    outbox = tables.outbox
+    named, kept_id = (payload.payment_id_text(each, tables.payment_key) for each in (outbox, kept))
+    return and_(outbox.c.event_type == kept.c.event_type, named.is_not_distinct_from(kept_id), is_claimable(outbox))
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
@@ -411,7 +427,7 @@ def _token(tables: Tables, selection: Selection) -> Select[Any]:
     return select(func.coalesce(func.left(digest, 12), "")).select_from(read).where(*selection.conditions(letters))
 
 
-def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
+def _requeue(tables: Tables, ids: Sequence[Key]) -> postgresql.Insert:
     """what: copies the events of letters into the outbox, due now
     lock: the letters' rows (already locked) · index: primary key of dead_letters
 
@@ -430,7 +446,7 @@ def _requeue(tables: Tables, ids: Sequence[UUID]) -> postgresql.Insert:
     return postgresql.insert(outbox).from_select(columns, again, include_defaults=False).on_conflict_do_nothing()
 
 
-def _resolve(tables: Tables, ids: Sequence[UUID], decision: Decision, actor: str, why: str) -> Update:
+def _resolve(tables: Tables, ids: Sequence[Key], decision: Decision, actor: str, why: str) -> Update:
     """what: closes letters, and adds a line to their notes · lock: already held · index: primary key"""
     letters, state = tables.dead_letters, _RESULTS[decision].value
     now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SS.MSZ")
@@ -451,5 +467,5 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _among(letters: FromClause, ids: Sequence[UUID]) -> ColumnElement[bool]:
+def _among(letters: FromClause, ids: Sequence[Key]) -> ColumnElement[bool]:
     return letters.c.event_id == func.any(ids_as(letters.c.event_id.type, ids))

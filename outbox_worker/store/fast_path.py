@@ -43,6 +43,7 @@ from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
 from outbox_worker.database.statements import Fetch, Statement
 from outbox_worker.errors import Again
+from outbox_worker.keys import KeyKind
 from outbox_worker.model import (
     ALWAYS,
     NO_LATENCIES,
@@ -202,14 +203,14 @@ def _due(tables: Tables, ours: list[ColumnElement[bool]]) -> Select[Any]:
         *(outbox.c[key] for key in ("id", "event_id", "due_at", "payload")),
         type_of(outbox).label("event_type"),
         counted(outbox.c.crashes).label("crashes"),
-        payload.key_text(outbox, "payment_id").label("candidate"),
+        payload.fast_candidate(outbox, tables.payment_key).label("candidate"),
     ]
     return due_events(outbox, columns, [*ours, is_other(outbox)])
 
 
 def _given(tables: Tables) -> Select[Any]:
     """Select the events that earlier statements of the transaction have claimed."""
-    keys, outbox = claimed_keys(tables.outbox), tables.outbox
+    keys, outbox = claimed_keys(tables), tables.outbox
     event = event_of(keys, outbox)
     source = payload_source(keys, event)
     fields = [event.c.payload] if source is event else [keys.c[key] for key in Repeated._fields]
@@ -223,11 +224,11 @@ def _lock_due_statement(tables: Tables, ours: list[ColumnElement[bool]]) -> Sele
     lock: FOR UPDATE SKIP LOCKED, then pg_try_advisory_xact_lock · index: (due_at, id); primary key of payments
     """
     claimed = _due(tables, ours).cte("claimed").prefix_with("MATERIALIZED")
-    usable = _usable(claimed)
+    usable = _usable(claimed, tables)
     payments = payment_of(usable, tables.payments)
     key = pair_key(tables.ids, payments).label("key")
     pairs = select(usable.c.id, payments.c.id.label("payment_id"), key).join(payments, true())
-    pairs = pairs.where(*_names_payment(usable, payments), key.is_not(None))
+    pairs = pairs.where(*_names_payment(usable, payments, tables), key.is_not(None))
     ordered = pairs.order_by(key).offset(_ZERO).subquery("ordered")
     is_locked = func.pg_try_advisory_xact_lock(ordered.c.key, type_=Boolean).label("is_locked")
     tried = select(ordered.c.id, ordered.c.payment_id, is_locked).cte("tried").prefix_with("MATERIALIZED")
@@ -300,7 +301,7 @@ def _clean(tables: Tables, claimed: FromClause, guard: Guard) -> Select[Any]:
     letters.
     """
     purchases, marks, letters = tables.purchases, tables.processed_events, tables.dead_letters
-    claimed = _usable(claimed)
+    claimed = _usable(claimed, tables)
     payments = payment_of(claimed, tables.payments)
     own = select(_ONE).where(purchases.c.payment_id == payments.c.id).limit(_ONE)
     mark = select(_ONE).where(marks.c.event_id == claimed.c.event_id).limit(_ONE)
@@ -316,7 +317,7 @@ def _clean(tables: Tables, claimed: FromClause, guard: Guard) -> Select[Any]:
         .select_from(claimed)
         .join(payments, true())
         .where(
-            *_names_payment(claimed, payments),
+            *_names_payment(claimed, payments, tables),
             claimed.c.event_type == PURCHASE_CONFIRMED,
             claimed.c.crashes == _ZERO,
             claimed.c.id != func.all(bindparam("odd", type_=Keys("bigint"))),
@@ -340,16 +341,19 @@ def _clean(tables: Tables, claimed: FromClause, guard: Guard) -> Select[Any]:
     return found.where(held.scalar_subquery().is_(None)).ext(one_per_pair)
 
 
-def _usable(claimed: FromClause) -> FromClause:
+def _usable(claimed: FromClause, tables: Tables) -> FromClause:
     """Return the claimed events with the id of their payment; NULL if the payload's text cannot be an id."""
     if "payment_id" in claimed.c:
         return claimed
-    return select(claimed, payload.as_uuid(claimed.c.candidate).label("payment_id")).subquery("usable")
+    payment_id = payload.as_key(claimed.c.candidate, tables.payment_key)
+    return select(claimed, payment_id.label("payment_id")).subquery("usable")
 
 
-def _names_payment(claimed: FromClause, payments: FromClause) -> list[ColumnElement[bool]]:
+def _names_payment(claimed: FromClause, payments: FromClause, tables: Tables) -> list[ColumnElement[bool]]:
     """Build the condition that the payload contains the usual form of the payment's id."""
-    return [payload.is_written_as(claimed.c.candidate, payments.c.id)] if "candidate" in claimed.c else []
+    if "candidate" not in claimed.c or tables.payment_key is not KeyKind.UUID:
+        return []
+    return [payload.is_written_as(claimed.c.candidate, payments.c.id)]
 
 
 def _made(tables: Tables, clean: FromClause, guard: Guard, predicate: str) -> Any:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
@@ -20,6 +19,7 @@ from sqlalchemy import (
     Delete,
     FromClause,
     Interval,
+    Row,
     Select,
     Table,
     Text,
@@ -45,6 +45,7 @@ from outbox_worker.database.expressions import seconds_since
 from outbox_worker.database.failures import describe, violated
 from outbox_worker.database.statements import Fetch, Statement, write
 from outbox_worker.errors import Swallowed
+from outbox_worker.keys import Key
 from outbox_worker.model import Batch, DeadLetterState, DueWindow, Position, Reason
 from outbox_worker.schema.interference import likely_cause
 from outbox_worker.schema.tables import Tables
@@ -106,10 +107,10 @@ class Outbox:
     def __init__(self, tables: Tables, event_types: Collection[str] | None) -> None:
         self._tables = tables
         self._event_types = None if event_types is None else sorted(event_types)
-        self._claim = Statement(claim_statement(tables.outbox, ours=self._ours()))
-        self._claim_others = Statement(claim_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
-        self._claim_isolated = Statement(claim_isolated_statement(tables.outbox))
-        self._claim_these = Statement(claim_these_statement(tables.outbox))
+        self._claim = Statement(claim_statement(tables, ours=self._ours()))
+        self._claim_others = Statement(claim_statement(tables, ours=[*self._ours(), is_other(tables.outbox)]))
+        self._claim_isolated = Statement(claim_isolated_statement(tables))
+        self._claim_these = Statement(claim_these_statement(tables))
         self._isolate_first = Statement(isolate_statement(tables.outbox, [*self._ours(), is_other(tables.outbox)]))
         self._isolate = Statement(isolate_statement(tables.outbox, [tables.outbox.c.id == bindparam("id", BigInteger)]))
         self._due = Statement(due_statement(tables.outbox, ours=[*self._ours(), is_other(tables.outbox)]))
@@ -118,9 +119,9 @@ class Outbox:
         self._remove = Statement(_remove_statement(tables.outbox))
         self._postpone = Statement(_postpone_statement(tables.outbox))
         self._bury = Statement(_bury_statement(tables))
-        self._letters = Statement(_open_letters_statement(tables.dead_letters))
+        self._letters = Statement(_open_letters_statement(tables))
         self._traceparents = Statement(_traceparents_statement(tables.outbox))
-        self._close_letters = Statement(_close_letters_statement(tables.dead_letters))
+        self._close_letters = Statement(_close_letters_statement(tables))
         self._backlog = Statement(
             _backlog_statement(tables.outbox, [*self._ours(), is_other(tables.outbox)], self.BACKLOG_BOUND)
         )
@@ -129,6 +130,9 @@ class Outbox:
     def event_types(self) -> Sequence[str] | None:
         """The types of events to claim; None if all types are claimed."""
         return self._event_types
+
+    def _claim_of(self, row: Row[Any]) -> Claim:
+        return claim_of(row, self._tables.payment_key)
 
     def _ours(self) -> list[ColumnElement[bool]]:
         return of_types(self._tables.outbox, self._event_types)
@@ -149,8 +153,8 @@ class Outbox:
         """
         values = {"limit": limit, "until": until, **start_of(start)}
         if set_aside:
-            return claim_of(self._claim_others.execute(session, {**values, "set_aside": list(set_aside)}).one())
-        return claim_of(self._claim.execute(session, values).one())
+            return self._claim_of(self._claim_others.execute(session, {**values, "set_aside": list(set_aside)}).one())
+        return self._claim_of(self._claim.execute(session, values).one())
 
     def isolate(
         self, session: Session, key: int | None, until: datetime | None, *, set_aside: Collection[int] = ()
@@ -170,7 +174,7 @@ class Outbox:
 
         The claim is empty if another worker has locked, settled or postponed the event since ``isolate``.
         """
-        return claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
+        return self._claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
 
     def claim_these(
         self, session: Session, ids: Sequence[int], windows: Sequence[DueWindow], until: datetime | None
@@ -180,7 +184,7 @@ class Outbox:
         ``windows`` contain the due times of the events.
         """
         values = {"ids": ids, "until": until, **windows_of(windows)}
-        return claim_of(self._claim_these.execute(session, values).one())
+        return self._claim_of(self._claim_these.execute(session, values).one())
 
     def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:
         """Return whether any event is due by ``until``, including events that another worker has locked.
@@ -252,7 +256,7 @@ class Outbox:
         rows = self._traceparents.execute(session, {"ids": list(ids), **window_of(batch)})
         return {row.id: row.traceparent for row in rows if _TRACEPARENT.fullmatch(row.traceparent)}
 
-    def close_letters(self, session: Session, event_ids: Sequence[UUID | str]) -> None:
+    def close_letters(self, session: Session, event_ids: Sequence[Key]) -> None:
         """Close the open dead letters of events that are settled now."""
         self._close_letters.execute(session, {"event_ids": event_ids})
 
@@ -339,7 +343,7 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     lock: held since the claim · index: primary keys
     """
     letters = tables.dead_letters
-    given = _arrays(payment_id=postgresql.UUID(as_uuid=False), reason=Text(), detail=Text())
+    given = _arrays(payment_id=letters.c.payment_id.type, reason=Text(), detail=Text())
     outbox = event_of(given, tables.outbox)
     copied = {key: outbox.c[key] for key in ("event_id", "event_type", "headers")}
     written = copied | {
@@ -359,12 +363,13 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
     return statement.on_conflict_do_update(index_elements=[letters.c.event_id], set_=reopened | cleared)
 
 
-def _open_letters_statement(letters: Table) -> Select[Any]:
+def _open_letters_statement(tables: Tables) -> Select[Any]:
     """what: counts open dead letters of events with given reasons · lock: none · index: primary key
 
     The state is compared outside the subquery. Otherwise the planner might read the whole index of open letters.
     """
-    is_of = letters.c.event_id == func.any(bindparam("event_ids", type_=Keys("uuid")))
+    letters = tables.dead_letters
+    is_of = letters.c.event_id == func.any(bindparam("event_ids", type_=Keys(tables.event_key)))
     written = select(letters.c.state, letters.c.reason).where(is_of).offset(literal_column("0")).subquery("written")
     has_reason = written.c.reason == func.any(bindparam("reasons", type_=ARRAY(Text)))
     is_open = written.c.state == DeadLetterState.OPEN.value
@@ -378,9 +383,9 @@ def _traceparents_statement(outbox: Table) -> Select[Any]:
     return named.where(outbox.c.id == func.any(_IDS), within(outbox.c.due_at))
 
 
-def _close_letters_statement(letters: Table) -> Update:
+def _close_letters_statement(tables: Tables) -> Update:
     """what: closes open dead letters of settled events · lock: FOR UPDATE, ordered by event id · index: primary key"""
-    event_ids = bindparam("event_ids", type_=Keys("uuid"))
+    letters, event_ids = tables.dead_letters, bindparam("event_ids", type_=Keys(tables.event_key))
     found = (
         select(letters.c.event_id, letters.c.state)
         .where(letters.c.event_id == func.any(event_ids))

@@ -33,7 +33,7 @@ from sqlalchemy import (
     true,
     type_coerce,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, UUID
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from outbox_worker.database.arrays import Keys
 from outbox_worker.model import PURCHASE_REFUNDED, Batch, Facts, Mark, Repeated
@@ -43,7 +43,7 @@ from outbox_worker.store import payload
 from outbox_worker.store.claimed import window_of
 from outbox_worker.store.identity import comparable_pair, has_pair, pair_key, same_pair, written_order
 from outbox_worker.store.payment_classes import READ_TO_CLASSIFY, class_among
-from outbox_worker.store.queries import is_succeeded, status_of
+from outbox_worker.store.queries import is_succeeded, read_key, status_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +88,13 @@ def keys_of(batch: Batch) -> dict[str, Any]:
     return {"ids": batch.ids, "payment_ids": batch.payment_ids, **texts, **window_of(batch)}
 
 
-def claimed_keys(outbox: Table) -> FromClause:
+def claimed_keys(tables: Tables) -> FromClause:
     """Build a relation (id, payment_id) with the keys of a batch.
 
     If the payload column is json or text, the relation also has the payload fields that the worker parsed in Python.
     """
-    ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys("uuid"))
-    read = Repeated._fields if payload.is_document(outbox) else ()
+    ids, payments = bindparam("ids", type_=Keys("bigint")), bindparam("payment_ids", type_=Keys(tables.payment_key))
+    read = Repeated._fields if payload.is_document(tables.outbox) else ()
     texts = [bindparam(f"given_{key}", type_=ARRAY(Text)) for key in read]
     return func.unnest(ids, payments, *texts).table_valued("id", "payment_id", *read).render_derived(name="claimed")
 
@@ -132,7 +132,7 @@ def lock_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     """what: locks the pairs of claimed events in ascending key order, without waiting
     lock: pg_try_advisory_xact_lock · index: primary key of payments, purchases.payment_id
     """
-    claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
+    claimed, payments, purchases = claimed_keys(tables), tables.payments, tables.purchases
     outbox = event_of(claimed, tables.outbox)
     order = written_order(tables.ids, payments)
     ordered = func.row_number().over(order_by=(*order, outbox.c.due_at, outbox.c.id))
@@ -157,7 +157,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     lock: none (the pairs are already locked) · index: primary keys, purchases.payment_id, the pair's index
     """
     claimed, payments, purchases, marks = (
-        claimed_keys(tables.outbox),
+        claimed_keys(tables),
         tables.payments,
         tables.purchases,
         tables.processed_events,
@@ -171,10 +171,10 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     return (
         select(
             claimed.c.id,
-            type_coerce(claimed.c.payment_id, UUID(as_uuid=True)).label("payment_id"),
+            read_key(type_coerce(claimed.c.payment_id, payments.c.id.type)).label("payment_id"),
             marks.c.event_id.is_not(None).label("is_marked"),
             marks.c.outcome.label("marked_outcome"),
-            marks.c.payment_id.label("marked_payment_id"),
+            read_key(marks.c.payment_id).label("marked_payment_id"),
             active.label("purchase_active"),
             case((payments.c.id.is_not(None), status)).label("payment_status"),
             and_(*(payments.c[key].is_not(None) for key in ("student_id", "course_id"))).label("has_pair"),
@@ -211,7 +211,7 @@ def standing_statement(tables: Tables) -> Select[Any]:
     lock: none (the pairs are already locked) · index: the pair's index of payments; if it is missing, payments is
     scanned once; the outbox is scanned once if purchases are not enough to classify each payment
     """
-    claimed, payments, purchases = claimed_keys(tables.outbox), tables.payments, tables.purchases
+    claimed, payments, purchases = claimed_keys(tables), tables.payments, tables.purchases
     refunded, own = payment_of(claimed, payments), purchase_of(claimed, purchases)
     pairs = (
         select(claimed.c.id, *comparable_pair(tables.ids, refunded, own))

@@ -16,10 +16,25 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sqlalchemy import ColumnElement, FromClause, Text, and_, case, cast, false, func, literal_column, true
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    Numeric,
+    Text,
+    and_,
+    case,
+    cast,
+    false,
+    func,
+    literal_column,
+    or_,
+    true,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID, array
 
 from outbox_worker.database.arrays import ArrayText
+from outbox_worker.keys import INTEGER_PATTERN, LARGEST_INTEGER, LONGEST_TEXT_KEY, SMALLEST_INTEGER, KeyKind
 from outbox_worker.model import Repeated
 from outbox_worker.schema.ids import PairIds
 from outbox_worker.store import identity
@@ -27,12 +42,9 @@ from outbox_worker.store.queries import currency_code
 
 _UUID_SHAPE = "________-____-____-____-____________"
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-_IS_UUID = re.compile(_UUID, re.ASCII).fullmatch
 _ARE_UUIDS = re.compile(rf"\{{{_UUID}(?:,{_UUID})*\}}", re.ASCII).fullmatch
-_ELEMENTS = re.compile(r'"((?:[^"\\]|\\.)*)"|([^,]+)', re.DOTALL)
-"""The pattern of one element in the text form of an array, with or without quotes."""
 _LONGEST = 100
-"""A payload's ``payment_id`` is cut to this many characters before it is compared with UUIDs."""
+"""A payload's ``payment_id`` is cut to this many characters before it is compared with UUIDs or integers."""
 _LONGEST_CURRENCY = 1_000
 """If the currency in a payload is longer than this number of bytes, it counts as different from every currency."""
 
@@ -47,7 +59,12 @@ _LONGEST_KEPT = 100_000_000
 There is a limit because a jsonb string must be shorter than 256 MB.
 """
 _NEVER_EQUAL = "\N{REPLACEMENT CHARACTER}"
-_PAYMENT_ID_IN_DOCUMENT = rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"'
+_IN_DOCUMENT = {
+    KeyKind.UUID: rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"',
+    KeyKind.INTEGER: r'"payment_id"\s*:\s*"?(-?[0-9]{1,19})"?\s*[,}]',
+    KeyKind.TEXT: r'"payment_id"\s*:\s*"([^"\\]*)"',
+}
+"""The pattern of the ``payment_id`` in a document, by the kind of the payments' ids."""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 """The pattern of a string or a bracket in JSON."""
 
@@ -83,33 +100,34 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
     return cast(text, outbox.c.payload.type)
 
 
-def claim_columns(outbox: FromClause) -> ColumnElement[Any]:
+def claim_columns(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
     """Build the payload column of a claim.
 
     If the payload is jsonb, this is the ``candidate``: a text that may be the payment's id. If the payload is json or
     text, this is the whole payload (``document``).
     """
     return (
-        document(outbox).label("document") if is_document(outbox) else payment_id_candidate(outbox).label("candidate")
+        document(outbox).label("document")
+        if is_document(outbox)
+        else payment_id_candidate(outbox, kind).label("candidate")
     )
 
 
-def read_claim_columns(outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
+def read_claim_columns(outbox: FromClause, kind: KeyKind, found: str | None) -> tuple[str | None, Repeated]:
     """Parse a value of ``claim_columns``. Return the payment's id and the other fields.
 
-    The payment's id is None if the value is no UUID. If the column is jsonb, the other fields are empty, because later
-    statements read these fields in SQL.
+    The payment's id is None if no payment can have it. If the column is jsonb, the other fields are empty, because
+    later statements read these fields in SQL.
     """
     if is_document(outbox):
-        return read_document(found)
-    given = (found or "").lower()
-    return given if _IS_UUID(given) else None, Repeated()
+        return read_document(found, kind)
+    return kind.usual(found or ""), Repeated()
 
 
-def read_document(text: str | None) -> tuple[str | None, Repeated]:
+def read_document(text: str | None, kind: KeyKind) -> tuple[str | None, Repeated]:
     """Parse a document (a json or text payload).
 
-    Return the ``payment_id`` in lower case (None if the value is no UUID), and the other fields.
+    Return the ``payment_id`` in its usual text (None if no payment can have this id), and the other fields.
     """
     try:
         found = _parse(text or "")
@@ -117,8 +135,9 @@ def read_document(text: str | None) -> tuple[str | None, Repeated]:
         found = None
     if not isinstance(found, dict):
         return None, Repeated()
-    given = str(found.get("payment_id")).lower()
-    return given if _IS_UUID(given) else None, Repeated(*(_text_of(found.get(key)) for key in Repeated._fields))
+    given = found.get("payment_id")
+    usual = kind.usual(given) if isinstance(given, str) else None
+    return usual, Repeated(*(_text_of(found.get(key)) for key in Repeated._fields))
 
 
 def _parse(text: str) -> Any:
@@ -176,18 +195,38 @@ def key_text(source: FromClause, key: str) -> ColumnElement[Any]:
     return func.left(_written(source, key), _LONGEST)
 
 
-def payment_id_candidate(outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload's ``payment_id`` if it has the length and the hyphens of a UUID; otherwise NULL."""
+def payment_id_candidate(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
+    """Build the payload's ``payment_id`` if its length, or the JSON type, may be that of an id; otherwise NULL."""
     written = _written(outbox, "payment_id")
-    return case((written.like(_UUID_SHAPE), written))
+    if kind is KeyKind.UUID:
+        return case((written.like(_UUID_SHAPE), written))
+    if kind is KeyKind.INTEGER:
+        return case((func.octet_length(written) <= _LONGEST, written))
+    json_type = func.jsonb_typeof(outbox.c.payload.op("->", return_type=JSONB())("payment_id"))
+    is_scalar = or_(*(json_type == literal_column(f"'{each}'") for each in ("string", "number")))
+    is_short = func.octet_length(written).between(literal_column("1"), literal_column(str(LONGEST_TEXT_KEY)))
+    return case((and_(is_scalar, is_short), written))
 
 
-def as_uuid(text: ColumnElement[str]) -> ColumnElement[Any]:
-    """Convert a text with the length of a UUID to a UUID. Any other text becomes NULL.
+def fast_candidate(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
+    """Build the payload's ``payment_id`` for the fast statement, which checks it with ``as_key``."""
+    if kind is KeyKind.TEXT:
+        return payment_id_candidate(outbox, kind)
+    return key_text(outbox, "payment_id")
 
-    The expression raises an error if the text has this length, but is not a UUID.
+
+def as_key(text: ColumnElement[str], kind: KeyKind) -> ColumnElement[Any]:
+    """Convert the text of a payment's id to the type of such ids. A text that cannot be an id becomes NULL.
+
+    The expression raises an error if the text has the length of a UUID, but is not a UUID.
     """
-    return case((func.octet_length(text) == len(_UUID_SHAPE), cast(text, UUID(as_uuid=False))))
+    if kind is KeyKind.UUID:
+        return case((func.octet_length(text) == len(_UUID_SHAPE), cast(text, UUID(as_uuid=False))))
+    if kind is KeyKind.TEXT:
+        return text
+    smallest, largest = (literal_column(str(end), Numeric) for end in (SMALLEST_INTEGER, LARGEST_INTEGER))
+    fits = cast(text, Numeric).between(smallest, largest)
+    return case((text.op("~")(literal_column(f"'{INTEGER_PATTERN}'")), case((fits, cast(text, BigInteger)))))
 
 
 def is_written_as(text: ColumnElement[str], uuid: ColumnElement[Any]) -> ColumnElement[bool]:
@@ -196,28 +235,32 @@ def is_written_as(text: ColumnElement[str], uuid: ColumnElement[Any]) -> ColumnE
     return case((usual == text, true()), else_=usual == func.lower(text))
 
 
-def usable_payment_ids(candidates: str) -> Sequence[str | None]:
-    """Parse an array of candidates. Return UUIDs in lower case, and None for every candidate that is not a UUID.
+def usable_payment_ids(candidates: str, kind: KeyKind) -> Sequence[str | None]:
+    """Parse an array of candidates. Return ids in their usual text, and None for every candidate that cannot be an id.
 
     The worker checks the candidates in Python, because a regular expression on the server would take a tenth of the
     server's time per event. If all candidates are UUIDs in lower case, the text of the array is not split.
     """
-    if _ARE_UUIDS(candidates):
-        return ArrayText(candidates)
-    found = ((quoted or plain).lower() for quoted, plain in _ELEMENTS.findall(candidates[1:-1]))
-    return [each if _IS_UUID(each) else None for each in found]
+    found = ArrayText(candidates)
+    if kind is KeyKind.UUID and _ARE_UUIDS(candidates):
+        return found
+    return [None if each is None else kind.usual(each) for each in found]
 
 
-def payment_id_text(outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload's ``payment_id`` in lower case, even if it is not a UUID. The expression never raises an error.
+def payment_id_text(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
+    """Build the payload's ``payment_id`` as text, even if it cannot be an id. The expression never raises an error.
 
-    In a json or text payload, a regular expression finds the ``payment_id``, even in a nested object. In jsonb, no
-    regular expression checks the value, because the check would take longer than reading the table. The check is not
-    needed, because the value is only compared with UUIDs.
+    A UUID is in lower case, an integer has no zeros before it. In a json or text payload, a regular expression finds
+    the ``payment_id``, even in a nested object. In jsonb, no regular expression checks a UUID, because the check would
+    take longer than reading the table. The check is not needed, because the value is only compared with UUIDs.
     """
     if is_document(outbox):
-        return func.lower(func.substring(cast(outbox.c.payload, Text), _PAYMENT_ID_IN_DOCUMENT))
-    return func.lower(key_text(outbox, "payment_id"))
+        written: ColumnElement[Any] = func.substring(cast(outbox.c.payload, Text), _IN_DOCUMENT[kind])
+    else:
+        written = fast_candidate(outbox, kind)
+    if kind is KeyKind.INTEGER:
+        return cast(as_key(written, kind), Text)
+    return func.lower(written) if kind is KeyKind.UUID else written
 
 
 def mismatches(ids: PairIds, source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:

@@ -44,7 +44,7 @@ from outbox_worker.schema.ids import PairIds
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
 from outbox_worker.store.identity import folded_pair, same_pair
-from outbox_worker.store.queries import currency_code, has_status, has_type, is_claimable, is_succeeded
+from outbox_worker.store.queries import currency_code, has_status, has_type, is_claimable, is_succeeded, read_key
 from outbox_worker.store.workers import set_aside_events
 
 
@@ -121,7 +121,7 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
     lock: none · index: primary key of payments, dead_letters.payment_id, those of purchases on payment_id and on the
     pair; the outbox is scanned once
     """
-    ids = func.unnest(bindparam("ids", type_=Keys("uuid"))).table_valued("id").render_derived(name="given")
+    ids = func.unnest(bindparam("ids", type_=Keys(tables.payment_key))).table_valued("id").render_derived(name="given")
     rows = select(*(tables.payments.c[key] for key in _READ)).where(tables.payments.c.id == ids.c.id)
     row = rows.offset(literal_column("0")).lateral("row")
     page = _materialized(select(row).select_from(ids.join(row, true())), "page")
@@ -232,6 +232,7 @@ def _gathered(ids: PairIds, classed: CTE, lists: ColumnElement[bool], lists_dupl
     is_unjudged = kind == CANNOT_BE_JUDGED
     is_listed = or_(kind == REFUNDED_BUT_ACTIVE, is_unjudged, and_(lists, is_unexplained), is_duplicate)
     listed: dict[str, ColumnElement[Any]] = {key: classed.c[key] for key in ("id", "student_id", "course_id", "amount")}
+    listed["id"] = read_key(classed.c.id)
     listed |= zip(("same_student", "same_course"), folded_pair(ids, classed), strict=True)
     listed["created_at"] = readable(classed.c.created_at)
     listed["age_seconds"] = seconds_since(classed.c.created_at)
@@ -297,7 +298,7 @@ def _may_be_settled(tables: Tables) -> list[ColumnElement[bool]]:
 
 def _named(tables: Tables) -> ColumnElement[Any]:
     """Read the payment's id, as text, from the payload of an event."""
-    return payload.payment_id_text(tables.outbox)
+    return payload.payment_id_text(tables.outbox, tables.payment_key)
 
 
 def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElement[bool]) -> ColumnElement[bool]:

@@ -39,7 +39,7 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY, array, distinct_on
+from sqlalchemy.dialects.postgresql import ARRAY, BIT, array, distinct_on
 from sqlalchemy.orm import Session
 
 from outbox_worker.database.arrays import Keys
@@ -48,6 +48,7 @@ from outbox_worker.database.planner import FREE_PLANS, planned
 from outbox_worker.database.statements import Statement, relying_on_a_key, write
 from outbox_worker.decision import RetryPolicy
 from outbox_worker.errors import DefaultTaken, PairTaken
+from outbox_worker.keys import Key, KeyKind
 from outbox_worker.model import GRANTS, Batch, Guard, Outcome
 from outbox_worker.schema.interference import last_and_largest, sequences, set_sequence, unique_key
 from outbox_worker.schema.tables import Tables, relation_name
@@ -72,6 +73,9 @@ from outbox_worker.store.pairs import (
 
 _COPIED = ("student_id", "course_id", "payment_id", "amount", "currency", "is_active", "created_at")
 """The columns of a purchase that the worker inserts."""
+
+_DIGITS = 15
+"""A backfill uses this number of hexadecimal digits of an MD5 if event ids are integers: they fit into a bigint."""
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
 """A backfill joins this text and a payment's id, and uses the MD5 of both as the event id of the payment's mark."""
@@ -238,20 +242,32 @@ def _raise_if_behind(session: Session, table: Table, names: set[str], error: Exc
         )
 
 
-def backfill_event_id(payment_id: UUID) -> UUID:
-    """Compute the event id with which a backfill marks a payment. ``backfill_event_of`` computes the same id in SQL."""
-    return UUID(hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest())
+def backfill_event_id(payment_id: Key, kind: KeyKind) -> Key:
+    """Compute the event id, of this kind, with which a backfill marks a payment.
+
+    If event ids are integers, the id is negative, because the ids of a producer are usually positive.
+    ``backfill_event_of`` computes the same id in SQL.
+    """
+    digest = hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest()
+    return kind.key(str(-1 - int(digest[:_DIGITS], 16) if kind is KeyKind.INTEGER else UUID(digest)))
 
 
-def backfill_event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """Build a row that replaces the missing event of a payment.
+def backfill_event_of(kind: KeyKind, keys: FromClause, outbox: Table) -> FromClause:
+    """Build a row that replaces the missing event of a payment. Event ids are of this kind.
 
     The payload of the row is NULL, so the row cannot contradict the payment.
     """
-    named = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text))
-    event = select(
+    digest = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text), type_=Text)
+    number = cast(literal("x") + func.left(digest, _DIGITS), BIT(4 * _DIGITS))
+    as_uuid: ColumnElement[Any] = cast(digest, postgresql.UUID(as_uuid=True))
+    event_id = {
+        KeyKind.UUID: as_uuid,
+        KeyKind.INTEGER: literal_column("-1") - cast(number, BigInteger),
+        KeyKind.TEXT: cast(as_uuid, Text),
+    }
+    event: Select[Any] = select(
         keys.c.id,
-        cast(named, postgresql.UUID(as_uuid=True)).label("event_id"),
+        event_id[kind].label("event_id"),
         literal_column("CAST('-infinity' AS timestamptz)").label("due_at"),
         cast(null(), outbox.c.payload.type).label("payload"),
     )
@@ -275,7 +291,7 @@ def _insert_statement(tables: Tables, event_of: EventOf, guard: Guard) -> postgr
     lock: the claimed rows (already locked) · index: primary keys of outbox and payments, purchases.payment_id
     guard: ``index``: the caller adds ON CONFLICT; ``lock``: one event per pair, none if the pair has an active purchase
     """
-    claimed, purchases = claimed_keys(tables.outbox), tables.purchases
+    claimed, purchases = claimed_keys(tables), tables.purchases
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
     source = (
         select(*_copied_columns(payments), true(), func.clock_timestamp())
@@ -303,7 +319,7 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
     PostgreSQL checks NOT NULL before ON CONFLICT. So a value that the shop erased from the payment is read from the
     purchase.
     """
-    claimed, purchases, now = claimed_keys(tables.outbox), tables.purchases, func.clock_timestamp()
+    claimed, purchases, now = claimed_keys(tables), tables.purchases, func.clock_timestamp()
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
     own = purchase_of(claimed, purchases)
     read = ("student_id", "course_id", "amount", "currency")
@@ -333,7 +349,7 @@ def _changed_statement(tables: Tables) -> Select[Any]:
     lock: none · index: primary key of payments, purchases.payment_id
     """
     purchases, is_active = tables.purchases, bindparam("is_active", type_=Boolean)
-    ids = bindparam("payment_ids", type_=Keys("uuid"))
+    ids = bindparam("payment_ids", type_=Keys(tables.payment_key))
     written = func.unnest(ids).table_valued("payment_id").render_derived(name="written")
     payments = payment_of(written, tables.payments)
     is_there = purchases.c.payment_id.is_not(None)
@@ -358,7 +374,8 @@ def _changed_statement(tables: Tables) -> Select[Any]:
 def _mark_statement(tables: Tables) -> postgresql.Insert:
     """what: marks settled events · lock: claimed rows (already locked) · index: primary key of processed_events"""
     marks, given = tables.processed_events, bindparam("outcome", type_=Text)
-    arrays = [bindparam(name, type_=Keys("uuid")) for name in ("event_ids", "payment_ids")]
+    kinds = {"event_ids": tables.event_key, "payment_ids": tables.payment_key}
+    arrays = [bindparam(name, type_=Keys(kind)) for name, kind in kinds.items()]
     settled = func.unnest(*arrays).table_valued("event_id", "payment_id").render_derived(name="settled")
     source = select(
         *(settled.c.event_id, bindparam("event_type", type_=Text), given, settled.c.payment_id),

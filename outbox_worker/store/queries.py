@@ -24,7 +24,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
+from outbox_worker.keys import KeyKind
 from outbox_worker.model import IGNORED, PaymentStatus
+from outbox_worker.schema.ids import KEY_TYPES
 from outbox_worker.schema.tables import STATUS_VALUES, TYPE_NAMES
 
 NEVER: ColumnElement[datetime] = literal_column("CAST('9999-01-01' AS timestamptz)")
@@ -35,6 +37,14 @@ def database_time(session: Session) -> datetime:
     """Return the time of the database's clock. Only this clock decides which events are due."""
     now: datetime = session.scalars(select(func.clock_timestamp())).one()
     return now
+
+
+def read_key(key: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Build the id of a payment or event for the result of a ``Statement``, which returns values as psycopg does.
+
+    An integer becomes a text, as in the results of other queries.
+    """
+    return cast(key, Text) if key.type is KEY_TYPES[KeyKind.INTEGER] else key
 
 
 def currency_code(currency: ColumnElement[Any]) -> ColumnElement[str]:

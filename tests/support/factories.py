@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import psycopg
@@ -22,6 +22,7 @@ from sqlalchemy import make_url
 from sqlalchemy.schema import CreateSchema
 
 from outbox_worker.database.engine import Database
+from outbox_worker.keys import Key, KeyKind
 from outbox_worker.model import PURCHASE_CONFIRMED, PURCHASE_REFUNDED, Outcome, Verdict
 from outbox_worker.schema.tables import Tables
 from outbox_worker.settings import load_settings
@@ -36,6 +37,9 @@ from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 ABSENT = object()
 """In a payload override: leave the key out. None writes a JSON null."""
+
+
+_Id = TypeVar("_Id", bound=Key)
 
 
 class Payment(NamedTuple):
@@ -63,7 +67,7 @@ class ProbedProcessor(Processor):
     meeting: threading.Barrier | None = None
     is_careful = False
     """Whether the next batches are settled in careful transactions only."""
-    judged: dict[UUID, Verdict]
+    judged: dict[Any, Verdict]
     """What the careful transactions decided, by event."""
 
     def isolate_next(self, events: int) -> None:
@@ -77,7 +81,7 @@ class ProbedProcessor(Processor):
         self.judged, tell = {}, self.telemetry.batch_committed
 
         def note(report: BatchReport) -> None:
-            self.judged |= {report.batch[key].event_id: verdict for key, verdict in report.verdicts.items()}
+            self.judged |= {_read_id(report.batch[key].event_id): verdict for key, verdict in report.verdicts.items()}
             tell(report)
 
         self.telemetry.batch_committed = note  # type: ignore[method-assign]
@@ -90,6 +94,11 @@ class ProbedProcessor(Processor):
         if meeting is not None:
             meeting.wait()
         return claim
+
+
+def _read_id(text: str) -> Key:
+    """The id as rows contain it."""
+    return KeyKind.UUID.parse(text) or text
 
 
 def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outcome]:
@@ -138,6 +147,9 @@ class Shop:
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         assert connection.autocommit, "a shop commits every call"
         self.connection = connection
+        self.payment_ids: Iterator[Any] = iter(uuid4, None)
+        """Where the ids of new payments come from."""
+        self.event_ids: Iterator[Any] = iter(uuid4, None)
 
     def rows(self, query: str, *values: Any) -> list[Any]:
         """Rows as named tuples; none for a statement that returns none. Values for %s, or one mapping for %(name)s."""
@@ -163,7 +175,7 @@ class Shop:
         id: UUID | None = None,  # noqa: A002 - the column's name
         ago: str = "0 seconds",
     ) -> Payment:
-        made = Payment(id or uuid4(), student or uuid4(), course or uuid4(), amount, currency)
+        made = Payment(id or next(self.payment_ids), student or uuid4(), course or uuid4(), amount, currency)
         self.rows(
             "INSERT INTO payments (id, student_id, course_id, amount, currency, status, created_at)"
             " VALUES (%s, %s, %s, %s, %s, %s, clock_timestamp() - CAST(%s AS interval))",
@@ -184,7 +196,7 @@ class Shop:
 
         ``payload``: a mapping is laid over the payment's own keys (ABSENT leaves one out); a str is the raw JSON.
         """
-        event_id = event_id or uuid4()
+        event_id = event_id or next(self.event_ids)
         self.rows(
             "INSERT INTO outbox (event_id, event_type, payload, due_at, attempts)"
             " VALUES (%s, %s, CAST(%s AS jsonb), clock_timestamp() + CAST(%s AS interval), %s)",
@@ -272,11 +284,11 @@ class Shop:
 
     def mark(
         self,
-        event_id: UUID,
+        event_id: _Id,
         outcome: str = "created",
         payment_id: UUID | None = None,
         event_type: str = PURCHASE_CONFIRMED,
-    ) -> UUID:
+    ) -> _Id:
         self.rows(
             "INSERT INTO processed_events (event_id, event_type, outcome, payment_id) VALUES (%s, %s, %s, %s)",
             *(event_id, event_type, outcome, payment_id),
@@ -294,7 +306,7 @@ class Shop:
         attempts: int = 10,
         detail: str = "",
     ) -> UUID:
-        event_id = event_id or uuid4()
+        event_id = event_id or next(self.event_ids)
         self.rows(
             "INSERT INTO dead_letters"
             " (event_id, event_type, payload, created_at, payment_id, attempts, reason, detail, state, resolved_at)"
@@ -319,14 +331,14 @@ class Shop:
         outcome: str | None = self.scalar("SELECT outcome FROM processed_events WHERE event_id = %s", event_id)
         return outcome
 
-    def mark_of(self, event_id: UUID) -> Any:
+    def mark_of(self, event_id: Key) -> Any:
         return _one(self.rows("SELECT * FROM processed_events WHERE event_id = %s", event_id))
 
     def event(self, event_id: UUID) -> Any:
         """The event's row in the outbox; None: it is not owed any more."""
         return _one(self.rows("SELECT * FROM outbox WHERE event_id = %s", event_id))
 
-    def letter_of(self, event_id: UUID) -> Any:
+    def letter_of(self, event_id: Key) -> Any:
         return _one(self.rows("SELECT * FROM dead_letters WHERE event_id = %s", event_id))
 
     def purchases(self, of: Payment | tuple[UUID, UUID] | None = None) -> list[Any]:

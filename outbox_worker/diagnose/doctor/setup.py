@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from outbox_worker.database.engine import connect_directly
 from outbox_worker.database.failures import server_message
 from outbox_worker.diagnose.doctor.finding import Finding, Subject, ok, problem, warning
 from outbox_worker.durations import count_of
+from outbox_worker.keys import Key, KeyKind
 from outbox_worker.model import Guard
 from outbox_worker.reconcile.scan import order_of
 from outbox_worker.schema.catalogue import adopted_tables, notifies, pair_indexes
@@ -23,7 +24,7 @@ from outbox_worker.schema.ids import SameId
 from outbox_worker.schema.nullable import find_nullable
 from outbox_worker.schema.partitions import build_pair_index, create_index
 from outbox_worker.schema.privileges import STRUCTURE
-from outbox_worker.schema.requirements import find_narrower, find_problems, with_ids_as_found
+from outbox_worker.schema.requirements import find_narrower, find_problems, with_types_as_found
 from outbox_worker.schema.shapes import noun_of_view
 from outbox_worker.schema.tables import PAIR_INDEX, Tables, quoted, relation_name
 from outbox_worker.settle.handlers import claimed_types
@@ -125,7 +126,7 @@ def event_types(subject: Subject) -> Iterator[Finding]:
 
 def guard(subject: Subject) -> Iterator[Finding]:
     """Report which guard prevents duplicate purchases. For ``lock``, report duplicates that prevent a unique index."""
-    session, tables = subject.session, with_ids_as_found(subject.session, subject.tables)
+    session, tables = subject.session, with_types_as_found(subject.session, subject.tables, ["payments", "purchases"])
     if guard_in_force(session, tables) is Guard.INDEX:
         names = ", ".join(pair_indexes(session, tables.purchases))
         yield ok(f"index: {names} allows only one active purchase per student and course")
@@ -162,14 +163,18 @@ def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]], then: st
     return why, f"as its owner: ALTER TABLE {name} {', '.join(changes)}; then: {then}; then restart the workers"
 
 
+_EXAMPLES: Mapping[KeyKind, Key] = {KeyKind.UUID: UUID(int=0), KeyKind.INTEGER: "0", KeyKind.TEXT: ""}
+
+
 def lock_key(subject: Subject) -> Iterator[Finding]:
     """Report how other programs must lock a student and course, if the formula of docs/contract.md is wrong here."""
-    tables = with_ids_as_found(subject.session, subject.tables)
+    tables = with_types_as_found(subject.session, subject.tables, ["payments", "purchases"])
     if tables.ids.has_public_key:
         yield ok("other programs lock a pair of student and course by the formula of docs/contract.md")
         return
     paid = tables.payments.alias("p")
-    locked = select(func.pg_advisory_xact_lock(pair_key(tables.ids, paid))).where(paid.c.id == UUID(int=0))
+    example = _EXAMPLES[tables.payment_key]
+    locked = select(func.pg_advisory_xact_lock(pair_key(tables.ids, paid))).where(paid.c.id == example)
     sql = str(locked.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))  # type: ignore[no-untyped-call]
     types = " and ".join(f"{tables.payments.c[key].name} is {same.paid}" for key, same in tables.ids)
     yield ok(

@@ -191,7 +191,7 @@ def test_a_document_is_delivered_again_as_it_was(column: str, database_url: str,
         (["--all"], "--actor and --reason are required"),
         (["--all", "--actor", "ann"], "--actor and --reason are required"),
         (["--older-than", "soon", *WHO], "--older-than: a duration is expected"),
-        (["no-uuid", *WHO], "a valid UUID"),
+        (["no-uuid", *WHO], "cannot be the id of an event"),
     ],
 )
 @pytest.mark.parametrize("verb", ["requeue", "discard"])

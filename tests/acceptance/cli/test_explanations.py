@@ -6,6 +6,7 @@ from uuid import uuid4
 
 import pytest
 
+from outbox_worker.keys import KeyKind
 from outbox_worker.store.purchases import backfill_event_id
 from tests.support.factories import Shop
 from tests.support.payloads import TYPES, put, retype
@@ -48,7 +49,7 @@ def test_as_an_object(database_url: str, shop: Shop) -> None:
     again, backfill = story["now"]
     assert (again["occasion"], again["outcome"], again["rule"]) == ("delivered_again", "recovered", 9)
     assert again["writes_purchase"] is True
-    assert backfill["event_id"] == str(backfill_event_id(payment))  # type: ignore[arg-type]
+    assert backfill["event_id"] == str(backfill_event_id(payment, KeyKind.UUID))  # type: ignore[arg-type]
 
 
 def test_nothing_has_this_id(database_url: str) -> None:

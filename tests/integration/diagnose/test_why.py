@@ -20,6 +20,7 @@ from outbox_worker.decision import CRASHES_MAX
 from outbox_worker.diagnose import explanation as why
 from outbox_worker.diagnose.explanation import Explanation, Occasion, PaymentStory, Prediction
 from outbox_worker.errors import Refused
+from outbox_worker.keys import KeyKind
 from outbox_worker.model import Outcome, Reason, Verdict
 from outbox_worker.schema.requirements import check_schema
 from outbox_worker.schema.tables import Tables
@@ -148,10 +149,13 @@ def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
     shop.purchase(None, *held.pair)
     (prospect,) = only(ask(owed.id)).predictions
     assert prospect == Prediction(
-        backfill_event_id(owed.id), "PURCHASE_BACKFILLED", Occasion.BACKFILL, Verdict(Outcome.CREATED, writes=True)
+        backfill_event_id(owed.id, KeyKind.UUID),
+        "PURCHASE_BACKFILLED",
+        Occasion.BACKFILL,
+        Verdict(Outcome.CREATED, writes=True),
     )
     assert only(ask(owed.id)).kind == PaymentClass.UNEXPLAINED
-    shop.mark(backfill_event_id(twin.id), "created", twin.id, "PURCHASE_BACKFILLED")
+    shop.mark(backfill_event_id(twin.id, KeyKind.UUID), "created", twin.id, "PURCHASE_BACKFILLED")
     assert [each.verdict.outcome for each in only(ask(twin.id)).predictions] == ["recovered"]
     shop.purchase(twin)
     assert only(ask(twin.id)).predictions == [], "nobody delivers what a backfill has marked"

@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 
 from outbox_worker.errors import Refused, SchemaError
+from outbox_worker.keys import KeyKind
 from outbox_worker.store.purchases import backfill_event_id
 from tests.support.backfilling import Operator, discarded
 from tests.support.factories import Payment, Shop
@@ -168,7 +169,7 @@ def test_the_purchase_is_the_payment_s_own_with_a_mark_that_sql_can_find(
         "SELECT m.* FROM processed_events m JOIN payments p"
         " ON m.event_id = CAST(md5('purchase-outbox-worker:' || CAST(p.id AS text)) AS uuid)"
     )
-    assert mark.event_id == backfill_event_id(payment.id)
+    assert mark.event_id == backfill_event_id(payment.id, KeyKind.UUID)
     assert (mark.event_type, mark.outcome, mark.payment_id) == ("PURCHASE_BACKFILLED", "created", payment.id)
     assert mark.recovered_at is None
     assert both_guards
@@ -180,7 +181,7 @@ def test_what_a_backfill_made_and_somebody_lost_is_recovered(operator: Operator,
     shop.rows("DELETE FROM purchases")
     report = operator.run()
     assert (report.counts.made.count, report.counts.recovered.count) == (1, 1)
-    mark = shop.mark_of(backfill_event_id(payment.id))
+    mark = shop.mark_of(backfill_event_id(payment.id, KeyKind.UUID))
     assert (mark.outcome, mark.recovered_at is not None) == ("recovered", True)
 
 

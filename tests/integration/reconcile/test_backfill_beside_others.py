@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from outbox_worker.database.engine import Database
+from outbox_worker.keys import KeyKind
 from outbox_worker.model import FoundPayment
 from outbox_worker.reconcile import backfill as by_hand
 from outbox_worker.reconcile import owed as making
@@ -55,7 +56,7 @@ def forget(shop: Shop, payment: Payment) -> None:
 
 
 def reuse_its_mark(shop: Shop, payment: Payment) -> None:
-    shop.mark(backfill_event_id(payment.id), "created", uuid4())
+    shop.mark(backfill_event_id(payment.id, KeyKind.UUID), "created", uuid4())
 
 
 @pytest.mark.usefixtures("both_guards")

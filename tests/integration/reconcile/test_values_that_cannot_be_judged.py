@@ -57,7 +57,7 @@ def test_each_is_told_by_every_command_and_its_neighbours_are_made(
     backfill_view.print_backfill(report, 1000, 100)
     assert f"{len(odd)} payments cannot be judged" in capsys.readouterr().out
     audit = audited(database, tables)
-    assert {each.payment_id: odd[each.payment_id] for each in audit.cannot_be_judged} == odd
+    assert {each.payment_id for each in audit.cannot_be_judged} == odd.keys()
     assert all(each.reason for each in audit.cannot_be_judged)
     assert (audit.ok, audit.unexplained, audit.counts[PaymentClass.ACTIVE]) == (False, [], 1)
     assert audit.money[PaymentClass.ACTIVE] == {"EUR": Decimal("10.00")}

@@ -33,7 +33,7 @@ def claim(database: Database, outbox: Outbox, limit: int = 1000, until: datetime
 
 
 def event_ids(events: list[Event]) -> list[UUID]:
-    return [event.event_id for event in events]
+    return [UUID(event.event_id) for event in events]
 
 
 # --- rows that others hold
@@ -150,7 +150,7 @@ def test_the_keys_of_a_claimed_event(shop: Shop, database: Database, outbox: Out
     upper = shop.confirm(payment, payload={"payment_id": str(payment.id).upper()})
     braces = shop.confirm(payment, payload={"payment_id": f"{{{payment.id}}}"})
     array = shop.confirm(None, payload="[]")
-    found = {each.event_id: each for each in claim(database, outbox)}
+    found = {UUID(each.event_id): each for each in claim(database, outbox)}
     assert set(found) == {event, upper, braces, array}
     assert found[event].payment_id == found[upper].payment_id == str(payment.id)
     assert found[braces].payment_id is found[array].payment_id is None

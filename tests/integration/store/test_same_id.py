@@ -10,7 +10,7 @@ from sqlalchemy import select
 from outbox_worker.database.engine import Database
 from outbox_worker.model import Guard, Outcome
 from outbox_worker.reconcile.audit import Audit
-from outbox_worker.schema.requirements import with_ids_as_found
+from outbox_worker.schema.requirements import with_types_as_found
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store.identity import pair_key
 from tests.support.factories import Shop, drain_all
@@ -54,7 +54,7 @@ def test_two_ways_to_write_an_id_are_one_student(
 def keys_are_right(shop: Shop, kind: Kind, database: Database, tables: Tables) -> None:
     """Equal ids have one key; where the texts decide, it is the formula that other programs use."""
     with database.transaction() as session:
-        found = with_ids_as_found(session, tables)
+        found = with_types_as_found(session, tables, ["payments", "purchases"])
         keys = session.scalars(
             select(pair_key(found.ids, tables.payments)).order_by(tables.payments.c.created_at)
         ).all()
