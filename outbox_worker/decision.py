@@ -25,7 +25,7 @@ During this time, every other worker that is alive writes a heartbeat, too.
 _FIRST_RULES: Mapping[int, str] = {
     1: "the event's type has no handler",
     2: "the payload names no payment",
-    3: "the event id is marked for another payment",
+    3: "an event with this id was already settled for another payment",
 }
 RULES: Mapping[int, str] = {
     **_FIRST_RULES,

@@ -7,6 +7,7 @@ belongs to something that the worker knows, and that no two have the same name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
@@ -110,12 +111,50 @@ TypeNames = dict[str, Literal["PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"]]
 """Maps other names of event types to the worker's event types."""
 
 
+_PATH = re.compile(r'\$(?:\.(?:[A-Za-z_][A-Za-z0-9_-]*|"[^"\\]+"))+')
+_STEP = re.compile(r'\.(?:([A-Za-z_][A-Za-z0-9_-]*)|"([^"\\]+)")')
+
+
+def _parse_path(value: object) -> object:
+    """Parse ``$.data.paymentId``, as in SQL/JSON: the keys from the outermost object to the value."""
+    if not isinstance(value, str):
+        return value
+    if not _PATH.fullmatch(value):
+        raise ValueError(f'{value} is not a path: write $.key, $.outer.inner, or $."key with blanks"')
+    return tuple(plain or quoted for plain, quoted in _STEP.findall(value))
+
+
+PayloadPath = Annotated[tuple[str, ...], BeforeValidator(_parse_path)]
+
+
+class PayloadPaths(BaseModel):
+    """Where each value stands in the payload of an event: the keys from the outermost object to the value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    payment_id: PayloadPath = ("payment_id",)
+    student_id: PayloadPath = ("student_id",)
+    course_id: PayloadPath = ("course_id",)
+    amount: PayloadPath = ("amount",)
+    currency: PayloadPath = ("currency",)
+
+    def of(self, field: str) -> tuple[str, ...]:
+        """Return the path of a field, for example of ``payment_id``."""
+        path: tuple[str, ...] = getattr(self, field)
+        return path
+
+
+PAYLOAD_PATHS = PayloadPaths()
+"""The paths if nothing else is set: each value is a field of the payload itself."""
+
+
 class OutboxMapping(BaseModel):
     """What differs in the outbox, apart from its name and the names of its columns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     types: TypeNames = {}
+    payload: PayloadPaths = PAYLOAD_PATHS
 
 
 class PaymentsMapping(BaseModel):

@@ -146,8 +146,9 @@ class Settings(BaseSettings):
     )
     outbox: OutboxMapping = Field(
         OutboxMapping(),
-        description='event types that have other names in your outbox, in the file: [outbox] types."payment.paid" = '
-        '"PURCHASE_CONFIRMED"; in the environment as JSON',
+        description="event types that have other names in your outbox, and other places of values in the payload, in "
+        'the file: [outbox] types."payment.paid" = "PURCHASE_CONFIRMED" and payload.payment_id = "$.data.id"; in the '
+        "environment as JSON",
     )
     batch_size: int = Field(
         1000,

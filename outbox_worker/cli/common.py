@@ -101,11 +101,19 @@ def start_logging(settings: Settings) -> None:
 
 
 def suggest(config: Path | None, *commands: Sequence[str]) -> None:
-    """Print the commands to run next, with the same ``--config`` as this command."""
+    """Print the commands to run next, with the same ``--config`` as this command.
+
+    If the last word of a command is an id that begins with a hyphen, ``--`` says that the id is no option.
+    """
     from outbox_worker import terminal
 
     ending = ["--config", str(config)] if config else []
-    terminal.next_commands([["outbox-worker", *command, *ending] for command in commands])
+    printed = []
+    for *words, last in commands:
+        is_id = last.startswith("-") and not last.startswith("--")
+        typed = [*words, *ending, "--", last] if is_id else [*words, last, *ending]
+        printed.append(["outbox-worker", *typed])
+    terminal.next_commands(printed)
 
 
 _REMEDIES = {

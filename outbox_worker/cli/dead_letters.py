@@ -281,7 +281,7 @@ def _decide(
         view.print_decided(seen, decided, decision)
     elif seen.count:
         who = _words({"--actor": actor, "--reason": why})
-        suggest(config, ["dead-letters", verb, *chosen, "--preview", seen.token, *who])
+        suggest(config, ["dead-letters", verb, "--preview", seen.token, *who, *chosen])
     raise typer.Exit(1 if decided.refused else 0)
 
 

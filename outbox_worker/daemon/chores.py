@@ -122,7 +122,7 @@ class Chores:
             self._start_listening = None
 
     def _beat(self) -> None:
-        """Write a heartbeat, and nothing else, because no event has become due since the last full round."""
+        """Write only a heartbeat. Call this method if no event has become due since all chores were done."""
         with self._database.transaction() as session:
             self._heartbeats.beat(session, self._guard.state.guard, self._telemetry.beat(), stopped=False)
         self._heartbeats.written_only()

@@ -148,7 +148,7 @@ def explain(
     candidates = _candidates(tables, found.records, _firsts(session, tables, owed), claimed_types)
     predictions = _judge(session, tables, policy, candidates) if candidates else []
     named: list[Key | None] = list(found.payment_ids)
-    if not named and found.records.traces:
+    if found.records.nameless:
         named.append(None)
     told = {key: _story(tables, found.records, key, classes, predictions) for key in named}
     stories = [replace(story, not_judged=unfit.get(key)) for key, story in told.items()]
@@ -216,13 +216,13 @@ def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[Key, _Candidate]
 ) -> list[Prediction]:
     """Read the facts as the worker reads them, but without locks. Return the outcomes that ``decide`` predicts."""
-    known, kind = _known(tables, list(candidates)), tables.payment_key
+    known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
     ]
-    rows = session.execute(select(*read_of, payload.claim_columns(known, kind)).order_by(known.c.id)).all()
+    rows = session.execute(select(*read_of, payload.claim_columns(tables, known)).order_by(known.c.id)).all()
     read = [
-        payload.read_claim_columns(known, kind, row[-1])
+        payload.read_claim_columns(tables, known, row[-1])
         if row.has_payload
         else _only(candidates[row.event_id].payment_id)
         for row in rows
@@ -300,7 +300,8 @@ def _story(
 ) -> PaymentStory:
     """Return the story of one payment. If ``payment_id`` is None, return the story of events that name no payment."""
     payment = next((each for each in records.payments if each.id == payment_id), None)
-    named = [each for each in records.traces if payment_id in (None, each.payment_id)]
+    of_payment = [each for each in records.traces if each.payment_id == payment_id]
+    named = records.nameless if payment_id is None else of_payment
     events = {each.event_id for each in named if each.event_id is not None}
     traces = [each for each in records.traces if each in named or each.event_id in events]
     if payment_id is not None:

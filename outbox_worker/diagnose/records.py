@@ -108,6 +108,12 @@ class Records:
         return list(dict.fromkeys(each.event_id for each in self.traces if each.event_id is not None))
 
     @property
+    def nameless(self) -> list[WaitingEvent | DeadLetter | MarkRow]:
+        """Return the records of events of which no record names a payment."""
+        named = {each.event_id for each in self.traces if each.payment_id is not None}
+        return [each for each in self.traces if each.event_id not in named]
+
+    @property
     def payment_ids(self) -> list[Key]:
         """Return the ids of payments that have a row, then of payments that only an event, mark or purchase names."""
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
@@ -239,7 +245,7 @@ def _read_waiting(
     session: Session, tables: Tables, events: Collection[Key], payments: Collection[Key]
 ) -> list[WaitingEvent]:
     """what: events in the outbox · lock: none · index: event_id; a search by payment reads all events"""
-    outbox, named = tables.outbox, payload.payment_id_text(tables.outbox, tables.payment_key)
+    outbox, named = tables.outbox, payload.payment_id_text(tables, tables.outbox)
     of_them = or_(outbox.c.event_id.in_(events), named.in_([str(each) for each in payments]))
     columns = [
         outbox.c.event_id.label("event_id"),

@@ -136,8 +136,8 @@ class BackfillReport:
     def ok(self) -> bool:
         """Return whether every owed purchase was made and every payment was judged. Return True for every dry run.
 
-        A withheld payment does not make the result False. An older payment of its pair is owed the purchase, and the
-        operator has excluded this older payment from the range.
+        A withheld payment does not make the result False. For such a payment, the operator's range leaves out an older
+        payment of the same student and course, which is owed the purchase.
         """
         return self.dry_run or not (self.made.contended or self.made.refused or self.cannot_be_judged)
 

@@ -13,6 +13,7 @@ from sqlalchemy import Table, text
 from sqlalchemy.orm import Session
 
 from outbox_worker.schema.catalogue import actual_columns, as_owner, exists
+from outbox_worker.schema.ids import INTEGERS
 from outbox_worker.schema.privileges import CLOSED_SCHEMAS, may
 from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.requirements import NEVER_READ
@@ -106,7 +107,7 @@ def _problems(session: Session, found: _Nullable) -> Iterator[SchemaProblem]:
         filled = f", and there are rows with NULL: {found.names(fillable)}" if fillable else ""
         yield SchemaProblem(
             f"columns of {name} may be NULL: {found.names(settled)}{filled}{_consequence(found, settled)}",
-            as_owner(session, name) + " ".join([*_updates(found, fillable), _alter(found, settled)]),
+            as_owner(session, name) + " ".join([*_updates(session, found, fillable), _alter(found, settled)]),
         )
 
 
@@ -123,13 +124,21 @@ def _consequence(found: _Nullable, keys: Collection[str]) -> str:
     return f"; the worker never claims an event without {lacking.replace(', ', ' or ')}" if lacking else ""
 
 
-def _updates(found: _Nullable, keys: Sequence[str]) -> list[str]:
+def _updates(session: Session, found: _Nullable, keys: Sequence[str]) -> list[str]:
     name = relation_name(found.table)
     columns = {key: quoted(found.table.c[key].name) for key in keys}
     return [
-        f"UPDATE {name} SET {column} = {_VALUES[found.role, key]} WHERE {column} IS NULL;"  # noqa: S608 - is printed
+        f"UPDATE {name} SET {column} = {_value_for(session, found, key)} WHERE {column} IS NULL;"  # noqa: S608 - is printed
         for key, column in columns.items()
     ]
+
+
+def _value_for(session: Session, found: _Nullable, key: str) -> str:
+    """Return the value for a NULL. A missing integer event id becomes negative, because producers use positive ids."""
+    actual = actual_columns(session, relation_name(found.table))[found.table.c[key].name]
+    if (found.role, key) == ("outbox", "event_id") and actual.base_type in INTEGERS:
+        return f"-1 - {quoted(found.table.c.id.name)}"
+    return _VALUES[found.role, key]
 
 
 def _alter(found: _Nullable, keys: Sequence[str]) -> str:

@@ -99,7 +99,7 @@ def _closed_schemas(
     for row in connection.execute(_SCHEMAS, {"schemas": [*schemas], "changed": [*changed]}):
         if row.may_use and (row.may_create or not row.is_changed):
             continue
-        as_owner = f"run migrate as {row.owner}, or as {row.owner}:"
+        as_owner = f"run migrate as {row.owner}, or let {row.owner} run:"
         if row.is_there:
             yield SchemaProblem(
                 f"the schema {row.name} belongs to {row.owner}, and {row.me} may not create anything in it",
@@ -126,7 +126,7 @@ def _no_trigger(present: Mapping[Table, _Present], outbox: Table) -> Iterator[Sc
     if row is not None and not row.may_trigger:
         yield SchemaProblem(
             f"the table {name} belongs to {row.owner}, and {row.me} may not put a trigger on it",
-            f"run migrate as {row.owner}, or as {row.owner}: GRANT TRIGGER ON {name} TO {row.me};",
+            f"run migrate as {row.owner}, or let {row.owner} run: GRANT TRIGGER ON {name} TO {row.me};",
         )
 
 
@@ -134,7 +134,7 @@ def _not_writable(present: Mapping[Table, _Present], written: Table) -> Iterator
     row, name = present.get(written), relation_name(written)
     if row is not None and not row.may_write:
         finding = f"the table {name} belongs to {row.owner}, and {row.me} may not write to it"
-        grant = f"run migrate as {row.owner}, or as {row.owner}: GRANT SELECT, INSERT, UPDATE, DELETE ON {name} TO"
+        grant = f"run migrate as {row.owner}, or let {row.owner} run: GRANT SELECT, INSERT, UPDATE, DELETE ON {name} TO"
         yield SchemaProblem(finding, f"{grant} {row.me};" if row.is_superusers else _as_owner(row))
 
 
@@ -144,4 +144,4 @@ def _as_owner(row: _Present) -> str:
     If the owner is a superuser, the remedy never suggests to grant its role.
     """
     run = f"run migrate as {row.owner}"
-    return run if row.is_superusers else f"{run}, or as a superuser: GRANT {row.owner} TO {row.me};"
+    return run if row.is_superusers else f"{run}, or let a superuser run: GRANT {row.owner} TO {row.me};"

@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import CHAR, JSONB, UUID
 from sqlalchemy.types import TypeEngine
 
 from outbox_worker.keys import KeyKind
-from outbox_worker.mapping import StatusValues, TypeNames, all_status_values
+from outbox_worker.mapping import PAYLOAD_PATHS, PayloadPaths, StatusValues, TypeNames, all_status_values
 from outbox_worker.model import COLUMNS
 from outbox_worker.schema.ids import KEY_TYPES, UUIDS, PairIds, SameId
 from outbox_worker.settings import Settings
@@ -114,6 +114,8 @@ class Tables:
     ``requirements.check_schema`` reads these rules from the database.
     """
 
+    paths: PayloadPaths = PAYLOAD_PATHS
+    """Where the payloads of events contain the values that the worker reads."""
     payment_key: KeyKind = KeyKind.UUID
     """The kind of the payments' ids, in all tables. ``requirements.check_schema`` reads it from the database."""
     event_key: KeyKind = KeyKind.UUID
@@ -201,6 +203,7 @@ def build_tables(settings: Settings) -> Tables:
         dead_letters=_dead_letters(builders["dead_letters"], settings.outbox.types),
         workers=_workers(builders["workers"]),
         backfill_runs=_backfill_runs(builders["backfill_runs"]),
+        paths=settings.outbox.payload,
     )
 
 

@@ -113,7 +113,10 @@ class Settlement:
         self._unrecorded.prove(settled.set_aside)
 
     def succeeded(self) -> None:
-        """Record that the fast statement settled events, so the database works and earlier refusals have causes."""
+        """Record that the fast statement settled events.
+
+        This proves that the database works. So the events that it refused before caused these refusals themselves.
+        """
         self._unproven.committed((), is_proof=True)
         self._unrecorded.committed((), is_proof=True)
 

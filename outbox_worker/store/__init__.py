@@ -1,6 +1,8 @@
 """Reads and writes the tables: every statement that claims and settles events, and the parts of these statements.
 
-- ``fast_path``: the statement that claims and settles a batch at once; ``doors``: all objects that a claim loop needs
+- ``fast_path``: the statement that claims a batch, writes its purchases and marks, and deletes its events; under the
+  guard ``lock``, a statement that locks the pairs first
+- ``doors``: groups ``fast_path``, ``outbox`` and ``purchases`` for a claim loop
 - ``outbox``: claims due events; deletes them, postpones them, or moves them to the dead letters
 - ``purchases``: writes purchases and marks (``processed_events``), and locks pairs
 - ``dead_letters``, ``workers``, ``backfill_runs``: one module for each of these tables
@@ -14,5 +16,6 @@
   ``payment_classes`` (the SQL CASE that classifies payments), ``queries``
 
 The first parameter of every function that runs a statement is the session, and the caller begins and commits the
-transaction. Do not commit, retry or log here, and do not decide the outcome of an event.
+transaction. Do not commit, retry or log here. Do not decide the outcome of an event here, except that ``fast_path``
+leaves only the outcome ``created`` possible.
 """

@@ -27,7 +27,6 @@ from sqlalchemy.dialects.postgresql import array
 
 from outbox_worker.database.arrays import ArrayText, Keys
 from outbox_worker.database.expressions import seconds_since
-from outbox_worker.keys import KeyKind
 from outbox_worker.model import Batch, DueWindow, Position, Repeated
 from outbox_worker.schema.tables import Tables
 from outbox_worker.store import payload
@@ -64,23 +63,23 @@ class IsolatedEvent:
     """The number of processes that are proven to have died while they processed only this event."""
 
 
-def claim_of(row: Row[Any], payment_key: KeyKind) -> Claim:
+def claim_of(tables: Tables, row: Row[Any]) -> Claim:
     """Return the claim in a row of a claim statement; an empty claim if the statement found no event."""
     if row.ids is None:
         return Claim()
     types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
-    payment_ids, repeated = _read(row, payment_key)
+    payment_ids, repeated = _read(tables, row)
     window = DueWindow(row.first_due_at, row.end_due_at)
     event_ids, attempts = ArrayText(row.event_ids), ArrayText(row.attempts)
     batch = Batch(row.ids, event_ids, types, payment_ids, attempts, row.lateness, repeated, window)
     return Claim(batch, row.transaction_id, Position(row.end_due_at, row.ids[-1]), row.crash_suspects or ())
 
 
-def _read(row: Row[Any], payment_key: KeyKind) -> tuple[Sequence[str | None], Sequence[Repeated]]:
+def _read(tables: Tables, row: Row[Any]) -> tuple[Sequence[str | None], Sequence[Repeated]]:
     """Return the payment ids in the payloads. If payloads are json or text, also return their other fields."""
     if "documents" not in row._fields:
-        return payload.usable_payment_ids(row.candidates, payment_key), ()
-    found = [payload.read_document(document, payment_key) for document in row.documents]
+        return payload.usable_payment_ids(row.candidates, tables.payment_key), ()
+    found = [payload.read_document(tables, document) for document in row.documents]
     return [payment_id for payment_id, _ in found], [repeated for _, repeated in found]
 
 
@@ -174,7 +173,7 @@ def _keys(tables: Tables) -> list[ColumnElement[Any]]:
         outbox.c.id,
         outbox.c.event_id,
         func.left(type_of(outbox), _LONGEST_TYPE).label("event_type"),
-        payload.claim_columns(outbox, tables.payment_key),
+        payload.claim_columns(tables, outbox),
         counted(outbox.c.attempts).label("attempts"),
         counted(outbox.c.crashes).label("crashes"),
         seconds_since(outbox.c.due_at).label("lateness"),

@@ -386,7 +386,7 @@ def _events_of(tables: Tables, ids: Sequence[Key]) -> FromClause:
 def _is_the_same(kept: FromClause, tables: Tables) -> ColumnElement[bool]:
     """Build the condition that the event in the outbox is the letter's event, and that a worker can claim it."""
     outbox = tables.outbox
-    named, kept_id = (payload.payment_id_text(each, tables.payment_key) for each in (outbox, kept))
+    named, kept_id = (payload.payment_id_text(tables, each) for each in (outbox, kept))
     return and_(outbox.c.event_type == kept.c.event_type, named.is_not_distinct_from(kept_id), is_claimable(outbox))
 
 

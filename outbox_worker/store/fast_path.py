@@ -133,9 +133,9 @@ class FastPath:
         return self._run(fetch, self._statement(guard, claims=True), values)
 
     def settle_locked(self, fetch: Fetch, guard: GuardState, wanted: Wanted, start: Position | None) -> FastResult:
-        """Claim like ``settle_due``, but first lock the pairs in a statement of its own.
+        """Claim and settle like ``settle_due``, but in two statements. The first one also locks the pairs.
 
-        The statement that settles then sees every purchase that another transaction wrote while it held such a lock.
+        The second statement sees every purchase that another transaction wrote while it held such a lock.
         """
         row = fetch(self._lock_due, wanted.to_claim(start))
         if not row.claimed:
@@ -203,7 +203,7 @@ def _due(tables: Tables, ours: list[ColumnElement[bool]]) -> Select[Any]:
         *(outbox.c[key] for key in ("id", "event_id", "due_at", "payload")),
         type_of(outbox).label("event_type"),
         counted(outbox.c.crashes).label("crashes"),
-        payload.fast_candidate(outbox, tables.payment_key).label("candidate"),
+        payload.fast_candidate(tables, outbox).label("candidate"),
     ]
     return due_events(outbox, columns, [*ours, is_other(outbox)])
 
@@ -324,7 +324,7 @@ def _clean(tables: Tables, claimed: FromClause, guard: Guard) -> Select[Any]:
             is_succeeded(payments),
             payments.c.student_id.is_not(None),
             payments.c.course_id.is_not(None),
-            *(not_(differs) for differs in payload.mismatches(tables.ids, claimed, payments).values()),
+            *(not_(differs) for differs in payload.mismatches(tables, claimed, payments).values()),
             own.scalar_subquery().is_(None),
             mark.scalar_subquery().is_(None),
             or_(
@@ -371,8 +371,8 @@ def _made(tables: Tables, clean: FromClause, guard: Guard, predicate: str) -> An
 def _won(clean: FromClause, made: FromClause) -> Select[Any]:
     """Select the events whose purchases were written, and are active: one event per payment.
 
-    IN stays a hashed subplan. A join of the two relations would become a nested loop, because the planner cannot count
-    their rows.
+    PostgreSQL executes IN as a hashed subplan. It would execute a join of the two relations as a slow nested loop,
+    because the planner cannot count their rows.
     """
     is_made = clean.c.payment_id.in_(select(made.c.payment_id).where(made.c.is_active)).is_(true())
     read = [clean.c[key] for key in ("id", "event_id", "payment_id")]

@@ -132,7 +132,7 @@ class Outbox:
         return self._event_types
 
     def _claim_of(self, row: Row[Any]) -> Claim:
-        return claim_of(row, self._tables.payment_key)
+        return claim_of(self._tables, row)
 
     def _ours(self) -> list[ColumnElement[bool]]:
         return of_types(self._tables.outbox, self._event_types)
@@ -244,7 +244,7 @@ class Outbox:
     def read_letters_back(self, session: Session, event_ids: Sequence[str], reasons: Collection[Reason]) -> None:
         """Check that each event has an open dead letter with one of these reasons.
 
-        Raises Swallowed if not, because a trigger of the database deleted or changed the letter after ``bury``.
+        Raises Swallowed if a letter is missing or was changed. As ``bury`` wrote the letters, a trigger is the cause.
         """
         values = {"event_ids": event_ids, "reasons": [reason.value for reason in reasons]}
         found = self._letters.execute(session, values).scalar_one()

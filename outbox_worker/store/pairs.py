@@ -178,7 +178,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
             active.label("purchase_active"),
             case((payments.c.id.is_not(None), status)).label("payment_status"),
             and_(*(payments.c[key].is_not(None) for key in ("student_id", "course_id"))).label("has_pair"),
-            payload.mismatched_keys(tables.ids, payload_source(claimed, outbox), payments).label("mismatches"),
+            payload.mismatched_keys(tables, payload_source(claimed, outbox), payments).label("mismatches"),
             exists().where(holds_pair(tables.ids, held, payments)).label("pair_held"),
             pair_key(tables.ids, payments, bought).label("key"),
         )

@@ -1,4 +1,4 @@
-"""Reads five fields of each payload, each as text of limited length.
+"""Reads five fields of each payload, each as text of limited length. ``Tables.paths`` says where they are.
 
 If the column is jsonb, SQL expressions read the fields. The worker does not decode such a payload in Python, because
 PostgreSQL accepts payloads that Python cannot decode (deep nesting, huge integers).
@@ -36,7 +36,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID, array
 from outbox_worker.database.arrays import ArrayText
 from outbox_worker.keys import INTEGER_PATTERN, LARGEST_INTEGER, LONGEST_TEXT_KEY, SMALLEST_INTEGER, KeyKind
 from outbox_worker.model import Repeated
-from outbox_worker.schema.ids import PairIds
+from outbox_worker.schema.tables import Tables
 from outbox_worker.store import identity
 from outbox_worker.store.queries import currency_code
 
@@ -60,11 +60,11 @@ There is a limit because a jsonb string must be shorter than 256 MB.
 """
 _NEVER_EQUAL = "\N{REPLACEMENT CHARACTER}"
 _IN_DOCUMENT = {
-    KeyKind.UUID: rf'"payment_id"\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"',
-    KeyKind.INTEGER: r'"payment_id"\s*:\s*"?(-?[0-9]{1,19})"?\s*[,}]',
-    KeyKind.TEXT: r'"payment_id"\s*:\s*"([^"\\]*)"',
+    KeyKind.UUID: rf'\s*:\s*"({_UUID.replace("a-f", "a-fA-F")})"',
+    KeyKind.INTEGER: r'\s*:\s*"?(-?[0-9]{1,19})"?\s*[,}]',
+    KeyKind.TEXT: r'\s*:\s*"([^"\\]*)"',
 }
-"""The pattern of the ``payment_id`` in a document, by the kind of the payments' ids."""
+"""The pattern of what follows the key of the ``payment_id`` in a document, by the kind of the payments' ids."""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 """The pattern of a string or a bracket in JSON."""
 
@@ -100,7 +100,7 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
     return cast(text, outbox.c.payload.type)
 
 
-def claim_columns(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
+def claim_columns(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload column of a claim.
 
     If the payload is jsonb, this is the ``candidate``: a text that may be the payment's id. If the payload is json or
@@ -109,22 +109,22 @@ def claim_columns(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
     return (
         document(outbox).label("document")
         if is_document(outbox)
-        else payment_id_candidate(outbox, kind).label("candidate")
+        else payment_id_candidate(tables, outbox).label("candidate")
     )
 
 
-def read_claim_columns(outbox: FromClause, kind: KeyKind, found: str | None) -> tuple[str | None, Repeated]:
+def read_claim_columns(tables: Tables, outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
     """Parse a value of ``claim_columns``. Return the payment's id and the other fields.
 
     The payment's id is None if no payment can have it. If the column is jsonb, the other fields are empty, because
     later statements read these fields in SQL.
     """
     if is_document(outbox):
-        return read_document(found, kind)
-    return kind.usual(found or ""), Repeated()
+        return read_document(tables, found)
+    return tables.payment_key.usual(found or ""), Repeated()
 
 
-def read_document(text: str | None, kind: KeyKind) -> tuple[str | None, Repeated]:
+def read_document(tables: Tables, text: str | None) -> tuple[str | None, Repeated]:
     """Parse a document (a json or text payload).
 
     Return the ``payment_id`` in its usual text (None if no payment can have this id), and the other fields.
@@ -133,11 +133,16 @@ def read_document(text: str | None, kind: KeyKind) -> tuple[str | None, Repeated
         found = _parse(text or "")
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
-        return None, Repeated()
-    given = found.get("payment_id")
-    usual = kind.usual(given) if isinstance(given, str) else None
-    return usual, Repeated(*(_text_of(found.get(key)) for key in Repeated._fields))
+    given = _at(found, tables.paths.payment_id)
+    usual = tables.payment_key.usual(given) if isinstance(given, str) else None
+    return usual, Repeated(*(_text_of(_at(found, tables.paths.of(field))) for field in Repeated._fields))
+
+
+def _at(document: Any, path: Sequence[str]) -> Any:
+    """Return the value at this path of a parsed document; None if there is no such value."""
+    for key in path:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
 
 
 def _parse(text: str) -> Any:
@@ -183,36 +188,42 @@ def _text_of(value: Any) -> str | None:
             return _NEVER_EQUAL
 
 
-def _written(source: FromClause, key: str) -> ColumnElement[Any]:
+def _written(tables: Tables, source: FromClause, key: str) -> ColumnElement[Any]:
     """Build the text of a payload field, from an event's row or from a relation with the parsed fields."""
     if "payload" not in source.c:
         return source.c[key]
-    return source.c.payload.op("->>", return_type=Text())(key)
+    path = tables.paths.of(key)
+    if len(path) == 1:
+        return source.c.payload.op("->>", return_type=Text())(path[0])
+    return source.c.payload.op("#>>", return_type=Text())(array(path))
 
 
-def key_text(source: FromClause, key: str) -> ColumnElement[Any]:
+def key_text(tables: Tables, source: FromClause, key: str) -> ColumnElement[Any]:
     """Build the text of a payload field, cut to ``_LONGEST`` characters; NULL if there is no such field."""
-    return func.left(_written(source, key), _LONGEST)
+    return func.left(_written(tables, source, key), _LONGEST)
 
 
-def payment_id_candidate(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
-    """Build the payload's ``payment_id`` if its length, or the JSON type, may be that of an id; otherwise NULL."""
-    written = _written(outbox, "payment_id")
+def payment_id_candidate(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
+    """Build the payload's ``payment_id``; NULL if its length shows that it cannot be an id.
+
+    If ids are texts, the JSON type of the value must also be string or number.
+    """
+    written, kind = _written(tables, outbox, "payment_id"), tables.payment_key
     if kind is KeyKind.UUID:
         return case((written.like(_UUID_SHAPE), written))
     if kind is KeyKind.INTEGER:
         return case((func.octet_length(written) <= _LONGEST, written))
-    json_type = func.jsonb_typeof(outbox.c.payload.op("->", return_type=JSONB())("payment_id"))
+    json_type = func.jsonb_typeof(outbox.c.payload.op("#>", return_type=JSONB())(array(tables.paths.payment_id)))
     is_scalar = or_(*(json_type == literal_column(f"'{each}'") for each in ("string", "number")))
     is_short = func.octet_length(written).between(literal_column("1"), literal_column(str(LONGEST_TEXT_KEY)))
     return case((and_(is_scalar, is_short), written))
 
 
-def fast_candidate(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
+def fast_candidate(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` for the fast statement, which checks it with ``as_key``."""
-    if kind is KeyKind.TEXT:
-        return payment_id_candidate(outbox, kind)
-    return key_text(outbox, "payment_id")
+    if tables.payment_key is KeyKind.TEXT:
+        return payment_id_candidate(tables, outbox)
+    return key_text(tables, outbox, "payment_id")
 
 
 def as_key(text: ColumnElement[str], kind: KeyKind) -> ColumnElement[Any]:
@@ -247,45 +258,45 @@ def usable_payment_ids(candidates: str, kind: KeyKind) -> Sequence[str | None]:
     return [None if each is None else kind.usual(each) for each in found]
 
 
-def payment_id_text(outbox: FromClause, kind: KeyKind) -> ColumnElement[Any]:
+def payment_id_text(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` as text, even if it cannot be an id. The expression never raises an error.
 
     A UUID is in lower case, an integer has no zeros before it. In a json or text payload, a regular expression finds
     the ``payment_id``, even in a nested object. In jsonb, no regular expression checks a UUID, because the check would
     take longer than reading the table. The check is not needed, because the value is only compared with UUIDs.
     """
+    kind = tables.payment_key
     if is_document(outbox):
-        written: ColumnElement[Any] = func.substring(cast(outbox.c.payload, Text), _IN_DOCUMENT[kind])
+        pattern = f'"{re.escape(tables.paths.payment_id[-1])}"{_IN_DOCUMENT[kind]}'
+        written: ColumnElement[Any] = func.substring(cast(outbox.c.payload, Text), pattern)
     else:
-        written = fast_candidate(outbox, kind)
+        written = fast_candidate(tables, outbox)
     if kind is KeyKind.INTEGER:
         return cast(as_key(written, kind), Text)
     return func.lower(written) if kind is KeyKind.UUID else written
 
 
-def mismatches(ids: PairIds, source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
+def mismatches(tables: Tables, source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
     """Build one condition per optional field: the payload has this field, and its value differs from the payment row.
 
     ``source`` is the event's row, or a relation with the fields that the worker parsed in Python. The condition first
     compares the texts of both values. In most payloads the texts are equal, and then nothing else is computed.
     Otherwise ids are compared by the types of the payment's columns, and currencies in upper case without blanks.
     """
+    written = {key: _written(tables, source, key) for key in Repeated._fields}
     rules = {
-        **{key: identity.differs(same.paid, _written(source, key), payments.c[key]) for key, same in ids},
-        "amount": identity.number_differs(_written(source, "amount"), payments.c.amount),
-        "currency": _currency_differs(_written(source, "currency"), payments.c.currency),
+        **{key: identity.differs(same.paid, written[key], payments.c[key]) for key, same in tables.ids},
+        "amount": identity.number_differs(written["amount"], payments.c.amount),
+        "currency": _currency_differs(written["currency"], payments.c.currency),
     }
-    return {key: case((_is_repeated(source, payments, key), false()), else_=rule) for key, rule in rules.items()}
+    is_repeated = {key: cast(payments.c[key], Text) == text for key, text in written.items()}
+    return {key: case((is_repeated[key], false()), else_=rule) for key, rule in rules.items()}
 
 
-def mismatched_keys(ids: PairIds, source: FromClause, payments: FromClause) -> ColumnElement[Any]:
+def mismatched_keys(tables: Tables, source: FromClause, payments: FromClause) -> ColumnElement[Any]:
     """Build a text[] with the names of the fields that differ from the payment row; {} if there is no such row."""
-    names = [case((differs, key)) for key, differs in mismatches(ids, source, payments).items()]
+    names = [case((differs, key)) for key, differs in mismatches(tables, source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
-
-
-def _is_repeated(source: FromClause, payments: FromClause, key: str) -> ColumnElement[bool]:
-    return cast(payments.c[key], Text) == _written(source, key)
 
 
 def _currency_differs(given: ColumnElement[Any], actual: ColumnElement[Any]) -> ColumnElement[bool]:

@@ -88,7 +88,7 @@ READ_TO_CLASSIFY = ("id", "student_id", "course_id", "amount", "currency", "crea
 """The columns of payments that determine the class of a standing payment."""
 _READ = (*READ_TO_CLASSIFY, "status")
 
-_NULL = "NULL"
+MISSING = "NULL"
 """The name of a missing currency or status in the output of the audit."""
 
 Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
@@ -237,10 +237,10 @@ def _gathered(ids: PairIds, classed: CTE, lists: ColumnElement[bool], lists_dupl
     listed["created_at"] = readable(classed.c.created_at)
     listed["age_seconds"] = seconds_since(classed.c.created_at)
     listed["reason"] = case((is_unjudged, why_not_judged(classed)))
-    status = func.left(func.coalesce(cast(classed.c.status, Text), _NULL), CURRENCY_MAX)
+    status = func.left(func.coalesce(cast(classed.c.status, Text), MISSING), CURRENCY_MAX)
     each = select(
         kind,
-        func.left(func.coalesce(currency_code(classed.c.currency), _NULL), CURRENCY_MAX).label("currency"),
+        func.left(func.coalesce(currency_code(classed.c.currency), MISSING), CURRENCY_MAX).label("currency"),
         case((kind == UNKNOWN_STATUS, status)).label("status"),
         and_(is_unexplained, is_recent).label("is_recent"),
         *(case((is_listed, value)).label(name) for name, value in listed.items()),
@@ -298,7 +298,7 @@ def _may_be_settled(tables: Tables) -> list[ColumnElement[bool]]:
 
 def _named(tables: Tables) -> ColumnElement[Any]:
     """Read the payment's id, as text, from the payload of an event."""
-    return payload.payment_id_text(tables.outbox, tables.payment_key)
+    return payload.payment_id_text(tables, tables.outbox)
 
 
 def _has_purchase(page: CTE, tables: Tables, by_index: bool, *more: ColumnElement[bool]) -> ColumnElement[bool]:

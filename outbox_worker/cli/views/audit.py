@@ -11,7 +11,7 @@ from outbox_worker.durations import count_of
 from outbox_worker.mapping import status_example
 from outbox_worker.reconcile.audit import AuditReport
 from outbox_worker.store.doubled import DoubledPair
-from outbox_worker.store.payment_classes import PaymentClass
+from outbox_worker.store.payment_classes import MISSING, PaymentClass
 
 
 def audit_object(report: AuditReport) -> dict[str, Any]:
@@ -62,8 +62,12 @@ def print_audit(report: AuditReport, limit: int) -> None:
 
 def _print_status_example(unknown: Mapping[str, int]) -> None:
     """Print lines for the configuration file that would give the unknown statuses a meaning."""
-    terminal.line("Say in the configuration file what it means, for example:", "yellow")
-    terminal.line(f"  [payments]\n  {status_example(unknown)}")
+    named = [status for status in unknown if status != MISSING]
+    if len(named) < len(unknown):
+        terminal.line("Write a status into the payments that have none.", "yellow")
+    if named:
+        terminal.line("Say in the configuration file what each status means, for example:", "yellow")
+        terminal.line(f"  [payments]\n  {status_example(named)}")
 
 
 def _print_doubled(found: Sequence[DoubledPair], limit: int) -> None:

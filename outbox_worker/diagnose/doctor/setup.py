@@ -33,6 +33,7 @@ from outbox_worker.store.doubled import doubled_pairs
 from outbox_worker.store.guard import guard_in_force
 from outbox_worker.store.identity import pair_key
 from outbox_worker.store.ignored import count_ignored
+from outbox_worker.store.payment_classes import MISSING
 from outbox_worker.store.statuses import find_unknown_statuses
 
 _SHOWN = 5
@@ -103,7 +104,7 @@ def unlogged(subject: Subject) -> Iterator[Finding]:
     found = find_unlogged(subject.session, subject.tables)
     yield from (problem(each.finding, each.remedy) for each in found)
     if not found:
-        yield ok("a crash of the server empties no table")
+        yield ok("no table is UNLOGGED, so a crash of the server loses no rows")
 
 
 def event_types(subject: Subject) -> Iterator[Finding]:
@@ -116,11 +117,15 @@ def event_types(subject: Subject) -> Iterator[Finding]:
     elif not ignored.events:
         yield ok("events of unknown types stay in the outbox for other consumers; there are none now")
     else:
+        named = [each.event_type for each in ignored.types if each.event_type != MISSING]
+        example = "".join(
+            "if one of them confirms a purchase, say so in the configuration file: [outbox] "
+            f'types.{json.dumps(name, ensure_ascii=False)} = "PURCHASE_CONFIRMED"; '
+            for name in named[:1]
+        )
         yield warning(
             f"{count_of(ignored.events, 'event')} of unknown types stay in the outbox: {ignored.listed()}",
-            "if one of them confirms a purchase, say so in the configuration file: [outbox] "
-            f'types.{json.dumps(ignored.types[0].event_type, ensure_ascii=False)} = "PURCHASE_CONFIRMED"; if no other '
-            "consumer reads them, set OUTBOX_UNKNOWN_TYPES=bury, which makes dead letters of them",
+            f"{example}if no other consumer reads them, set OUTBOX_UNKNOWN_TYPES=bury: they become dead letters",
         )
 
 
@@ -154,7 +159,7 @@ def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]], then: st
     """Return why no unique index can prevent duplicates, and the remedy: give purchases the id types of payments."""
     name, paid = relation_name(tables.purchases), relation_name(tables.payments)
     own = [(tables.payments.c[key].name, tables.purchases.c[key].name, same) for key, same in loose]
-    columns = "; ".join(f"{paid}.{a} is {same.paid}, and {name}.{b} is {same.bought}" for a, b, same in own)
+    columns = "; ".join(f"{paid}.{a} has type {same.paid}, but {name}.{b} has type {same.bought}" for a, b, same in own)
     why = (
         f"lock: {columns}: the types of payments treat more ids as equal than the types of purchases, so a unique "
         "index would allow one student two purchases of a course, and each check of a pair reads all purchases"
@@ -313,7 +318,7 @@ def _hears(subject: Subject) -> Finding:
 def backfill(subject: Subject) -> Iterator[Finding]:
     """Check whether the periodic backfill may make purchases (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
-        yield ok("a backfill was completed by hand, so the periodic backfill makes the purchases that are owed")
+        yield ok("an operator has completed a backfill here, so the periodic backfill may create owed purchases")
     elif not subject.settings.backfill_every_seconds:
         yield ok("the periodic backfill is switched off")
     else:

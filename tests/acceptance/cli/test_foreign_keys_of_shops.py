@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -157,3 +158,63 @@ def test_an_id_that_cannot_be(worker: Worker) -> None:
         (1 if is_text else 2),
         True,
     )
+
+
+def test_an_event_has_the_id_of_a_payment_that_it_does_not_name(worker: Worker) -> None:
+    paid = worker.pay(1)
+    worker.connection.execute(
+        "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, 'PURCHASE_CONFIRMED', '{}')",
+        [worker.made.id(1)],
+    )
+    worker.run("run", "--drain")
+    letter = worker.ask("dead-letters", "show", paid)
+    assert (letter["payment"], letter["class"], letter["now"]["outcome"]) == (None, None, "dead")
+    stories = {story["payment_id"]: story for story in worker.ask("why", paid)["payments"]}
+    assert stories.keys() == {paid, None}
+    assert stories[paid]["class"] == "unexplained"
+    assert any("invalid_payload" in entry["detail"] for entry in stories[None]["timeline"])
+
+
+def test_the_next_command_is_right_for_an_id_with_a_hyphen(worker: Worker) -> None:
+    event = {"bigint": -12, "text": "-x"}[worker.made.types[1]]
+    worker.connection.execute(
+        "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, 'PURCHASE_CONFIRMED', '{}')", [event]
+    )
+    worker.run("run", "--drain")
+    (printed,) = [
+        line.strip() for line in worker.run("dead-letters", "list").stdout.splitlines() if "dead-letters show" in line
+    ]
+    words = shlex.split(printed.partition("outbox-worker ")[2])
+    assert words[-2:] == ["--", str(event)]
+    assert "invalid_payload" in worker.run(*words).stdout
+
+
+def test_the_printed_value_for_a_missing_event_id_fits(worker: Worker) -> None:
+    worker.connection.execute("ALTER TABLE outbox ALTER event_id DROP NOT NULL")
+    worker.connection.execute("INSERT INTO outbox (event_type, payload) VALUES ('PURCHASE_CONFIRMED', '{}')")
+    found = [
+        each["remedy"]
+        for each in worker.ask("doctor", code=1)["checks"]
+        if "event_id" in (each["remedy"] or "") and "UPDATE" in each["remedy"]
+    ]
+    assert found
+    for remedy in found:
+        worker.connection.execute(remedy[remedy.index("UPDATE") :].encode())
+    assert worker.connection.execute("SELECT count(*) FROM outbox WHERE event_id IS NULL").fetchone() == (0,)
+
+
+def test_a_value_that_is_missing_has_no_name_to_map(worker: Worker) -> None:
+    """A status or type that is NULL is told, and no line of the configuration file is suggested for it."""
+    worker.connection.execute("ALTER TABLE payments ALTER status DROP NOT NULL")
+    worker.connection.execute("ALTER TABLE outbox ALTER event_type DROP NOT NULL")
+    worker.pay(1)
+    worker.connection.execute("UPDATE payments SET status = NULL")
+    worker.connection.execute("INSERT INTO outbox (event_id, payload) VALUES (%s, '{}')", [worker.made.id(1)])
+    shown = worker.run("audit", code=1).stdout
+    assert "Write a status into the payments that have none." in shown
+    assert "status_values" not in shown
+    worker.pay(2, status="PAID")
+    assert 'status_values.succeeded = ["PAID"]' in worker.run("audit", code=1).stdout
+    remedies = [each["remedy"] or "" for each in worker.ask("doctor", code=1)["checks"]]
+    assert any("OUTBOX_UNKNOWN_TYPES=bury" in each for each in remedies)
+    assert not any('types."NULL"' in each for each in remedies)
