@@ -251,7 +251,7 @@ def test_a_backfill_by_hand(look: Look, database: Database, tables: Tables, sett
     work = Backfill.start(database, tables, settings.retry_policy, Request(actor="ann"))
     work.look(lambda *_: True)
     work.make(lambda *_: True)
-    only(look("backfill"), Severity.OK, "by hand")
+    only(look("backfill"), Severity.OK, "an operator has completed")
 
 
 # --- what the role may do
