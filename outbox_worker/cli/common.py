@@ -103,17 +103,30 @@ def start_logging(settings: Settings) -> None:
 def suggest(config: Path | None, *commands: Sequence[str]) -> None:
     """Print the commands to run next, with the same ``--config`` as this command.
 
-    If the last word of a command is an id that begins with a hyphen, ``--`` says that the id is no option.
+    Ids are the last words of a command. An id that begins with a hyphen follows ``--``, because it is no option.
     """
     from outbox_worker import terminal
 
     ending = ["--config", str(config)] if config else []
     printed = []
-    for *words, last in commands:
-        is_id = last.startswith("-") and not last.startswith("--")
-        typed = [*words, *ending, "--", last] if is_id else [*words, last, *ending]
-        printed.append(["outbox-worker", *typed])
+    for words in commands:
+        options, ids = _split_at_ids(words)
+        printed.append(["outbox-worker", *options, *ending, *ids] if ids else ["outbox-worker", *words, *ending])
     terminal.next_commands(printed)
+
+
+def as_ids(ids: Sequence[str]) -> list[str]:
+    """Return ids as command-line words, after ``--`` if one of them begins with a hyphen."""
+    return ["--", *ids] if any(each.startswith("-") for each in ids) else [*ids]
+
+
+def _split_at_ids(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Split a command before the ids that must follow ``--``. The second part is empty if there are none."""
+    if "--" in words:
+        at = words.index("--")
+        return words[:at], words[at:]
+    *options, last = words
+    return (options, as_ids([last])) if last.startswith("-") and not last.startswith("--") else (words, ())
 
 
 _REMEDIES = {

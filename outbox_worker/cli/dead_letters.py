@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from loguru import logger
 
-from outbox_worker.cli.common import AsJson, Config, mention_standby, open_database, print_object, suggest
+from outbox_worker.cli.common import AsJson, Config, as_ids, mention_standby, open_database, print_object, suggest
 from outbox_worker.cli.diagnose import looking
 from outbox_worker.durations import count_of, parse_duration
 from outbox_worker.errors import WrongUsage
@@ -218,7 +218,7 @@ def _select(
     age = parse_duration(older_than, "--older-than") if older_than else None
     selection = Selection(event_ids=events or (), reason=_reason(reason), event_type=event_type, older_than=age)
     filters = _words({"--dead-reason": reason, "--type": event_type, "--older-than": older_than})
-    return selection, [*map(str, events or ()), *filters] or ["--all"]
+    return selection, [*filters, *as_ids(events or ())] or ["--all"]
 
 
 def _reason(given: str | None) -> str | None:

@@ -145,6 +145,8 @@ def find_problems(session: Session, tables: Tables, privileges: Privileges = PRI
     seen = {role: table for role, table in by_role.items() if table.schema not in closed}
     read_ahead(session, seen.values())
     present = {role: table for role, table in seen.items() if exists(session, table)}
+    tables = with_types_as_found(session, tables, present)
+    present = {role: getattr(tables, role) for role in present}
     return [
         *_closed_problems(session, closed),
         *_absent_problems([relation_name(table) for role, table in seen.items() if role not in present]),
@@ -164,7 +166,10 @@ def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -
     This function does not check privileges. If ``of_others`` is true, it checks only tables of other applications.
     """
     present = {role: table for role, table in tables.by_role().items() if exists(session, table)}
-    looked_at = {role: table for role, table in present.items() if not (of_others and is_owned(session, table))}
+    tables = with_types_as_found(session, tables, present)
+    looked_at = {
+        role: getattr(tables, role) for role in present if not (of_others and is_owned(session, present[role]))
+    }
     rounding = find_rounding(session, tables) if "purchases" in looked_at else []
     return [*_misfits(session, tables, looked_at), *rounding]
 
@@ -429,6 +434,16 @@ def _written(column: Column[object]) -> str:
     return str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
 
 
+def _addable(column: Column[object]) -> str:
+    """Return the definition of a column that can be added to a table with rows.
+
+    PostgreSQL adds a column that is NOT NULL and has no default only to an empty table. If the column may be NULL, the
+    worker still starts, and ``doctor`` prints the statement that forbids NULL.
+    """
+    written = _written(column)
+    return written if column.server_default is not None else written.removesuffix(" NOT NULL")
+
+
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
     """Report ``student_id`` and ``course_id`` if ids in ``payments`` and ``purchases`` cannot be compared."""
     for key, same in read_ids(session, tables.payments, tables.purchases).items():
@@ -448,7 +463,7 @@ def _column_problems(
             f"column {name}.{column.name} is missing", f"set its name in OUTBOX_COLUMNS ({role}.{column.key}=…): {hint}"
         )
     elif actual is None:
-        ddl = f"ALTER TABLE {name} ADD COLUMN {_written(column)};"
+        ddl = f"ALTER TABLE {name} ADD COLUMN {_addable(column)};"
         yield SchemaProblem(
             f"column {name}.{column.name} is missing",
             f"set the name of your column in OUTBOX_COLUMNS ({role}.{column.key}=…), or: "

@@ -92,7 +92,7 @@ def _log_event(event: Event, verdict: Verdict, *, in_crowd: bool) -> None:
         case Outcome.DUPLICATE_PAYMENT:
             record.bind(event="duplicate_payment").log(
                 "DEBUG" if in_crowd else "WARNING",
-                "the student paid twice for the course; no second purchase was created",
+                "another purchase already gives the student the course; no second purchase was created",
             )
         case Outcome.DEAD:
             record.bind(event="event_buried", reason=str(verdict.reason), detail=verdict.detail).log(

@@ -101,7 +101,7 @@ _ALWAYS_COUNTED = ("unexplained", "refunded but active")
 MEANINGS = {
     PaymentClass.ACTIVE: "the purchase is there",
     PaymentClass.REVOKED: "the purchase was taken back",
-    PaymentClass.DUPLICATE: "paid a second time: must be refunded",
+    PaymentClass.DUPLICATE: "the student already had the course (paid twice, or a gift)",
     PaymentClass.IN_FLIGHT: "its event waits in the outbox",
     PaymentClass.DEAD: "its event is an open dead letter",
     PaymentClass.WAIVED: "a person decided to give no course",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class Worker:
         return done
 
     def ask(self, *arguments: str, code: int = 0) -> Any:
-        return json.loads(self.run(*arguments, "--json", code=code).stdout)
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        return json.loads(self.run(*arguments[:at], "--json", *arguments[at:], code=code).stdout)
 
     def pay(self, number: int, status: str = "succeeded", pair: int | None = None, ago: str = "1 hour") -> str:
         """A payment; its id as text."""
@@ -86,14 +88,36 @@ class Worker:
 
 
 @pytest.fixture(params=SHOPS)
-def worker(request: pytest.FixtureRequest, make_url: Callable[[str | None], str]) -> Iterator[Worker]:
+def unmigrated(request: pytest.FixtureRequest, make_url: Callable[[str | None], str]) -> Iterator[Worker]:
     made, url = SHOPS[request.param], make_url(None)
     with psycopg.connect(libpq(url), autocommit=True) as connection:
         connection.execute(made.payments)
         connection.execute(made.outbox)
-        started = Worker(url, made, connection)
-        started.run("migrate")
-        yield started
+        yield Worker(url, made, connection)
+
+
+@pytest.fixture
+def worker(unmigrated: Worker) -> Worker:
+    unmigrated.run("migrate")
+    return unmigrated
+
+
+def test_columns_are_added_as_printed_to_a_table_with_rows(unmigrated: Worker) -> None:
+    """The shop's own marks know nothing but the event."""
+    kind = unmigrated.made.types[1]
+    unmigrated.connection.execute(f"CREATE TABLE processed_events (event_id {kind} PRIMARY KEY)")
+    unmigrated.connection.execute("INSERT INTO processed_events VALUES (%s)", [unmigrated.made.id(1)])
+    refused = unmigrated.run("migrate", code=78).stderr
+    statements = re.findall(r"ALTER TABLE \S+ ADD COLUMN [^;]*;", " ".join(refused.split()))
+    assert len(statements) == 5, refused
+    for statement in statements:
+        unmigrated.connection.execute(statement.encode())
+    unmigrated.run("migrate")
+    unmigrated.pay(1)
+    unmigrated.tell(1, 1)
+    unmigrated.run("run", "--drain")
+    outcome = unmigrated.connection.execute("SELECT outcome, payment_id::text FROM processed_events").fetchone()
+    assert outcome == ("recovered", str(unmigrated.made.id(1))), "the mark claimed a purchase that was not there"
 
 
 def test_new_tables_have_ids_of_the_same_kind(worker: Worker) -> None:
@@ -187,6 +211,11 @@ def test_the_next_command_is_right_for_an_id_with_a_hyphen(worker: Worker) -> No
     words = shlex.split(printed.partition("outbox-worker ")[2])
     assert words[-2:] == ["--", str(event)]
     assert "invalid_payload" in worker.run(*words).stdout
+    who = ("--actor", "ann", "--reason", "it is right")
+    previewed = worker.run("dead-letters", "discard", *who, "--dry-run", "--", str(event)).stdout
+    (printed,) = [line.strip() for line in previewed.splitlines() if "dead-letters discard" in line]
+    worker.run(*shlex.split(printed.partition("outbox-worker ")[2]))
+    assert worker.ask("dead-letters", "show", "--", str(event))["dead_letter"]["state"] == "discarded"
 
 
 def test_the_printed_value_for_a_missing_event_id_fits(worker: Worker) -> None:
