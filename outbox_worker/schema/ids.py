@@ -204,14 +204,11 @@ KEY_KINDS = {
     **dict.fromkeys(INTEGERS, KeyKind.INTEGER),
     **dict.fromkeys(("text", "varchar"), KeyKind.TEXT),
 }
+"""The kind of the ids by the base type of their column.
 
-
-def key_kind(column: IdColumn) -> KeyKind | None:
-    """Return the kind of the ids of payments or events in such a column; None if the worker cannot use the type.
-
-    The worker compares these ids as texts, too, so a type or collation that ignores differences is not possible.
-    """
-    return KEY_KINDS.get(column.type_name) if column.is_deterministic else None
+Types that ignore differences, such as citext and char(n), are missing, because the worker also compares these ids as
+texts.
+"""
 
 
 def read_ids(session: Session | Connection, payments: Table, purchases: Table) -> dict[str, SameId]:

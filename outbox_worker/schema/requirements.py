@@ -28,7 +28,7 @@ from outbox_worker.schema.catalogue import (
     read_ahead,
     role_name,
 )
-from outbox_worker.schema.ids import INTEGERS, KEY_KINDS, TEXTS, IdColumn, id_columns, key_kind, read_ids
+from outbox_worker.schema.ids import INTEGERS, KEY_KINDS, TEXTS, id_columns, read_ids
 from outbox_worker.schema.partitions import can_be_unique
 from outbox_worker.schema.privileges import (
     CLOSED_SCHEMAS,
@@ -121,18 +121,20 @@ def _key_kinds(
     session: Session, tables: Tables, keys: Sequence[tuple[str, str]], roles: Collection[str]
 ) -> list[KeyKind]:
     """Return the kinds of the ids in these columns, in the same order. Leave out missing and unfit columns."""
-    return [kind for _, _, found in _key_columns(session, tables, keys, roles) if (kind := key_kind(found))]
+    found = (KEY_KINDS.get(actual.base_type) for _, _, actual in _key_columns(session, tables, keys, roles))
+    return [kind for kind in found if kind]
 
 
 def _key_columns(
     session: Session, tables: Tables, keys: Sequence[tuple[str, str]], roles: Collection[str]
-) -> Iterator[tuple[str, str, IdColumn]]:
+) -> Iterator[tuple[str, str, ActualColumn]]:
     """Yield the columns of these roles that exist: role, key and type."""
     for role, key in keys:
         if role in roles:
-            found = id_columns(session, getattr(tables, role), [key]).get(key)
-            if found is not None:
-                yield role, key, found
+            table: Table = getattr(tables, role)
+            actual = actual_columns(session, relation_name(table)).get(table.c[key].name)
+            if actual is not None:
+                yield role, key, actual
 
 
 def find_problems(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> list[SchemaProblem]:
@@ -368,25 +370,26 @@ def _key_misfits(
     session: Session, tables: Tables, keys: Sequence[tuple[str, str]], noun: str, present: Collection[str]
 ) -> Iterator[SchemaProblem]:
     """Report columns with ids of payments or events whose kind differs from that of the first such column."""
-    first: tuple[str, IdColumn] | None = None
+    first: tuple[str, ActualColumn] | None = None
     for role, key, found in _key_columns(session, tables, keys, present):
-        name = f"{relation_name(getattr(tables, role))}.{getattr(tables, role).c[key].name}"
-        if not found.is_deterministic:
+        table: Table = getattr(tables, role)
+        name, kind = f"{relation_name(table)}.{table.c[key].name}", KEY_KINDS.get(found.base_type)
+        if kind is KeyKind.TEXT and not id_columns(session, table, [key])[key].is_deterministic:
             yield SchemaProblem(
-                f"{name} is {found}, which treats different texts as equal, but the worker compares the ids of {noun} "
-                "as texts, too",
+                f"{name} has a collation that treats different texts as equal, but the worker compares the ids of "
+                f"{noun} as texts, too",
                 "give the column a deterministic collation",
             )
         elif first is None:
             first = name, found
-        elif key_kind(found) and key_kind(first[1]) and key_kind(found) is not key_kind(first[1]):
+        elif kind and (wanted := KEY_KINDS.get(first[1].base_type)) and kind is not wanted:
             yield SchemaProblem(
-                f"{first[0]} is {first[1]} and {name} is {found}",
+                f"{first[0]} is {first[1].written_type} and {name} is {found.written_type}",
                 f"convert one of the two columns, because both contain the ids of {noun}",
             )
-        elif (role, key) == ("processed_events", "event_id") and found.type_name in ("int2", "int4"):
+        elif (role, key) == ("processed_events", "event_id") and found.base_type in ("int2", "int4"):
             yield SchemaProblem(
-                f"{name} is {found}, but a backfill writes event ids that only bigint can hold",
+                f"{name} is {found.written_type}, but a backfill writes event ids that only bigint can hold",
                 f"as the table's owner: ALTER TABLE {relation_name(tables.processed_events)} "
                 f"ALTER COLUMN {quoted(tables.processed_events.c.event_id.name)} TYPE bigint; "
                 "(it rewrites the table; nobody can read or write the table meanwhile)",
