@@ -1,6 +1,7 @@
-"""The commands that an operator types: one file per group of commands, and ``views`` for their output.
+"""The commands that an operator types. Each file has a group of commands. ``views`` prints results.
 
-Only ``__main__`` imports from here. A command parses options, calls one function of another package, prints the
-result, suggests the next command, and ends with exit code 0 or 1. For an error, ``errors`` defines the exit code by the
-class of the error. Do not put SQL, transactions or rules here.
+Only ``__main__`` imports this package. A command parses options and calls one function of another
+package. Then it prints the result and suggests the next command. It ends with exit code 0 or 1. If
+an error is raised, the class of the error defines the exit code (see ``errors``). Do not put SQL,
+transactions or rules here.
 """

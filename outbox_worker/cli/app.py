@@ -1,4 +1,4 @@
-"""The command line: lists every command and determines the exit status of the program."""
+"""Lists every command of the command line and determines the exit status of the program."""
 
 from __future__ import annotations
 
@@ -75,13 +75,16 @@ def run_command() -> int:
         if isinstance(error, DBAPIError):
             return _fail(in_a_sentence(error))
         if isinstance(error, OSError) and error.filename is None:
-            raise  # perhaps stdout cannot be written; `__main__` handles this case
+            raise  # perhaps stdout cannot be written; `__main__` handles this error
         return fail_unforeseen(error)
     return 0
 
 
 def _fail(error: OutboxWorkerError) -> int:
-    """Print the error on stderr, and with ``--json`` also as an object on stdout. Return its exit status."""
+    """Print the error on stderr and return its exit status.
+
+    With ``--json``, also print the error as an object on stdout.
+    """
     from outbox_worker.terminal import print_json
 
     if "--json" in sys.argv[1:]:
@@ -92,7 +95,7 @@ def _fail(error: OutboxWorkerError) -> int:
 def _was_interrupted(error: BaseException | None) -> bool:
     """Return whether Ctrl-C caused this error.
 
-    Ctrl-C can interrupt a library, whose clean-up then raises another error.
+    Ctrl-C can interrupt a library. The clean-up of the library can then raise another error.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -100,9 +103,9 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def fail_unforeseen(error: Exception) -> int:
-    """Print an unexpected error and the lines of code that raised it. Return the exit status of program errors.
+    """Print an unexpected error with its lines of code. Return the exit status of program errors.
 
-    Do not print the message of the error, because this message may contain data of a row.
+    Do not print the error's message. It can contain data of a row.
     """
     from outbox_worker.terminal import complain
 

@@ -35,9 +35,10 @@ def open_database(
 ) -> tuple[Settings, Database, Tables]:
     """Load the settings and connect to the database.
 
-    The longest time for a statement is ``deadline_seconds`` or the deadline of the settings, whichever is longer. If
-    ``patient`` is True, statements have no time limit. If ``looks`` is True, the command only reads, so the server may
-    be a standby. Raises SettingError and DatabaseUnavailable.
+    The time limit of a statement is ``deadline_seconds`` or the setting
+    ``database_deadline_seconds``, whichever is longer. If ``patient`` is True, statements have no
+    time limit. If ``looks`` is True, the command only reads. The server can then be a standby.
+    Raises SettingError and DatabaseUnavailable.
     """
     settings = load_settings(config=config)
     start_logging(settings)
@@ -50,9 +51,9 @@ def open_database(
 
 
 def _expect_writable(database: Database) -> None:
-    """Raise SettingError if default_transaction_read_only is on, because somebody has probably set it on purpose.
+    """Raise SettingError if default_transaction_read_only is on.
 
-    Only the daemon overrides default_transaction_read_only.
+    Somebody has probably set it on purpose. Only the daemon overrides it.
     """
     with database.snapshot() as session:
         found = find_read_only_default(session)
@@ -64,7 +65,7 @@ def _expect_writable(database: Database) -> None:
 
 
 def print_object(database: Database, value: Mapping[str, Any]) -> None:
-    """Print the object of ``--json``. If the server is a standby, the object has the key ``standby``, too."""
+    """Print a command's JSON object. If the server is a standby, add the key ``standby``."""
     from outbox_worker import terminal
 
     standby = _standby_of(database)
@@ -72,7 +73,7 @@ def print_object(database: Database, value: Mapping[str, Any]) -> None:
 
 
 def mention_standby(database: Database, *, on_stderr: bool = False) -> None:
-    """If the server is a standby, print a line that says so, and how far the standby is behind the primary."""
+    """Print how far a standby is behind the primary. Print nothing if the server is a primary."""
     from outbox_worker import terminal
 
     if (standby := _standby_of(database)) is None:
@@ -103,7 +104,8 @@ def start_logging(settings: Settings) -> None:
 def suggest(config: Path | None, *commands: Sequence[str]) -> None:
     """Print the commands to run next, with the same ``--config`` as this command.
 
-    Ids are the last words of a command. An id that begins with a hyphen follows ``--``, because it is no option.
+    Ids are the last words of a command. Put ``--`` before an id that begins with a hyphen. Without
+    ``--``, the command would read this id as an option.
     """
     from outbox_worker import terminal
 
@@ -121,7 +123,10 @@ def as_ids(ids: Sequence[str]) -> list[str]:
 
 
 def _split_at_ids(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Split a command before the ids that must follow ``--``. The second part is empty if there are none."""
+    """Split a command before the ids that must follow ``--``.
+
+    The second part is empty if no id must follow ``--``.
+    """
     if "--" in words:
         at = words.index("--")
         return words[:at], words[at:]
@@ -150,7 +155,7 @@ _TROUBLES = {
     "25006": "This server or this role accepts no writes, but the command must write: the server is a standby, or "
     "default_transaction_read_only is on.",
 }
-"""The sentence to print for each SQLSTATE of an error that may be temporary, but is not a lost connection."""
+"""The sentence for each SQLSTATE of an error that can be temporary. Lost connections are left out."""
 
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:

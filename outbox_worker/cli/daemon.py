@@ -42,9 +42,9 @@ def run(
 ) -> None:
     """Run the worker: settle events until stopped.
 
-    SIGTERM or Ctrl-C stops the worker after the current batch; a second signal
-    stops it at once. While the database is down, the worker waits. Any number of
-    workers may run on one database. SIGHUP reloads log level and limits.
+    SIGTERM or Ctrl-C stops the worker after the current batch. A second signal
+    stops it at once. If the database is down, the worker waits. Any number of
+    workers can run on one database. SIGHUP reloads log level and limits.
     """
     import faulthandler
 
@@ -62,7 +62,7 @@ def run(
     )
     settings = read()
     start_logging(settings)
-    faulthandler.enable()  # a watchdog's SIGABRT prints the stack of each thread
+    faulthandler.enable()  # if a watchdog sends SIGABRT, the stack of each thread is printed
     with make_signals() as signals:
         worker = Worker(settings, read)
         status = worker.drain(signals) if drain else worker.run(signals)

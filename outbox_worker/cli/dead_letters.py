@@ -1,4 +1,7 @@
-"""Commands on dead letters, which are events that wait for a person: `list`, `show`, `requeue`, `discard`."""
+"""Commands for dead letters: `list`, `show`, `requeue`, `discard`.
+
+A dead letter is an event that waits for a person.
+"""
 
 from __future__ import annotations
 
@@ -168,8 +171,8 @@ def requeue_dead_letters(
     The command shows the number of events and the sum of their payments, and then
     asks for confirmation.
 
-    Exit code 1 if the outbox did not take an event. The dead letter of such an
-    event stays open, and the command lists the event with the reason.
+    Exit code 1 if an event could not be put back into the outbox. The dead letter
+    of this event stays open. The command lists the event with the reason.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "requeue", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -193,12 +196,12 @@ def discard_dead_letters(
 ) -> None:
     """Close dead letters without settling their events.
 
-    If a letter is the reason why its payment has no purchase, discarding the
-    letter waives the payment: the student gets no course for it. The command
-    shows the sum of these payments, and then asks for confirmation.
+    If a payment has no purchase because of a dead letter, discarding the letter
+    waives the payment. The student then gets no course for this payment. The
+    command shows the sum of the waived payments, and then asks for confirmation.
 
-    Exit code 1 if a letter could not be closed. The command lists each such letter
-    with the reason.
+    Exit code 1 if a dead letter could not be closed. The command lists each dead
+    letter that stays open, with the reason.
     """
     chosen = _select(events, all_, dead_reason, event_type, older_than)
     _decide(config, "discard", *chosen, json=json, actor=actor, why=why, dry_run=dry_run, token=preview, yes=yes)
@@ -207,7 +210,10 @@ def discard_dead_letters(
 def _select(
     events: list[str] | None, all_: bool, reason: str | None, event_type: str | None, older_than: str | None
 ) -> tuple[Selection, Sequence[str]]:
-    """Return the chosen letters, and the command-line words that choose the same letters. Raises WrongUsage."""
+    """Return a selection of dead letters, and the command-line words that make this selection.
+
+    Raises WrongUsage.
+    """
     from outbox_worker.store.dead_letters import Selection
 
     chosen = bool(reason or event_type or older_than)
@@ -222,7 +228,7 @@ def _select(
 
 
 def _reason(given: str | None) -> str | None:
-    """Return ``given`` if it is None or a reason of dead letters. Otherwise raises WrongUsage."""
+    """Return ``given`` if it is None or a reason of dead letters. Otherwise, raise WrongUsage."""
     if given is not None and given not in set(Reason):
         raise WrongUsage(f"{given} is not a reason of a dead letter. Reasons are: {', '.join(Reason)}.")
     return given
@@ -241,7 +247,7 @@ def _decide(
     token: str | None,
     yes: bool,
 ) -> None:
-    """Show a preview of a decision, ask who decides and why, and carry out the decision."""
+    """Preview a decision about dead letters, ask for name and reason, and carry out the decision."""
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import DECIDING, DISCARDING, PREVIEWING
     from outbox_worker.schema.requirements import check_schema
@@ -286,5 +292,5 @@ def _decide(
 
 
 def _words(options: Mapping[str, str | None]) -> list[str]:
-    """Return options and their values as command-line words. Leaves out options without a value."""
+    """Return options and their values as command-line words. Leave out options without a value."""
     return [word for option, value in options.items() if value for word in (option, value)]

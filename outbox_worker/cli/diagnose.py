@@ -69,7 +69,7 @@ def status(
 
 
 def _outlast(show: Callable[[], None]) -> None:
-    """Call ``show``. If it fails, print the error and return, so that the caller can try again later."""
+    """Call ``show``. If it fails, print the error and return. The caller can try again later."""
     try:
         show()
     except OutboxWorkerError as error:
@@ -82,8 +82,8 @@ def doctor(config: Config = None, json: AsJson = False) -> None:
     """Check database and set-up, and suggest a remedy for each problem.
 
     Changes nothing. Run doctor as the worker's role, with the worker's settings,
-    on the primary. Also lists checks that were not possible, because the role
-    lacks a privilege or because the server is a standby.
+    on the primary. A check is not possible if the role lacks a privilege or if the
+    server is a standby. Doctor lists these checks, too.
 
     Exit code 1 if there is a problem. Warnings alone give exit code 0.
     """
@@ -117,7 +117,7 @@ def why(
     from outbox_worker.cli.views import explanation
 
     with looking(config) as (database, _, _, explain):
-        found = explain(asked.encode(errors="replace").decode())  # the command line may contain invalid text
+        found = explain(asked.encode(errors="replace").decode())  # the command line can contain invalid text
     if json:
         print_object(database, explanation.explanation_object(found))
     else:
@@ -128,7 +128,10 @@ def why(
 
 @contextmanager
 def looking(config: Path | None) -> Iterator[tuple[Database, Session, Tables, Callable[[str], Explanation]]]:
-    """Open a read-only snapshot. Yields database and session, the tables, and a function that explains an id."""
+    """Open a read-only snapshot.
+
+    Yields the database, the session, the tables, and a function that explains an id.
+    """
     from outbox_worker.diagnose.explanation import explain
     from outbox_worker.reconcile.scan import STATEMENT_SECONDS
     from outbox_worker.schema.privileges import EXPLAINING

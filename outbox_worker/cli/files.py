@@ -51,6 +51,6 @@ FILES = {
 
 
 def _directory() -> Path:
-    """Return the directory of the files: in the installed package, or at the top of a checkout."""
+    """Return the directory ``deploy`` in the installed package, or at the top of a checkout."""
     packaged = Path(__file__).parents[1] / "deploy"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "deploy"

@@ -26,10 +26,10 @@ def audit(config: Config = None, json: AsJson = False, limit: Limit = 100) -> No
     payments of each class. Leaves out payments that were created after the audit
     began.
 
-    Exit code 1 if the audit finds an unexplained payment (paid, but no purchase
-    and no known reason), a payment that cannot be judged because of a value, a
-    payment with an unknown status, a refunded payment with an active purchase, or
-    a student with more than one active purchase of a course.
+    Exit code 1 if a payment is unexplained (paid, but no purchase and no known
+    reason), cannot be judged because of a value, or has an unknown status. Also
+    exit code 1 if a refunded payment has an active purchase, or if a student has
+    more than one active purchase of a course.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view
@@ -84,13 +84,14 @@ def backfill(
     ] = None,
     limit: Limit = 100,
 ) -> None:
-    """Make the purchases that payments prove are owed.
+    """Make the purchases that are owed for payments.
 
-    Finds and counts succeeded payments (not refunded) that have no purchase and
-    no event, dead letter or decision that explains why. Then makes their
-    purchases. You may run backfill while workers or other backfills run. If a
-    backfill is killed, run it again with the same range: it then continues. TIME
-    is a date or an RFC 3339 time. Without a time zone, TIME is in UTC.
+    Finds succeeded payments (not refunded) that have no purchase. Leaves out a
+    payment if an event, a dead letter or a decision explains why. Counts the other
+    payments, then makes their purchases. You can run backfill while workers or
+    other backfills run. If a backfill is killed, run it again with the same range.
+    It then continues. TIME is a date or an RFC 3339 time. If TIME has no time zone,
+    it is in UTC.
 
     Exit code 1 if more purchases are owed than --max-repairs allows, if an owed
     purchase could not be made, or if a payment cannot be judged.
@@ -130,7 +131,7 @@ def backfill(
 
 
 def current_user() -> str:
-    """Return the user's name, or the user id if the system has no name for it."""
+    """Return the user's name. If the system has no name for the user, return the user id."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -37,8 +37,8 @@ def migrate(
 ) -> None:
     """Create the tables that are missing.
 
-    Never alters an existing table: the worker uses it as it is. You may run this
-    command again at any time, even while the database is in use.
+    Never alters an existing table. The worker uses existing tables as they are.
+    You can run this command again at any time, even while the database is in use.
     """
     from outbox_worker import terminal
     from outbox_worker.schema.migrate import upgrade
@@ -74,7 +74,10 @@ def migrate(
 
 
 def _say_what_is_missing(database: Database, tables: Tables) -> bool:
-    """Print problems and warnings about adopted tables, with remedies. Return True if the worker cannot start."""
+    """Print problems and warnings about tables, with remedies. Return True if there is a problem.
+
+    The worker cannot start if there is a problem.
+    """
     from outbox_worker import terminal
     from outbox_worker.schema.concerns import find_concerns
     from outbox_worker.schema.nullable import find_nullable

@@ -18,7 +18,7 @@ def demo(
 
     Runs real workers on a temporary private PostgreSQL and ignores
     OUTBOX_DATABASE_URL. At the end, an audit proves that nothing is owed. Exit
-    code 1 if a payment stays unexplained or a purchase was made twice.
+    code 1 if the proof fails, for example because a purchase was made twice.
     """
     from outbox_worker import terminal
     from outbox_worker.cli.views import audit as view

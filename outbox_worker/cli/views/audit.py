@@ -20,7 +20,10 @@ def audit_object(report: AuditReport) -> dict[str, Any]:
 
 
 def print_audit(report: AuditReport, limit: int) -> None:
-    """Print the classes, the payments that a person must check (at most ``limit`` of each list), and the result."""
+    """Print the classes of payments, the payments that a person must check, and the result.
+
+    Each list shows at most ``limit`` payments.
+    """
     rows = [
         (
             name.replace("_", " "),
@@ -61,7 +64,10 @@ def print_audit(report: AuditReport, limit: int) -> None:
 
 
 def _print_status_example(unknown: Mapping[str, int]) -> None:
-    """Print lines for the configuration file that would give the unknown statuses a meaning."""
+    """Print what to do about missing statuses and unknown statuses.
+
+    For unknown statuses, print example lines for the configuration file.
+    """
     named = [status for status in unknown if status != MISSING]
     if len(named) < len(unknown):
         terminal.line("Write a status into the payments that have none.", "yellow")
@@ -81,7 +87,7 @@ def _print_doubled(found: Sequence[DoubledPair], limit: int) -> None:
 
 
 def next_steps(report: AuditReport) -> list[list[str]]:
-    """Return the commands to run next, which depend on the audit's result."""
+    """Return the commands to run after an audit with this result."""
     steps = []
     if report.unexplained:
         steps.append(["backfill", "--dry-run"])

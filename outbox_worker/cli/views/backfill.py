@@ -36,7 +36,7 @@ def backfill_object(report: BackfillReport) -> dict[str, Any]:
 
 
 def print_backfill(report: BackfillReport, max_repairs: int, limit: int) -> None:
-    """Print what the backfill read, found and made, the payments that a person must check, and the result."""
+    """Print what the backfill read, found and made, the payments to check, and the result."""
     if killed := report.continued:
         terminal.line(f"Continues the backfill of {_minute(killed.started_at)} ({killed.actor}), which was killed.")
     terminal.line(
@@ -91,7 +91,7 @@ def _verdict(report: BackfillReport, max_repairs: int) -> str:
 
 
 def next_steps(report: BackfillReport, span: Sequence[str], max_repairs: int) -> list[list[str]]:
-    """Return the commands to run next. ``span``: the options that chose the payments."""
+    """Return the commands to run next. ``span`` contains the options that chose the payments."""
     counts, made, steps = report.counts, report.made, []
     if report.dry_run and counts.owed.count:
         most = ["--max-repairs", str(counts.owed.count)] if counts.owed.count > max_repairs else []

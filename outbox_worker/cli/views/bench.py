@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def bench_object(report: BenchReport) -> dict[str, Any]:
-    """Return the object of ``bench --json``, which has the medians of the rounds."""
+    """Return the object of ``bench --json``. Its figures are medians of all rounds."""
     contestants = {
         name: {
             "events_per_second": report.median(name, lambda run: run.rate),
@@ -40,9 +40,10 @@ def bench_object(report: BenchReport) -> dict[str, Any]:
 
 
 def print_bench(report: BenchReport) -> None:
-    """Print the medians of the rounds.
+    """Print the medians of all rounds.
 
-    A ratio is a contestant's rate divided by the rate of bare SQL in the same round.
+    A contestant is the worker or an alternative, such as bare SQL. Its ratio is its rate divided by
+    the rate of bare SQL in the same round.
     """
     found, plan = bench_object(report), report.plan
     terminal.columns(

@@ -12,7 +12,7 @@ from outbox_worker.store.dead_letters import DecidedLetters, Decision, Page, Pre
 
 
 def print_preview(seen: Preview, decision: Decision) -> None:
-    """Print how many events would be requeued or discarded, why they died, and the sum of their payments."""
+    """Print how many events would be requeued or discarded, their reasons, and the sum of money."""
     if not seen.count:
         terminal.line(f"Nothing to {decision}: no open dead letter matches.")
         return
@@ -26,7 +26,10 @@ def print_preview(seen: Preview, decision: Decision) -> None:
 
 
 def print_decided(seen: Preview, decided: DecidedLetters, decision: Decision) -> None:
-    """Print how many dead letters were requeued or discarded, what happens next, and which letters stay as they are."""
+    """Print how many dead letters were requeued or discarded, and what happens next.
+
+    Then list the dead letters that could not be requeued or discarded.
+    """
     if decided.done and decision is Decision.REQUEUE:
         terminal.line(f"{count_of(decided.done, 'event')} requeued. Workers settle them like new events.", "green")
     elif decided.done:
@@ -42,7 +45,7 @@ _DONE = {Decision.REQUEUE: "requeued", Decision.DISCARD: "discarded"}
 
 
 def _waived(seen: Preview) -> str:
-    """Return a sentence about the payments that get no purchase if the letters are discarded."""
+    """Return a sentence about the payments that get no purchase after their letters were discarded."""
     if seen.waived:
         return f"{money_line(seen.waived)} waived: the students get no course for it."
     if not seen.money:
@@ -76,7 +79,7 @@ def print_letters(page: Page, state: DeadLetterState) -> None:
 
 
 def next_steps(page: Page, filters: Sequence[str]) -> list[list[str]]:
-    """Return the commands to run next. ``filters``: the options that chose the letters."""
+    """Return the commands to run next. ``filters`` contains the options that chose the letters."""
     steps = [["dead-letters", "show", str(each.event_id)] for each in page.letters[:1]]
     if page.end is not None:
         steps.append(["dead-letters", "list", *filters, "--after", str(page.end)])

@@ -23,7 +23,7 @@ def doctor_object(report: Report) -> dict[str, Any]:
 
 
 def print_report(report: Report) -> None:
-    """Print each finding with its remedy, problems last, then the counts in one line."""
+    """Print each finding with its remedy, problems last. Then print the counts in one line."""
     found = sorted(report.checks, key=lambda each: _ORDER.index(each.verdict))
     terminal.facts([(Text(each.verdict, style=_STYLES[each.verdict]), _described(each)) for each in found])
     counts = {verdict: report.count(verdict) for verdict in Severity}

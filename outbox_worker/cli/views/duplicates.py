@@ -61,7 +61,10 @@ def _print_owed_back(found: Sequence[Duplicate], limit: int) -> None:
 
 
 def next_steps(found: Sequence[Duplicate]) -> list[list[str]]:
-    """Return the commands to run next: ``why`` for the oldest duplicate, and ``audit`` for refunds not settled yet."""
+    """Return the commands to run next.
+
+    Suggest ``why`` for the oldest duplicate. Suggest ``audit`` if a refund is not settled yet.
+    """
     steps = [["why", str(each.payment.payment_id)] for each in owed_back(found)[:1]]
     return [*steps, ["audit"]] if any(each.is_holder_refunded for each in found) else steps
 

@@ -77,7 +77,7 @@ def _place(trace: object) -> str:
 
 
 def print_explanation(found: Explanation) -> None:
-    """Print for each payment its data, what happened to it, and what would happen now."""
+    """Print the data of each payment, what happened to the payment, and what would happen now."""
     shown = [
         *(partial(_print_story, story) for story in found.stories),
         *(partial(_print_gift, g) for g in found.gifts),
@@ -108,7 +108,7 @@ def _print_story(story: PaymentStory) -> None:
 
 
 def next_steps(found: Explanation) -> list[list[str]]:
-    """Return the commands to run next, which depend on the payments' classes and dead letters."""
+    """Choose the commands to run next by the classes and the dead letters of the payments."""
     steps = [["backfill", "--dry-run"]] if any(s.kind == PaymentClass.UNEXPLAINED for s in found.stories) else []
     letters = [each for s in found.stories for each in s.traces if isinstance(each, DeadLetter)]
     opened = [each for each in letters if each.state == DeadLetterState.OPEN]
@@ -116,7 +116,7 @@ def next_steps(found: Explanation) -> list[list[str]]:
 
 
 def next_steps_of(letter: DeadLetter) -> list[list[str]]:
-    """Return the command that explains the letter's payment, and a command for each possible decision."""
+    """Return a command that explains the payment, and a command for each possible decision."""
     verbs = [str(decision) for decision, states in DECIDABLE.items() if letter.state in states]
     about = [["why", str(letter.payment_id)]] if letter.payment_id else []
     return [*about, *(["dead-letters", verb, str(letter.event_id)] for verb in verbs)]
@@ -134,7 +134,7 @@ def letter_object(letter: DeadLetter, content: Content, story: PaymentStory) -> 
 
 
 def print_letter(letter: DeadLetter, content: Content, story: PaymentStory) -> None:
-    """Print the event, why it died, its payment, the decisions so far, and what would happen now."""
+    """Print a dead letter: event, reason, payment, decisions so far, and what would happen now."""
     terminal.facts(
         [
             ("event", f"{letter.event_id} ({letter.event_type})"),

@@ -13,11 +13,11 @@ from outbox_worker.model import Outcome
 from outbox_worker.store.workers import WorkerRow
 
 _SHOWN = 5
-"""For each cause, ``status`` shows at most this many ids of the events that workers have set aside."""
+"""The number of event ids that ``status`` shows at most for each refusal of the database."""
 
 
 def print_status(now: Status) -> None:
-    """Print guard, backlog and dead letters, then the workers."""
+    """Print guard, backlog, dead letters and problems, then the workers."""
     backlog, ignored = now.backlog, now.ignored
     terminal.facts(
         [
@@ -54,7 +54,10 @@ def print_status(now: Status) -> None:
 
 
 def _set_aside(now: Status) -> list[tuple[str, str]]:
-    """Return one line for each refusal of the database, with the ids of events that are set aside because of it."""
+    """Return one line for each refusal of the database.
+
+    The line lists the events that workers have excluded from claims after this refusal.
+    """
     by_refusal: dict[str, list[str]] = {}
     for key, refusal in now.set_aside.items():
         by_refusal.setdefault(refusal, []).append(str(key))
@@ -69,7 +72,11 @@ def _listed(ids: Sequence[str]) -> str:
 
 
 def next_steps(now: Status) -> list[list[str]]:
-    """Return the commands to run next: ``run`` if events are due but no worker runs, and the list of dead letters."""
+    """Return the commands to run next.
+
+    Suggest ``run`` if events are due but no worker runs. Suggest ``doctor`` if no worker can ever
+    claim some of the events. Suggest the list of dead letters if some are open.
+    """
     is_idle = bool(now.backlog.due) and not any(condition(row) == "running" for row in now.workers)
     steps = [["doctor"]] if now.never_claimed else []
     return [*([["run"]] if is_idle else []), *steps, *([["dead-letters", "list"]] if now.open_letters else [])]
