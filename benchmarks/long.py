@@ -78,7 +78,7 @@ class Worker:
         self.process.wait()
 
     def settled(self) -> tuple[int, float]:
-        """Return how many purchases the worker made, and the seconds from its first to its last log record."""
+        """Return the number of purchases, and the seconds from first to last log record."""
         last = self.records[-1]
         begin, end = (datetime.fromisoformat(record["time"]) for record in (self.records[0], last))
         return last.get("created", 0), (end - begin).total_seconds()
@@ -107,7 +107,7 @@ def rate_of_bare(conninfo: str) -> float:
 
 
 def ratio(conninfo: str, rounds: int = ROUNDS) -> float:
-    """Run the worker and the bare statement in turn on the same tables. Return the ratio of their rates.
+    """Run the worker and the bare statement in turn on the same tables. Return their rates' ratio.
 
     The outbox must contain more events than both can settle.
     """
@@ -153,7 +153,7 @@ def loops() -> None:
 
 
 def history() -> None:
-    """Measure the ratio to bare SQL with ten million marks and purchases, compared with the ratio on fresh tables."""
+    """Compare the ratio to bare SQL on fresh tables and with ten million marks and purchases."""
     with database() as (connection, conninfo):
         fill(connection, 3_000_000)
         connection.execute("VACUUM ANALYZE")
@@ -167,7 +167,7 @@ def history() -> None:
 
 
 def backlog() -> None:
-    """Measure the ratio to bare SQL with five million due events, then the memory of a worker that settles all."""
+    """Measure the ratio to bare SQL, then a worker's memory, with five million due events."""
     with database() as (connection, conninfo):
         fill(connection, 1_500_000)
         connection.execute("VACUUM ANALYZE")
@@ -191,7 +191,7 @@ def backlog() -> None:
 
 
 def horizon() -> None:
-    """Measure the time per 1,000 events while a worker and a producer run and another transaction holds the horizon."""
+    """Measure the time per 1,000 events while an open transaction holds back the vacuum horizon."""
     for name, before, produced in (("behind a backlog", 5_000_000, 1000), ("keeping up", 0, 4000)):
         with database() as (connection, conninfo), psycopg.connect(conninfo) as holder:
             fill(connection, before)
@@ -214,7 +214,7 @@ def horizon() -> None:
 
 
 def sample(connection: psycopg.Connection[Any]) -> tuple[float, float, int]:
-    """Return the present time, and the server's CPU seconds and number of settled events so far."""
+    """Return the time now, the server's CPU seconds, and the number of settled events."""
     connection.execute("SELECT pg_stat_clear_snapshot()")
     marks = connection.execute("SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = 'processed_events'")
     return time.monotonic(), bench.server_cpu(connection) or 0.0, marks.fetchall()[0][0]
@@ -229,7 +229,7 @@ def produce(connection: psycopg.Connection[Any], per_second: int, seconds: float
 
 
 def pages() -> None:
-    """Measure WAL per event with random keys: right after a checkpoint, when whole pages are logged, and later."""
+    """Measure WAL per event with random keys, right after a checkpoint and later."""
     with database() as (connection, conninfo):
         fill(connection, HISTORY // 5, _HISTORY)
         for turn in range(4):
@@ -247,7 +247,7 @@ def pages() -> None:
 
 
 def idle() -> None:
-    """Measure the server's CPU time of forty workers: idle, then with 50 events/s; without and with ``notify``."""
+    """Measure server CPU for forty workers, idle and with 50 events/s, without and with NOTIFY."""
     for option in (None, "notify"):
         with database() as (connection, conninfo):
             if option:

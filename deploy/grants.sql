@@ -2,11 +2,12 @@
 --
 --     outbox-worker files grants.sql | psql -d DATABASE
 --
--- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first run creates roles.
--- Each later run grants privileges on the tables that migrate has created. You may repeat this at any time. Each run
--- also revokes the privileges that an older version of this file granted. The file is one transaction. Run it as a
--- superuser, or as the database's owner. The owner must have CREATEROLE, and must be allowed to grant privileges on
--- tables that other roles own.
+-- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first
+-- run creates roles. Each later run grants privileges on the tables that migrate has created. You
+-- can repeat it at any time. Each run also revokes the privileges that an older version of this
+-- file granted. The file is one transaction. Run it as a superuser, or as the database's owner. The
+-- owner must have CREATEROLE, and must be allowed to grant privileges on tables that other roles
+-- own.
 --
 -- Set the passwords yourself, for example with \password outbox_worker.
 --
@@ -16,14 +17,16 @@
 --         -v payments=billing.payment \
 --         -v payments_read='id, user_id, product_id, amount, currency, status, created_at'
 --
--- Write a table as in OUTBOX_TABLES (Shop.Payment), or as in SQL, with double quotes ('"Shop"."Payment"'). Write
--- columns as in SQL ('id, "userId"'). Write a role or schema with or without double quotes; in both forms, upper and
--- lower case are different.
+-- Write a table as in OUTBOX_TABLES (Shop.Payment), or as in SQL, with double quotes
+-- ('"Shop"."Payment"'). Write columns as in SQL ('id, "userId"'). Write a role or schema with or
+-- without double quotes. In both forms, upper and lower case are different.
 --
--- With -v pg_read_all_stats=yes the reader may also see the sessions of other roles, as `doctor` needs for the check
--- `horizon`. The reader then also sees the queries of all sessions. Only a superuser may grant this.
+-- With -v pg_read_all_stats=yes, the reader can also see the sessions of other roles. `doctor`
+-- needs this for its check `horizon`. The reader then also sees the queries of all sessions. Only a
+-- superuser can grant this privilege.
 --
--- If the worker's tables exist already, name their owner with -v owner=ROLE. This file never changes a table's owner.
+-- If the worker's tables exist already, name their owner with -v owner=ROLE. This file never
+-- changes the owner of a table.
 
 \set ON_ERROR_STOP on
 \set QUIET on
@@ -79,7 +82,7 @@ FROM (SELECT variable,
            concat(quote_ident(substring(given FROM '^(.*)[.]')) || '.',
                   quote_ident(substring(given FROM '[^.]*$'))) AS exact) AS names \gset
 
--- the columns of payments that are read, and the columns that are updated
+-- the columns of payments that roles read, and the columns of other tables that roles update
 \if :{?payments_read} \else
     \set payments_read 'id, student_id, course_id, amount, currency, status, created_at'
 \endif
@@ -127,7 +130,7 @@ SELECT format('ALTER ROLE %I IN DATABASE %I SET search_path = pg_catalog, %I, pg
 FROM unnest(ARRAY[:'migrator', :'worker', :'reader', :'operator']) AS name \gexec
 SELECT format('ALTER ROLE %I IN DATABASE %I SET role = %I', :'migrator', current_database(), :'owner') \gexec
 
--- what: revokes all earlier privileges on the tables, so that only those granted below remain
+-- what: revokes all earlier privileges on the tables; only the privileges granted below remain
 SELECT format('REVOKE ALL ON %s FROM %I, %I, %I', to_regclass(name), :'worker', :'reader', :'operator')
 FROM unnest(ARRAY[:'payments', :'outbox', :'purchases', :'processed_events', :'dead_letters', :'workers',
                   :'backfill_runs', :'ownership_list']) AS name

@@ -1,4 +1,4 @@
-"""Draws the chart of rates as an SVG file: one bar per contestant, the fastest first."""
+"""Draws a chart of rates as an SVG file. Each contestant has one bar. The fastest is first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""procrastinate: an asynchronous worker that runs many jobs at once. Each job commits its own work, then its deletion.
+"""Measures procrastinate, an asynchronous worker that runs many jobs at once.
+
+Each job first commits its work, and then commits its deletion.
 
 Usage: python procrastinate_peer.py CONNECTION fill|drain EVENTS
 """
@@ -23,7 +25,7 @@ EACH = """
     INSERT INTO processed_events (event_id, event_type, outcome, payment_id)
     VALUES (%(event_id)s, 'PURCHASE_CONFIRMED', 'created', %(payment_id)s) ON CONFLICT DO NOTHING
 """
-"""The same work for each event as in work.mjs."""
+"""The work of one event. It is the same as in work.mjs."""
 
 conninfo, step, events = sys.argv[1], sys.argv[2], int(sys.argv[3])
 app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=conninfo, max_size=CONCURRENCY + 1))

@@ -1,13 +1,15 @@
-"""Measures the worker, the bare statement and three queues that do the same work for each event, in one run.
+"""Measures the worker, bare SQL and three queues that do the same work for each event, in one run.
 
     npm install --prefix benchmarks/peers
     .venv/bin/pip install -r benchmarks/peers/requirements.txt
     OUTBOX_DATABASE_URL=… .venv/bin/python benchmarks/peers/run.py
 
-Uses only the benchmark's own database. Prints the rates of all rounds, and writes the chart docs/images/peers.svg. Each
-queue runs in its best form that still loses no event; the head of each script says which. A queue's time ends when its
-last job is committed; it includes neither the start nor the stop of the process. pg-boss asks for Node.js 22.12 or
-later.
+Uses only the benchmark's own database. Prints the rates of all rounds, and writes the chart
+docs/images/peers.svg.
+
+Each queue runs in its best form that loses no event. The first comment of each script describes
+this form. The measured time ends when the queue's last job is committed. It does not include the
+start or the stop of the process. pg-boss needs Node.js 22.12 or later.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ PEERS: Mapping[str, list[str]] = {
 
 
 def as_uri(conninfo: str) -> str:
-    """Return the connection string as a URI, which all drivers understand, also for a Unix socket."""
+    """Return the connection string as a URI. All drivers can read it, also for a Unix socket."""
     given = psycopg.conninfo.conninfo_to_dict(conninfo)
     where = {key: str(given[key]) for key in ("host", "port") if given.get(key)}
     user, password = quote(str(given["user"])), given.get("password")
@@ -59,7 +61,7 @@ def refill(connection: psycopg.Connection) -> None:
 
 
 def run_peer(command: list[str], connection: psycopg.Connection, conninfo: str) -> float:
-    """Give the queue its jobs, let it drain them, and return the seconds of the drain."""
+    """Fill the queue with jobs and let it run them. Return the seconds of the run."""
     connection.execute("TRUNCATE outbox")
     given = [*command, as_uri(conninfo)]
     subprocess.run([*given, "fill", str(EVENTS)], check=True)

@@ -1,7 +1,8 @@
 """The source of outbox-worker.json. `make dashboard` writes that file.
 
-The rows are in the order in which an operator needs them during an incident. All workers export the same gauges of the
-database, so queries use max. Each process counts its own events, so queries use sum for counters.
+The rows are in the order in which an operator needs them during an incident. All workers of a
+database export the same gauges. Therefore queries use max for gauges. Each process counts its own
+events. Therefore queries use sum for counters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ COLUMNS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A panel with queries, by their legends. $job selects the database. Values of ``bad`` or more are red."""
+    """A panel. ``asks`` maps legends to queries. Values of ``bad`` or more are red.
+
+    In the queries, $job selects the database.
+    """
 
     title: str
     asks: Mapping[str, str]

@@ -50,8 +50,11 @@ FILL_MIXED = """
                                   'amount', 49.90, 'currency', 'EUR') END
     FROM drawn ORDER BY n
 """
-"""Of the events, 3 % are redelivered, 2 % are second payments of a pair, 1 % come before their payment, 0.1 % have a
-payload that nobody can read, and 3 % are refunds."""
+"""Fills the outbox with a mix: 3 % of the events are redelivered, and 3 % are refunds.
+
+Second payments of a pair (a student and a course) are 2 %. Events before their payment are 1 %, and
+unreadable payloads are 0.1 %.
+"""
 
 # what: claims up to 1,000 events, inserts their purchases and marks, and deletes the events, all without checks
 BARE = """
@@ -86,7 +89,7 @@ _MARK_ONE = """
 
 
 def drain_bare(conninfo: str, connections: int) -> float:
-    """Settle all events by the statement ``BARE`` on ``connections`` connections. Return the seconds that this took."""
+    """Settle all events by the statement ``BARE`` on several connections. Return the seconds."""
     with ThreadPoolExecutor(connections) as pool:
         begin = time.monotonic()
         list(pool.map(_drain_bare, [conninfo] * connections))
@@ -100,7 +103,7 @@ def _drain_bare(conninfo: str) -> None:
 
 
 def drain_one_by_one(conninfo: str) -> float:
-    """Settle all events one at a time, each in its own transaction. Return the seconds that this took."""
+    """Settle all events one at a time, each in its own transaction. Return the seconds."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         begin = time.monotonic()
         while all(map(partial(_settle_one, connection), range(100))):

@@ -48,9 +48,10 @@ def worker_command(*arguments: str) -> list[str]:
 
 
 def worker_environment(conninfo: str) -> dict[str, str]:
-    """Return the environment of a worker: this process's environment without OUTBOX_*, plus the database's URL.
+    """Return the environment of a worker: this process's environment with new OUTBOX_* variables.
 
-    HTTP is off, because several workers run at the same time and would need the same port.
+    OUTBOX_* sets only the database's URL, and turns HTTP off. Several workers run at the same time
+    and would need the same port for HTTP.
     """
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("OUTBOX_")}
     return kept | {"OUTBOX_DATABASE_URL": url_of(conninfo), "OUTBOX_HTTP_LISTEN": "off"}
@@ -106,7 +107,7 @@ def commits(connection: psycopg.Connection) -> list[float]:
 
 
 def start_ups(conninfo: str, rounds: int) -> list[float]:
-    """Return how long a worker takes to start, as multiples of the time to import SQLAlchemy and psycopg."""
+    """Return a worker's start-up times, divided by the time to import SQLAlchemy and psycopg."""
     found = []
     for _ in range(rounds):
         begin = time.monotonic()
@@ -120,8 +121,8 @@ def start_ups(conninfo: str, rounds: int) -> list[float]:
 def waits_per_batch(conninfo: str, events: int) -> float:
     """Return how often one claim loop waits for the server during a full batch, including COMMIT.
 
-    ``events``: how many events are in the outbox. A second run, with an empty outbox, counts the waits of start and
-    stop. These waits are subtracted from the waits of the first run.
+    ``events`` is the number of events in the outbox. A second run has an empty outbox and counts
+    only the waits of start and stop. Subtract these waits from the waits of the first run.
     """
     settings = load_settings(database_url=url_of(conninfo))
     first, second = (_waits_of_a_drain(settings) for _ in range(2))
@@ -146,7 +147,7 @@ def _waits_of_a_drain(settings: Settings) -> int:
 
 @contextmanager
 def _counting(owner: type, name: str, calls: list[str]) -> Iterator[None]:
-    """Append the name of a method to ``calls`` each time the method is called inside the ``with`` block."""
+    """Append a method's name to ``calls`` at each call of this method inside the ``with`` block."""
     method = getattr(owner, name)
 
     def counted(*given: Any) -> Any:
@@ -161,7 +162,7 @@ def _counting(owner: type, name: str, calls: list[str]) -> Iterator[None]:
 
 
 def latencies(conninfo: str) -> list[float]:
-    """Return the milliseconds from each producer's COMMIT until its purchase is visible."""
+    """Return the milliseconds from each COMMIT of the producer until the purchase is visible."""
     with _serving(conninfo):
         return _Watch(conninfo).run()
 
@@ -181,7 +182,10 @@ def _serving(conninfo: str) -> Iterator[None]:
 
 
 class _Watch:
-    """A producer whose transactions stay open for up to 20 ms, and a reader that waits for each purchase."""
+    """Runs a producer of events, and a reader that waits for each purchase.
+
+    A transaction of the producer stays open for up to 20 ms.
+    """
 
     def __init__(self, conninfo: str) -> None:
         self._conninfo = conninfo
@@ -191,7 +195,8 @@ class _Watch:
     def run(self) -> list[float]:
         """Return the latencies in milliseconds.
 
-        Leave out the latencies of the first second, because the worker may not yet listen for notifications.
+        Leave out the latencies of the first second. The worker perhaps does not yet listen for
+        notifications.
         """
         producer = threading.Thread(target=self._produce)
         producer.start()

@@ -1,6 +1,7 @@
-"""Runs the benchmark: the real worker and bare SQL with the same task settle events, one after the other.
+"""Runs the benchmark: the real worker and bare SQL do the same task, one after the other.
 
-Events per second depend on the machine, so compare ratios. The benchmark uses only its own database on the server.
+Events per second depend on the machine. Compare ratios instead. The benchmark uses only its own
+database on the server.
 """
 
 from __future__ import annotations
@@ -39,10 +40,15 @@ from outbox_worker.settings import Settings, load_settings
 DATABASE = "outbox_worker_bench"
 """The benchmark's database on the server of OUTBOX_DATABASE_URL. The benchmark drops it at the end."""
 ONE_BY_ONE_SHARE = 0.04
-"""The share of the events that the contestant ``one by one`` settles. The share is small, because this contestant is
-slow and would otherwise take much longer than the others."""
+"""The share of the events that the contestant ``one by one`` settles.
+
+The share is small because this contestant is much slower than the others.
+"""
 MIXED = "worker, mixed load"
-"""The contestant that settles events of all kinds (``FILL_MIXED``), not only first confirmations."""
+"""The worker as a contestant that settles all kinds of events (``FILL_MIXED``).
+
+The contestant ``worker`` settles only first confirmations.
+"""
 _CHUNK = 10_000
 _TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
@@ -75,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRun:
-    """The measurements of one round of one contestant, which settled a full outbox."""
+    """The measurements of one contestant, which settles a full outbox in one round."""
 
     events: int
     seconds: float
@@ -90,14 +96,17 @@ class BenchRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """All runs of each contestant in order, and the latencies in milliseconds with polling and with NOTIFY."""
+    """The runs of each contestant in order, and latencies in milliseconds.
+
+    Latencies are measured with polling and with NOTIFY.
+    """
 
     plan: Plan
     runs: Mapping[str, Sequence[BenchRun]]
     waits_per_batch: float = 0.0
     """How often one claim loop waits for the server during a full batch, including COMMIT."""
     start_ups: Sequence[float] = ()
-    """How long a worker takes to start, as multiples of the time to import SQLAlchemy and psycopg."""
+    """How long a worker takes to start, divided by the time to import SQLAlchemy and psycopg."""
     latencies: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def median(self, contestant: str, of: Callable[[BenchRun], float | None]) -> float | None:
@@ -105,7 +114,7 @@ class BenchReport:
         return statistics.median(values) if values else None
 
     def ratio(self, contestant: str, to: str = "bare SQL") -> float:
-        """Divide, in each round, the contestant's rate by another one's. Return the median of these ratios."""
+        """Divide the contestant's rate by the rate of ``to`` per round. Return the median ratio."""
         pairs = zip(self.runs[contestant], self.runs[to], strict=True)
         return statistics.median(mine.rate / other.rate for mine, other in pairs)
 
@@ -169,7 +178,7 @@ def own_database(settings: Settings, plan: Plan) -> Iterator[str]:
 
 
 def migrate(conninfo: str, *options: str) -> None:
-    """Create the tables in the benchmark's database, and add these options to them."""
+    """Create the tables in the benchmark's database, with these optional migrations."""
     settings = load_settings(database_url=url_of(conninfo))
     database = Database(settings, deadline_seconds=None)
     upgrade(database, settings, build_tables(settings), options)
@@ -198,7 +207,10 @@ def _conninfo(settings: Settings) -> str:
 
 
 def _measure(connection: psycopg.Connection, conninfo: str, plan: Plan, name: str) -> BenchRun:
-    """Fill the outbox and measure how one contestant settles it. Leave out the CPU time of the worker's start."""
+    """Fill the outbox and measure how one contestant settles it.
+
+    Leave out the CPU time of the worker's start.
+    """
     is_worker = name in ("worker", MIXED)
     idle = _drain_by_worker(conninfo, plan)[1] if is_worker else 0.0
     events = max(1, round(plan.events * ONE_BY_ONE_SHARE)) if name == "one by one" else plan.events
@@ -233,7 +245,7 @@ def fill(connection: psycopg.Connection, events: int, statement: str = FILL) -> 
 
 
 def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
-    """Run the worker. Return the seconds between its first and its last log record, and its CPU seconds."""
+    """Run the worker. Return the seconds from the first to the last log record, and CPU seconds."""
     command = worker_command("--drain", "--concurrency", str(plan.concurrency))
     process = subprocess.Popen(command, env=worker_environment(conninfo), stderr=subprocess.PIPE, text=True)  # noqa: S603
     assert process.stderr is not None  # noqa: S101 - not None, because stderr=PIPE
@@ -249,7 +261,7 @@ def _drain_by_worker(conninfo: str, plan: Plan) -> tuple[float, float]:
 def _measure_latencies(
     connection: psycopg.Connection, conninfo: str, say: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Return the milliseconds from a producer's COMMIT to its purchase, and the milliseconds of a single COMMIT."""
+    """Return the milliseconds from a producer's COMMIT to the purchase, and of a single COMMIT."""
     fill(connection, 1)
     found = {"one commit": commits(connection)}
     for name, option in (("by polling", None), ("by notify", "notify")):

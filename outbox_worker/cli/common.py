@@ -155,7 +155,7 @@ _TROUBLES = {
     "25006": "This server or this role accepts no writes, but the command must write: the server is a standby, or "
     "default_transaction_read_only is on.",
 }
-"""The sentence for each SQLSTATE of an error that can be temporary. Lost connections are left out."""
+"""The sentence for each SQLSTATE of an error that can be temporary. Omits lost connections."""
 
 
 def in_a_sentence(error: DBAPIError) -> OutboxWorkerError:

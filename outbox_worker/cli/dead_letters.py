@@ -247,7 +247,7 @@ def _decide(
     token: str | None,
     yes: bool,
 ) -> None:
-    """Preview a decision about dead letters, ask for name and reason, and carry out the decision."""
+    """Preview a decision about dead letters, ask for name and reason, and carry it out."""
     from outbox_worker.cli.views import dead_letters as view
     from outbox_worker.schema.privileges import DECIDING, DISCARDING, PREVIEWING
     from outbox_worker.schema.requirements import check_schema

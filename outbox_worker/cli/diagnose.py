@@ -117,7 +117,7 @@ def why(
     from outbox_worker.cli.views import explanation
 
     with looking(config) as (database, _, _, explain):
-        found = explain(asked.encode(errors="replace").decode())  # the command line can contain invalid text
+        found = explain(asked.encode(errors="replace").decode())  # the text can be invalid
     if json:
         print_object(database, explanation.explanation_object(found))
     else:

@@ -1,4 +1,5 @@
-"""The demonstration (``make demo``): a simulated payments service, a killed worker, and a proof that nothing is owed.
+"""The demonstration (``make demo``). It simulates a payments service and kills a worker.
 
-Only ``cli`` imports from here. Do not put code here that the worker needs.
+At the end, it proves that nothing is owed. Only ``cli`` imports this package. Do not put code here
+that the worker needs.
 """

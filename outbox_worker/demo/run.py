@@ -1,7 +1,7 @@
-"""Runs the demonstration: a payments service that makes mistakes, two workers, and the audit. One worker is killed.
+"""Runs the demonstration: a payments service that makes mistakes, two workers, and an audit.
 
-Uses real processes, connections, commits and SIGKILL. A private PostgreSQL runs in a temporary directory, which is
-removed at the end.
+Kills one of the workers. Uses real processes, connections, commits and SIGKILL. A private
+PostgreSQL runs in a temporary directory. The demonstration removes this directory at the end.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from outbox_worker.store.payment_classes import PaymentClass
 
 WORKERS = 2
 SECONDS = 8.0
-"""For how many seconds the payments service writes payments. If the database is slow, the service needs longer."""
+"""How many seconds the payments service writes payments. It needs longer on a slow database."""
 DAMAGE_SHARE = 0.05
-"""The number of payments that the simulated old worker lost, as a share of all payments."""
+"""The number of payments that the simulated old worker lost, divided by the number of orders."""
 SETTLE_SECONDS = 60.0
 """How many seconds the workers have to settle the last events after the payments service has ended."""
 
@@ -80,13 +80,13 @@ class Proof:
 
     audit: AuditReport
     doubled: int
-    """How many active purchases are too many, because the student already has an active purchase of the course."""
+    """How many active purchases exceed the limit of one per student and course."""
     unpaid: int
     """How many active purchases have no succeeded payment of the same student, course and amount."""
     lost: int
     """How many events have neither a mark nor a dead letter, or are still in the outbox."""
     outcomes: Mapping[str, int]
-    """The number of events for each outcome. Dead events are counted under the reason of their dead letter."""
+    """The number of events for each outcome. Each dead letter counts under its reason."""
 
     @property
     def holds(self) -> bool:
@@ -132,7 +132,8 @@ def run_demo(payments: int) -> Proof | None:
 def _private_database(directory: Path) -> Iterator[Settings]:
     """Start a private PostgreSQL in ``directory`` and create the tables.
 
-    First delete OUTBOX_* and PG* variables from the environment, so that they do not change the demonstration.
+    First delete the variables OUTBOX_* and PG* from the environment. They could change the
+    demonstration.
     """
     for variable in [name for name in os.environ if name.upper().startswith(("OUTBOX_", "PG"))]:
         del os.environ[variable]
@@ -148,7 +149,7 @@ def _private_database(directory: Path) -> Iterator[Settings]:
 
 
 class Crew:
-    """The worker processes. The end of the ``with`` block stops all of these processes."""
+    """The worker processes of the demonstration. They all stop at the end of the ``with`` block."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self._url = settings.conninfo
@@ -202,7 +203,10 @@ class Crew:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """An action, and the share of orders (``progress``, from 0 to 1) after which the demonstration does this action."""
+    """An action of the demonstration, such as the kill of a worker.
+
+    ``progress`` (from 0 to 1) is the share of orders that must be made before the action.
+    """
 
     progress: float
     act: Callable[[], str]

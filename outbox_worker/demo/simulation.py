@@ -1,6 +1,7 @@
 """Simulates a payments service, with double payments, double events, late events, refunds and bad payloads.
 
-Writes each payment and its event in one transaction, as every producer must. Uses its own connections.
+Writes a normal payment and its event in one transaction, as every producer must. Uses its own
+connections.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""A late payment is written this many seconds after its event. A refund follows this many seconds after its order."""
+"""How many seconds after its event a late payment is written, and after its order a late refund."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ class _Late:
 
 
 class PaymentsService:
-    """Makes ``count`` orders in a thread. Some orders have errors; each kind of error has a fixed share.
+    """Makes ``count`` orders in a thread. Some orders have errors. Each error has a fixed share.
 
-    ``events`` is the number of events written.
+    ``events`` is the number of events written so far.
     """
 
     def __init__(self, conninfo: str, count: int, seconds: float) -> None:
@@ -71,7 +72,7 @@ class PaymentsService:
         return self.orders / self._count
 
     def is_done(self) -> bool:
-        """Return whether every order is written. If the thread failed, raises the thread's exception."""
+        """Return whether every order is written. If the thread failed, raise its exception."""
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
@@ -85,7 +86,7 @@ class PaymentsService:
         self._thread.join()
 
     def leave_damage(self, count: int) -> None:
-        """Write events as a faulty old worker left them: marked as processed, but without a purchase."""
+        """Write the damage of a faulty old worker: events that have a mark, but no purchase."""
         with psycopg.connect(self._conninfo, autocommit=True) as connection:
             for _ in range(count):
                 payment_id, event_id = uuid4(), uuid4()
@@ -112,7 +113,7 @@ class PaymentsService:
             self._deliver_late(connection, time.monotonic())
 
     def _order(self, connection: psycopg.Connection, number: int) -> None:
-        """Make one order. The number of the order decides which error is simulated, if any."""
+        """Make one order. Some order numbers simulate an error. The number decides which error."""
         order, payment_id = Order(), uuid4()
         match number % 50:
             case 7 | 32:

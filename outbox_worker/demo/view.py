@@ -1,4 +1,4 @@
-"""The output of the demonstration: a live picture on a terminal, plain lines if stdout is not a terminal."""
+"""Prints the demonstration: a live picture if stdout is a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Outcome, Reason
 
 WIDTH = 80
-"""The length of a plain line in characters."""
+"""The maximal length of a plain line in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def open_view() -> Iterator[View]:
 
 
 def print_events(outcomes: Mapping[str, int]) -> None:
-    """Print each outcome with its meaning and the number of events that had it."""
+    """Print each outcome with its meaning and its number of events."""
     terminal.line(f"\nOutcomes of {count_of(sum(outcomes.values()), 'event')}", "bold")
     terminal.facts(
         [(name, f"{outcomes[name]:>7,}  {meaning}") for name, meaning in _MEANINGS.items() if name in outcomes]
@@ -62,7 +62,7 @@ def print_events(outcomes: Mapping[str, int]) -> None:
 
 
 def print_sentence(sentence: str, style: str) -> None:
-    """Print the sentence with the result."""
+    """Print the sentence that states the result."""
     terminal.line(sentence if sys.stdout.isatty() else fill(sentence, WIDTH), style)
 
 
@@ -84,7 +84,7 @@ class PlainView:
 
 
 class LiveView:
-    """Draws a picture on a terminal and refreshes this picture several times per second."""
+    """Draws a picture on a terminal and refreshes it several times per second."""
 
     LINES = 10
 

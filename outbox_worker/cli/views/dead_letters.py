@@ -45,7 +45,7 @@ _DONE = {Decision.REQUEUE: "requeued", Decision.DISCARD: "discarded"}
 
 
 def _waived(seen: Preview) -> str:
-    """Return a sentence about the payments that get no purchase after their letters were discarded."""
+    """Return a sentence about the payments that get no purchase after this discard."""
     if seen.waived:
         return f"{money_line(seen.waived)} waived: the students get no course for it."
     if not seen.money:
