@@ -234,7 +234,7 @@ def pages() -> None:
         fill(connection, HISTORY // 5, _HISTORY)
         for turn in range(4):
             fill(connection, EVENTS)
-            if turn in (0, 3):
+            if turn in (0, 3):  # after a checkpoint, PostgreSQL logs whole pages
                 connection.execute("CHECKPOINT")
             before = bench.wal_bytes(connection)
             worker = Worker(conninfo, "--drain")

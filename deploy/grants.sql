@@ -4,7 +4,7 @@
 --
 -- Run this file before the first `outbox-worker migrate`, and again after every migrate. The first
 -- run creates roles. Each later run grants privileges on the tables that migrate has created. You
--- can repeat it at any time. Each run also revokes the privileges that an older version of this
+-- can run this file at any time. Each run also revokes the privileges that an older version of this
 -- file granted. The file is one transaction. Run it as a superuser, or as the database's owner. The
 -- owner must have CREATEROLE, and must be allowed to grant privileges on tables that other roles
 -- own.

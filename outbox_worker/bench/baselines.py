@@ -52,8 +52,8 @@ FILL_MIXED = """
 """
 """Fills the outbox with a mix: 3 % of the events are redelivered, and 3 % are refunds.
 
-Second payments of a pair (a student and a course) are 2 %. Events before their payment are 1 %, and
-unreadable payloads are 0.1 %.
+2 % are second payments of a pair (a student and a course). 1 % come before their payment. 0.1 %
+have an unreadable payload.
 """
 
 # what: claims up to 1,000 events, inserts their purchases and marks, and deletes the events, all without checks
@@ -89,7 +89,7 @@ _MARK_ONE = """
 
 
 def drain_bare(conninfo: str, connections: int) -> float:
-    """Settle all events by the statement ``BARE`` on several connections. Return the seconds."""
+    """Settle all events by the statement ``BARE`` on several connections. Return the time in s."""
     with ThreadPoolExecutor(connections) as pool:
         begin = time.monotonic()
         list(pool.map(_drain_bare, [conninfo] * connections))
@@ -103,7 +103,7 @@ def _drain_bare(conninfo: str) -> None:
 
 
 def drain_one_by_one(conninfo: str) -> float:
-    """Settle all events one at a time, each in its own transaction. Return the seconds."""
+    """Settle all events one at a time, each in its own transaction. Return the time in s."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         begin = time.monotonic()
         while all(map(partial(_settle_one, connection), range(100))):

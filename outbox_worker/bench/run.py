@@ -81,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRun:
-    """The measurements of one contestant, which settles a full outbox in one round."""
+    """The measurements of one round, in which one contestant settles a full outbox."""
 
     events: int
     seconds: float

@@ -87,11 +87,11 @@ def backfill(
     """Make the purchases that are owed for payments.
 
     Finds succeeded payments (not refunded) that have no purchase. Leaves out a
-    payment if an event, a dead letter or a decision explains why. Counts the other
-    payments, then makes their purchases. You can run backfill while workers or
-    other backfills run. If a backfill is killed, run it again with the same range.
-    It then continues. TIME is a date or an RFC 3339 time. If TIME has no time zone,
-    it is in UTC.
+    payment if an event, a dead letter or a decision explains why it has none.
+    Counts the other payments, then makes their purchases. You can run backfill
+    while workers or other backfills run. If a backfill is killed, run it again with
+    the same range. It then continues. TIME is a date or an RFC 3339 time. If TIME
+    has no time zone, it is in UTC.
 
     Exit code 1 if more purchases are owed than --max-repairs allows, if an owed
     purchase could not be made, or if a payment cannot be judged.

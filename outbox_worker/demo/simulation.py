@@ -29,7 +29,7 @@ _INSERT_MARK = """
 _CHANGE = "UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s"
 
 LATE_SECONDS = 1.0
-"""How many seconds after its event a late payment is written, and after its order a late refund."""
+"""The delay of a late payment after its event, and the delay of a refund after its order."""
 
 
 @dataclass(frozen=True, slots=True)

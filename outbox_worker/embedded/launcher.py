@@ -250,7 +250,7 @@ def spawn(home: Home, program: str, *arguments: str) -> subprocess.Popen[bytes]:
 def end_with(parent: int) -> None:
     """Let the kernel send SIGINT (fast shutdown) when the parent dies. Exit if the parent has died already."""
     if sys.platform.startswith("linux"):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell with `&` lets it ignore SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # `&` of a shell makes programs ignore it
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def bench_object(report: BenchReport) -> dict[str, Any]:
-    """Return the object of ``bench --json``. Its figures are medians of all rounds."""
+    """Return the object of ``bench --json``. It contains the medians of all rounds."""
     contestants = {
         name: {
             "events_per_second": report.median(name, lambda run: run.rate),
