@@ -1,6 +1,7 @@
 """Creates exactly one purchase for every paid event of an outbox.
 
-The layers of the package, from the top. Modules with ``|`` between them are in one layer and do not import each other:
+This list shows the layers of the package from top to bottom. Modules with ``|`` between them are in
+one layer and do not import each other:
 
 - ``cli``: the commands for operators
 - ``demo`` | ``bench``: the demonstration | the benchmark
@@ -19,10 +20,11 @@ The layers of the package, from the top. Modules with ``|`` between them are in 
 - ``model``: enumerations and records, such as ``Outcome`` and ``Event``
 - ``keys`` | ``money``: parse ids of payments and events | format and add amounts of money
 
-A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and ``bench``. Only ``cli``,
-``demo`` and ``bench`` import ``terminal``. ``model`` and ``decision`` import no database library. The import contracts
-in pyproject.toml contain these rules, and ``make check`` enforces them. If you add a package, add the package to the
-import contracts. docs/explanation/architecture.md explains which package to change for which purpose.
+A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and
+``bench``. Only ``cli``, ``demo`` and ``bench`` import ``terminal``. ``model`` and ``decision``
+import no database library. The import contracts in pyproject.toml contain these rules.
+``make check`` enforces the rules. If you add a package, add it to the import contracts.
+docs/explanation/architecture.md explains which package to change for which purpose.
 """
 
 __version__ = "0.1.0"

@@ -51,17 +51,18 @@ def _interrupted() -> int:
 
 
 def _forget_interrupts() -> None:
-    """Keep Python from ending ``python -m outbox_worker`` by SIGINT instead of with our exit status.
+    """Make ``python -m outbox_worker`` end with an exit status, and not by SIGINT.
 
-    CPython does so if the last code that ``exec`` or ``eval`` ran from a string was left by a KeyboardInterrupt, even
-    if the KeyboardInterrupt was caught later. Dataclasses run such code (``run_eval_code_obj`` in ``pythonrun.c``).
+    CPython ends by SIGINT if a KeyboardInterrupt left the last code that ``exec`` or ``eval`` ran
+    from a string. It does so even if a caller caught the KeyboardInterrupt. Dataclasses run code
+    from strings (``run_eval_code_obj`` in ``pythonrun.c``).
     """
     exec("")  # noqa: S102 - an empty string
 
 
 def _run() -> int:
     try:
-        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - slow, so a signal may arrive meanwhile
+        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - slow: a signal can arrive meanwhile
 
         interrupts.check()
         status = run_command()
@@ -81,8 +82,8 @@ def _run() -> int:
 def _prepare_streams() -> None:
     """Open /dev/null in place of a stdout or stderr that a supervisor has closed.
 
-    Also make stdout write a question mark for each character that its encoding lacks. By default, Python raises an
-    error for such a character.
+    Also make stdout write a question mark for each character that its encoding lacks. By default,
+    Python raises an error for a missing character.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

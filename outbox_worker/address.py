@@ -58,8 +58,8 @@ def expect_server_url(text: str) -> None:
 def _expect_encoded(place: str) -> None:
     """Refuse a URL that has a second @ before its parameters, or a / before the @.
 
-    Such a character is probably part of a password that is not percent-encoded. libpq would read the rest of the
-    password as the name of a host or database, and show this name in error messages.
+    This character is probably part of a password that is not percent-encoded. libpq would read the
+    rest of the password as the name of a host or database. Error messages would then show the name.
     """
     authority, _, path = place.partition("/")
     if authority.count("@") > 1 or "@" in path.partition("?")[0]:
@@ -77,7 +77,8 @@ def _expect_ports(given: Mapping[str, str]) -> None:
 def _expect_known_parameters(place: str) -> None:
     """Refuse unknown parameters of a URL, and suggest a similar known one.
 
-    The error of libpq is not shown, because it would repeat the parameter. The parameter may be part of a password.
+    The message does not contain libpq's error, because that error repeats the parameter. The
+    parameter can be part of a password.
     """
     known = [option.keyword.decode() for option in Conninfo.get_defaults()]
     names = [pair.partition("=")[0] for pair in place.rpartition("?")[2].split("&") if "=" in pair]

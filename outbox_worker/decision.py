@@ -1,4 +1,4 @@
-"""Pure functions that decide what happens to an event, how long to wait, and which guard is in force."""
+"""Pure functions that decide what happens to an event, how long to wait, and which guard the worker uses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from outbox_worker.model import MARKS_WITHOUT_PURCHASE, Facts, Guard, Outcome, P
 CRASHES_MAX = 3
 """The number of counted crashes after which an event becomes a dead letter.
 
-A crash is counted only if ``judge_death`` proves that a process died while it processed only this event.
+The worker counts a crash only if ``judge_death`` proves that a process died while it processed only
+this event.
 """
 WORKER_SILENT_AFTER_SECONDS = 30.0
-"""If a worker with an open row writes no heartbeat for this number of seconds, other workers consider it dead."""
-HEARTBEATS_BEFORE_JUDGING = 3
-"""The number of heartbeats that a worker must write, after its start or an outage, before it judges silent workers.
+"""If a worker writes no heartbeat for this number of seconds, other workers consider it dead.
 
-During this time, every other worker that is alive writes a heartbeat, too.
+The rule applies only to workers that did not record their stop.
+"""
+HEARTBEATS_BEFORE_JUDGING = 3
+"""The number of heartbeats that a worker must write before it judges silent workers.
+
+The count begins at the start of the worker, and again after each outage. Meanwhile, all other
+living workers write a heartbeat, too.
 """
 
 _FIRST_RULES: Mapping[int, str] = {
@@ -69,7 +74,7 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """The largest number of tries of an event, and the bounds of the wait between two tries.
+    """The largest number of tries of an event, and the shortest and longest wait between two tries.
 
     Outages of the database do not count as tries.
     """
@@ -85,15 +90,15 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of one call to the worker's path: the tries of an event, and the size and the time of a batch."""
+    """The limits of one batch: the tries of each event, and the size and duration of the batch."""
 
     policy: RetryPolicy
     batch_size: int
     target_seconds: float
     """The longest time that a batch should take.
 
-    There is a limit because a producer may insert the id of a claimed event again. The producer must then wait until
-    the batch is committed.
+    A producer can insert the id of a claimed event again. The producer must then wait until the
+    worker commits the batch.
     """
 
 
@@ -103,14 +108,17 @@ class Death(Enum):
     NONE = auto()
     """The worker may still be alive."""
     UNDECIDED = auto()
-    """The worker is probably dead. But the worker that judges the death must first write more heartbeats of its own."""
+    """The worker is probably dead. The judging worker must first write more heartbeats."""
     UNPROVEN = auto()
-    """The worker is dead, but its death counts as a crash of no event.
+    """The worker is dead, but its death does not count as a crash of an event.
 
     The worker did not process an event alone, or it may have died for another reason.
     """
     PROVEN = auto()
-    """The worker died while it processed one event alone, so its death counts as a crash of this event."""
+    """The worker died while it processed one event alone.
+
+    Its death counts as a crash of this event.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +130,7 @@ class IsolationTrace:
     is_same_server: bool
     """True if the database server did not restart and did not fail over after the isolation."""
     judge_was_cut_off: bool
-    """Whether the worker that judges the death could not reach the database at some time after the isolation."""
+    """True if the judging worker could not reach the database at some time after the isolation."""
     is_withdrawn: bool
     """Whether a note (a file on this host) says that the worker no longer processes the event."""
 
@@ -132,7 +140,7 @@ class Traces:
     """What the judging worker knows about another worker whose row in ``workers`` is open."""
 
     is_running: bool | None
-    """Whether the process of the worker still runs; None if the worker ran on another host."""
+    """Whether the process of the worker still runs, or None if the worker ran on another host."""
     silent_seconds: float
     judge_heartbeats: int
     """The number of heartbeats that the judging worker has written since its last outage of the database."""
@@ -142,10 +150,10 @@ class Traces:
 def judge_death(traces: Traces, deadline_seconds: float) -> Death:
     """Judge whether a worker died, and whether its isolated event is the cause.
 
-    In case of doubt, this function does not blame the event. If the process is known to have ended, it judges at
-    once. If the worker is only silent, the judging worker must first have written ``HEARTBEATS_BEFORE_JUDGING``
-    heartbeats. A worker that was alive for more than ``deadline_seconds`` after the isolation did not die because of
-    the event.
+    If the cause is in doubt, the function does not blame the event. If the process is known to have
+    ended, the function judges at once. If the worker is only silent, the judging worker must first
+    have written ``HEARTBEATS_BEFORE_JUDGING`` heartbeats. If a worker lived for more than
+    ``deadline_seconds`` after the isolation, the event is not the cause.
     """
     has_ended = traces.is_running is False
     if not has_ended and traces.silent_seconds <= WORKER_SILENT_AFTER_SECONDS:
@@ -210,7 +218,7 @@ def _flaw(facts: Facts) -> Verdict | None:
 
 
 def _grant(facts: Facts) -> Verdict:
-    """Apply rule 9. If the payment names no student or no course, refuse the event: nobody can be given the course."""
+    """Apply rule 9. If the payment names no student or no course, refuse the event."""
     if not facts.has_pair:
         return refused("the payment names no student or no course", facts.last_try)
     claimed = facts.mark is not None and facts.mark.outcome not in MARKS_WITHOUT_PURCHASE
@@ -227,21 +235,24 @@ def refused(detail: str, last_try: bool) -> Verdict:
 
 
 def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
-    """Compute the wait after the failed try with the number ``attempts``. The first try has the number 1.
+    """Compute the wait after the failed try with the number ``attempts``.
 
-    The wait doubles with each try up to the maximum of ``policy``. ``spread`` is a random number in [0, 1) from the
-    caller. This number makes the wait up to a quarter longer, so that events that failed together become due at
-    different times.
+    The first try has the number 1. The wait doubles with each try up to the maximum of ``policy``.
+    ``spread`` is a random number in [0, 1) from the caller. This number makes the wait up to a
+    quarter longer. Events that failed together then become due at different times.
     """
     grown = policy.base.total_seconds() * 2.0 ** min(attempts - 1, 62)
     return timedelta(seconds=min(grown, policy.maximum.total_seconds())) * (1 + spread / 4)
 
 
 def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> Guard:
-    """Choose ``index`` only if the planner uses one of ``sound_indexes`` for ON CONFLICT; otherwise ``lock``."""
+    """Choose ``index`` if the planner uses one of ``sound_indexes`` for ON CONFLICT, otherwise ``lock``."""
     return Guard.INDEX if set(sound_indexes) & set(arbiters) else Guard.LOCK
 
 
 def next_pause(previous: float, *, minimum: float, maximum: float) -> float:
-    """Compute the pause in seconds after a claim that found no event: twice the previous pause, within the bounds."""
+    """Compute the pause in seconds after a claim that found no event.
+
+    Double the previous pause within the bounds.
+    """
     return min(maximum, max(minimum, previous * 2))

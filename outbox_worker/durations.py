@@ -12,7 +12,10 @@ _DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)\s*([smhd])", re.ASCII)
 
 
 def parse_duration(text: str, option: str) -> timedelta:
-    """Parse a duration such as ``90s``, ``5m``, ``2h`` or ``1d``; only ``0`` needs no unit. Raises WrongUsage."""
+    """Parse a duration such as ``90s``, ``5m``, ``2h`` or ``1d``. Only ``0`` needs no unit.
+
+    Raises WrongUsage.
+    """
     written = text.strip().lower()
     if written == "0":
         return timedelta(0)

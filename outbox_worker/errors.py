@@ -1,8 +1,8 @@
 """All errors of the program, as a tree.
 
-Each line shows the exit code of a command that raises the error, and the meaning of the error. Parentheses contain what
-a running worker does, or the class of failure. The class of failure decides what happens to the batch of events in
-which the error was raised.
+Each line shows the exit code of a command that raises the error, and the meaning of the error.
+Parentheses contain the reaction of a running worker, or the class of failure. The class of failure
+decides what happens to the batch in which the error was raised.
 
     OutboxWorkerError         exit 70   an error of the program itself
     ├── SettingError          exit 78   a setting or a URL cannot be used
@@ -22,8 +22,8 @@ which the error was raised.
     └── Inconsistent          exit 70   a statement did not change as many rows as it must (a bug)
         └── Swallowed         exit 1    a trigger, rule or row security made a statement change too few rows (unclear)
 
-The program does not wrap errors that the database reports. ``database.failures.classify`` returns the class of
-failure of such an error, and ``settle`` uses the class to decide what to do.
+The program does not wrap errors that the database reports. ``database.failures.classify`` returns
+the class of failure of each of these errors. ``settle`` uses the class to decide what to do.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from typing import ClassVar
 class OutboxWorkerError(Exception):
     """The base of all errors whose message is written for the operator.
 
-    A command that raises such an error exits with ``exit_code``. An error of the program itself never has
-    the code 1, because scripts read 1 as a finding, for example as a payment that `audit` cannot explain.
+    A command that raises such an error exits with ``exit_code``. Scripts read the code 1 as a
+    finding, for example as a payment that `audit` cannot explain. An error of the program itself
+    therefore never has the code 1.
     """
 
     exit_code: ClassVar[int] = 70
@@ -119,9 +120,10 @@ class NothingWritten(OutboxWorkerError):
 
 
 class PairTaken(OutboxWorkerError):
-    """A second active purchase of a student and course, found before COMMIT. The worker runs the transaction again.
+    """A second active purchase of a student and course, found before COMMIT.
 
-    Another transaction can insert such a purchase only while DROP INDEX CONCURRENTLY drops the unique index.
+    The worker runs the transaction again. Another transaction can insert a second purchase only
+    while DROP INDEX CONCURRENTLY drops the unique index.
     """
 
     exit_code = 69
@@ -157,7 +159,8 @@ class Swallowed(Inconsistent):
 class CommitLost(OutboxWorkerError):
     """A COMMIT without an answer, because the connection broke.
 
-    Raised if the transaction was rolled back, or if the server no longer knows whether it was committed.
+    Raised if the transaction was rolled back, or if the server no longer knows whether the
+    transaction was committed.
     """
 
     exit_code = 69

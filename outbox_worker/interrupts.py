@@ -1,8 +1,9 @@
 """Raises KeyboardInterrupt when SIGTERM or SIGINT arrives, and raises it again if Python has swallowed it.
 
-The interpreter swallows an exception that a signal handler raises inside a callback, for example a weakref callback of
-the import system. So the handler also counts the signal, and a timer raises a swallowed KeyboardInterrupt again.
-This module imports only ``signal`` and ``sys``, so that ``__main__`` can install the handlers before all other imports.
+The interpreter swallows an exception that a signal handler raises inside a callback, for example a
+weakref callback of the import system. Therefore the handler also counts the signal. A timer raises
+a swallowed KeyboardInterrupt again. This module imports only ``signal`` and ``sys``, so that
+``__main__`` can install the handlers before all other imports.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ from enum import StrEnum
 from uuid import UUID
 
 Key = UUID | str
-"""The id of a payment or an event: a UUID, or else the usual text of an id of another kind."""
+"""The id of a payment or an event: a UUID, or a text if the id is of another kind."""
 
 LONGEST_TEXT_KEY = 1_000
-"""An id of the kind text has at most this many bytes. PostgreSQL's indexes cannot hold ids of three times this length.
+"""The largest size, in bytes, of an id of the kind text.
+
+PostgreSQL's indexes cannot contain ids of three times this size.
 """
 SMALLEST_INTEGER, LARGEST_INTEGER = -(2**63), 2**63 - 1
 INTEGER_PATTERN = "^-?[0-9]{1,19}$"
@@ -29,9 +31,10 @@ class KeyKind(StrEnum):
     TEXT = "text"
 
     def usual(self, given: str) -> str | None:
-        """Return the text with which PostgreSQL writes this id; None if ``given`` cannot be an id of this kind.
+        """Return the text with which PostgreSQL prints this id.
 
-        A UUID is 8-4-4-4-12 hexadecimal digits, in upper or lower case.
+        Return None if ``given`` cannot be an id of this kind. A UUID is 8-4-4-4-12 hexadecimal
+        digits, in upper or lower case.
         """
         match self:
             case KeyKind.UUID:
@@ -43,11 +46,14 @@ class KeyKind(StrEnum):
                 return given if 0 < _size(given) <= LONGEST_TEXT_KEY else None
 
     def key(self, usual: str) -> Key:
-        """Convert the usual text of an id to the form in which rows of the database contain it."""
+        """Convert a text that ``usual`` returned to the form that rows of the database contain."""
         return UUID(usual) if self is KeyKind.UUID else usual
 
     def parse(self, typed: str) -> Key | None:
-        """Parse an id that a person typed; None if it cannot be an id of this kind. A UUID may have any usual form."""
+        """Parse an id that a person typed. Return None if the text cannot be an id of this kind.
+
+        A UUID can have any usual form.
+        """
         if self is not KeyKind.UUID:
             return self.usual(typed)
         try:
@@ -57,7 +63,7 @@ class KeyKind(StrEnum):
 
 
 def _size(text: str) -> int:
-    """Return the size of a text in bytes; 0 if PostgreSQL cannot store the text."""
+    """Return the size of a text in bytes, or 0 if PostgreSQL cannot store the text."""
     try:
         return 0 if "\0" in text else len(text.encode())
     except UnicodeEncodeError:

@@ -1,7 +1,9 @@
-"""Says what has other names in the user's database: tables, columns, statuses of payments and types of events.
+"""Maps the names of this program to the names in the user's database.
 
-The settings ``tables``, ``columns``, ``payments`` and ``outbox`` have these types. Each type checks that every name
-belongs to something that the worker knows, and that no two have the same name.
+Tables, columns, payment statuses and event types can have other names there. The settings
+``tables``, ``columns``, ``payments`` and ``outbox`` have the types of this module. These types
+refuse keys that the worker does not know. Two tables, two columns of a table or two statuses must
+not have the same name.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ ColumnMap = Annotated[
 
 
 StatusValues = dict[str, tuple[str, ...]]
-"""Maps a status of the worker, or ``ignored``, to the texts that mean this status in the payments table."""
+"""Maps each payment status of the worker, or ``ignored``, to its texts in the payments table."""
 
 
 def _known_statuses(value: StatusValues) -> StatusValues:
@@ -98,12 +100,12 @@ def _known_statuses(value: StatusValues) -> StatusValues:
 
 
 def all_status_values(given: StatusValues) -> StatusValues:
-    """Return the texts of every status. A status that is not given has its own name."""
+    """Return the texts of each payment status. The default text is the name of the status."""
     return {status: given.get(status, (status,)) for status in PaymentStatus} | {IGNORED: given.get(IGNORED, ())}
 
 
 def status_example(unknown: Iterable[str]) -> str:
-    """Return the line of the configuration file, under ``[payments]``, that would give unknown statuses a meaning."""
+    """Return a line for ``[payments]`` in the configuration file that gives unknown statuses a meaning."""
     return f"status_values.succeeded = [{', '.join(json.dumps(text, ensure_ascii=False) for text in unknown)}]"
 
 
@@ -116,7 +118,7 @@ _STEP = re.compile(r'\.(?:([A-Za-z_][A-Za-z0-9_-]*)|"([^"\\]+)")')
 
 
 def _parse_path(value: object) -> object:
-    """Parse ``$.data.paymentId``, as in SQL/JSON: the keys from the outermost object to the value."""
+    """Parse a path such as ``$.data.paymentId`` into its keys, from the outermost object to the value."""
     if not isinstance(value, str):
         return value
     if not _PATH.fullmatch(value):
@@ -128,7 +130,7 @@ PayloadPath = Annotated[tuple[str, ...], BeforeValidator(_parse_path)]
 
 
 class PayloadPaths(BaseModel):
-    """Where each value stands in the payload of an event: the keys from the outermost object to the value."""
+    """The path of each value in the payload of an event: the keys from the outermost object to the value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -145,11 +147,11 @@ class PayloadPaths(BaseModel):
 
 
 PAYLOAD_PATHS = PayloadPaths()
-"""The paths if nothing else is set: each value is a field of the payload itself."""
+"""The default paths: each value is a field at the top level of the payload."""
 
 
 class OutboxMapping(BaseModel):
-    """What differs in the outbox, apart from its name and the names of its columns."""
+    """Other names of event types in the user's outbox, and other paths of values in the payload."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -158,7 +160,7 @@ class OutboxMapping(BaseModel):
 
 
 class PaymentsMapping(BaseModel):
-    """What differs in the payments table, apart from its name and the names of its columns."""
+    """Other names of payment statuses in the user's payments table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -48,10 +48,10 @@ FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
 _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
-"""The outcomes of marks that do not prove that the worker created an active purchase.
+"""The outcomes of marks that are no proof of an active purchase.
 
-A mark with any other outcome proves that the worker created an active purchase, even if this version of the program
-does not know the outcome.
+A mark with any other outcome proves that the worker created an active purchase. This is true even
+if this version of the program does not know the outcome.
 """
 
 
@@ -76,11 +76,12 @@ The worker creates no purchase for such a payment until a person decides.
 """
 
 WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
-"""The reasons with which a discarded dead letter *waives* a purchase: the payment of the letter then gets no purchase.
+"""The reasons for which a discarded dead letter *waives* a purchase.
 
-Only a dead letter whose event confirms a payment can waive a purchase. All other reasons mean that the payment is
-missing or has not succeeded. If a person discards a letter whose reason is not in this set, and the payment succeeds
-later, the payment still gets its purchase.
+The payment of the dead letter then gets no purchase. Only a dead letter whose event confirms a
+payment can waive a purchase. All other reasons mean that the payment is missing or has not
+succeeded. If a person discards a dead letter with another reason, and the payment succeeds later,
+the payment still gets a purchase.
 """
 
 
@@ -92,7 +93,7 @@ class PaymentStatus(StrEnum):
 
 
 IGNORED = "ignored"
-"""The name of the statuses, in the setting of status values, that the worker treats like a pending payment."""
+"""The key of ``status_values`` for statuses that the worker treats like ``pending``."""
 
 
 class DeadLetterState(StrEnum):
@@ -116,7 +117,7 @@ class Event(NamedTuple):
     event_id: str
     event_type: str
     payment_id: str | None
-    """The payload's ``payment_id`` in its usual text; None if the value cannot be the id of a payment."""
+    """The ``payment_id`` of the payload, or None if the value cannot be the id of a payment."""
     attempts: int
     lateness: float
     """Seconds from ``due_at`` to the claim, measured by the database's clock."""
@@ -140,7 +141,7 @@ class Latencies(NamedTuple):
     """How late events were settled, as a histogram."""
 
     buckets: Sequence[Sequence[int]] = ()
-    """Pairs (number of bounds that are not smaller than the latency, number of events)."""
+    """Each item has two numbers: bounds that are not below the latency, and events."""
     seconds: float = 0.0
     """The sum of all latencies."""
 
@@ -151,9 +152,9 @@ ALWAYS = DueWindow("-infinity", "infinity")
 
 
 class Repeated(NamedTuple):
-    """The values of a payment that its event's payload may repeat, as text of limited length.
+    """The values of a payment that the payload of its event can repeat, as text of limited length.
 
-    A field is None if the payload has no such key, or if the value is null.
+    A field is None if the payload does not contain its key, or if the value is null.
     """
 
     student_id: str | None = None
@@ -166,8 +167,9 @@ class Repeated(NamedTuple):
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
 
-    The events are stored as columns, because the claim returns one array per column. The fast path (one statement for
-    the whole batch) reads no single event, and sends the arrays back to the database unchanged.
+    The events are stored as columns, because the claim returns one array per column. The fast path
+    is one statement for the whole batch. It reads no single event, and sends the arrays back to the
+    database unchanged.
     """
 
     ids: Sequence[int] = ()
@@ -179,7 +181,8 @@ class Batch(Mapping[int, Event]):
     repeated: Sequence[Repeated] = ()
     """The values of the payments that the payloads repeat.
 
-    Empty if the column ``payload`` has the type jsonb, because SQL statements then read these values.
+    This list is empty if the column ``payload`` has the type jsonb. SQL statements then read the
+    values.
     """
     window: DueWindow = ALWAYS
     """The range that contains the due times of all events of the batch."""
@@ -258,9 +261,9 @@ class Facts:
     payment_id: Key | None = None
     mark: Mark | None = None
     purchase_active: bool | None = None
-    """Whether the purchase of this payment is active; None if this payment has no purchase."""
+    """Whether the purchase of this payment is active, or None if this payment has no purchase."""
     payment_status: str | None = None
-    """The status of the payment; None if this transaction sees no row of the payment."""
+    """The status of the payment, or None if this transaction sees no row of the payment."""
     mismatches: tuple[str, ...] = ()
     """The payload keys whose values differ from the payment row."""
     has_pair: bool = True
@@ -281,11 +284,14 @@ class Verdict:
     writes: bool = False
     """Whether the verdict inserts a purchase or deactivates one."""
     passed_to: str | None = None
-    """Another payment of the same pair, which got a purchase because the payment of this event was refunded."""
+    """The payment of the same pair that got a purchase after this event's payment was refunded."""
     refused_next: str | None = None
-    """Another payment of the same pair, for which the database refused the purchase. ``detail`` names the error."""
+    """The next payment of the same pair, if the database refused its purchase.
+
+    ``detail`` names the error.
+    """
     rule: int = field(default=0, compare=False)
-    """The number of the deciding rule in docs/explanation/state-machine.md; 0 if no rule decided."""
+    """The number of the deciding rule in docs/explanation/state-machine.md, or 0 if no rule decided."""
     traceparent: str | None = None
     """The ``traceparent`` that the producer wrote into the headers of the event."""
 
@@ -307,7 +313,10 @@ def halves(items: Sequence[_Item]) -> tuple[Sequence[_Item], Sequence[_Item]]:
 
 
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
-    """Group the events by outcome. There is a shortcut for the usual case that all events share one verdict object."""
+    """Group the events by outcome.
+
+    Usually, all events share one verdict object. This case has a shortcut.
+    """
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
         return {verdict.outcome: list(verdicts) for verdict in distinct.values()}
@@ -353,7 +362,10 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("cursor", "counts", "host", "pid", "actor", "reason", "outcome"),
     ),
 }
-"""Tables and columns by their names in code and docs. Settings map these to the names in the user's database."""
+"""Tables and columns by their names in code and docs.
+
+Settings map these names to the names in the user's database.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,12 +376,12 @@ class FoundPayment:
     student_id: Any
     course_id: Any
     amount: Decimal | None
-    """None if the column is NULL. The payments table of a shop may allow NULL."""
+    """The amount, or None if the column is NULL. The payments table of a shop can allow NULL."""
     currency: str
     created_at: datetime | None
-    """The time of the payment; None if Python cannot represent it, for example ``-infinity``."""
+    """The time of the payment, or None if Python cannot represent it, for example ``-infinity``."""
     age_seconds: float | None
-    """None if the payment has no time."""
+    """The age of the payment, or None if the payment has no time."""
     pair: tuple[str, str] = field(repr=False)
     """One text for the student and one for the course, to compare payments.
 
@@ -381,7 +393,10 @@ class FoundPayment:
 
     @property
     def age(self) -> tuple[datetime, int, str]:
-        """The sort key that puts the oldest payment first. By their length and text, integers are sorted as numbers."""
+        """The sort key that puts the oldest payment first.
+
+        The length of the id comes before its text, so that integers are sorted as numbers.
+        """
         key = str(self.payment_id)
         return self.created_at or datetime.min.replace(tzinfo=UTC), len(key), key
 
@@ -391,7 +406,7 @@ class UnjudgedPayment(FoundPayment):
     """A succeeded payment that cannot be classified until a person corrects a missing or unusable value."""
 
     reason: str
-    """Tells people which value is missing or unusable, as a clause: ``it names no student``."""
+    """A clause that says which value is missing or unusable: ``it names no student``."""
 
     @property
     def age(self) -> tuple[datetime, int, str]:

@@ -19,9 +19,10 @@ The default context rounds a sum to 28 digits, and raises an error for the sum o
 
 
 def amount_text(amount: Decimal, currency: str | None, *, grouped: bool = False) -> str:
-    """Return an amount with the decimals of its currency, and with more decimals if the amount has more.
+    """Return an amount with the decimals of its currency.
 
-    ``grouped`` separates thousands by commas. For NaN and the infinities, return their names.
+    If the amount has more decimals, keep them. ``grouped`` separates thousands by commas. For NaN
+    and infinity, return the name.
     """
     if not amount.is_finite():
         return str(amount)

@@ -277,23 +277,29 @@ class Settings(BaseSettings):
 
     @property
     def embedded_directory(self) -> Path | None:
-        """The directory of the private PostgreSQL; None if the database is not a private PostgreSQL."""
+        """The directory of the private PostgreSQL, or None if the database is another server."""
         text = self._required_url()
         return Path(text.removeprefix(EMBEDDED)) if text.startswith(EMBEDDED) else None
 
     @property
     def conninfo(self) -> str:
-        """The URL of the database in the form that libpq reads, with the password. Not for ``embedded:DIR``."""
+        """The database URL with its password, in the form that libpq reads.
+
+        Not for ``embedded:DIR``.
+        """
         return libpq_url(self._required_url())
 
     @property
     def listen_conninfo(self) -> str | None:
-        """The URL of the LISTEN connection in the form that libpq reads; None if the setting is not given."""
+        """The URL of the LISTEN connection in the form that libpq reads.
+
+        None if the setting is not given.
+        """
         return libpq_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
     @property
     def listen(self) -> Listen | None:
-        """The address at which the worker answers HTTP; None if HTTP is off."""
+        """The address at which the worker answers HTTP, or None if HTTP is off."""
         return parse_listen(self.http_listen)
 
     def _required_url(self) -> str:
@@ -306,10 +312,12 @@ class Settings(BaseSettings):
 
 
 def load_settings(**given: Any) -> Settings:
-    """Read the settings. ``given`` contains the options of the command line; None means that an option is not given.
+    """Read the settings.
 
-    Raises SettingError with a message that lists every problem: the name and source of the setting, but not its value.
-    Raises WrongUsage instead if all problems are on the command line.
+    ``given`` contains the options of the command line. None means that an option is not given.
+    Raises SettingError with a message that lists every problem. The message contains the name and
+    source of each setting, but not the value. Raises WrongUsage instead if all problems are on the
+    command line.
     """
     given = {name: value for name, value in given.items() if value is not None}
     kind: type[SettingError] = SettingError
@@ -327,12 +335,12 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _configuration_file(given: Mapping[str, Any]) -> str:
-    """Return the path of the configuration file; empty if no file is given."""
+    """Return the path of the configuration file, or an empty text if no file is given."""
     return str(given.get("config") or os.environ.get(f"{PREFIX}CONFIG") or "")
 
 
 def _credentials() -> Path | None:
-    """Return the directory in which systemd puts credentials; None if there is no such directory."""
+    """Return the directory in which systemd puts credentials, or None if it does not exist."""
     directory = Path(os.environ.get("CREDENTIALS_DIRECTORY") or os.devnull)
     return directory if directory.is_dir() else None
 
@@ -373,7 +381,10 @@ _SENTENCES = {
 
 
 def _problem(detail: ErrorDetails, given: Mapping[str, Any]) -> str:
-    """Return a sentence that says where a wrong value was given and what is expected. Omit the value, a secret."""
+    """Return a sentence that says where a wrong value was given and what is expected.
+
+    Omit the value, because it can be secret.
+    """
     if not detail["loc"]:
         return _reason(detail)
     name = str(detail["loc"][0])
@@ -391,7 +402,10 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _source(name: str, given: Mapping[str, Any]) -> str:
-    """Return the name of a setting as its source spells it: the command line, environment, credentials or file."""
+    """Return the name of a setting as the user wrote it.
+
+    A source is the command line, the environment, the credentials or the file.
+    """
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:
         return f"--{name.replace('_', '-')}"

@@ -1,7 +1,7 @@
-"""The place where the claim loops of one process sleep until events may be due.
+"""Lets the claim loops of one process sleep until an event is possibly due.
 
-With the option ``notify``, a sleeping loop waits at the socket of the connection that listens. So no other thread runs
-between the producer's COMMIT and the claim.
+With the option ``notify``, a sleeping loop waits at the socket of the connection that listens for
+notifications. Therefore no other thread must run between the producer's COMMIT and the claim.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _LONGEST_RESTRAINT_SECONDS = 1.0
 class Bell:
     """Wakes one sleeping claim loop for each notification and for each call of ``ring``.
 
-    One sleeping loop holds the lock ``_turn`` and waits at the socket; the other loops wait for this lock. If the loop
-    at the socket is woken, it releases the lock, so that the next loop waits at the socket.
+    One sleeping loop holds the lock ``_turn`` and waits at the socket. The other loops wait for
+    this lock. When the loop at the socket wakes up, it releases the lock. The next loop then waits
+    at the socket.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Bell:
         self.is_needed = threading.Event()
         """Set if the listener must act, because the connection is lost or the worker stops."""
         self.restraint_seconds = 0.0
-        """How long a loop waits between a notification and its look for events. See ``looked``."""
+        """How long a loop waits after a notification before it looks for events. See ``looked``."""
 
     def ring(self) -> None:
         """Wake one sleeping loop. If no loop sleeps, the next sleep ends at once."""
@@ -80,7 +81,8 @@ class Bell:
     def listening(self, connection: psycopg.Connection[Any], payload: str) -> Iterator[None]:
         """Inside the ``with`` block, wake one loop for each notification with this payload.
 
-        Meanwhile, only this object may use the connection. Raises the error if the connection is lost meanwhile.
+        Inside the block, only this object must use the connection. If the connection is lost inside
+        the block, raises the error.
         """
         place = connection.fileno()
         with self._reading:
@@ -96,10 +98,11 @@ class Bell:
             raise self._loss
 
     def looked(self, *, in_vain: bool) -> None:
-        """Record the result of the look that followed a notification.
+        """Record whether a worker that was notified then found an event.
 
-        If other workers were faster, this worker waits twice as long before its next look, but at most one second. So
-        if many workers hear of each event, only a few of them look for it at once.
+        If it found none (``in_vain``), other workers were faster. This worker then doubles its wait
+        before the next look, up to one second. If many workers hear of each event, only a few
+        workers look for the event at once.
         """
         doubled = max(_FIRST_RESTRAINT_SECONDS, self.restraint_seconds * 2)
         self.restraint_seconds = min(_LONGEST_RESTRAINT_SECONDS, doubled) if in_vain else 0.0
@@ -110,7 +113,7 @@ class Bell:
         return False
 
     def _has_notification(self) -> bool:
-        """Read all notifications that have arrived. If the connection is lost, hand it back to the listener."""
+        """Read all notifications that have arrived. If the connection broke, wake the listener."""
         with self._reading:
             if self._connection is None:
                 return False

@@ -1,7 +1,8 @@
 """Runs the regular tasks of a worker (chores): writes heartbeats and updates gauges.
 
-The chores also check which guard against duplicate purchases the worker can use (unique index or lock). They start the
-listener as soon as the database has the trigger that notifies workers.
+The chores also check which guard the worker can use. A guard (unique index or locks) prevents
+duplicate purchases. The chores start the listener when the database has the trigger that notifies
+workers.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from outbox_worker.telemetry.reporter import Telemetry
 CHORE_SECONDS = 5.0
 """The seconds between two rounds of chores.
 
-After at most this time, the worker notices that its guard (unique index or lock) has changed. An idle worker notices it
-after at most ``QUIET_SECONDS``.
+Within this time, the worker notices a change of its guard (unique index or locks). An idle worker
+notices the change within ``QUIET_SECONDS``.
 """
 QUIET_SECONDS = 30.0
-"""The seconds between two full rounds while no event is due. The rounds in between only write a heartbeat."""
+"""The seconds between two rounds that do all chores, while no event is due.
+
+All other rounds only write a heartbeat.
+"""
 IGNORED_SECONDS = 300.0
 """The seconds between two counts of the events of ignored types.
 
@@ -66,8 +70,9 @@ class _Look:
 class Chores:
     """Runs one round of chores every ``CHORE_SECONDS``, in its own thread.
 
-    If a round fails, the chores log the failure, and the next round tries again. When a round first finds the option
-    ``notify`` in the database, it calls ``start_listening``. If ``start_listening`` is None, the worker never listens.
+    If a round fails, the chores log the failure, and the next round tries again. The first round
+    that finds the option ``notify`` in the database calls ``start_listening``. If
+    ``start_listening`` is None, the worker never listens.
     """
 
     def __init__(

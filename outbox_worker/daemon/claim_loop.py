@@ -20,20 +20,23 @@ from outbox_worker.settle.processor import Processor
 from outbox_worker.telemetry.reporter import BatchReport
 
 HEARD_SECONDS = 10.0
-"""The longest pause between two looks for events while notifications arrive, if ``poll_max_seconds`` is less."""
+"""The longest pause between two looks for events while notifications arrive.
+
+If ``poll_max_seconds`` is larger, it replaces this value.
+"""
 JUDGED_WITHIN_SECONDS = 30.0
 """The longest time that the claim loops of a new worker wait before their first claim.
 
-During this time, the worker finds out whether another worker has died. This check needs three heartbeats, that is,
-about 15 seconds.
+During this time, the worker finds out whether another worker has died. This check needs three
+heartbeats (about 15 seconds).
 """
 
 
 class ClaimLoop:
     """Claims (locks) and settles events on one connection until the flag ``pulse`` is set.
 
-    Each step settles one batch. The pulse records the end of each step, each failed try and each part of a sleep. Any
-    thread may replace ``settings``; the next step uses their limits.
+    Each step settles one batch. The pulse records the end of each step, each failed try and each
+    part of a sleep. Any thread can replace ``settings``. The next step then uses the new limits.
     """
 
     def __init__(
@@ -54,9 +57,10 @@ class ClaimLoop:
         self._pause = 0.0
 
     def run_once(self, until: datetime | None = None, patience: float | None = None) -> BatchReport | None:
-        """Settle one batch. If the database fails, try again for ``patience`` seconds; None means without a limit.
+        """Settle one batch. If the database fails, try again for ``patience`` seconds.
 
-        Return None if the flag ``pulse`` was set before a batch was settled.
+        If ``patience`` is None, try again without a time limit. Return None if the flag ``pulse``
+        was set before a batch was settled.
         """
         settle = partial(self._processor.process_batch, until, self.settings.limits)
         report = wait_out_outage(settle, self._pulse, self._meet_trouble, patience)
@@ -98,11 +102,12 @@ class ClaimLoop:
         self._on_trouble(error, pause_seconds)
 
     def _rest(self, *, is_busy: bool) -> bool:
-        """Sleep until an event may be due. Return whether a notification woke the loop.
+        """Sleep until an event is possibly due. Return whether a notification woke the loop.
 
-        If other workers were faster after the last notifications, wait a little after this one, and look whether an
-        event is left. Also look after each pause. ``is_busy`` tells whether the last claim settled events. While
-        notifications arrive and no event is due, pauses may be longer than ``poll_max_seconds``.
+        If other workers were faster after the last notification, wait a little after the next
+        notification, and then look for events. Also look for events after each pause. ``is_busy``
+        says whether the last claim settled events. If notifications arrive and no event is due,
+        pauses can be longer than ``poll_max_seconds``.
         """
         longest, until_due, is_rung = self.settings.poll_max_seconds, math.inf, False
         while until_due > 0 and not self._pulse.is_set():
@@ -120,9 +125,10 @@ class ClaimLoop:
         return is_rung
 
     def _next_pause(self, longest: float, *, is_busy: bool) -> float:
-        """Return the seconds to sleep: while no events arrive, twice the last pause.
+        """Return the seconds to sleep. If the last claim settled no event, double the last pause.
 
-        Each pause is shortened by a random part, so that workers do not all claim at the same moment.
+        The method shortens each pause by a random part, so that workers do not all claim at the
+        same moment.
         """
         shortest = self.settings.poll_min_seconds
         self._pause = next_pause(0.0 if is_busy else self._pause, minimum=shortest, maximum=longest)
@@ -132,7 +138,10 @@ class ClaimLoop:
         return self._pulse.rest(self._bell, seconds)
 
     def _look(self) -> float:
-        """Return the seconds until an event is due; 0 after a failure, because a claim then tries again in time."""
+        """Return the seconds until an event is due.
+
+        After a failure, return 0, so that a claim tries again.
+        """
         try:
             until_due = self._processor.seconds_until_due()
         except Exception as error:  # noqa: BLE001 - reported; run_once waits for the database

@@ -1,4 +1,7 @@
-"""Asks the daemon on this machine by HTTP whether the daemon is healthy. So containers and scripts need no curl."""
+"""Asks the daemon on this machine by HTTP whether it is healthy.
+
+Containers and scripts therefore need no curl.
+"""
 
 from __future__ import annotations
 

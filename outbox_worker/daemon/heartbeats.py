@@ -1,7 +1,8 @@
 """Writes the heartbeats of this process into the table ``workers``, and takes over the rows of dead workers.
 
-A worker takes over the rows of dead workers when it starts. A running worker takes over a row only if the dead worker
-processed a single event. The death is then counted for this event even if no new worker starts.
+A worker takes over the rows of dead workers when it starts. A running worker takes over a row only
+if the dead worker was processing a single event. The death is then counted for this event even if
+no new worker starts.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from outbox_worker.telemetry.reporter import Telemetry
 
 
 class Heartbeats:
-    """The heartbeats of one process. After the death of a worker, ``isolation`` makes this process take single events.
+    """Writes the heartbeats of one process.
 
-    The claim loops wait until ``may_claim`` is set, because a new worker must first find out whether another worker has
-    died of an event. Otherwise one event could kill one new worker after another, and no worker would count the deaths.
+    After another worker has died, ``isolation`` makes this process settle events one at a time. The
+    claim loops wait until ``may_claim`` is set. A new worker must first find out whether an event
+    has killed another worker. Otherwise one event could kill one new worker after another, and no
+    worker would count the deaths.
     """
 
     def __init__(
@@ -44,7 +47,10 @@ class Heartbeats:
         return self._workers.take_over_dead_workers(session, self._contact, self._deadline_seconds)
 
     def started(self, found: Takeover) -> None:
-        """If the start took over a dead worker, begin with single events. Call this after the start is committed."""
+        """Begin with single events if the start took over the row of a dead worker.
+
+        Call this method after the start is committed.
+        """
         self._report(found)
         if found.dead:
             self._go_carefully()
@@ -68,9 +74,10 @@ class Heartbeats:
         self._contact.heartbeats += 1
 
     def review_set_aside(self, session: Session) -> Sequence[int]:
-        """Return the ids of the events that are set aside, that is, events that this worker must not claim.
+        """Return the ids of the events that are set aside (events that this worker must not claim).
 
-        Before that, release events that were set aside long ago, and read which events other workers have set aside.
+        First release events that were set aside long ago. Then read which events other workers have
+        set aside.
         """
         set_aside = self._workers.set_aside
         set_aside.release_old(time.monotonic())
@@ -80,8 +87,8 @@ class Heartbeats:
     def _judge(self) -> None:
         """Take over the rows of workers that died while they processed one event.
 
-        Process the next events one at a time if it is not proven that this event caused the death. Process single
-        events, too, if a worker died or may have died while the claim loops waited for this judgement.
+        If no event is proven to have caused a death, process the next events one at a time. Also do
+        this if a worker died, or may have died, while the claim loops waited for this check.
         """
         with self._database.transaction() as session:
             found = self._workers.take_over_dead_workers(
@@ -96,7 +103,10 @@ class Heartbeats:
             self.may_claim.set()
 
     def lost(self) -> None:
-        """Record that the database did not answer. The count of this process's heartbeats begins again at zero."""
+        """Record that the database did not answer.
+
+        The count of heartbeats of this process begins again at 0.
+        """
         self._contact.lost()
 
     def _answered(self, at: datetime | None) -> None:

@@ -1,7 +1,8 @@
 """Measures for how long the vacuum horizon has not moved.
 
-The horizon is the oldest transaction that an open transaction or a replication slot still needs. VACUUM cannot remove
-rows that were deleted after the horizon. So every claim must skip the index entries of these rows.
+The horizon is the oldest transaction that an open transaction or a replication slot still needs.
+VACUUM cannot remove rows that were deleted after the horizon. Every claim must therefore skip the
+index entries of these rows.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import time
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# what: the oldest transaction id because of which VACUUM keeps dead rows of this database. The result is NULL if no
-# transaction has written after it
+# what: the oldest transaction id that makes VACUUM keep dead rows of this database. The result is
+# NULL if no transaction has written after the oldest one
 # lock: none · index: none (one row per connection, slot and prepared transaction; every role may read these columns)
-# The query skips processes of the server itself (autovacuum), because they have no user and keep no dead rows
+# The query skips processes of the server itself (autovacuum). These processes have no user and keep
+# no dead rows
 _OLDEST = text("""
     SELECT CAST(held AS text) FROM (
         SELECT unnest(ARRAY[backend_xid, backend_xmin]) FROM pg_stat_activity
@@ -27,7 +29,10 @@ _OLDEST = text("""
 
 
 class HorizonWatch:
-    """Remembers since when the horizon has not moved, because not every role may read when a transaction began."""
+    """Remembers since when the horizon has not moved.
+
+    Some roles cannot read from the database when a transaction began.
+    """
 
     def __init__(self) -> None:
         self._oldest: str | None = None

@@ -1,7 +1,7 @@
-"""Serves /livez, /readyz and /metrics by HTTP, in its own thread, which sends no queries to the database.
+"""Serves /livez, /readyz and /metrics by HTTP in a separate thread.
 
-Only this thread imports the HTTP libraries. So the claim loops do not wait for the imports, and commands without HTTP
-never load these libraries.
+This thread sends no queries to the database. Only this thread imports the HTTP libraries. Claim
+loops therefore do not wait for the imports. Commands without HTTP never load these libraries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _BACKLOG = 64
 
 
 class Endpoints(threading.Thread):
-    """Context manager that serves HTTP inside the block. If the address is in use, logs this once and tries again."""
+    """Serves HTTP inside the ``with`` block.
+
+    If the address is in use, logs the error once and tries again.
+    """
 
     def __init__(self, listen: Listen, hosts: Sequence[str], liveness: Liveness, telemetry: Telemetry) -> None:
         super().__init__(name="http", daemon=True)
@@ -76,7 +79,7 @@ class Endpoints(threading.Thread):
         self._is_over.wait(_RETRY_SECONDS)
 
     def _serve(self, line: socket.socket) -> None:
-        from uvicorn import Config, Server  # noqa: PLC0415 - imported only if HTTP is served
+        from uvicorn import Config, Server  # noqa: PLC0415 - only if HTTP is served
 
         config = Config(
             self._application(),
@@ -100,7 +103,7 @@ class Endpoints(threading.Thread):
             Path(self._listen.path).unlink(missing_ok=True)
 
     def _application(self) -> Starlette:
-        from starlette.applications import Starlette  # noqa: PLC0415 - as above
+        from starlette.applications import Starlette  # noqa: PLC0415 - only if HTTP is served
         from starlette.middleware import Middleware  # noqa: PLC0415
         from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: PLC0415
         from starlette.routing import Route  # noqa: PLC0415
@@ -112,7 +115,10 @@ class Endpoints(threading.Thread):
         return application
 
     async def livez(self, _: Request) -> Response:
-        """Answer 200 while each claim loop ends its steps in time, even without a database or during the stop."""
+        """Answer 200 while each claim loop ends its steps in time.
+
+        Answer 200 even if the database is down or the worker stops.
+        """
         return _verdict(self._liveness.why_not_alive(time.monotonic()), "alive")
 
     async def readyz(self, _: Request) -> Response:
@@ -120,14 +126,14 @@ class Endpoints(threading.Thread):
         return _verdict(self._liveness.why_not_ready(time.monotonic()), "ready")
 
     async def metrics(self, request: Request) -> Response:
-        from starlette.responses import Response  # noqa: PLC0415 - as above
+        from starlette.responses import Response  # noqa: PLC0415 - only if HTTP is served
 
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self._telemetry.metrics.registry), media_type=content_type)
 
 
 def _verdict(trouble: str | None, well: str) -> Response:
-    from starlette.responses import PlainTextResponse  # noqa: PLC0415 - as above
+    from starlette.responses import PlainTextResponse  # noqa: PLC0415 - only if HTTP is served
 
     return PlainTextResponse(f"{trouble or well}\n", status_code=503 if trouble else 200)
 

@@ -27,11 +27,12 @@ _PATIENCE_SECONDS = 2.0
 
 
 class Listener(threading.Thread):
-    """Opens the direct connection that listens, and lends it to the ``bell`` at which the claim loops sleep.
+    """Opens the direct connection that listens for notifications, and lends it to the ``bell``.
 
-    While the connection is lost, no notifications arrive. So the listener also rings the bell once after it has sent
-    LISTEN. At each connect and then every ``TEST_SECONDS``, the listener tests by a notification of its own whether
-    notifications of the worker's database arrive. While they do, the claim loops poll less often.
+    The claim loops sleep at the ``bell``. While the connection is lost, no notifications arrive.
+    Therefore the listener also rings the bell once after LISTEN. At each connect and then every
+    ``TEST_SECONDS``, the listener sends a test notification through the worker's database. While
+    the test notifications arrive, the claim loops poll less often.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Decides whether the claim loops are alive and whether they settle events. Does no I/O; the caller passes the time.
+"""Decides whether the claim loops are alive and whether they settle events.
 
-A loop is alive while its steps end in time, even if they end with errors. So a worker whose database is down counts as
-alive, because a restart of the worker would not help.
+This module does no I/O. The caller passes the time. A loop is alive while its steps end in time,
+even if they end with errors. A worker whose database is down is therefore alive. A restart of the
+worker would not help.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _Loop:
 
 
 class Liveness:
-    """Remembers when the last step of each loop ended, and if and why the step failed.
+    """Remembers when the last step of each loop ended, and the reason if the step failed.
 
     A step may take at most ``limit_seconds``.
     """
@@ -53,8 +54,8 @@ class Liveness:
     def returned(self, loop: int, now: float) -> bool:
         """Record that a loop has ended a step, a try, or a part of its sleep.
 
-        Return True if the caller must send a message to systemd's watchdog now, because every loop has ended a step
-        since the last message.
+        Return True if the caller must send a message to systemd's watchdog now. The caller must do
+        so if every loop has ended a step since the last message.
         """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True
@@ -72,7 +73,8 @@ class Liveness:
     def reached(self, trouble: str | None) -> None:
         """Record why the chores cannot reach the database, or None if they can reach it.
 
-        The chores report this, because the claim loops can sleep for up to an hour and would not notice an outage.
+        The chores report an outage, because sleeping claim loops do not notice it. A claim loop can
+        sleep for up to an hour.
         """
         self._unreachable = trouble
 

@@ -1,7 +1,8 @@
-"""Lets the main thread wait for the signals that stop the process, and for SIGHUP, which reloads the settings.
+"""Lets the main thread wait for stop signals, and for SIGHUP, which reloads the settings.
 
-The signal handler only sets a flag. The interpreter also writes a byte into a pipe, which wakes the waiting thread. A
-``threading.Event`` is not used, because setting it in a signal handler can deadlock with a thread that calls ``wait``.
+The signal handler only sets a flag. The interpreter also writes a byte into a pipe. This byte wakes
+the waiting thread. This module uses no ``threading.Event``. A signal handler that sets an event can
+deadlock with a thread that calls ``wait``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _CLOSED = -1
 
 
 class Signals:
-    """A context manager for the main thread. Inside it, a stop signal sets this object like a ``threading.Event``.
+    """Receives signals for the main thread inside a ``with`` block.
 
-    The signals in ``more`` stop the process, as SIGTERM and SIGINT do. The signal ``reload`` only wakes the main
-    thread. The method ``take_reload`` returns whether this signal has arrived.
+    A stop signal sets this object like a ``threading.Event``. The signals in ``more`` stop the
+    process, like SIGTERM and SIGINT. The signal ``reload`` only wakes the main thread. The method
+    ``take_reload`` returns whether the reload signal has arrived.
     """
 
     def __init__(self, *more: signal.Signals, reload: signal.Signals | None = None) -> None:
@@ -39,7 +41,7 @@ class Signals:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, self._receive) for number in self._signals}
-        self._received += interrupts.take()  # a signal during the imports, whose KeyboardInterrupt was swallowed
+        self._received += interrupts.take()  # count signals that arrived during the imports
         return self
 
     def __exit__(
@@ -89,7 +91,10 @@ class Signals:
 
 
 def make_signals() -> Signals:
-    """Return the signals of the daemon. SIGHUP reloads the settings, but in a terminal SIGHUP stops the process."""
+    """Return the signals of the daemon.
+
+    SIGHUP reloads the settings. In a terminal, SIGHUP stops the process instead.
+    """
     if sys.stdin is not None and sys.stdin.isatty():
         return Signals(signal.SIGHUP)
     return Signals(reload=signal.SIGHUP)

@@ -1,7 +1,7 @@
 """Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
-This module sends a message to the watchdog when every claim loop has ended a step since the last message. A
-timer would send messages even if a claim loop hangs, so this module uses no timer.
+This module sends a message to the watchdog when every claim loop has ended a step since the last
+message. This module uses no timer, because a timer sends messages even if a claim loop hangs.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ STEP_DEADLINES = 6
 A step opens a connection and runs a few statements. Each of these actions ends within one database deadline.
 """
 _SLICES = 3
-"""A claim loop divides its sleep into parts, because after each part it reports that it is alive.
+"""A claim loop divides its sleep into parts. After each part, it reports that it is alive.
 
-This number of parts fits into the longest time of one step, or into the limit of the watchdog if this limit is shorter.
+This number of parts fits into the longest time of one step. If the limit of the watchdog is
+shorter, the parts fit into this limit.
 """
 
 
 class Pulse:
-    """Records when one claim loop ends a step or a part of its sleep. Each such record is called a beat.
+    """Records when one claim loop ends a step or a part of its sleep. Each record is called a beat.
 
-    A caller can use a pulse in place of the flag ``stop``, because a pulse has the same methods. The ``wait`` of the
-    pulse also records beats.
+    A caller can use a pulse in place of the flag ``stop``, because a pulse has the same methods.
+    The method ``wait`` of a pulse also records beats.
     """
 
     def __init__(
@@ -94,7 +95,10 @@ class Supervision:
         return Endpoints(self._settings.listen, self._settings.http_hosts, self._liveness, self._telemetry)
 
     def pulses(self, loops: int, stop: Stop) -> list[Pulse]:
-        """Return one pulse for each claim loop. From now on, expect these loops to end steps until ``stop`` is set."""
+        """Return one pulse for each claim loop. From now on, each loop must end its steps in time.
+
+        A pulse is set when ``stop`` is set.
+        """
         self._liveness.expect(loops, time.monotonic())
         given = self._feed, self._slice_seconds
         self._pulses = [Pulse(stop, self._liveness, loop, *given) for loop in range(loops)]

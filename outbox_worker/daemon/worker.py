@@ -1,8 +1,8 @@
 """Starts, runs and stops the daemon.
 
-Claim loops, chores, listener and periodic backfill are threads. While these threads run, the main thread only waits
-for signals and sends no queries. So the main thread can stop the process even if the database does
-not answer.
+Claim loops, chores, listener and periodic backfill are threads. While these threads run, the main
+thread only waits for signals and sends no queries. Therefore the main thread can stop the process
+even if the database does not answer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Start:
     tables: Tables
     """The tables with the column types of this database. For example, the payload column may be jsonb, json or text."""
     doors: Doors
-    """The statements on these tables, for the event types that the worker claims."""
+    """The SQL statements on these tables, for the event types that the worker claims."""
 
     @property
     def outbox(self) -> Outbox:
@@ -196,9 +196,9 @@ class Worker:
         )
 
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
-        """Return the body of the periodic backfill, if the backfill is on.
+        """Return the function that runs the periodic backfill, if the backfill is on.
 
-        The backfill runs in its own thread, so that it delays neither claims nor heartbeats.
+        The backfill runs in a separate thread. It therefore delays neither claims nor heartbeats.
         """
         if not self._settings.backfill_every_seconds:
             return []
@@ -233,7 +233,10 @@ class Worker:
         return [thread.result() for thread in loops]
 
     def _await(self, threads: Sequence[LoopThread], signals: Signals) -> None:
-        """Wait at most ``database_deadline_seconds`` until all threads have ended or a second stop signal arrives."""
+        """Wait until all threads have ended or a second stop signal arrives.
+
+        Wait at most ``database_deadline_seconds``.
+        """
         give_up = time.monotonic() + self._settings.database_deadline_seconds
         while not all_done(threads) and not signals.is_hurried() and time.monotonic() < give_up:
             signals.pause(0.5)
@@ -251,9 +254,10 @@ class Worker:
             self._supervision.reloaded("nothing was reloaded, because a setting is invalid")
 
     def _adopt(self, found: Settings) -> None:
-        """Apply the log level and the limits of ``found``. Each loop uses the new limits from its next step on.
+        """Apply the log level and the limits of ``found``.
 
-        Report all other settings that changed, because they take effect only after a restart.
+        Each loop uses the new limits from its next step on. Report all other changed settings.
+        These settings take effect only after a restart.
         """
         before = self._settings
         changed = [name for name in Settings.model_fields if getattr(found, name) != getattr(before, name)]
@@ -271,7 +275,10 @@ class Worker:
             return not outbox.has_due(session, until, set_aside=self._workers.set_aside.ids)
 
     def _left_nothing(self, outbox: Outbox, until: datetime) -> bool:
-        """Return whether no due event is set aside (not claimed). Otherwise log how many events are set aside."""
+        """Return True if no due event is set aside (excluded from claims).
+
+        Otherwise log the number of events.
+        """
         if not self._workers.set_aside.ids:
             return True
         with self._database.transaction() as session:

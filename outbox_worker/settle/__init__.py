@@ -1,10 +1,13 @@
-"""Settles events, from the claim to COMMIT: first ``fast``, by one statement; what falls out, carefully.
+"""Settles events, from the claim to COMMIT.
 
-Call ``Processor.process_batch``. In a careful transaction, the order of calls is processor → settlement → handlers →
-``store``. ``settlement`` marks and deletes settled events, and ``recording`` writes retries and dead letters.
-``pacing`` is the memory of a claim loop between two batches: how many events the next claim asks for, and where in the
-queue the claim begins. ``isolation``
-processes single events alone after a worker has died. Two decisions are made outside this package:
-``decision.decide`` decides the outcome of an event, and ``decision.retry_delay`` the delay of its next try. Do not
-write SQL here, because all statements are in ``store``. Do not log or count an outcome before COMMIT.
+Call ``Processor.process_batch``. First, the module ``fast`` settles a batch by one statement. Then
+a careful transaction, which locks the pairs first, settles the events that this statement left
+unchanged. A careful transaction calls processor → settlement → handlers → ``store``. ``settlement``
+marks and deletes settled events. ``recording`` writes retries and dead letters. ``pacing`` stores
+how many events the next claim asks for, and where in the queue the claim begins. ``isolation``
+processes single events alone after a worker has died.
+
+``decision.decide`` decides the outcome of an event. ``decision.retry_delay`` computes the delay of
+the next try. Write SQL only in ``store``, not in this package. Log and count an outcome only after
+COMMIT.
 """

@@ -1,6 +1,7 @@
-"""Keeps the state while a batch is settled in parts: the parts that are not tried yet, and the results so far.
+"""Keeps the state of a batch that the worker settles in parts.
 
-This module does no I/O.
+The state consists of the parts that are not tried yet, and of the results so far. This module does
+no I/O.
 """
 
 from __future__ import annotations
@@ -23,22 +24,27 @@ from outbox_worker.settle.handlers import AttemptPlan
 
 @dataclass
 class Found:
-    """The results of all attempts at a batch: verdicts, and the errors of the events that the database refused."""
+    """The results of all attempts to settle a batch.
+
+    ``refusals`` contains the error of each event that the database refused.
+    """
 
     verdicts: Verdicts = field(default_factory=dict)
     refusals: dict[int, Exception] = field(default_factory=dict)
     kept: dict[int, Exception] = field(default_factory=dict)
     """Settled events whose outbox rows the database refused to delete, each with the error."""
     held: dict[int, Exception] = field(default_factory=dict)
-    """Events whose outbox rows the database refused to delete for the first time, each with the error.
+    """Events whose outbox rows the database refused to delete for the first time.
 
-    These events are not settled yet, because a later attempt to delete the rows may succeed.
+    Contains the errors.
+
+    The worker does not settle these events yet. A later attempt to delete the rows can succeed.
     """
     is_through: bool = True
 
 
 class Bisection:
-    """The state of one batch that is halved until each refused event is a part by itself."""
+    """The state of one batch. The worker halves it until each refused event is alone in a part."""
 
     def __init__(self, plan: AttemptPlan, parts: list[Batch], stuck: Collection[int] | None) -> None:
         self.plan = plan
@@ -46,21 +52,25 @@ class Bisection:
         """The parts that are not tried yet. The last part of the list is tried next."""
         self.found = Found()
         self.foreign: set[int] = set()
-        """Events that violated a unique key other than that of pair, payment or mark. So the cause is unclear."""
+        """Events that violated a unique key, but not the key of the pair, the payment or the mark.
+
+        The cause of this error is unclear.
+        """
         self._stuck = stuck
         self._looked_again: set[int] = set()
         self._made: dict[int, Concessions] = {}
         self._causes: dict[int, dict[Concession, Exception]] = {}
 
     def concessions(self, part: Batch) -> Concessions:
-        """Return the writes that the next attempt at a part omits."""
+        """Return the writes that the next attempt to settle a part omits."""
         return self._made.get(next(iter(part)), NONE) if len(part) == 1 else NONE
 
     def is_trial(self, part: Batch) -> bool:
         """Return whether the next attempt is a trial.
 
-        A trial finds out whether the database refuses only the deletion of the event's row. All writes of a trial are
-        rolled back. If the trial succeeds, the event is set aside until a later try.
+        A trial settles one event without deleting its row, and then rolls back all writes. If a
+        trial succeeds, the database refuses only the deletion. The worker then sets the event aside
+        until a later try.
         """
         return Concession.ROW in self.concessions(part) and self._is_new(next(iter(part)))
 
@@ -68,12 +78,15 @@ class Bisection:
         return self._stuck is not None and key not in self._stuck
 
     def hold(self, part: Batch) -> None:
-        """Do not settle a single event yet, because its trial without the deletion of its row succeeded."""
+        """Do not settle a single event yet. The database refuses only the deletion of its row."""
         (key,) = part
         self.found.held[key] = self._causes[key][Concession.ROW]
 
     def failed(self, part: Batch, refusal: PartRefused) -> None:
-        """Halve a part that failed. Try a single event again with fewer writes, or note that the event was refused."""
+        """Halve a part that failed.
+
+        If the part is a single event, try the event with fewer writes, or record the refusal.
+        """
         error = refusal.error
         if len(part) > 1:
             self.parts += reversed(part.halves())
@@ -81,7 +94,7 @@ class Bisection:
         (key,) = part
         if sqlstate(error) == UNIQUE_VIOLATION and key not in self._looked_again:
             self._looked_again.add(key)
-            self.parts.append(part)  # another transaction has written the same key: read the facts once more
+            self.parts.append(part)  # another transaction wrote this key: read again
             return
         if refusal.step is Step.REMOVE and self._is_new(key):
             self.found.held[key] = error
@@ -96,7 +109,10 @@ class Bisection:
         self.parts.append(part)
 
     def succeeded(self, part: Batch, verdicts: Verdicts) -> None:
-        """Add the verdicts of a part, and the earlier errors of the writes that the last attempt omitted."""
+        """Add the verdicts of a settled part.
+
+        For each omitted write, add the error that it caused before.
+        """
         made, causes = self.concessions(part), self._causes.get(next(iter(part)), {})
         if Concession.ROW in made:
             self.found.kept |= dict.fromkeys(final(verdicts), causes[Concession.ROW])
@@ -114,10 +130,10 @@ class Bisection:
 
 
 class UnprovenRefusals:
-    """A record of the events that the database refused in a batch in which no other event succeeded.
+    """A record of refused events whose batch contained no event that succeeded.
 
-    The cause of such a refusal may be the event or the database. If the event is refused again after another event
-    succeeded, the event itself is the cause.
+    The cause of the refusal is either the event or the database. If another event succeeds later,
+    the database works. The refused event itself is then the cause.
     """
 
     def __init__(self) -> None:
@@ -139,7 +155,8 @@ class UnprovenRefusals:
     def committed(self, done: Collection[int], *, is_proof: bool) -> None:
         """Forget the events ``done``.
 
-        If ``is_proof``, another event has succeeded, so the remaining events are the cause of their own refusals.
+        If ``is_proof`` is true, another event has succeeded. The remaining events have then caused
+        their own refusals.
         """
         if self._recent or self._proven:
             self._recent.difference_update(done)

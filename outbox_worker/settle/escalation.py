@@ -1,7 +1,8 @@
 """Decides what to try next after the database refused a part of a batch. This module does no I/O.
 
-A part with several events is halved. A part with a single event is tried again with fewer writes. The attempt omits a
-write that the database may have refused: the purchase of the pair's next payment, or the deletion of the event's row.
+The worker halves a part with several events. It tries a single event again, and omits a write that
+the database may have refused. The omitted write is the deletion of the event's row, or the purchase
+of the next payment of the pair.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ class Step(Enum):
     REMOVE = auto()
     """The worker deletes the rows of the events from the outbox."""
     CHECK = auto()
-    """The worker checks the deferred constraints. The cause of an error may be any of the other steps."""
+    """The worker checks the deferred constraints. Any other step can be the cause of an error."""
 
 
 class Concession(Enum):
-    """A write that an attempt at a single event omits, because the database may refuse only this write."""
+    """A write that the worker omits when it tries a single event again.
+
+    The database possibly refuses only this write.
+    """
 
     ROW = auto()
     """The event's row stays in the outbox, although the event is settled."""
     NEXT_PAYMENT = auto()
-    """The next payment of the pair gets no purchase, although the refund is written."""
+    """The next payment of the pair gets no purchase, although the worker writes the refund."""
 
 
 Concessions = frozenset[Concession]
@@ -44,7 +48,7 @@ _IN_ORDER: Sequence[Concessions] = (
     frozenset({Concession.NEXT_PAYMENT}),
     frozenset({Concession.ROW, Concession.NEXT_PAYMENT}),
 )
-"""The writes to omit in the first, second, third and fourth attempt at an event whose deferred constraints fail."""
+"""The writes to omit in the four attempts to settle an event whose deferred constraints fail."""
 
 
 class PartRefused(Exception):
@@ -56,17 +60,18 @@ class PartRefused(Exception):
 
 
 class TrialPassed(Exception):
-    """Raised if a trial of a single event succeeds, so that the writes of the trial are rolled back.
+    """Raised if a trial of a single event succeeds. The error rolls back the writes of the trial.
 
     The success proves that the database refuses only the deletion of the event's row.
     """
 
 
 def next_concessions(step: Step, made: Concessions, *, is_refund: bool) -> Concessions | None:
-    """Return the writes that the next attempt at a single event omits, or None if no further attempt can help.
+    """Return the writes that the next attempt to settle a single event omits.
 
-    The last attempt omitted ``made``, and the database refused it at ``step``. Only after a refund does the next
-    payment of the pair get a purchase.
+    Return None if no further attempt can help. The last attempt omitted the writes ``made``. The
+    database refused this attempt at ``step``. The next payment of the pair gets a purchase only
+    after a refund.
     """
     match step:
         case Step.REMOVE:

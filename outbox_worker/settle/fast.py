@@ -1,4 +1,4 @@
-"""Settles one batch by one statement (``store/fast_path``), in a transaction of its own."""
+"""Settles one batch by one SQL statement (``store/fast_path``) in a separate transaction."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 @dataclass
 class FallenEvents:
-    """The events that fell out of several batches of a claim loop, until one careful transaction settles them.
+    """The events of several batches that the fast statement left unsettled.
 
-    A careful transaction needs about twenty round trips, however few events it settles.
+    One careful transaction then settles all of these events. A careful transaction needs about
+    twenty round trips, even for a single event.
     """
 
     _ids: dict[int, None] = field(default_factory=dict)
@@ -37,25 +38,37 @@ class FallenEvents:
     _since: float = 0.0
 
     def add(self, report: BatchReport, now: float) -> None:
-        """Add the events that fell out of a batch at the time ``now``, in monotonic seconds."""
+        """Add the events of one batch that the fast statement left unsettled.
+
+        ``now`` is the time in monotonic seconds.
+        """
         if report.fell_out:
             self._since = self._since if self._ids else now
             self._ids |= dict.fromkeys(report.fell_out)
             self._windows += report.windows
 
     def must_be_settled(self, now: float, *, most: int, seconds: float) -> bool:
-        """Return whether half of ``most`` events, or at least one event since ``seconds``, wait to be settled."""
+        """Return whether the worker must settle the waiting events now.
+
+        True if half of ``most`` events wait, or if an event has waited for ``seconds``.
+        """
         return bool(self._ids) and (len(self._ids) * 2 >= most or now - self._since >= seconds)
 
     def take(self, report: BatchReport) -> BatchReport:
-        """Return a report of these events and of those that ``report`` created. Afterwards, no event waits here."""
+        """Return a copy of ``report`` with all waiting events in ``fell_out``.
+
+        Then forget these events.
+        """
         ids, windows = list(self._ids), self._windows
         self._ids, self._windows = {}, []
         return replace(report, claimed=report.created + len(ids), fell_out=ids, windows=windows)
 
 
 class FastTransaction:
-    """Claims one batch and settles the events that nothing speaks against. Each claim loop has its own one."""
+    """Claims one batch, and settles each event that needs no careful transaction.
+
+    Each claim loop has one such object.
+    """
 
     def __init__(
         self,
@@ -72,18 +85,19 @@ class FastTransaction:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the next batch may be settled by one statement.
+        """Whether one statement can settle the next batch.
 
-        This is not so while the worker searches the cause of a failure, or if a trigger may change a purchase after the
-        statement has read it back.
+        False while the worker searches for the cause of a failure. Also false if a trigger could
+        change a purchase after the statement has read it back.
         """
         return self._pacing.is_calm and "INSERT" not in self._guard.state.triggers_on
 
     def run(self, until: datetime | None) -> BatchReport:
-        """Settle one batch. The events ``fell_out`` of the report are unchanged.
+        """Settle one batch. The rows of the events in ``fell_out`` of the report are unchanged.
 
-        Raises Again if the database refuses the statement, or if the numbers of written rows do not match. Everything
-        is then rolled back. Raises the database's error if the connection is lost.
+        Raises Again if the database refuses the statement, or if the numbers of written rows do not
+        match. The whole transaction is then rolled back. Raises the database's error if the
+        connection is lost.
         """
         state, limit, began = self._guard.state, _claim_size(self._guard.state, self._pacing), time.monotonic()
         result = FastResult()
@@ -114,7 +128,10 @@ class FastTransaction:
         return report
 
     def _commit(self, transaction: Session | Direct, result: FastResult) -> Literal["commit", "unknown"]:
-        """Commit, even after a look in vain: after a ROLLBACK, psycopg would prepare its statements again."""
+        """Commit, even if the claim found no event.
+
+        After a ROLLBACK, psycopg would prepare its statements again.
+        """
         began = time.monotonic()
         answer = self._database.commit(transaction, result.transaction_id)
         if result.created:
@@ -122,7 +139,10 @@ class FastTransaction:
         return answer
 
     def _settle(self, transaction: Session | Direct, limit: int, until: datetime | None) -> FastResult:
-        """Settle events after the end of the last claim. If there are none, or it is time, begin at the start."""
+        """Settle events after the end of the last claim.
+
+        Begin at the start of the queue if no event is found, or if a claim from the start is due.
+        """
         known, began = self._pacing.set_aside, time.monotonic()
         wanted = Wanted(
             limit=limit,
@@ -141,7 +161,11 @@ class FastTransaction:
         return result
 
     def _run(self, transaction: Session | Direct, wanted: Wanted, start: Position | None) -> FastResult:
-        """Settle one claim: by one statement, or under the guard ``lock`` by one that locks and one that settles."""
+        """Claim and settle events by one statement.
+
+        Under the guard ``lock``, one statement locks the pairs, and another statement settles the
+        events.
+        """
         if isinstance(transaction, Session):
             return self._of_documents(transaction, wanted, start)
         state = self._guard.state
@@ -149,7 +173,10 @@ class FastTransaction:
         return settle(transaction.fetch, state, wanted, start)
 
     def _of_documents(self, session: Session, wanted: Wanted, start: Position | None) -> FastResult:
-        """Claim events whose payloads are json or text, so that Python must parse them before they are settled."""
+        """Claim and settle events whose payloads are json or text.
+
+        Python must parse these payloads first.
+        """
         state = self._guard.state
         claim = self._outbox.claim(session, wanted.limit, wanted.until, start, set_aside=wanted.set_aside)
         batch = claim.batch.without(claim.crash_suspects)

@@ -1,4 +1,4 @@
-"""Handles each type of event: ``build_handlers`` returns a table with one handler per event type."""
+"""Defines the handlers of events. ``build_handlers`` returns one handler per event type."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from outbox_worker.store.purchases import PurchaseRepository
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """The way in which one attempt settles a batch."""
+    """The options with which one attempt settles a batch."""
 
     guard: GuardState
     locks: PairLocks
     """The pairs that are locked already."""
     grants_next: bool = True
-    """Whether a refund creates a purchase for the next payment of its pair.
+    """Whether a refund creates a purchase for the next payment of the pair.
 
-    If false, no such purchase is created, and the verdict names the payment that would have got it.
+    If false, the worker creates no purchase for this payment, and the verdict names the payment.
     """
 
 
@@ -40,10 +40,11 @@ class Handler(Protocol):
     """Handles a batch of claimed events of one type inside the session's transaction."""
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Write the purchases and return a verdict per event. An event without a verdict stays unchanged in the outbox.
+        """Write the purchases and return a verdict per event.
 
-        ``Settlement`` then writes marks, retries and dead letters, and deletes events. If this method raises an
-        exception, everything that it wrote is rolled back.
+        An event without a verdict stays unchanged in the outbox. ``Settlement`` then writes marks,
+        retries and dead letters, and deletes settled events. If this method raises an exception,
+        all of its writes are rolled back.
         """
         ...
 
@@ -57,11 +58,12 @@ UnknownTypes = Literal["bury", "ignore"] | None
 
 
 def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes) -> tuple[str, ...] | None:
-    """Return the event types to claim, or None to claim all types and make dead letters of unknown ones.
+    """Return the event types that the worker claims, or None for all types.
 
-    The setting ``unknown_types`` decides. If the setting is not given, the worker claims all types if our migrations
-    created the outbox. If another application created the outbox, other consumers may share it.
-    The worker then leaves events of unknown types to these consumers.
+    If the worker claims all types, events of unknown types become dead letters. The setting
+    ``unknown_types`` decides this. If the setting is not given, the creator of the outbox table
+    decides. If the worker's migrations created the table, the worker claims all types. If another
+    application created it, the worker leaves unknown events to other consumers.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
     return None if choice == "bury" else HANDLED_TYPES
@@ -81,7 +83,7 @@ def judge_unhandled(batch: Batch) -> Verdicts:
 
 
 class _UnderLocks(ABC):
-    """Base class of both handlers: reads the facts, decides and writes while the pairs are locked."""
+    """Base class of both handlers. Reads, decides and writes while the pairs are locked."""
 
     def __init__(self, repository: PurchaseRepository, policy: RetryPolicy) -> None:
         self._repository = repository
@@ -91,7 +93,7 @@ class _UnderLocks(ABC):
     def _choose(self, batch: Batch, seen: Mapping[int, EventFacts]) -> Batch:
         """Choose events whose purchases one statement can write together.
 
-        The other events are judged again after this statement.
+        ``_judge`` judges all other events again after this statement.
         """
 
     @abstractmethod
@@ -109,9 +111,10 @@ class _UnderLocks(ABC):
         held: frozenset[int],
         guard: GuardState,
     ) -> Verdicts:
-        """Judge the events and write their purchases. Judge an event again if its purchase was not written.
+        """Judge the events and write their purchases.
 
-        Each round except the last gives a verdict to at least one event.
+        Judge an event again if its purchase was not written. Each round except the last tries to
+        write a purchase for an event that was not tried before.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -147,10 +150,16 @@ class ConfirmedPurchases(_UnderLocks):
 
 
 class RefundedPurchases(_UnderLocks):
-    """Makes purchases of refunded payments inactive, and creates a purchase for another payment of the same pair."""
+    """Deactivates purchases of refunded payments.
+
+    Creates a purchase for another payment of the pair.
+    """
 
     def apply(self, session: Session, batch: Batch, plan: AttemptPlan) -> Verdicts:
-        """Write all refunds. Then create purchases for other payments of these pairs that have no purchase yet."""
+        """Deactivate all refunded purchases.
+
+        Then create purchases for the next payments of these pairs.
+        """
         seen = self._look(session, batch)
         verdicts = self._judge(session, batch, seen, plan.locks.keys, plan.guard)
         revoked = batch.among({key for key, verdict in verdicts.items() if verdict.outcome is Outcome.REVOKED})
@@ -165,11 +174,13 @@ class RefundedPurchases(_UnderLocks):
     def _grant_next(
         self, session: Session, revoked: Batch, seen: Mapping[int, EventFacts], plan: AttemptPlan
     ) -> Verdicts:
-        """For each pair that has no active purchase now, create the purchase of its oldest payment without a purchase.
+        """Create a purchase for each pair that has no active purchase now.
 
-        This method reads the payments after the refunds are written, and while the pairs are locked. So no other worker
-        can judge a payment as a duplicate between the refund and the new purchase. If a purchase was not written, the
-        payments are read again. The refund stays written even if the purchase is not written.
+        The purchase belongs to the oldest payment of the pair that has no purchase. This method
+        reads the payments after the refunds are written, and while the pairs are locked. Therefore
+        no other worker can judge a payment as a duplicate between the refund and the new purchase.
+        If the database does not write a purchase, the method reads the payments again. The refund
+        stays written even if no purchase is written.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()
@@ -191,7 +202,8 @@ class RefundedPurchases(_UnderLocks):
     def _insert_next(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
         """Create the purchases of the pairs' next payments.
 
-        If the database refuses one of these purchases, raise PartRefused. The refund is then written without it.
+        If the database refuses one of these purchases, raise PartRefused. The worker then writes
+        the refund without this purchase.
         """
         try:
             return self._repository.insert_granted(session, batch, guard)
@@ -202,14 +214,15 @@ class RefundedPurchases(_UnderLocks):
 
 
 def _owed(standing: Sequence[StandingPayment], event_facts: EventFacts) -> str | None:
-    """Return the oldest payment of a pair in the class ``unexplained`` (nothing explains why it has no purchase).
+    """Return the oldest payment of a pair in the class ``unexplained``.
 
-    Return None if there is no such payment, or if another worker may be writing the pair's purchase.
+    Nothing explains why an unexplained payment has no purchase. Return None if the pair has no
+    unexplained payment, or if another worker is possibly writing the pair's purchase.
 
-    If this refund deactivated the active purchase of the pair, every other worker that writes a purchase of the pair
-    waits for this transaction. Therefore this transaction may create a purchase. If the pair had no active purchase
-    before, another worker may be writing the purchase of a payment whose event is in the outbox. If this worker waited
-    for that worker, both could deadlock.
+    If this refund deactivated the pair's active purchase, other workers wait for this transaction
+    before they write to the pair. Therefore this transaction can create a purchase. If the pair had
+    no active purchase before, another worker is possibly writing a purchase for an event in the
+    outbox. If this worker waited for the other worker, the two could deadlock.
     """
     is_open = event_facts.facts.purchase_active or all(each.kind != PaymentClass.IN_FLIGHT for each in standing)
     unexplained = (each.payment_id for each in standing if each.kind == PaymentClass.UNEXPLAINED)

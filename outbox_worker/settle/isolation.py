@@ -1,14 +1,15 @@
-"""Processes single events alone after a worker has died, because one of these events may have killed the worker.
+"""Processes events one at a time after a worker has died.
 
-Before the work, the process *accuses* the event: it commits the event's id into its own row of ``workers``. The
-transaction that settles the event clears the row. If the process dies in between, the row still names the event, and
-the worker that takes the row over may count a crash for the event (``Workers.take_over_dead_workers``). A process that
-gives the event up, or stops, clears the row as well. If the database cannot be reached, the process leaves a note (a
-file) on its host.
+One of these events possibly killed the worker. Before the process settles an event, it *accuses*
+the event: it commits the event's id into the row of this process in ``workers``. The transaction
+that settles the event removes the id from the row. If the process dies before that, the row still
+names the event. The worker that takes over the row can then count a crash for the event
+(``Workers.take_over_dead_workers``). The process also removes the id if it gives up the event or
+stops. If the process cannot reach the database, it leaves a note (a file) on its host.
 
-A process has only one row, and all its claim loops die together. So while one claim loop processes an event alone, all
-other claim loops of the process wait. Otherwise their batches could kill the process, and the row would name an event
-that is not the cause.
+A process has only one row in ``workers``, and all claim loops of a process die together. Therefore
+all other claim loops wait while one claim loop processes an event alone. Otherwise a batch of
+another claim loop could kill the process. The row would then name an event that is not the cause.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from outbox_worker.store.outbox import Outbox
 from outbox_worker.store.workers import Workers
 
 _WAIT_SECONDS = 0.5
-"""While a claim loop waits for other loops, it reports after each such interval that it is alive."""
+"""The interval at which a claim loop that waits for other loops reports that it is alive."""
 
 
 class Isolation:
-    """Counts the events that this process must still process alone, and lets only one claim loop at a time do so.
+    """Counts the events that this process must still process alone.
+
+    Only one claim loop at a time can process an event alone.
 
     All claim loops of the process share one ``Isolation``.
     """
@@ -57,9 +60,10 @@ class Isolation:
 
     @contextmanager
     def together(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Process a batch inside the ``with`` block, while other loops may process batches, too.
+        """Process a batch inside the ``with`` block.
 
-        If another loop processes an event alone, wait for that loop, and call ``on_wait`` from time to time.
+        Other loops can process batches at the same time. While another loop processes an event
+        alone, wait, and call ``on_wait`` from time to time.
         """
         with self._changed:
             self._wait(lambda: not self._is_one_alone, on_wait)
@@ -73,9 +77,10 @@ class Isolation:
 
     @contextmanager
     def alone(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Process one event inside the ``with`` block. No other loop begins a batch from now on.
+        """Process one event inside the ``with`` block. Meanwhile, no other loop begins a batch.
 
-        First wait until the batches of the other loops have ended, and call ``on_wait`` from time to time.
+        First wait until the other loops have ended their batches, and call ``on_wait`` from time to
+        time.
         """
         with self._changed:
             self._wait(lambda: not self._is_one_alone, on_wait)
@@ -98,22 +103,25 @@ class Isolation:
     ) -> IsolatedEvent | None:
         """Choose a due event and accuse it: write its id into the row of this process.
 
-        Return None if no due event was chosen, or if the row was not written. ``key`` is the id of the event; None
-        stands for the first event of the queue. If the queue contains no due event, the process goes back to whole
-        batches.
+        Return None if no due event was found, or if the row was not written. ``key`` is the id of
+        the event to choose. If ``key`` is None, choose the first event of the queue. If the queue
+        then contains no due event, the process settles whole batches again.
         """
         with self._database.transaction(**plans) as session:
             event = outbox.isolate(session, key, until, set_aside=self._workers.set_aside.ids)
             if event is not None:
                 if not self._workers.accuse(session, guard, event.id):
                     return None
-                self._is_accusing = True  # even if the answer to COMMIT is lost
+                self._is_accusing = True  # stays true even if the answer to COMMIT is lost
         if key is None:
             self._to_isolate = 0 if event is None else max(0, self._to_isolate - 1)
         return event
 
     def clear_crash(self, session: Session) -> None:
-        """Clear the event from the row of this process, in the transaction that settles or postpones the event."""
+        """Remove the event's id from the row of this process.
+
+        The same transaction must settle or postpone the event.
+        """
         self._workers.withdraw(session)
 
     def settled(self) -> None:
@@ -121,22 +129,26 @@ class Isolation:
         self._is_accusing = False
 
     def withdraw(self) -> None:
-        """Withdraw the accusation (clear the row of this process), because the process gives the event up or stops.
+        """Withdraw the accusation: remove the event's id from the row of this process.
 
-        If the database cannot be reached, leave a note on this host.
+        Call this method if the process gives up the event or stops. If the database cannot be
+        reached, leave a note (a file) on this host.
         """
         if not self._is_accusing:
             return
         try:
             with self._database.transaction() as session:
                 self._workers.withdraw(session)
-        except Exception:  # noqa: BLE001 - the caller has reported the trouble already, or the process ends
+        except Exception:  # noqa: BLE001 - the caller has reported the error, or the process ends
             self._workers.withdraw_here()
         else:
             self._is_accusing = False
 
     def withdraw_here(self) -> None:
-        """Leave a note on this host if the row still names an event when the process ends. No database is needed."""
+        """If the row of this process still names an event, leave a note (a file) on this host.
+
+        This method needs no database.
+        """
         if self._is_accusing:
             self._workers.withdraw_here()
 
@@ -149,7 +161,7 @@ class LoneEvents:
         self._failures = 0
         self.event: IsolatedEvent | None = None
         self.crash_suspects: list[int] = []
-        """Events that the last batches left out, because workers died while they processed them."""
+        """Events that the last batches left out, because a worker died while it processed them."""
 
     @property
     def is_next(self) -> bool:
@@ -158,14 +170,18 @@ class LoneEvents:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the event must be postponed, because it had ``STUCK_PASSES_MAX`` transient or unclear errors."""
+        """Whether the event must be postponed.
+
+        True after ``STUCK_PASSES_MAX`` transient or unclear errors.
+        """
         return self._failures >= STUCK_PASSES_MAX
 
     def choose(self, guard: Guard, until: datetime | None, plans: Mapping[str, str]) -> IsolatedEvent | None:
-        """Choose the next event to process alone, and accuse it (write its id into the row of this process).
+        """Choose the next event to process alone, and accuse it.
 
-        The next event is the event that was given up before. If no event was given up, it is the next one of
-        ``crash_suspects``. If that list is empty, too, it is the first event of the queue.
+        First choose the event that this loop gave up before. If there is no such event, choose an
+        event of ``crash_suspects``. If this list is empty, choose the first event of the queue. To
+        accuse an event, write its id into the row of this process.
         """
         before, key = self.event, None
         if before is not None:
@@ -184,7 +200,10 @@ class LoneEvents:
         return self.event
 
     def gave_up(self, error: Exception) -> None:
-        """Withdraw the accusation, because the event did not kill the process. The event is tried again later."""
+        """Withdraw the accusation, because the event did not kill the process.
+
+        The loop tries the event again later.
+        """
         self._failures += classify(error) in (Failure.RETRY, Failure.UNCLEAR, Failure.RECONNECT)
         self._isolation.withdraw()
 

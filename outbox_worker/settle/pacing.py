@@ -1,6 +1,6 @@
 """Decides how many events the next claim asks for, and where the claim begins in the queue.
 
-This module does no I/O. This module does not read the clock either, because the caller passes the time.
+This module does no I/O. The caller passes the time, so this module reads no clock.
 """
 
 from __future__ import annotations
@@ -15,42 +15,53 @@ from outbox_worker.model import Position
 from outbox_worker.store.set_aside import SetAside
 
 FEWEST = 50
-"""If the database is slow, the worker makes its batches smaller, but not smaller than this size.
+"""If the database is slow, the worker shrinks its batches, but not below this size.
 
 Smaller batches would spend most of their time on BEGIN and COMMIT.
 """
 STUCK_PASSES_MAX = 5
 """If this number of full claims in a row settle no event, the worker postpones the claimed events.
 
-Otherwise the same events would be claimed again and again, and later events would wait.
+A full claim finds as many events as it asks for. Without this limit, the worker would claim the
+same events again and again. Later events would wait.
 """
 FEW_IN_DOUBT = 15
 """The largest batch size at which one transaction can always try each event alone.
 
-A larger batch could need more than ``MAX_SAVEPOINTS`` savepoints, because each halving takes two of them.
+A larger batch could need more than ``MAX_SAVEPOINTS`` savepoints. Each halving takes two
+savepoints.
 """
 LONG_CLAIM_SECONDS = 1.0
-"""If a claim from the start finds no event for longer than this, the next one does not look further back in time."""
+"""The duration from which a claim from the start of the queue is too long.
+
+If a claim that is too long finds no event, the next one does not look further back.
+"""
 REACH_FIRST = 24 * 60 * 60.0
 REACH_LEAST = 60.0
-"""How far back, in seconds, a claim from the start looks at first and at least, after such a claim took too long."""
-REACH_CUT = 8
-"""By how much the reach shrinks each time. With four times, it shrinks from a day to less than a minute."""
-START_SHARE = 0.05
-"""The largest share of its time that a claim loop spends on claims from the start of the queue.
+"""The first and the smallest reach (in seconds), if a claim from the start of the queue timed out.
 
-This limit applies only while claims find events. A claim that finds none after the last claim begins at the start.
+The reach is the time by which a claim looks back.
+"""
+REACH_CUT = 8
+"""The divisor of the reach. Four divisions shrink a reach of one day to ``REACH_LEAST``."""
+START_SHARE = 0.05
+"""The largest share of time that a claim loop spends on claims from the start of the queue.
+
+This limit applies only while claims find events. If no event follows the last claim, the loop
+claims from the start at once.
 """
 
 
 @dataclass
 class Frontier:
-    """The position that the claim loops of one process have reached in the queue. The loops share one frontier.
+    """The position that the claim loops of one process have reached in the queue.
 
-    A claim from the start of the queue is slow, because it must read the rows that other loops have locked, and also
-    the index entries of rows that were deleted after the oldest open snapshot. So while all claimed events are settled,
-    the next claim begins where the last claim ended. An event can still appear before that position, because of a late
-    commit or because the clock was set back. So from time to time, a claim begins at the start of the queue again.
+    The loops share one frontier. A claim from the start of the queue is slow. It must read the rows
+    that other loops have locked. It must also read the index entries of rows that were deleted
+    after the oldest open snapshot. Therefore, if all claimed events are settled, the next claim
+    begins where the last claim ended. An event can still appear before that position after a late
+    commit, or if the clock was set back. Therefore a claim begins at the start of the queue again
+    from time to time.
     """
 
     mark: Position | None = None
@@ -58,13 +69,17 @@ class Frontier:
     start_due: float = 0.0
     """The time from which the next claim begins at the start of the queue."""
     reach: float = math.inf
-    """How far back, in seconds, a claim from the start looks.
+    """How far back in time, in seconds, a claim from the start of the queue looks.
 
-    While a transaction stays open for hours, no claim can read all index entries of deleted rows within the time limit
-    of a statement. Claims then look at the newest part of the queue only, so that the queue does not stand still.
+    If a transaction stays open for hours, many index entries of deleted rows remain. A claim then
+    exceeds the time limit of a statement if it reads them all. Claims therefore read only the
+    newest part of the queue, so that the worker still settles events.
     """
     start: Position | None = None
-    """The position where a claim from the start begins, which follows from ``reach``. None is the oldest event."""
+    """The position where a claim from the start of the queue begins.
+
+    If None, it begins at the oldest event. ``reach`` determines this position.
+    """
     turn: int = 0
     """The number of calls of ``go_back``. If this number changes during a claim, the claim does not set ``mark``."""
 
@@ -74,7 +89,10 @@ class Frontier:
         self.turn += 1
 
     def look_back(self, reach: float, today: datetime) -> None:
-        """Let claims from the start look ``reach`` seconds back. ``today`` is the time by the database's clock."""
+        """Let claims from the start of the queue look ``reach`` seconds back.
+
+        ``today`` is the time by the database's clock.
+        """
         is_far = reach > REACH_FIRST
         self.reach = math.inf if is_far else reach
         self.start = None if is_far else Position((today - timedelta(seconds=reach)).isoformat(), 0)
@@ -91,19 +109,23 @@ class Pacing:
     limit: int = field(init=False)
     """The number of events that the next claim asks for."""
     careful_limit: int = field(init=False)
-    """The number of events that the next careful transaction takes. It is at most ``limit``.
+    """The number of events that the next careful transaction takes.
 
-    If many events are refused, this limit shrinks alone, so that the fast statement still claims full batches. So the
-    refused events do not delay those that nothing speaks against.
+    This number is at most ``limit``. If the database refuses many events, only this limit shrinks.
+    The fast statement still claims full batches. The refused events therefore do not delay all
+    other events.
     """
     is_alone: bool = field(default=False, init=False)
     """Whether the last transaction failed and had claimed only one event."""
     is_calm: bool = field(default=True, init=False)
-    """Whether no failure is being looked into. Otherwise the next transaction is a careful one."""
+    """False while the worker searches for the cause of a failure.
+
+    The next transaction is then careful.
+    """
     breaks_alone: bool = field(default=False, init=False)
-    """Whether the connection broke while an event was settled that had been claimed alone."""
+    """Whether the connection broke while the worker settled an event that it had claimed alone."""
     may_reach_further: bool = field(default=False, init=False)
-    """Whether the next claim from the start may look further back than the last one."""
+    """Whether the next claim from the start of the queue can look further back than before."""
     _passes_without_success: int = field(default=0, init=False)
     _turn: int = field(default=0, init=False)
     _in_hand: int = field(default=0, init=False)
@@ -119,16 +141,22 @@ class Pacing:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the first events must be postponed, because ``STUCK_PASSES_MAX`` full claims settled no event."""
+        """Whether ``STUCK_PASSES_MAX`` full claims in a row settled no event.
+
+        The worker must then postpone the first events of the queue.
+        """
         return self._passes_without_success >= STUCK_PASSES_MAX
 
     def use(self, limits: Limits) -> None:
-        """Use these limits from the next claim on. If the size is larger than before, batches grow to it in steps."""
+        """Use these limits from the next claim on.
+
+        If the batch size is larger than before, batches grow in steps.
+        """
         self.limits = limits
         self._shrink(limits.batch_size)
 
     def start(self, now: float) -> Position | None:
-        """Return the position after which the next claim begins, or None for the start.
+        """Return the position after which the next claim begins. None is the start of the queue.
 
         ``now`` is in monotonic seconds.
         """
@@ -138,39 +166,42 @@ class Pacing:
         return None if now >= self.frontier.start_due else self.frontier.mark
 
     def claimed(self, start: Position | None, end: Position | None, *, is_full: bool) -> None:
-        """Begin the next claim where a claim from ``start`` ended. ``end`` is None if the claim found no event.
+        """Begin the next claim where a claim from ``start`` ended.
 
-        A claim from the start of the queue that is not full leaves the mark where it is. Such a claim has found all due
-        events, but it may have ended before the mark.
+        ``end`` is None if the claim found no event. If a claim from the start of the queue was not
+        full, do not change ``mark``. This claim has found all due events, but it may have ended
+        before ``mark``.
         """
         is_short_from_start = start is None and not is_full and self.frontier.mark is not None
         if end is not None and not is_short_from_start and self._turn == self.frontier.turn:
             self.frontier.mark = end
 
     def claimed_from_start(self, began: float, now: float, *, has_found: bool) -> None:
-        """Delay the next claim from the start so that such claims use at most ``START_SHARE`` of the time.
+        """Delay the next claim from the start of the queue.
 
-        The last claim from the start took from ``began`` to ``now``. ``has_found`` tells whether it found an event.
+        Claims from the start must use at most ``START_SHARE`` of the time. The last claim from the
+        start took from ``began`` to ``now``. ``has_found`` says whether this claim found an event.
         """
         self.frontier.start_due = now + (now - began) * (1 / START_SHARE - 1)
         is_limited = self.frontier.start is not None
         self.may_reach_further = is_limited and (has_found or now - began < LONG_CLAIM_SECONDS)
 
     def reach_less(self, today: datetime) -> None:
-        """Let claims from the start look less far back, because such a claim took longer than a statement may take."""
+        """Shorten the reach, because the last claim from the start of the queue timed out."""
         reach = min(self.frontier.reach / REACH_CUT, REACH_FIRST)
         self.frontier.look_back(max(reach, REACH_LEAST), today)
 
     def reach_further(self, today: datetime) -> None:
-        """Let claims from the start look twice as far back."""
+        """Let claims from the start of the queue look twice as far back."""
         self.may_reach_further = False
         self.frontier.look_back(self.frontier.reach * 2, today)
 
     def choose(self, kinds: Sequence[str]) -> str:
         """Choose the event type to settle now: the first of ``kinds`` that was not chosen for the last batch.
 
-        Without this rule, events of a type that cannot be settled could be chosen again and again, and events of other
-        types would wait. If a transaction is repeated, the same type is chosen again.
+        Without this rule, the worker could always choose a type whose events cannot be settled.
+        Events of other types would wait. If the worker repeats a transaction, it chooses the same
+        type again.
         """
         self._chosen = next(kind for kind in kinds if kind != self._chosen_before)
         return self._chosen
@@ -178,7 +209,7 @@ class Pacing:
     def failed(self) -> None:
         """Claim half as many events next time, from the start of the queue.
 
-        The events are not at fault, because another transaction caused this failure.
+        Another transaction caused this failure. The claimed events are not at fault.
         """
         self.is_calm = False
         claimed = self._in_hand or self.limit
@@ -189,8 +220,9 @@ class Pacing:
     def broke(self) -> None:
         """Claim far fewer events next time, because the connection broke while events were settled.
 
-        An event may be the cause, for example by a trigger that ends the connection. After a claim of this single
-        event, the event is postponed, so that others can be settled.
+        An event can be the cause, for example if it fires a trigger that ends the connection. If
+        the connection breaks for a single event, the worker postpones this event. Other events can
+        then be settled.
         """
         self.is_calm = False
         claimed = self._in_hand or self.limit
@@ -203,20 +235,22 @@ class Pacing:
         self.is_calm = False
 
     def interrupted(self, claimed: int) -> None:
-        """Begin the next claim at the start, because the transaction was rolled back and its events are still due.
+        """Begin the next claim at the start of the queue, because the transaction was rolled back.
 
-        ``claimed`` is the number of these events; 0 if the transaction failed before its claim returned.
+        The events of this transaction are still due. ``claimed`` is their number, or 0 if the
+        transaction failed before its claim returned.
         """
         self._in_hand = claimed
         self._beyond = None
         self.frontier.go_back()
 
     def in_doubt(self, end: Position | None) -> None:
-        """Change the next claim to find out what caused the refusals: the refused events, or the database.
+        """Change the next claim to find out whether the events or the database caused the refusals.
 
-        The first such claim asks for only ``FEW_IN_DOUBT`` events, so that each is tried alone. If these events are
-        refused, too, the next claim begins after ``end``, the position of the last event of a full claim. If an event
-        after ``end`` succeeds, the database is not the cause.
+        First, claim only ``FEW_IN_DOUBT`` events, so that the worker tries each event alone. If the
+        database refuses these events, too, the next claim begins after ``end``. ``end`` is the
+        position of the last event of a full claim. If an event after ``end`` succeeds, the database
+        is not the cause.
         """
         self.is_calm = False
         if self.limit > FEW_IN_DOUBT:
@@ -229,7 +263,10 @@ class Pacing:
         self._end_turn()
 
     def made_way(self) -> None:
-        """Record that the event that was claimed alone is now postponed, so that other events can be claimed."""
+        """Record that the worker postponed the event that was claimed alone.
+
+        Now other events can be claimed.
+        """
         self.is_alone = self.breaks_alone = False
 
     def committed(self, claimed: int, settled: int, *, is_full: bool, seconds: float) -> None:
@@ -249,7 +286,7 @@ class Pacing:
         self._ran_out = False
 
     def ran_out(self) -> None:
-        """Take half as many events into the next careful transaction, because this one used all its savepoints."""
+        """Halve the next careful transaction, because the last one used all its savepoints."""
         self._ran_out = True
 
     def _shrink(self, most: int) -> None:
@@ -260,7 +297,9 @@ class Pacing:
         self._chosen, self._chosen_before = None, self._chosen
 
     def _grown(self, claimed: int, seconds: float) -> int:
-        """Double the limit, but not beyond the batch size or the number of events that fit into the target time.
+        """Return twice the limit, but at most the batch size.
+
+        The events must also fit into the target time.
 
         A slow database does not reduce the limit below ``FEWEST``.
         """

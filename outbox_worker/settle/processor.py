@@ -1,7 +1,9 @@
-"""Settles one batch of due events: by one statement, and what that statement leaves in a careful transaction.
+"""Settles one batch of due events.
 
-In ``settle``, only this module, ``fast`` and ``isolation`` begin and commit transactions. After a transient failure,
-the processor tries again with half the batch. The processor postpones an event that blocks other events.
+First, one statement settles events fast. A careful transaction, which locks the pairs first, then
+settles the events that this statement left. In the package ``settle``, only this module, ``fast``
+and ``isolation`` begin and commit transactions. After a transient failure, the processor tries
+again with half the batch. The processor postpones an event that blocks other events.
 """
 
 from __future__ import annotations
@@ -65,14 +67,15 @@ class Processor:
         self._use(pacing.limits)
 
     def process_batch(self, until: datetime | None = None, limits: Limits | None = None) -> BatchReport:
-        """Claim one batch of events, and settle it in a fast transaction, a careful one, or both.
+        """Claim one batch, and settle it in a fast transaction, a careful transaction, or both.
 
-        The events are due by ``until``, or by now if ``until`` is None. If ``limits`` is None, the limits of the last
-        batch remain. If the limits change, the processor forgets which events were refused for an unclear cause, but
-        still knows which events must be processed alone.
+        Claim events that are due by ``until``. If ``until`` is None, claim events that are due now.
+        If ``limits`` is None, use the limits of the last batch. If the limits change, the processor
+        forgets which events were refused for an unclear cause. It still knows which events must be
+        processed alone.
 
-        Raises the database's error if no event is known to be the cause of the error. The batch is then rolled back,
-        and no try is counted.
+        Raises the database's error if no event is known to be the cause of the error. The worker
+        then rolls back the batch and counts no try.
         """
         if limits is not None and limits != self._pacing.limits:
             self._use(limits)
@@ -91,10 +94,11 @@ class Processor:
         self._settlement = Settlement(*doors, self._handlers, self._guard, limits.policy, self._pacing.set_aside)
 
     def seconds_until_due(self) -> float:
-        """Return the seconds until the first event is due; 0 or less if it is due now. This look takes one round trip.
+        """Return the seconds until the first event is due.
 
-        Like a claim, the look begins where the last claim ended, and from time to time at the start of the queue.
-        Raises the errors of psycopg.
+        If an event is due now, return 0 or less. The query takes one round trip. Like a claim, it
+        begins where the last claim ended, and from time to time at the start of the queue. Raises
+        the errors of psycopg.
         """
         began, set_aside = time.monotonic(), self._pacing.set_aside.ids
         start = self._pacing.start(began)
@@ -112,13 +116,13 @@ class Processor:
         return seconds
 
     def _reach_less(self, error: BaseException | None) -> None:
-        """Let claims from the start look less far back, if the last claim may have taken too long."""
+        """If a statement timed out, let claims from the start of the queue look less far back."""
         if error is not None and sqlstate(error) == QUERY_CANCELED:
             with suppress(DBAPIError), self._database.transaction() as session:
                 self._pacing.reach_less(database_time(session))
 
     def _reach_further(self) -> None:
-        """Let claims from the start look further back, if the last one was limited and did not take long."""
+        """Let claims from the start of the queue look further back, if ``pacing`` allows this."""
         if self._pacing.may_reach_further:
             with suppress(DBAPIError), self._database.transaction() as session:
                 self._pacing.reach_further(database_time(session))
@@ -149,11 +153,11 @@ class Processor:
         return self._made_way(batch, settled)
 
     def _process(self, until: datetime | None) -> BatchReport:
-        """Settle a batch by one statement. After a failure, settle the batch carefully.
+        """Settle a batch by one statement. If the statement fails, settle a batch carefully.
 
-        The events that fall out are collected, and settled carefully when enough of them have come together, or after
-        ``target_seconds``. If many events fell out, some of them are left for later, so that they do not delay clean
-        events for long.
+        Collect the events that the statement leaves unsettled. Settle these events carefully when
+        there are enough of them, or after ``target_seconds``. If there are many, leave some of them
+        for later, so that clean events do not wait long.
         """
         if not self._fast.is_possible:
             return self._process_carefully(until)
@@ -177,7 +181,7 @@ class Processor:
         return self._fallen.must_be_settled(time.monotonic(), most=most, seconds=seconds)
 
     def _settle_fallen(self, until: datetime | None, report: BatchReport) -> BatchReport:
-        """Settle carefully the events that fell out of this batch and of earlier ones."""
+        """Settle carefully the events that the fast statement left in this and earlier batches."""
         report = self._fallen.take(report)
         if not report.fell_out:
             self._pacing.committed(report.claimed, report.settled, is_full=report.is_full, seconds=report.seconds)
@@ -188,12 +192,15 @@ class Processor:
         return report
 
     def _probe_guard(self) -> None:
-        """Check whether the unique index or a trigger of purchases has changed, because numbers did not match."""
+        """Check the unique index and triggers of purchases, because row counts did not match."""
         with suppress(DBAPIError), self._database.transaction() as session:
             self._guard.probe(session)
 
     def _process_carefully(self, until: datetime | None, fast: BatchReport | None = None) -> BatchReport:
-        """Settle a batch under the locks of its pairs: the events that fell out of ``fast``, or else a new claim."""
+        """Settle events in a careful transaction, which locks their pairs.
+
+        Settle the events that ``fast`` left. If ``fast`` is None, claim other events.
+        """
         attempts = self._pacing.limits.batch_size.bit_length() + 2
         try:
             return retry_transaction(partial(self._try, until, fast), attempts=attempts)
@@ -287,11 +294,11 @@ class Processor:
         return index_plans(self._guard.state.has_index_paths)
 
     def _choose(self, claim: Claim) -> tuple[Batch, Batch]:
-        """Choose the events to settle now. Also return the events of other types, which this transaction leaves.
+        """Return the events to settle now, and the events of other types, which stay in the outbox.
 
-        Each handler writes its purchases in ascending order. If two handlers wrote in one transaction, the whole
-        transaction would not be in ascending order, and two workers could deadlock. Events without a handler are
-        settled with any other type. A crash suspect is processed alone later.
+        Each handler writes its purchases in ascending order. Two handlers in one transaction would
+        not keep this order. Two workers could then deadlock. Events without a handler are settled
+        together with any other type. The worker processes a crash suspect alone later.
         """
         batch = claim.batch if self._lone.event else claim.batch.without(claim.crash_suspects)
         kinds = {name: events for name, events in batch.by_type().items() if name in self._handlers}
@@ -314,9 +321,10 @@ class Processor:
         return settled
 
     def _make_way(self, until: datetime | None) -> BatchReport:
-        """Postpone the first event without counting a try.
+        """Postpone the first event of the queue without counting a try.
 
-        Another transaction blocks this event, even in a batch that contains no other event.
+        This event failed even in a batch without other events. Another transaction blocked it, or
+        the connection broke.
         """
         start, besides = self._pacing.frontier.start, self._pacing.set_aside.ids
         with self._database.transaction(**self._plans()) as session:

@@ -1,8 +1,9 @@
 """Records which events are retried and which are dead, even if the database refuses some of these writes.
 
-Each write has a savepoint of its own. If the database refuses a write, the worker tries to write less (a lower *rung*):
-first without the text of the error. On the last rung, the worker only postpones the event and counts no try. If the
-database refuses this, too, the caller sets the event aside. All other events of the batch are still recorded.
+The writes run in savepoints. If the database refuses a write, the worker writes less (a lower
+*rung*). The first lower rung omits the text of the error. On the last rung, the worker only
+postpones the event and counts no try. If the database refuses this, too, the caller sets the event
+aside: no claim takes it. The worker still records all other events of the batch.
 """
 
 from __future__ import annotations
@@ -40,14 +41,20 @@ class Rung(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Events with the same outcome that are recorded together. Without an outcome, the events are only postponed."""
+    """Events that are recorded together, because they have the same outcome.
+
+    If ``outcome`` is None, the worker only postpones the events.
+    """
 
     batch: Batch
     outcome: Outcome | None
     rung: Rung
 
     def lower(self, step: Step) -> list[_Part]:
-        """Return the parts to try after the database refused this part at ``step``; none after the last rung."""
+        """Return the parts to try after the database refused this part at ``step``.
+
+        Return an empty list after the last rung.
+        """
         if len(self.batch) > 1:
             if self.rung is Rung.FULL and step is not Step.REMOVE:
                 return [replace(self, rung=Rung.BARE)]
@@ -58,10 +65,10 @@ class _Part:
 
 
 def _next_rung(rung: Rung, step: Step, *, is_dead: bool) -> Rung | None:
-    """Return the next lower rung for a single event, or None if there is none.
+    """Return the next lower rung for a single event, or None after the last rung.
 
-    Use the rung ``KEEPING`` (the row stays in the outbox) only for a dead event, and only if deleting its row may be
-    what the database refused.
+    On the rung ``KEEPING``, the row stays in the outbox. Use it only for a dead event, and only if
+    the database possibly refused to delete the row.
     """
     if rung is Rung.UNCHARGED:
         return None
@@ -108,7 +115,8 @@ class Recording:
     ) -> Recorded:
         """Record the retried and the dead events among ``verdicts``.
 
-        ``troubles``: events that are only postponed, because an error that they met does not prove that they are wrong.
+        Only postpone the events in ``troubles``, because their errors do not prove that the events
+        are wrong.
 
         Raises the database's error if no event can be the cause of the error.
         """
@@ -134,7 +142,10 @@ class Recording:
         savepoints: Savepoints,
         troubles: Mapping[int, Exception],
     ) -> Recorded:
-        """Write all parts in one savepoint. If the database refuses one of them, give each part its own savepoint."""
+        """Write all parts in one savepoint.
+
+        If the database refuses one of the parts, write each part in a separate savepoint.
+        """
         recorded, causes = Recorded(), dict(troubles)
         waiting = [parts] if parts else []
         while waiting and savepoints.left:
@@ -187,7 +198,10 @@ class Recording:
         return traces
 
     def _write(self, session: Session, part: _Part, verdicts: Verdicts) -> dict[int, str]:
-        """Write a part as fully as its rung says. Return the traceparents of the events whose outcome is recorded."""
+        """Write as much of a part as its rung allows.
+
+        Return the traceparents of the events whose outcome is recorded.
+        """
         batch = part.batch
         if part.rung is Rung.UNCHARGED or part.outcome is None:
             later = {key: Postponement(self._delay(batch, key, part.outcome), charged=False) for key in batch}
@@ -211,7 +225,7 @@ class Recording:
                 self._outbox.read_letters_back(session, part.batch.event_ids, reasons)
 
     def _delay(self, batch: Batch, key: int, outcome: Outcome | None) -> timedelta:
-        """Return the delay until the next try. An event without an outcome only waits for the base delay."""
+        """Return the delay until the next try. If ``outcome`` is None, return the base delay."""
         if outcome is None:
             return self._policy.base
         spread = random.random()  # noqa: S311 - spreads load, no secret

@@ -1,7 +1,8 @@
-"""Settles the events of a careful transaction, as a whole or in parts, and records the outcomes.
+"""Settles the events of one careful transaction, and records their outcomes.
 
-The pairs of the events are locked first. Then the whole batch is settled in one savepoint. If the database refuses it,
-the batch is halved, and each half is tried in its own savepoint, until each refused event is a part by itself.
+First, the worker locks the pairs (student, course) of the events. Then it settles the whole batch
+in one savepoint. If the database refuses the batch, the worker tries each half in a separate
+savepoint. It halves the refused parts until each refused event is alone in a part.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.store.set_aside import MOST, SetAside
 
 FOR_RECORDING = 1
-"""The number of savepoints that settling in parts leaves, so that the worker can record retried and dead events."""
+"""The number of savepoints that remain for the records of retried and dead events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,10 @@ class Settled:
     postponed: dict[int, str] = field(default_factory=dict)
     """Events that were only postponed, each with the error that prevented the recording of its outcome."""
     set_aside: dict[int, str] = field(default_factory=dict)
-    """Events that no claim takes from now on, each with the reason why its row was not deleted or postponed."""
+    """Events that no claim takes from now on.
+
+    Each value says why the row was not deleted or postponed.
+    """
     is_through: bool = True
     """False if some events were not tried, because no savepoint was left."""
 
@@ -78,9 +82,9 @@ class Settlement:
     def settle(self, session: Session, batch: Batch, *, is_last: bool = False) -> Settled:
         """Settle and record the batch.
 
-        If the database refuses for the first time to delete the row of an event, do not settle the event yet. But if
-        the process ends soon (``is_last``), settle the event at once. Raises the database's error if no event is known
-        to be its cause.
+        If the database refuses for the first time to delete the row of an event, do not settle the
+        event yet. But if the process ends soon (``is_last``), settle the event at once. Raises the
+        database's error if no event is known to be the cause.
         """
         savepoints = Savepoints(session)
         bisection = Bisection(*self._arrange(session, batch), stuck=None if is_last else self._set_aside.known)
@@ -102,9 +106,10 @@ class Settlement:
     def committed(self, settled: Settled) -> None:
         """Record that the batch was committed.
 
-        If the batch wrote a purchase, the database works. So earlier refusals of purchases were caused by the refused
-        events. In the same way, a row that was deleted or postponed proves that earlier refusals to delete or to
-        postpone a row were caused by the refused events.
+        If the batch wrote a purchase, the database accepts purchases. Events whose purchases were
+        refused before are then the cause of their refusals. If the batch deleted or postponed a
+        row, the database accepts such changes. Events whose rows could not be deleted or postponed
+        before are then the cause.
         """
         verdicts = settled.verdicts
         self._unproven.committed(verdicts, is_proof=_wrote_purchase(verdicts))
@@ -115,7 +120,8 @@ class Settlement:
     def succeeded(self) -> None:
         """Record that the fast statement settled events.
 
-        This proves that the database works. So the events that it refused before caused these refusals themselves.
+        The success proves that the database works. Events that were refused before have therefore
+        caused their own refusals.
         """
         self._unproven.committed((), is_proof=True)
         self._unrecorded.committed((), is_proof=True)
@@ -140,7 +146,7 @@ class Settlement:
         return {key: error for key, error in refusals.items() if key in proven or key not in unclear}
 
     def _bisect(self, session: Session, batch: Batch, savepoints: Savepoints, found: Bisection) -> None:
-        """Halve the batch until each event that the database refuses is a part by itself."""
+        """Halve the batch until each event that the database refuses is alone in a part."""
         while found.parts and savepoints.left > FOR_RECORDING:
             part = found.parts.pop()
             plan = _share(found.plan, len(part) / len(batch))
@@ -159,7 +165,10 @@ class Settlement:
                 found.succeeded(part, verdicts)
 
     def _look_at_key(self, session: Session, part: Batch, error: Exception, found: Bisection) -> None:
-        """Note the event of a part if it violated a unique key other than that of the pair, payment or mark."""
+        """Record a single event that violated an unknown unique key.
+
+        The unique keys of pair, payment and mark are known.
+        """
         is_unique = len(part) == 1 and sqlstate(error) == UNIQUE_VIOLATION
         if is_unique and not self._purchases.is_own_key(session, error):
             found.foreign.update(part)
@@ -167,7 +176,7 @@ class Settlement:
     def _arrange(self, session: Session, batch: Batch) -> tuple[AttemptPlan, list[Batch]]:
         """Lock the pairs of a batch, and sort its events in the order that all workers use.
 
-        Leave out the events whose pair another transaction has locked.
+        Leave out an event if another transaction has locked its pair.
         """
         guard = self._guard.state
         locks = self._purchases.lock_pairs(session, batch, guard.lock_capacity)
@@ -179,9 +188,9 @@ class Settlement:
     ) -> Verdicts:
         """Handle a part of a batch, mark and delete its settled events, and check the deferred constraints.
 
-        One savepoint contains all of these writes. The writes that the concessions of the part name are omitted. Raises
-        PartRefused if an event may be the cause of an error. If the attempt is a trial, a success raises TrialPassed,
-        so that all writes are rolled back.
+        One savepoint contains all of these writes. Omit the writes that the concessions of the part
+        name. Raises PartRefused if an event may be the cause of an error. If the attempt is a trial
+        and succeeds, raises TrialPassed. All writes of the trial are then rolled back.
         """
         step, omitted = Step.HANDLE, found.concessions(batch)
         try:
@@ -243,7 +252,10 @@ class Settlement:
         return verdicts | {key: replace(verdicts[key], traceparent=trace) for key, trace in traces.items()}
 
     def _record(self, session: Session, batch: Batch, found: Found, savepoints: Savepoints) -> Settled:
-        """Record the events that are retried or dead. Postpone those that met trouble, without counting a try."""
+        """Record the events that are retried or dead.
+
+        If an error shows trouble of the database, postpone the event without counting a try.
+        """
         troubles = {key: error for key, error in found.refusals.items() if is_trouble(error)}
         recorded = self._recording.record(session, batch, found.verdicts, savepoints, troubles=troubles)
         return self._conclude(session, found, recorded)
@@ -268,9 +280,10 @@ class Settlement:
     def _check_alike(
         self, stuck: Mapping[int, Exception], refusals: Mapping[int, str], others: Collection[int]
     ) -> None:
-        """Raise an error if the database, and not single events, seems to be the cause of the refusals.
+        """Raise an error if the database itself seems to be the cause of the refusals.
 
-        There are two such cases: no row of the batch could be deleted or postponed, or too many events are set aside.
+        This is the case if no row of the batch could be deleted or postponed. It is also the case
+        if too many events are set aside.
         """
         key, error = next(iter(stuck.items()))
         is_plain = isinstance(error, Swallowed) or classify(error) is not Failure.UNCLEAR
