@@ -54,15 +54,15 @@ def _forget_interrupts() -> None:
     """Make ``python -m outbox_worker`` end with an exit status, and not by SIGINT.
 
     CPython ends by SIGINT if a KeyboardInterrupt left the last code that ``exec`` or ``eval`` ran
-    from a string. It does so even if a caller caught the KeyboardInterrupt. Dataclasses run code
-    from strings (``run_eval_code_obj`` in ``pythonrun.c``).
+    from a string. CPython does so even if a caller caught the KeyboardInterrupt. Dataclasses run
+    code from strings (``run_eval_code_obj`` in ``pythonrun.c``).
     """
     exec("")  # noqa: S102 - an empty string
 
 
 def _run() -> int:
     try:
-        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - slow: a signal can arrive meanwhile
+        from outbox_worker.cli.app import run_command  # noqa: PLC0415 - slow, a signal can arrive
 
         interrupts.check()
         status = run_command()

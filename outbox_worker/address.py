@@ -58,7 +58,7 @@ def expect_server_url(text: str) -> None:
 def _expect_encoded(place: str) -> None:
     """Refuse a URL that has a second @ before its parameters, or a / before the @.
 
-    This character is probably part of a password that is not percent-encoded. libpq would read the
+    A misplaced @ is probably part of a password that is not percent-encoded. libpq would read the
     rest of the password as the name of a host or database. Error messages would then show the name.
     """
     authority, _, path = place.partition("/")

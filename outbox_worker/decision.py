@@ -1,4 +1,4 @@
-"""Pure functions that decide what happens to an event, how long to wait, and which guard the worker uses."""
+"""Pure functions that decide the outcome of an event, the waits and the guard of the worker."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ this event.
 WORKER_SILENT_AFTER_SECONDS = 30.0
 """If a worker writes no heartbeat for this number of seconds, other workers consider it dead.
 
-The rule applies only to workers that did not record their stop.
+This rule applies only if the worker did not record its stop.
 """
 HEARTBEATS_BEFORE_JUDGING = 3
 """The number of heartbeats that a worker must write before it judges silent workers.
 
-The count begins at the start of the worker, and again after each outage. Meanwhile, all other
+The worker counts from its start, and again from each outage of the database. Meanwhile, all other
 living workers write a heartbeat, too.
 """
 
@@ -246,7 +246,7 @@ def retry_delay(attempts: int, policy: RetryPolicy, spread: float) -> timedelta:
 
 
 def choose_guard(sound_indexes: Collection[str], arbiters: Collection[str]) -> Guard:
-    """Choose ``index`` if the planner uses one of ``sound_indexes`` for ON CONFLICT, otherwise ``lock``."""
+    """Choose ``index`` if the planner uses a sound index for ON CONFLICT, otherwise ``lock``."""
     return Guard.INDEX if set(sound_indexes) & set(arbiters) else Guard.LOCK
 
 

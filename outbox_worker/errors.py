@@ -120,10 +120,10 @@ class NothingWritten(OutboxWorkerError):
 
 
 class PairTaken(OutboxWorkerError):
-    """A second active purchase of a student and course, found before COMMIT.
+    """A second active purchase of a student and course, found before COMMIT. The worker runs the transaction again.
 
-    The worker runs the transaction again. Another transaction can insert a second purchase only
-    while DROP INDEX CONCURRENTLY drops the unique index.
+    Another transaction can insert a second purchase only while DROP INDEX CONCURRENTLY drops the
+    unique index.
     """
 
     exit_code = 69

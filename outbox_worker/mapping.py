@@ -1,9 +1,9 @@
 """Maps the names of this program to the names in the user's database.
 
-Tables, columns, payment statuses and event types can have other names there. The settings
-``tables``, ``columns``, ``payments`` and ``outbox`` have the types of this module. These types
-refuse keys that the worker does not know. Two tables, two columns of a table or two statuses must
-not have the same name.
+The names of tables, columns, payment statuses and event types can differ. The settings ``tables``,
+``columns``, ``payments`` and ``outbox`` have the types of this module. These types refuse keys that
+the worker does not know. Two tables, two columns of a table or two statuses must not have the same
+name.
 """
 
 from __future__ import annotations
@@ -100,12 +100,15 @@ def _known_statuses(value: StatusValues) -> StatusValues:
 
 
 def all_status_values(given: StatusValues) -> StatusValues:
-    """Return the texts of each payment status. The default text is the name of the status."""
+    """Return the texts of each payment status. The default text of a status is its name.
+
+    ``ignored`` has no text by default.
+    """
     return {status: given.get(status, (status,)) for status in PaymentStatus} | {IGNORED: given.get(IGNORED, ())}
 
 
 def status_example(unknown: Iterable[str]) -> str:
-    """Return a line for ``[payments]`` in the configuration file that gives unknown statuses a meaning."""
+    """Return a line of the section ``[payments]`` that gives unknown statuses a meaning."""
     return f"status_values.succeeded = [{', '.join(json.dumps(text, ensure_ascii=False) for text in unknown)}]"
 
 
@@ -118,7 +121,7 @@ _STEP = re.compile(r'\.(?:([A-Za-z_][A-Za-z0-9_-]*)|"([^"\\]+)")')
 
 
 def _parse_path(value: object) -> object:
-    """Parse a path such as ``$.data.paymentId`` into its keys, from the outermost object to the value."""
+    """Parse a path such as ``$.data.paymentId`` into its keys, the outermost key first."""
     if not isinstance(value, str):
         return value
     if not _PATH.fullmatch(value):
@@ -130,7 +133,7 @@ PayloadPath = Annotated[tuple[str, ...], BeforeValidator(_parse_path)]
 
 
 class PayloadPaths(BaseModel):
-    """The path of each value in the payload of an event: the keys from the outermost object to the value."""
+    """The path of each value in an event's payload. A path is a list of keys, outermost first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

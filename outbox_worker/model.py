@@ -48,7 +48,7 @@ FINAL = frozenset(Outcome) - {Outcome.RETRIED, Outcome.DEAD}
 _LOGGED_INDIVIDUALLY = frozenset({Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.RETRIED, Outcome.DEAD})
 
 MARKS_WITHOUT_PURCHASE = frozenset({Outcome.DUPLICATE_PAYMENT, Outcome.SUPPRESSED, Outcome.REVOKED})
-"""The outcomes of marks that are no proof of an active purchase.
+"""The outcomes of marks that are no proof that the worker created an active purchase.
 
 A mark with any other outcome proves that the worker created an active purchase. This is true even
 if this version of the program does not know the outcome.
@@ -117,7 +117,10 @@ class Event(NamedTuple):
     event_id: str
     event_type: str
     payment_id: str | None
-    """The ``payment_id`` of the payload, or None if the value cannot be the id of a payment."""
+    """The payload's ``payment_id`` as PostgreSQL prints it.
+
+    The value is None if it cannot be the id of a payment.
+    """
     attempts: int
     lateness: float
     """Seconds from ``due_at`` to the claim, measured by the database's clock."""
@@ -141,7 +144,7 @@ class Latencies(NamedTuple):
     """How late events were settled, as a histogram."""
 
     buckets: Sequence[Sequence[int]] = ()
-    """Each item has two numbers: bounds that are not below the latency, and events."""
+    """Pairs of counts: bounds that are equal to the latency or larger, and events."""
     seconds: float = 0.0
     """The sum of all latencies."""
 
@@ -291,7 +294,7 @@ class Verdict:
     ``detail`` names the error.
     """
     rule: int = field(default=0, compare=False)
-    """The number of the deciding rule in docs/explanation/state-machine.md, or 0 if no rule decided."""
+    """The deciding rule's number in docs/explanation/state-machine.md, or 0 if no rule decided."""
     traceparent: str | None = None
     """The ``traceparent`` that the producer wrote into the headers of the event."""
 
@@ -315,7 +318,7 @@ def halves(items: Sequence[_Item]) -> tuple[Sequence[_Item], Sequence[_Item]]:
 def by_outcome(verdicts: Mapping[int, Verdict]) -> dict[Outcome, list[int]]:
     """Group the events by outcome.
 
-    Usually, all events share one verdict object. This case has a shortcut.
+    A shortcut handles the usual case that all events share one verdict object.
     """
     distinct = {id(verdict): verdict for verdict in verdicts.values()}
     if len(distinct) == 1:
@@ -381,7 +384,7 @@ class FoundPayment:
     created_at: datetime | None
     """The time of the payment, or None if Python cannot represent it, for example ``-infinity``."""
     age_seconds: float | None
-    """The age of the payment, or None if the payment has no time."""
+    """The age, or None if the payment has no time."""
     pair: tuple[str, str] = field(repr=False)
     """One text for the student and one for the course, to compare payments.
 

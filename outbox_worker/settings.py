@@ -285,7 +285,7 @@ class Settings(BaseSettings):
     def conninfo(self) -> str:
         """The database URL with its password, in the form that libpq reads.
 
-        Not for ``embedded:DIR``.
+        Do not use this URL for ``embedded:DIR``.
         """
         return libpq_url(self._required_url())
 
@@ -293,7 +293,7 @@ class Settings(BaseSettings):
     def listen_conninfo(self) -> str | None:
         """The URL of the LISTEN connection in the form that libpq reads.
 
-        None if the setting is not given.
+        The URL is None if the setting is not given.
         """
         return libpq_url(self.listen_database_url.get_secret_value()) if self.listen_database_url else None
 
@@ -404,7 +404,7 @@ def _reason(detail: ErrorDetails) -> str:
 def _source(name: str, given: Mapping[str, Any]) -> str:
     """Return the name of a setting as the user wrote it.
 
-    A source is the command line, the environment, the credentials or the file.
+    The source is the command line, the environment, the credentials or the configuration file.
     """
     field = name if name in Settings.model_fields else "schema_name"
     if name in given and name in OPTIONS:

@@ -81,8 +81,8 @@ class Bell:
     def listening(self, connection: psycopg.Connection[Any], payload: str) -> Iterator[None]:
         """Inside the ``with`` block, wake one loop for each notification with this payload.
 
-        Inside the block, only this object must use the connection. If the connection is lost inside
-        the block, raises the error.
+        Inside the block, no other object must use the connection. If the connection is lost inside
+        the block, raises the error of psycopg.
         """
         place = connection.fileno()
         with self._reading:
@@ -98,10 +98,10 @@ class Bell:
             raise self._loss
 
     def looked(self, *, in_vain: bool) -> None:
-        """Record whether a worker that was notified then found an event.
+        """Record whether this worker found an event after a notification.
 
-        If it found none (``in_vain``), other workers were faster. This worker then doubles its wait
-        before the next look, up to one second. If many workers hear of each event, only a few
+        If it found no event (``in_vain``), other workers were faster. This worker then doubles its
+        wait before the next look, up to one second. If many workers hear of each event, only a few
         workers look for the event at once.
         """
         doubled = max(_FIRST_RESTRAINT_SECONDS, self.restraint_seconds * 2)

@@ -22,7 +22,7 @@ from outbox_worker.telemetry.reporter import BatchReport
 HEARD_SECONDS = 10.0
 """The longest pause between two looks for events while notifications arrive.
 
-If ``poll_max_seconds`` is larger, it replaces this value.
+A larger ``poll_max_seconds`` replaces this value.
 """
 JUDGED_WITHIN_SECONDS = 30.0
 """The longest time that the claim loops of a new worker wait before their first claim.

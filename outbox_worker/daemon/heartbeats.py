@@ -87,8 +87,9 @@ class Heartbeats:
     def _judge(self) -> None:
         """Take over the rows of workers that died while they processed one event.
 
-        If no event is proven to have caused a death, process the next events one at a time. Also do
-        this if a worker died, or may have died, while the claim loops waited for this check.
+        If no event is proven to have caused a death, process the next events one at a time. Also
+        process single events if a worker died, or may have died, while the claim loops waited for
+        this check.
         """
         with self._database.transaction() as session:
             found = self._workers.take_over_dead_workers(

@@ -31,7 +31,7 @@ _OLDEST = text("""
 class HorizonWatch:
     """Remembers since when the horizon has not moved.
 
-    Some roles cannot read from the database when a transaction began.
+    Some database roles cannot read when a transaction began.
     """
 
     def __init__(self) -> None:

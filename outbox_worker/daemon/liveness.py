@@ -1,8 +1,8 @@
 """Decides whether the claim loops are alive and whether they settle events.
 
 This module does no I/O. The caller passes the time. A loop is alive while its steps end in time,
-even if they end with errors. A worker whose database is down is therefore alive. A restart of the
-worker would not help.
+even if the steps end with errors. A worker whose database is down is therefore alive. A restart of
+the worker would not help.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Liveness:
     def returned(self, loop: int, now: float) -> bool:
         """Record that a loop has ended a step, a try, or a part of its sleep.
 
-        Return True if the caller must send a message to systemd's watchdog now. The caller must do
-        so if every loop has ended a step since the last message.
+        Return True if the caller must send a message to systemd's watchdog now. The message is due
+        if every loop has ended a step since the last message.
         """
         with self._lock:
             self._loops[loop].returned, self._loops[loop].has_returned = now, True

@@ -24,10 +24,10 @@ STEP_DEADLINES = 6
 A step opens a connection and runs a few statements. Each of these actions ends within one database deadline.
 """
 _SLICES = 3
-"""A claim loop divides its sleep into parts. After each part, it reports that it is alive.
+"""A claim loop divides its sleep into parts. After each part, the loop reports that it is alive.
 
 This number of parts fits into the longest time of one step. If the limit of the watchdog is
-shorter, the parts fit into this limit.
+shorter, the parts fit into the limit of the watchdog.
 """
 
 

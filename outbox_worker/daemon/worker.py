@@ -277,7 +277,7 @@ class Worker:
     def _left_nothing(self, outbox: Outbox, until: datetime) -> bool:
         """Return True if no due event is set aside (excluded from claims).
 
-        Otherwise log the number of events.
+        Otherwise log how many events are set aside.
         """
         if not self._workers.set_aside.ids:
             return True

@@ -34,9 +34,7 @@ class Found:
     kept: dict[int, Exception] = field(default_factory=dict)
     """Settled events whose outbox rows the database refused to delete, each with the error."""
     held: dict[int, Exception] = field(default_factory=dict)
-    """Events whose outbox rows the database refused to delete for the first time.
-
-    Contains the errors.
+    """Events whose row the database refused to delete for the first time, each with the error.
 
     The worker does not settle these events yet. A later attempt to delete the rows can succeed.
     """
@@ -52,9 +50,9 @@ class Bisection:
         """The parts that are not tried yet. The last part of the list is tried next."""
         self.found = Found()
         self.foreign: set[int] = set()
-        """Events that violated a unique key, but not the key of the pair, the payment or the mark.
+        """Events that violated an unknown unique key, so that the cause is unclear.
 
-        The cause of this error is unclear.
+        The unique keys of pair, payment and mark are known.
         """
         self._stuck = stuck
         self._looked_again: set[int] = set()
@@ -111,7 +109,7 @@ class Bisection:
     def succeeded(self, part: Batch, verdicts: Verdicts) -> None:
         """Add the verdicts of a settled part.
 
-        For each omitted write, add the error that it caused before.
+        For each write that the attempt omitted, add the error that this write caused before.
         """
         made, causes = self.concessions(part), self._causes.get(next(iter(part)), {})
         if Concession.ROW in made:
@@ -133,7 +131,7 @@ class UnprovenRefusals:
     """A record of refused events whose batch contained no event that succeeded.
 
     The cause of the refusal is either the event or the database. If another event succeeds later,
-    the database works. The refused event itself is then the cause.
+    the database works, and the refused event is the cause.
     """
 
     def __init__(self) -> None:
@@ -155,8 +153,8 @@ class UnprovenRefusals:
     def committed(self, done: Collection[int], *, is_proof: bool) -> None:
         """Forget the events ``done``.
 
-        If ``is_proof`` is true, another event has succeeded. The remaining events have then caused
-        their own refusals.
+        If ``is_proof`` is true, another event has succeeded, and each remaining event caused its
+        own refusal.
         """
         if self._recent or self._proven:
             self._recent.difference_update(done)

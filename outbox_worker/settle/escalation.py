@@ -1,8 +1,8 @@
 """Decides what to try next after the database refused a part of a batch. This module does no I/O.
 
-The worker halves a part with several events. It tries a single event again, and omits a write that
-the database may have refused. The omitted write is the deletion of the event's row, or the purchase
-of the next payment of the pair.
+The worker halves a part with several events. The worker tries a single event again without a write
+that the database may have refused. The omitted write is the deletion of the event's row, or the
+purchase of the next payment of the pair.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Step(Enum):
     REMOVE = auto()
     """The worker deletes the rows of the events from the outbox."""
     CHECK = auto()
-    """The worker checks the deferred constraints. Any other step can be the cause of an error."""
+    """The worker checks the deferred constraints. Any other step can cause a failed check."""
 
 
 class Concession(Enum):
     """A write that the worker omits when it tries a single event again.
 
-    The database possibly refuses only this write.
+    The database possibly refuses only the omitted write.
     """
 
     ROW = auto()

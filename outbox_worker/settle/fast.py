@@ -57,7 +57,7 @@ class FallenEvents:
     def take(self, report: BatchReport) -> BatchReport:
         """Return a copy of ``report`` with all waiting events in ``fell_out``.
 
-        Then forget these events.
+        Then forget the waiting events.
         """
         ids, windows = list(self._ids), self._windows
         self._ids, self._windows = {}, []
@@ -67,7 +67,7 @@ class FallenEvents:
 class FastTransaction:
     """Claims one batch, and settles each event that needs no careful transaction.
 
-    Each claim loop has one such object.
+    Each claim loop has one ``FastTransaction``.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class FastTransaction:
     def _of_documents(self, session: Session, wanted: Wanted, start: Position | None) -> FastResult:
         """Claim and settle events whose payloads are json or text.
 
-        Python must parse these payloads first.
+        Python must parse these payloads before a statement settles the events.
         """
         state = self._guard.state
         claim = self._outbox.claim(session, wanted.limit, wanted.until, start, set_aside=wanted.set_aside)

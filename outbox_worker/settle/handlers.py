@@ -63,7 +63,7 @@ def claimed_types(session: Session, tables: Tables, unknown_types: UnknownTypes)
     If the worker claims all types, events of unknown types become dead letters. The setting
     ``unknown_types`` decides this. If the setting is not given, the creator of the outbox table
     decides. If the worker's migrations created the table, the worker claims all types. If another
-    application created it, the worker leaves unknown events to other consumers.
+    application created the table, the worker leaves events of unknown types to other consumers.
     """
     choice = unknown_types or ("bury" if is_owned(session, tables.outbox) else "ignore")
     return None if choice == "bury" else HANDLED_TYPES
@@ -83,7 +83,10 @@ def judge_unhandled(batch: Batch) -> Verdicts:
 
 
 class _UnderLocks(ABC):
-    """Base class of both handlers. Reads, decides and writes while the pairs are locked."""
+    """Base class of both handlers.
+
+    The class reads, decides and writes under the locks of the pairs.
+    """
 
     def __init__(self, repository: PurchaseRepository, policy: RetryPolicy) -> None:
         self._repository = repository

@@ -34,7 +34,7 @@ savepoints.
 LONG_CLAIM_SECONDS = 1.0
 """The duration from which a claim from the start of the queue is too long.
 
-If a claim that is too long finds no event, the next one does not look further back.
+If a claim that is too long finds no event, the next claim does not look further back.
 """
 REACH_FIRST = 24 * 60 * 60.0
 REACH_LEAST = 60.0
@@ -56,12 +56,12 @@ claims from the start at once.
 class Frontier:
     """The position that the claim loops of one process have reached in the queue.
 
-    The loops share one frontier. A claim from the start of the queue is slow. It must read the rows
-    that other loops have locked. It must also read the index entries of rows that were deleted
-    after the oldest open snapshot. Therefore, if all claimed events are settled, the next claim
-    begins where the last claim ended. An event can still appear before that position after a late
-    commit, or if the clock was set back. Therefore a claim begins at the start of the queue again
-    from time to time.
+    The loops share one frontier. A claim from the start of the queue is slow. This claim must read
+    the rows that other loops have locked. This claim must also read the index entries of rows that
+    were deleted after the oldest open snapshot. Therefore, if all claimed events are settled, the
+    next claim begins where the last claim ended. An event can still appear before that position
+    after a late commit, or if the clock was set back. Therefore a claim begins at the start of the
+    queue again from time to time.
     """
 
     mark: Position | None = None
@@ -78,7 +78,7 @@ class Frontier:
     start: Position | None = None
     """The position where a claim from the start of the queue begins.
 
-    If None, it begins at the oldest event. ``reach`` determines this position.
+    If None, the claim begins at the oldest event. ``reach`` determines this position.
     """
     turn: int = 0
     """The number of calls of ``go_back``. If this number changes during a claim, the claim does not set ``mark``."""
@@ -237,8 +237,8 @@ class Pacing:
     def interrupted(self, claimed: int) -> None:
         """Begin the next claim at the start of the queue, because the transaction was rolled back.
 
-        The events of this transaction are still due. ``claimed`` is their number, or 0 if the
-        transaction failed before its claim returned.
+        The events of this transaction are still due. ``claimed`` is the number of these events, or
+        0 if the transaction failed before its claim returned.
         """
         self._in_hand = claimed
         self._beyond = None
@@ -263,10 +263,7 @@ class Pacing:
         self._end_turn()
 
     def made_way(self) -> None:
-        """Record that the worker postponed the event that was claimed alone.
-
-        Now other events can be claimed.
-        """
+        """Record that the worker postponed the event that was claimed alone."""
         self.is_alone = self.breaks_alone = False
 
     def committed(self, claimed: int, settled: int, *, is_full: bool, seconds: float) -> None:
@@ -299,7 +296,7 @@ class Pacing:
     def _grown(self, claimed: int, seconds: float) -> int:
         """Return twice the limit, but at most the batch size.
 
-        The events must also fit into the target time.
+        If the batch takes too long for the target time, return fewer events.
 
         A slow database does not reduce the limit below ``FEWEST``.
         """

@@ -71,8 +71,8 @@ class Processor:
 
         Claim events that are due by ``until``. If ``until`` is None, claim events that are due now.
         If ``limits`` is None, use the limits of the last batch. If the limits change, the processor
-        forgets which events were refused for an unclear cause. It still knows which events must be
-        processed alone.
+        forgets which events were refused for an unclear cause. The processor still knows which
+        events must be processed alone.
 
         Raises the database's error if no event is known to be the cause of the error. The worker
         then rolls back the batch and counts no try.
@@ -155,9 +155,9 @@ class Processor:
     def _process(self, until: datetime | None) -> BatchReport:
         """Settle a batch by one statement. If the statement fails, settle a batch carefully.
 
-        Collect the events that the statement leaves unsettled. Settle these events carefully when
-        there are enough of them, or after ``target_seconds``. If there are many, leave some of them
-        for later, so that clean events do not wait long.
+        Collect the events that the statement leaves unsettled. Settle the collected events
+        carefully when there are enough of them, or after ``target_seconds``. If there are many
+        collected events, leave some for later, so that clean events do not wait long.
         """
         if not self._fast.is_possible:
             return self._process_carefully(until)
@@ -297,7 +297,7 @@ class Processor:
         """Return the events to settle now, and the events of other types, which stay in the outbox.
 
         Each handler writes its purchases in ascending order. Two handlers in one transaction would
-        not keep this order. Two workers could then deadlock. Events without a handler are settled
+        not keep this order, and two workers could deadlock. Events without a handler are settled
         together with any other type. The worker processes a crash suspect alone later.
         """
         batch = claim.batch if self._lone.event else claim.batch.without(claim.crash_suspects)

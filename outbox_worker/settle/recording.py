@@ -2,8 +2,9 @@
 
 The writes run in savepoints. If the database refuses a write, the worker writes less (a lower
 *rung*). The first lower rung omits the text of the error. On the last rung, the worker only
-postpones the event and counts no try. If the database refuses this, too, the caller sets the event
-aside: no claim takes it. The worker still records all other events of the batch.
+postpones the event and counts no try. If the database refuses even the postponement, the caller
+sets the event aside. No claim takes an event that is set aside. The worker still records all other
+events of the batch.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class _Part:
 def _next_rung(rung: Rung, step: Step, *, is_dead: bool) -> Rung | None:
     """Return the next lower rung for a single event, or None after the last rung.
 
-    On the rung ``KEEPING``, the row stays in the outbox. Use it only for a dead event, and only if
-    the database possibly refused to delete the row.
+    On the rung ``KEEPING``, the row stays in the outbox. Use this rung only for a dead event, and
+    only if the database possibly refused to delete the row.
     """
     if rung is Rung.UNCHARGED:
         return None

@@ -1,8 +1,8 @@
 """Settles the events of one careful transaction, and records their outcomes.
 
-First, the worker locks the pairs (student, course) of the events. Then it settles the whole batch
-in one savepoint. If the database refuses the batch, the worker tries each half in a separate
-savepoint. It halves the refused parts until each refused event is alone in a part.
+First, the worker locks the pairs (student, course) of the events. Then the worker settles the whole
+batch in one savepoint. If the database refuses the batch, the worker tries each half in a separate
+savepoint. The worker halves refused parts until each refused event is alone in a part.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Settlement:
 
         If the batch wrote a purchase, the database accepts purchases. Events whose purchases were
         refused before are then the cause of their refusals. If the batch deleted or postponed a
-        row, the database accepts such changes. Events whose rows could not be deleted or postponed
-        before are then the cause.
+        row, the database accepts changes of the outbox. Events whose rows could not change before
+        are then the cause of their refusals.
         """
         verdicts = settled.verdicts
         self._unproven.committed(verdicts, is_proof=_wrote_purchase(verdicts))
@@ -254,7 +254,8 @@ class Settlement:
     def _record(self, session: Session, batch: Batch, found: Found, savepoints: Savepoints) -> Settled:
         """Record the events that are retried or dead.
 
-        If an error shows trouble of the database, postpone the event without counting a try.
+        If the error of an event shows trouble of the database, postpone the event without counting
+        a try.
         """
         troubles = {key: error for key, error in found.refusals.items() if is_trouble(error)}
         recorded = self._recording.record(session, batch, found.verdicts, savepoints, troubles=troubles)
@@ -282,8 +283,8 @@ class Settlement:
     ) -> None:
         """Raise an error if the database itself seems to be the cause of the refusals.
 
-        This is the case if no row of the batch could be deleted or postponed. It is also the case
-        if too many events are set aside.
+        The database seems to be the cause if no row of the batch could be deleted or postponed. It
+        also seems to be the cause if too many events are set aside.
         """
         key, error = next(iter(stuck.items()))
         is_plain = isinstance(error, Swallowed) or classify(error) is not Failure.UNCLEAR
