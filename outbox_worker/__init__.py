@@ -20,10 +20,10 @@ one layer and do not import each other:
 - ``model``: enumerations and records, such as ``Outcome`` and ``Event``
 - ``keys`` | ``money``: parse ids of payments and events | format and add amounts of money
 
-A module imports only from layers below its own. In addition, only ``cli`` imports ``demo`` and
-``bench``. Only ``cli``, ``demo`` and ``bench`` import ``terminal``. ``model`` and ``decision``
-import no database library. The import contracts in pyproject.toml contain these rules.
-``make check`` enforces the rules. If you add a package, add it to the import contracts.
+A module imports only from lower layers. In addition, only ``cli`` imports ``demo`` and ``bench``.
+Only ``cli``, ``demo`` and ``bench`` import ``terminal``. ``model`` and ``decision`` import no
+database library. The import contracts in pyproject.toml contain these rules. ``make check``
+enforces the rules. If you add a package, add it to the import contracts.
 docs/explanation/architecture.md explains which package to change for which purpose.
 """
 

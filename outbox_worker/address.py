@@ -58,8 +58,9 @@ def expect_server_url(text: str) -> None:
 def _expect_encoded(place: str) -> None:
     """Refuse a URL that has a second @ before its parameters, or a / before the @.
 
-    A misplaced @ is probably part of a password that is not percent-encoded. libpq would read the
-    rest of the password as the name of a host or database. Error messages would then show the name.
+    A misplaced @ is probably part of a password that is not percent-encoded. If libpq reads this
+    password, it takes the rest of the password for the name of a host or database. Error messages
+    then show this name.
     """
     authority, _, path = place.partition("/")
     if authority.count("@") > 1 or "@" in path.partition("?")[0]:
@@ -75,7 +76,7 @@ def _expect_ports(given: Mapping[str, str]) -> None:
 
 
 def _expect_known_parameters(place: str) -> None:
-    """Refuse unknown parameters of a URL, and suggest a similar known one.
+    """Refuse unknown parameters of a URL. Suggest the most similar known parameter.
 
     The message does not contain libpq's error, because that error repeats the parameter. The
     parameter can be part of a password.
@@ -116,7 +117,7 @@ class Listen:
 
     @property
     def written_host(self) -> str:
-        """The host as a URL contains it: an IPv6 address is in brackets."""
+        """The host in the form that URLs use: an IPv6 address is in brackets."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     def __str__(self) -> str:

@@ -23,8 +23,8 @@ This rule applies only if the worker did not record its stop.
 HEARTBEATS_BEFORE_JUDGING = 3
 """The number of heartbeats that a worker must write before it judges silent workers.
 
-The worker counts from its start, and again from each outage of the database. Meanwhile, all other
-living workers write a heartbeat, too.
+The worker counts from its start, and again from each outage of the database. Meanwhile, every other
+living worker writes a heartbeat.
 """
 
 _FIRST_RULES: Mapping[int, str] = {
@@ -68,7 +68,8 @@ RULES_BEHIND: Mapping[str, tuple[int, ...]] = {
 }
 """The rules that can lead to each outcome and reason.
 
-``rejected_by_database`` and ``crashed_worker`` are missing, because no rule leads to these reasons.
+The reasons ``rejected_by_database`` and ``crashed_worker`` are missing. No rule leads to these
+reasons.
 """
 
 
@@ -84,7 +85,10 @@ class RetryPolicy:
     maximum: timedelta
 
     def is_last(self, attempts: int) -> bool:
-        """Return whether the next try is the last one, if ``attempts`` tries have failed so far."""
+        """Return whether the next try is the last try.
+
+        ``attempts`` is the number of failed tries so far.
+        """
         return attempts + 1 >= self.max_attempts
 
 
@@ -106,13 +110,13 @@ class Death(Enum):
     """Whether another worker died, and whether the event that it processed is the cause."""
 
     NONE = auto()
-    """The worker may still be alive."""
+    """The worker is possibly still alive."""
     UNDECIDED = auto()
     """The worker is probably dead. The judging worker must first write more heartbeats."""
     UNPROVEN = auto()
     """The worker is dead, but its death does not count as a crash of an event.
 
-    The worker did not process an event alone, or it may have died for another reason.
+    The worker did not process an event alone, or the event is possibly not the cause of the death.
     """
     PROVEN = auto()
     """The worker died while it processed one event alone.

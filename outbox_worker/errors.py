@@ -34,9 +34,9 @@ from typing import ClassVar
 class OutboxWorkerError(Exception):
     """The base of all errors whose message is written for the operator.
 
-    A command that raises such an error exits with ``exit_code``. Scripts read the code 1 as a
-    finding, for example as a payment that `audit` cannot explain. An error of the program itself
-    therefore never has the code 1.
+    A command that raises an ``OutboxWorkerError`` exits with the error's ``exit_code``. Scripts
+    read the code 1 as a finding, for example as a payment that `audit` cannot explain. An error of
+    the program itself therefore never has the code 1.
     """
 
     exit_code: ClassVar[int] = 70
@@ -146,7 +146,7 @@ class Inconsistent(OutboxWorkerError):
 class Swallowed(Inconsistent):
     """A statement that changed fewer rows than it must, and raised no error.
 
-    The cause is in the database: a trigger that returns NULL, a rule, or row security.
+    The cause is a trigger that returns NULL, a rule, or row security.
     """
 
     exit_code = 1

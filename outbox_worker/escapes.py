@@ -1,4 +1,4 @@
-"""Replaces control characters in text that other programs wrote, because a terminal would interpret them."""
+"""Replaces control characters in text from other programs. A terminal would interpret them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Raises KeyboardInterrupt when SIGTERM or SIGINT arrives, and raises it again if Python has swallowed it.
+"""Raises KeyboardInterrupt when SIGTERM or SIGINT arrives, again if Python swallowed the first one.
 
-The interpreter swallows an exception that a signal handler raises inside a callback, for example a
-weakref callback of the import system. Therefore the handler also counts the signal. A timer raises
-a swallowed KeyboardInterrupt again. This module imports only ``signal`` and ``sys``, so that
-``__main__`` can install the handlers before all other imports.
+If a signal handler raises an exception inside a callback, the interpreter swallows the exception.
+An example is a weakref callback of the import system. Therefore the handler also counts the signal.
+A timer raises a swallowed KeyboardInterrupt again. This module imports only ``signal`` and ``sys``.
+``__main__`` can therefore install the handlers before all other imports.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _AGAIN_SECONDS = 0.01
 
 
 class _Arrivals:
-    """The number of signals that have arrived since ``install``, except those that ``take`` has returned."""
+    """The number of signals that arrived since ``install`` or since the last ``take``."""
 
     count = 0
 
@@ -39,14 +39,17 @@ def check() -> None:
 
 
 def take() -> int:
-    """Return the number of signals that have arrived. The caller must act on them, because ``check`` ignores them."""
+    """Return the number of signals that have arrived.
+
+    The caller must handle these signals. The function ``check`` does not report them again.
+    """
     signal.setitimer(signal.ITIMER_REAL, 0)
     count, _Arrivals.count = _Arrivals.count, 0
     return count
 
 
 def ignore() -> None:
-    """Ignore all further signals, so that they cannot change the exit status of a process that ends."""
+    """Ignore all further signals. They must not change the exit status of a process that ends."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (*SIGNALS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Defines the kinds of ids that payments and events can have, and parses such ids from text.
+"""Defines the kinds of ids that payments and events can have. Parses these ids from text.
 
 The database decides the kind: the type of ``payments.id`` for payments, the type of ``outbox.event_id`` for events.
 """

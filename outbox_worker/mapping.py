@@ -113,7 +113,7 @@ def status_example(unknown: Iterable[str]) -> str:
 
 
 TypeNames = dict[str, Literal["PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"]]
-"""Maps other names of event types to the worker's event types."""
+"""Maps event types of the user's outbox to the worker's event types."""
 
 
 _PATH = re.compile(r'\$(?:\.(?:[A-Za-z_][A-Za-z0-9_-]*|"[^"\\]+"))+')

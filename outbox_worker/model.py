@@ -26,7 +26,8 @@ _Item = TypeVar("_Item")
 class Outcome(StrEnum):
     """The result of handling an event.
 
-    All outcomes except ``retried`` and ``dead`` are final: the worker writes a mark (a row of ``processed_events``).
+    All outcomes except ``retried`` and ``dead`` are final. For a final outcome, the worker writes a
+    mark (a row of ``processed_events``).
     """
 
     CREATED = "created"
@@ -72,7 +73,7 @@ class Reason(StrEnum):
 CONTRADICTIONS = frozenset({Reason.PAYMENT_MISMATCH, Reason.EVENT_ID_REUSED})
 """The reasons of dead letters whose event contradicts its payment.
 
-The worker creates no purchase for such a payment until a person decides.
+The worker creates no purchase for the payment until a person decides.
 """
 
 WAIVABLE = CONTRADICTIONS | {Reason.REJECTED_BY_DATABASE, Reason.CRASHED_WORKER}
@@ -127,7 +128,7 @@ class Event(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A position in the queue: the due time of an event, as text from PostgreSQL, and the id of the event."""
+    """A position in the queue: the due time (as text from PostgreSQL) and the id of an event."""
 
     due_at: str
     id: int
@@ -170,9 +171,9 @@ class Repeated(NamedTuple):
 class Batch(Mapping[int, Event]):
     """Claimed events by ``outbox.id``, in the order of the claim.
 
-    The events are stored as columns, because the claim returns one array per column. The fast path
-    is one statement for the whole batch. It reads no single event, and sends the arrays back to the
-    database unchanged.
+    The batch stores events as columns, because the claim returns one array per column. The fast
+    path is one statement for the whole batch. The fast path sends the arrays back to the database
+    unchanged, and reads no single event.
     """
 
     ids: Sequence[int] = ()
@@ -260,7 +261,7 @@ class Facts:
     """The number of processes that died while this event was the only event in their batch."""
     handled: bool = True
     is_refund: bool = False
-    """True if the event reports a refund; False if it confirms a purchase."""
+    """True if the event reports a refund. False if the event confirms a purchase."""
     payment_id: Key | None = None
     mark: Mark | None = None
     purchase_active: bool | None = None
@@ -300,7 +301,7 @@ class Verdict:
 
     @property
     def logged_individually(self) -> bool:
-        """Whether the event gets its own log record, so that a person can find the event later."""
+        """Whether the event gets a separate log record. A person can then find the event later."""
         passed_on = self.passed_to is not None or self.refused_next is not None
         return self.outcome in _LOGGED_INDIVIDUALLY or passed_on
 
@@ -310,7 +311,7 @@ Verdicts = dict[int, Verdict]
 
 
 def halves(items: Sequence[_Item]) -> tuple[Sequence[_Item], Sequence[_Item]]:
-    """Return both halves of a sequence. If it has only one item, the first half is empty."""
+    """Return both halves of a sequence. The first half of a single item is empty."""
     middle = len(items) // 2
     return items[:middle], items[middle:]
 
@@ -382,7 +383,7 @@ class FoundPayment:
     """The amount, or None if the column is NULL. The payments table of a shop can allow NULL."""
     currency: str
     created_at: datetime | None
-    """The time of the payment, or None if Python cannot represent it, for example ``-infinity``."""
+    """The time of the payment, or None if Python cannot represent the time (``-infinity``)."""
     age_seconds: float | None
     """The age, or None if the payment has no time."""
     pair: tuple[str, str] = field(repr=False)
@@ -413,7 +414,10 @@ class UnjudgedPayment(FoundPayment):
 
     @property
     def age(self) -> tuple[datetime, int, str]:
-        """A sort key that puts the oldest payment first. The key contains no id, because an id may be missing."""
+        """A sort key that puts the oldest payment first.
+
+        The key contains no id, because the payment possibly has no id.
+        """
         return self.created_at or datetime.min.replace(tzinfo=UTC), 0, ""
 
 

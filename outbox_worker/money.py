@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from decimal import Context, Decimal
 
 DECIMALS_MIN = 2
-"""The smallest number of decimals to show, even if the currency has fewer decimals, such as JPY."""
+"""The smallest number of decimals to show, also for currencies with fewer decimals (JPY)."""
 
 _DECIMALS = {"BHD": 3, "CLF": 4, "IQD": 3, "JOD": 3, "KWD": 3, "LYD": 3, "OMR": 3, "TND": 3, "UYW": 4}
 """The number of decimals of each currency of ISO 4217 that has more than two."""

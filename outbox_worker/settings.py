@@ -1,7 +1,8 @@
 """Reads the settings, in this order of priority: command line, environment, credentials, TOML file, defaults.
 
-The settings object cannot be changed. One error reports all values that cannot be used. A credential is a file in
-``$CREDENTIALS_DIRECTORY`` that has the name of a setting, as systemd's ``LoadCredential=`` creates it.
+The settings object cannot be changed. A single error reports all values that cannot be used. A
+credential is a file in ``$CREDENTIALS_DIRECTORY`` that has the name of a setting. systemd's
+``LoadCredential=`` creates these files.
 """
 
 from __future__ import annotations
@@ -340,13 +341,16 @@ def _configuration_file(given: Mapping[str, Any]) -> str:
 
 
 def _credentials() -> Path | None:
-    """Return the directory in which systemd puts credentials, or None if it does not exist."""
+    """Return the directory in which systemd puts credentials, or None if there is no directory."""
     directory = Path(os.environ.get("CREDENTIALS_DIRECTORY") or os.devnull)
     return directory if directory.is_dir() else None
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the ``OUTBOX_*`` variables that no setting reads, each with the most similar known name or None."""
+    """Return the ``OUTBOX_*`` variables that no setting reads.
+
+    The value of each variable is the most similar known name, or None.
+    """
     known = [_variable(name) for name in Settings.model_fields]
     ours = [name for name in environment if name.upper().startswith(PREFIX)]
     strangers = [name for name in ours if name.upper() not in (*known, *_OTHERS)]

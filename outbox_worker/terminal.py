@@ -1,7 +1,8 @@
-"""Prints results: as tables on a terminal, as tab-separated columns in a pipe, as one JSON object with ``--json``.
+"""Prints results as tables on a terminal, tab-separated columns in a pipe, or JSON with ``--json``.
 
-On a terminal, lines are broken only at spaces, so that ids, commands and URLs can be copied. In a pipe, lines are not
-broken, cut or aligned, so that ``cut`` and ``awk -F'\\t'`` can read the columns of a table.
+On a terminal, lines are broken only at spaces. Users can then copy ids, commands and URLs. In a
+pipe, lines are not broken, cut or aligned. ``cut`` and ``awk -F'\\t'`` can then read the columns of
+a table.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 def print_json(value: object) -> None:
     """Print one JSON object on stdout, with ids and money as strings, and times as RFC 3339 in UTC.
 
-    If the encoding of stdout lacks a character, print an escape (``\\u00e9``), so that no character is lost.
+    If the encoding of stdout lacks a character, print an escape such as ``\\u00e9``.
     """
     found = plain(value)
     written = json.dumps(found, ensure_ascii=False)
@@ -105,7 +106,7 @@ def line(text: str, style: str = "") -> None:
 
 
 def next_commands(commands: Sequence[Sequence[str]]) -> None:
-    """Print the commands to run next, quoted so that they can be pasted into a shell."""
+    """Print the commands to run next, with quotes, so that users can paste them into a shell."""
     for position, words in enumerate(commands):
         label = "\nNext: " if position == 0 else "      "
         quoted = [printable(shlex.quote(word)) for word in words]
@@ -161,7 +162,10 @@ def _print_row(row: Sequence[Sequence[str]], widths: Sequence[int], numbers: Seq
 
 
 def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
-    """Print one line for each name and value. A name may have a style. A list gets one line for each value."""
+    """Print one line for each name and value. A name can have a style.
+
+    A list gets one line for each value.
+    """
     names = [Text(name, style="dim") if isinstance(name, str) else name for name, _ in rows]
     indent = max((name.cell_len for name in names), default=0) + len(_GAP)
     for name, (_, value) in zip(names, rows, strict=True):
@@ -174,7 +178,10 @@ def facts(rows: Sequence[tuple[str | Text, object]]) -> None:
 
 
 def _lines(value: object) -> list[str]:
-    """Return the lines of a cell without control characters, because the text may come from other programs."""
+    """Return the lines of a cell without control characters.
+
+    The text can come from other programs.
+    """
     return [printable(str(each)) for each in (value if isinstance(value, list) else [value])] or [""]
 
 

@@ -24,9 +24,9 @@ _LONGEST_RESTRAINT_SECONDS = 1.0
 class Bell:
     """Wakes one sleeping claim loop for each notification and for each call of ``ring``.
 
-    One sleeping loop holds the lock ``_turn`` and waits at the socket. The other loops wait for
-    this lock. When the loop at the socket wakes up, it releases the lock. The next loop then waits
-    at the socket.
+    One sleeping loop holds the lock ``_turn`` and waits at the socket. All other loops wait for the
+    lock ``_turn``. When the loop at the socket wakes up, this loop releases the lock. The next loop
+    then waits at the socket.
     """
 
     def __init__(self) -> None:
@@ -44,17 +44,17 @@ class Bell:
         self.is_heard = False
         """Whether notifications reach this process. The listener tests this from time to time."""
         self.is_needed = threading.Event()
-        """Set if the listener must act, because the connection is lost or the worker stops."""
+        """Set if the connection is lost or the worker stops. The listener must then act."""
         self.restraint_seconds = 0.0
         """How long a loop waits after a notification before it looks for events. See ``looked``."""
 
     def ring(self) -> None:
         """Wake one sleeping loop. If no loop sleeps, the next sleep ends at once."""
-        with suppress(BlockingIOError):  # the pipe is full, so the next sleep ends at once anyway
+        with suppress(BlockingIOError):  # if the pipe is full, the next sleep ends at once
             os.write(self._rope, b"!")
 
     def silence(self) -> None:
-        """Wake all loops, and let no loop sleep any more, because the worker stops."""
+        """Wake all loops and let no loop sleep again, because the worker stops."""
         self._is_silent = True
         self.is_needed.set()
         self.ring()
@@ -100,9 +100,9 @@ class Bell:
     def looked(self, *, in_vain: bool) -> None:
         """Record whether this worker found an event after a notification.
 
-        If it found no event (``in_vain``), other workers were faster. This worker then doubles its
-        wait before the next look, up to one second. If many workers hear of each event, only a few
-        workers look for the event at once.
+        If it found no event (``in_vain``), other workers were faster. This worker then doubles
+        ``restraint_seconds``, up to one second. If many workers are notified of each event, only a
+        few workers then look for the event at once.
         """
         doubled = max(_FIRST_RESTRAINT_SECONDS, self.restraint_seconds * 2)
         self.restraint_seconds = min(_LONGEST_RESTRAINT_SECONDS, doubled) if in_vain else 0.0

@@ -42,7 +42,7 @@ All other rounds only write a heartbeat.
 IGNORED_SECONDS = 300.0
 """The seconds between two counts of the events of ignored types.
 
-The worker counts seldom, because each count reads up to 100,000 entries of an index.
+The worker counts rarely, because each count reads up to 100,000 entries of an index.
 """
 _NAMES_AND_RIGHTS = ("42", "3F")
 """The SQLSTATE classes of errors about a missing table, column, schema or privilege."""
@@ -68,7 +68,7 @@ class _Look:
 
 
 class Chores:
-    """Runs one round of chores every ``CHORE_SECONDS``, in its own thread.
+    """Runs one round of chores (regular tasks) every ``CHORE_SECONDS``, in a separate thread.
 
     If a round fails, the chores log the failure, and the next round tries again. The first round
     that finds the option ``notify`` in the database calls ``start_listening``. If
@@ -97,7 +97,10 @@ class Chores:
         self._quiet_until = 0.0
 
     def run(self, is_over: threading.Event) -> bool:
-        """Run rounds until ``is_over`` is set. Then run one more round, which records that the process stopped."""
+        """Run rounds until ``is_over`` is set. Then run one more round.
+
+        This round records that the process stopped.
+        """
         while not is_over.is_set():
             self.do_round()
             is_over.wait(CHORE_SECONDS)
@@ -113,7 +116,7 @@ class Chores:
             self._check_schema_if_suspect()
             look = self._look(stopped)
             self._heartbeats.written(stopped=stopped)
-        except Exception as error:  # noqa: BLE001 - reported; with a traceback if it is a bug
+        except Exception as error:  # noqa: BLE001 - logged, a bug with its traceback
             self._quiet_until = 0.0
             self._heartbeats.lost()
             self.meet_trouble(error, CHORE_SECONDS)

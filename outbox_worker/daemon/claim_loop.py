@@ -1,4 +1,4 @@
-"""Defines the claim loop, which takes due events and settles them, and the threads in which loops run."""
+"""Defines the claim loop and its thread. A claim loop takes due events and settles the events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ heartbeats (about 15 seconds).
 
 
 class ClaimLoop:
-    """Claims (locks) and settles events on one connection until the flag ``pulse`` is set.
+    """Claims (locks) and settles events on one connection until ``pulse`` is set.
 
     Each step settles one batch. The pulse records the end of each step, each failed try and each
     part of a sleep. Any thread can replace ``settings``. The next step then uses the new limits.
@@ -127,8 +127,7 @@ class ClaimLoop:
     def _next_pause(self, longest: float, *, is_busy: bool) -> float:
         """Return the seconds to sleep. If the last claim settled no event, double the last pause.
 
-        The method shortens each pause by a random part, so that workers do not all claim at the
-        same moment.
+        A random part shortens each pause. Workers then do not all claim at the same moment.
         """
         shortest = self.settings.poll_min_seconds
         self._pause = next_pause(0.0 if is_busy else self._pause, minimum=shortest, maximum=longest)
@@ -152,12 +151,12 @@ class ClaimLoop:
 
 
 def _may_be_more(report: BatchReport) -> bool:
-    """Return whether more events are probably due now, because the claim was full."""
+    """Return whether more events are probably due now. This is the case after a full claim."""
     return report.is_full and report.settled > 0
 
 
 class LoopThread(threading.Thread):
-    """A thread that runs one loop and, when the loop ends, wakes the main thread."""
+    """A thread that runs one loop. When the loop ends, the thread wakes the main thread."""
 
     def __init__(self, body: Callable[[], bool], signals: Signals) -> None:
         super().__init__(daemon=True)

@@ -1,6 +1,6 @@
 """Listens for the notifications that the option ``notify`` sends when a producer commits new events.
 
-The listener is optional, because a claim loop that polls also finds every event.
+The listener is optional. A claim loop that polls the outbox also finds every event.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Listener(threading.Thread):
                     self._stop_serving.is_set() or self._bell.is_needed.wait(TEST_SECONDS)
 
     def _hears(self, connection: psycopg.Connection[Any]) -> bool:
-        """Send a notification through the worker's database. Return whether it arrives at the connection in time."""
+        """Send a notification through the worker's database.
+
+        Return whether the notification arrives at the connection in time.
+        """
         token = str(uuid4())
         with self._database.transaction() as session:
             session.execute(select(func.pg_notify(NOTIFY_CHANNEL, token)))

@@ -23,7 +23,7 @@ Without this limit, a worker with very short steps would send too many messages.
 class _Loop:
     returned: float
     trouble: str | None = None
-    """The reason why the loop's last step failed, or None if it succeeded."""
+    """The reason why the loop's last step failed, or None if the step succeeded."""
     has_returned: bool = False
     """Whether a step of the loop has ended since the last message to systemd's watchdog."""
 
@@ -31,7 +31,7 @@ class _Loop:
 class Liveness:
     """Remembers when the last step of each loop ended, and the reason if the step failed.
 
-    A step may take at most ``limit_seconds``.
+    A step must take at most ``limit_seconds``.
     """
 
     def __init__(self, limit_seconds: float) -> None:
@@ -48,7 +48,10 @@ class Liveness:
             self._loops = [_Loop(now) for _ in range(loops)]
 
     def enter(self, phase: str | None) -> None:
-        """Set the phase of the process: STARTING, STOPPING, or None while it settles events."""
+        """Set the phase of the process:
+
+        STARTING, STOPPING, or None while the process settles events.
+        """
         self._phase = phase
 
     def returned(self, loop: int, now: float) -> bool:
@@ -67,14 +70,14 @@ class Liveness:
             return True
 
     def told(self, loop: int, trouble: str | None) -> None:
-        """Record why the last step of a loop failed, or None if it succeeded."""
+        """Record why the last step of a loop failed. ``trouble`` is None if the step succeeded."""
         self._loops[loop].trouble = trouble
 
     def reached(self, trouble: str | None) -> None:
-        """Record why the chores cannot reach the database, or None if they can reach it.
+        """Record why the chores cannot reach the database.
 
-        The chores report an outage, because sleeping claim loops do not notice it. A claim loop can
-        sleep for up to an hour.
+        ``trouble`` is None if the chores can reach the database. The chores report an outage,
+        because sleeping claim loops do not notice it. A claim loop can sleep for up to an hour.
         """
         self._unreachable = trouble
 

@@ -1,7 +1,7 @@
 """Reports the state of the process to systemd, to its watchdog, and to clients of /livez and /readyz.
 
 This module sends a message to the watchdog when every claim loop has ended a step since the last
-message. This module uses no timer, because a timer sends messages even if a claim loop hangs.
+message. This module uses no timer. A timer would send messages even if a claim loop hangs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from outbox_worker.settings import Settings
 from outbox_worker.telemetry.reporter import Telemetry
 
 STEP_DEADLINES = 6
-"""A step of a claim loop may take this many database deadlines.
+"""A step of a claim loop must end within this number of database deadlines.
 
 A step opens a connection and runs a few statements. Each of these actions ends within one database deadline.
 """
@@ -34,7 +34,7 @@ shorter, the parts fit into the limit of the watchdog.
 class Pulse:
     """Records when one claim loop ends a step or a part of its sleep. Each record is called a beat.
 
-    A caller can use a pulse in place of the flag ``stop``, because a pulse has the same methods.
+    A pulse has the same methods as the flag ``stop``, and callers can use it in place of the flag.
     The method ``wait`` of a pulse also records beats.
     """
 
@@ -44,7 +44,7 @@ class Pulse:
         self._stop, self._liveness, self._loop = stop, liveness, loop
         self._feed, self._slice_seconds = feed, slice_seconds
         self.is_idle = False
-        """Whether the loop sleeps, because its last look found no due event."""
+        """Whether the loop sleeps after a query that found no due event."""
 
     def is_set(self) -> bool:
         return self._stop.is_set()
@@ -89,7 +89,7 @@ class Supervision:
             telemetry.watchdog_is_short(watchdog, limit)
 
     def answering(self) -> AbstractContextManager[object]:
-        """Serve HTTP inside the ``with`` block, unless OUTBOX_HTTP_LISTEN is off."""
+        """Serve HTTP inside the ``with`` block. If OUTBOX_HTTP_LISTEN is off, serve nothing."""
         if self._settings.listen is None:
             return nullcontext()
         return Endpoints(self._settings.listen, self._settings.http_hosts, self._liveness, self._telemetry)
@@ -110,7 +110,10 @@ class Supervision:
         return all(pulse.is_idle for pulse in self._pulses)
 
     def waits(self, error: BaseException) -> None:
-        """Report that the start failed and the worker tries again. Send READY to systemd, because the process runs."""
+        """Report that the start failed and the worker tries again.
+
+        Send READY to systemd, because the process is running.
+        """
         self._say_ready(f"{reason(error)}; waiting")
 
     def serves(self) -> None:
@@ -119,7 +122,10 @@ class Supervision:
         self._say_ready("serving")
 
     def stops(self) -> None:
-        """Report that the claim loops are ending, because a signal arrived or all due events are settled."""
+        """Report that the claim loops are ending.
+
+        The cause is a signal, or all due events are settled.
+        """
         self._liveness.enter(STOPPING)
         self._notifier.tell(STOPPING=1, STATUS="stopping after the current batch")
 

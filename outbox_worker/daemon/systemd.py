@@ -1,9 +1,10 @@
 """Sends messages to systemd. ``supervision`` decides which messages to send.
 
-A message is a datagram of NAME=VALUE lines to the socket in the variable ``NOTIFY_SOCKET``, as sd_notify(3) describes.
+A message is a datagram of NAME=VALUE lines. The variable ``NOTIFY_SOCKET`` names the socket. The
+manual page sd_notify(3) describes this protocol.
 
-This module implements the protocol itself, because the protocol is small and stable. The bindings to libsystemd would
-have to be compiled on each machine.
+This module implements the small and stable protocol itself. Bindings to libsystemd must be compiled
+on each machine.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ _PATIENCE_SECONDS = 1.0
 
 
 class Notifier:
-    """Sends messages to the service manager that started this process. If there is no service manager, sends nothing.
+    """Sends messages to the service manager that started this process.
 
-    The constructor removes systemd's variables from the environment, so that child processes do not send messages.
+    If there is no service manager, sends nothing. The constructor removes systemd's variables from
+    the environment. Child processes then send no messages.
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:

@@ -52,7 +52,10 @@ class Start:
     """The facts that the worker reads from the database before its first claim."""
 
     tables: Tables
-    """The tables with the column types of this database. For example, the payload column may be jsonb, json or text."""
+    """The tables with the column types of this database.
+
+    For example, the payload column can have the type jsonb, json or text.
+    """
     doors: Doors
     """The SQL statements on these tables, for the event types that the worker claims."""
 
@@ -98,8 +101,8 @@ class Worker:
     def drain(self, signals: Signals) -> int:
         """Settle all events that are due now, then end.
 
-        Return 1 if other transactions kept due rows locked for too long. Also return 1 if due events are set aside,
-        because the database refuses to change their rows. Otherwise return 0. Raises DatabaseUnavailable.
+        Return 1 if other transactions kept due rows locked for too long. Also return 1 if due
+        events are set aside (excluded from claims). Otherwise return 0. Raises DatabaseUnavailable.
         """
         self._database.check()
         start = self.start()
@@ -139,7 +142,7 @@ class Worker:
         return Start(tables=tables, doors=Doors.of(tables, event_types))
 
     def _wait_for_start(self, signals: Signals) -> Start | None:
-        """Start as soon as the database can be reached. Return None if a stop signal arrives before that.
+        """Start as soon as the database can be reached. Return None if a stop signal arrives first.
 
         While this method waits, /livez reports that the process is alive.
         """
@@ -198,7 +201,7 @@ class Worker:
     def _backfills(self, start: Start, chores: Chores) -> list[Callable[[], bool]]:
         """Return the function that runs the periodic backfill, if the backfill is on.
 
-        The backfill runs in a separate thread. It therefore delays neither claims nor heartbeats.
+        The backfill runs in a separate thread, and delays neither claims nor heartbeats.
         """
         if not self._settings.backfill_every_seconds:
             return []
@@ -288,6 +291,6 @@ class Worker:
         return False
 
     def _now(self) -> datetime:
-        """Return the time by the database's clock, because only this clock decides which events are due."""
+        """Return the time by the database's clock. Only this clock decides which events are due."""
         with self._database.transaction() as session:
             return database_time(session)

@@ -42,7 +42,10 @@ class Found:
 
 
 class Bisection:
-    """The state of one batch. The worker halves it until each refused event is alone in a part."""
+    """The state of one batch.
+
+    The worker halves the batch until each refused event is alone in a part.
+    """
 
     def __init__(self, plan: AttemptPlan, parts: list[Batch], stuck: Collection[int] | None) -> None:
         self.plan = plan
@@ -142,11 +145,11 @@ class UnprovenRefusals:
         self._recent.update(keys)
 
     def proven(self, keys: Iterable[int]) -> set[int]:
-        """Return the events among ``keys`` that are known to be the cause of their own refusal."""
+        """Return the events of ``keys`` that are known to have caused their own refusal."""
         return self._proven.intersection(keys)
 
     def prove(self, keys: Iterable[int]) -> None:
-        """Record that these events are the cause of their own refusal."""
+        """Record that these events caused their own refusal."""
         self._recent.difference_update(keys)
         self._proven.update(keys)
 

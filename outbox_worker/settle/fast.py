@@ -88,7 +88,7 @@ class FastTransaction:
         """Whether one statement can settle the next batch.
 
         False while the worker searches for the cause of a failure. Also false if a trigger could
-        change a purchase after the statement has read it back.
+        change a purchase after the statement has checked the purchase.
         """
         return self._pacing.is_calm and "INSERT" not in self._guard.state.triggers_on
 

@@ -24,7 +24,7 @@ from outbox_worker.store.purchases import PurchaseRepository
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """The options with which one attempt settles a batch."""
+    """The options of one attempt to settle a batch."""
 
     guard: GuardState
     locks: PairLocks
@@ -116,8 +116,8 @@ class _UnderLocks(ABC):
     ) -> Verdicts:
         """Judge the events and write their purchases.
 
-        Judge an event again if its purchase was not written. Each round except the last tries to
-        write a purchase for an event that was not tried before.
+        Judge an event again if its purchase was not written. In each round except the last, the
+        method tries to write a purchase of an event for the first time.
         """
         verdicts: Verdicts = {}
         tried: set[int] = set()

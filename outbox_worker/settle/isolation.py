@@ -1,11 +1,12 @@
 """Processes events one at a time after a worker has died.
 
-One of these events possibly killed the worker. Before the process settles an event, it *accuses*
-the event: it commits the event's id into the row of this process in ``workers``. The transaction
-that settles the event removes the id from the row. If the process dies before that, the row still
-names the event. The worker that takes over the row can then count a crash for the event
-(``Workers.take_over_dead_workers``). The process also removes the id if it gives up the event or
-stops. If the process cannot reach the database, it leaves a note (a file) on its host.
+One of these events possibly killed the worker. Before this process settles an event, it *accuses*
+the event. To accuse an event, it commits the event's id into the row of this process in
+``workers``. The transaction that settles the event removes the id from the row. If the process dies
+before that, the row still names the event. The worker that takes over the row can then count a
+crash for the event (``Workers.take_over_dead_workers``). The process also removes the id if it
+gives up the event or stops. If the process cannot reach the database, it leaves a note (a file) on
+this host.
 
 A process has only one row in ``workers``, and all claim loops of a process die together. Therefore
 all other claim loops wait while one claim loop processes an event alone. Otherwise a batch of
@@ -55,7 +56,10 @@ class Isolation:
         return self._to_isolate > 0
 
     def isolate_next(self, events: int) -> None:
-        """Process the next ``events`` events one at a time, because one of them may have killed a worker."""
+        """Process the next ``events`` events one at a time.
+
+        One of these events possibly killed a worker.
+        """
         self._to_isolate = events
 
     @contextmanager
@@ -103,9 +107,9 @@ class Isolation:
     ) -> IsolatedEvent | None:
         """Choose a due event and accuse it: write its id into the row of this process.
 
-        Return None if no due event was found, or if the row was not written. ``key`` is the id of
-        the event to choose. If ``key`` is None, choose the first event of the queue. If the queue
-        then contains no due event, the process settles whole batches again.
+        Return None if no event is due, or if the row could not be written. ``key`` is the id of the
+        event to choose. If ``key`` is None, choose the first event of the queue. If the queue then
+        contains no due event, the process settles whole batches again.
         """
         with self._database.transaction(**plans) as session:
             event = outbox.isolate(session, key, until, set_aside=self._workers.set_aside.ids)
@@ -154,14 +158,14 @@ class Isolation:
 
 
 class LoneEvents:
-    """The events that one claim loop must process alone, and the event that it processes alone now."""
+    """The events that one claim loop must process alone, including the current event."""
 
     def __init__(self, isolation: Isolation, outbox: Outbox) -> None:
         self._isolation, self._outbox = isolation, outbox
         self._failures = 0
         self.event: IsolatedEvent | None = None
         self.crash_suspects: list[int] = []
-        """Events that the last batches left out, because a worker died while it processed them."""
+        """Events that the last batches left out. A worker died while it processed these events."""
 
     @property
     def is_next(self) -> bool:
@@ -179,9 +183,9 @@ class LoneEvents:
     def choose(self, guard: Guard, until: datetime | None, plans: Mapping[str, str]) -> IsolatedEvent | None:
         """Choose the next event to process alone, and accuse it.
 
-        First choose the event that this loop gave up before. If there is no such event, choose an
-        event of ``crash_suspects``. If this list is empty, choose the first event of the queue. To
-        accuse an event, write its id into the row of this process.
+        First choose the event that this loop gave up before. If the loop gave up no event, choose
+        an event of ``crash_suspects``. If ``crash_suspects`` is empty, choose the first event of
+        the queue. To accuse an event, write its id into the row of this process.
         """
         before, key = self.event, None
         if before is not None:

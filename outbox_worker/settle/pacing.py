@@ -1,6 +1,6 @@
 """Decides how many events the next claim asks for, and where the claim begins in the queue.
 
-This module does no I/O. The caller passes the time, so this module reads no clock.
+This module does no I/O. The caller passes the time. This module reads no clock.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Frontier:
     reach: float = math.inf
     """How far back in time, in seconds, a claim from the start of the queue looks.
 
-    If a transaction stays open for hours, many index entries of deleted rows remain. A claim then
-    exceeds the time limit of a statement if it reads them all. Claims therefore read only the
-    newest part of the queue, so that the worker still settles events.
+    If a transaction stays open for hours, many index entries of deleted rows remain. A claim that
+    reads all of these entries exceeds the time limit of a statement. Claims then read only the
+    newest part of the queue, and the worker still settles events.
     """
     start: Position | None = None
     """The position where a claim from the start of the queue begins.
@@ -84,7 +84,10 @@ class Frontier:
     """The number of calls of ``go_back``. If this number changes during a claim, the claim does not set ``mark``."""
 
     def go_back(self) -> None:
-        """Begin the next claim at the start of the queue, because an event before ``mark`` is not settled yet."""
+        """Begin the next claim at the start of the queue.
+
+        An event before ``mark`` is not settled yet.
+        """
         self.mark = None
         self.turn += 1
 
@@ -156,7 +159,7 @@ class Pacing:
         self._shrink(limits.batch_size)
 
     def start(self, now: float) -> Position | None:
-        """Return the position after which the next claim begins. None is the start of the queue.
+        """Return the position after which the next claim begins. None means the start of the queue.
 
         ``now`` is in monotonic seconds.
         """
@@ -169,7 +172,7 @@ class Pacing:
         """Begin the next claim where a claim from ``start`` ended.
 
         ``end`` is None if the claim found no event. If a claim from the start of the queue was not
-        full, do not change ``mark``. This claim has found all due events, but it may have ended
+        full, do not change ``mark``. This claim has found all due events, but its end is possibly
         before ``mark``.
         """
         is_short_from_start = start is None and not is_full and self.frontier.mark is not None
@@ -197,11 +200,12 @@ class Pacing:
         self.frontier.look_back(self.frontier.reach * 2, today)
 
     def choose(self, kinds: Sequence[str]) -> str:
-        """Choose the event type to settle now: the first of ``kinds`` that was not chosen for the last batch.
+        """Choose the event type to settle now.
+
+        Choose the first type of ``kinds`` that was not chosen for the last batch.
 
         Without this rule, the worker could always choose a type whose events cannot be settled.
-        Events of other types would wait. If the worker repeats a transaction, it chooses the same
-        type again.
+        Events of other types would wait. A repeated transaction has the same event type as before.
         """
         self._chosen = next(kind for kind in kinds if kind != self._chosen_before)
         return self._chosen
@@ -259,7 +263,10 @@ class Pacing:
             self._beyond = end
 
     def gave_up(self) -> None:
-        """Choose another event type next time, because the database error may occur only with this type."""
+        """Choose another event type next time.
+
+        The database error possibly occurs only with this type.
+        """
         self._end_turn()
 
     def made_way(self) -> None:
@@ -283,7 +290,7 @@ class Pacing:
         self._ran_out = False
 
     def ran_out(self) -> None:
-        """Halve the next careful transaction, because the last one used all its savepoints."""
+        """Halve the next careful transaction, because this transaction used all savepoints."""
         self._ran_out = True
 
     def _shrink(self, most: int) -> None:

@@ -1,9 +1,10 @@
 """Settles one batch of due events.
 
-First, one statement settles events fast. A careful transaction, which locks the pairs first, then
-settles the events that this statement left. In the package ``settle``, only this module, ``fast``
-and ``isolation`` begin and commit transactions. After a transient failure, the processor tries
-again with half the batch. The processor postpones an event that blocks other events.
+First, one statement settles events fast. Then a careful transaction settles the events that this
+statement left. A careful transaction first locks the pairs of the events. In the package
+``settle``, only this module, ``fast`` and ``isolation`` begin and commit transactions. After a
+transient failure, the processor tries again with half the batch. The processor postpones an event
+that blocks other events.
 """
 
 from __future__ import annotations
@@ -96,9 +97,9 @@ class Processor:
     def seconds_until_due(self) -> float:
         """Return the seconds until the first event is due.
 
-        If an event is due now, return 0 or less. The query takes one round trip. Like a claim, it
-        begins where the last claim ended, and from time to time at the start of the queue. Raises
-        the errors of psycopg.
+        If an event is due now, return 0 or less. The query takes one round trip. Like a claim, the
+        query begins where the last claim ended, or sometimes at the start of the queue. Raises the
+        errors of psycopg.
         """
         began, set_aside = time.monotonic(), self._pacing.set_aside.ids
         start = self._pacing.start(began)
@@ -144,7 +145,10 @@ class Processor:
         return report
 
     def _postpone_isolated(self, isolated: IsolatedEvent, until: datetime | None) -> BatchReport:
-        """Postpone the isolated event after several errors. Count no try, because the errors may have other causes."""
+        """Postpone the isolated event after several errors.
+
+        Count no try, because the errors possibly have other causes.
+        """
         with self._database.transaction(**self._plans()) as session:
             batch = self._outbox.claim_isolated(session, isolated, until).batch
             settled = self._postpone_uncharged(session, batch)
@@ -192,12 +196,12 @@ class Processor:
         return report
 
     def _probe_guard(self) -> None:
-        """Check the unique index and triggers of purchases, because row counts did not match."""
+        """Check the unique index and triggers of purchases after row counts did not match."""
         with suppress(DBAPIError), self._database.transaction() as session:
             self._guard.probe(session)
 
     def _process_carefully(self, until: datetime | None, fast: BatchReport | None = None) -> BatchReport:
-        """Settle events in a careful transaction, which locks their pairs.
+        """Settle events in a careful transaction, under the locks of their pairs.
 
         Settle the events that ``fast`` left. If ``fast`` is None, claim other events.
         """
@@ -278,7 +282,8 @@ class Processor:
     def _claim(self, session: Session, limit: int, until: datetime | None) -> Claim:
         """Claim events after the end of the last claim.
 
-        If there are no such events, or if a claim from the start of the queue is due, claim from the start.
+        If there are no later events, or if a claim from the start is due, claim from the start of
+        the queue.
         """
         began = time.monotonic()
         start, besides = self._pacing.start(began), self._pacing.set_aside.ids
@@ -294,7 +299,7 @@ class Processor:
         return index_plans(self._guard.state.has_index_paths)
 
     def _choose(self, claim: Claim) -> tuple[Batch, Batch]:
-        """Return the events to settle now, and the events of other types, which stay in the outbox.
+        """Return the events to settle now, and the events of other types that stay in the outbox.
 
         Each handler writes its purchases in ascending order. Two handlers in one transaction would
         not keep this order, and two workers could deadlock. Events without a handler are settled
@@ -323,8 +328,8 @@ class Processor:
     def _make_way(self, until: datetime | None) -> BatchReport:
         """Postpone the first event of the queue without counting a try.
 
-        This event failed even in a batch without other events. Another transaction blocked it, or
-        the connection broke.
+        This event failed even in a batch without other events. Another transaction blocked this
+        event, or the connection broke.
         """
         start, besides = self._pacing.frontier.start, self._pacing.set_aside.ids
         with self._database.transaction(**self._plans()) as session:

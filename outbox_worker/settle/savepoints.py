@@ -13,13 +13,13 @@ from outbox_worker.database.engine import check_deferred, savepoint
 MAX_SAVEPOINTS = 32
 """The largest number of savepoints in one transaction.
 
-There is a limit because a transaction with more than 64 subtransactions slows down all sessions.
+A transaction with more than 64 subtransactions slows down all sessions.
 """
 
 
 @dataclass
 class Savepoints:
-    """The number of savepoints that one transaction may still use."""
+    """The number of savepoints that one transaction can still use."""
 
     session: Session
     left: int = MAX_SAVEPOINTS

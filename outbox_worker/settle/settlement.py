@@ -99,7 +99,10 @@ class Settlement:
         return self._record(session, batch, Found(verdicts), Savepoints(session))
 
     def postpone(self, session: Session, batch: Batch) -> Settled:
-        """Postpone events by the base delay without counting a try, so that other events can be settled."""
+        """Postpone events by the base delay without counting a try.
+
+        Then other events can be settled.
+        """
         recorded = self._recording.postpone(session, batch, Savepoints(session))
         return self._conclude(session, Found(), recorded)
 
@@ -283,8 +286,8 @@ class Settlement:
     ) -> None:
         """Raise an error if the database itself seems to be the cause of the refusals.
 
-        The database seems to be the cause if no row of the batch could be deleted or postponed. It
-        also seems to be the cause if too many events are set aside.
+        The database seems to be the cause if no row of the batch could be deleted or postponed. The
+        database also seems to be the cause if too many events are set aside.
         """
         key, error = next(iter(stuck.items()))
         is_plain = isinstance(error, Swallowed) or classify(error) is not Failure.UNCLEAR
@@ -299,7 +302,10 @@ class Settlement:
 
 
 def _as_unclear(error: Exception) -> Exception:
-    """Return an error of the class ``unclear``, so that the processor then tests whether other events succeed."""
+    """Return an error of the class ``unclear``.
+
+    The processor then tests whether other events succeed.
+    """
     if classify(error) is Failure.UNCLEAR:
         return error
     unclear = NothingRecorded(f"the database refuses every event alike: {describe(error)}")
@@ -312,6 +318,9 @@ def _wrote_purchase(verdicts: Verdicts) -> bool:
 
 
 def _share(plan: AttemptPlan, share: float) -> AttemptPlan:
-    """Reduce the lock capacity for a part of a batch, so that all parts together do not lock too many pairs."""
+    """Reduce the lock capacity for a part of a batch.
+
+    All parts together must not lock too many pairs.
+    """
     capacity = max(1, int(plan.guard.lock_capacity * share))
     return replace(plan, guard=replace(plan.guard, lock_capacity=capacity))
