@@ -1,5 +1,6 @@
-"""Commands that only read: ``status``, ``doctor``, and ``why`` (``records`` reads, ``explanation`` explains).
+"""The commands that only read the database: ``status``, ``doctor`` and ``why``.
 
-Do not write to the database here. To predict what happens to an event, call ``decision``; do not write other rules
-here.
+For ``why``, ``records`` reads the rows and ``explanation`` explains them. Do not write to the
+database in this package. To predict the outcome of an event, call ``decision.decide``. Do not write
+other rules in this package.
 """

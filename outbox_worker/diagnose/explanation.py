@@ -1,7 +1,8 @@
-"""Explains why a payment has a purchase or none: its records, the rules that applied, and predictions for its events.
+"""Explains why a payment has a purchase, or why it has none.
 
-A prediction uses the worker's own code: the same statement reads the facts, and the same function ``decide`` returns
-the outcome. All reads use one READ ONLY snapshot.
+An explanation contains the records of the payment, the rules that applied, and a prediction for
+each event. A prediction uses the worker's statement that reads the facts, and the worker's function
+``decide``. All reads use one READ ONLY snapshot.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _GIVES = "already gives the student this course"
 
 
 class Occasion(StrEnum):
-    """The occasion on which a worker or a backfill would decide the outcome of an event."""
+    """The occasion on which a worker or a backfill decides the outcome of an event."""
 
     DUE = "due"
     POSTPONED = "postponed"
@@ -63,12 +64,13 @@ class Occasion(StrEnum):
     DELIVERED = "delivered_again"
     BACKFILL = "backfill"
     NEVER = "never"
-    """No occasion, because workers do not claim events of this type, or the event lacks a due time, id or type."""
+    """No worker ever claims the event. Workers do not claim its type, or it has no due time, id or
+    type."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What would happen to an event if a worker or a backfill handled it now."""
+    """The outcome of an event if a worker or a backfill handles it now."""
 
     event_id: Key
     event_type: str
@@ -78,7 +80,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """Something that happened to a payment, event or purchase, and when. ``subject`` is the id of this thing."""
+    """Something that happened to a payment, event or purchase.
+
+    ``at`` is the time. ``subject`` is the id of the payment, event or purchase.
+    """
 
     at: datetime | None
     what: str
@@ -94,12 +99,14 @@ class PaymentStory:
 
     payment_id: Key | None
     payment: PaymentRow | None
-    """The row of the payment. None: there is no such row, or the role cannot see this row."""
+    """The row of the payment. None means that the row does not exist, or that the role cannot see
+    it."""
     kind: str | None
-    """The class of the payment, or ``refunded_but_active``. None: the payment is owed no purchase, because it did not
-    succeed or was refunded."""
+    """The class of the payment, or ``refunded_but_active``. None means that the payment has no row,
+    did not succeed, or was refunded."""
     not_judged: str | None
-    """The value because of which the payment fits no class, as a text for people. None: there is no such value."""
+    """If the payment cannot be judged (no class fits), this text names the reason. Otherwise
+    None."""
     timeline: Sequence[TimelineEntry]
     traces: Sequence[WaitingEvent | DeadLetter | MarkRow]
     predictions: Sequence[Prediction]
@@ -112,24 +119,26 @@ class Explanation:
     """The kinds of things that have the id: ``event``, ``payment``, ``purchase``, ``student``."""
     stories: Sequence[PaymentStory]
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: all those of the student, or the one that has the given id."""
+    """Gifts (purchases without a payment) that belong to the student or have the given id."""
     has_more: bool
     """Whether the student has more payments than those in ``stories``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """An event whose outcome ``why`` predicts."""
+    """An event whose outcome the command ``why`` predicts."""
 
     occasion: Occasion
     payment_id: Key | None = None
-    """The payment of an event that has no payload, because only its mark is left or a backfill creates it."""
+    """The payment of an event that has no payload. Either only the mark of the event is left, or a
+    backfill creates the event."""
     first: Key | None = None
-    """Only for a backfill: the payment of the pair for which the backfill would create the purchase."""
+    """The payment of the pair (student and course) for which a backfill makes the purchase. Only
+    events of a backfill have this value."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether a backfill would create the purchase for another payment of the pair instead."""
+        """Whether a backfill creates the purchase for another payment of the same pair."""
         return self.first != self.payment_id and self.first is not None
 
 
@@ -158,7 +167,7 @@ def explain(
 def _classes(
     session: Session, tables: Tables, ids: Sequence[Key]
 ) -> tuple[Mapping[Key, str], Mapping[Key | None, str]]:
-    """what: the classes of the succeeded payments, and the reasons why some cannot be judged
+    """what: the classes of the succeeded payments, and why some payments cannot be judged
     lock: none · index: primary keys; see ``class_among``
     """
     payments = tables.payments
@@ -169,9 +178,9 @@ def _classes(
 
 
 def _firsts(session: Session, tables: Tables, owed: Sequence[Key]) -> dict[Key, Key]:
-    """Return, for each owed payment, the oldest unexplained payment of the same student and course.
+    """Map each payment in ``owed`` to the oldest unexplained payment of the same pair.
 
-    A backfill would make the purchase for this oldest payment.
+    A backfill makes the purchase for this oldest payment.
     """
     batch = Batch(ids=range(len(owed)), payment_ids=[str(each) for each in owed])
     standing = PurchaseRepository(tables).standing_payments(session, batch) if owed else {}
@@ -185,7 +194,10 @@ def _firsts(session: Session, tables: Tables, owed: Sequence[Key]) -> dict[Key, 
 def _candidates(
     tables: Tables, records: Records, owed: Mapping[Key, Key], claimed_types: Sequence[str] | None
 ) -> dict[Key, _Candidate]:
-    """Return all events that have a record and, for each owed payment, the substitute event of a backfill."""
+    """Return all events that have a record.
+
+    For each payment that is owed a purchase, also return the substitute event of a backfill.
+    """
     events = [mark for mark in records.marks if mark.event_type != PURCHASE_BACKFILLED]
     return {
         **{key: _Candidate(Occasion.DELIVERED, mark.payment_id) for mark in events if (key := mark.event_id)},
@@ -215,7 +227,10 @@ def _occasion_of_event(event: WaitingEvent, claimed_types: Sequence[str] | None)
 def _judge(
     session: Session, tables: Tables, policy: RetryPolicy, candidates: Mapping[Key, _Candidate]
 ) -> list[Prediction]:
-    """Read the facts as the worker reads them, but without locks. Return the outcomes that ``decide`` predicts."""
+    """Read the facts with the worker's statement, but without locks.
+
+    Return the outcomes that ``decide`` predicts.
+    """
     known = _known(tables, list(candidates))
     read_of: list[ColumnElement[Any]] = [
         known.c[key] for key in ("id", "event_id", "event_type", "has_payload", "attempts", "crashes")
@@ -255,7 +270,8 @@ def _only(payment_id: Key | None) -> tuple[str | None, Repeated]:
 
 
 def _known(tables: Tables, events: Sequence[Key]) -> CTE:
-    """what: each event from the outbox, or else from its dead letter as requeue would write it, or else from its mark
+    """what: each event, from the first place that has it: outbox, dead letter (as requeue writes
+    it), mark
     lock: none · index: event ids
     """
     outbox, letters, marks = tables.outbox, tables.dead_letters, tables.processed_events
@@ -287,7 +303,10 @@ def _known(tables: Tables, events: Sequence[Key]) -> CTE:
 
 
 def _row_of(known: CTE, keys: FromClause, _: Table) -> FromClause:
-    """Return the event's row in the relation ``known``, to be used instead of the event's row in the outbox."""
+    """Return the event's row in the relation ``known``.
+
+    This row replaces the event's row in the outbox.
+    """
     return select(known).where(known.c.id == keys.c.id).lateral("event")
 
 
@@ -333,7 +352,7 @@ def _kind(payment: PaymentRow | None, classes: Mapping[Key, str], purchases: Seq
 
 
 def _purchases(records: Records, payment_id: Key | None, payment: PaymentRow | None) -> list[PurchaseRow]:
-    """Return the payment's own purchases and the active purchase of its pair."""
+    """Return the payment's purchases, and the active purchase of the same student and course."""
     pair = payment and payment.pair
     return [
         each

@@ -1,7 +1,7 @@
 """Reads the records of a payment: its row, events, dead letters, marks and purchases.
 
-``look_up`` finds these records by the id of an event, payment, purchase or student. Call ``look_up`` in a snapshot, so
-that the records of all tables are from the same moment.
+``look_up`` finds these records by the id of an event, payment, purchase or student. Call
+``look_up`` in a snapshot. Then the records of all tables are from the same moment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from outbox_worker.store.queries import is_claimable, status_of, type_of
 _Row = TypeVar("_Row")
 
 PAYMENTS_MAX = 100
-"""The largest number of payments to read for one student. If there are more, the oldest are read."""
+"""Read at most this many payments of one student. If the student has more payments, read the
+oldest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class PaymentRow:
     currency: str | None
     status: str | None
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``. So are all times in the classes below."""
+    """Is None if Python cannot represent the time, for example ``-infinity``. This rule applies to
+    all times in this module."""
     pair: tuple[str, str] = field(repr=False)
     """Two texts that identify student and course. A purchase of the same student and course has the same texts."""
 
@@ -52,7 +54,7 @@ class PurchaseRow:
     student_id: Any
     course_id: Any
     payment_id: Key | None
-    """The payment that paid for the purchase. None: the purchase is a gift."""
+    """The payment that paid for the purchase. None means that the purchase is a gift."""
     is_active: bool
     created_at: datetime | None
     deactivated_at: datetime | None
@@ -64,7 +66,8 @@ class WaitingEvent:
     """A row of the outbox."""
 
     event_id: Key | None
-    """None: the column is NULL, which is possible in an adopted table. ``event_type`` can be NULL there, too."""
+    """None means that the column is NULL. In an adopted table (our migrations did not create it),
+    ``event_id`` and ``event_type`` can be NULL."""
     event_type: str | None
     created_at: datetime | None
     due_at: datetime | None
@@ -109,13 +112,20 @@ class Records:
 
     @property
     def nameless(self) -> list[WaitingEvent | DeadLetter | MarkRow]:
-        """Return the records of events of which no record names a payment."""
+        """Return the records of events whose payment is unknown.
+
+        No record of such an event names a payment.
+        """
         named = {each.event_id for each in self.traces if each.payment_id is not None}
         return [each for each in self.traces if each.event_id not in named]
 
     @property
     def payment_ids(self) -> list[Key]:
-        """Return the ids of payments that have a row, then of payments that only an event, mark or purchase names."""
+        """Return the ids of payments.
+
+        Payments that have a row come first. Payments that only an event, mark or purchase names
+        come last.
+        """
         named = [each.payment_id for each in (*self.traces, *self.purchases)]
         known = [each for each in named if each is not None]
         return list(dict.fromkeys([*(each.id for each in self.payments), *known]))
@@ -126,17 +136,21 @@ class Found:
     """The kinds of things that have a given id, and their records."""
 
     kinds: Sequence[str]
-    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually one kind; empty if nothing has the id."""
+    """Any of ``event``, ``payment``, ``purchase``, ``student``. Usually, the list contains one
+    kind. If nothing has the id, the list is empty."""
     payment_ids: Sequence[Key]
     records: Records
     gifts: Sequence[PurchaseRow]
-    """Purchases without a payment: all those of the student, or the one that has the given id."""
+    """Gifts (purchases without a payment) that belong to the student or have the given id."""
     has_more: bool
     """Whether the student has more payments than ``PAYMENTS_MAX``."""
 
 
 def look_up(session: Session, tables: Tables, asked: str) -> Found:
-    """Find everything that has this id. Also find a payment without a row if an event, mark or purchase names it."""
+    """Find everything that has this id.
+
+    If an event, mark or purchase names a payment, the payment is found even if it has no row.
+    """
     event, payment = tables.event_key.parse(asked), tables.payment_key.parse(asked)
     of_event = _read_events(session, tables, events=[event]) if event else Records()
     own = tables.purchases.c
@@ -161,7 +175,10 @@ def look_up(session: Session, tables: Tables, asked: str) -> Found:
 
 
 def _ask(session: Session, read: Callable[[], Sequence[_Row]]) -> Sequence[_Row]:
-    """Return the rows that ``read`` finds, or none if the given id is not a valid value of the column's type."""
+    """Return the rows that the function ``read`` finds.
+
+    Return no rows if the id is not valid for the type of the column.
+    """
     try:
         with savepoint(session):
             return read()
@@ -183,7 +200,7 @@ def read(session: Session, tables: Tables, events: Collection[Key], payments: It
 
 
 def _payments_of(tables: Tables, student: str) -> Select[Any]:
-    """what: the payments of a student, found in payments and purchases · lock: none · index: on the pair, if any"""
+    """what: a student's payments, from payments and purchases · lock: none · index: the pair's"""
     paid, own, same = tables.payments, tables.purchases, tables.ids.student_id
     of_rows = select(paid.c.id, paid.c.created_at).where(is_id(same.paid, paid.c.student_id, student))
     of_purchases = select(own.c.payment_id, own.c.created_at).where(is_bought_id(same, own.c.student_id, student))
@@ -223,7 +240,9 @@ def _with_pair(row: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _is_of_or_holds_pair_of(tables: Tables, ids: Collection[Key]) -> ColumnElement[bool]:
-    """what: purchases of payments, and active purchases of their pairs · lock: none · index: payment_id, the pair's"""
+    """what: purchases of payments, and active purchases of the pairs of these payments
+    lock: none · index: payment_id, the pair's
+    """
     own, paid = tables.purchases.alias("own"), tables.payments
     rows = own.join(paid, same_pair(tables.ids, own, paid))
     holding = select(own.c.id).select_from(rows).where(paid.c.id.in_(ids), own.c.is_active)

@@ -1,4 +1,4 @@
-"""The state of the queue now: backlog, guard, dead letters, workers and their counters."""
+"""Reads the current state of the queue: backlog, guard, dead letters, workers, counters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Status:
     guard: Guard
     backlog: Backlog
     never_claimed: int
-    """The number of events that no worker can ever claim, because they lack a due time, an id or a type."""
+    """The number of events that no worker can ever claim. Such an event has no due time, no id or
+    no type."""
     open_letters: int
     workers: Sequence[WorkerRow]
     ignored: IgnoredEvents
@@ -40,7 +41,8 @@ class Status:
     """The tables that our migrations did not create."""
     concerns: Sequence[SchemaProblem]
     set_aside: Mapping[int, str] = field(default_factory=dict)
-    """The events (``outbox.id``) that workers have excluded from claims, each with the refusal of the database."""
+    """The events that workers exclude from claims. Maps each ``outbox.id`` to the error of the
+    database."""
 
     def metrics(self) -> dict[str, float]:
         """Return each counter and each gauge.
@@ -67,7 +69,10 @@ class Status:
 
 
 def condition(worker: WorkerRow) -> str:
-    """Return ``running``, ``stopped`` (the worker recorded its end) or ``silent`` (no heartbeat, so probably dead)."""
+    """Return ``running``, ``stopped`` or ``silent``.
+
+    A stopped worker recorded its end. A silent worker sends no heartbeat and is probably dead.
+    """
     if worker.stopped_at is not None:
         return "stopped"
     return "silent" if worker.silent_seconds > WORKER_SILENT_AFTER_SECONDS else "running"

@@ -1,6 +1,6 @@
-"""Compares payments with purchases. ``audit`` checks whether any purchase is owed; ``backfill`` makes owed purchases.
+"""Compares payments with purchases: ``audit`` finds owed purchases, ``backfill`` makes them.
 
-``audit``, ``duplicates`` and both backfills read the payments by ``scan``. ``scan`` uses the statements of
-``store.payment_classes``. ``owed`` inserts purchases with the daemon's statements and its guard against duplicates. Do
-not insert purchases by other statements.
+The modules ``audit``, ``duplicates``, ``backfill`` and ``periodic`` use ``scan`` to read the
+payments. ``scan`` uses the statements of ``store.payment_classes``. ``owed`` inserts purchases with
+the statements and the guard of the daemon. Do not insert purchases with other statements.
 """

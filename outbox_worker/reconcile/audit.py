@@ -1,4 +1,7 @@
-"""Checks whether any purchase is owed: the audit classifies every succeeded payment and counts each class."""
+"""Checks whether a purchase is owed.
+
+The audit classifies every succeeded payment and counts the payments of each class.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,11 @@ class AuditReport:
     cannot_be_judged: Sequence[UnjudgedPayment]
     """Succeeded payments that fit no class because of a value, for example because their student is NULL."""
     unknown_statuses: Mapping[str, int]
-    """The number of payments for each status that the worker does not know. The audit does not classify these
-    payments."""
+    """Maps each status that the worker does not know to its number of payments. The audit does not
+    classify these payments."""
     dated_ahead: int
-    """The number of succeeded payments dated more than an hour in the future. The audit does not classify these
-    payments."""
+    """The number of succeeded payments that are dated more than an hour in the future. The audit
+    does not classify these payments."""
 
     @property
     def ok(self) -> bool:
@@ -68,7 +71,10 @@ class Audit:
 
     @classmethod
     def start(cls, database: Database, tables: Tables) -> Audit:
-        """Check tables and privileges, and remember the database's time as the end of the range. Raises SchemaError."""
+        """Check tables and privileges. Raises SchemaError.
+
+        The range of the audit ends at the current time of the database.
+        """
         with database.transaction() as session:
             tables = check_schema(session, tables, EXPLAINING)
             began, paths = database_time(session), ScanPaths.read(session, tables)
@@ -81,7 +87,10 @@ class Audit:
         return self._scan.estimate()
 
     def run(self, throttle: Throttle = lambda *_: True) -> AuditReport:
-        """Classify all payments, and look for pairs that are active twice. Calls ``throttle`` after each statement."""
+        """Classify all payments, and find pairs that have more than one active purchase.
+
+        Calls ``throttle`` after each statement.
+        """
         self._scan.run(throttle)
         totals = self._scan.totals
         return AuditReport(
@@ -96,10 +105,11 @@ class Audit:
         )
 
     def _doubled_pairs(self) -> Sequence[DoubledPair]:
-        """Find pairs that are active twice. If the statement exceeds the deadline, repeat it with a longer deadline.
+        """Find pairs that have more than one active purchase.
 
-        The statement groups all active purchases. Without an index on the pair, PostgreSQL must sort all of them, and
-        the statement cannot be divided into shorter ones.
+        The statement groups all active purchases, and cannot be divided into shorter statements.
+        Without an index on the pair, PostgreSQL must sort all active purchases. If the statement
+        exceeds its deadline, repeat it with a longer deadline.
         """
         try:
             return _doubled_pairs(self._database, self._tables)

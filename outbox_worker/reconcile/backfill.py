@@ -1,9 +1,10 @@
-"""The backfill that an operator starts: finds unexplained succeeded payments, counts them, and makes their purchases.
+"""Runs the backfill that an operator starts: finds unexplained payments and makes their purchases.
 
-A payment is unexplained if it has no purchase and no record gives a reason for this. The scan finds all unexplained
-payments before the first purchase is made. If more than ``max_repairs`` purchases are owed, no purchase is made. This
-limit is called the fuse. An operator may kill a backfill at any time, because the next backfill with the same range
-continues the work.
+A succeeded payment is unexplained if it has no purchase and no record gives a reason for this. The
+scan finds and counts all unexplained payments before the backfill makes the first purchase. If more
+than ``max_repairs`` purchases are owed, the backfill makes no purchase. This limit is called the
+fuse. An operator can kill a backfill at any time. The next backfill with the same range continues
+the work.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ from outbox_worker.store.payment_classes import RECENT, PaymentClass
 from outbox_worker.store.queries import database_time
 
 ROUNDS = 10
-"""How many times the backfill, at its end, retries the payments whose pair another transaction has locked."""
+"""At its end, the backfill retries contended payments at most this many times. A payment is
+contended if another transaction had locked its pair."""
 _ROUND_SECONDS = 0.5
 _ROUNDS_SECONDS = 60.0
-"""After this time, no other round of retries begins, because each round may wait for many locks."""
+"""After this many seconds, the backfill begins no new round of retries. Each round can wait for
+many locks."""
 _BEAT_SECONDS = 5.0
 
 
@@ -61,13 +64,16 @@ class Request:
     older_than: timedelta = timedelta(minutes=5)
     max_repairs: int = 1000
     max_rate: float | None = None
-    """The largest number of payments to read per second. None: no limit."""
+    """The largest number of payments to read per second. None means that there is no limit."""
     dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The counts of a backfill. The scan sets the first four counts; each transaction adds to the other counts."""
+    """The counts of a backfill.
+
+    The scan sets the first four counts. Each transaction adds to all other counts.
+    """
 
     looked_at: int = 0
     unexplained: PaymentTotals = field(default_factory=PaymentTotals)
@@ -75,15 +81,16 @@ class Counts:
     duplicates: PaymentTotals = field(default_factory=PaymentTotals)
     made: PaymentTotals = field(default_factory=PaymentTotals)
     recovered: PaymentTotals = field(default_factory=PaymentTotals)
-    """The payments of ``made`` that had an earlier purchase, which was deleted."""
+    """The payments of ``made`` whose earlier purchase was deleted."""
     explained: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments that were owed a purchase during the scan, but no longer when the backfill checked them again."""
+    """Payments that were owed a purchase during the scan, but not at the second check."""
     contended: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose pair another transaction had locked at every attempt."""
     refused: PaymentTotals = field(default_factory=PaymentTotals)
     """Payments whose purchase the database refused with an error, or silently did not write."""
     withheld: PaymentTotals = field(default_factory=PaymentTotals)
-    """Payments whose pair has an older unexplained payment outside the range, which is owed the purchase."""
+    """Payments that got no purchase. An older unexplained payment of the same pair is owed the
+    purchase, but is outside the range."""
 
     def plus(self, result: BackfillResult) -> Counts:
         """Return these counts plus the result of one transaction."""
@@ -114,8 +121,8 @@ _VALUES = tuple(each.name for each in fields(Counts) if each.name != "looked_at"
 class BackfillReport:
     """The result of a backfill.
 
-    If this backfill continued a killed one, the counts include the work of both. All other fields describe only the
-    work of this process.
+    If this backfill continued a killed backfill, the counts include both backfills. All other
+    fields describe only the work of this process.
     """
 
     dry_run: bool
@@ -125,7 +132,8 @@ class BackfillReport:
     owed: Sequence[FoundPayment]
     duplicates: Sequence[FoundPayment]
     withheld: Sequence[FoundPayment]
-    """Payments that get no purchase now, because an older payment of their pair lies outside the range."""
+    """Payments that get no purchase now. An older unexplained payment of the same pair is outside
+    the range."""
     cannot_be_judged: Sequence[UnjudgedPayment]
     made: BackfillResult
     seconds: float
@@ -134,10 +142,11 @@ class BackfillReport:
 
     @property
     def ok(self) -> bool:
-        """Return whether every owed purchase was made and every payment was judged. Return True for every dry run.
+        """Return whether every owed purchase was made and every payment could be classified.
 
-        A withheld payment does not make the result False. For such a payment, the operator's range leaves out an older
-        payment of the same student and course, which is owed the purchase.
+        Return True for every dry run. Withheld payments do not make the result False. For a
+        withheld payment, the operator's range leaves out an older payment that is owed the
+        purchase.
         """
         return self.dry_run or not (self.made.contended or self.made.refused or self.cannot_be_judged)
 
@@ -149,9 +158,10 @@ class Beginning:
     range: BackfillRange
     paths: ScanPaths
     run: UUID | None = None
-    """The id of this backfill's row in ``backfill_runs``. None: this is a dry run, which has no row."""
+    """The id of this backfill's row in ``backfill_runs``. None means a dry run, which has no
+    row."""
     continued: BackfillRun | None = None
-    """The killed backfill that this backfill continues. None: this backfill continues no other."""
+    """The killed backfill that this backfill continues. None means that this backfill is new."""
 
 
 class Backfill:
@@ -165,7 +175,7 @@ class Backfill:
         self._began = self._beaten = time.monotonic()
         self.range, self._run, self._continued = beginning.range, beginning.run, beginning.continued
         known = Counts.read(self._continued.counts if self._continued else {})
-        # the scan finds contended and withheld payments again
+        # the next scan finds contended and withheld payments again
         self._counts = replace(known, contended=PaymentTotals(), withheld=PaymentTotals())
         self._cursor: ScanCursor | None = self._continued.cursor if self._continued else None
         self._is_cursor_held, self._by_index = False, beginning.paths.by_index
@@ -175,7 +185,7 @@ class Backfill:
         limits, is_open = ScanLimits(page_max=page_max), request.until is None
         self._scan = PaymentScan(database, tables, beginning.paths, span, limits=limits, looks_ahead=is_open)
         if self._cursor is not None and len(self._cursor) != len(self._scan.order):
-            self._cursor = None  # the killed backfill scanned in another order, because an index has changed since
+            self._cursor = None  # after a change of an index, the scan has another order
         self._owed: list[FoundPayment] = []
         self._duplicates: list[FoundPayment] = []
         self._made = BackfillResult()
@@ -185,7 +195,8 @@ class Backfill:
     def start(cls, database: Database, tables: Tables, policy: RetryPolicy, request: Request) -> Backfill:
         """Check tables and privileges, and write this backfill's row in ``backfill_runs``. Raises SchemaError.
 
-        A dry run writes no row. If an operator's backfill of the same range was killed, continue that backfill.
+        A dry run writes no row. If an operator's backfill of the same range was killed, continue
+        that backfill.
         """
         with database.transaction() as session:
             tables = check_schema(session, tables, EXPLAINING if request.dry_run else BACKFILLING)
@@ -203,7 +214,8 @@ class Backfill:
         self._rate = totals.passed / max(time.monotonic() - self._began, 1e-3)
         oldest, self._duplicates = choose_owed(totals.unexplained)
         self._made.withheld = self._forecast_withheld(oldest)
-        self._is_cursor_held = bool(self._made.withheld)  # a continued backfill must find them again
+        # the next backfill must find the withheld payments again
+        self._is_cursor_held = bool(self._made.withheld)
         behind = {payment.payment_id for payment in self._made.withheld}
         self._owed = [payment for payment in oldest if payment.payment_id not in behind]
         self._owed = self._scan.in_order(self._owed)
@@ -219,13 +231,17 @@ class Backfill:
         return len(self._owed)
 
     def make(self, progress: Throttle) -> BackfillReport:
-        """Make the owed purchases, unless this is a dry run. Calls ``progress`` after each transaction."""
+        """Make the owed purchases, but only if this is not a dry run.
+
+        Calls ``progress`` after each transaction.
+        """
         total = self._made
         if self._run is not None:
             self._make(self._run, progress)
             counts = self._counts.plus(total)
             left = self._left(left_of(self._scan.totals.unexplained, total))
-            if self._continued:  # this process scanned only the rest of the range, so use the counts of both backfills
+            # this scan read only the rest of the range; the counts include both backfills
+            if self._continued:
                 left = written_left(counts.contended + counts.refused + counts.withheld, PaymentTotals())
             with self._database.transaction() as session:
                 self._runs.finish(session, self._run, RunOutcome.MADE, counts.written() | left)
@@ -249,7 +265,8 @@ class Backfill:
             if owed.count <= most:
                 self._runs.advance(session, run, self._counts.written(), self._cursor)
                 return
-            if self._continued is None:  # keep the row of a continued backfill, so that it can be continued again
+            # do not finish the row of a continued backfill: the next backfill can continue it
+            if self._continued is None:
                 left = self._left(self._scan.totals.unexplained)
                 self._runs.finish(session, run, RunOutcome.REFUSED, self._counts.written() | left)
         texts = (f"{amount_text(amount, currency, grouped=True)} {currency}" for currency, amount in owed.money.items())
@@ -278,7 +295,7 @@ class Backfill:
 
     @property
     def _is_partial(self) -> bool:
-        """Whether this scan leaves out older payments: those before its range or before its cursor."""
+        """Whether this scan leaves out older payments, before its range or before its cursor."""
         return self._request.since is not None or self._continued is not None
 
     def _forecast_withheld(self, oldest: Sequence[FoundPayment]) -> list[FoundPayment]:
@@ -289,8 +306,8 @@ class Backfill:
     def _advance(self, run: UUID, session: Session, part: Sequence[FoundPayment], result: BackfillResult) -> None:
         """Save cursor and counts in the transaction that writes the purchases.
 
-        The cursor stays before the first payment whose pair was locked. So a backfill that continues this one tries
-        that payment again.
+        The cursor stays before the first payment whose pair was locked. The next backfill then
+        tries that payment again.
         """
         self._is_cursor_held = self._is_cursor_held or bool(result.contended)
         if not self._is_cursor_held:
@@ -299,7 +316,10 @@ class Backfill:
         self._runs.advance(session, run, counts.written(), self._cursor)
 
     def _left(self, payments: Sequence[FoundPayment]) -> dict[str, Any]:
-        """Return the counts and sums of the payments that stay unexplained, which the worker shows as metrics."""
+        """Return the counts and sums of the payments that stay unexplained.
+
+        The worker shows these numbers as metrics.
+        """
         edge = self.range.before - RECENT
         return written_left(
             PaymentTotals.of(payments), PaymentTotals.of(each for each in payments if each.is_since(edge))

@@ -1,8 +1,9 @@
-"""Lists duplicates: payments for a course that the student already has, because another purchase is active.
+"""Lists duplicates: payments for a course that another active purchase gives the student already.
 
-The other purchase is paid or a gift. The shop must refund a duplicate only if the payment of the other purchase is not
-refunded. If the shop refunded both payments, the student would lose the course. A duplicate disappears from the list
-when it is refunded, or when the other purchase becomes inactive. No table stores the list.
+The other purchase is paid or a gift. The shop must refund a duplicate only if the payment of the
+other purchase is not refunded. If the shop refunded both payments, the student would lose the
+course. A duplicate leaves the list if the shop refunds it, or if the other purchase becomes
+inactive. No table stores the list.
 """
 
 from __future__ import annotations
@@ -29,22 +30,25 @@ from outbox_worker.store.queries import database_time, has_status, read_key
 
 _NEEDED: Privileges = reading("payments", "outbox", "purchases", "dead_letters")
 _TOGETHER = 10_000
-"""The largest number of duplicates for which one statement reads the other purchases."""
+"""One statement reads the other purchases of at most this many duplicates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A payment for a course that the student already has, and the other purchase, which gives the course."""
+    """A payment for a course that the student already has, and the purchase that gives the
+    course."""
 
     payment: FoundPayment
     purchase_id: Any
     held_by: Key | None
-    """The payment of the other purchase. None: the other purchase is a gift."""
+    """The payment of the other purchase. None means that the other purchase is a gift."""
     held_since: datetime | None
-    """When the other purchase was made. None if it has no time, or a time that Python cannot represent."""
+    """When the other purchase was made. None means that the time is missing, or that Python cannot
+    represent it."""
     is_holder_refunded: bool
-    """Whether the payment of the other purchase is refunded. If so, the duplicate must not be refunded, because it gets
-    the purchase when a worker settles the refund event."""
+    """Whether the payment of the other purchase is refunded. If that payment is refunded, the shop
+    must not refund the duplicate. The duplicate gets the purchase when a worker settles the refund
+    event."""
 
 
 def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
@@ -53,7 +57,7 @@ def owed_back(found: Iterable[Duplicate]) -> list[Duplicate]:
 
 
 class Duplicates:
-    """Lists the duplicates among the payments that were created before the listing began. Changes nothing."""
+    """Lists the duplicates among all payments created before the start. Changes nothing."""
 
     def __init__(self, database: Database, tables: Tables, scan: PaymentScan) -> None:
         self._database = database
@@ -62,7 +66,10 @@ class Duplicates:
 
     @classmethod
     def start(cls, database: Database, tables: Tables) -> Duplicates:
-        """Check tables and privileges, and remember the database's time as the end of the range. Raises SchemaError."""
+        """Check tables and privileges. Raises SchemaError.
+
+        The range of the list ends at the current time of the database.
+        """
         with database.transaction() as session:
             tables = check_schema(session, tables, _NEEDED)
             began, paths = database_time(session), ScanPaths.read(session, tables)
@@ -82,14 +89,19 @@ class Duplicates:
         return [Duplicate(each, *holders[each.payment_id]) for each in found if each.payment_id in holders]
 
     def _look_up(self, payments: Sequence[FoundPayment]) -> Mapping[Key, Any]:
-        """Return the other active purchase of each payment's pair. Leave out pairs without such a purchase."""
+        """Map each payment to the other active purchase of its pair.
+
+        Leave out payments whose pair has no other active purchase.
+        """
         with self._database.transaction() as session:
             rows = self._holders.execute(session, {"ids": [each.payment_id for each in payments]}).all()
         return {row.id: (row.purchase_id, row.held_by, row.held_since, row.is_refunded) for row in rows}
 
 
 def _holders(tables: Tables) -> Select[Any]:
-    """what: the active purchases of the pairs of payments · lock: none · index: primary key of payments, the pair's"""
+    """what: the other active purchases of the pairs of payments
+    lock: none · index: primary key of payments, the pair's
+    """
     payments, held = tables.payments, tables.purchases.alias("held")
     holder = payments.alias("holder")
     is_refunded = func.coalesce(has_status(holder, PaymentStatus.REFUNDED), false())

@@ -1,8 +1,9 @@
-"""Makes owed purchases: locks the pairs, checks the payments again, and writes purchases and marks in one transaction.
+"""Makes owed purchases, with the statements and the guard of the daemon.
 
-Each transaction handles at most ``CHUNK`` payments and uses the daemon's statements and guard against duplicates. If a
-transaction fails because of a payment or a lock, each half of its payments is tried again in its own transaction. In
-the end, each payment that the database refuses, or that another transaction blocks, is alone in its transaction.
+Each transaction handles at most ``CHUNK`` payments. The transaction locks the pairs, checks the
+payments again, and writes purchases and marks. If a transaction fails because of a payment or a
+lock, ``make`` tries each half of the payments in a new transaction. In the end, each payment that
+the database refuses, or that another transaction blocks, is alone in its transaction.
 """
 
 from __future__ import annotations
@@ -51,17 +52,21 @@ from outbox_worker.store.payment_classes import PaymentClass, portion_statement
 from outbox_worker.store.purchases import PurchaseRepository, backfill_event_id, backfill_event_of
 
 CHUNK = 500
-"""The largest number of payments in one transaction, which locks the pair of each payment until COMMIT."""
+"""The largest number of payments in one transaction. The transaction locks the pair of each payment
+until COMMIT."""
 _ATTEMPTS = 8
 _LOCK_SECONDS = 1.0
-"""How long a statement waits for a lock. The time is short, because each half of a blocked part waits again."""
+"""How long a statement waits for a lock. The time is short, because each half of the blocked
+payments waits again."""
 _BLOCKED_IN_A_ROW = 10
-"""After this many blocked parts in a row, a blocked part of the payments is not halved any more.
+"""After this many blocked transactions in a row, ``make`` does not halve the payments of a blocked
+transaction.
 
-Another transaction then probably locks a whole table, and each half would wait for the same lock.
+Probably, another transaction has locked a whole table. Then each half would wait for that lock.
 """
 _DIVIDED = (Failure.EVENT, Failure.GUARD, Failure.UNCLEAR, Failure.RETRY)
-"""The classes of failure after which a part of the payments is halved, because one payment may be the cause."""
+"""After a failure of these classes, ``make`` halves the payments of the transaction. One payment
+can be the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +86,17 @@ class BackfillResult:
 
     created: list[FoundPayment] = field(default_factory=list)
     recovered: list[FoundPayment] = field(default_factory=list)
-    """Payments whose purchase was made once more: a mark proves that an earlier purchase existed, but it is missing
-    now."""
+    """Payments whose purchase was made again. A mark proves that an earlier purchase existed, but
+    that purchase is missing now."""
     explained: list[FoundPayment] = field(default_factory=list)
     """Payments that are no longer owed a purchase, because another process settled them after the scan."""
     contended: list[FoundPayment] = field(default_factory=list)
-    """Payments whose purchase was not made, because another transaction had locked their pair, or a row that the
-    purchase needs."""
+    """Payments whose purchase was not made. Another transaction had locked their pair, or a row
+    that the purchase needs."""
     refused: list[Refusal] = field(default_factory=list)
     withheld: list[FoundPayment] = field(default_factory=list)
-    """Payments whose purchase was not made, because an older unexplained payment of their pair is owed the purchase.
-    The scan did not read that older payment."""
+    """Payments that got no purchase. An older unexplained payment of the same pair is owed the
+    purchase, but the scan did not read that payment."""
 
     @property
     def purchases(self) -> list[FoundPayment]:
@@ -104,9 +109,9 @@ class BackfillResult:
 
 
 def choose_owed(unexplained: Iterable[FoundPayment]) -> tuple[list[FoundPayment], list[FoundPayment]]:
-    """Return two lists: the oldest payment of each pair (which is owed a purchase), and all other payments.
+    """Return two lists: the oldest payment of each pair, and all other payments.
 
-    The payments of the second list are duplicates.
+    A payment of the first list is owed a purchase. A payment of the second list is a duplicate.
     """
     by_age = sorted(unexplained, key=lambda payment: payment.age)
     oldest = {payment.pair: payment for payment in reversed(by_age)}
@@ -124,12 +129,12 @@ def left_of(unexplained: Iterable[FoundPayment], result: BackfillResult) -> list
 
 
 OnWritten = Callable[[Session, Sequence[FoundPayment], BackfillResult], None]
-"""A function that ``OwedPurchases.make`` calls before each COMMIT, with the session, the payments and the result of the
-transaction. The function may write to the database, too."""
+"""``OwedPurchases.make`` calls this function before each COMMIT. The arguments are the session, the
+payments and the result of the transaction. The function can write to the database, too."""
 
 
 class OwedPurchases:
-    """Makes the purchases that are owed, in one database."""
+    """Makes owed purchases in one database."""
 
     def __init__(
         self,
@@ -141,7 +146,7 @@ class OwedPurchases:
         by_index: bool,
         looks_for_older: bool = False,
     ) -> None:
-        """``looks_for_older``: whether unexplained payments may be older than those that the scan has read."""
+        """``looks_for_older``: whether the scan can have left out older unexplained payments."""
         self._looks_for_older = looks_for_older
         self._database, self._tables, self._policy, self._guard = database, tables, policy, guard
         self._repository = PurchaseRepository(tables, partial(backfill_event_of, tables.event_key))
@@ -169,9 +174,10 @@ class OwedPurchases:
         return cls(database, tables, policy, guard, by_index=by_index, looks_for_older=looks_for_older)
 
     def withheld(self, owed: Sequence[FoundPayment]) -> list[FoundPayment]:
-        """Return the payments whose pair has an older unexplained payment that the scan did not read.
+        """Return the payments whose pair has an older unexplained payment outside the scan.
 
-        The result is only a forecast, because this method does not lock the pairs. ``make`` checks again.
+        The result is only a forecast, because this method does not lock the pairs. ``make`` checks
+        the payments again.
         """
         found: list[FoundPayment] = []
         for start in range(0, len(owed) if self._looks_for_older else 0, CHUNK):
@@ -182,10 +188,11 @@ class OwedPurchases:
         return found
 
     def make(self, owed: Sequence[FoundPayment], on_written: OnWritten) -> Iterator[BackfillResult]:
-        """Make one purchase for each payment. Yield the result of each transaction after its COMMIT.
+        """Make one purchase for each payment.
 
-        No two payments may have the same pair. If another transaction locks a row that a purchase needs, the result
-        lists the payment as contended. Raises every database error that no payment and no lock has caused.
+        Yield the result of each transaction after its COMMIT. All payments must have different
+        pairs. If another transaction locks a row that a purchase needs, the result lists the
+        payment as contended. Raises a database error if neither a payment nor a lock has caused it.
         """
         size = min(CHUNK, self._guard.state.lock_capacity)
         parts = [owed[at : at + size] for at in range(0, len(owed), size)][::-1]
@@ -205,7 +212,7 @@ class OwedPurchases:
                     continue
                 is_unclear = classify(error) is Failure.UNCLEAR and not isinstance(error, Inconsistent)
                 if is_unclear and not is_writable:
-                    raise  # no purchase was written yet, so the database itself may be the cause, not this payment
+                    raise  # no purchase was written yet: the database itself can be the cause
                 blocked += is_blocked
                 result = BackfillResult(contended=list(part)) if is_blocked else _refused(part, error)
             is_writable = is_writable or bool(result.purchases)
@@ -214,10 +221,11 @@ class OwedPurchases:
     def _smaller(
         self, part: Sequence[FoundPayment], error: DBAPIError | Inconsistent, tried: set[Key]
     ) -> Sequence[Sequence[FoundPayment]]:
-        """Return the parts to try instead of ``part`` (its halves, or ``part`` itself).
+        """Return the groups of payments to try next: the halves of ``part``, or ``part`` itself.
 
-        The last part comes first, because the caller takes parts from the end of its list. Return no parts if ``part``
-        is one payment that the database refuses or that is blocked. Raises ``error`` if no payment can be its cause.
+        The last group comes first, because the caller takes groups from the end of its list. Return
+        no group if ``part`` is one payment that is refused or blocked. Raises ``error`` if no
+        payment can be its cause.
         """
         if classify(error) not in _DIVIDED and not isinstance(error, Inconsistent):
             raise error
@@ -228,7 +236,7 @@ class OwedPurchases:
             return halves(part)[::-1]
         if sqlstate(error) == UNIQUE_VIOLATION and part[0].payment_id not in tried:
             tried.add(part[0].payment_id)
-            return [part]  # another transaction inserted a purchase first, so check this payment again
+            return [part]  # another transaction inserted a purchase first: check again
         return []
 
     def _transact(self, part: Sequence[FoundPayment], on_written: OnWritten, _failed: int) -> BackfillResult:
@@ -248,7 +256,10 @@ class OwedPurchases:
         return result
 
     def _behind_older(self, session: Session, owed: Batch) -> set[int]:
-        """Return the events whose pair has an older unexplained payment, whether or not the scan has read it."""
+        """Return the events whose pair has an older unexplained payment.
+
+        The older payment counts even if the scan did not read it.
+        """
         standing = self._repository.standing_payments(session, owed) if owed else {}
         oldest = {
             key: next((each.payment_id for each in found if each.kind == PaymentClass.UNEXPLAINED), None)
@@ -297,7 +308,10 @@ def _switched_on(plans: Mapping[str, str]) -> dict[str, str]:
 
 
 def _as_batch(payments: Sequence[FoundPayment], event_key: KeyKind) -> Batch:
-    """Return a batch with one substitute event per payment. The id of an event is the position of its payment."""
+    """Return a batch with one substitute event for each payment.
+
+    The id of an event is the position of its payment.
+    """
     return Batch(
         ids=range(len(payments)),
         event_ids=[str(backfill_event_id(payment.payment_id, event_key)) for payment in payments],
@@ -315,7 +329,10 @@ def _refused(part: Sequence[FoundPayment], error: DBAPIError | Inconsistent) -> 
 
 
 def _why_not(verdict: Verdict | None) -> str:
-    """Return why a payment got no purchase: the reason from ``decide``, or that the database wrote nothing."""
+    """Return why a payment got no purchase.
+
+    Either ``decide`` gave a reason, or the database wrote nothing.
+    """
     return NOT_WRITTEN if verdict is None or verdict.reason is None else f"{verdict.reason}: {verdict.detail}"
 
 
@@ -332,7 +349,7 @@ def _result_of(
 ) -> BackfillResult:
     """Sort the payments by result.
 
-    ``left``: the payments that are still unexplained after the purchases were written, each with the reason.
+    ``left``: the reason for each payment that is still unexplained after the writes.
     """
     result = BackfillResult()
     for key, payment in enumerate(part):

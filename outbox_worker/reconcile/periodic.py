@@ -1,8 +1,9 @@
-"""The periodic backfill of the daemon: at regular intervals, one worker finds and reports unexplained payments.
+"""Runs the periodic backfill of the daemon: finds and reports unexplained payments.
 
-The periodic backfill makes the purchases of these payments only if an operator has completed a backfill on this
-database by hand. Otherwise the first start on adopted tables would create purchases for years of old payments. The
-periodic backfill has its own connection, and spends at most a tenth of its time in statements.
+At regular intervals, one worker runs this backfill. The backfill makes the purchases of these
+payments only if an operator has completed a backfill on this database by hand. Otherwise the first
+start on adopted tables would create purchases for years of old payments. The periodic backfill has
+a separate connection, and spends at most a tenth of its time in statements.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ from outbox_worker.store.queries import database_time
 from outbox_worker.telemetry.reporter import Telemetry
 
 OLDER_THAN = timedelta(minutes=5)
-"""The periodic backfill skips payments younger than this, because the claim loops may still settle their events."""
+"""The periodic backfill skips payments that are younger than this. The claim loops can still settle
+their events."""
 FULL_EVERY = timedelta(days=1)
-"""The time between two full scans, which read all payments.
+"""The time between two full scans. A full scan reads all payments.
 
-All other scans begin ``RECENT`` before the end of the last full scan's range.
+The range of every other scan overlaps the range of the last full scan by ``RECENT``.
 """
 FUSE = 100
-"""The largest number of purchases that one periodic backfill makes. If more are owed, the backfill makes no purchase,
-because something may be wrong and a person must check first."""
+"""The largest number of purchases that one periodic backfill makes. If more purchases are owed, the
+backfill makes no purchase. Something can be wrong, and a person must check first."""
 _SHARE = 0.1
-"""The largest share of its time that the periodic backfill spends in statements, so that claims stay fast."""
+"""The periodic backfill spends at most this share of its time in statements. So claims stay
+fast."""
 ACTOR = "outbox-worker run"
 _LIMITS = ScanLimits(target_seconds=0.25, portion=20_000)
 _BEAT_SECONDS = 5.0
@@ -60,13 +63,18 @@ class Turn:
     range: BackfillRange
     paths: ScanPaths
     carried: PaymentTotals
-    """The unexplained payments of the last full scan that are older than the range of this scan."""
+    """The unexplained payments of the last full scan that were created before the range of this
+    scan."""
     may_make: bool
-    """Whether this backfill may make purchases. Otherwise this backfill only reports unexplained payments."""
+    """Whether this backfill is allowed to make purchases. Otherwise this backfill only reports
+    unexplained payments."""
 
 
 class PeriodicBackfill:
-    """Runs a backfill every ``settings.backfill_every_seconds``. Only one worker per database runs each backfill."""
+    """Runs a backfill every ``settings.backfill_every_seconds``.
+
+    Only one of the workers on a database runs each backfill.
+    """
 
     def __init__(
         self,
@@ -146,7 +154,7 @@ class PeriodicBackfill:
         return False
 
     def _conclude(self, turn: Turn, totals: ScanTotals) -> None:
-        """Report the unexplained payments, and make their purchases if this backfill may make purchases."""
+        """Report the unexplained payments. If ``turn.may_make`` is true, make their purchases."""
         if totals.cannot_be_judged:
             self._telemetry.payments_not_judged(len(totals.cannot_be_judged))
         unexplained = totals.value(PaymentClass.UNEXPLAINED)

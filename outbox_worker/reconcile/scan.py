@@ -1,8 +1,9 @@
 """A scan reads the payments page by page, in the order of a key, and classifies each payment.
 
-Most payments have a purchase. The first statement reads one page and classifies these payments by indexes. The scan
-collects all other payments into portions. The second statement classifies one portion: it also checks dead letters and
-marks, and reads the outbox once. If a statement exceeds its deadline, the scan repeats it with half as many payments.
+Most payments have a purchase. The first statement reads one page, and uses indexes to classify the
+payments that have a purchase. The scan collects all other payments into portions. The second
+statement classifies one portion. It also checks dead letters and marks, and reads the outbox once.
+If a statement exceeds its deadline, the scan repeats it with half as many payments.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from outbox_worker.store.payment_classes import (
 )
 
 STATEMENT_SECONDS = 30.0
-"""The deadline for each statement of a command that scans all payments. Such statements may read many rows."""
+"""The deadline for each statement of a command that scans all payments. Such statements can read
+many rows."""
 
 PAGE_FIRST = 1_000
 """The number of payments in the first page. The duration of each page determines the size of the next page."""
@@ -50,16 +52,18 @@ PAGE_FIRST = 1_000
 PAGE_MAX = 50_000
 
 PORTION = 100_000
-"""The number of payments without a purchase that one statement classifies.
+"""One statement classifies at most this many payments without a purchase.
 
-The statement of each portion reads the outbox once. So a million such payments need ten reads of the outbox.
+Each statement reads the outbox once. For a million payments without a purchase, the scan reads the
+outbox ten times.
 """
 
 AHEAD_MAX = 10_000
-"""The largest number of payments dated in the future that a scan lists."""
+"""A scan lists at most this many payments that are dated in the future."""
 
 LEAST = 50
-"""A scan does not halve a page or portion of this size or less. If the statement is still too slow, the scan fails."""
+"""A scan does not halve a page or portion of at most this many payments. If the statement is still
+too slow, the scan fails."""
 
 _BY_INDEX: Mapping[str, str] = {
     "enable_sort": "off",
@@ -71,13 +75,14 @@ _BY_INDEX: Mapping[str, str] = {
 """Planner settings that make PostgreSQL read a page in index order, and read the outbox once into a hash table."""
 
 _BY_HASH: Mapping[str, str] = {"work_mem": "256MB"}
-"""Planner settings that give PostgreSQL memory for a hash table of all purchases. PostgreSQL builds this table if no
-indexes find purchases by payment and by pair."""
+"""Planner settings that give PostgreSQL memory for a hash table of all purchases. PostgreSQL builds
+this table if no index finds purchases by payment and by pair."""
 
 
 _CLASSES = {each.value: each for each in PaymentClass}
 
-# what: whether an index starts with this column, which must be NOT NULL · lock: none · index: the catalogue's indexes
+# what: whether an index starts with this column, and the column is NOT NULL · lock: none
+# index: the catalogue's indexes
 _LEADS_AN_INDEX = text(
     """
     SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -88,7 +93,7 @@ _LEADS_AN_INDEX = text(
 )
 
 ScanCursor = Sequence[str]
-"""The key of the last payment that a scan has passed, as text."""
+"""The key of the last payment that a scan has read, as text."""
 
 
 class ScanRange(NamedTuple):
@@ -117,8 +122,8 @@ class ScanPaths:
     order: tuple[str, ...]
     """The columns by which the scan orders the payments: ``created_at`` and ``id``, or ``id`` alone."""
     by_index: bool
-    """Whether indexes find a purchase by its payment and by its pair. If not, PostgreSQL reads all purchases into a
-    hash table."""
+    """Whether indexes find a purchase by its payment and by its pair. Otherwise PostgreSQL reads
+    all purchases into a hash table."""
 
     @classmethod
     def read(cls, session: Session, tables: Tables) -> ScanPaths:
@@ -127,10 +132,13 @@ class ScanPaths:
 
 
 class Throttle(Protocol):
-    """A function that a scan calls after each statement. The function may sleep."""
+    """A function that a scan calls after each statement. The function is allowed to sleep."""
 
     def __call__(self, passed: int, seconds: float, /) -> bool:
-        """Return whether the scan continues. ``passed``: payments read so far. ``seconds``: time of the statement."""
+        """Return whether the scan must continue.
+
+        ``passed``: the number of payments read so far. ``seconds``: the duration of the statement.
+        """
         ...
 
 
@@ -144,7 +152,8 @@ class ScanTotals:
     recent: PaymentTotals = field(default_factory=PaymentTotals)
     """The count and sums of the unexplained payments that were created in the last hour of the range."""
     unexplained: list[FoundPayment] = field(default_factory=list)
-    """The unexplained payments, one by one. The list ends soon after the limit ``lists`` of ``PaymentScan``."""
+    """The unexplained payments, one by one. If the list is longer than the limit ``lists``, later
+    statements add no payment."""
     duplicates: list[FoundPayment] = field(default_factory=list)
     """The duplicates, one by one. The list is empty if the scan does not list duplicates."""
     refunded_but_active: list[FoundPayment] = field(default_factory=list)
@@ -152,7 +161,7 @@ class ScanTotals:
     unknown_statuses: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row[Any]) -> None:
-        """Add a row that a statement returned: the totals of one class and currency, or one listed payment."""
+        """Add one row of a result: the totals of one class and currency, or one listed payment."""
         if row.kind == UNKNOWN_STATUS:
             self.unknown_statuses[row.status] += row.payments
         elif row.kind == REFUNDED_BUT_ACTIVE:
@@ -181,12 +190,13 @@ class ScanTotals:
 
 
 class PaymentScan:
-    """One pass over the payments of a range. Each statement runs in its own transaction.
+    """One pass over the payments of a range. Each statement runs in a separate transaction.
 
-    Counts and sums include every payment of the range, even payments that are not listed one by one. ``lists``: about
-    how many unexplained payments to list (None: all). ``lists_duplicates``: whether to list duplicates, too.
-    ``looks_ahead``: whether to list unexplained payments that are dated in the future, after the end of the range.
-    Otherwise no scan reads them before that date, perhaps for years.
+    Counts and sums include every payment of the range, even payments that are not listed one by
+    one. ``lists``: about how many unexplained payments to list (None: all). ``lists_duplicates``:
+    whether to list duplicates, too. ``looks_ahead``: whether to list unexplained payments that are
+    dated in the future, after the end of the range. Without ``looks_ahead``, no scan reads a
+    payment before its date, perhaps for years.
     """
 
     def __init__(
@@ -219,7 +229,7 @@ class PaymentScan:
         return [{"id": str(payment.payment_id), "created_at": created_at}[key] for key in self.order]
 
     def in_order(self, payments: list[FoundPayment]) -> list[FoundPayment]:
-        """Return the payments, which are sorted by age, in the order in which this scan reads payments.
+        """Sort payments into the order in which this scan reads them. The input is sorted by age.
 
         PostgreSQL sorts the ids, because Python does not know the collation of the column.
         """
@@ -320,9 +330,10 @@ def plans(by_index: bool) -> Mapping[str, str]:
 
 
 def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
-    """Return the columns by which a scan orders payments: ``created_at, id`` if an index starts with ``created_at``.
+    """Return the columns by which a scan orders payments.
 
-    Otherwise return ``id`` alone. A scan in the order of ``created_at`` reads only the payments of its range. A scan in
+    Return ``created_at`` and ``id`` if an index starts with ``created_at``. Otherwise return only
+    ``id``. A scan in the order of ``created_at`` reads only the payments of its range. A scan in
     the order of ``id`` reads all payments.
     """
     asked = {"relation": relation_name(tables.payments), "column": tables.payments.c.created_at.name}
@@ -330,13 +341,16 @@ def order_of(session: Session, tables: Tables) -> tuple[str, ...]:
 
 
 def _raise_unless_too_slow(error: DBAPIError, size: int) -> None:
-    """Raise ``error`` unless it means that the statement took too long, and ``size`` is greater than ``LEAST``."""
+    """Raise ``error`` if the statement did not time out, or if ``size`` is at most ``LEAST``."""
     if sqlstate(error) != QUERY_CANCELED or size <= LEAST:
         raise error
 
 
 def _fitting(size: int, ratio: float, most: int) -> int:
-    """Return the size of the next page: as many payments as fit the target time, but at most twice ``size``."""
+    """Return the size of the next page: as many payments as the target time allows.
+
+    The size is at most twice ``size``.
+    """
     return max(min(LEAST, most), min(size * 2, int(size * ratio), most))
 
 

@@ -1,4 +1,5 @@
-"""Writes logs and metrics. ``reporter.Telemetry`` writes log records and counts; ``metrics`` defines the metrics.
+"""Writes logs and metrics.
 
-Code in this package must not read the database, and must not put payload text or secrets into a log record.
+``reporter.Telemetry`` writes log records and counts. ``metrics`` defines the metrics. Code in this
+package must not read the database. It must not put payload text or secrets into a log record.
 """

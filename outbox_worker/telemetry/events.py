@@ -1,4 +1,7 @@
-"""Logs single events. Many events with the same outcome and reason in one batch share one log record."""
+"""Logs the outcome of each event.
+
+If many events of a batch have the same outcome and reason, they share one log record.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from outbox_worker.durations import count_of
 from outbox_worker.model import Batch, Event, Outcome, Reason, Verdict, Verdicts
 
 SINGLES_MAX = 10
-"""Up to this number of events of one kind in a batch, each event has its own log record at the usual level.
+"""If a batch has at most this many events of one kind, each event has a log record at the usual
+level.
 
-If a batch has more events of one kind (outcome and reason), one shared record reports them all. The record of each
-single event then has the level DEBUG.
+A kind is an outcome and a reason. If a batch has more events of one kind, one shared record reports
+these events. The record of each single event then has the level DEBUG.
 """
 EXAMPLES_MAX = 10
 """The largest number of event ids in a shared record. This limit keeps the record short."""
@@ -21,7 +25,10 @@ _LOUD = (Outcome.RECOVERED, Outcome.DUPLICATE_PAYMENT, Outcome.DEAD)
 
 
 def log_events(batch: Batch, verdicts: Verdicts) -> None:
-    """Log each event of a careful transaction. More than ``SINGLES_MAX`` events of a kind share one record."""
+    """Log each event that a careful transaction has decided (see ``BatchReport``).
+
+    If a batch has more than ``SINGLES_MAX`` events of a kind, these events share one record.
+    """
     crowds = _crowds(verdicts)
     for key, verdict in verdicts.items():
         _log_event(batch[key], verdict, in_crowd=_kind(verdict) in crowds and verdict.refused_next is None)
@@ -30,7 +37,10 @@ def log_events(batch: Batch, verdicts: Verdicts) -> None:
 
 
 def log_unrecorded(refusals: Mapping[int, str]) -> None:
-    """Log the failed events for which the database refuses to record the failure. The worker retries later."""
+    """Log failed events whose failure the database refuses to record.
+
+    The worker tries these events again later.
+    """
     if refusals:
         ids, told = _shown(refusals)
         logger.bind(event="outcome_not_recorded", count=len(refusals), outbox_ids=ids, refusals=told).error(
@@ -41,7 +51,10 @@ def log_unrecorded(refusals: Mapping[int, str]) -> None:
 
 
 def log_set_aside(refusals: Mapping[int, str]) -> None:
-    """Log the events whose rows in the outbox the database refuses to delete or to change."""
+    """Log the events that the worker sets aside.
+
+    The database refuses to delete or change the rows of these events in the outbox.
+    """
     if refusals:
         ids, told = _shown(refusals)
         logger.bind(event="events_set_aside", count=len(refusals), outbox_ids=ids, refusals=told).error(
@@ -52,7 +65,10 @@ def log_set_aside(refusals: Mapping[int, str]) -> None:
 
 
 def _shown(refusals: Mapping[int, str]) -> tuple[list[int], list[str]]:
-    """Return the first ids of the events and the first distinct refusals, at most ``EXAMPLES_MAX`` of each."""
+    """Return the first event ids and the first distinct refusals.
+
+    Return at most ``EXAMPLES_MAX`` of each.
+    """
     return list(refusals)[:EXAMPLES_MAX], list(dict.fromkeys(refusals.values()))[:EXAMPLES_MAX]
 
 

@@ -1,8 +1,9 @@
 """Writes log records to stderr, one line per record: JSON for machines, or text for people.
 
-This module also writes the records of libraries (SQLAlchemy, alembic, psycopg, uvicorn). Errors may contain rows,
-statements and addresses. Therefore this module writes only the name and the code lines of an error. From a record of a
-library, this module writes only the fixed text, not the inserted values.
+This module also writes the records of libraries (SQLAlchemy, alembic, psycopg, uvicorn). Errors can
+contain rows, statements and addresses. Therefore this module writes only the name and the code
+lines of an error. From a library's record, this module writes the fixed text, but not the texts
+that the library inserts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from outbox_worker.escapes import printable
 Style = Literal["json", "console"]
 
 _PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
-"""Maps each log level to the number that syslog and the journal use for it."""
+"""Maps each log level to the number that syslog and the journal use for this level."""
 
 _COLOURS = {"DEBUG": "34", "INFO": "1", "WARNING": "1;33", "ERROR": "1;31"}
 
@@ -39,10 +40,10 @@ _HEAD_WIDTH = len("12:00:00 WARNING ")
 
 
 def configure_logging(level: str, style: Style | None) -> None:
-    """Write log records to stderr as JSON, or as text for people. Text is the default on a terminal, JSON elsewhere.
+    """Write log records to stderr as JSON, or as text for people.
 
-    If stderr is connected to the journal, each line begins with its priority. The journal reads and removes the
-    priority.
+    Text is the default on a terminal, JSON elsewhere. If stderr is connected to the systemd
+    journal, each line begins with its priority. The journal reads and removes the priority.
     """
     is_terminal = sys.stderr.isatty()
     as_json = (style or ("console" if is_terminal else "json")) == "json"
@@ -63,7 +64,10 @@ def _stderr_is_the_journal() -> bool:
 
 
 def _write(form: Callable[[Record], str], with_priority: bool, message: Message) -> None:
-    """Write a record. If stderr fails, drop the record, because loguru would print the failure with secret values."""
+    """Write a record. If stderr fails, drop the record.
+
+    Otherwise loguru would print the failure with secret values.
+    """
     priority = f"<{_PRIORITIES[message.record['level'].name]}>" if with_priority else ""
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{priority}{form(message.record)}\n")
@@ -124,7 +128,10 @@ class _LibraryHandler(logging.Handler):
 
 
 def _sentence_of(record: logging.LogRecord) -> str:
-    """Return the first line of a library's message. Only numbers and names of errors are inserted into the text."""
+    """Return the first line of a library's message.
+
+    Insert only numbers and the names of errors into the text.
+    """
     template = record.msg.partition("\n")[0] if isinstance(record.msg, str) else str(_without_words(record.msg))
     given = record.args
     kept = {key: _without_words(value) for key, value in given.items()} if isinstance(given, dict) else None

@@ -37,7 +37,7 @@ class BulkHistogram(Collector):
         self._sum = 0.0
 
     def observe_all(self, values: Iterable[float]) -> None:
-        """Count each value in every bucket whose upper bound is not less than the value."""
+        """Count each value in every bucket whose upper bound is at least the value."""
         ordered = sorted(values)
         below = [bisect_right(ordered, bound) for bound in self._bounds]
         with self._lock:
@@ -45,7 +45,7 @@ class BulkHistogram(Collector):
             self._sum += math.fsum(ordered)
 
     def observe_counts(self, latencies: Latencies) -> None:
-        """Add values that the database has counted already, for the same bounds."""
+        """Add counts that the database has computed for the same buckets."""
         with self._lock:
             for bounds_not_below, count in latencies.buckets:
                 for at in range(len(self._counts) - 1 - bounds_not_below, len(self._counts)):
@@ -61,7 +61,7 @@ class BulkHistogram(Collector):
 
 
 class Metrics:
-    """All metrics of the worker, in their own registry. Names and labels must not change."""
+    """All metrics of the worker, in a separate registry. Names and labels must not change."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -156,11 +156,17 @@ class Metrics:
         self._polled_at = time.monotonic()
 
     def count_events(self, event_type: str, outcome: Outcome, count: int) -> None:
-        """Count events. All unknown types share one label value, because producers could write any number of types."""
+        """Count events. All unknown event types share one label value.
+
+        Otherwise producers could create any number of label values.
+        """
         self.events.labels(event_type if event_type in _KNOWN_TYPES else _OTHER, outcome).inc(count)
 
     def _begin_at_zero(self) -> None:
-        """Create every series with the value 0, because ``rate`` and ``increase`` ignore a series' first value."""
+        """Create every series with the value 0.
+
+        The Prometheus functions ``rate`` and ``increase`` ignore the first value of a series.
+        """
         for event_type, outcome in product((*_KNOWN_TYPES, _OTHER), Outcome):
             self.events.labels(event_type, outcome)
         for counter, values in (

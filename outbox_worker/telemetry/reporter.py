@@ -40,32 +40,42 @@ from outbox_worker.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """The result of one batch: of a fast transaction, of a careful one, or of both."""
+    """The result of one batch.
+
+    A fast transaction settles events by one statement. A careful transaction decides each event
+    under locks. A batch uses one of these transactions, or both.
+    """
 
     claimed: int = 0
     """The number of events that the batch claimed."""
     limit: int
     guard: Guard
     created: int = 0
-    """The number of events that the fast statement settled. Each of them got a purchase."""
+    """The number of events that the fast transaction settled. Each of these events got a
+    purchase."""
     latencies: Latencies = NO_LATENCIES
-    """The latencies of these events, including an estimate for COMMIT."""
+    """The latencies of the events that the fast transaction settled, with an estimate for
+    COMMIT."""
     fell_out: Sequence[int] = ()
-    """Claimed events (``outbox.id``) that this transaction left unchanged, for a careful transaction that follows."""
+    """Claimed events (``outbox.id``) that this transaction did not change. A careful transaction
+    settles them next."""
     windows: Sequence[DueWindow] = (ALWAYS,)
-    """The ranges of the due times of these events."""
+    """The ranges of the due times of the events in ``fell_out``."""
     batch: Batch = field(default_factory=Batch)
     """The events of the careful transaction. An event that has no verdict stays unchanged in the outbox."""
     verdicts: Verdicts = field(default_factory=dict)
     postponed: Mapping[int, str] = field(default_factory=dict)
-    """Events (``outbox.id``) whose failure the database refused to record, each with the refusal.
+    """The events whose failure the database refused to record. Maps each ``outbox.id`` to the
+    refusal.
 
     The worker tries these events again later.
     """
     set_aside: Mapping[int, str] = field(default_factory=dict)
-    """Events (``outbox.id``) whose rows the database refused to delete or to change, each with the refusal."""
+    """The events whose rows the database refused to delete or change. Maps each ``outbox.id`` to
+    the refusal."""
     has_made_way: bool = False
-    """Whether the batch only postponed its events, without counting a try, so that others can be claimed."""
+    """Whether the batch only postponed its events, without counting a try. The worker can then
+    claim other events."""
     seconds: float = 0.0
     """The duration from the claim to the end of COMMIT."""
     transaction: Literal["commit", "unknown"] = "commit"
@@ -81,7 +91,7 @@ class BatchReport:
 
     @cached_property
     def by_outcome(self) -> dict[Outcome, list[int]]:
-        """The ids of the events of each outcome in the careful transaction."""
+        """Maps each outcome to the ids of its events in the careful transaction."""
         return by_outcome(self.verdicts)
 
     def outcomes(self) -> Tally[Outcome]:
@@ -89,7 +99,10 @@ class BatchReport:
         return judged + Tally({Outcome.CREATED: self.created})
 
     def followed_by(self, careful: BatchReport) -> BatchReport:
-        """Return the report of the whole batch, after a careful transaction has treated the events that fell out."""
+        """Return the report of the whole batch.
+
+        ``careful``: the report of the careful transaction that handled the events in ``fell_out``.
+        """
         return replace(
             careful,
             claimed=self.claimed,
@@ -126,14 +139,14 @@ class Telemetry:
         )
 
     def nullable_columns(self, columns: Sequence[str]) -> None:
-        """Log at start which columns may be NULL, although the worker needs a value."""
+        """Log at start which columns can be NULL, although the worker needs a value."""
         logger.bind(event="nullable_columns", columns=columns).warning(
             "{} may be NULL, but the worker needs a value in each row. For the remedy, run: outbox-worker doctor",
             count_of(len(columns), "column"),
         )
 
     def isolating_after_crash(self, events: int) -> None:
-        """Log that an earlier worker died, and that this worker therefore settles the next events one by one."""
+        """Log that an earlier worker died. This worker settles the next events one by one."""
         logger.bind(event="going_carefully", events=events).warning(
             "an earlier worker died; the next events are settled one by one, because one of them may be the cause"
         )
@@ -155,7 +168,10 @@ class Telemetry:
         )
 
     def watchdog_is_short(self, watchdog_seconds: float, step_seconds: float) -> None:
-        """Warn that ``WatchdogSec`` is too short: systemd would kill a healthy worker whose database is slow."""
+        """Warn that ``WatchdogSec`` is too short.
+
+        If the database is slow, systemd would kill a healthy worker.
+        """
         logger.bind(event="watchdog_short", watchdog_seconds=watchdog_seconds, step_seconds=step_seconds).warning(
             "WatchdogSec is shorter than a step of a claim loop may take; raise WatchdogSec, or lower "
             "OUTBOX_DATABASE_DEADLINE_SECONDS"
@@ -183,7 +199,10 @@ class Telemetry:
         logger.bind(event="worker_stopped", **counts).info("stopped; since the start {}", _counted(_outcomes(counts)))
 
     def trouble(self, error: BaseException, pause_seconds: float) -> None:
-        """Log that a step failed and the worker tries again after a pause. No event gets a failed try for this."""
+        """Log that a step failed. The worker tries again after a pause.
+
+        This failure does not count as a failed try of any event.
+        """
         cause = (error.__cause__ if isinstance(error, CommitLost) else None) or error
         failure = classify(cause)
         if failure is not Failure.RETRY and self._in_trouble_since is None:
@@ -199,7 +218,7 @@ class Telemetry:
         ).log("WARNING" if passes else "ERROR", "{}", sentence)
 
     def _resumed(self) -> None:
-        """Log that the database is available again, if ``trouble`` was logged before."""
+        """Log that the database is available again, if the method ``trouble`` logged an outage."""
         since, self._in_trouble_since = self._in_trouble_since, None
         if since is not None:
             seconds = round(time.monotonic() - since, 1)
@@ -221,11 +240,14 @@ class Telemetry:
         )
 
     def setup_concern(self, finding: str, remedy: str) -> None:
-        """Warn of something that does not stop the worker now, but can lose rows or purchases later."""
+        """Warn of a problem that can lose rows or purchases later. The worker still runs now."""
         logger.bind(event="setup_concern", finding=finding, remedy=remedy).warning("{}", finding)
 
     def observe_ignored(self, events: int, types: Mapping[str, int]) -> None:
-        """Set the gauge of events of ignored types. If there are any, warn once, with the most frequent types."""
+        """Set the gauge of events that stay in the outbox because the worker ignores their type.
+
+        If there are such events, warn once. The warning names the most frequent types.
+        """
         self.metrics.ignored.set(events)
         if events and not self._has_told_ignored:
             self._has_told_ignored = True
@@ -267,7 +289,7 @@ class Telemetry:
             self.metrics.at_risk.labels(currency).set(float(money.get(currency, 0)))
 
     def payments_unexplained(self, payments: int, money: Mapping[str, Decimal]) -> None:
-        """Log that a periodic backfill found payments without a purchase, but may only report them."""
+        """Log that a periodic backfill found payments without a purchase, but only reports them."""
         logger.bind(event="payments_unexplained", payments=payments, money=amount_texts(money)).warning(
             "{} without a purchase. To list them, run: outbox-worker backfill --dry-run", count_of(payments, "payment")
         )
@@ -280,7 +302,10 @@ class Telemetry:
         )
 
     def backfill_refused(self, payments: int, money: Mapping[str, Decimal], most: int) -> None:
-        """Log that a periodic backfill found more missing purchases than it may create. A person must check them."""
+        """Log that a periodic backfill found more missing purchases than it is allowed to create.
+
+        A person must check these purchases.
+        """
         logger.bind(event="backfill_refused", payments=payments, money=amount_texts(money), most=most).error(
             "{} without a purchase, more than the periodic backfill may create; a person must check them",
             count_of(payments, "payment"),
@@ -307,7 +332,10 @@ class Telemetry:
             self._log_settled()
 
     def _log_settled(self) -> None:
-        """Log the counts since the last record of this kind, unless all are zero. Several threads may call this."""
+        """Log the counts since the last record of this kind. If all are zero, log nothing.
+
+        Several threads can call this method.
+        """
         with self._telling:
             now, totals = time.monotonic(), self.metrics.totals()
             counts, seconds = totals - self._told, now - self._told_at
@@ -323,7 +351,10 @@ class Telemetry:
         self._resumed()
 
     def batch_committed(self, report: BatchReport) -> None:
-        """Count and log one committed transaction. For an empty claim, only record the time of the claim."""
+        """Count and log one committed transaction.
+
+        If the claim was empty, record only the time of the claim.
+        """
         self.looked()
         if not report.claimed:
             return
@@ -392,7 +423,7 @@ class Telemetry:
 
 
 def _trouble(error: BaseException, failure: Failure) -> tuple[bool, str]:
-    """Return whether the trouble may end without the action of a person, and a sentence that describes the trouble."""
+    """Return whether the trouble can end by itself, and a sentence that describes the trouble."""
     if refusal := login_refusal(error):
         return False, f"the database refuses the connection: {refusal}; trying again until it accepts"
     if failure is Failure.RECONNECT and sqlstate(error) is None:

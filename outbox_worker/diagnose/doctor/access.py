@@ -1,4 +1,4 @@
-"""Checks whether the role has exactly the privileges that it needs, and whether row security hides rows from it."""
+"""Checks the privileges of the session's role, and whether row security hides rows from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _NEEDED: Mapping[RoleKind, Privileges] = {
     RoleKind.READER: READING,
 }
 
-# what: privileges of the role other than those on tables · lock: none · index: the catalogue's indexes
+# what: the role's attributes, and its privileges on the database and on schemas · lock: none
+# index: the catalogue's indexes
 _ROLE = text(
     """
     SELECT rolsuper AS is_superuser,
@@ -40,7 +41,8 @@ _ROLE = text(
     """
 )
 
-# what: whether the role owns a table, and what it may do on all of its columns · lock: none · index: the catalogue's
+# what: whether the role owns a table, and which privileges it has on the whole table · lock: none
+# index: the catalogue's
 _TABLE = text(
     """
     SELECT pg_has_role(relowner, 'USAGE') AS is_owner,
@@ -66,13 +68,14 @@ _POLICIES = text(
 
 _ANY_PRIVILEGE = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER")
 _COMMANDS: Mapping[str, str] = {"SELECT": "r", "INSERT": "a", "UPDATE": "w", "DELETE": "d"}
-"""The letter of each command in ``pg_policy``, where ``*`` stands for all commands."""
+"""Maps each command to its letter in ``pg_policy``. There, ``*`` stands for all commands."""
 
 
 def grants(subject: Subject) -> Iterator[Finding]:
-    """Report the privileges that the role lacks, and the privileges that a worker's role has but does not need.
+    """Report the privileges that the role needs but does not have.
 
-    For the role of an operator or a reader, report only missing privileges that the commands of this role need.
+    If the role is a worker's, also report privileges that it does not need. The role of an operator
+    or a reader needs only the privileges for the commands of this role.
     """
     session, tables, kind = subject.session, subject.tables, subject.kind_of_role()
     elsewhere = find_problems(session, tables, STRUCTURE)
@@ -126,7 +129,10 @@ def _rights(subject: Subject, table: Table) -> Row[Any] | None:
 
 
 def row_security(subject: Subject) -> Iterator[Finding]:
-    """Check whether row level security hides rows. A worker never claims hidden events, and gets no error."""
+    """Check whether row level security hides rows from the role.
+
+    A worker never claims a hidden event, and the database raises no error.
+    """
     needed = _NEEDED[subject.kind_of_role()]
     active = [
         (key, table)

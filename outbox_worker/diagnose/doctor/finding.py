@@ -20,7 +20,7 @@ class Severity(StrEnum):
     WARNING = "warning"
     """The worker works, but a person should know about this finding."""
     PROBLEM = "problem"
-    """The worker does not work, or purchases may be lost or made twice."""
+    """The worker does not work, or it can lose purchases or make them twice."""
     UNSEEN = "unseen"
     """The check was not possible."""
 
@@ -58,7 +58,10 @@ class Subject:
         return kind_of_role(self.session, self.present()) or RoleKind.WORKER
 
     def is_of_a_worker(self) -> bool:
-        """Return whether the role is a worker's. Parameters and limits of any other role say nothing about workers."""
+        """Return whether the role is a worker's.
+
+        Parameters and limits that are set for another role do not apply to workers.
+        """
         return self.kind_of_role() is RoleKind.WORKER
 
 

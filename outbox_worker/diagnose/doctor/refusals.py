@@ -1,4 +1,4 @@
-"""Checks for causes that make the database refuse the worker's writes, or ignore them without an error."""
+"""Finds out why the database refuses writes of the worker, or ignores them without an error."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _COMMANDS: Mapping[str, Sequence[str]] = {
     "processed_events": ("INSERT",),
     "dead_letters": ("INSERT", "UPDATE"),
 }
-"""The SQL commands with which the worker writes each table."""
+"""Maps each table to the SQL commands with which the worker writes it."""
 
-# what: whether UPDATE or DELETE on a table fails, because a publication has the table and no key identifies its rows
+# what: whether a publication has the table, but no key identifies the rows of the table. If so,
+# UPDATE or DELETE on the table fails
 # lock: none · index: the catalogue's indexes
 _UNIDENTIFIED = text(
     """
@@ -42,7 +43,8 @@ _UNIDENTIFIED = text(
 
 
 def set_aside(subject: Subject) -> Iterator[Finding]:
-    """Report the events that workers have set aside (excluded from claims), and why the database refuses them."""
+    """Report events that workers have set aside (excluded from claims), with the database's
+    errors."""
     by_refusal: dict[str, list[str]] = {}
     for key, refusal in read_set_aside(subject.session, subject.tables).items():
         by_refusal.setdefault(refusal, []).append(str(key))
@@ -57,9 +59,10 @@ def set_aside(subject: Subject) -> Iterator[Finding]:
 
 
 def swallowed(subject: Subject) -> Iterator[Finding]:
-    """Report triggers and rules because of which a write of the worker changes no row and raises no error.
+    """Report triggers and rules that swallow writes of the worker.
 
-    The check ``tables`` reports the rules with which no write of the worker can succeed.
+    A swallowed write changes no row and raises no error. This check omits the rules that the check
+    ``tables`` reports. Such a rule prevents every INSERT … ON CONFLICT of the worker.
     """
     clean = True
     for role, table in subject.present().items():
@@ -87,7 +90,10 @@ def _swallower(table: Table, command: str, named: str, *, lets_none_through: boo
 
 
 def replica_identity(subject: Subject) -> Iterator[Finding]:
-    """Report published tables whose rows have no replica identity, because UPDATE and DELETE on them fail."""
+    """Report published tables that have no replica identity.
+
+    UPDATE and DELETE on such a table fail.
+    """
     clean = True
     for table in subject.present().values():
         name = relation_name(table)
@@ -104,7 +110,7 @@ def replica_identity(subject: Subject) -> Iterator[Finding]:
 
 
 def sequences_behind(subject: Subject) -> Iterator[Finding]:
-    """Report sequences that give new rows a key that another row has."""
+    """Report sequences whose next value is a key that a row already has."""
     clean = True
     for role, table in subject.present().items():
         for column, sequence in sequences(subject.session, table).items() if role != "payments" else ():

@@ -1,4 +1,7 @@
-"""Runs all checks of the doctor, even if some fail. Each check runs in its own short READ ONLY transaction."""
+"""Runs all checks of the command ``doctor``.
+
+Each check runs in a short READ ONLY transaction. If one check fails, the next checks still run.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ Look = Callable[[Subject], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check of the doctor. ``needs`` contains the tables without which the check cannot run, such as ``outbox``.
+    """A check of the command ``doctor``. The check runs only if all tables in ``needs`` exist.
 
-    Most checks are about the tables, which a standby has, too. If ``is_of_primary`` is true, the check is about the
-    primary server, so the doctor does not run it on a standby.
+    If ``is_of_primary`` is true, the check is about the primary server. ``doctor`` skips such a
+    check on a standby. Most other checks are about the tables, and a standby has the same tables.
     """
 
     look: Look
@@ -84,7 +87,7 @@ class Diagnosis:
 class Report:
     checks: Sequence[Diagnosis]
     standby: Standby | None = None
-    """How far the server is behind its primary. None: the server is not a standby."""
+    """How far the server is behind its primary. None means that the server is not a standby."""
 
     @property
     def ok(self) -> bool:
@@ -96,7 +99,8 @@ class Report:
 
 def examine(settings: Settings) -> Report:
     """Run all checks. Raises DatabaseUnavailable if the database cannot be reached."""
-    unprepared = settings.model_copy(update={"pooler": "transaction"})  # no prepared statements, so any pooler works
+    # without prepared statements, any pooler works
+    unprepared = settings.model_copy(update={"pooler": "transaction"})
     longest = max(settings.database_deadline_seconds, STATEMENT_SECONDS)
     database = Database(unprepared, connections=2, deadline_seconds=longest, looks=True)
     try:

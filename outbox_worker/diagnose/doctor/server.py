@@ -1,4 +1,4 @@
-"""Checks of the server and the connection to it: version, durability, connections, time-outs, clocks, poolers."""
+"""Checks the server and the connection: version, durability, time-outs, clocks, poolers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _TRIED = range(15, 19)
 _ROUNDS = 5
 _CLOCK_SECONDS = 1.0
 _IDLE_SECONDS = 600.0
-"""The smallest harmless idle_session_timeout, in seconds. A shorter value closes connections that wait for events."""
+"""An ``idle_session_timeout`` of at least this many seconds is harmless. With a shorter time-out,
+the server closes connections that wait for events."""
 _OF_ONE_ROLE = ("user", "database user", "client", "session")
 """The values of ``pg_settings.source`` for a parameter that is set for one role only."""
 _OF_ANOTHER_ROLE = (
@@ -38,12 +39,13 @@ _SERVER = text(
     " AS major, current_database() AS database, current_user AS role"
 )
 
-# what: parameters with the values of a new session of this role, not those that this transaction has set · lock: none
+# what: parameters, with the values that a new session of this role gets · lock: none
 _PARAMETERS = text(
     "SELECT CAST(name AS text), reset_val, source FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))"
 )
 
-# what: how many connections are allowed, and how many other clients use · lock: none · index: the catalogue's indexes
+# what: how many connections are allowed, and how many connections other clients use · lock: none
+# index: the catalogue's indexes
 _CONNECTIONS = text(
     """
     SELECT CAST(current_setting('max_connections') AS int) AS most,
@@ -118,7 +120,7 @@ def durability(subject: Subject) -> Iterator[Finding]:
 
 
 def encoding(subject: Subject) -> Iterator[Finding]:
-    """Check whether the encoding of the database can store all characters and guarantees readable texts."""
+    """Check whether the database can store all characters and guarantees readable texts."""
     name: str = subject.session.scalars(_ENCODING).one()
     if name == SQL_ASCII:
         yield warning(
@@ -133,7 +135,10 @@ def encoding(subject: Subject) -> Iterator[Finding]:
 
 
 def synchronous_commit(subject: Subject) -> Iterator[Finding]:
-    """Check synchronous_commit, which may be off only for the worker's role (docs/explanation/decisions/010)."""
+    """Check whether ``synchronous_commit`` is off.
+
+    The parameter must be on for all roles except the worker's (docs/explanation/decisions/010).
+    """
     found = _parameters(subject, "synchronous_commit")["synchronous_commit"]
     if found.is_of_one_role and not subject.is_of_a_worker():
         yield unseen(*_OF_ANOTHER_ROLE)
@@ -150,7 +155,10 @@ def synchronous_commit(subject: Subject) -> Iterator[Finding]:
 
 
 def time_outs(subject: Subject) -> Iterator[Finding]:
-    """Check the time-outs of the role's sessions, except those that the worker itself sets in each transaction."""
+    """Check ``transaction_timeout`` and ``idle_session_timeout`` of the role's sessions.
+
+    The worker itself sets all other time-outs in each transaction.
+    """
     parameters = _parameters(subject, "transaction_timeout", "idle_session_timeout")
     if not subject.is_of_a_worker() and any(parameter.is_of_one_role for parameter in parameters.values()):
         yield unseen(*_OF_ANOTHER_ROLE)
@@ -174,7 +182,10 @@ def time_outs(subject: Subject) -> Iterator[Finding]:
 
 
 def clock(subject: Subject, now: Callable[[], float] = time.time) -> Iterator[Finding]:
-    """Compare this machine's clock with the database's. Only the database's clock decides which events are due."""
+    """Compare the clock of this machine with the clock of the database.
+
+    Only the clock of the database decides which events are due.
+    """
     rounds = [_compare(subject, now) for _ in range(_ROUNDS)]
     difference, uncertainty = min(rounds, key=lambda each: each[1])
     evidence = (
@@ -187,7 +198,10 @@ def clock(subject: Subject, now: Callable[[], float] = time.time) -> Iterator[Fi
 
 
 def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
-    """Return how many seconds the database's clock is ahead, and the uncertainty: half the duration of the query."""
+    """Return how many seconds the clock of the database is ahead, and the uncertainty.
+
+    The uncertainty is half the duration of the query.
+    """
     before = now()
     there: float = subject.session.scalars(_CLOCK).one()
     after = now()
@@ -195,7 +209,7 @@ def _compare(subject: Subject, now: Callable[[], float]) -> tuple[float, float]:
 
 
 def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
-    """Return, for each purpose, the largest number of connections that one worker process opens.
+    """Return how many connections one worker process opens at most, for each purpose.
 
     ``has_notify``: whether the outbox has the trigger of the option ``notify``.
     """
@@ -209,7 +223,10 @@ def connections_of(settings: Settings, *, has_notify: bool) -> dict[str, int]:
 
 
 def connections(subject: Subject) -> Iterator[Finding]:
-    """Check whether there are enough connections for all workers, and for twice as many workers during a deployment."""
+    """Check whether the server allows enough connections for all workers.
+
+    During a deployment, twice as many workers can run.
+    """
     row = subject.session.execute(_CONNECTIONS, {"name": APPLICATION_NAME}).one()
     workers = max(1, sum(condition(each) == "running" for each in list_workers(subject.session, subject.tables)))
     of_one = connections_of(subject.settings, has_notify=notifies(subject.session, subject.tables.outbox))
@@ -245,12 +262,12 @@ def _more_connections(subject: Subject, room: int, of_server: int, of_role: int)
 
 
 def pooler(subject: Subject) -> Iterator[Finding]:
-    """Check whether there is a pooler, and whether the pooler gives each session its own backend.
+    """Check whether a pooler is in use, and whether each session keeps its own backend.
 
-    A pooler reports an invented process id to its clients. In transaction mode, a backend (a process of the server)
-    that served one client can serve another client while the first client is still connected.
+    A backend is a process of the server. A pooler reports an invented process id to its clients. In
+    transaction mode, several connected clients can share one backend.
     """
-    subject.session.rollback()  # ends the transaction, so that a pooler can give its backend to another client
+    subject.session.rollback()  # ends the transaction; a pooler can now share the backend
     engine = subject.database.engine.execution_options(isolation_level="AUTOCOMMIT")
     with engine.connect() as first:
         pid: int = first.scalars(_BACKEND).one()

@@ -1,4 +1,4 @@
-"""Checks of the worker's tables: columns and keys, guard, indexes, NOTIFY, and the first backfill."""
+"""Checks the tables: columns and keys, guard, indexes, NOTIFY, and the first backfill."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ from outbox_worker.store.statuses import find_unknown_statuses
 
 _SHOWN = 5
 _SMALL_BYTES = 8 * 2**20
-"""A table up to this size, in bytes, needs no index for the worker, because reading the whole table is fast."""
+"""A table of at most this many bytes needs no index for the worker. Reading the whole table is
+fast."""
 
-# what: the indexes of a table that are not valid, and whether one is being built · lock: none · index: the catalogue's
+# what: the invalid indexes of a table, and whether each index is being built · lock: none
+# index: the catalogue's
 _INVALID = text(
     """
     SELECT c.relname, CAST(CAST(c.oid AS regclass) AS text) AS name, i.indisunique,
@@ -51,7 +53,8 @@ _INVALID = text(
     """
 )
 
-# what: the columns of every usable B-tree of a table, in their order · lock: none · index: the catalogue's indexes
+# what: the columns of every usable B-tree index of a table, in the order of the index · lock: none
+# index: the catalogue's indexes
 _INDEXED = text(
     """
     SELECT ARRAY(SELECT CAST(a.attname AS text) FROM generate_series(0, i.indnkeyatts - 1) AS k (position)
@@ -65,12 +68,16 @@ _INDEXED = text(
 # what: how large a table is, without its indexes · lock: none
 _SIZE = text("SELECT coalesce(pg_table_size(to_regclass(:relation)), 0)")
 
-# what: the process id of the connection's backend, and whether its database has the outbox · lock: none
+# what: the process id of the connection's backend, and whether the database has the outbox
+# lock: none
 _LISTENER = "SELECT pg_backend_pid(), to_regclass(%s)"
 
 
 def tables(subject: Subject) -> Iterator[Finding]:
-    """Report missing or wrong tables, columns, types and unique keys, columns that may be NULL, and odd forms."""
+    """Report missing or wrong tables, columns, types and unique keys.
+
+    Also report tables of an unusable form, columns that can be NULL, and event ids that can repeat.
+    """
     problems = find_problems(subject.session, subject.tables, STRUCTURE)
     yield from (problem(each.finding, each.remedy) for each in problems)
     nullable = find_nullable(subject.session, subject.tables)
@@ -100,7 +107,7 @@ def statuses(subject: Subject) -> Iterator[Finding]:
 
 
 def unlogged(subject: Subject) -> Iterator[Finding]:
-    """Report UNLOGGED tables, which PostgreSQL empties after a crash."""
+    """Report UNLOGGED tables. PostgreSQL empties such a table after a crash."""
     found = find_unlogged(subject.session, subject.tables)
     yield from (problem(each.finding, each.remedy) for each in found)
     if not found:
@@ -108,7 +115,7 @@ def unlogged(subject: Subject) -> Iterator[Finding]:
 
 
 def event_types(subject: Subject) -> Iterator[Finding]:
-    """Report events that stay in the outbox, because no handler settles their type."""
+    """Report events that stay in the outbox because the worker does not handle their type."""
     session, tables = subject.session, subject.tables
     claimed = claimed_types(session, tables, subject.settings.unknown_types)
     ignored = count_ignored(session, tables, claimed)
@@ -130,7 +137,10 @@ def event_types(subject: Subject) -> Iterator[Finding]:
 
 
 def guard(subject: Subject) -> Iterator[Finding]:
-    """Report which guard prevents duplicate purchases. For ``lock``, report duplicates that prevent a unique index."""
+    """Report which guard prevents duplicate purchases: the unique index or locks.
+
+    If locks are the guard, also report duplicates, because they prevent a unique index.
+    """
     session, tables = subject.session, with_types_as_found(subject.session, subject.tables, ["payments", "purchases"])
     if guard_in_force(session, tables) is Guard.INDEX:
         names = ", ".join(pair_indexes(session, tables.purchases))
@@ -156,7 +166,10 @@ def guard(subject: Subject) -> Iterator[Finding]:
 
 
 def _explain_loose(tables: Tables, loose: Sequence[tuple[str, SameId]], then: str) -> tuple[str, str]:
-    """Return why no unique index can prevent duplicates, and the remedy: give purchases the id types of payments."""
+    """Return why no unique index can prevent duplicates here, and the remedy.
+
+    The remedy changes the types of the ids in purchases to those in payments.
+    """
     name, paid = relation_name(tables.purchases), relation_name(tables.payments)
     own = [(tables.payments.c[key].name, tables.purchases.c[key].name, same) for key, same in loose]
     columns = "; ".join(f"{paid}.{a} has type {same.paid}, but {name}.{b} has type {same.bought}" for a, b, same in own)
@@ -172,7 +185,10 @@ _EXAMPLES: Mapping[KeyKind, Key] = {KeyKind.UUID: UUID(int=0), KeyKind.INTEGER: 
 
 
 def lock_key(subject: Subject) -> Iterator[Finding]:
-    """Report how other programs must lock a student and course, if the formula of docs/contract.md is wrong here."""
+    """Report how other programs must lock a pair (student and course).
+
+    If the formula of docs/contract.md is wrong for these types of ids, report a statement instead.
+    """
     tables = with_types_as_found(subject.session, subject.tables, ["payments", "purchases"])
     if tables.ids.has_public_key:
         yield ok("other programs lock a pair of student and course by the formula of docs/contract.md")
@@ -190,10 +206,10 @@ def lock_key(subject: Subject) -> Iterator[Finding]:
 
 
 def invalid_indexes(subject: Subject) -> Iterator[Finding]:
-    """Report indexes whose build failed.
+    """Report invalid indexes. The build of such an index failed.
 
-    PostgreSQL does not use such an index for queries, but still updates the index on every write. If such an index is
-    unique, it can still refuse rows.
+    No query uses an invalid index, but every write updates the index. An invalid unique index can
+    still refuse rows.
     """
     clean = True
     for table in subject.tables.by_role().values():
@@ -241,9 +257,9 @@ _HELPFUL = (
 
 
 def indexes(subject: Subject, small_bytes: int = _SMALL_BYTES) -> Iterator[Finding]:
-    """Report indexes that adopted tables lack. The remedy is the statement that creates the index.
+    """Report missing indexes. The remedy is the statement that creates the index.
 
-    PostgreSQL cannot create an index on a view, so this check omits views.
+    This check omits views, because PostgreSQL cannot create an index on a view.
     """
     present = subject.present()
     indexed = {role for role, table in present.items() if not noun_of_view(subject.session, table)}
@@ -281,7 +297,10 @@ def _size(subject: Subject, table: Table) -> int:
 
 
 def notify(subject: Subject) -> Iterator[Finding]:
-    """If the option ``notify`` is in force, check whether workers are notified when a producer commits an event."""
+    """Check whether a notification reaches the workers when a producer commits an event.
+
+    Without the option ``notify``, workers only poll for events.
+    """
     settings = subject.settings
     if not notifies(subject.session, subject.tables.outbox):
         yield ok(f"not in force: each worker polls for events, at least every {settings.poll_max_seconds:g} s")
@@ -295,7 +314,7 @@ def notify(subject: Subject) -> Iterator[Finding]:
 
 
 def _hears(subject: Subject) -> Finding:
-    """Open the same connection as a listening worker.
+    """Connect in the same way as a listening worker.
 
     Check that this connection reaches this database without a pooler.
     """
@@ -316,7 +335,7 @@ def _hears(subject: Subject) -> Finding:
 
 
 def backfill(subject: Subject) -> Iterator[Finding]:
-    """Check whether the periodic backfill may make purchases (docs/explanation/decisions/018)."""
+    """Check whether the periodic backfill can make purchases (docs/explanation/decisions/018)."""
     if BackfillRuns(subject.tables).was_made_by_hand(subject.session):
         yield ok("an operator has completed a backfill here, so the periodic backfill may create owed purchases")
     elif not subject.settings.backfill_every_seconds:

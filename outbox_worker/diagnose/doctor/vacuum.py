@@ -1,6 +1,6 @@
 """Checks whether vacuum removes the rows that the worker deletes.
 
-Until vacuum has run, every claim must skip the index entries of deleted rows.
+Before vacuum has run, every claim must skip the index entries of deleted rows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from outbox_worker.durations import ago, count_of
 from outbox_worker.schema.tables import relation_name
 
 _PATIENCE_SECONDS = 60.0
-"""The doctor reports transactions that are open for more seconds than this, because they prevent vacuum."""
+"""The doctor reports each transaction that has been open for more seconds than this. Such a
+transaction prevents vacuum from removing rows."""
 _PATIENCE_IDS = 100_000
-"""The same limit as a number of transaction ids. It applies if the role cannot see when a transaction began."""
+"""The limit for replication slots and standbys, in transaction ids. The same limit applies to a
+transaction if the role cannot see when the transaction began."""
 _OVERDUE = 10
-"""Vacuum is far behind if there are more dead rows than this many times the number that starts autovacuum."""
+"""A factor. Vacuum is far behind if there are more dead rows than this factor times the number that
+starts autovacuum."""
 _OVERDUE_SECONDS = 3600.0
-"""Vacuum is far behind only if it also has not run for this many seconds (see ``_OVERDUE``)."""
+"""The second condition for "far behind": autovacuum has not run for this many seconds."""
 
 # what: when a table was vacuumed, and how many dead rows start its next vacuum · lock: none · index: the catalogue's
 _VACUUMS = text(
@@ -45,7 +48,7 @@ _VACUUMS = text(
     """
 )
 
-# what: other transactions of this database that hold back its vacuums · lock: none
+# what: other transactions of this database that hold back vacuum · lock: none
 # every role sees the transaction ids of other roles; only a role with pg_read_all_stats sees when transactions began
 _TRANSACTIONS = text(
     """
@@ -64,7 +67,7 @@ _TRANSACTIONS = text(
 
 _SEES_ALL = text("SELECT pg_has_role('pg_read_all_stats', 'USAGE')")
 
-# what: prepared transactions of this database that were not ended · lock: none
+# what: prepared transactions of this database that are still open · lock: none
 _PREPARED = text(
     """
     SELECT quote_literal(gid) AS gid, quote_ident(owner) AS role,
@@ -75,7 +78,7 @@ _PREPARED = text(
     """
 )
 
-# what: replication slots that hold back vacuums, or that nothing reads from · lock: none
+# what: replication slots that hold back vacuum or have no reader · lock: none
 _SLOTS = text(
     """
     SELECT quote_literal(slot_name) AS name, active, age(xmin) AS age,
@@ -88,7 +91,8 @@ _SLOTS = text(
     """
 )
 
-# what: standbys without a slot whose queries hold back vacuums · lock: none · visible with pg_read_all_stats
+# what: standbys that use no slot, and whose queries hold back vacuum · lock: none
+# visible with pg_read_all_stats
 _STANDBYS = text(
     """
     SELECT pid, application_name AS name, age(backend_xmin) AS age FROM pg_stat_replication
