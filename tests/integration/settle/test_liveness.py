@@ -133,10 +133,7 @@ def test_refusals_are_charged_once_another_purchase_was_written_meanwhile(
 
 
 def test_beside_one_in_doubt_what_is_an_events_own_fault_is_charged(shop: Shop, processor: ProbedProcessor) -> None:
-    """This holds if it is known that the database can write.
-
-    No purchase of this batch has to prove it.
-    """
+    """If an earlier batch proved that the database can write, this batch need not prove it."""
     bad, own = f"NEW.course_id = '{BAD}'", "NEW.amount = 13"
     raised = "RAISE EXCEPTION 'no' USING ERRCODE ="
     run(shop, trigger(f"IF {bad} THEN {raised} '42883'; ELSIF {own} THEN {raised} 'P0001'; END IF;"))
@@ -152,7 +149,7 @@ def test_beside_one_in_doubt_what_is_an_events_own_fault_is_charged(shop: Shop, 
 
 
 def test_a_database_that_stops_writing_purchases_charges_nobody(shop: Shop, processor: ProbedProcessor) -> None:
-    """This holds however many purchases were written before, and however long the trouble lasts."""
+    """No event is charged, however many purchases were written before."""
     pay_many(shop, 20, GOOD)
     assert passes(processor)
     run(shop, raising("42883", only_bad=False))

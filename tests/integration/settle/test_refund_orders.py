@@ -412,7 +412,7 @@ def test_trouble_that_only_refunds_meet_keeps_no_confirmation_waiting(
 def test_a_refund_that_the_database_refuses_keeps_its_turn_until_it_is_found(
     both_guards: str, deferred: bool, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """This also holds beside a stream of confirmations."""
+    """The refund keeps its turn even beside a stream of confirmations."""
     kind, timing = ("CONSTRAINT TRIGGER", "DEFERRABLE INITIALLY DEFERRED") if deferred else ("TRIGGER", "")
     shop.rows("CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'")
     shop.rows(

@@ -143,7 +143,10 @@ def test_an_unusable_payload_is_buried(shop: Shop, processor: ProbedProcessor) -
 
 
 def test_what_is_taken_back_already_stays_as_it_is(shop: Shop, processor: ProbedProcessor) -> None:
-    """This holds whatever the payment says now. Its row can be archived."""
+    """The purchase stays inactive whatever the payment says now.
+
+    The payment's row can be archived.
+    """
     payments = {status: shop.payment(status) for status in ("refunded", "succeeded", "pending")}
     payments |= {"archived": shop.payment(), "mismatched": shop.payment()}
     events = []
