@@ -1,4 +1,4 @@
-"""Special characters in a password: read as they are meant, or refused in a sentence without a piece of them."""
+"""Special characters in a password are read as meant, or refused without repeating any of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pieces(password: str) -> set[str]:
 
 @pytest.fixture(params=SOURCES)
 def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Hand over a setting by one of the ways; returns what ``load_settings`` is given."""
+    """Hand over a setting in one of the ways. Return the arguments for ``load_settings``."""
 
     def give(name: str, value: str) -> dict[str, Any]:
         if request.param == "option":
