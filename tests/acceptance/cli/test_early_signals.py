@@ -1,4 +1,4 @@
-"""A stop signal at any moment of a start ends the process; none is lost, whatever the interpreter is doing."""
+"""A stop signal at any moment of a start ends the process. No signal is lost."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_signal_that_an_import_swallows_still_ends_the_daemon(place: str, name
 def test_one_that_interrupts_code_run_from_a_string_leaves_the_exit_status(
     command: str, code: int, tmp_path: Path
 ) -> None:
-    """CPython would end the process by SIGINT, although the interruption was caught."""
+    """CPython would end the process by SIGINT, even if the code caught the interruption."""
     (tmp_path / "interrupted.py").write_text(INSIDE_EXEC)
     started = [sys.executable, "-m", "interrupted", command]
     done = subprocess.run(
@@ -91,7 +91,7 @@ def test_one_that_interrupts_code_run_from_a_string_leaves_the_exit_status(
 
 
 def test_so_does_one_that_ends_another_command(database_url: str) -> None:
-    """Nothing looks for the flag there: the interruption itself comes again."""
+    """No code looks for the flag in this command. The interruption is raised again."""
     done = finish_script(SWALLOWED, "audit", "SIGTERM", "reconcile.audit", url=database_url, patience=20)
     assert (done.code, done.stdout) == (130, "sent 1"), done
     assert done.stderr == ""
@@ -99,14 +99,20 @@ def test_so_does_one_that_ends_another_command(database_url: str) -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_at_any_moment_of_a_start_that_loads_everything_anew(times: int, database_url: str) -> None:
-    """The forked processes of the other tests have loaded the libraries before; these have not."""
+    """The forked processes of other tests have loaded the libraries already.
+
+    These processes load them anew.
+    """
     whole = _seconds_until_ended(database_url, None, times)
     for share in MOMENTS[:: 1 if times == 1 else 3]:
         _seconds_until_ended(database_url, share * whole, times)
 
 
 def _seconds_until_ended(url: str, delay: float | None, times: int) -> float:
-    """Send SIGTERM ``delay`` seconds after the first statement, or once the worker has started. It ends with 0."""
+    """Send SIGTERM ``delay`` seconds after the first statement, or after the worker has started.
+
+    The process must end with 0.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, "run"],
         env=environment(url, {}),
