@@ -88,7 +88,7 @@ class Pulse:
 
 
 def resting(pulse: Pulse, bell: Bell, *until_due: float) -> Mock:
-    """Rest after a claim that found nothing. Each look finds the next of ``until_due``."""
+    """Run one rest of a claim loop. Each look finds the next value of ``until_due``."""
     looks = Mock(seconds_until_due=Mock(side_effect=until_due), process_batch=Mock(return_value=NOTHING))
     loop = ClaimLoop(looks, load_settings(), pulse, Mock(), threading.Event(), bell)  # type: ignore[arg-type]
     loop._rest(is_busy=False)
@@ -101,7 +101,7 @@ def test_a_notification_is_answered_by_a_claim_at_once() -> None:
 
 
 def test_a_worker_that_came_too_late_waits_longer_each_time_before_it_looks() -> None:
-    """Otherwise forty workers would claim for each event, thirty-nine of them in vain."""
+    """Otherwise forty workers claim for each event, and thirty-nine of them find nothing."""
     pulse, bell = Pulse(*[True] * 12), Bell()
     bell.looked(in_vain=True)
     looks = resting(pulse, bell, *[LONG] * 12)

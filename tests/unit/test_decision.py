@@ -21,9 +21,9 @@ PAYMENT = UUID("00000000-0000-4000-8000-000000000001")
 OTHER = UUID("00000000-0000-4000-8000-000000000002")
 
 SOUND: dict[str, Any] = {"payment_id": PAYMENT, "payment_status": "succeeded"}
-"""A payment that succeeded, and nothing that speaks against it."""
+"""The facts of a successful payment, without any obstacle to its purchase."""
 REFUNDED: dict[str, Any] = {"is_refund": True, "payment_id": PAYMENT, "payment_status": "refunded"}
-"""The refund of a payment that is refunded."""
+"""A refund event whose payment is refunded."""
 
 Rule = tuple[str, dict[str, Any], Outcome, Reason | None]
 
@@ -76,9 +76,9 @@ def test_each_rule_alone(kind: str, place: int) -> None:
 
 @pytest.mark.parametrize(("kind", "place"), EACH, ids=NAMES)
 def test_a_verdict_names_its_rule(kind: str, place: int) -> None:
-    """The verdict has the number of a rule that is explained to people.
+    """The verdict has the number of a rule. Each rule is explained to people.
 
-    What is kept of it shows the rule.
+    The stored reason or outcome also leads to the rule.
     """
     sound, rules = TABLES[kind]
     name, facts, _, _ = rules[place]

@@ -1,6 +1,6 @@
 """What each failure means for the events of its batch.
 
-Its description never repeats a row's values.
+The description of a failure never repeats a row's values.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> 
 def test_a_short_claim_moves_the_mark_too() -> None:
     """A worker that keeps up claims few events at a time.
 
-    Otherwise each claim would read all dead entries.
+    If the mark did not move, each claim would read all dead entries.
     """
     pacing = Pacing(limits(1000))
     pacing.claimed_from_start(0.0, 1.0, has_found=True)
@@ -97,7 +97,7 @@ def test_a_short_sweep_that_ends_before_the_mark_leaves_it_and_a_full_one_does_n
 
 
 def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
-    """Otherwise each loop would read all events that the other loops hold."""
+    """If the loops shared no mark, each loop would read all events that the other loops hold."""
     frontier = Frontier(start_due=float("inf"))
     one, other = Pacing(limits(1000), frontier), Pacing(limits(1000), frontier)
     one.claimed(None, END, is_full=True)

@@ -340,7 +340,7 @@ def test_a_password_that_must_be_encoded(url: str) -> None:
 
 @pytest.mark.parametrize("text", ["payments", "=x", "payments=x,y", "payments=x;outbox=y=z,"])
 def test_a_mapping_that_is_none(text: str) -> None:
-    """All are refused but the last. Its name is odd and still a name."""
+    """All values except the last are refused. The last is an odd but valid name."""
     if text.count("=") == 3:
         assert load_settings(tables=text).tables == {"payments": "x;outbox=y=z"}
     else:
@@ -373,7 +373,7 @@ MALFORMED = [
     f"\n{SECRET}\x00",
     f"jdbc:postgresql://host/db?password={SECRET}",
 ]
-"""As people write them; the text of each must not come back in any way."""
+"""URLs as people write them. The text of a URL must not appear anywhere."""
 
 
 def assert_kept(error: BaseException) -> None:

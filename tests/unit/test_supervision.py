@@ -1,4 +1,4 @@
-"""Which loops live, which are late and what is sent to whom. The tests use any clock."""
+"""Which loops live, which are late, how a long rest is split, and what is sent to systemd."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_short_pause_ends_in_time() -> None:
 
 
 def test_a_loop_without_database_beats_through_its_pauses() -> None:
-    """The pauses grow to ten seconds. A watchdog can be shorter."""
+    """The pauses grow to ten seconds. The interval of a watchdog can be shorter."""
     flag, feed = Flag(waits=200), Mock()
     processor = Mock(process_batch=Mock(side_effect=psycopg.OperationalError("gone")))
     pulse = Pulse(flag, serving(1), 0, feed, slice_seconds=0.01)

@@ -166,7 +166,7 @@ sys.meta_path.insert(0, Finder())
 from outbox_worker.__main__ import main
 main()
 """
-"""A signal in the middle of the imports, the first tenths of a second of every command."""
+"""Send a signal during the imports, the first tenths of a second of every command."""
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -22,7 +22,7 @@ PAYMENTS = (
     " created_at timestamptz DEFAULT now() - interval '1 hour', updated_at timestamptz)"
 )
 ODD = "convert_from('\\xe9'::bytea, 'SQL_ASCII')"
-"""A byte that is no UTF8."""
+"""A byte that is not valid UTF8."""
 EVENTS = (
     "INSERT INTO outbox (event_id, event_type, payload) SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED',"
     " jsonb_build_object('payment_id', id, 'student_id', student_id, 'currency', currency) FROM payments"

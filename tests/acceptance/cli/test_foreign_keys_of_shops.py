@@ -24,7 +24,11 @@ class Made:
     outbox: str
     id: Callable[[int], Any]
     types: tuple[str, str, str, str]
-    """Of purchases.payment_id, processed_events.event_id, dead_letters.event_id and dead_letters.payment_id."""
+    """The types of four columns.
+
+    They are purchases.payment_id, processed_events.event_id, dead_letters.event_id and
+    dead_letters.payment_id.
+    """
 
 
 SHOPS = {

@@ -19,11 +19,11 @@ LISTINGS = {
     "dead-letters list": "dead_letters",
     "duplicates list": "duplicates",
 }
-"""Each with the list in its object."""
+"""The commands, each with the name of the list in its JSON object."""
 
 
 def fill(shop: Shop, rows: int) -> None:
-    """Write so many owed payments, payments to refund and dead letters.
+    """Write ``rows`` owed payments, payments to refund and dead letters.
 
     Write at most a hundred workers.
     """

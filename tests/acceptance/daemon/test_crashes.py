@@ -27,7 +27,7 @@ ConfirmedPurchases.apply = deadly
 from outbox_worker.__main__ import main
 main()
 """
-"""The real command, in which settling the event of one payment aborts the process."""
+"""The real command. It aborts its process when it settles the event of one payment."""
 
 
 class Supervisor:

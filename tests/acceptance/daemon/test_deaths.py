@@ -45,9 +45,9 @@ def leave_dead_worker(shop: Shop) -> None:
 
 @contextmanager
 def held(connection: psycopg.Connection[Any], payment: Payment) -> Iterator[None]:
-    """Keep a gift for the pair uncommitted.
+    """Keep an uncommitted gift for the pair.
 
-    No worker can write its purchase, and its event stays in hand.
+    No worker can write the pair's purchase, and the event stays in hand.
     """
     gift = "INSERT INTO purchases (student_id, course_id, amount, currency) VALUES (%s, %s, 0, 'EUR')"
     connection.execute(gift, payment.pair)
@@ -110,7 +110,7 @@ def test_three_stops_are_no_death(signals: int, database_url: str, shop: Shop, c
 
 
 def test_three_kills_with_the_event_in_hand_bury_it(database_url: str, shop: Shop, connect: Connect) -> None:
-    """No other event is charged."""
+    """The events of other payments are not charged."""
     payment, event = shop.paid(due_in="-1 hour")
     shop.pay_many(5)
     leave_dead_worker(shop)
@@ -132,7 +132,7 @@ def test_an_end_without_database_is_no_death(
 ) -> None:
     """The accusation stays, because no worker could withdraw it.
 
-    But the process gave the event up first.
+    But the process gave the event up before it ended.
     """
     payment, _ = shop.paid()
     leave_dead_worker(shop)
@@ -160,9 +160,9 @@ def wait_until_given_up(worker: Process) -> None:
 
 
 def test_a_restart_of_the_server_after_the_kill_leaves_doubt(site: Site) -> None:
-    """The server can have ended the session.
+    """After the kill, the server can have ended the session.
 
-    Then somebody can have ended the process that waited for it.
+    Somebody can then have killed the process that waited for the session.
     """
     with site.connect() as connection:
         shop = Shop(connection)

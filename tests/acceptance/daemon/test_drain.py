@@ -365,7 +365,7 @@ def test_rows_and_pairs_that_others_hold_are_waited_for_until_the_deadline(
 
 
 def test_an_event_that_takes_too_long_makes_way_for_all_others(both_guards: str, database_url: str, shop: Shop) -> None:
-    """The tries take longer than a drain waits for progress.
+    """The tries of the slow event take longer than a drain waits for progress.
 
     To postpone the event counts as progress.
     """
@@ -435,7 +435,7 @@ def test_confirmations_and_refunds_in_turns(both_guards: str, database_url: str,
 def refund_every_other(shop: Shop) -> None:
     """Refund half of the payments.
 
-    Their refunds alternate in the outbox with the other confirmations.
+    The refunds alternate in the outbox with the confirmations of the other payments.
     """
     shop.rows("UPDATE outbox SET event_type = 'PURCHASE_REFUNDED' WHERE id % 2 = 0")
     shop.rows(

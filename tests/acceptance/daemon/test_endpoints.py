@@ -41,7 +41,7 @@ NAMES = {
     "outbox_vacuum_horizon_seconds",
     "outbox_build_info",
 }
-"""The contract."""
+"""The metrics of the contract."""
 
 
 def test_alive_and_ready(database_url: str) -> None:

@@ -108,9 +108,9 @@ def test_it_goes_on_at_the_promoted_standby(is_synchronous: bool, site: Site, st
 
 
 def test_it_waits_for_a_standby_to_be_promoted(site: Site, standby: Site) -> None:
-    """The worker reaches no other server.
+    """The worker can reach only the standby.
 
-    It says so, goes on trying without a busy loop, and then starts.
+    It says so, goes on trying without a busy loop, and starts after the promotion.
     """
     url = url_of(ROLE, standby)
     with site.connect() as connection:

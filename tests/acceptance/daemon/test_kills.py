@@ -26,7 +26,7 @@ BATCH = 100
 def producing(shop: Shop, backlog: int) -> Iterator[None]:
     """Run a payments service that keeps a backlog.
 
-    Half of its payments get two events. The others pay a pair twice.
+    Half of its payments have two events each. Of the other half, two payments share a pair.
     """
     over = threading.Event()
 

@@ -1,6 +1,6 @@
-"""LISTEN: a worker that polls twice a minute hears of events at once.
+"""LISTEN: a worker that polls once a minute hears of events at once.
 
-This also holds after it lost its connection.
+It also hears of events after it lost its connection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.support.processes import Given, eventually, finish, start
 from tests.support.sites import endure, expect_calm
 
 RARELY: Given = {"poll_min_seconds": 60, "poll_max_seconds": 60}
-"""Polling alone would find nothing before a test has given up."""
+"""Polling alone would find an event only after a test has given up."""
 SOON = 20.0
 LISTENERS = """
     SELECT pid FROM pg_stat_activity

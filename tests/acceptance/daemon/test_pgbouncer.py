@@ -107,7 +107,7 @@ def test_a_drain(pooler: Pooler, shop: Shop) -> None:
 
 
 def test_a_daemon_that_polls(pooler: Pooler, shop: Shop) -> None:
-    """PgBouncer is also gone for a while."""
+    """A worker polls through PgBouncer, and goes on after PgBouncer was gone for a while."""
     with start("run", url=pooler.url, pooler="transaction", concurrency=3, poll_max_seconds=0.2) as worker:
         worker.wait_for("worker_started")
         for _ in range(20):

@@ -1,6 +1,6 @@
 """A process gets events that no worker can settle. It ends well and logs each event on one line.
 
-It repeats no value of them.
+It repeats no value of the events.
 """
 
 from __future__ import annotations

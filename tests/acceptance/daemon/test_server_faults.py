@@ -22,7 +22,7 @@ from tests.support.processes import Process, eventually, finish, start
 from tests.support.sites import ROLE, Site, endure, expect_calm, expect_exactly_once, expect_settled, settle_some
 
 KEY = 4242
-"""Of the advisory lock at which an insert waits."""
+"""Key of the advisory lock at which an insert waits."""
 
 
 # --- the worker survives these faults

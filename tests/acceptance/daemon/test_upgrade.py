@@ -77,7 +77,10 @@ def telling(url: str, pairs: list[Pair]) -> Iterator[None]:
 
 
 def settle_more(shop: Shop, *workers: Process) -> None:
-    """Wait until two hundred more events are marked. None of ``workers`` may be in trouble."""
+    """Wait until two hundred more events are marked.
+
+    Check that none of ``workers`` is in trouble.
+    """
     marked = shop.count("processed_events")
     eventually(lambda: shop.count("processed_events") >= marked + 200, "they settle events", patience=60)
     for worker in workers:

@@ -91,7 +91,7 @@ def test_a_rest_longer_than_the_watchdog_starves_nobody(database_url: str, manag
 def test_one_wedged_loop_of_two_starves_the_watchdog_and_is_named(
     database_url: str, shop: Shop, manager: Manager, tmp_path: Path
 ) -> None:
-    """The other loop works on. No heartbeat covers the wedged loop."""
+    """The other loop works on. The watchdog gets no sign of life for the wedged loop."""
     flag, interval = tmp_path / "wedge", 8.0
     settings: Given = {"concurrency": 2, "database_deadline_seconds": 1, "http_listen": f"unix:{tmp_path}/http"}
     with start_script(WEDGED, str(flag), "run", url=database_url, **settings, **manager.settings(interval)) as process:

@@ -70,7 +70,7 @@ class Terminal:
     directory: Path
     server: Path
     where: Mapping[str, str]
-    """The server, as libpq's keywords."""
+    """Where the server is, in libpq's keywords."""
     names: dict[str, str] = field(default_factory=dict)
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
     port: int = 0
@@ -175,7 +175,7 @@ def nothing(_: Terminal) -> None:
 
 
 def the_private_one(terminal: Terminal) -> None:
-    """`make` takes this server if no URL is set."""
+    """`make` uses an embedded server if no URL is set."""
     (terminal.directory / "exports").write_text(f"export OUTBOX_DATABASE_URL='embedded:{terminal.server}'\n")
 
 
@@ -259,7 +259,7 @@ AFTER: Mapping[str, str] = {
     "docs/how-to/write-events.md": "SELECT array_agg(event_type ORDER BY id) = '{PURCHASE_CONFIRMED,PURCHASE_REFUNDED}'"
     " FROM outbox",
 }
-"""What is true of the database once a page was followed."""
+"""What must be true of the database after a reader followed the page."""
 
 
 # --- the tests
@@ -352,9 +352,9 @@ def terminal(template: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def write_commands(directory: Path) -> None:
-    """Write `psql` and `make` commands.
+    """Write scripts `psql` and `make` that call the usual programs.
 
-    They call the same programs as usual and install nothing.
+    They install nothing.
     """
     make = shutil.which("make")
     assert make is not None

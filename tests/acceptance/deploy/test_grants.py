@@ -20,7 +20,7 @@ from tests.support.premises import PASSWORD, Premises, opened, settle_in
 from tests.support.processes import Given, eventually, finish, start
 
 Granted = set[tuple[str, str, str]]
-"""(table, privilege, column), the column empty where the whole table is meant."""
+"""(table, privilege, column). The column is empty if the privilege is on the whole table."""
 
 
 @pytest.fixture(scope="module")

@@ -66,13 +66,13 @@ SCRIPTS: dict[str, tuple[Failure, str]] = {
     "42P01": (Failure.UNCLEAR, "TABLE nothing"),
     "42703": (Failure.UNCLEAR, "SELECT nothing FROM numbers"),
 }
-"""By the SQLSTATE that the last statement of a script meets."""
+"""The scripts by SQLSTATE. The last statement of a script fails with that state."""
 
 BEFORE_18 = {"23001": "23503"}
-"""ON DELETE RESTRICT has a state of its own only since PostgreSQL 18."""
+"""ON DELETE RESTRICT has its own state only in PostgreSQL 18 and later."""
 
 RAISED = ("08000", "53100", "58030", "XX000")
-"""What a server under test cannot be made to meet (a full disk, a broken file): raised by a trigger's own words."""
+"""States that a test's server cannot reach, such as a full disk. A script raises them."""
 
 
 @pytest.fixture

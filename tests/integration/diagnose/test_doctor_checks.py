@@ -68,7 +68,7 @@ def remedies(found: list[Finding]) -> list[str]:
 
 
 def test_one_check_that_fails_hides_no_other(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This includes a check whose query makes the database end the connection."""
+    """One of the checks runs a query that makes the database end the connection."""
 
     def asking(query: str) -> doctor.Check:
         def ask(subject: Subject) -> Iterator[Finding]:

@@ -66,10 +66,7 @@ def test_what_waits_in_another_database_holds_nothing(
 def test_a_worker_looks_with_each_heartbeat(
     shop: Shop, settings: Settings, connect: Callable[..., psycopg.Connection[Any]]
 ) -> None:
-    """The first look sees the holder.
-
-    The last look, at the end, sees how long it has held the horizon.
-    """
+    """The first look sees the transaction. The last look sees how long it has held the horizon."""
     holding = connect()
     holding.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     holding.execute("SELECT 1")

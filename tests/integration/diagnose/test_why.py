@@ -57,7 +57,7 @@ def only(found: Explanation) -> PaymentStory:
 
 
 def foretold(found: Explanation, event_id: UUID) -> Prediction:
-    """Return the prediction for an event. Every story that has it must say the same."""
+    """Return the prediction for an event. All stories with that event must predict the same."""
     prospects = [each for story in found.stories for each in story.predictions if each.event_id == event_id]
     assert prospects, found
     assert all(each == prospects[0] for each in prospects)
@@ -96,7 +96,7 @@ def test_of_an_event_that_waits(world: list[PairCase], shop: Shop, ask: Ask, pro
 def test_of_a_dead_letter_that_is_requeued(
     column: str, shop: Shop, ask: Ask, make_processor: MakeProcessor, database: Database, tables: Tables
 ) -> None:
-    """This includes documents, which a dead letter keeps in another form."""
+    """The payload can be a document. A dead letter keeps a document in another form."""
     retype(shop, column)
     processor = make_processor()
 

@@ -12,9 +12,9 @@ from tests.support import ROOT
 PAGE = (ROOT / "docs" / "reference" / "log-records.md").read_text()
 LEVELS = {"debug", "info", "warning", "error"}
 COUNTS = "counts"
-"""What the code calls fields whose names come from ``Metrics.totals``, and what the page does."""
+"""A word for the fields whose names come from ``Metrics.totals``, in the code and on the page."""
 Told = dict[str, tuple[set[str], set[str]]]
-"""By event: levels and fields."""
+"""Levels and fields of each event."""
 
 
 def test_the_page_lists_the_records_that_the_code_writes() -> None:

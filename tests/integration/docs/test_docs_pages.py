@@ -54,7 +54,7 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "/decisions/0" not in page])
 def test_a_succeeded_payment_is_called_so(page: str) -> None:
-    """The code says "standing", users do not.
+    """Pages for users do not say "standing", although the code does.
 
     Decisions are for developers. Generated pages repeat the words of the code.
     """

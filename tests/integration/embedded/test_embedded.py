@@ -49,9 +49,9 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 15) -> None
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process lives.
+    """Tell whether a process lives. A zombie does not live.
 
-    A zombie does not: the first process of a container may never reap it.
+    The first process of a container does not always reap it.
     """
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
@@ -146,10 +146,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def public_directory() -> Iterator[Path]:
-    """Return a directory that every user can reach.
-
-    The directory tmp_path is not reachable for all.
-    """
+    """Return a directory that every user can reach. Other users cannot reach ``tmp_path``."""
     path = Path(tempfile.mkdtemp()).resolve()
     path.chmod(0o755)
     yield path / "pg"
@@ -199,7 +196,10 @@ def test_killing_the_owner_ends_server_and_launcher(directory: Path) -> None:
 
 
 def test_an_owner_that_exits_waits_for_the_stop(directory: Path) -> None:
-    """A stopped backend delays the shutdown. An owner that did not wait would end before it."""
+    """A stopped backend delays the shutdown of the server.
+
+    An owner that did not wait would end before the server.
+    """
     with Owner(directory).start() as owner, psycopg.connect(**ensure_server(directory)) as session:  # type: ignore[arg-type]
         pid = postmaster(directory)
         os.kill(session.info.backend_pid, signal.SIGSTOP)
@@ -232,7 +232,7 @@ def test_killing_the_postmaster_loses_nothing_committed(directory: Path) -> None
 def test_a_server_that_is_stopping_is_waited_for(directory: Path) -> None:
     """The last backend still holds the lock of the server.
 
-    Here a stopped backend outlives its postmaster.
+    The test stops a backend, and the backend outlives its postmaster.
     """
     connection = ensure_server(directory, durable=False)
     with psycopg.connect(**connection) as session:  # type: ignore[arg-type]

@@ -200,7 +200,10 @@ def test_the_letters_that_asked_for_it_are_closed(operator: Operator, shop: Shop
 
 @pytest.mark.usefixtures("both_guards")
 def test_of_a_pair_the_oldest_payment_is_granted(order: str, operator: Operator, shop: Shop) -> None:
-    """The page does not matter. The other payments are reported as duplicates and not granted."""
+    """The oldest payment is granted on whatever page it is.
+
+    The others are reported as duplicates.
+    """
     first = [shop.payment(ago="3 days") for _ in range(20)]
     later = [shop.payment(student=each.student_id, course=each.course_id, ago="2 days") for each in first]
     later += [shop.payment(student=each.student_id, course=each.course_id, ago="1 day") for each in first[:5]]
@@ -216,7 +219,7 @@ def test_of_a_pair_the_oldest_payment_is_granted(order: str, operator: Operator,
 @pytest.mark.usefixtures("both_guards")
 @pytest.mark.parametrize("kind", ["json", "text"])
 def test_an_outbox_of_documents(kind: str, operator: Operator, shop: Shop) -> None:
-    """One event explains its payment. Its payload is a document that jsonb would refuse."""
+    """One payment has an event. The payload of that event is a document that jsonb would refuse."""
     shop.rows(f"ALTER TABLE outbox ALTER payload TYPE {kind}")
     in_flight, owed = shop.payment(), shop.payment()
     shop.rows(

@@ -212,7 +212,7 @@ def test_who_asks_while_another_begins_does_not_wait(
 def test_full_once_a_day_and_from_the_last_full_one_else(
     make_worker: MakeWorker, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """The gauges keep what the full look found. It is not counted twice."""
+    """The gauges keep what the full look found, and do not count it twice."""
     worker = make_worker()
     shop.payment(ago="3 days")
     shop.payment(ago="30 minutes")

@@ -42,7 +42,7 @@ def test_rows_of_others_without_an_id_do_not_hide_it(database: Database, tables:
 
 @pytest.mark.parametrize("other", ["payment", "type", "due time"])
 def test_another_event_under_its_id(other: str, database: Database, tables: Tables, shop: Shop) -> None:
-    """The event in the outbox is another event, or no worker ever claims it.
+    """The outbox has another event with this id, or an event that no worker ever claims.
 
     The dead letter stays open.
     """

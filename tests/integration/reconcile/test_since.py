@@ -86,7 +86,7 @@ def test_one_that_becomes_visible_after_the_scan(operator: Operator, shop: Shop)
 
 
 class Killed(BaseException):
-    """Stands for kill -9."""
+    """Stands for kill -9: the backfill writes nothing any more."""
 
 
 def test_a_continued_backfill_does_not_grant_the_younger(

@@ -144,7 +144,7 @@ def test_an_explained_page_does_not_touch_the_outbox(
 ) -> None:
     """Another session has locked the outbox.
 
-    The scan reads it only if no purchase explains a payment.
+    The scan reads the outbox only if no purchase explains a payment.
     """
     shop.pay_many(300)
     shop.rows(

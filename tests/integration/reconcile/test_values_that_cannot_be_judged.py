@@ -1,4 +1,7 @@
-"""Values that no statement can judge: the audit reports them and fails. Others are settled."""
+"""Values that no statement can judge: the audit reports them and fails.
+
+Events of other payments are settled.
+"""
 
 from __future__ import annotations
 
@@ -153,9 +156,9 @@ def test_a_refunded_payment_without_an_amount(database: Database, tables: Tables
 def test_nobody_gets_a_purchase_for_nobody(
     column: str, processor: ProbedProcessor, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """The column of purchases accepts NULL here, too.
+    """The column of purchases accepts NULL in this test.
 
-    Only this event is refused. The other is settled.
+    Only the event of the erased payment is refused.
     """
     erased, _ = shop.paid(payload={"student_id": None, "course_id": None})
     shop.rows(f"UPDATE payments SET {column} = NULL WHERE id = %s", erased.id)

@@ -232,7 +232,7 @@ def test_computed_columns_that_the_worker_does_not_write(shop: Shop, database: D
     assert problems(database, tables) == []
 
 
-# --- each of them stops ``migrate``
+# --- each of these shapes stops ``migrate``
 
 
 def test_migrate_refuses_adopted_tables_of_such_a_form(empty: Installation) -> None:

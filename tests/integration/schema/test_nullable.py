@@ -184,7 +184,7 @@ def test_a_purchase_that_is_neither_active_nor_not_is_not_active(
 ) -> None:
     """A purchase with ``is_active`` NULL counts as inactive. Its payment gets no second purchase.
 
-    It does not hold its pair.
+    The purchase does not hold its pair.
     """
     let_be_null(shop)
     own, event = shop.paid()

@@ -22,7 +22,7 @@ LISTED = f"SELECT table_schema || '.' || table_name FROM {OWNERSHIP_LIST}"
 DROP_COMMENTS = "DO $$ DECLARE t text; BEGIN FOR t IN SELECT relname FROM pg_class WHERE relkind = 'r' " + (
     "AND relnamespace = 'public'::regnamespace LOOP EXECUTE format('COMMENT ON TABLE %I IS NULL', t); END LOOP; END $$"
 )
-"""What a restore with --no-comments leaves."""
+"""A restore with --no-comments leaves tables without comments."""
 
 
 def asked(site: Installation, question: Any, role: str | None = None) -> Any:

@@ -76,10 +76,10 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""A shop's likely names; names that need quotes everywhere; names that mean another column of ours."""
+"""Other names: likely names of a shop, names that need quotes, and names of other columns."""
 
 EACH = ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "swapped"))]
-"""Names that need quotes everywhere in each run; the other mappings in the slow one."""
+"""Every run uses names that need quotes everywhere. The slow run uses the other mappings, too."""
 
 TIMES = {
     "purchases": ("id", "created_at", "deactivated_at"),
@@ -87,7 +87,7 @@ TIMES = {
     "dead_letters": ("dead_at", "resolved_at"),
     "outbox": ("due_at",),
 }
-"""Columns that hold the hour or chance of the run."""
+"""Columns with times or random values."""
 
 
 class Site:

@@ -60,7 +60,10 @@ def test_it_says_whose_transaction_it_waits_for_and_again(
 def test_a_prepared_transaction_has_no_process(
     migrated: Installation, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server must allow prepared transactions. Here the test invents the answer of the server."""
+    """A server must be configured for prepared transactions.
+
+    The test fakes the answer of the server.
+    """
     monkeypatch.setattr(waiting, "_BLOCKERS", text(
         "SELECT 0 AS pid, CAST(NULL AS name) AS user, CAST(NULL AS text) AS application,"
         " CAST(NULL AS timestamptz) AS since, CAST(NULL AS text) AS state WHERE :pid > 0"

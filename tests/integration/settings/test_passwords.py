@@ -32,12 +32,12 @@ MISREAD = [
     "[horse@battery",
     "horse@[battery",
 ]
-"""Written as they are, these would be read as something else, or not at all."""
+"""Passwords that would be misread, or not read at all, if a URL has them as they are."""
 READ = [
     *("horse#battery", "horse?battery", "horse:battery", "horse,battery", "horse&battery=staple", "[horse]", "hörse"),
     *("horse battery", "horse+battery", "horse?bat+tery"),
 ]
-"""These PostgreSQL's library reads as they are meant."""
+"""Passwords that PostgreSQL's library reads as they are meant."""
 SOURCES = ["option", "environment", "file", "credential"]
 SETTINGS = ["database_url", "listen_database_url"]
 

@@ -103,9 +103,9 @@ def test_a_count_stays_until_the_event_is_settled(shop: Shop, processor: ProbedP
 
 
 def test_trouble_of_the_database_is_no_crash(shop: Shop, processor: ProbedProcessor) -> None:
-    """The process lives.
+    """The worker lives and withdraws its accusation.
 
-    It withdraws the accusation and repeats the work, and the event stays unchanged.
+    It repeats the work, and the event stays unchanged.
     """
     _, event = shop.paid()
     due = shop.scalar("SELECT due_at FROM outbox")

@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 20.0
 KINDS = ["foreign key", "check", "trigger", "overflow", "trigger at COMMIT", "foreign key at COMMIT"]
 
 
-# --- one
+# --- one refused event
 
 
 @pytest.mark.usefixtures("both_guards")
@@ -76,7 +76,7 @@ def test_a_constraint_that_looks_at_the_end_of_the_transaction_refuses_no_neighb
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 40, Outcome.RETRIED: 1}
 
 
-# --- many
+# --- many refused events
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ def test_a_refund_beside_confirmations_is_settled_in_the_same_call(
 def test_a_purchase_that_a_new_trigger_changes_is_not_told_as_created(
     shop: Shop, processor: ProbedProcessor, body: str
 ) -> None:
-    """The worker does not know the trigger yet.
+    """The worker does not know the trigger yet. The numbers of rows differ.
 
-    The numbers of rows differ, and it repeats the batch carefully.
+    Therefore the worker repeats the batch carefully.
     """
     _, event = shop.paid()
     shop.rows(
@@ -150,9 +150,9 @@ def before_the_lock(
 def test_an_event_that_is_postponed_before_its_row_is_locked(
     shop: Shop, before_the_lock: Callable[..., Any], seconds: int
 ) -> None:
-    """If the event is still due, the worker claims it with its new due time.
+    """The postponed event can still be due. Then the worker claims it with its new due time.
 
-    Its row must be removed, too.
+    The row of the event must be removed, too.
     """
     payment, event = shop.paid(due_in="-10 minutes")
     neighbour = shop.paid(due_in="-5 minutes")[1]
@@ -190,7 +190,7 @@ def test_an_event_that_is_gone_before_its_row_is_locked(
     assert shop.count("outbox") == 0
 
 
-# --- what it tells
+# --- what the worker reports
 
 
 def test_the_latencies_that_the_database_counts_are_those_that_python_counts() -> None:

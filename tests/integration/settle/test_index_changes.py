@@ -84,7 +84,7 @@ def test_the_index_is_dropped_between_the_snapshot_of_one_and_the_commit_of_the_
 ) -> None:
     """One writer uses the index and locks no pair.
 
-    The other sees no valid index, takes its snapshot and waits. The first writer commits. No
+    The other writer sees no valid index, takes its snapshot and waits. The first writer commits. No
     transaction that could need the index is left, and the index is dropped. The other writer does
     not see the first purchase. It also does not maintain an index that would refuse the second
     purchase.

@@ -26,7 +26,7 @@ class Way(NamedTuple):
 
     schema: str
     told: str = ""
-    """What must be named where the event is set aside."""
+    """What the worker must name when it sets the event aside."""
 
 
 def trigger(event: str, body: str, timing: str = "BEFORE", table: str = "outbox") -> str:
@@ -132,11 +132,11 @@ PARTITIONED = (
 )
 NO_UPDATE = "IF NEW.id = {id} THEN RAISE EXCEPTION 'on hold'; END IF; RETURN NEW;"
 CHARGED = (1, True)
-"""The try is counted, without its text."""
+"""The try is counted, but its text is not recorded."""
 UNCHARGED = (0, True)
-"""The event is only due later."""
+"""The event is postponed and otherwise unchanged."""
 ASIDE = (0, False)
-"""The row is as it was."""
+"""The row of the event does not change."""
 
 UNCHARGEABLE = {
     "short text": ("ALTER TABLE outbox ALTER last_error TYPE varchar(12)", CHARGED),
@@ -261,13 +261,13 @@ def test_an_event_that_can_never_be_recorded_is_told_to_everybody_after_a_while(
     assert aside(processor) == []
 
 
-# --- many
+# --- many events
 
 
 def test_many_that_cannot_be_charged_are_found_step_by_step(shop: Shop, make_processor: MakeProcessor) -> None:
     """Every second of forty events cannot be updated.
 
-    The rest is charged within the savepoints of a transaction.
+    The other events are charged within the savepoints of a transaction.
     """
     processor = make_processor(batch_size=40)
     events = [shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR")) for _ in range(40)]
@@ -283,9 +283,9 @@ def test_many_that_cannot_be_charged_are_found_step_by_step(shop: Shop, make_pro
 
 
 def test_many_that_cannot_be_recorded_do_not_delay_the_others(shop: Shop, make_processor: MakeProcessor) -> None:
-    """The events are found one by one, in many transactions.
+    """Events that cannot be recorded are found one by one, in many transactions.
 
-    Between them full batches of clean events are settled.
+    Between these transactions full batches of clean events are settled.
     """
     for _ in range(60):
         shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR"), attempts=LAST)

@@ -26,7 +26,7 @@ from tests.support.trips import RoundTrips
 
 AT_ONCE = timedelta(milliseconds=1)
 FOR_EVER = RetryPolicy(max_attempts=10**6, base=AT_ONCE, maximum=AT_ONCE)
-"""What fails is due again before the next claim, and never dead."""
+"""An event that fails is due again before the next claim, and never buried."""
 FEW = 10
 
 
@@ -116,7 +116,7 @@ def test_refusals_that_may_be_the_databases_fault_hold_nobody_up(
 def test_refusals_are_charged_once_another_purchase_was_written_meanwhile(
     shop: Shop, processor: ProbedProcessor
 ) -> None:
-    """The purchase can be of any batch. Until it was written, the refused events do not change."""
+    """The purchase can be of any batch. Before it is written, the refused events do not change."""
     run(shop, raising("42883"))
     pay_many(shop, 40, BAD)
     was = shop.rows("SELECT * FROM outbox ORDER BY id")

@@ -214,7 +214,7 @@ SETTLED_AFTER_ALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("outcome", SETTLED_AFTER_ALL)
 def test_settling_closes_the_open_letter(shop: Shop, processor: ProbedProcessor, outcome: str) -> None:
-    """Nobody is to work on an event that was settled.
+    """Nobody has to work on an event that was settled.
 
     Dead letters of other events do not change.
     """

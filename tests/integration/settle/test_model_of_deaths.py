@@ -11,9 +11,12 @@ from tests.support.deaths import Course, Protocol, State, Truth, Wrong
 
 SAME_HOST = Protocol()
 OUTAGES = Protocol(same_host=False, cuts=False, lives_on=False)
-"""The database is away for both. A judge without notes must rely on what it noticed itself, and on the server."""
+"""Both workers lose the database.
+
+A judge without notes must rely on its own outages and on the server.
+"""
 CUTS = Protocol(same_host=False, outages=False, restarts=False, lives_on=False)
-"""Only the worker that is judged is cut off, for as long as one likes."""
+"""Only the judged worker loses the database, for any time."""
 DEADLY = Protocol(is_deadly=True, cuts=False, outages=False, restarts=False, lives_on=False, orphans_max=5)
 
 

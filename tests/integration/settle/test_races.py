@@ -121,7 +121,7 @@ def test_a_refund_that_comes_between_is_not_lost(
 def test_a_duplicate_verdict_waits_for_the_pairs_lock(
     both_guards: str, shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """Another session holds only the lock.
+    """Another session holds the lock of the pair and nothing else.
 
     The worker does not reach the verdict, however often it looks.
     """

@@ -153,7 +153,7 @@ def test_who_is_owed_gets_it_though_the_purchase_was_taken_back_before(
 def test_of_several_refunds_of_a_pair_one_passes_it_on(shop: Shop, processor: ProbedProcessor) -> None:
     """The refund of the duplicate comes first, then that of the purchase.
 
-    A third payment stands.
+    A third payment is successful and gets the pair.
     """
     first, _ = bought(shop)
     second, _ = paid_too(shop, first)

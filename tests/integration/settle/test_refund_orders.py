@@ -276,7 +276,7 @@ def test_confirmations_and_refunds_are_not_written_in_one_transaction(
 ) -> None:
     """One worker writes the high pair, then deactivates the low pair.
 
-    The other writes low, then high.
+    The other worker writes the low pair, then the high pair.
     """
     bought, _ = shop.paid(student=LOW, course=COURSE)
     second, _ = shop.paid(student=HIGH, course=COURSE)
@@ -357,9 +357,9 @@ def test_who_grants_in_place_of_a_refunded_payment_waits_for_nobody(
 
 
 def test_a_queue_in_which_both_types_take_turns(both_guards: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """Each claim settles one type and postpones nothing.
+    """Each claim settles one type of event and postpones nothing.
 
-    It takes hardly more claims than for one type.
+    The queue takes hardly more claims than one type alone.
     """
     processor = make_processor(batch_size=20)
     pairs = [Pair() for _ in range(200)]

@@ -174,7 +174,7 @@ def test_a_refund_delivered_again_changes_nothing(shop: Shop, processor: ProbedP
 def test_two_refunds_of_one_payment_in_one_batch(shop: Shop, processor: ProbedProcessor) -> None:
     """One statement cannot write a row twice.
 
-    Still, both go together, and no savepoint is rolled back.
+    Still, both refunds go together, and no savepoint is rolled back.
     """
     payment, _ = bought(shop)
     events = [shop.refund(payment) for _ in range(3)]
@@ -224,7 +224,7 @@ def test_a_settled_refund_closes_its_dead_letter(shop: Shop, processor: ProbedPr
 def refunds(shop: Shop, count: int, next_payments: int) -> None:
     """Write refunds of active purchases, due now.
 
-    ``next_payments`` of their pairs have another payment.
+    ``next_payments`` of their pairs have another successful payment.
     """
     shop.pay_many(count)
     shop.rows(

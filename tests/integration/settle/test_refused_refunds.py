@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("both_guards")
 class Refusal(NamedTuple):
     sqlstate: str
     schema: str
-    """What the schema has against the deactivation of a purchase of the course BAD."""
+    """How the schema refuses to deactivate a purchase of the course BAD."""
     cure: str
 
 
@@ -162,9 +162,9 @@ def test_a_pair_that_somebody_has_locked_keeps_its_refund_in_the_outbox(
 def test_a_privilege_to_take_back_that_is_lost_is_nobodys_fault(
     shop: Shop, clerk: Clerk, make_processor: MakeProcessor
 ) -> None:
-    """PostgreSQL asks for the privilege, whatever the row.
+    """PostgreSQL checks the privilege even if a refund has nothing to write.
 
-    One refund had nothing to write. That does not put the blame on the other refund.
+    A refund with nothing to write does not prove that the other refund is at fault.
     """
     done = shop.payment("refunded")
     shop.purchase(done, active=False)
@@ -254,7 +254,7 @@ def test_thirty_refunds_one_by_one_on_one_connection(
 ) -> None:
     """After some executions the statement is prepared, then planned generically.
 
-    It still finds its key.
+    The statement still finds its key.
     """
     payments = [bought(shop)[0] for _ in range(30)]
     next_payments = [shop.payment("succeeded", *payment.pair) for payment in payments]

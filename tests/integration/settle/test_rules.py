@@ -21,7 +21,7 @@ from tests.support.settling import LAST, STRANGER, assert_buried, assert_marked,
 pytestmark = pytest.mark.usefixtures("both_guards")
 
 
-"""Failed tries so far, of 10: the next one is the last."""
+"""Every test runs under both guards."""
 
 PAIR_INDEX = "purchases_active_student_course_key"
 
@@ -200,9 +200,9 @@ UNUSABLE = {
 
 
 def test_rule_2_an_unusable_payload_is_buried_as_it_was(shop: Shop, processor: ProbedProcessor) -> None:
-    """All are in one batch with a good event.
+    """All unusable payloads are in one batch with a good event.
 
-    None harms another, even if Python cannot decode its payload.
+    None harms another event, even if Python cannot decode it.
     """
     shop.connection.adapters.register_loader("jsonb", TextLoader)
     _, good = shop.paid()

@@ -139,7 +139,7 @@ def test_rule_7_a_refunded_payment_comes_before_8_and_9(shop: Shop, processor: P
 
 @pytest.mark.parametrize("holder", ["another payment", "a gift"])
 def test_rule_8_a_held_pair_is_a_duplicate_payment(shop: Shop, processor: ProbedProcessor, holder: str) -> None:
-    """The mark can say anything and does not change."""
+    """The mark can have any outcome. The mark does not change."""
     marks = [None, *CLAIMING_MARKS, *OTHER_MARKS]
     paid = [shop.paid() for _ in marks]
     for (payment, event), marked in zip(paid, marks, strict=True):

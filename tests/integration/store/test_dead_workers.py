@@ -29,10 +29,10 @@ from tests.support.factories import Shop
 HERE = socket.gethostname()
 ELSEWHERE = "another-host"
 ENDED = os.getpid()
-"""The id of this process: whoever had it before has ended."""
+"""The id of this process. An earlier process with this id must have ended."""
 DEADLINE = 0.3
 SILENT = 0.5
-"""Instead of half a minute, for which the server of the tests may not have run."""
+"""A silence of half a second instead of half a minute. The server of a test can be younger."""
 SURE = Contact(heartbeats=HEARTBEATS_BEFORE_JUDGING)
 
 
@@ -48,7 +48,7 @@ class Scene:
     def accuser(self, host: str = HERE, pid: int = ENDED, changed: Mapping[str, str] | None = None) -> UUID:
         """Write the row of a worker that died right after it accused the event.
 
-        ``changed`` holds SQL for columns of its row.
+        ``changed`` holds SQL for columns of the row.
         """
         key = uuid4()
         row = {
@@ -273,9 +273,9 @@ def fall_silent(scene: Scene, key: UUID) -> None:
 
 @pytest.mark.parametrize("sign", ["beat", "accuse", "withdraw"])
 def test_whoever_lives_takes_back_the_death_that_was_counted(scene: Scene, sign: str) -> None:
-    """The worker was stopped for a while, or only this worker had no database.
+    """The worker was stopped for a while, or it alone had no database.
 
-    Its next sign of life takes the counted crash back.
+    The worker's next sign of life takes the counted crash back.
     """
     workers, key = join(scene)
     fall_silent(scene, key)

@@ -28,7 +28,7 @@ from tests.support.guarding import (
 from tests.support.makers import Connect, MakeProcessor
 
 GATE = 4242
-"""The advisory lock on which ``gate`` lets a worker's insert wait."""
+"""Key of the advisory lock at which ``gate`` stops a worker's insert."""
 
 
 class Gate:
@@ -279,7 +279,7 @@ def test_a_foreign_purchase_of_the_same_payment_is_read_back(
 def test_an_inactive_row_in_a_full_unique_index_is_the_events_own_trouble(
     guard_kind: str, index: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """Some of these constraints refuse only at COMMIT.
+    """Some of these constraints refuse the row only at COMMIT.
 
     The other events of the batch are settled.
     """

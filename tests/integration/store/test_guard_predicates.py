@@ -80,9 +80,9 @@ def test_null_counts_where_the_column_allows_it(
 def test_events_are_settled_by_an_index_whose_condition_is_written_oddly(
     guard_kind: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """One form has a percent sign, which the driver reads as a placeholder.
+    """The condition has a percent sign, which the driver reads as a placeholder.
 
-    One has the columns reversed.
+    The columns of the index are reversed.
     """
     assert guard_kind == "lock"
     build(shop, "is_active::text LIKE 't%'", "course_id, student_id")

@@ -132,10 +132,7 @@ def test_a_type_that_nobody_handles_is_buried_unread(column: str, shop: Shop, ma
 
 
 def test_a_long_payload(column: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """jsonb is read inside the database.
-
-    A document that is too long to fetch waits for a person.
-    """
+    """jsonb is read inside the database. A document that is too long to fetch is buried."""
     long, within = shop.payment(), shop.payment()
     put(shop, column, document(within, x=f'"{"x" * (LONGEST_DOCUMENT - 1000)}"'))
     event = put(shop, column, document(long, x=f'"{"x" * 50_000_000}"'))
@@ -181,11 +178,14 @@ class Case(NamedTuple):
 
     document: str
     outcome: Outcome | None
-    """None: whatever it is."""
+    """None: any outcome is right."""
 
 
 right = {"payment_id": "PAYMENT", "student_id": "STUDENT", "course_id": "COURSE", "amount": "49.90", "currency": "EUR"}
-"""Constants of the code are drawn, too: neither a key nor a value of these may come by chance."""
+"""The generator must not draw these keys and values by chance.
+
+It also draws constants of the code.
+"""
 
 strings = st.text().filter(lambda text: text not in right.values())
 values = st.recursive(

@@ -1,6 +1,6 @@
 """A trigger on purchases can change a row.
 
-If the row differs from what was paid, no ``created`` is told.
+If the row differs from what was paid, the worker does not report ``created``.
 """
 
 from __future__ import annotations

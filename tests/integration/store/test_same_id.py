@@ -29,7 +29,7 @@ PUBLIC_KINDS = {"uuid", "int4 beside int8", "text beside varchar", "char", "char
 def test_two_ways_to_write_an_id_are_one_student(
     kind: Kind, both_guards: str, shop: Shop, database: Database, tables: Tables, make_processor: MakeProcessor
 ) -> None:
-    """This applies in one batch, in a later batch, and if a refund frees the course."""
+    """The ids are equal in one batch, in a later batch, and if a refund frees the course."""
     retype(shop, kind)
     first, _ = pay(shop, kind.one)
     pay(shop, kind.same)
@@ -80,7 +80,7 @@ def test_the_lock_knows_both_ways(
 ) -> None:
     """One worker has written the purchase and waits before its COMMIT.
 
-    The other must not write a second.
+    The other worker must not write a second purchase.
     """
     assert guard_kind == "lock"
     retype(shop, kind)

@@ -172,7 +172,10 @@ def test_a_poll_is_one_that_succeeded(shop: Shop, processor: ProbedProcessor) ->
 def test_the_end_of_a_trouble_is_told_once(
     shop: Shop, processor: ProbedProcessor, records: list[dict[str, Any]]
 ) -> None:
-    """It is told whatever the look finds. A transaction that is only repeated was no trouble."""
+    """The end is logged whatever the look finds.
+
+    A transaction that is only repeated was no trouble.
+    """
     processor.telemetry.trouble(psycopg.errors.DeadlockDetected(), 0.1)
     processor.process_batch()
     assert "resumed" not in [record.get("event") for record in records]

@@ -41,7 +41,7 @@ REFUSALS = {
     "unique": "CREATE UNIQUE INDEX whole ON purchases (currency);"
     f"INSERT INTO purchases (student_id, course_id, amount, currency) VALUES ('', gen_random_uuid(), 0, '{SECRET}')",
 }
-"""The server's own errors, with what they say of the row."""
+"""What makes the server refuse a row. The server repeats values of the row in its error."""
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def listen(capsys: pytest.CaptureFixture[str]) -> Iterator[Listen]:
 
 @pytest.fixture
 def loud(shop: Shop) -> Shop:
-    """Make a shop with texts for students and currencies. They hold the secret."""
+    """Make a shop with texts for students and currencies. These texts hold the secret."""
     for table in ("payments", "purchases"):
         run(shop, f"ALTER TABLE {table} ALTER student_id TYPE text, ALTER currency TYPE text")
     return shop
@@ -174,7 +174,7 @@ def test_a_drain_that_gives_up_does_not_repeat_what_stopped_it(
 
 @pytest.mark.parametrize("said", [SECRET, {SECRET: SECRET}, [SECRET], f"00-{SECRET}", SECRET * 10_000])
 def test_what_headers_say_is_not_repeated(loud: Shop, processor: ProbedProcessor, listen: Listen, said: Any) -> None:
-    """This includes headers that are read for a trace."""
+    """The headers hold the secret, also in the header that is read for a trace."""
     for _ in STYLES:
         loud.paid(status="pending")
         loud.paid(payload="[]")
@@ -207,9 +207,9 @@ def test_what_libraries_say_of_a_row_is_not_repeated(loud: Shop, listen: Listen,
 def test_a_record_that_cannot_be_written_takes_nothing_with_it(
     loud: Shop, processor: ProbedProcessor, listen: Listen, style: Style, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker survives.
+    """The worker survives a stderr that cannot be written.
 
-    It does not write the server's words later to a stderr that works again.
+    After stderr works again, the worker does not write the server's words of that time.
     """
     raise_loudly(loud, "53100")
     pay_loudly(loud)
