@@ -49,10 +49,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 15) -> None
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process lives. A zombie does not live.
-
-    The first process of a container does not always reap it.
-    """
+    """A zombie does not live. The first process of a container does not always reap it."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
 

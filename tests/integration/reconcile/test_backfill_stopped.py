@@ -77,7 +77,7 @@ def test_another_range_is_another_backfill(operator: Operator, shop: Shop) -> No
 def test_one_that_lives_is_left_alone(operator: Operator, shop: Shop) -> None:
     """A backfill on another host is alive, then silent for a minute, then silent for 25 hours.
 
-    It is continued only after a minute of silence. After 25 hours it is forgotten.
+    Another run continues it only in the second case.
     """
     shop.payment()
     operator.begin()

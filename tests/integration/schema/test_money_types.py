@@ -177,7 +177,7 @@ def set_types(site: Installation, table: str, types: tuple[str, str]) -> None:
 def test_an_adopted_column_that_is_narrower_is_told_with_ddl_that_helps(empty: Installation) -> None:
     """All cases share one database. If purchases round an amount, worker and migration stop.
 
-    If purchases refuse a value, the problem is only reported.
+    A value that purchases refuse is only reported.
     """
     empty.execute(SHOPS_PAYMENTS.format(amount="numeric", currency="text"))
     empty.execute(SHOPS_PURCHASES.format(amount="numeric", currency="text"))

@@ -182,10 +182,7 @@ def test_due_at_infinity_is_never(database: Database, tables: Tables, shop: Shop
 def test_a_purchase_that_is_neither_active_nor_not_is_not_active(
     processor: ProbedProcessor, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """A purchase with ``is_active`` NULL counts as inactive. Its payment gets no second purchase.
-
-    The purchase does not hold its pair.
-    """
+    """Its payment gets no second purchase, and the purchase does not hold its pair."""
     let_be_null(shop)
     own, event = shop.paid()
     shop.purchase(own)

@@ -182,10 +182,9 @@ def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
 
 
 def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:
-    """Check the purchases that the grants made.
+    """Every grant made one purchase. Nothing else made an active purchase.
 
-    Every grant made one purchase. Nothing else made an active purchase. Each pair that was owed a
-    purchase has one.
+    Each pair that was owed a purchase has one.
     """
     granted = [one for one, verdict in judged if verdict.outcome in GRANTS]
     revoked = {one.payment.id for one, verdict in judged if verdict.outcome is Outcome.REVOKED}

@@ -150,8 +150,7 @@ def test_the_index_goes_while_the_refused_event_is_looked_for(
     def lose_index(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         """Make the index invalid after the first attempt has failed.
 
-        The locks of the pairs block DROP INDEX on the table. Therefore the catalogue itself is
-        changed.
+        The locks of the pairs block DROP INDEX. Therefore the catalogue is changed.
         """
         if statement.startswith("ROLLBACK TO") and not lost:
             lost.append(PAIR_INDEX)

@@ -150,7 +150,7 @@ def before_the_lock(
 def test_an_event_that_is_postponed_before_its_row_is_locked(
     shop: Shop, before_the_lock: Callable[..., Any], seconds: int
 ) -> None:
-    """The postponed event can still be due. Then the worker claims it with its new due time.
+    """If the event is still due, it is claimed with its new due time.
 
     The row of the event must be removed, too.
     """

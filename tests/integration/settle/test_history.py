@@ -37,9 +37,9 @@ def test_a_double_is_found_though_it_is_gone(shop: Shop, pair: Payment, database
 
 
 def test_a_double_that_only_commits_show(shop: Shop, pair: Payment, connect: Connect) -> None:
-    """By the order of statements, the first purchase was deactivated before the second was written.
+    """By statements, the first purchase was deactivated before the second was written.
 
-    By the order of commits, both were active.
+    By commits, both were active.
     """
     first, refund = buy(shop, pair), connect()
     refund.execute(TAKE_BACK, [first])
@@ -56,10 +56,9 @@ def test_a_double_that_was_deleted(shop: Shop, pair: Payment) -> None:
 
 
 def test_one_after_the_other_is_no_double(shop: Shop, pair: Payment, connect: Connect, database_url: str) -> None:
-    """By the order of statements, the second purchase was written before the first was deactivated.
+    """By statements, the second purchase came before the first was deactivated, but not by commits.
 
-    The order of commits is the other way round. A refund that passes the pair on does both in one
-    transaction.
+    A refund that passes the pair on does both in one transaction.
     """
     first, late = buy(shop, pair), connect()
     other = shop.payment(student=pair.student_id, course=pair.course_id)

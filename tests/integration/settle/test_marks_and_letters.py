@@ -39,7 +39,7 @@ def test_a_mark_without_purchase_becomes_created_when_the_pair_is_free(
 ) -> None:
     """The event was a duplicate, then the pair was given up: the event is owed a purchase.
 
-    The first outcome was no mistake. Therefore the mark does not say "recovered".
+    The first outcome was no mistake and is not "recovered".
     """
     paid = [shop.paid() for _ in WITHOUT_PURCHASE]
     marks = mark_each(shop, paid, WITHOUT_PURCHASE, named)

@@ -21,10 +21,9 @@ DEADLY = Protocol(is_deadly=True, cuts=False, outages=False, restarts=False, liv
 
 
 def test_on_one_host_a_death_is_counted_only_for_a_death_with_the_event_in_hand() -> None:
-    """A crash is counted only if the worker died with the event in hand.
+    """Try every start, with outages of any length for one worker or for both.
 
-    The runs have outages of any length for one worker or for both. They have kills and stops at any
-    moment, restarts, failovers and every start.
+    Kills and stops come at any moment, as do restarts and failovers.
     """
     course = Course(SAME_HOST).explore()
     assert len(course.states) > 3000
@@ -33,10 +32,9 @@ def test_on_one_host_a_death_is_counted_only_for_a_death_with_the_event_in_hand(
 
 
 def test_across_hosts_an_outage_is_no_death_if_anybody_could_tell() -> None:
-    """An outage is not counted as a crash if any fact shows the difference.
+    """An outage cannot be told from a crash if three facts come together.
 
-    No fact shows it if the worker gave up and ended without database, the server is the same, and
-    the judge began later.
+    The worker ended without database, the server is the same, and the judge began later.
     """
     course = Course(OUTAGES).explore()
     assert [wrong for wrong in course.wrong if not nobody_could_tell(wrong)] == []
@@ -107,10 +105,9 @@ def test_a_twin_that_takes_nothing_back_leaves_a_count() -> None:
 
 
 def nobody_could_tell(wrong: Wrong) -> bool:
-    """Tell whether no fact shows that the death was an outage.
+    """Tell whether no fact shows an outage.
 
-    Only the last host keeps the note. The row looks as if the worker died at work. The judge has
-    noticed no outage.
+    The note is on another host, the row looks like a crash, and the judge has noticed no outage.
     """
     row = wrong.row
     return row.is_given_up and not (row.has_note or row.is_old_server or wrong.is_doubted)

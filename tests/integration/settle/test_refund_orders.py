@@ -144,8 +144,7 @@ def test_every_order_by_two_workers(
 def moments(first: str, second: str) -> list[tuple[tuple[Op, ...], Op, Op]]:
     """Return past events, the event in the slow worker's hands, and the event that comes meanwhile.
 
-    ``first`` is the type of the event in hand, ``second`` the type of the event that comes
-    meanwhile.
+    The last two have the types ``first`` and ``second``.
     """
     found = {(order[:place], order[place], order[place + 1]) for order in ORDERS for place in range(3)}
     return sorted(each for each in found if (each[1].event_type, each[2].event_type) == (first, second))

@@ -42,10 +42,9 @@ def test_a_batch_takes_one_statement_however_large(
 def test_a_batch_waits_twice_for_the_server(
     pooler: Literal["none", "transaction"], database_url: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """A batch waits for its statement and for its COMMIT.
+    """A batch waits for its statement and for COMMIT. A batch without events ends with ROLLBACK.
 
-    BEGIN and the parameters travel with the statement. Behind a pooler each of them travels alone.
-    A batch that finds no event ends with ROLLBACK.
+    BEGIN and the parameters travel with the statement, but separately behind a pooler.
     """
     with proxied(database_url) as proxy:
         database = Database(load_settings(database_url=proxy.url, pooler=pooler), deadline_seconds=10)
