@@ -1,4 +1,7 @@
-"""Where loops sleep: one is woken at a time, nobody sleeps on when the worker stops, and many workers are no herd."""
+"""The bell at which claim loops sleep: a ring wakes one loop, and a stop wakes all loops.
+
+Many workers do not all claim for one event.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ NOTHING = BatchReport(limit=1, guard=Guard.INDEX)
 
 @contextmanager
 def sleeping(bell: Bell, loops: int) -> Iterator[list[bool]]:
-    """Loops that sleep in threads of their own; the list grows with each that wakes."""
+    """Let loops sleep in their own threads. The list gets an entry for each loop that wakes."""
     woken: list[bool] = []
     threads = [threading.Thread(target=lambda: woken.append(bell.wait(LONG)), daemon=True) for _ in range(loops)]
     for thread in threads:
@@ -61,7 +64,7 @@ def test_a_bell_that_is_rung_for_long_without_a_sleeper_does_not_block() -> None
 
 
 class Pulse:
-    """Records what a loop waits for, and lets the test decide what wakes it."""
+    """Records how long a loop waits. The test decides what wakes the loop."""
 
     def __init__(self, *rings: bool) -> None:
         self.rings, self.rests, self.restraints = list(rings), list[float](), list[float]()
@@ -85,7 +88,7 @@ class Pulse:
 
 
 def resting(pulse: Pulse, bell: Bell, *until_due: float) -> Mock:
-    """A loop that rests after a claim that found nothing; each of its looks finds the next of ``until_due``."""
+    """Run one rest of a claim loop. Each look finds the next value of ``until_due``."""
     looks = Mock(seconds_until_due=Mock(side_effect=until_due), process_batch=Mock(return_value=NOTHING))
     loop = ClaimLoop(looks, load_settings(), pulse, Mock(), threading.Event(), bell)  # type: ignore[arg-type]
     loop._rest(is_busy=False)
@@ -98,7 +101,7 @@ def test_a_notification_is_answered_by_a_claim_at_once() -> None:
 
 
 def test_a_worker_that_came_too_late_waits_longer_each_time_before_it_looks() -> None:
-    """Otherwise forty workers would claim for each event, and thirty-nine of them in vain."""
+    """Otherwise forty workers claim for each event, and thirty-nine of them find nothing."""
     pulse, bell = Pulse(*[True] * 12), Bell()
     bell.looked(in_vain=True)
     looks = resting(pulse, bell, *[LONG] * 12)
@@ -126,7 +129,7 @@ def test_a_pause_ends_when_the_next_event_is_due() -> None:
 
 
 def test_a_pause_is_short_again_while_due_rows_are_locked_by_others() -> None:
-    """The look sees the row, and the claim passes it over: a transaction that rolls back sends no notification."""
+    """The look sees the locked row, and the claim skips it. A rollback sends no notification."""
     pulse, bell = Pulse(*[False] * 9), Bell()
     bell.is_heard = True
     looks = Mock(seconds_until_due=Mock(return_value=-1.0), process_batch=Mock(return_value=NOTHING))

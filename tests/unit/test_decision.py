@@ -1,4 +1,7 @@
-"""The table of fates, row by row and against each other; delays and the choice of the guard. No database."""
+"""The rules of ``decide`` alone and against each other, the delays, the choice of the guard.
+
+The tests need no database.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ PAYMENT = UUID("00000000-0000-4000-8000-000000000001")
 OTHER = UUID("00000000-0000-4000-8000-000000000002")
 
 SOUND: dict[str, Any] = {"payment_id": PAYMENT, "payment_status": "succeeded"}
-"""A payment that succeeded, and nothing that speaks against it."""
+"""The facts of a successful payment, without any obstacle to its purchase."""
 REFUNDED: dict[str, Any] = {"is_refund": True, "payment_id": PAYMENT, "payment_status": "refunded"}
-"""The refund of a payment that is refunded."""
+"""A refund event whose payment is refunded."""
 
 Rule = tuple[str, dict[str, Any], Outcome, Reason | None]
 
-# The rules of docs/explanation/state-machine.md in their order: what makes each hold, and its verdict.
+# The rules of docs/explanation/state-machine.md in order: the facts of each, and its verdict.
 FIRST_RULES: list[Rule] = [
     ("0 three crashes", {"crashes": 3}, Outcome.DEAD, Reason.CRASHED_WORKER),
     ("1 no handler", {"handled": False}, Outcome.DEAD, Reason.UNSUPPORTED_EVENT_TYPE),
@@ -73,7 +76,10 @@ def test_each_rule_alone(kind: str, place: int) -> None:
 
 @pytest.mark.parametrize(("kind", "place"), EACH, ids=NAMES)
 def test_a_verdict_names_its_rule(kind: str, place: int) -> None:
-    """By its number, of which people are told the meaning; and it can be told from what is kept of the verdict."""
+    """The verdict has the number of a rule. Each rule is explained to people.
+
+    The stored reason or outcome also leads to the rule.
+    """
     sound, rules = TABLES[kind]
     name, facts, _, _ = rules[place]
     verdict = decide(Facts(**(sound | facts)))
@@ -85,7 +91,7 @@ def test_a_verdict_names_its_rule(kind: str, place: int) -> None:
 
 @pytest.mark.parametrize(("kind", "first", "second"), BOTH)
 def test_the_earlier_rule_wins(kind: str, first: int, second: int) -> None:
-    """Both rules hold; where they speak of the same fact, the earlier one's value is it."""
+    """Both rules apply. If both need the same fact, the fact has the value of the earlier rule."""
     sound, rules = TABLES[kind]
     name, facts, outcome, reason = rules[first]
     verdict = decide(Facts(**(sound | rules[second][1] | facts)))

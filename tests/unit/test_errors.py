@@ -1,4 +1,7 @@
-"""Which failure means what for the events of its batch; and that describing one never tells a row's values."""
+"""What each failure means for the events of its batch.
+
+The description of a failure never repeats a row's values.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ BY_SQLSTATE = {
     "42P10": Failure.GUARD,
     "23505": Failure.GUARD,
     "55000": Failure.GUARD,
-    # one row's row-level security or the whole table's grants: only bisection can tell
+    # row-level security of one row or grants of the table: only bisection can tell
     "42501": Failure.UNCLEAR,
     "42P01": Failure.UNCLEAR,
     "42703": Failure.UNCLEAR,
@@ -121,14 +124,14 @@ def test_without_a_sqlstate(error: Exception, failure: Failure) -> None:
 
 
 def test_psycopgs_own_classes_are_told_by_their_state() -> None:
-    """A read-only node's answer arrives as an InternalError, of which the driver says nothing more."""
+    """A read-only node answers with an InternalError. The driver says nothing more about it."""
     assert classify(psycopg.errors.ReadOnlySqlTransaction("cannot execute")) is Failure.RECONNECT
     assert classify(psycopg.errors.InvalidColumnReference("no unique constraint")) is Failure.GUARD
     assert classify(psycopg.errors.UniqueViolation("duplicate key")) is Failure.GUARD
 
 
 class Told(psycopg.errors.ForeignKeyViolation):
-    """What the server says of a row that it refuses, values included."""
+    """An error of the server for a row that it refuses, with the values of the row."""
 
     @property
     def diag(self) -> Any:

@@ -1,4 +1,4 @@
-"""Ids of the usual types are compared, ordered and locked by their columns as they stand."""
+"""Ids of the usual types are compared, ordered and locked by their columns without conversion."""
 
 from __future__ import annotations
 

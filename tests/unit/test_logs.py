@@ -1,5 +1,7 @@
-"""How records leave the process: one line each, in either style, with the journal's priorities, nothing of an error's
-words, and the libraries' records among ours."""
+"""How log records leave the process: one line each, in either style, with the journal's priorities.
+
+A record repeats no words of an error. The records of libraries look like the worker's own.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,10 @@ def test_lines_begin_with_their_priority_where_stderr_is_the_journal(
 
 @pytest.mark.parametrize("stream", ["", "1:1", "x"], ids=["none", "another", "nonsense"])
 def test_and_only_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stream: str) -> None:
-    """The variable outlives a redirection of stderr: systemd says so, and what to compare."""
+    """The variable JOURNAL_STREAM outlives a redirection of stderr.
+
+    systemd documents what to compare.
+    """
     monkeypatch.setenv("JOURNAL_STREAM", stream)
     with (tmp_path / "elsewhere").open("w") as stderr:
         monkeypatch.setattr("sys.stderr", stderr)

@@ -1,4 +1,4 @@
-"""The words, and that schema and model agree on them."""
+"""The words of the model. The schema uses the same words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_schema_has_these_tables_and_columns_in_this_order() -> None:
 
 @pytest.mark.parametrize("role", COLUMNS)
 def test_every_table_and_column_can_be_renamed(role: str) -> None:
-    """Keys stay, names follow the settings: nothing is left that only knows the default."""
+    """Keys stay and names follow the settings. No default name is left."""
     columns = {f"{role}.{key}": f"{key}_x" for key in COLUMNS[role]}
     table = build_tables(load_settings(tables={role: f"other.{role}_x"}, columns=columns)).by_role()[role]
     assert (table.schema, table.name) == ("other", f"{role}_x")

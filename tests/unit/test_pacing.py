@@ -1,4 +1,4 @@
-"""What the next claim takes and where it begins, without a database and without a clock."""
+"""What the next claim takes and where it begins, tested without a database and without a clock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def limits(batch_size: int) -> Limits:
 
 
 def committed(pacing: Pacing, **changes: Any) -> None:
-    """A full batch that was claimed and settled at once, but for the changes."""
+    """Report a full batch that was claimed and settled at once, apart from ``changes``."""
     full = {"claimed": pacing.limit, "settled": pacing.limit, "is_full": True, "seconds": 0.02, "end": END}
     given: dict[str, Any] = full | changes
     start = pacing.start(0.0)
@@ -39,7 +39,7 @@ def committed(pacing: Pacing, **changes: Any) -> None:
     pacing.committed(**given)
 
 
-# --- from where
+# --- where a claim begins
 
 
 def test_it_begins_at_the_beginning() -> None:
@@ -72,7 +72,10 @@ def test_what_was_left_behind_is_looked_for_at_once(changes: dict[str, Any]) -> 
 
 
 def test_a_short_claim_moves_the_mark_too() -> None:
-    """A worker that keeps up claims few events at a time, and would read all dead entries for each of them."""
+    """A worker that keeps up claims few events at a time.
+
+    If the mark did not move, each claim would read all dead entries.
+    """
     pacing = Pacing(limits(1000))
     pacing.claimed_from_start(0.0, 1.0, has_found=True)
     committed(pacing)
@@ -94,7 +97,7 @@ def test_a_short_sweep_that_ends_before_the_mark_leaves_it_and_a_full_one_does_n
 
 
 def test_loops_of_one_process_begin_where_the_others_claims_ended() -> None:
-    """Otherwise each walks over all that the others hold."""
+    """If the loops shared no mark, each loop would read all events that the other loops hold."""
     frontier = Frontier(start_due=float("inf"))
     one, other = Pacing(limits(1000), frontier), Pacing(limits(1000), frontier)
     one.claimed(None, END, is_full=True)
@@ -139,14 +142,14 @@ def test_after_a_rollback_it_begins_at_the_beginning(fails: Callable[[Pacing], N
 def test_a_failure_divides_what_was_in_hand(
     fails: Callable[[Pacing], None], claimed: int, limit: int, is_alone: bool
 ) -> None:
-    """With few events in the queue, dividing the limit itself would repeat the same failure several times."""
+    """If the queue is short, a divided limit would repeat the same failure several times."""
     pacing = Pacing(limits(1000))
     pacing.interrupted(claimed)
     fails(pacing)
     assert (pacing.limit, pacing.is_alone) == (limit, is_alone)
 
 
-# --- how far back, while no claim can read everything from the start in time
+# --- how far a claim goes back, while no claim can read everything from the start in time
 
 
 TODAY = datetime(2026, 1, 10, tzinfo=UTC)
@@ -196,7 +199,7 @@ def test_it_grows_until_nothing_limits_it() -> None:
     assert not pacing.may_reach_further
 
 
-# --- how many
+# --- how many events a claim takes
 
 
 def test_what_failed_is_halved_down_to_one_and_what_went_through_is_doubled() -> None:
@@ -252,7 +255,7 @@ def test_a_short_claim_says_nothing_about_the_time_that_a_full_one_takes() -> No
 
 
 def test_running_out_of_savepoints_halves_the_next_careful_transaction_once() -> None:
-    """The fast statement goes on with full batches, so that what is refused does not delay what is clean."""
+    """The fast statement goes on with full batches. Refused events do not delay clean events."""
     pacing = Pacing(limits(1000))
     pacing.ran_out()
     committed(pacing)
@@ -263,7 +266,7 @@ def test_running_out_of_savepoints_halves_the_next_careful_transaction_once() ->
     assert (pacing.limit, pacing.careful_limit) == (500, 500)
 
 
-# --- in doubt
+# --- events in doubt
 
 
 def test_in_doubt_it_goes_on_with_few_and_then_behind_them() -> None:
@@ -301,7 +304,7 @@ def fails_in_doubt(pacing: Pacing, end: Position | None = END) -> None:
     pacing.in_doubt(end)
 
 
-# --- which type of event
+# --- which type of event a claim takes
 
 CONFIRMED, REFUNDED = "PURCHASE_CONFIRMED", "PURCHASE_REFUNDED"
 
@@ -332,7 +335,7 @@ def test_what_is_repeated_keeps_its_turn_and_what_is_given_up_does_not(fails: Ca
     assert pacing.choose([REFUNDED, CONFIRMED]) == CONFIRMED
 
 
-# --- making way
+# --- events that let others pass
 
 
 def test_full_claims_in_vain_make_way_after_a_while_once() -> None:

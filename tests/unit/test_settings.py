@@ -1,4 +1,4 @@
-"""Settings: where they come from, that wrong ones fail together, and that no secret is ever repeated."""
+"""Settings: their sources, the report of all wrong ones together, and secrets that stay secret."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_three_spellings_mean_psycopg(scheme: str) -> None:
     ],
 )
 def test_hosts_in_every_form(written: str, host: str, port: str | None) -> None:
-    """As libpq writes them, and several as SQLAlchemy does."""
+    """Hosts are written as libpq writes them. Several hosts can be written as SQLAlchemy does."""
     given = conninfo_to_dict(load_settings(database_url=f"postgresql://u:p%40,ss@{written}").conninfo)
     assert (given["host"], given.get("port")) == (host, port)
     assert (given["user"], given["password"], given["dbname"]) == ("u", "p@,ss", "d")
@@ -130,7 +130,7 @@ def test_hosts_in_every_form(written: str, host: str, port: str | None) -> None:
     ],
 )
 def test_blanks_and_signs_in_names_and_parameters(scheme: str, written: str, read: str) -> None:
-    """SQLAlchemy writes a blank among the parameters as +."""
+    """SQLAlchemy writes a blank in the parameters as +."""
     settings = load_settings(database_url=f"{scheme}://the user@h/my%20shop?options={written}")
     given = conninfo_to_dict(settings.conninfo)
     assert (given["user"], given["dbname"], given["options"]) == ("the user", "my shop", read)
@@ -340,7 +340,7 @@ def test_a_password_that_must_be_encoded(url: str) -> None:
 
 @pytest.mark.parametrize("text", ["payments", "=x", "payments=x,y", "payments=x;outbox=y=z,"])
 def test_a_mapping_that_is_none(text: str) -> None:
-    """All but the last, whose name is odd but a name."""
+    """All values except the last are refused. The last is an odd but valid name."""
     if text.count("=") == 3:
         assert load_settings(tables=text).tables == {"payments": "x;outbox=y=z"}
     else:
@@ -373,11 +373,11 @@ MALFORMED = [
     f"\n{SECRET}\x00",
     f"jdbc:postgresql://host/db?password={SECRET}",
 ]
-"""As people write them; the text of each must not come back in any way."""
+"""URLs as people write them. The text of a URL must not appear anywhere."""
 
 
 def assert_kept(error: BaseException) -> None:
-    """Not in the message, and not in anything that a printed traceback would show of causes."""
+    """Check that neither the message nor a printed traceback, with its causes, shows the secret."""
     assert SECRET not in str(error)
     assert SECRET not in repr(error)
     shown: traceback.TracebackException | None = traceback.TracebackException.from_exception(error)
@@ -391,7 +391,7 @@ def assert_kept(error: BaseException) -> None:
     [
         (source, url)
         for source, url in itertools.product(["given", "environment", "file"], MALFORMED)
-        if source != "environment" or "\x00" not in url  # no environment can hold it
+        if source != "environment" or "\x00" not in url  # an environment cannot hold it
     ],
 )
 def test_a_malformed_url_is_never_repeated(

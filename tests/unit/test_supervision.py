@@ -1,4 +1,4 @@
-"""Who lives and who is late, in parts of a rest, on any clock; what is sent to whom."""
+"""Which loops live, which are late, how a long rest is split, and what is sent to systemd."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_why_nothing_is_settled() -> None:
 
 
 class Flag:
-    """Set after so many waits; remembers how long each was to be."""
+    """A flag that is set after some waits. It remembers the length of each wait."""
 
     def __init__(self, waits: int) -> None:
         self.waits, self.timeouts = waits, list[float]()
@@ -121,7 +121,7 @@ def test_a_short_pause_ends_in_time() -> None:
 
 
 def test_a_loop_without_database_beats_through_its_pauses() -> None:
-    """They grow to ten seconds, longer than a watchdog may wait."""
+    """The pauses grow to ten seconds. The interval of a watchdog can be shorter."""
     flag, feed = Flag(waits=200), Mock()
     processor = Mock(process_batch=Mock(side_effect=psycopg.OperationalError("gone")))
     pulse = Pulse(flag, serving(1), 0, feed, slice_seconds=0.01)

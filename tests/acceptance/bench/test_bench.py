@@ -1,4 +1,4 @@
-"""The benchmark measures in a database of its own, touches nobody's, and leaves nothing behind."""
+"""The benchmark measures in a database of its own, changes no other, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL = ("bench", "--events", "1000", "--rounds", "2", "--no-latency")
 
 
 def test_it_refuses_somebodys_database_and_measures_in_its_own(server: servers.Server) -> None:
-    """One test: the database's name is fixed."""
+    """Both cases are one test, because the name of the benchmark's database is fixed."""
     nowhere = finish(*SMALL, url="postgresql://nobody@127.0.0.1:1/nowhere")
     assert (nowhere.code, "No connection" in nowhere.stderr) == (69, True)
     own = servers.libpq(servers.with_database(server.url, DATABASE))

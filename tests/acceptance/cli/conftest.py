@@ -1,4 +1,4 @@
-"""A port without a database."""
+"""Fixture: a port without a database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port that refuses connections for as long as the test runs: bound, and nobody listens."""
+    """Return a port that refuses connections during the test: its socket does not listen."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]

@@ -1,4 +1,4 @@
-"""`backfill` as it is run: killed and continued, beside workers and other backfills, on a terminal and for scripts."""
+"""`backfill` as a process: killed and continued, beside others, on a terminal and in scripts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.sites import ROLE, Site
 
 
 def owe(shop: Shop, n: int, ago: str = "1 hour") -> None:
-    """Payments whose event was never written."""
+    """Write payments whose events were never written."""
     shop.pay_many(n)
     shop.rows("DELETE FROM outbox")
     shop.rows(
@@ -31,7 +31,7 @@ def owe(shop: Shop, n: int, ago: str = "1 hour") -> None:
 
 
 def slow_down(shop: Shop, seconds: float) -> None:
-    """Every purchase takes its time."""
+    """Let every purchase take some time."""
     shop.rows(
         "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$"
@@ -43,7 +43,7 @@ def hurry_up(shop: Shop) -> None:
     shop.rows("DROP TRIGGER slowly ON purchases")
 
 
-# --- stopped
+# --- a backfill that is stopped
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
@@ -71,7 +71,10 @@ def test_one_that_is_stopped_is_continued(
 
 
 def test_two_backfills_and_two_workers_at_once(both_guards: str, database_url: str, shop: Shop) -> None:
-    """Everything is given once, whoever gives it: to half of the payments the events come late."""
+    """Every payment gets one purchase, from whichever process.
+
+    The events of half of the payments come late.
+    """
     owe(shop, 2000)
     shop.rows(
         "INSERT INTO outbox (event_id, event_type, payload, due_at)"
@@ -123,11 +126,11 @@ def test_a_lost_connection_ends_it_with_a_sentence(database_url: str, shop: Shop
     assert shop.count("purchases") == 1200
 
 
-# --- what people see, what scripts read
+# --- what people see and what scripts read
 
 
 def test_the_fuse_leaves_one_that_was_killed_to_be_continued(database_url: str, shop: Shop) -> None:
-    """Who made what stays written; and the next one goes on with it."""
+    """The record keeps who made what. The next backfill continues it."""
     owe(shop, 1200)
     slow_down(shop, 0.002)
     with start("backfill", "--max-repairs", "1200", "--actor", "ada", url=database_url) as process:
@@ -165,7 +168,7 @@ def test_a_wrong_option_is_one_sentence(options: str, database_url: str) -> None
 
 
 def test_moments_and_durations(database_url: str, shop: Shop) -> None:
-    """A time without a zone is UTC, whatever the zone of the session."""
+    """A time without a zone is UTC, whatever zone the session has."""
     shop.rows("UPDATE payments SET created_at = '2026-01-31T11:30:00Z' WHERE id = %s", shop.payment().id)
     shop.rows(f"ALTER DATABASE {shop.scalar('SELECT quote_ident(current_database())')} SET timezone = 'Asia/Tokyo'")
 
@@ -215,7 +218,7 @@ def test_the_fuse_is_one_sentence(database_url: str, shop: Shop) -> None:
 @pytest.mark.parametrize("payments", [0, 1, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", ["audit", "backfill --dry-run"])
 def test_listings_of_any_length(command: str, payments: int, database_url: str, shop: Shop) -> None:
-    """On a terminal of 80 columns, in a pipe, and as an object."""
+    """Each listing is shown on a terminal of 80 columns, in a pipe, and as an object."""
     if payments:
         owe(shop, payments)
     shown = finish_on_terminal(*command.split(), url=database_url)
@@ -236,11 +239,14 @@ def test_listings_of_any_length(command: str, payments: int, database_url: str, 
     assert len(listed) == len({each["payment_id"] for each in listed}) == payments
 
 
-# --- the periodic one
+# --- the periodic backfill
 
 
 def test_workers_take_turns_and_tell(database_url: str, shop: Shop) -> None:
-    """Three workers: one look at a time. After a backfill by hand they make what is owed then."""
+    """Of three workers one looks at a time.
+
+    After a backfill by hand the workers make what is owed later.
+    """
     owe(shop, 5)
     with ExitStack() as stack:
         workers = [stack.enter_context(start("run", "--backfill-every", "1s", url=database_url)) for _ in range(3)]
@@ -294,11 +300,11 @@ def test_it_outlasts_a_restart_of_the_server(site: Site) -> None:
     assert not [each for each in worker.records if each.get("failure") == "bug"]
 
 
-# --- a million
+# --- a million payments
 
 
 def fill_shop(shop: Shop, payments: int, owed: int) -> set[UUID]:
-    """Payments of a year; of them ``owed`` without a purchase, for six reasons."""
+    """Write payments of one year. ``owed`` of them have no purchase, for six reasons."""
     shop.rows(
         "INSERT INTO payments (student_id, course_id, amount, currency, status, created_at)"
         " SELECT gen_random_uuid(), gen_random_uuid(), 49.90, 'EUR', 'succeeded',"
@@ -345,7 +351,7 @@ def has_made_some(shop: Shop, payments: int) -> bool:
 
 
 def pages_touched(shop: Shop) -> int:
-    """In this database so far; a session hands in what it counted when it ends."""
+    """Count the pages read in this database so far. A session reports its numbers when it ends."""
     eventually(lambda: not shop.sessions(), "sessions end")
     shop.rows("SELECT pg_stat_clear_snapshot()")
     return int(shop.scalar("SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()"))
@@ -353,7 +359,10 @@ def pages_touched(shop: Shop) -> int:
 
 @pytest.mark.slow
 def test_a_million_payments(make_url: Callable[[str | None], str]) -> None:
-    """Exactly the thousand that are owed, for six reasons; killed and continued; work grows as the payments do."""
+    """A backfill makes exactly the thousand purchases that are owed for six reasons.
+
+    It is killed and continued. The work grows in proportion to the payments.
+    """
     touched: dict[int, int] = {}
     for payments in (100_000, 1_000_000):
         url = make_url("index")

@@ -1,4 +1,4 @@
-"""What an operator can get wrong, what a supervisor sends, what a script reads: exit codes, sentences, shapes."""
+"""Wrong commands and settings, signals, output for scripts: exit codes, sentences and shapes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_wrong_usage(arguments: list[str], database_url: str) -> None:
     fails(2, "Usage:", done=finish(*arguments, url=database_url))
 
 
-# --- streams that take nothing, signals that come early
+# --- streams that accept no output, signals that come early
 
 
 @pytest.mark.parametrize("command", ["--version", "--help", "status --json", "status", "audit"])
@@ -166,7 +166,7 @@ sys.meta_path.insert(0, Finder())
 from outbox_worker.__main__ import main
 main()
 """
-"""A signal in the middle of the imports, the first tenths of a second of every command."""
+"""Send a signal during the imports, the first tenths of a second of every command."""
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

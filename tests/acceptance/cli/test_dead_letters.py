@@ -1,4 +1,4 @@
-"""What operators do about dead letters: look, see what a decision is about, decide, and find it written down."""
+"""Operators and dead letters: they list them, preview a decision, decide, and find it recorded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def states(shop: Shop) -> dict[UUID, str]:
 
 @pytest.mark.usefixtures("both_guards")
 def test_requeued_it_goes_through_the_same_queue_and_guard(database_url: str, shop: Shop) -> None:
-    """Died because its payment was not there; the payment came later."""
+    """The event was buried because its payment did not exist. The payment came later."""
     late, twin = shop.payment(), shop.payment()
     shop.purchase(None, *twin.pair)
     dead = [shop.dead_letter(payment, reason="payment_not_found") for payment in (late, twin)]
@@ -76,7 +76,7 @@ def test_discarded_its_payment_is_waived(database_url: str, shop: Shop) -> None:
 
 
 def test_where_nothing_is_given_up_by_a_discard_that_is_said(database_url: str, shop: Shop) -> None:
-    """Of five letters one is that of a payment that stands and is owed a purchase by it."""
+    """Only one of the dead letters is of a successful payment that is owed a purchase."""
     given = shop.payment()
     shop.purchase(given)
     for payment in (given, shop.payment("refunded")):
@@ -255,7 +255,7 @@ def test_on_a_terminal_one_is_asked(database_url: str, shop: Shop) -> None:
 
 
 def test_two_people_at_once_decide_once(database_url: str, shop: Shop, connect: Connect) -> None:
-    """The second one waits for the first, and sees that the world is another."""
+    """The second person waits for the first, and is told that the dead letters have changed."""
     event = shop.dead_letter(shop.payment(), reason="payment_mismatch")
     first = connect()
     first.execute("UPDATE dead_letters SET state = 'discarded', note = 'first' WHERE event_id = %s", [event])

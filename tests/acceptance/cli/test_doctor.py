@@ -1,4 +1,4 @@
-"""The command ``doctor``: what it prints, how it ends; and checks that need a server of their own."""
+"""The command ``doctor``: output, exit codes, and the checks that need a server of their own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Found = dict[str, list[dict[str, str]]]
 
 
 def examined(url: str, **settings: Any) -> Found:
-    """What the doctor finds, by its checks."""
+    """Return the doctor's findings by check."""
     done = finish("doctor", "--json", url=url, **settings)
     assert done.code in (0, 1), done
     found = done.object
@@ -43,14 +43,14 @@ def examined(url: str, **settings: Any) -> Found:
 
 
 def verdicts(found: Found) -> dict[str, str]:
-    """Those that are not ok, worst first."""
+    """Return the verdicts that are not ok. Each check has its worst verdict."""
     order = ("problem", "warning", "unseen", "ok")
     worst = {name: min((each["verdict"] for each in listed), key=order.index) for name, listed in found.items()}
     return {name: verdict for name, verdict in worst.items() if verdict != "ok"}
 
 
 def heal(site: Site, found: list[dict[str, str]]) -> None:
-    """Carry out the statements of the remedies."""
+    """Run the statements of the remedies."""
     for each in found:
         for statement in re.findall(r"(?:ALTER|SELECT|ROLLBACK) [^;]+;", each["remedy"]):
             site.execute(statement)
@@ -58,7 +58,7 @@ def heal(site: Site, found: list[dict[str, str]]) -> None:
 
 @pytest.fixture
 def durable(site: Site) -> Site:
-    """A server as it should be."""
+    """Return a server with ``fsync``, as a real one has."""
     site.execute("ALTER SYSTEM SET fsync = on")
     site.execute("SELECT pg_reload_conf()")
     return site
@@ -75,7 +75,10 @@ def premises(server: servers.Server) -> Iterator[Premises]:
 
 
 def test_as_a_role_that_may_do_what_it_needs(premises: Premises) -> None:
-    """On a test's server durability is off; apart from that nothing is wrong, and what cannot be seen is told."""
+    """Durability is off on a test's server.
+
+    Nothing else is wrong, and the doctor says what it cannot see.
+    """
     assert finish("backfill", url=premises.url_of("operator")).code == 0
     found = verdicts(examined(premises.url_of("worker")))
     assert {name: verdict for name, verdict in found.items() if name not in ("durability", "synchronous_commit")} == {
@@ -84,7 +87,10 @@ def test_as_a_role_that_may_do_what_it_needs(premises: Premises) -> None:
 
 
 def test_as_a_role_that_only_reads(premises: Premises) -> None:
-    """Nothing is written: it needs no more than SELECT. What a worker would need is not asked of it."""
+    """The role needs only SELECT, because the doctor writes nothing.
+
+    It does not need a worker's privileges.
+    """
     found = examined(premises.url_of("reader"))
     (told,) = found["grants"]
     assert (told["verdict"], "GRANT" in told["remedy"]) == ("unseen", False)
@@ -193,7 +199,7 @@ def test_autovacuum_of_the_server(durable: Site) -> None:
 
 
 def horizon_of(site: Site, **patience: Any) -> list[Finding]:
-    """Who holds back the vacuum, also for a moment only."""
+    """Return who holds back the vacuum. The options allow for a short time."""
     settings = load_settings(database_url=site.url("postgres"))
     database = Database(settings, deadline_seconds=10)
     try:
@@ -230,7 +236,7 @@ def test_a_replication_slot_that_nobody_reads(durable: Site) -> None:
 
 @contextmanager
 def standby(site: Site, slot: str) -> Iterator[None]:
-    """Reads from a slot as a standby does, and says that a query there needs what is as old as now."""
+    """Read from a slot like a standby whose query needs all rows of this moment."""
     where = psycopg.conninfo.make_conninfo("", **site.start(), replication="true")
     with closing(psycopg.connect(where, autocommit=True)) as connection, site.connect() as other:
         asked = "SELECT CAST(CAST(pg_current_xact_id() AS text) AS bigint), CAST(pg_current_wal_flush_lsn() AS text)"
@@ -257,7 +263,7 @@ def test_a_standby_that_holds_it_back(durable: Site) -> None:
 
 
 def test_what_one_process_holds(premises: Premises) -> None:
-    """The formula counts what a real worker opens."""
+    """The formula gives the number of connections that a real worker opens."""
     url = premises.url_of("worker")
     settings: dict[str, Any] = {"concurrency": 3, "backfill_every_seconds": 1, "poll_max_seconds": 0.1}
     expected = sum(connections_of(load_settings(database_url=url, **settings), has_notify=True).values())

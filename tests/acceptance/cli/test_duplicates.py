@@ -1,4 +1,4 @@
-"""Who paid twice: listed while it stands, gone when the money is given back."""
+"""Students who paid twice are listed until the second payment is refunded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import finish, finish_on_terminal
 
 
 def pay_twice(shop: Shop) -> tuple[Payment, Payment]:
-    """Of the second payment nothing comes."""
+    """Write two payments of one pair. The second one gets no purchase."""
     first, _ = shop.paid(due_in="-2 hours")
     second, _ = shop.paid(student=first.student_id, course=first.course_id, amount="39.90", due_in="-1 hour")
     return first, second
@@ -45,7 +45,10 @@ def test_a_duplicate_is_listed_until_it_is_refunded(database_url: str, shop: Sho
 
 
 def test_who_is_to_get_the_pair_is_not_paid_back(database_url: str, shop: Shop) -> None:
-    """The first payment was refunded, and its event is missing: the second is the one that stands."""
+    """The first payment was refunded, and its event is missing.
+
+    The second payment is owed the purchase.
+    """
     first, second = pay_twice(shop)
     assert finish("run", "--drain", url=database_url).code == 0
     shop.set_status(first, "refunded")

@@ -1,4 +1,4 @@
-"""A stop signal at any moment of a start ends the process; none is lost, whatever the interpreter is doing."""
+"""A stop signal at any moment of a start ends the process. No signal is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support import ROOT
 from tests.support.processes import environment, finish_script
 
 MOMENTS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
-"""Shares of the time from the first statement to the start of the worker at which the signal is sent."""
+"""When the signal is sent, as shares of the time from the first statement to the worker's start."""
 
 STARTED = """
 import os, sys
@@ -29,7 +29,10 @@ sys.argv = ["outbox-worker", *sys.argv[1:]]
 from outbox_worker.__main__ import main
 main()
 """
-"""Tells of the first statement of the program. All imports but those of the standard library come after it."""
+"""Print a line at the first statement of the program.
+
+All imports except those of the standard library come after it.
+"""
 
 SWALLOWED = """
 import os, signal, sys
@@ -52,9 +55,10 @@ try:
 finally:
     sys.stdout.write(f"sent {len(sent)}")
 """
-"""The signal arrives inside a weakref callback of the import system, which swallows what a handler raises there.
+"""Send the signal inside a weakref callback of the import system.
 
-``place``: the module whose import has begun by then: that of the command line, or that of the command.
+The callback swallows what a signal handler raises. ``place`` is the module whose import has begun:
+the module of the command line, or that of the command.
 """
 
 
@@ -65,7 +69,7 @@ from outbox_worker import __main__ as program
 program._run = lambda: exec("os.kill(os.getpid(), signal.SIGTERM)")
 program.main()
 """
-"""The signal arrives while code from a string runs, as when a dataclass or a named tuple is made."""
+"""Send the signal while code from a string runs. A dataclass or a named tuple runs such code."""
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -81,7 +85,7 @@ def test_a_signal_that_an_import_swallows_still_ends_the_daemon(place: str, name
 def test_one_that_interrupts_code_run_from_a_string_leaves_the_exit_status(
     command: str, code: int, tmp_path: Path
 ) -> None:
-    """CPython would end the process by SIGINT, although the interruption was caught."""
+    """CPython would end the process by SIGINT, even if the code caught the interruption."""
     (tmp_path / "interrupted.py").write_text(INSIDE_EXEC)
     started = [sys.executable, "-m", "interrupted", command]
     done = subprocess.run(
@@ -91,7 +95,7 @@ def test_one_that_interrupts_code_run_from_a_string_leaves_the_exit_status(
 
 
 def test_so_does_one_that_ends_another_command(database_url: str) -> None:
-    """Nothing looks for the flag there: the interruption itself comes again."""
+    """No code of the command ``audit`` looks for the flag. The interruption is raised again."""
     done = finish_script(SWALLOWED, "audit", "SIGTERM", "reconcile.audit", url=database_url, patience=20)
     assert (done.code, done.stdout) == (130, "sent 1"), done
     assert done.stderr == ""
@@ -99,14 +103,20 @@ def test_so_does_one_that_ends_another_command(database_url: str) -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_at_any_moment_of_a_start_that_loads_everything_anew(times: int, database_url: str) -> None:
-    """The forked processes of the other tests have loaded the libraries before; these have not."""
+    """Other tests fork a process that has loaded the libraries already.
+
+    These processes load them anew.
+    """
     whole = _seconds_until_ended(database_url, None, times)
     for share in MOMENTS[:: 1 if times == 1 else 3]:
         _seconds_until_ended(database_url, share * whole, times)
 
 
 def _seconds_until_ended(url: str, delay: float | None, times: int) -> float:
-    """Send SIGTERM ``delay`` seconds after the first statement, or once the worker has started. It ends with 0."""
+    """Send SIGTERM ``delay`` seconds after the first statement, or after the worker has started.
+
+    The process must end with 0.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, "run"],
         env=environment(url, {}),

@@ -1,4 +1,4 @@
-"""Databases in other encodings than UTF8, and outputs that lack a character: none of them is an error of ours."""
+"""Databases in other encodings than UTF8, and outputs that lack a character, cause no error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAYMENTS = (
     " created_at timestamptz DEFAULT now() - interval '1 hour', updated_at timestamptz)"
 )
 ODD = "convert_from('\\xe9'::bytea, 'SQL_ASCII')"
-"""A byte that is no UTF8."""
+"""A byte that is not valid UTF8."""
 EVENTS = (
     "INSERT INTO outbox (event_id, event_type, payload) SELECT gen_random_uuid(), 'PURCHASE_CONFIRMED',"
     " jsonb_build_object('payment_id', id, 'student_id', student_id, 'currency', currency) FROM payments"
@@ -94,7 +94,7 @@ def test_the_server_converts_all_other_encodings(server: servers.Server, encodin
         assert finish("backfill", "--actor", student, url=url).code == 0
 
 
-# --- what stdout cannot say
+# --- characters that stdout lacks
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict"])
@@ -108,7 +108,7 @@ def test_a_character_that_stdout_lacks_is_replaced(encoding: str, database_url: 
     assert found.object["dead_letters"][0]["event_type"] == "日本", "an object loses nothing"
 
 
-# --- errors of ours
+# --- errors of the command
 
 
 BROKEN = """

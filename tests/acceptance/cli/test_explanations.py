@@ -16,7 +16,7 @@ ESCAPE = "\x1b[31m"
 
 
 def lose(shop: Shop) -> tuple[object, object]:
-    """A payment whose event was marked, and whose purchase was never written."""
+    """Write a payment whose event was marked and whose purchase was never written."""
     payment = shop.payment()
     return payment.id, shop.mark(uuid4(), "processed", payment.id)
 
@@ -94,7 +94,7 @@ def test_all_about_a_dead_letter(database_url: str, shop: Shop) -> None:
 
 @pytest.mark.parametrize("column", TYPES)
 def test_what_others_have_written_does_not_drive_the_terminal(column: str, database_url: str, shop: Shop) -> None:
-    """Control characters are told by their names; what looks like markup is text."""
+    """The names of control characters are printed in their place. Markup is printed as text."""
     retype(shop, column)
     payload = '{"payment_id": "[red]", "note": "\\u001b[31m"}'
     event = put(shop, column, payload, f"[bold]{ESCAPE}\nTYPE")

@@ -1,4 +1,4 @@
-"""The command ``files``: everything that it lists can be printed, without a database or settings."""
+"""The command ``files`` can print everything that it lists, without a database or settings."""
 
 from __future__ import annotations
 

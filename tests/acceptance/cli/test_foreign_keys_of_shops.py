@@ -1,4 +1,4 @@
-"""Tables of a shop whose payments and events have integer or text ids: every command, from `migrate` on."""
+"""Every command, from `migrate` on, in a shop with integer or text ids of payments and events."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from tests.support.servers import libpq
 
 @dataclass(frozen=True)
 class Made:
-    """A shop that another application made: its tables, and how it writes the n-th id of a payment or event."""
+    """A shop that another application made: its tables, and its n-th id of a payment or event."""
 
     payments: str
     outbox: str
     id: Callable[[int], Any]
     types: tuple[str, str, str, str]
-    """Of purchases.payment_id, processed_events.event_id, dead_letters.event_id and dead_letters.payment_id."""
+    """The types of four columns.
+
+    They are purchases.payment_id, processed_events.event_id, dead_letters.event_id and
+    dead_letters.payment_id.
+    """
 
 
 SHOPS = {
@@ -55,7 +59,7 @@ COPIES = ("purchases payment_id", "processed_events event_id", "dead_letters eve
 
 
 class Worker:
-    """The commands on one database."""
+    """Runs the commands on one database."""
 
     def __init__(self, url: str, made: Made, connection: psycopg.Connection[Any]) -> None:
         self.url, self.made, self.connection = url, made, connection
@@ -70,7 +74,7 @@ class Worker:
         return json.loads(self.run(*arguments[:at], "--json", *arguments[at:], code=code).stdout)
 
     def pay(self, number: int, status: str = "succeeded", pair: int | None = None, ago: str = "1 hour") -> str:
-        """A payment; its id as text."""
+        """Write a payment and return its id as text."""
         self.connection.execute(
             "INSERT INTO payments (id, student_id, course_id, amount, currency, status, created_at)"
             " VALUES (%s, %s, 7, 49.9, 'EUR', %s, now() - CAST(%s AS interval))",
@@ -79,7 +83,7 @@ class Worker:
         return str(self.made.id(number))
 
     def tell(self, number: int, event: int, event_type: str = "PURCHASE_CONFIRMED") -> str:
-        """An event of a payment; its id as text."""
+        """Write an event of a payment and return its id as text."""
         self.connection.execute(
             "INSERT INTO outbox (event_id, event_type, payload) VALUES (%s, %s, CAST(%s AS jsonb))",
             [self.made.id(event), event_type, json.dumps({"payment_id": self.made.id(number)})],
@@ -103,7 +107,7 @@ def worker(unmigrated: Worker) -> Worker:
 
 
 def test_columns_are_added_as_printed_to_a_table_with_rows(unmigrated: Worker) -> None:
-    """The shop's own marks know nothing but the event."""
+    """The shop's own marks hold only the id of the event."""
     kind = unmigrated.made.types[1]
     unmigrated.connection.execute(f"CREATE TABLE processed_events (event_id {kind} PRIMARY KEY)")
     unmigrated.connection.execute("INSERT INTO processed_events VALUES (%s)", [unmigrated.made.id(1)])
@@ -130,7 +134,7 @@ def test_new_tables_have_ids_of_the_same_kind(worker: Worker) -> None:
         for each in COPIES
     ]
     assert types == [(kind,) for kind in worker.made.types]
-    worker.run("doctor", code=1)  # the shop's tables lack indexes that help; nothing else is wrong
+    worker.run("doctor", code=1)  # only indexes that help are missing in the shop's tables
 
 
 def test_events_are_settled_and_told(worker: Worker) -> None:
@@ -233,7 +237,10 @@ def test_the_printed_value_for_a_missing_event_id_fits(worker: Worker) -> None:
 
 
 def test_a_value_that_is_missing_has_no_name_to_map(worker: Worker) -> None:
-    """A status or type that is NULL is told, and no line of the configuration file is suggested for it."""
+    """A NULL as status or type is reported.
+
+    No line of the configuration file is suggested for it.
+    """
     worker.connection.execute("ALTER TABLE payments ALTER status DROP NOT NULL")
     worker.connection.execute("ALTER TABLE outbox ALTER event_type DROP NOT NULL")
     worker.pay(1)

@@ -1,4 +1,7 @@
-"""Ids in outputs are strings, whatever their type in the database; counts are numbers; a CSV file runs no formula."""
+"""Outputs print ids as strings, whatever their type, and counts as numbers.
+
+A CSV file runs no formula.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def ids_in(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture
 def numbered(shop: Shop) -> Shop:
-    """Students, courses and purchases have integers for ids."""
+    """Use integers as ids of students, courses and purchases."""
     shop.rows("DROP TABLE purchases")
     shop.rows(
         "CREATE TABLE purchases (id serial PRIMARY KEY, student_id int, course_id int, payment_id uuid UNIQUE,"

@@ -1,4 +1,4 @@
-"""Every listing on an empty database, on one row, and on a hundred thousand; on a narrow terminal and for scripts.
+"""Every listing with no row, one row and a hundred thousand, on a narrow terminal and for scripts.
 
 Those of audit and backfill are in ``test_backfill_runs``.
 """
@@ -19,11 +19,14 @@ LISTINGS = {
     "dead-letters list": "dead_letters",
     "duplicates list": "duplicates",
 }
-"""Each with the list in its object."""
+"""The commands, each with the name of the list in its JSON object."""
 
 
 def fill(shop: Shop, rows: int) -> None:
-    """So many payments that are owed, so many that are owed back, dead letters; workers, a hundred at most."""
+    """Write ``rows`` owed payments, payments to refund and dead letters.
+
+    Write at most a hundred workers.
+    """
     shop.rows(
         "INSERT INTO payments (student_id, course_id, amount, currency, status, created_at)"
         " SELECT gen_random_uuid(), gen_random_uuid(), 49.90, 'EUR', 'succeeded', now() - interval '1 day'"
@@ -52,7 +55,7 @@ def fill(shop: Shop, rows: int) -> None:
 
 
 def listed(command: str, rows: int) -> int:
-    """How many entries are in its object."""
+    """Return how many entries the listing's object has."""
     return rows if command == "duplicates list" else min(rows, 100)
 
 

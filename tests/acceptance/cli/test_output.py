@@ -25,7 +25,7 @@ from tests.support.processes import (
 @pytest.mark.parametrize("columns", [80, 50, 250])
 @pytest.mark.parametrize("command", ["status", "audit", "dead-letters list"])
 def test_nothing_is_cut_or_broken_on_a_terminal(command: str, columns: int, database_url: str, shop: Shop) -> None:
-    """Where a table is too wide, each row is a block of its own; an id stays one word that can be copied."""
+    """If a table is too wide, each row becomes a block. An id stays one word that can be copied."""
     lost = shop.payment(currency="USD")
     letter = shop.dead_letter(shop.payment())
     shop.paid()
@@ -44,7 +44,7 @@ def test_nothing_is_cut_or_broken_on_a_terminal(command: str, columns: int, data
 
 
 def is_moment(value: str) -> bool:
-    """RFC 3339 in UTC."""
+    """Tell whether a text is a moment as RFC 3339 writes it, in UTC."""
     return value.endswith("Z") and datetime.fromisoformat(value).tzinfo is not None
 
 
@@ -128,7 +128,10 @@ def test_audit_as_an_object(database_url: str, shop: Shop) -> None:
 
 
 def test_payments_of_a_status_that_is_not_known_are_told(database_url: str, shop: Shop) -> None:
-    """Nothing is granted for them, so nothing can be said of them either; that much must be said."""
+    """The worker grants nothing for such payments and knows nothing of them.
+
+    The audit must say so.
+    """
     shop.rows("ALTER TABLE payments DROP CONSTRAINT payments_status_check")
     for status in ("PAID", "captured", "PAID", "pending", "failed", "refunded", "succeeded"):
         shop.purchase(shop.payment(status=status)) if status == "succeeded" else shop.payment(status=status)

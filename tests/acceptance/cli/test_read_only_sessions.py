@@ -1,4 +1,4 @@
-"""Sessions that are read-only by default: who looks sees all, who writes is told where this was set."""
+"""Sessions that are read-only by default: commands that read work, others name the setting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def premises(server: servers.Server) -> Iterator[Premises]:
 
 @pytest.fixture
 def read_only(premises: Premises) -> Iterator[Premises]:
-    """Every role of these premises is read-only by default."""
+    """Make every role of these premises read-only by default."""
     names = [premises.names[role] for role in ("reader", "worker", "operator", "migrator")]
     for name in names:
         premises.execute(f"ALTER ROLE {name} SET default_transaction_read_only = on")

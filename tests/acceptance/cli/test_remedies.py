@@ -1,4 +1,4 @@
-"""What a role that lacks privileges is told: to grant them, to use another role, or to run grants.sql again."""
+"""A role without privileges is told to get them, use another role, or run grants.sql again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a supervisor sends: the daemon ends its batch or is told twice."""
+"""Signals of a supervisor: the daemon ends its batch, or stops at once after a second signal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GATE = 4242
 
 
 def close_gate(shop: Shop, holder: psycopg.Connection[Any]) -> None:
-    """Every insert into ``purchases`` waits until the holder lets go."""
+    """Let every insert into ``purchases`` wait until the holder releases its lock."""
     shop.rows(
         f"CREATE FUNCTION wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN PERFORM pg_advisory_xact_lock_shared({GATE}); RETURN NEW; END $$"
@@ -73,7 +73,7 @@ def test_stopped_within_a_batch_it_finishes_the_batch_and_no_other(
 def test_a_second_signal_does_not_wait_for_the_batch(
     numbers: tuple[int, int], database_url: str, shop: Shop, connect: Connect
 ) -> None:
-    """What was not committed is rolled back, and no event is charged."""
+    """The transaction that was not committed is rolled back, and no event is charged."""
     holder = connect(autocommit=True)
     close_gate(shop, holder)
     shop.pay_many(10)

@@ -1,4 +1,7 @@
-"""A hot standby: commands that only look work there and say so; commands that write name the standby."""
+"""A hot standby: commands that only read work there and say so.
+
+Commands that write name the standby.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ def standby(site: Site, tmp_path: Path) -> Iterator[KeptSite]:
 
 
 def lay_out(site: Site) -> tuple[UUID, UUID]:
-    """A payment that is owed its purchase, and the event of a dead letter; both have reached the standby."""
+    """Write a payment that is owed a purchase, and a dead letter.
+
+    Wait until both are on the standby.
+    """
     with site.connect() as connection:
         shop = Shop(connection)
         owed, letter = shop.payment(), shop.dead_letter(shop.payment())

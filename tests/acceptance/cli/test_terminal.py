@@ -18,7 +18,7 @@ LONG = "no purchase can be made " * 100
 
 
 def next_commands(shown: str) -> list[list[str]]:
-    """The commands after `Next:`, as a shell reads them."""
+    """Return the commands after `Next:`, as a shell reads them."""
     lines = shown.replace(" \\\n", " ").partition("\nNext: ")[2].splitlines()
     return [shlex.split(line)[1:] for line in lines if line.strip()]
 
@@ -27,7 +27,7 @@ def next_commands(shown: str) -> list[list[str]]:
 
 
 def test_cut_and_awk_read_the_columns(database_url: str, shop: Shop) -> None:
-    """However long a cell is, no other one is cut for it; several currencies are one cell."""
+    """A long cell does not cut another cell. Several currencies are one cell."""
     payment = shop.payment(amount="12.30")
     shop.payment(amount="2.00", currency="USD")
     event = shop.dead_letter(payment, reason="rejected_by_database")
@@ -94,11 +94,11 @@ def test_status_calls_what_is_due_later_waiting(database_url: str, shop: Shop) -
     assert "postponed" not in shown
 
 
-# --- what comes next
+# --- the next command
 
 
 def test_each_next_command_is_one_that_runs(database_url: str, shop: Shop) -> None:
-    """From the audit to the purchases one is led by commands that run as they stand."""
+    """The printed commands lead from the audit to the purchases. Each runs as it is printed."""
     first = shop.payment(ago="1 hour")
     for _ in range(2):
         shop.payment(ago="30 minutes")

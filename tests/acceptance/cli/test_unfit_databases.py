@@ -1,4 +1,4 @@
-"""A database that is not there, or lacks something: exit codes and sentences with the remedy."""
+"""A database that is missing or incomplete: exit codes, and sentences with the remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def url_of(database_url: str, **changes: Any) -> str:
     return make_url(database_url).set(**changes).render_as_string(hide_password=False)
 
 
-# --- a database that is not there
+# --- a missing database
 
 
 @pytest.mark.parametrize("command", ONE_SHOT, ids=" ".join)
@@ -87,12 +87,15 @@ def test_a_daemon_that_waits_can_be_stopped(number: int, closed_port: int) -> No
         assert "Traceback" not in process.stderr
 
 
-# --- a database that lacks something
+# --- an incomplete database
 
 
 @pytest.fixture
 def role(server: servers.Server) -> Iterator[str]:
-    """A role that may log in and nothing else. To be asked for before the database that grants it something."""
+    """Make a role that can only log in.
+
+    Ask for it before the database that grants it a privilege.
+    """
     name = f"{server.run}_{uuid4().hex[:8]}"
     with psycopg.connect(servers.libpq(server.url), autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'right'").format(sql.Identifier(name)))
@@ -145,7 +148,7 @@ def test_all_that_is_missing_is_told_at_once(database_url: str, shop: Shop) -> N
 
 
 def test_a_role_without_rights_and_the_remedy_that_helps(role: str, database_url: str, shop: Shop) -> None:
-    """Carry out what the sentences say, and it runs."""
+    """A person carries out what the sentences say. Then the command runs."""
     url = url_of(database_url, username=role, password="right")  # noqa: S106
     shop.paid()
     done = finish("run", "--drain", url=url)

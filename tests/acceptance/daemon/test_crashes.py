@@ -1,4 +1,7 @@
-"""An event that kills its process: buried after three that died of it alone; its neighbours settled, nobody charged."""
+"""An event that kills its process is buried after three crashes with only this event in hand.
+
+The other events are settled, and none of them is charged.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ ConfirmedPurchases.apply = deadly
 from outbox_worker.__main__ import main
 main()
 """
-"""The real command, in which settling the event of one payment aborts the process."""
+"""The real command. It aborts its process when it settles the event of one payment."""
 
 
 class Supervisor:
-    """Restarts its worker as often as it dies, as systemd does."""
+    """Restarts its worker after each death, as systemd does."""
 
     def __init__(self, payment: UUID, url: str) -> None:
         self.deaths = 0
@@ -60,7 +63,7 @@ class Supervisor:
 def test_a_deadly_event_is_buried_and_its_neighbours_are_settled(workers: int, database_url: str, shop: Shop) -> None:
     before = [shop.paid(due_in="-2 hours")[1] for _ in range(20)]
     deadly, event = shop.paid(due_in="-1 hour")
-    shop.mark(event)  # so that it is judged, not settled by the fast statement
+    shop.mark(event)  # the event is judged, not settled by the fast statement
     shop.pay_many(200)
     crew = [Supervisor(deadly.id, database_url) for _ in range(workers)]
     for supervisor in crew:
@@ -83,7 +86,10 @@ def test_a_deadly_event_is_buried_and_its_neighbours_are_settled(workers: int, d
 
 
 def test_normal_speed_returns_by_itself(database_url: str, shop: Shop) -> None:
-    """The successor takes one batch of events singly, and then whole batches again."""
+    """The next worker takes the events of one batch one by one.
+
+    Then it takes whole batches again.
+    """
     shop.pay_many(10)
     with start("run", url=database_url) as fallen:
         fallen.wait_for("worker_started")

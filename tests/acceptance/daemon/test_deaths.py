@@ -1,4 +1,7 @@
-"""What is a death of an event's making, and what is none: kills with the event in hand, stops, outages, a full disk."""
+"""Which deaths count as crashes: kills with an event in hand.
+
+Stops, outages and full disks do not.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ ROOM_AGAIN = "DROP TRIGGER full_disk ON purchases"
 
 
 def leave_dead_worker(shop: Shop) -> None:
-    """So that whoever starts next goes carefully."""
+    """Leave the row of a dead worker. The next worker that starts takes its events one by one."""
     shop.rows(
         "INSERT INTO workers (id, host, pid, version, guard) VALUES (%s, %s, %s, '0', 'index')",
         uuid4(),
@@ -42,7 +45,10 @@ def leave_dead_worker(shop: Shop) -> None:
 
 @contextmanager
 def held(connection: psycopg.Connection[Any], payment: Payment) -> Iterator[None]:
-    """The pair may get a gift, so nobody can write its purchase: the event of this payment stays in hand."""
+    """Keep an uncommitted gift for the pair.
+
+    No worker can write the pair's purchase, and the event stays in hand.
+    """
     gift = "INSERT INTO purchases (student_id, course_id, amount, currency) VALUES (%s, %s, 0, 'EUR')"
     connection.execute(gift, payment.pair)
     try:
@@ -52,14 +58,14 @@ def held(connection: psycopg.Connection[Any], payment: Payment) -> Iterator[None
 
 
 def wait_until_in_hand(shop: Shop) -> int:
-    """The event is accused, and claimed."""
+    """Wait until a worker has accused and claimed the event."""
     accused = "SELECT isolated_event FROM workers WHERE stopped_at IS NULL AND succeeded_at IS NULL"
     found: int = eventually(lambda: shop.waiting() and shop.scalar(f"{accused} AND isolated_event IS NOT NULL"), "hand")
     return found
 
 
 def drop_sessions(shop: Shop) -> None:
-    """Of the dead, which still wait for a lock."""
+    """End the sessions of dead workers that still wait for a lock."""
     shop.rows("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
 
 
@@ -84,7 +90,10 @@ def test_a_full_disk_with_four_loops_is_no_death(database_url: str, shop: Shop) 
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_stops_are_no_death(signals: int, database_url: str, shop: Shop, connect: Connect) -> None:
-    """Each at the worst moment: the event is accused and in hand. Also if the stop is hurried."""
+    """Each stop comes at the worst moment: the event is accused and in hand.
+
+    A second signal hurries the stop.
+    """
     payment, _ = shop.paid()
     for _ in range(3):
         leave_dead_worker(shop)
@@ -101,7 +110,7 @@ def test_three_stops_are_no_death(signals: int, database_url: str, shop: Shop, c
 
 
 def test_three_kills_with_the_event_in_hand_bury_it(database_url: str, shop: Shop, connect: Connect) -> None:
-    """And no neighbour is charged."""
+    """The events of other payments are not charged."""
     payment, event = shop.paid(due_in="-1 hour")
     shop.pay_many(5)
     leave_dead_worker(shop)
@@ -121,7 +130,10 @@ def test_three_kills_with_the_event_in_hand_bury_it(database_url: str, shop: Sho
 def test_an_end_without_database_is_no_death(
     number: signal.Signals, database_url: str, shop: Shop, connect: Connect
 ) -> None:
-    """The accusation stands, because nobody could withdraw it. But the process had given the event up before."""
+    """The accusation stays, because no worker could withdraw it.
+
+    But the process gave the event up before it ended.
+    """
     payment, _ = shop.paid()
     leave_dead_worker(shop)
     patient: Given = {**QUICK, "database_deadline_seconds": 1}
@@ -139,13 +151,19 @@ def test_an_end_without_database_is_no_death(
 
 
 def wait_until_given_up(worker: Process) -> None:
-    """Every loop has told of trouble: the claim loop's comes after it gave the event up."""
+    """Wait until every loop reports trouble.
+
+    The claim loop reports it after it gave the event up.
+    """
     seen = len(worker.told("paused"))
     eventually(lambda: len(worker.told("paused")) >= seen + 2, "it pauses again")
 
 
 def test_a_restart_of_the_server_after_the_kill_leaves_doubt(site: Site) -> None:
-    """The server may have killed the session, and somebody the process that waited for it."""
+    """After the kill, the server can have ended the session.
+
+    Somebody can then have killed the process that waited for the session.
+    """
     with site.connect() as connection:
         shop = Shop(connection)
         payment, _ = shop.paid()

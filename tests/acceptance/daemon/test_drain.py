@@ -1,8 +1,8 @@
-"""Events of every kind through the real command: each ends as its making says, and a second drain finds nothing.
+"""Events of every kind through the real command: each ends as planned. A second drain finds none.
 
-In ten thousand they are a proof by volume; a part of them, in batches as much smaller, holds the same.
+The full run has ten thousand events. The smaller runs have a part of them in smaller batches.
 
-What must become of an event is written down beside it, in the table ``expected``, when it is made.
+The table ``expected`` holds the result of each event, written when the event is made.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from tests.support.refusals import BAD, GOOD, pay, run, trigger
 
 TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters")
 
-# kind: (share, payment's status or None for no payment, outcome, reason)
-# Kinds whose events compete for one pair come in groups: of a group one is granted, by one worker the oldest.
+# kind: (share, payment's status or None for no payment, outcome, reason). Kinds whose events
+# compete for one pair come in groups. One event of a group is granted; one worker grants the
+# oldest.
 KINDS: dict[str, tuple[int, str | None, str, str | None]] = {
     "clean": (2850, "succeeded", "created", None),
     "confirmed twice": (500, "succeeded", "created", None),  # and 500 more events: already_exists
@@ -151,7 +152,7 @@ SELECT m.event_id, m.kind, CASE WHEN max(m.copy) OVER (PARTITION BY m.kind) > 1 
 FROM making m LEFT JOIN marked USING (event_id);
 """
 
-# What became of every event: its mark, or where it lies.
+# Find what became of every event: its mark, or its row in outbox or dead letters.
 FOUND = """
 SELECT e.event_id, e.kind, e.together, e.outcome, e.reason, e.mark,
        p.outcome AS mark_found, p.recovered_at IS NOT NULL AS was_recovered, p.payment_id AS marked_payment,
@@ -163,12 +164,12 @@ FROM expected e LEFT JOIN processed_events p USING (event_id) LEFT JOIN outbox o
 
 
 def shares(part: int) -> list[int]:
-    """How many there are of each kind: all, or one part of so many."""
+    """Return the number of events of each kind, divided by ``part``."""
     return [max(share // part, 1) for share, *_ in KINDS.values()]
 
 
 def make_events(shop: Shop, part: int) -> Counter[str]:
-    """Set-wise; the outcomes to expect, counted."""
+    """Write all events in one statement. Return the expected outcomes and their counts."""
     shop.rows("ALTER TABLE purchases ADD CONSTRAINT not_so_much CHECK (amount <> 66666)")
     _, *columns = zip(*KINDS.values(), strict=True)
     given = dict(zip(("statuses", "outcomes", "reasons"), map(list, columns), strict=True))
@@ -179,7 +180,10 @@ def make_events(shop: Shop, part: int) -> Counter[str]:
 
 
 def check_every_event(shop: Shop, *, in_order: bool) -> None:
-    """Each by itself; where several workers may swap the places of a group, the group by itself."""
+    """Check each event by itself.
+
+    If several workers can swap events of a group, check the whole group.
+    """
     groups: dict[str, tuple[Counter[str], Counter[str]]] = {}
     found = shop.rows(FOUND)
     assert found
@@ -206,7 +210,10 @@ def check_every_event(shop: Shop, *, in_order: bool) -> None:
 
 
 def check_purchases(shop: Shop) -> None:
-    """Exactly the purchases that there were and those granted; each like its payment; one active a pair."""
+    """Check that no purchase is missing and none is too many.
+
+    Each is like its payment, and each pair has one active purchase.
+    """
     assert shop.doubled() == 0
     assert shop.owed() == shop.scalar(
         "SELECT count(*) FROM making WHERE status = 'succeeded' AND outcome IN ('dead', 'retried')"
@@ -225,7 +232,7 @@ def check_purchases(shop: Shop) -> None:
 
 
 def check_audit(url: str, shop: Shop, part: int) -> None:
-    """The audit tells the same story in its own words."""
+    """Check that the audit counts the same results."""
     audit = finish("audit", "--json", url=url)
     told = audit.object
     count = dict(
@@ -253,7 +260,7 @@ def check_audit(url: str, shop: Shop, part: int) -> None:
 
 
 def snapshot(shop: Shop) -> dict[str, str]:
-    """Every row of every table but ``workers``, digested."""
+    """Return a digest of every row of every table except ``workers``."""
     return {
         table: shop.scalar(f"SELECT count(*) || md5(string_agg(t::text, E'\\n' ORDER BY t::text)) FROM {table} t")
         for table in TABLES
@@ -294,7 +301,7 @@ def test_ten_thousand_events_of_every_kind(
 def test_while_the_index_comes_and_goes(
     concurrency: int, part: int, database_url: str, shop: Shop, connect: Connect
 ) -> None:
-    """Dropped, built concurrently, dropped concurrently, built plainly, for as long as the drain takes."""
+    """During the drain the index is dropped and built again and again, concurrently or not."""
     make_events(shop, part)
     shop.rows(f"CREATE INDEX {PAIR_LOOKUP_INDEX} ON purchases (student_id, course_id) WHERE is_active")
     on_pair = f"{PAIR_INDEX} ON purchases (student_id, course_id) WHERE is_active"
@@ -310,7 +317,7 @@ def test_while_the_index_comes_and_goes(
         for step in itertools.cycle(steps):
             if over.is_set():
                 return
-            with contextlib.suppress(psycopg.errors.DeadlockDetected):  # the server's choice of whom to stop; next step
+            with contextlib.suppress(psycopg.errors.DeadlockDetected):  # the server's victim; next step
                 builder.execute(step)
                 built.append(step)
 
@@ -336,7 +343,7 @@ def test_while_the_index_comes_and_goes(
 def test_rows_and_pairs_that_others_hold_are_waited_for_until_the_deadline(
     both_guards: str, database_url: str, shop: Shop, connect: Connect
 ) -> None:
-    """An event whose pair is locked is claimed again and again and left as it was."""
+    """The drain claims an event with a locked pair again and again, and does not change it."""
     shop.pay_many(50)
     held = connect()
     ids = [row[0] for row in held.execute("SELECT id FROM outbox ORDER BY id LIMIT 3 FOR UPDATE")]
@@ -358,7 +365,10 @@ def test_rows_and_pairs_that_others_hold_are_waited_for_until_the_deadline(
 
 
 def test_an_event_that_takes_too_long_makes_way_for_all_others(both_guards: str, database_url: str, shop: Shop) -> None:
-    """Its tries take longer than a drain waits for progress; that it is postponed is progress."""
+    """The tries of the slow event take longer than a drain waits for progress.
+
+    To postpone the event counts as progress.
+    """
     run(shop, trigger(f"IF NEW.course_id = '{BAD}' THEN PERFORM pg_sleep(5); END IF;"))
     before = [pay(shop, GOOD) for _ in range(6)]
     _, slow = pay(shop, BAD)
@@ -383,7 +393,7 @@ def test_rows_that_come_free_in_time_are_settled(database_url: str, shop: Shop, 
 
 
 def test_what_becomes_due_during_the_drain_is_not_its_matter(database_url: str, shop: Shop) -> None:
-    """A drain ends although a producer never does: it takes what was due when it started."""
+    """A drain ends even if a producer never stops: it takes events that were due at its start."""
     shop.pay_many(500)
     with start("run", "--drain", url=database_url, batch_size=10) as process:
         process.wait_for("worker_started")
@@ -402,7 +412,10 @@ def test_what_is_not_due_is_left(database_url: str, shop: Shop) -> None:
 
 
 def test_confirmations_and_refunds_in_turns(both_guards: str, database_url: str, shop: Shop) -> None:
-    """An adopted outbox, which others share: both types are ours; a drain ends, and leaves what is theirs."""
+    """The outbox is adopted and shared.
+
+    The drain settles both of the worker's types and leaves the others.
+    """
     shop.rows("COMMENT ON TABLE outbox IS 'the shop''s own'")
     shop.rows("DELETE FROM outbox_worker_tables WHERE table_name = 'outbox'")
     shop.pay_many(400)
@@ -420,7 +433,10 @@ def test_confirmations_and_refunds_in_turns(both_guards: str, database_url: str,
 
 
 def refund_every_other(shop: Shop) -> None:
-    """Half of the payments were refunded; in the outbox their refunds and the confirmations of the others alternate."""
+    """Refund half of the payments.
+
+    The refunds alternate in the outbox with the confirmations of the other payments.
+    """
     shop.rows("UPDATE outbox SET event_type = 'PURCHASE_REFUNDED' WHERE id % 2 = 0")
     shop.rows(
         "UPDATE payments SET status = 'refunded' FROM outbox"

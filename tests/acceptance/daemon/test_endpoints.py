@@ -1,4 +1,4 @@
-"""/livez, /readyz and /metrics of the real command, and the command that asks for containers without curl."""
+"""/livez, /readyz and /metrics of the real command, and the command for containers without curl."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = {
     "outbox_vacuum_horizon_seconds",
     "outbox_build_info",
 }
-"""The contract."""
+"""The metrics of the contract."""
 
 
 def test_alive_and_ready(database_url: str) -> None:
@@ -58,7 +58,7 @@ def test_alive_and_ready(database_url: str) -> None:
 
 
 def test_only_its_own_names_are_answered(database_url: str) -> None:
-    """A page that somebody's browser opened must not read what is meant for this machine."""
+    """A page in somebody's browser must not read what is meant for this machine."""
     foreign = "rebound.example:80"
     with start("run", url=database_url, **ANY) as process:
         address = address_of(process)
@@ -149,7 +149,10 @@ def test_an_address_in_use_hinders_nothing(database_url: str, shop: Shop) -> Non
 
 
 def test_a_unix_socket(database_url: str, tmp_path: Path) -> None:
-    """What a killed worker left is replaced; what a stopped one leaves is nothing. Two do not share one."""
+    """A new worker replaces the socket of a killed worker. A stopped worker removes its socket.
+
+    Two workers do not share one socket.
+    """
     path = tmp_path / "http.sock"
     listen: Given = {"http_listen": f"unix:{path}"}
     with start("run", url=database_url, **listen) as fallen:
@@ -200,7 +203,7 @@ def test_exit_codes_of_healthcheck(database_url: str) -> None:
 
 
 def test_what_serves_no_http_does_not_load_it(database_url: str) -> None:
-    """A drain, and all commands that end by themselves."""
+    """A drain and all commands that end by themselves serve no HTTP."""
     script = """
 import os, sys
 os.environ.update(OUTBOX_DATABASE_URL=sys.argv[1], OUTBOX_HTTP_LISTEN=sys.argv[2])
@@ -209,7 +212,7 @@ from outbox_worker.cli.app import run_command
 code = run_command()
 print(code, sorted({"uvicorn", "starlette", "anyio"} & set(sys.modules)))
 """
-    command = [sys.executable, "-c", script, database_url, "127.0.0.1:0"]  # anew: the server that forks has them all
+    command = [sys.executable, "-c", script, database_url, "127.0.0.1:0"]  # the forking server has loaded them
     done = subprocess.run(command, env=environment(None, {}), capture_output=True, text=True, check=False)
     assert done.stdout == "0 []\n", done.stderr
     assert "http_" not in done.stderr
@@ -219,7 +222,7 @@ print(code, sorted({"uvicorn", "starlette", "anyio"} & set(sys.modules)))
 
 
 def test_metrics_are_the_contract_and_few(database_url: str, shop: Shop) -> None:
-    """Whatever ten thousand event types are called."""
+    """Ten thousand event types do not add metrics."""
     shop.pay_many(20)
     shop.rows(
         "INSERT INTO outbox (event_id, event_type, payload)"

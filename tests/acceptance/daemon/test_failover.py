@@ -1,4 +1,4 @@
-"""A primary that is lost and a standby that takes its place: the worker goes on there by itself."""
+"""A primary is lost and a standby takes its place: the worker goes on there by itself."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PATIENT: Given = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2
 
 @pytest.fixture
 def standby(site: Site, tmp_path: Path) -> Iterator[Site]:
-    """A streaming standby of ``site``."""
+    """Make a streaming standby of ``site``."""
     with standby_of(site, tmp_path / "standby") as running:
         yield running
 
 
 def make_synchronous(primary: Site) -> None:
-    """From now on every COMMIT that the primary acknowledges has reached the standby."""
+    """Let the primary acknowledge a COMMIT only after the standby has it."""
     primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
     primary.execute("SELECT pg_reload_conf()")
     await_replication(primary, "sync_state = 'sync'")
@@ -51,7 +51,10 @@ def promote(standby: Site) -> None:
 
 @contextmanager
 def paying(site: Site) -> Iterator[Future[int]]:
-    """A payments service that pays until its server is gone; the number of payments that were acknowledged."""
+    """Run a payments service until its server is gone.
+
+    Return the number of acknowledged payments.
+    """
     over = threading.Event()
 
     def pay(connection: psycopg.Connection) -> int:
@@ -73,7 +76,10 @@ def paying(site: Site) -> Iterator[Future[int]]:
 
 @pytest.mark.parametrize("is_synchronous", [True, False], ids=["synchronous", "asynchronous"])
 def test_it_goes_on_at_the_promoted_standby(is_synchronous: bool, site: Site, standby: Site) -> None:
-    """Under load, whichever host is named first. What was not replicated vanishes as a whole, if anything does."""
+    """The worker is under load, and either host is named first.
+
+    A transaction that was not replicated vanishes as a whole.
+    """
     if is_synchronous:
         make_synchronous(site)
     url = url_of(ROLE, site, standby) if is_synchronous else url_of(ROLE, standby, site)
@@ -102,7 +108,10 @@ def test_it_goes_on_at_the_promoted_standby(is_synchronous: bool, site: Site, st
 
 
 def test_it_waits_for_a_standby_to_be_promoted(site: Site, standby: Site) -> None:
-    """Nothing else is to be reached: it says so, neither ends nor spins, and begins when it can."""
+    """The worker can reach only the standby.
+
+    It says so, goes on trying without a busy loop, and starts after the promotion.
+    """
     url = url_of(ROLE, standby)
     with site.connect() as connection:
         Shop(connection).pay_many(20)

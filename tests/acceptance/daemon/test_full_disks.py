@@ -1,6 +1,6 @@
-"""A disk that is full: the worker pauses, charges nobody, and goes on by itself when there is room.
+"""A full disk: the worker pauses, charges no event, and goes on by itself after there is room.
 
-The disk is a small tmpfs in a world of mounts of the server's own, which an ordinary user may make, too.
+The disk is a small tmpfs in a mount namespace of the server. An ordinary user can make one, too.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PATIENT: Given = {"database_deadline_seconds": 2, "poll_max_seconds": 0.2}
 
 @dataclass
 class SmallDisk:
-    """As it is seen from outside: through the root of the process that mounted it."""
+    """The small disk as seen from outside, through the root of the process that mounted it."""
 
     path: Path
 
     def fill(self) -> None:
-        """To the last byte."""
+        """Fill the disk to the last byte."""
         with (self.path / "filler").open("wb", buffering=0) as filler, suppress(OSError):
             while True:
                 filler.write(bytes(65536))
@@ -54,7 +54,10 @@ class SmallDisk:
 
 @contextmanager
 def on_small_disk(site: Site, size: str, contents: Path) -> Iterator[tuple[KeptSite, SmallDisk]]:
-    """The server of ``site``, started again where ``small`` is a disk of that size with these contents."""
+    """Start the server of ``site`` again.
+
+    The directory ``small`` is a disk of that size with these contents.
+    """
     embedded.stop_server(site.directory)
     small = site.directory / "small"
     small.mkdir()
@@ -72,7 +75,7 @@ def _needs_mounts(tmp_path: Path) -> None:
 
 
 def move_tables(site: Site) -> None:
-    """What the worker writes goes to the small disk; what producers write does not."""
+    """Move the tables that the worker writes to the small disk. Those of producers stay."""
     small = site.directory / "small"
     with site.connect() as connection:
         connection.execute(f"CREATE TABLESPACE small LOCATION '{small}/tables'")
@@ -84,7 +87,7 @@ def move_tables(site: Site) -> None:
 
 
 def test_tables_that_cannot_grow(site: Site, tmp_path: Path) -> None:
-    """SQLSTATE 53100: the whole batch waits, for as long as it takes."""
+    """SQLSTATE 53100: the whole batch waits until there is room again."""
     events = 5000
     (tmp_path / "contents" / "tables").mkdir(parents=True)
     with on_small_disk(site, "16m", tmp_path / "contents") as (server, disk):
@@ -113,7 +116,7 @@ def test_tables_that_cannot_grow(site: Site, tmp_path: Path) -> None:
 
 
 def test_a_write_ahead_log_that_cannot_grow(site: Site, tmp_path: Path) -> None:
-    """The server panics, and cannot even recover before there is room."""
+    """The server panics. It cannot even recover before there is room."""
     site.execute("ALTER SYSTEM SET max_wal_size = '32MB'")
     site.execute("ALTER SYSTEM SET min_wal_size = '32MB'")
     embedded.stop_server(site.directory)
@@ -144,7 +147,7 @@ def test_a_write_ahead_log_that_cannot_grow(site: Site, tmp_path: Path) -> None:
 
 
 def pay_until_it_breaks(server: Site) -> int:
-    """How many payments were acknowledged before the server was gone."""
+    """Return how many payments were acknowledged before the server was gone."""
     paid = 0
     with suppress(psycopg.OperationalError), server.connect() as connection:
         shop = Shop(connection)

@@ -1,4 +1,4 @@
-"""kill -9 at any moment: nothing lost, nothing doubled, nobody charged."""
+"""kill -9 at any moment: no purchase is lost or made twice, and no event is charged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ BATCH = 100
 
 @contextmanager
 def producing(shop: Shop, backlog: int) -> Iterator[None]:
-    """A payments service that keeps a backlog; half of the payments are told twice, the others are paid twice."""
+    """Run a payments service that keeps a backlog.
+
+    Half of its payments have two events each. Of the other half, two payments share a pair.
+    """
     over = threading.Event()
 
     def produce() -> None:
@@ -44,7 +47,7 @@ def producing(shop: Shop, backlog: int) -> Iterator[None]:
 
 
 def in_a_transaction(shop: Shop) -> bool:
-    """A worker has claimed and not committed yet."""
+    """Tell whether a worker has claimed and not committed yet."""
     return bool(
         shop.scalar(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -54,22 +57,25 @@ def in_a_transaction(shop: Shop) -> bool:
 
 
 def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random, hands: int = 2) -> int:
-    """Keep workers running and kill one of them at random moments; return how many held a transaction then."""
+    """Keep workers running and kill one of them at random moments.
+
+    Return how many of them were killed inside a transaction.
+    """
     caught = 0
     turn = threading.Event()
     with ExitStack() as stack:
 
         def hire() -> Process:
-            # An event that a killed worker had alone is due again soon: the last drain finds it.
+            # An event that a killed worker took alone is due again soon: the last drain finds it.
             return stack.enter_context(start("run", url=url, batch_size=BATCH, retry_base_seconds=0.1))
 
         workers = [hire() for _ in range(hands)]
         for worker in workers:
             worker.wait_for("worker_started")
         for _ in range(kills):
-            spare = hire()  # comes up while the others work
+            spare = hire()  # starts while the others work
             spare.wait_for("worker_started")
-            # Half of the time a moment without any reason; else one in which something is claimed and not committed.
+            # Half of the kills come at any moment. The others come between a claim and its commit.
             turn.wait(chance.uniform(0, 0.15))
             if chance.random() < 0.5:
                 eventually(lambda: in_a_transaction(shop), "a transaction", patience=10)
@@ -86,7 +92,7 @@ def kill_again_and_again(url: str, shop: Shop, kills: int, chance: random.Random
 
 
 def check(url: str, shop: Shop, kills: int) -> None:
-    """After a last drain everything is as if nobody had been killed."""
+    """Check after a last drain that everything is as if no worker had been killed."""
     sent = shop.scalar("SELECT count(*) FROM sent")
     drained = finish("run", "--drain", url=url, patience=240)
     assert drained.code == 0, drained.stderr
@@ -98,7 +104,8 @@ def check(url: str, shop: Shop, kills: int) -> None:
     assert shop.active_pairs().total() == len(shop.active_pairs()) == shop.count("purchases") == pairs
     assert shop.owed() == 0
     assert assert_never_twice_active(url) == pairs
-    # Purchase and mark stand or fall together: no mark ever stood without its purchase, no purchase without its mark.
+    # Purchase and mark are in one transaction: no mark is without its purchase, no purchase without
+    # its mark.
     outcomes = dict(shop.rows("SELECT outcome, count(*) FROM processed_events GROUP BY 1"))
     assert outcomes.keys() == {"created", "already_exists", "duplicate_payment"}
     assert outcomes["created"] == pairs
@@ -128,7 +135,7 @@ def prove(url: str, shop: Shop, connect: Connect, kills: int, guard: str) -> Non
 def test_kills_among_confirmations_and_refunds(
     both_guards: str, hands: int, database_url: str, shop: Shop, connect: Connect
 ) -> None:
-    """Every pair is in the end what the model says, in whatever order its events were told, and whoever was killed."""
+    """Every pair ends as the model says, whatever the order of events and whoever was killed."""
     chance, pairs, kills = random.Random(f"{both_guards} {hands}"), list[Pair](), 20
     watch_charges(shop)
     keep_history(shop)

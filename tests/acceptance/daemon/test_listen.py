@@ -1,4 +1,7 @@
-"""LISTEN: a worker that polls once in half a minute hears of events at once, also after its connection was lost."""
+"""LISTEN: a worker that polls once a minute hears of events at once.
+
+It also hears of events after it lost its connection.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tests.support.processes import Given, eventually, finish, start
 from tests.support.sites import endure, expect_calm
 
 RARELY: Given = {"poll_min_seconds": 60, "poll_max_seconds": 60}
-"""Polling alone would find nothing before a test has given up."""
+"""Polling alone would find an event only after a test has given up."""
 SOON = 20.0
 LISTENERS = """
     SELECT pid FROM pg_stat_activity
@@ -23,7 +26,7 @@ LISTENERS = """
 
 
 def listener(shop: Shop, other_than: int | None = None) -> int:
-    """The pid of the backend that listens."""
+    """Return the pid of the backend that listens."""
 
     def found() -> Any:
         return [row.pid for row in shop.rows(LISTENERS) if row.pid != other_than]
@@ -39,7 +42,7 @@ def settled(shop: Shop, event: Any) -> None:
 
 @pytest.fixture
 def told(database_url: str) -> str:
-    """A database with the option ``notify``."""
+    """Return a database with the option ``notify``."""
     assert finish("migrate", "--with", "notify", url=database_url).code == 0
     return database_url
 
@@ -80,7 +83,7 @@ def test_it_begins_to_listen_when_the_option_comes(database_url: str, shop: Shop
 
 
 def test_it_listens_where_it_is_told_to(told: str, shop: Shop) -> None:
-    """Through a pooler the connections for work are no place for LISTEN."""
+    """Behind a pooler, LISTEN cannot use the connections for work."""
     role = f"listener_{uuid4().hex[:8]}"
     shop.rows(f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD 'right'")
     try:
@@ -109,7 +112,10 @@ def test_an_address_to_listen_at_that_does_not_answer_hinders_nothing(told: str,
 
 
 def test_behind_a_pooler_it_listens_only_past_it(told: str, shop: Shop) -> None:
-    """In transaction mode LISTEN hears nothing; polling is complete, and a direct address serves both."""
+    """LISTEN hears nothing in transaction mode, but polling finds every event.
+
+    With a direct address for LISTEN, the worker hears of events again.
+    """
     with start("run", url=told, pooler="transaction", poll_max_seconds=0.2) as worker:
         worker.wait_for("worker_started")
         settled(shop, shop.paid()[1])

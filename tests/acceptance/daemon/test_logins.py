@@ -1,4 +1,4 @@
-"""A server that admits no such login: the worker waits, says so as an ERROR in the server's words, and resumes."""
+"""A server refuses the login: the worker waits, logs the server's words as ERROR, and resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PASSWORD, WRONG = "correct-horse", "battery-staple"
 
 
 def admit_by(site: Site, method: str) -> None:
-    """Replace the rules by which the role is admitted; the owner always is."""
+    """Replace the rules that admit the role. The owner is always admitted."""
     rules = f"local all postgres trust\nlocal all {ROLE} {method}\n" if method else "local all postgres trust\n"
     (site.directory / "data" / "pg_hba.conf").write_text(rules)
     site.execute("SELECT pg_reload_conf()")

@@ -1,4 +1,4 @@
-"""Networks that die: an answer to COMMIT that never comes, and lines that swallow what they should carry."""
+"""Networks that fail: the answer to COMMIT never comes, or a line swallows requests or replies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ BACK_OFF = 10
 def test_a_commit_cut_off_is_neither_lost_nor_doubled(
     when: Literal["before", "after"], database_url: str, shop: Shop
 ) -> None:
-    """Both look the same to the worker: it reconnects and asks what became of the transaction."""
+    """The line breaks before or after the COMMIT. The worker cannot tell which.
+
+    It reconnects and asks for the result of the transaction.
+    """
     with proxied(database_url) as proxy, start("run", url=proxy.url, poll_max_seconds=0.2) as worker:
         worker.wait_for("worker_started")
         proxy.cut_next_commit(when)
@@ -69,7 +72,7 @@ def test_a_line_that_swallows_is_given_up_within_the_deadline(
 
 
 def test_a_one_shot_command_gives_up_on_a_dead_line(database_url: str, shop: Shop) -> None:
-    """A connection that is accepted and never answered."""
+    """The proxy accepts the connection and never answers."""
     shop.pay_many(1)
     with proxied(database_url) as proxy:
         proxy.mute = True
@@ -82,7 +85,10 @@ def test_a_one_shot_command_gives_up_on_a_dead_line(database_url: str, shop: Sho
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_signal_ends_it_while_the_database_hangs(times: int, database_url: str, shop: Shop) -> None:
-    """Once: within two deadlines, one for the batch and one for the good-bye. Twice: at once."""
+    """After one signal the worker ends within two deadlines.
+
+    One is for the batch, one for its last message. After two signals it ends at once.
+    """
     deadline = DEADLINE if times == 1 else 60
     with (
         proxied(database_url) as proxy,

@@ -1,4 +1,7 @@
-"""PgBouncer in transaction mode: each transaction may meet another backend, and nothing depends on a session."""
+"""PgBouncer in transaction mode: each transaction can meet another backend.
+
+The worker depends on nothing that belongs to a session.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not instal
 
 @dataclass
 class Pooler:
-    """Before the database of a URL; it has fewer backends than the worker has connections."""
+    """PgBouncer before the database of a URL. It has fewer backends than the worker connections."""
 
     target: str
     directory: Path
@@ -60,7 +63,7 @@ class Pooler:
         words = {"target": psycopg.conninfo.make_conninfo("", **target), "directory": self.directory, "mode": self.mode}
         config = self.directory / "pgbouncer.ini"
         config.write_text(CONFIG.format(**words, backends=BACKENDS))
-        is_root = os.geteuid() == 0  # which it refuses to be
+        is_root = os.geteuid() == 0  # PgBouncer refuses to be root
         command = [str(PROGRAM), "--quiet", str(config)]
         self.processes.append(subprocess.Popen(command, preexec_fn=enter_namespace if is_root else None))  # noqa: PLW1509
         eventually(self._answers, "PgBouncer answers")
@@ -79,7 +82,7 @@ class Pooler:
 
 @pytest.fixture
 def pooler(request: pytest.FixtureRequest, database_url: str) -> Iterator[Pooler]:
-    """In transaction mode, unless parametrised (indirectly)."""
+    """Start PgBouncer in transaction mode, or in the mode of an indirect parameter."""
     if os.geteuid() == 0 and not namespace_permitted():
         pytest.skip("PgBouncer refuses to run as root, and this machine permits no other name")
     with tempfile.TemporaryDirectory(prefix="bouncer-") as directory:
@@ -92,7 +95,7 @@ def pooler(request: pytest.FixtureRequest, database_url: str) -> Iterator[Pooler
 
 
 def test_a_drain(pooler: Pooler, shop: Shop) -> None:
-    """More claim loops than backends, and statements repeated until they would have been prepared."""
+    """There are more claim loops than backends. Statements repeat often enough to be prepared."""
     shop.pay_many(600)
     url = pooler.url
     done = finish("run", "--drain", url=url, pooler="transaction", concurrency=4, batch_size=20)
@@ -104,7 +107,7 @@ def test_a_drain(pooler: Pooler, shop: Shop) -> None:
 
 
 def test_a_daemon_that_polls(pooler: Pooler, shop: Shop) -> None:
-    """Also when PgBouncer is gone for a while."""
+    """A worker polls through PgBouncer, and goes on after PgBouncer was gone for a while."""
     with start("run", url=pooler.url, pooler="transaction", concurrency=3, poll_max_seconds=0.2) as worker:
         worker.wait_for("worker_started")
         for _ in range(20):
@@ -125,7 +128,10 @@ def test_a_daemon_that_polls(pooler: Pooler, shop: Shop) -> None:
 
 
 def test_a_daemon_that_listens_past_it(pooler: Pooler, database_url: str, shop: Shop) -> None:
-    """It polls once in a minute, so whatever is settled sooner was heard of."""
+    """The worker polls once a minute.
+
+    A notification must tell it of each event that is settled sooner.
+    """
     assert finish("migrate", "--with", "notify", url=database_url).code == 0
     rarely: Given = {"poll_min_seconds": 60, "poll_max_seconds": 60}
     listens = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%%'"
@@ -147,7 +153,7 @@ def seen_by_the_doctor(behind: Pooler, check: str, **settings: Any) -> dict[str,
 
 
 def test_the_doctor_knows_it(pooler: Pooler, database_url: str) -> None:
-    """Also where nobody has told, and other clients come and go."""
+    """The doctor finds the pooler even if no setting names it, and other clients come and go."""
     found = seen_by_the_doctor(pooler, "pooler")
     assert found["verdict"] == "problem"
     assert "OUTBOX_POOLER=transaction" in found["remedy"]

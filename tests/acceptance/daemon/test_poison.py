@@ -1,4 +1,7 @@
-"""A process that is fed what nobody can digest: it ends well, tells of each event on one line, and repeats nothing."""
+"""A process gets events that no worker can settle. It ends well and logs each event on one line.
+
+It repeats no value of the events.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A server that stops, crashes, throws everybody out or refuses: the worker resumes alone and charges nobody."""
+"""A server stops, crashes, ends all sessions or refuses.
+
+The worker resumes and charges no event.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from tests.support.processes import Process, eventually, finish, start
 from tests.support.sites import ROLE, Site, endure, expect_calm, expect_exactly_once, expect_settled, settle_some
 
 KEY = 4242
-"""Of the advisory lock at which an insert waits."""
+"""Key of the advisory lock at which an insert waits."""
 
 
-# --- the worker outlasts them
+# --- the worker survives these faults
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -73,7 +76,7 @@ def test_it_waits_for_a_place_at_the_start(site: Site) -> None:
 
 
 def gate(shop: Shop) -> None:
-    """Whoever inserts a purchase waits while somebody else has the key."""
+    """Let each insert of a purchase wait while another session holds the lock."""
     shop.rows(
         "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN PERFORM pg_advisory_xact_lock_shared({KEY}); RETURN NEW; END $$"
@@ -82,9 +85,10 @@ def gate(shop: Shop) -> None:
 
 
 def stop_at_the_gate(shop: Shop, holder: psycopg.Connection[Any], worker: Process) -> int:
-    """Stop it (SIGSTOP) while a statement of its transaction waits, then let the statement go on.
+    """Stop the worker (SIGSTOP) while a statement of its transaction waits, then let it go on.
 
-    On a busy machine, the statement may have been cancelled before (``lock_timeout``); then again. The number of tries.
+    On a busy machine, ``lock_timeout`` can cancel the statement before. Then try again. Return the
+    number of tries.
     """
     waits = f"SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = {KEY} AND NOT granted"
     left = "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND starts_with(state, 'idle in')"
@@ -123,7 +127,10 @@ def test_it_outlasts_being_thrown_out_for_idling_in_its_transaction(site: Site) 
 def test_a_zombie_writes_nothing(
     database_url: str, shop: Shop, connect: Callable[..., psycopg.Connection[Any]]
 ) -> None:
-    """Stopped in its transaction for longer than the server allows, while another settles its events."""
+    """The worker is stopped in its transaction for longer than the server allows.
+
+    Meanwhile another worker settles its events.
+    """
     gate(shop)
     holder = connect(autocommit=True)
     holder.execute("SELECT pg_advisory_lock(%s)", [KEY])

@@ -1,4 +1,4 @@
-"""Whatever happens at once, and however long: nothing is lost, doubled at any moment, or charged.
+"""Many faults at once, for any time: no purchase is lost or made twice, and no event is charged.
 
 ``make storm SECONDS=3600`` lets it last an hour, ``SEED=2`` is another storm.
 """
@@ -57,7 +57,10 @@ def test_a_storm(
 
 
 def assert_all_is_well(url: str, shop: Shop, pairs: Sequence[Any]) -> None:
-    """Every payment is in exactly one class, none unexplained; nobody was charged; the model holds."""
+    """Check that every payment is in one class and none is unexplained.
+
+    No event was charged, and the model holds.
+    """
     assert shop.count("outbox") == 0
     assert shop.rows("SELECT * FROM charged LIMIT 5") == []
     assert shop.rows("SELECT reason, detail FROM dead_letters LIMIT 5") == []

@@ -1,4 +1,7 @@
-"""From the version before to this one, and back, while events come: nothing is lost, doubled or charged."""
+"""From the previous version to this one and back, while events come.
+
+No purchase is lost or made twice, and no event is charged.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ SETTINGS: dict[str, Any] = {"batch_size": 50, "retry_base_seconds": 0.1}
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The code of the version before."""
+    """Return the code of the previous version."""
     commit = versions.last_version()
     if commit is None:
         pytest.skip("this copy of the repository does not have the version before")
@@ -38,7 +41,7 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def url(before: Path, make_url: Callable[[str | None], str]) -> str:
-    """A database that the version before has migrated."""
+    """Make a database that the previous version has migrated."""
     made = make_url(None)
     done = versions.finish_of(before, "migrate", "--with", "unique_index", url=made)
     assert done.code == 0, done.stderr
@@ -53,7 +56,7 @@ def buyers(url: str) -> Iterator[Shop]:
 
 @contextmanager
 def telling(url: str, pairs: list[Pair]) -> Iterator[None]:
-    """A payments service that tells of payments and refunds until the end."""
+    """Run a payments service that writes events of payments and refunds until the end."""
     chance, over = random.Random(4), threading.Event()
 
     def tell_on() -> None:
@@ -74,7 +77,10 @@ def telling(url: str, pairs: list[Pair]) -> Iterator[None]:
 
 
 def settle_more(shop: Shop, *workers: Process) -> None:
-    """These workers, and whoever else runs, mark two hundred events more; none of these workers is in trouble."""
+    """Wait until two hundred more events are marked.
+
+    Check that none of ``workers`` is in trouble.
+    """
     marked = shop.count("processed_events")
     eventually(lambda: shop.count("processed_events") >= marked + 200, "they settle events", patience=60)
     for worker in workers:

@@ -1,4 +1,4 @@
-"""What a service manager is told: when the worker is up, that each of its loops lives, that it stops and reloads."""
+"""What a service manager learns: the worker is up, each loop lives, the worker stops or reloads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_ready_when_the_loops_run_and_stopping_when_told_to(database_url: str, s
 
 
 def test_what_cannot_work_never_is_ready(database_url: str, shop: Shop, manager: Manager) -> None:
-    """The start fails, and ``systemctl start`` says so."""
+    """The start fails, and ``systemctl start`` reports it."""
     shop.rows("DROP TABLE dead_letters")
     assert finish("run", url=database_url, **manager.settings(60)).code == 78
     assert finish("run", url=database_url, batch_size=0, **manager.settings(60)).code == 78
@@ -91,7 +91,7 @@ def test_a_rest_longer_than_the_watchdog_starves_nobody(database_url: str, manag
 def test_one_wedged_loop_of_two_starves_the_watchdog_and_is_named(
     database_url: str, shop: Shop, manager: Manager, tmp_path: Path
 ) -> None:
-    """The other one works on; nobody vouches for the wedged one."""
+    """The other loop works on. The watchdog gets no sign of life for the wedged loop."""
     flag, interval = tmp_path / "wedge", 8.0
     settings: Given = {"concurrency": 2, "database_deadline_seconds": 1, "http_listen": f"unix:{tmp_path}/http"}
     with start_script(WEDGED, str(flag), "run", url=database_url, **settings, **manager.settings(interval)) as process:
@@ -130,7 +130,7 @@ def test_a_stopped_process_is_noticed(database_url: str, manager: Manager, tmp_p
 def test_a_statement_that_waits_for_a_lock_again_and_again_is_no_wedge(
     database_url: str, shop: Shop, manager: Manager, connect: object
 ) -> None:
-    """One call of the processor tries a dozen times; each try is over within its deadline."""
+    """One call of the processor tries a dozen times. Each try ends within its deadline."""
     shop.paid()
     with start("run", url=database_url, database_deadline_seconds=2, **manager.settings(20)) as process:
         process.wait_for("worker_started")
@@ -155,7 +155,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def reload(process: Process, manager: Manager) -> None:
-    """Ask for it, and wait until the manager knows that it is over."""
+    """Ask for a reload, and wait until the manager knows that it is over."""
     had = len(manager.told)
     process.signal(signal.SIGHUP)
     begun = manager.wait_for(lambda told: told.get("RELOADING") == "1", "RELOADING=1", had)

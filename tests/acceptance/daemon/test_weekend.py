@@ -1,4 +1,4 @@
-"""A weekend in two minutes: two workers that somebody starts again, and everything that breaks, one after the other."""
+"""A weekend in two minutes: two workers that are restarted, and one fault after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS = 2
 
 @contextmanager
 def paying(site: Site) -> Iterator[None]:
-    """A payments service that goes on paying whenever the database lets it."""
+    """Run a payments service that pays whenever the database allows it."""
     over = threading.Event()
 
     def pay() -> None:

@@ -1,4 +1,4 @@
-"""The demonstration proves what it says, and leaves nothing behind however it ends."""
+"""The demonstration proves what it says. It leaves nothing behind, however it ends."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tests.support.processes import environment, eventually
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A directory whose name leaves room for the path of a socket."""
+    """Make a directory whose short name leaves room for the path of a socket."""
     with tempfile.TemporaryDirectory(prefix="demo-", dir="/tmp") as name:
         yield Path(name)
 
 
 def demo(directory: Path) -> subprocess.Popen[str]:
-    """A running demonstration whose temporary files lie in `directory`."""
+    """Start a demonstration whose temporary files are in `directory`."""
     settings = environment("postgresql://nobody@127.0.0.1:1/ignored", {}) | {"TMPDIR": str(directory)}
     command = [sys.executable, "-m", "outbox_worker", "demo", "--payments", "200"]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def processes_of(directory: Path) -> list[str]:
-    """Processes that name `directory` in their arguments or environment: server, launcher, workers."""
+    """Return the processes that name `directory`: server, launcher and workers."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

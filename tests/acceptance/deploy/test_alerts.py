@@ -1,4 +1,4 @@
-"""The rules for Prometheus: they ask for what is exported, fire when they should, and each says what to do."""
+"""The rules for Prometheus use exported metrics, fire when they should, and say what to do."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Every block of code in the pages that people copy from is run, page by page, each on a server of its own.
+"""Run every block of code in the pages that people copy from, page by page.
 
-A page's blocks run in their order, as in one terminal: what one exports the next one sees. Comments directly above a
-block say what is special about it:
+Each page has a server of its own. Its blocks run in order, as in one terminal. A block sees what
+earlier blocks exported. A comment directly above a block says what is special about the block:
 
     <!-- not run: REASON -->       it cannot be run here
     <!-- output of: COMMAND -->    it shows what a command printed (language `text`)
     <!-- in the background -->     it is started and goes on to the end of the page
 
-Names in capitals (EVENT_ID, postgresql://OWNER:PASSWORD@HOST/DATABASE, ...) are replaced as a reader would.
+Names in capitals (EVENT_ID, postgresql://OWNER:PASSWORD@HOST/DATABASE, ...) are replaced as a
+reader would.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ def is_run(block: Block) -> bool:
 
 @dataclass
 class Terminal:
-    """A reader's: a directory, an environment, a database of his own."""
+    """The terminal of a reader, with a directory, an environment and a database."""
 
     directory: Path
     server: Path
     where: Mapping[str, str]
-    """The server, as libpq's keywords."""
+    """Where the server is, in libpq's keywords."""
     names: dict[str, str] = field(default_factory=dict)
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
     port: int = 0
@@ -99,7 +100,10 @@ class Terminal:
         self.expect_fine([sys.executable, "-c", self.filled_in(text)])
 
     def toml(self, text: str) -> None:
-        """A file of the name that its first line says; it can be used, if the block adds a URL or not."""
+        """Write a file with the name in its first line.
+
+        It must load, whether or not the block adds a URL.
+        """
         named = re.match(r"# (\S+\.toml)\n", text)
         assert named is not None, "the first line names the file"
         path = self.directory / named[1]
@@ -157,7 +161,7 @@ RUNNERS: Mapping[str, Callable[[Terminal, str], None]] = {
 }
 
 
-# --- what is there before a page begins, and after it
+# --- what exists before a page begins, and what must be true after it
 
 
 def migrated(terminal: Terminal) -> Shop:
@@ -171,7 +175,7 @@ def nothing(_: Terminal) -> None:
 
 
 def the_private_one(terminal: Terminal) -> None:
-    """What `make` takes where no URL is set."""
+    """`make` uses an embedded server if no URL is set."""
     (terminal.directory / "exports").write_text(f"export OUTBOX_DATABASE_URL='embedded:{terminal.server}'\n")
 
 
@@ -193,7 +197,7 @@ def tables_without_index(terminal: Terminal) -> None:
 
 
 def payments_of_a_shop(terminal: Terminal) -> None:
-    """As the page on adoption names them."""
+    """Create payments with the names that the page on adoption uses."""
     with psycopg.connect(terminal.url_of("OWNER"), autocommit=True) as connection:
         connection.execute("CREATE SCHEMA billing")
         connection.execute(
@@ -219,7 +223,7 @@ def dead_letters(terminal: Terminal) -> None:
 
 
 def paid_twice_and_refunded(terminal: Terminal) -> None:
-    """And the event of the refund was never written."""
+    """Write a pair that was paid twice, and a refund without an event."""
     shop = migrated(terminal)
     bought = shop.payment(ago="1 hour")
     shop.purchase(bought)
@@ -255,7 +259,7 @@ AFTER: Mapping[str, str] = {
     "docs/how-to/write-events.md": "SELECT array_agg(event_type ORDER BY id) = '{PURCHASE_CONFIRMED,PURCHASE_REFUNDED}'"
     " FROM outbox",
 }
-"""What is true of the database once a page was followed."""
+"""What must be true of the database after a reader followed the page."""
 
 
 # --- the tests
@@ -312,7 +316,7 @@ def test_a_block_that_fails_is_found(block: Block, error: str, terminal: Termina
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty server that does not run: to be copied."""
+    """Make an empty server that does not run. Tests copy it."""
     directory = tmp_path_factory.mktemp("docs") / "pg"
     embedded.ensure_server(directory, bin_dir=find_psql().parent)
     embedded.stop_server(directory)
@@ -348,7 +352,10 @@ def terminal(template: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def write_commands(directory: Path) -> None:
-    """Other commands than ours: `make psql` and `make migrate` call the same ones, and install nothing."""
+    """Write scripts `psql` and `make` that call the usual programs.
+
+    They install nothing.
+    """
     make = shutil.which("make")
     assert make is not None
     directory.mkdir()

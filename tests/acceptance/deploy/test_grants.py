@@ -20,7 +20,7 @@ from tests.support.premises import PASSWORD, Premises, opened, settle_in
 from tests.support.processes import Given, eventually, finish, start
 
 Granted = set[tuple[str, str, str]]
-"""(table, privilege, column), the column empty where the whole table is meant."""
+"""(table, privilege, column). The column is empty if the privilege is on the whole table."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def wanted(*privileges: Privileges) -> Granted:
 
 
 def granted(premises: Premises, role: str) -> Granted:
-    """What the catalogue holds, apart from what everybody may."""
+    """Return the role's privileges in the catalogue, without those of PUBLIC."""
     with premises.shop() as shop:
         rows = shop.rows(
             "SELECT relname, privilege_type, attname FROM ("
@@ -105,7 +105,10 @@ def test_as_the_databases_owner_who_is_no_superuser(empty: Premises) -> None:
 
 
 def test_tables_of_others_under_their_own_names(empty: Premises) -> None:
-    """Payments in a schema of the shop's, with more columns than are anybody's business; ids made by sequences."""
+    """Payments are in a schema of the shop's, with columns that no role needs.
+
+    Sequences make the ids.
+    """
     for statement in (
         "CREATE SCHEMA billing",
         "CREATE TABLE billing.payment (id uuid PRIMARY KEY, user_id int, product_id int, amount numeric, currency text,"
@@ -148,7 +151,7 @@ def test_tables_of_others_under_their_own_names(empty: Premises) -> None:
             connection.execute("SELECT card_number FROM billing.payment")
 
 
-# --- what they do with it
+# --- what the roles do with their privileges
 
 
 def expect_fine(premises: Premises, role: str, *arguments: str, **settings: Any) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def expect_fine(premises: Premises, role: str, *arguments: str, **settings: Any)
 
 
 def write_one_of_everything(shop: Shop) -> None:
-    """Each way that an event can take, so that each statement of the worker runs."""
+    """Write events with every outcome. Then each statement of the worker runs."""
     shop.pay_many(20)
     shop.mark(shop.paid()[1])  # recovered
     shop.paid(status="pending")  # retried
@@ -175,13 +178,13 @@ def write_one_of_everything(shop: Shop) -> None:
     shop.refund(bought, due_in="-1 minute")  # revoked, and passed on
     shop.refund(shop.payment())  # revoked, and never made
     asked_again = shop.dead_letter(reason="payment_mismatch")
-    shop.confirm(shop.payment(), asked_again)  # closes its letter
+    shop.confirm(shop.payment(), asked_again)  # closes its dead letter
     buried_again = shop.dead_letter(reason="invalid_payload", state="requeued")
-    shop.confirm(shop.payment(), buried_again, payload="[]")  # opens its letter again
+    shop.confirm(shop.payment(), buried_again, payload="[]")  # opens its dead letter again
     shop.rows(
         "INSERT INTO workers (id, host, pid, version, guard, seen_at)"
         " VALUES (gen_random_uuid(), 'elsewhere', 1, '1', 'index', now() - interval '1 hour')"
-    )  # whose place is taken, carefully
+    )  # the worker takes this row over and starts carefully
     shop.rows("UPDATE outbox SET crashes = 1 WHERE id = (SELECT min(id) FROM outbox)")
 
 
@@ -258,7 +261,10 @@ def test_the_operator_decides(premises: Premises, shop: Shop) -> None:
 
 
 def test_the_operator_backfills_what_a_letter_and_a_mark_deny(premises: Premises, shop: Shop) -> None:
-    """Every statement that a backfill may need: also a mark that is rewritten, and a letter that is closed."""
+    """The backfill runs every statement that it can need.
+
+    It also rewrites a mark and closes a dead letter.
+    """
     payment = shop.payment(ago="1 hour")
     letter = shop.dead_letter(payment, reason="payment_not_found")
     shop.rows(
@@ -269,7 +275,7 @@ def test_the_operator_backfills_what_a_letter_and_a_mark_deny(premises: Premises
     assert shop.letter_of(letter).state == "settled"
 
 
-# --- what nobody of them may
+# --- what no role may do
 
 FORBIDDEN = {
     "worker": [

@@ -24,7 +24,7 @@ def empty(server: servers.Server) -> Iterator[Premises]:
 
 @pytest.fixture
 def odd(empty: Premises) -> Iterator[Premises]:
-    """Roles whose names need quotes: as they are, and as SQL writes them."""
+    """Make roles whose names need quotes."""
     made = replace(empty, names={role: f'{role.title()} of "{uuid4().hex[:8]}".x' for role in empty.names})
     yield made
     made.execute(f"DROP DATABASE {make_url(made.url).database} WITH (FORCE)", _of_postgres(made))

@@ -1,4 +1,4 @@
-"""The service as it is installed, under a systemd that was really booted: in a container of its own, as root only."""
+"""The installed service under a real, booted systemd. It runs in a container and needs root."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files_of(root: Path) -> set[str]:
 
 
 def test_install_and_uninstall_in_another_root(tmp_path: Path) -> None:
-    """Settings and URL that are there stay as they are."""
+    """The installation does not change existing settings or an existing URL."""
     root, config = tmp_path / "root", tmp_path / "root/etc/outbox-worker"
     make("install-service", root)
     assert (config / "database-url").stat().st_mode & 0o777 == 0o600
@@ -55,7 +55,7 @@ def test_install_and_uninstall_in_another_root(tmp_path: Path) -> None:
 
 @dataclass
 class Machine:
-    """A container with a systemd of its own; the network is the host's."""
+    """A container with a systemd of its own. It uses the network of the host."""
 
     root: Path
     nspawn: subprocess.Popen[bytes]
@@ -104,7 +104,7 @@ def booted(root: Path) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Debian with the service installed by make."""
+    """Make a small Debian on which `make` has installed the service."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing or os.getuid() != 0:
         pytest.skip(f"needs root and {', '.join(missing or TOOLS)} (Debian: debootstrap, systemd-container)")

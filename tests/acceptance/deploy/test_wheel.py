@@ -1,4 +1,4 @@
-"""Where only the wheel is installed, the command finds its migrations and works."""
+"""The command finds its migrations and works if only the wheel is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from tests.support.servers import libpq
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment that holds the wheel; its dependencies are borrowed, the checkout is not."""
+    """Return the `bin` of an environment with the wheel.
+
+    It borrows the dependencies but not the checkout.
+    """
     directory = tmp_path_factory.mktemp("wheel")
     build = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
     built = run(sys.executable, "-c", build, str(directory), cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Whether notifications reach a worker is tried, not believed: pauses are long only while they do."""
+"""A worker tests whether notifications reach it. If they do not, its pauses stay short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every class of failure, provoked on the real server: what the driver reports is what ``classify`` knows."""
+"""Every class of failure, provoked on a real server: ``classify`` knows the driver's report."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ SCRIPTS: dict[str, tuple[Failure, str]] = {
     "42P01": (Failure.UNCLEAR, "TABLE nothing"),
     "42703": (Failure.UNCLEAR, "SELECT nothing FROM numbers"),
 }
-"""By the SQLSTATE that the last statement of a script meets."""
+"""The scripts by SQLSTATE. The last statement of a script fails with that state."""
 
 BEFORE_18 = {"23001": "23503"}
-"""ON DELETE RESTRICT has a state of its own only since PostgreSQL 18."""
+"""ON DELETE RESTRICT has its own state only in PostgreSQL 18 and later."""
 
 RAISED = ("08000", "53100", "58030", "XX000")
-"""What a server under test cannot be made to meet (a full disk, a broken file): raised by a trigger's own words."""
+"""States that a test's server cannot reach, such as a full disk. A script raises them."""
 
 
 @pytest.fixture
 def stage(database: Database, connect: Connect) -> Database:
-    """Tables to fail on; one of them is locked by somebody else."""
+    """Make tables to fail on. Another session has locked one of them."""
     owner = connect(autocommit=True)
     owner.execute("CREATE TABLE numbers (n int PRIMARY KEY CHECK (n > 0)); CREATE TABLE plain (n int)")
     owner.execute("CREATE TABLE held (n int); CREATE TABLE many AS SELECT n FROM generate_series(1, 100000) AS n")
@@ -100,7 +100,7 @@ def test_what_a_statement_meets(state: str, stage: Database) -> None:
 
 
 def test_53200_a_full_lock_table(site: Site) -> None:
-    """Of a server of its own: all databases of one share it."""
+    """The test uses a server of its own, because all databases of a server share one lock table."""
     with site.connect() as connection, pytest.raises(psycopg.errors.OutOfMemory) as caught:
         connection.execute("SELECT pg_advisory_xact_lock(n) FROM generate_series(1, 1000000) AS n")
     assert (sqlstate(caught.value), classify(caught.value)) == ("53200", Failure.PAUSE)

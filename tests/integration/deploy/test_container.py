@@ -1,4 +1,7 @@
-"""Dockerfile and compose.yaml fit the repository. They are not built here: that needs an engine."""
+"""Dockerfile and compose.yaml fit the repository.
+
+The tests do not build them: that needs an engine.
+"""
 
 from __future__ import annotations
 

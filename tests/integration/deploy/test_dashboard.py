@@ -1,4 +1,7 @@
-"""The dashboard is what its source gives, has the form that Grafana documents, and asks for what is exported."""
+"""The dashboard is what its source generates.
+
+It has Grafana's form and uses only exported metrics.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def test_its_rows_are_the_questions_of_an_operator() -> None:
 
 
 def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
-    """Grafana's grid has 24 columns."""
+    """The grid of Grafana has 24 columns."""
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     taken: set[tuple[int, int]] = set()
@@ -70,7 +73,10 @@ def test_its_variables_ask_for_what_is_exported() -> None:
 
 
 def test_every_metric_of_the_worker_is_shown() -> None:
-    """Here or by a rule; but for how many events a claim takes."""
+    """The dashboard or a rule uses every metric.
+
+    The number of events per claim is the only exception.
+    """
     asked = json.dumps(PANELS) + (ROOT / "deploy/prometheus/outbox-worker.rules.yml").read_text()
     hidden = {name for name in exported() if not name.endswith(("_created", "_sum", "_count")) and name not in asked}
     assert hidden == {"outbox_batch_size_bucket"}

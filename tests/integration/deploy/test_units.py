@@ -1,4 +1,4 @@
-"""The units as they are shipped: systemd understands every line, and leaves a worker little to do harm with."""
+"""The shipped systemd units: systemd understands every line, and a worker can do little harm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def analyze() -> str:
 
 @pytest.fixture(params=["outbox-worker.service", "outbox-worker@9465.service"])
 def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy under the name that systemd knows it by, with a program that exists on this machine."""
+    """Copy the unit under systemd's name for it, with a program that exists on this machine."""
     path = tmp_path / str(request.param)
     source = DEPLOY / re.sub("@.*[.]", "@.", path.name)
     path.write_text(source.read_text().replace(PROGRAM, sys.executable))

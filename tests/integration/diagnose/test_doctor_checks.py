@@ -1,4 +1,4 @@
-"""Each check of the doctor on a real database in which it passes, and on one in which it does not."""
+"""Each check of the doctor on a real database where it passes, and on one where it fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Look(Protocol):
 
 @pytest.fixture
 def look(database: Database, settings: Settings) -> Look:
-    """Carry out one check; ``with_settings``: what is set otherwise."""
+    """Run one check. ``with_settings`` holds the settings that differ."""
     usual = database
 
     def carry_out(
@@ -54,7 +54,7 @@ def look(database: Database, settings: Settings) -> Look:
 
 
 def only(found: list[Finding], verdict: Severity, said: str = "") -> Finding:
-    """The one finding, which is this."""
+    """Return the only finding, after a check of its verdict, evidence and remedy."""
     assert len(found) == 1, found
     assert found[0].verdict is verdict, found
     assert said in found[0].evidence, found
@@ -63,12 +63,12 @@ def only(found: list[Finding], verdict: Severity, said: str = "") -> Finding:
 
 
 def remedies(found: list[Finding]) -> list[str]:
-    """The statements in them."""
+    """Return the statements of the remedies."""
     return [each for one in found for each in re.findall(r"(?:GRANT|CREATE|ALTER|REINDEX) [^;]+;", one.remedy)]
 
 
 def test_one_check_that_fails_hides_no_other(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the database says to it, and also where it ends the connection."""
+    """One of the checks runs a query that makes the database end the connection."""
 
     def asking(query: str) -> doctor.Check:
         def ask(subject: Subject) -> Iterator[Finding]:
@@ -259,7 +259,7 @@ def test_a_backfill_by_hand(look: Look, database: Database, tables: Tables, sett
 
 @pytest.fixture
 def guest(shop: Shop, database_url: str) -> Iterator[Clerk]:
-    """A role that may do nothing yet."""
+    """Make a role without any privilege."""
     made = Clerk(shop, database_url)
     for table in made.TABLES:
         made.revoke("ALL", table)
@@ -332,10 +332,10 @@ def test_rows_that_are_seen_and_never_claimed(look: Look, shop: Shop, guest: Cle
     only(look("row_security", guest.database), Severity.WARNING, "narrow")
     shop.rows("DROP POLICY narrow ON outbox")
     shop.rows("CREATE POLICY wider ON outbox USING (id < 5)")
-    only(look("row_security", guest.database), Severity.OK)  # permissive ones add up
+    only(look("row_security", guest.database), Severity.OK)  # permissive policies add up
     shop.rows("DROP POLICY outbox_worker ON outbox")
     only(look("row_security", guest.database), Severity.WARNING, "seen, wider")
-    only(look("row_security"), Severity.OK, "no row security applies")  # a superuser passes them all
+    only(look("row_security"), Severity.OK, "no row security applies")  # a superuser passes all policies
 
 
 # --- the server
@@ -367,7 +367,7 @@ def test_room_for_connections(look: Look, shop: Shop, clerk: Clerk) -> None:
 
 
 def test_others_take_room(look: Look, connect: Connect, make_url: Callable[[str | None], str]) -> None:
-    """Also those of other databases."""
+    """Sessions of other databases count, too."""
     held = [connect() for _ in range(10)]
     held += [psycopg.connect(servers.libpq(elsewhere)) for elsewhere in [make_url(None)] * 10]
     others = re.search(r"- (\d+) of others", look("connections")[0].evidence)
@@ -406,7 +406,7 @@ def test_clocks(look: Look) -> None:
     only(look("clock", now=lambda: time.time() + 3600), Severity.WARNING, "3600.")
     only(look("clock", now=lambda: time.time() - 3600), Severity.WARNING, "behind")
     begin, steps = time.time(), itertools.count()
-    only(look("clock", now=lambda: begin + 60 * next(steps)), Severity.OK, "± 30")  # it took a minute to ask
+    only(look("clock", now=lambda: begin + 60 * next(steps)), Severity.OK, "± 30")  # the question took a minute
 
 
 # --- vacuum
@@ -419,7 +419,7 @@ def test_autovacuum_of_the_outbox(look: Look, shop: Shop, connect: Connect) -> N
     shop.rows(found.remedy)
     only(look("autovacuum"), Severity.OK)
     other = connect()
-    other.execute("LOCK TABLE outbox IN SHARE UPDATE EXCLUSIVE MODE")  # autovacuum passes by what is locked
+    other.execute("LOCK TABLE outbox IN SHARE UPDATE EXCLUSIVE MODE")  # autovacuum skips locked tables
     shop.pay_many(2000)
     shop.rows("DELETE FROM outbox")
     shop.rows("SELECT pg_stat_force_next_flush()")

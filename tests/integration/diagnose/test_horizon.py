@@ -1,4 +1,4 @@
-"""What holds the vacuum horizon is seen by any role, and for how long."""
+"""Any role can see which transaction holds the vacuum horizon, and for how long."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOLDERS = {
 
 @pytest.fixture
 def look(shop: Shop, database: Database) -> Callable[[], float]:
-    """The watch of a role that may see nothing of others; something is written before each look."""
+    """Make the watch of a role that cannot see other sessions. A write precedes each look."""
     watch, role = HorizonWatch(), shop.scalar("SELECT 'watcher_' || replace(gen_random_uuid()::text, '-', '')")
     shop.rows(f"CREATE ROLE {role}")
 
@@ -66,7 +66,7 @@ def test_what_waits_in_another_database_holds_nothing(
 def test_a_worker_looks_with_each_heartbeat(
     shop: Shop, settings: Settings, connect: Callable[..., psycopg.Connection[Any]]
 ) -> None:
-    """The first sees the holder, the last, at the end, for how long it has held."""
+    """The first look sees the transaction. The last look sees how long it has held the horizon."""
     holding = connect()
     holding.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     holding.execute("SELECT 1")

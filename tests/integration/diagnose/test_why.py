@@ -1,6 +1,6 @@
-"""Why: what it foretells is what happens, whatever is asked about; what it tells is what was written.
+"""The command ``why``: its predictions come true, and its stories are what was written.
 
-Worlds are those of ``tests.support.worlds``.
+The worlds are those of ``tests.support.worlds``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def only(found: Explanation) -> PaymentStory:
 
 
 def foretold(found: Explanation, event_id: UUID) -> Prediction:
-    """What is foretold of an event, the same wherever it is told."""
+    """Return the prediction for an event. All stories with that event must predict the same."""
     prospects = [each for story in found.stories for each in story.predictions if each.event_id == event_id]
     assert prospects, found
     assert all(each == prospects[0] for each in prospects)
@@ -69,14 +69,17 @@ def meant(verdict: Verdict) -> tuple[object, ...]:
 
 
 def happened(processor: ProbedProcessor) -> Mapping[UUID, tuple[object, ...]]:
-    """What becomes of all that is due: a transaction settles one type of event."""
+    """Settle all due events and return their verdicts.
+
+    One transaction settles one type of event.
+    """
     found: dict[UUID, tuple[object, ...]] = {}
     while verdicts := judge(processor):
         found |= {event: meant(verdict) for event, verdict in verdicts.items()}
     return found
 
 
-# --- what is foretold happens
+# --- predictions come true
 
 
 @pytest.mark.usefixtures("both_guards")
@@ -93,7 +96,7 @@ def test_of_an_event_that_waits(world: list[PairCase], shop: Shop, ask: Ask, pro
 def test_of_a_dead_letter_that_is_requeued(
     column: str, shop: Shop, ask: Ask, make_processor: MakeProcessor, database: Database, tables: Tables
 ) -> None:
-    """Also of documents, which a dead letter keeps in another form."""
+    """The payload can be a document. A dead letter keeps a document in another form."""
     retype(shop, column)
     processor = make_processor()
 
@@ -114,7 +117,7 @@ def test_of_a_dead_letter_that_is_requeued(
 
 
 def bury_all(shop: Shop, column: str) -> None:
-    """What waits in the outbox becomes dead letters, as the worker keeps them."""
+    """Turn all events in the outbox into dead letters, as the worker writes them."""
     kept = "payload" if column == "jsonb" else "to_jsonb(payload::text)"
     shop.rows(
         "INSERT INTO dead_letters (event_id, event_type, payload, created_at, payment_id, attempts, reason, detail)"
@@ -144,7 +147,10 @@ def test_of_a_settled_event_that_is_delivered_again(shop: Shop, ask: Ask, proces
 
 
 def test_of_what_is_owed_by_the_next_backfill(shop: Shop, ask: Ask) -> None:
-    """Only where nothing explains the payment; under the id that the backfill's mark has."""
+    """A backfill makes a purchase only if nothing explains the payment.
+
+    Its mark has the predicted id.
+    """
     owed, twin, waiting, held = shop.payment(ago="2 hours"), shop.payment(), shop.paid()[0], shop.payment()
     shop.purchase(None, *held.pair)
     (prospect,) = only(ask(owed.id)).predictions
@@ -200,7 +206,7 @@ def test_what_was_requeued_was_written_once(shop: Shop, ask: Ask, database: Data
 
 
 def test_of_an_event_that_came_again_since_it_died(shop: Shop, ask: Ask, processor: ProbedProcessor) -> None:
-    """What stands in the outbox counts; a letter that is closed is not requeued."""
+    """The event in the outbox counts. A closed dead letter is not requeued."""
     payment = shop.payment()
     event = shop.dead_letter(payment, payload={"currency": "USD"}, reason="payment_mismatch")
     assert foretold(ask(event), event).verdict.rule == 6
@@ -220,7 +226,7 @@ def test_a_suspect_of_crashes_and_one_that_waits(shop: Shop, ask: Ask) -> None:
 
 
 def test_events_of_others_are_left_alone(shop: Shop, ask: Ask) -> None:
-    """On an outbox that is shared."""
+    """Other applications share the outbox."""
     _, event = shop.paid(event_type="LESSON_WATCHED")
     assert foretold(ask(event, ("PURCHASE_CONFIRMED",)), event).occasion is Occasion.NEVER
     assert foretold(ask(event), event).verdict.reason is Reason.UNSUPPORTED_EVENT_TYPE
@@ -264,7 +270,10 @@ def test_the_story_of_a_dead_letter(shop: Shop, ask: Ask, database: Database, ta
 
 
 def test_the_story_of_one_who_paid_twice(shop: Shop, ask: Ask, processor: ProbedProcessor) -> None:
-    """It says whose purchase it is that counts; when that is refunded, the second payment gets it."""
+    """The story says whose purchase counts.
+
+    After its refund, the second payment gets the purchase.
+    """
     first, _ = shop.paid(ago="2 hours")
     second, event = shop.paid(student=first.student_id, course=first.course_id)
     happened(processor)
@@ -328,7 +337,7 @@ def test_of_a_student_with_very_many_payments_the_oldest(shop: Shop, ask: Ask) -
 
 
 def test_an_id_may_be_several_things(shop: Shop, ask: Ask) -> None:
-    """Many producers give an event the id of its payment."""
+    """Many producers use the id of the payment as the id of the event."""
     payment = shop.payment()
     shop.confirm(payment, payment.id)
     found = ask(payment.id)
@@ -377,7 +386,7 @@ def test_times_that_no_client_can_read(shop: Shop, ask: Ask) -> None:
 
 
 def test_it_changes_nothing(shop: Shop, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It could not: its transaction is READ ONLY."""
+    """The command cannot change anything, because its transaction is READ ONLY."""
     payment, _ = shop.paid()
 
     def write_instead(session: Any, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""What docs/reference/log-records.md says is what the code does."""
+"""docs/reference/log-records.md says what the code does."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.support import ROOT
 PAGE = (ROOT / "docs" / "reference" / "log-records.md").read_text()
 LEVELS = {"debug", "info", "warning", "error"}
 COUNTS = "counts"
-"""What the code calls fields whose names come from ``Metrics.totals``, and what the page does."""
+"""A word for the fields whose names come from ``Metrics.totals``, in the code and on the page."""
 Told = dict[str, tuple[set[str], set[str]]]
-"""By event: levels and fields."""
+"""Levels and fields of each event."""
 
 
 def test_the_page_lists_the_records_that_the_code_writes() -> None:
@@ -23,7 +23,10 @@ def test_the_page_lists_the_records_that_the_code_writes() -> None:
 
 
 def test_every_record_has_a_name() -> None:
-    """``logger`` is only ever bound; what is bound has an event, or adds to what has one."""
+    """The code only binds ``logger``.
+
+    What it binds has an event, or adds fields to a bound event.
+    """
     for function in functions():
         for call in calls(function):
             if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "logger":
@@ -48,7 +51,7 @@ def documented() -> Told:
 
 
 def bound() -> Told:
-    """From the source: each ``bind(event="…", …)``, with the fields of what it adds to, and how it is told."""
+    """Read each ``bind(event="…", …)`` in the source, with all its fields and its levels."""
     told: Told = {}
     for function in functions():
         bases = {
@@ -92,7 +95,10 @@ def keywords(call: ast.Call) -> dict[str, ast.expr]:
 
 
 def levels_of(call: ast.Call, function: ast.FunctionDef) -> set[str]:
-    """The method's name; for ``log(level, …)`` those that the level names, or else the function."""
+    """Return the method's name.
+
+    For ``log(level, …)`` return the levels that the argument or function names.
+    """
     assert isinstance(call.func, ast.Attribute)
     if call.func.attr in LEVELS:
         return {call.func.attr}

@@ -1,4 +1,4 @@
-"""Every page: links lead somewhere, blocks of code have a language, and the first lines say whom the page is for."""
+"""Every page: links have a target, code blocks a language, and the first lines name the reader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def text_of(page: str) -> str:
 
 
 def anchors_of(page: str) -> set[str]:
-    """The anchors of a page's titles, as GitHub makes them."""
+    """Return the anchors of a page's titles, as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)", text_of(page), re.MULTILINE)
     shown = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).replace("`", "") for title in titles]
     return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in shown}
@@ -54,7 +54,10 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "/decisions/0" not in page])
 def test_a_succeeded_payment_is_called_so(page: str) -> None:
-    """The code says "standing", users do not. Decisions are for developers; generated pages say what the code says."""
+    """Pages for users do not say "standing", although the code does.
+
+    Decisions are for developers. Generated pages repeat the words of the code.
+    """
     if "Written by `make reference`" not in text_of(page):
         assert "standing payment" not in text_of(page).lower()
 
@@ -67,7 +70,10 @@ def test_the_files_that_the_architecture_names_are_there() -> None:
 
 
 def test_the_pages_that_the_code_names_are_there() -> None:
-    """In what it prints and in its docstrings; of a decision the number suffices, of a section its title."""
+    """The code names pages in its output and docstrings. It names a decision by its number alone.
+
+    It names a section by its title.
+    """
     sources = [*ROOT.glob("outbox_worker/**/*.py"), *ROOT.glob("deploy/**/*.*ml"), ROOT / "Dockerfile"]
     assert len(sources) > 60
     for source in sources:

@@ -1,4 +1,4 @@
-"""The generated pages are what the code says; the others name everything that the code has."""
+"""The generated pages are what the code says. The other pages name everything that the code has."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GENERATOR = load_generator()
 
 
 def rows(page: str) -> set[str]:
-    """What stands in backticks at the beginning of the page's table rows."""
+    """Return the words in backticks that begin the table rows of a page."""
     return set(re.findall(r"^\| `([^`]+)`", (ROOT / page).read_text(), re.MULTILINE))
 
 
@@ -60,7 +60,7 @@ def test_every_command_says_its_exit_codes() -> None:
 
 
 def test_what_is_said_beside_the_code_is_of_something_that_is_there() -> None:
-    """A meaning of a column or metric that is gone would be read by nobody."""
+    """Nobody would read the meaning of a column or metric that no longer exists."""
     columns = {f"{table}.{column}" for table, listed in COLUMNS.items() for column in listed}
     assert set(GENERATOR.MEANINGS) <= columns
     assert set(GENERATOR.TABLES) == set(COLUMNS)

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL against real processes and real kills; nothing sleeps for a fixed time."""
+"""The embedded PostgreSQL with real processes and real kills. No test sleeps for a fixed time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become 
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 15) -> None:
-    """Poll with a deadline."""
+    """Poll until the condition holds, with a deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s until {what}"
@@ -49,7 +49,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 15) -> None
 
 
 def alive(pid: int) -> bool:
-    """A zombie, which a container's first process may never reap, is not alive."""
+    """A zombie does not live. The first process of a container does not always reap it."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")
 
@@ -92,7 +92,7 @@ def refused(directory: Path, bin_dir: Path | None = None) -> str:
 
 
 class Owner(contextlib.AbstractContextManager["Owner"]):
-    """Another process that calls ensure_server when told to, and ends when told to."""
+    """Another process that calls ensure_server on request, and ends on request."""
 
     def __init__(
         self, directory: Path, *, python: tuple[str, ...] = (sys.executable,), user: int | None = None
@@ -135,7 +135,7 @@ class Owner(contextlib.AbstractContextManager["Owner"]):
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
-    """A directory yet to be made, its server stopped at the end."""
+    """Return a directory that does not exist yet. Its server is stopped at the end."""
     path = tmp_path / "pg"
     yield path
     stop_server(path)
@@ -143,7 +143,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def public_directory() -> Iterator[Path]:
-    """A directory that every user can reach, which tmp_path is not."""
+    """Return a directory that every user can reach. Other users cannot reach ``tmp_path``."""
     path = Path(tempfile.mkdtemp()).resolve()
     path.chmod(0o755)
     yield path / "pg"
@@ -193,7 +193,10 @@ def test_killing_the_owner_ends_server_and_launcher(directory: Path) -> None:
 
 
 def test_an_owner_that_exits_waits_for_the_stop(directory: Path) -> None:
-    """A stopped backend holds the shutdown up, so an owner that did not wait would be gone before it."""
+    """A stopped backend delays the shutdown of the server.
+
+    An owner that did not wait would end before the server.
+    """
     with Owner(directory).start() as owner, psycopg.connect(**ensure_server(directory)) as session:  # type: ignore[arg-type]
         pid = postmaster(directory)
         os.kill(session.info.backend_pid, signal.SIGSTOP)
@@ -224,7 +227,10 @@ def test_killing_the_postmaster_loses_nothing_committed(directory: Path) -> None
 
 
 def test_a_server_that_is_stopping_is_waited_for(directory: Path) -> None:
-    """Its lock is held to the last backend: here a stopped one, which outlives its postmaster."""
+    """The last backend still holds the lock of the server.
+
+    The test stops a backend, and the backend outlives its postmaster.
+    """
     connection = ensure_server(directory, durable=False)
     with psycopg.connect(**connection) as session:  # type: ignore[arg-type]
         backend, pid = session.info.backend_pid, postmaster(directory)

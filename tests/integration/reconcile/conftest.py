@@ -1,4 +1,4 @@
-"""An operator, and both orders in which a backfill may look."""
+"""Fixtures: an operator, and both orders in which a backfill can read payments."""
 
 from __future__ import annotations
 

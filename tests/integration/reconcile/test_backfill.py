@@ -1,4 +1,4 @@
-"""What payments prove is owed is made, once, and nothing else; whoever is in the way, and wherever it is stopped."""
+"""A backfill makes every purchase that payments prove to be owed, once, and no other purchase."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def marked_and_lost(shop: Shop) -> Payment:
 
 
 def duplicate_no_more(shop: Shop) -> Payment:
-    """It was the second of its pair; what held the pair is gone."""
+    """Write a payment that was the second of its pair, after the first purchase became inactive."""
     payment = shop.payment()
     shop.mark(uuid4(), "duplicate_payment", payment.id)
     shop.purchase(student=payment.student_id, course=payment.course_id, active=False)
@@ -145,7 +145,7 @@ def test_what_is_explained_is_left_as_it_is(kind: str, operator: Operator, shop:
 def test_a_discarded_letter_that_says_nothing_of_this_purchase_explains_nothing(
     operator: Operator, shop: Shop, letter: dict[str, str]
 ) -> None:
-    """Of an event of another type, or of a time when the payment was not there or had not succeeded."""
+    """The dead letter is of another event type, or older than the success of the payment."""
     payment = discarded(shop, "not ours", **letter)
     operator.run()
     assert shop.purchases(payment)
@@ -200,7 +200,10 @@ def test_the_letters_that_asked_for_it_are_closed(operator: Operator, shop: Shop
 
 @pytest.mark.usefixtures("both_guards")
 def test_of_a_pair_the_oldest_payment_is_granted(order: str, operator: Operator, shop: Shop) -> None:
-    """Whichever page it is on; the others are duplicates, told and not granted."""
+    """The oldest payment is granted on whatever page it is.
+
+    The others are reported as duplicates.
+    """
     first = [shop.payment(ago="3 days") for _ in range(20)]
     later = [shop.payment(student=each.student_id, course=each.course_id, ago="2 days") for each in first]
     later += [shop.payment(student=each.student_id, course=each.course_id, ago="1 day") for each in first[:5]]
@@ -216,7 +219,7 @@ def test_of_a_pair_the_oldest_payment_is_granted(order: str, operator: Operator,
 @pytest.mark.usefixtures("both_guards")
 @pytest.mark.parametrize("kind", ["json", "text"])
 def test_an_outbox_of_documents(kind: str, operator: Operator, shop: Shop) -> None:
-    """What is no JSON beside an event that explains its payment."""
+    """One payment has an event. The payload of that event is a document that jsonb would refuse."""
     shop.rows(f"ALTER TABLE outbox ALTER payload TYPE {kind}")
     in_flight, owed = shop.payment(), shop.payment()
     shop.rows(
@@ -245,7 +248,7 @@ def test_a_range_includes_since_and_not_until(order: str, operator: Operator, sh
     assert order
 
 
-# --- looking and the fuse
+# --- the look at all payments, and the fuse
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(operator: Operator, shop: Shop) -> None:
@@ -266,7 +269,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(operator: Operator, shop: Sh
 
 
 def act_as(shop: Shop, change: str) -> None:
-    """Whoever connects from now on."""
+    """Change a setting of the database for all new connections."""
     shop.rows(f"ALTER DATABASE {shop.scalar('SELECT quote_ident(current_database())')} {change}")
 
 

@@ -1,4 +1,4 @@
-"""A backfill beside others: rows that change between its look and its writing, refusals, the daemon."""
+"""A backfill beside other writers: rows that change after its look, refusals, and the daemon."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.backfilling import Operator, always
 from tests.support.factories import Payment, Shop, drain_all, hold_pair
 from tests.support.makers import Connect, MakeProcessor
 
-# --- what changes between the look and the writing
+# --- what changes between the look and the write
 
 
 def refund(shop: Shop, payment: Payment) -> None:
@@ -78,7 +78,10 @@ def test_it_looks_again_before_it_writes(
 
 @pytest.mark.usefixtures("both_guards")
 def test_what_is_not_written_and_not_explained_is_refused(operator: Operator, shop: Shop) -> None:
-    """Its mark names another payment, so ``decide`` grants nothing; but nothing explains the payment either."""
+    """The mark names another payment, and ``decide`` grants nothing.
+
+    But nothing explains the payment, either.
+    """
     owed, changed = shop.payment(), shop.payment()
     work = operator.begin()
     assert work.look(always) == 2
@@ -91,7 +94,10 @@ def test_what_is_not_written_and_not_explained_is_refused(operator: Operator, sh
 
 
 def test_a_purchase_that_is_being_written_is_waited_for(operator: Operator, shop: Shop, connect: Connect) -> None:
-    """Somebody writes the revoked purchase of this payment and has not committed: 23505, and another look."""
+    """Another transaction writes the inactive purchase of this payment and commits late.
+
+    The backfill gets 23505 and looks again.
+    """
     payment, other = shop.payment(), connect()
     neighbours = [shop.payment() for _ in range(4)]
     other.execute(
@@ -222,14 +228,14 @@ def test_transactions_are_bounded(operator: Operator, shop: Shop, monkeypatch: p
     )
 
 
-# --- beside others
+# --- beside other writers
 
 
 @pytest.mark.usefixtures("both_guards")
 def test_the_daemon_and_a_backfill_make_one_purchase(
     make_processor: MakeProcessor, operator: Operator, shop: Shop
 ) -> None:
-    """The event comes after the look; the one that writes second finds the purchase of the first."""
+    """The event comes after the look. The second writer finds the purchase of the first."""
     payments = [shop.payment() for _ in range(4)]
     work = operator.begin()
     work.look(always)
@@ -245,7 +251,7 @@ def test_the_daemon_and_a_backfill_make_one_purchase(
 
 
 def test_it_goes_no_faster_than_told(operator: Operator, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of the test's own: what it waited, and in what pages it went."""
+    """The test has a clock of its own. It checks the waiting time and the pages."""
     for _ in range(20):
         shop.payment()
     now, pages = [100.0], list[int]()

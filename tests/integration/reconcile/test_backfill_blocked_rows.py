@@ -1,4 +1,4 @@
-"""One row that another transaction locks, or that a trigger swallows, costs its own payment and no other."""
+"""A row that is locked, or that a trigger swallows, affects its own payment and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backfill that is stopped in the middle: who continues it, and where."""
+"""A backfill that is stopped in the middle: who continues it, and from which payment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.makers import Connect
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing is written down any more."""
+    """Stands for kill -9: the backfill writes nothing any more."""
 
 
 def kill_after(transactions: int) -> Callable[..., bool]:
@@ -75,7 +75,10 @@ def test_another_range_is_another_backfill(operator: Operator, shop: Shop) -> No
 
 
 def test_one_that_lives_is_left_alone(operator: Operator, shop: Shop) -> None:
-    """On another host, and heard of lately; then silent for a minute; then for so long that it is forgotten."""
+    """A backfill on another host is alive, then silent for a minute, then silent for 25 hours.
+
+    Another run continues it only in the second case.
+    """
     shop.payment()
     operator.begin()
     shop.rows("UPDATE backfill_runs SET host = 'elsewhere'")
@@ -91,7 +94,7 @@ def test_one_that_lives_is_left_alone(operator: Operator, shop: Shop) -> None:
 def test_the_cursor_stays_before_a_pair_that_is_held(
     operator: Operator, shop: Shop, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a backfill that goes on from there would never come back to it."""
+    """Otherwise a backfill that continues from the cursor would skip the locked pair."""
     monkeypatch.setattr(making, "CHUNK", 2)
     payments = sorted((shop.payment() for _ in range(6)), key=lambda each: each.id.int)
     other = connect()

@@ -1,4 +1,7 @@
-"""The audit lists pairs with two active purchases, by the ids' types; what is owed is one purchase of such a pair."""
+"""The audit lists pairs with two active purchases. It compares ids by the types of their columns.
+
+A backfill makes one purchase for such a pair.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ def test_what_the_command_says(
 @without_index
 @some_kinds
 def test_a_backfill_makes_one_purchase_of_a_pair(kind: Kind, guard_kind: str, shop: Shop, operator: Operator) -> None:
-    """Its payments are chosen in Python, where the texts of equal ids differ."""
+    """The backfill chooses payments in Python, where the texts of equal ids differ."""
     assert guard_kind == "lock"
     retype(shop, kind)
     oldest, _ = pay(shop, kind.one, confirmed=False)
@@ -113,7 +116,10 @@ def test_a_backfill_makes_one_purchase_of_a_pair(kind: Kind, guard_kind: str, sh
 
 
 def test_the_index_serves_the_search(shop: Shop, database: Database, tables: Tables) -> None:
-    """Ten million purchases are read in the order of the pair's index: no sort, no hash table, no table."""
+    """The search reads purchases in the order of the pair's index.
+
+    It needs no sort, no hash table and no row of the table.
+    """
     shop.rows(
         "INSERT INTO purchases (student_id, course_id, amount, currency)"
         " SELECT gen_random_uuid(), gen_random_uuid(), 1, 'EUR' FROM generate_series(1, 5000)"
@@ -134,7 +140,7 @@ def test_the_index_serves_the_search(shop: Shop, database: Database, tables: Tab
 def test_a_search_that_takes_long_is_repeated_with_more_time(
     shop: Shop, make_database: MakeDatabase, tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database cancels the first one for real."""
+    """The database really cancels the first search."""
     tries = []
     find = doubled.doubled_pairs
 
@@ -179,7 +185,7 @@ def look(check: Any, database: Database, settings: Settings, tables: Tables) -> 
 def test_the_doctor_prints_the_key_that_other_programs_must_use(
     kind: Kind, guard_kind: str, shop: Shop, database: Database, settings: Settings, tables: Tables
 ) -> None:
-    """What it prints works as it stands, and takes the lock that the worker takes."""
+    """The printed statement works as it is. It takes the lock that the worker takes."""
     assert guard_kind == "lock"
     retype(shop, kind)
     payment, _ = pay(shop, kind.one)
@@ -200,7 +206,7 @@ def test_the_doctor_prints_the_key_that_other_programs_must_use(
 def test_the_doctor_says_why_the_index_is_no_guard(
     kind: Kind, shop: Shop, database: Database, settings: Settings, tables: Tables
 ) -> None:
-    """Its remedy makes the index one."""
+    """The remedy makes the index a guard."""
     retype(shop, kind)
     shop.rows(GIFT, kind.one, "SQL")
     (found,) = look(guard, database, settings, tables)

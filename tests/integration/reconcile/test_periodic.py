@@ -1,4 +1,7 @@
-"""The backfill of the daemon: one worker at a time, only telling until a person has backfilled, never too much."""
+"""The daemon's periodic backfill: one worker at a time, never more purchases than the fuse.
+
+It only reports until a person has run a backfill.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ AGO = "1 hour"
 
 @pytest.fixture
 def make_worker(settings: Settings, tables: Tables) -> Iterator[MakeWorker]:
-    """Backfills of so many workers; none of them runs by itself."""
+    """Make the periodic backfills of some workers. None of them runs by itself."""
     made: list[PeriodicBackfill] = []
 
     def make(every: float = 900, stop: threading.Event | None = None) -> PeriodicBackfill:
@@ -65,7 +68,7 @@ def backfill_by_hand(database: Database, tables: Tables, settings: Settings, **a
 
 
 def pass_time(shop: Shop, interval: str) -> None:
-    """All backfills so far are older by so much."""
+    """Make all backfills so far older by this interval."""
     shop.rows(
         "UPDATE backfill_runs SET started_at = started_at - %(i)s::interval, cutoff = cutoff - %(i)s::interval,"
         " finished_at = finished_at - %(i)s::interval, seen_at = seen_at - %(i)s::interval",
@@ -96,7 +99,10 @@ def test_it_only_tells_until_a_person_has_backfilled(
     shop: Shop,
     records: list[dict[str, Any]],
 ) -> None:
-    """The first start on adopted tables must not grant years of history; no dry run and no refusal changes that."""
+    """The first start on adopted tables must not grant years of history.
+
+    Neither a dry run nor a refused backfill changes that.
+    """
     for currency in ("EUR", "EUR", "USD"):
         shop.payment(ago=AGO, currency=currency)
     worker = make_worker()
@@ -159,7 +165,10 @@ def test_far_more_than_the_fuse_is_counted_not_listed(
     monkeypatch: pytest.MonkeyPatch,
     records: list[dict[str, Any]],
 ) -> None:
-    """Pairs that were paid often: a list that was cut looks as if less was owed."""
+    """All payments are of one pair.
+
+    A list that was cut would look as if fewer payments were owed.
+    """
     monkeypatch.setattr(periodic, "FUSE", 2)
     monkeypatch.setattr(periodic, "_LIMITS", ScanLimits(portion=2))
     monkeypatch.setattr(scan, "PAGE_FIRST", 2)
@@ -203,7 +212,7 @@ def test_who_asks_while_another_begins_does_not_wait(
 def test_full_once_a_day_and_from_the_last_full_one_else(
     make_worker: MakeWorker, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """What the full look found stays in the gauges, and is not counted twice."""
+    """The gauges keep what the full look found, and do not count it twice."""
     worker = make_worker()
     shop.payment(ago="3 days")
     shop.payment(ago="30 minutes")
@@ -245,7 +254,10 @@ def test_what_fails_is_told_and_tried_again(
 
 
 def test_it_works_a_tenth_of_the_time(make_worker: MakeWorker, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a statement of half a second come four and a half of rest, in which the process that stops is not held."""
+    """After a statement of half a second the backfill rests for 4.5 seconds.
+
+    The rest ends if the process stops.
+    """
     stop, waited = threading.Event(), list[float]()
 
     def wait(seconds: float) -> None:

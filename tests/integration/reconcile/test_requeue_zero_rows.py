@@ -1,4 +1,4 @@
-"""A decision about dead letters is done only where the rows are there: nothing is taken for written unseen."""
+"""A decision about a dead letter is done only if its rows were written: the result is checked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def test_rows_of_others_without_an_id_do_not_hide_it(database: Database, tables:
 
 @pytest.mark.parametrize("other", ["payment", "type", "due time"])
 def test_another_event_under_its_id(other: str, database: Database, tables: Tables, shop: Shop) -> None:
-    """The event in the outbox is not the letter's, or nobody ever claims it: the letter stays open."""
+    """The outbox has another event with this id, or an event that no worker ever claims.
+
+    The dead letter stays open.
+    """
     let_be_null(shop)
     payment, sound = shop.payment(), shop.dead_letter(shop.payment())
     event = shop.dead_letter(payment)
@@ -87,7 +90,7 @@ def test_a_letter_that_cannot_be_closed(decision: Decision, database: Database, 
 
 @pytest.mark.parametrize("column", ["json", "text"])
 def test_documents(column: str, database: Database, tables: Tables, shop: Shop) -> None:
-    """The payment is read from the document on both sides."""
+    """The payment is read from the document in the outbox and in the dead letter."""
     shop.rows(f"ALTER TABLE outbox ALTER COLUMN payload TYPE {column} USING payload::text::{column}")
     typed = tables.with_documents(JSON() if column == "json" else Text())
     payment = shop.payment()

@@ -1,4 +1,4 @@
-"""Of a pair's unexplained payments only the oldest is owed the purchase, whatever range somebody looks at."""
+"""Only the oldest unexplained payment of a pair is owed the purchase, in whatever range."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_younger_one_outside_withholds_nothing(asked: dict[str, object], opera
 
 @pytest.mark.usefixtures("both_guards")
 def test_one_that_becomes_visible_after_the_scan(operator: Operator, shop: Shop) -> None:
-    """It is looked for again under the pair's lock."""
+    """The backfill searches again for older payments under the lock of the pair."""
     work = operator.begin(since=two_days_ago())
     younger = shop.payment(ago="1 day")
     work = operator.begin(since=two_days_ago())
@@ -86,13 +86,13 @@ def test_one_that_becomes_visible_after_the_scan(operator: Operator, shop: Shop)
 
 
 class Killed(BaseException):
-    """Stands for kill -9."""
+    """Stands for kill -9: the backfill writes nothing any more."""
 
 
 def test_a_continued_backfill_does_not_grant_the_younger(
     operator: Operator, shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database refused the older payment; then the backfill was killed behind it."""
+    """The database refused the older payment. Then the backfill was killed after that payment."""
     monkeypatch.setattr(making, "CHUNK", 1)
     shop.rows("CREATE INDEX ON payments (created_at, id)")
     older = shop.payment(ago="10 days", amount="13.00")

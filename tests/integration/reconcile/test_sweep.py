@@ -1,4 +1,7 @@
-"""Every payment classed once, in statements of bounded time and plans that no statistics lead astray."""
+"""Every payment is put in one class.
+
+The statements have a time limit and plans that ignore statistics.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ BY_TIME = "CREATE INDEX ON payments (created_at, id)"
 
 @pytest.fixture(params=["id", "created_at"])
 def order(request: pytest.FixtureRequest, shop: Shop) -> str:
-    """By the primary key, and by time where an index serves that."""
+    """Read by the primary key, and by time if an index serves that order."""
     if request.param == "created_at":
         shop.rows(BY_TIME)
     return str(request.param)
@@ -49,7 +52,7 @@ def begin_scan(
 
 
 def one_of_each(shop: Shop, ago: str = "0 seconds") -> dict[str, Payment]:
-    """A payment of every class, and of some that are not standing."""
+    """Write one payment of every class, and some payments that did not succeed."""
     found = {
         name: shop.payment(ago=ago) for name in ("active", "revoked", "unexplained", "dead", "waived", "in_flight")
     }
@@ -67,7 +70,7 @@ def one_of_each(shop: Shop, ago: str = "0 seconds") -> dict[str, Payment]:
 
 @pytest.mark.usefixtures("both_guards")
 def test_each_is_of_its_class(order: str, database: Database, tables: Tables, shop: Shop) -> None:
-    """One by one, ten of each, in pages of two: nothing is left out at an edge, nothing counted twice."""
+    """Read ten payments of each class in pages of two. No payment is left out or counted twice."""
     kinds = [one_of_each(shop, ago="0 seconds" if turn % 2 else "2 hours") for turn in range(10)]
     looked = begin_scan(database, tables, ScanRange(None, far_away()), page_max=2)
     assert looked.order == (("id",) if order == "id" else ("created_at", "id"))
@@ -83,7 +86,7 @@ def test_each_is_of_its_class(order: str, database: Database, tables: Tables, sh
 def test_pages_fit_together(
     order: str, payments: int, page: int, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """Also where many were created at the same moment."""
+    """Some payments were created at the same moment."""
     for _ in range(payments):
         shop.payment()
     shop.rows("UPDATE payments SET created_at = '2026-01-01'")
@@ -139,7 +142,10 @@ def test_payments_that_come_later_are_not_judged(database: Database, tables: Tab
 def test_an_explained_page_does_not_touch_the_outbox(
     database: Database, tables: Tables, shop: Shop, connect: Callable[..., psycopg.Connection[Any]]
 ) -> None:
-    """Nobody else can read it meanwhile; and one payment that no purchase explains needs it."""
+    """Another session has locked the outbox.
+
+    The scan reads the outbox only if no purchase explains a payment.
+    """
     shop.pay_many(300)
     shop.rows(
         "INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)"
@@ -165,7 +171,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def executed(database: Database, statement: Statement, values: dict[str, Any], by_index: bool = True) -> list[Any]:
-    """The nodes of a plan, with what they did."""
+    """Return the nodes of a plan after its execution."""
     given = {"since": None, "before": "infinity", **values}
     explain = copy.copy(statement)
     explain._rendered = statement._rendered._replace(sql=f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}")
@@ -180,7 +186,10 @@ def scans(found: list[Any], relation: str) -> list[Any]:
 
 
 def grown_behind_its_statistics(shop: Shop, n: int) -> None:
-    """Statistics of empty tables; then ``n`` payments, a third of them active, all others in flight."""
+    """Analyze empty tables.
+
+    Then write ``n`` payments: a third is active, all others are in flight.
+    """
     shop.rows("ANALYZE payments, outbox, purchases, dead_letters")
     shop.rows("ALTER TABLE payments SET (autovacuum_enabled = off)")
     shop.rows("ALTER TABLE outbox SET (autovacuum_enabled = off)")
@@ -248,7 +257,7 @@ def test_without_indexes_tables_are_hashed_not_read_per_payment(
 
 
 def make_slow(shop: Shop, milliseconds: int) -> None:
-    """Payments become a view of which every row that is read takes its time."""
+    """Replace payments by a view that needs some time for every row."""
     shop.rows("ALTER TABLE payments RENAME TO payments_of_old")
     shop.rows(
         "CREATE FUNCTION slowly(given text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS"

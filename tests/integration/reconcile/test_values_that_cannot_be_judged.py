@@ -1,4 +1,7 @@
-"""Values that no statement of ours may stumble over: they are told, make the audit fail, and stop nobody else."""
+"""Values that no statement can judge: the audit reports them and fails.
+
+Events of other payments are settled.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def nullable(shop: Shop) -> None:
 
 
 def audited(database: Database, tables: Tables) -> AuditReport:
-    """The audit's report; both of its outputs can be made."""
+    """Return the audit's report, and print both of its outputs."""
     report = Audit.start(database, tables).run()
     json.dumps(terminal.plain(audit_view.audit_object(report)), allow_nan=False)
     audit_view.print_audit(report, 10)
@@ -88,7 +91,7 @@ def test_a_time_after_the_range_is_not_out_of_sight(
 
 @pytest.mark.parametrize("name", MISSING)
 def test_what_has_its_purchase_needs_no_judgement(name: str, database: Database, tables: Tables, shop: Shop) -> None:
-    """An erased student, a free course without a price, an import without dates: their purchases are there."""
+    """Each has its purchase: an erased student, a course without price, an import without dates."""
     payment = shop.payment()
     shop.purchase(payment)
     column, value = MISSING[name]
@@ -153,7 +156,10 @@ def test_a_refunded_payment_without_an_amount(database: Database, tables: Tables
 def test_nobody_gets_a_purchase_for_nobody(
     column: str, processor: ProbedProcessor, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """Purchases could hold a NULL here, too. The event alone is refused, and its neighbour settled."""
+    """The column of purchases accepts NULL in this test.
+
+    Only the event of the erased payment is refused.
+    """
     erased, _ = shop.paid(payload={"student_id": None, "course_id": None})
     shop.rows(f"UPDATE payments SET {column} = NULL WHERE id = %s", erased.id)
     sound, _ = shop.paid()
@@ -179,7 +185,10 @@ def test_an_heir_that_cannot_be_judged_inherits_nothing(processor: ProbedProcess
 @pytest.mark.parametrize("column", ["student_id", "course_id", "amount", "currency"])
 @pytest.mark.parametrize("is_bought", [True, False])
 def test_the_refund_of_an_erased_payment(column: str, is_bought: bool, processor: ProbedProcessor, shop: Shop) -> None:
-    """The purchase keeps what was erased from the payment. Purchases of ours refuse NULL even before ON CONFLICT."""
+    """The purchase keeps what was erased from the payment.
+
+    If a column of purchases is NOT NULL, PostgreSQL refuses NULL even before ON CONFLICT.
+    """
     shop.rows(f"ALTER TABLE purchases ALTER COLUMN {column} SET NOT NULL")
     payment = shop.payment()
     if is_bought:

@@ -27,24 +27,24 @@ def make_site(
 
 @pytest.fixture
 def empty(make_site: Callable[[str | None], Installation]) -> Installation:
-    """A database without a table."""
+    """Make a database without a table."""
     return make_site(None)
 
 
 @pytest.fixture
 def migrated(make_site: Callable[[str | None], Installation]) -> Installation:
-    """core@head, no option."""
+    """Make a database at core@head, without an option."""
     return make_site("lock")
 
 
 @pytest.fixture
 def stock(migrated: Installation) -> Shop:
-    """Rows for the migrated database."""
+    """Return a shop that writes rows to the migrated database."""
     return Shop(migrated.connection)
 
 
 @pytest.fixture
 def adopting(empty: Installation) -> Installation:
-    """A database in which another application made ``purchases``."""
+    """Make a database in which another application created ``purchases``."""
     empty.execute(SHOPS_PURCHASES)
     return empty

@@ -1,4 +1,4 @@
-"""Tables of another application: they are taken as they are, or refused before anything is made."""
+"""Tables of another application: a migration adopts them unchanged or refuses before it starts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def test_the_worker_can_settle_into_an_adopted_table(adopting: Installation) -> 
 
 @pytest.mark.parametrize("options", [(), ("unique_index",)], ids=["lock", "index"])
 def test_students_and_courses_may_be_numbers_and_texts(empty: Installation, options: tuple[str, ...]) -> None:
-    """Purchases are made to fit the payments that are there; what nobody reads is not asked for."""
+    """The new purchases fit the existing payments.
+
+    Columns that the worker never reads are not required.
+    """
     empty.execute(SHOPS_PAYMENTS)
     empty.settings = {"columns": "payments.student_id=user_id"}
     assert empty.migrate(*options).adopted == ("public.payments",)

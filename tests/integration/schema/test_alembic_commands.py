@@ -55,10 +55,13 @@ def test_check_finds_nothing_to_do_after_a_round_trip(migrated: Installation) ->
 
 
 def test_check_leaves_the_tables_of_others_alone(adopting: Installation) -> None:
-    """Adopted ones, such as have no name of ours, and those of another schema with our names."""
+    """Adopted tables can have other names.
+
+    Another schema can have tables with the worker's names.
+    """
     adopting.execute(SHOPS_PAYMENTS)
     adopting.settings = {"columns": "payments.student_id=user_id"}
-    adopting.execute("DROP TABLE purchases")  # ours take the types of the adopted payments
+    adopting.execute("DROP TABLE purchases")  # a new table takes the types of the adopted payments
     adopting.execute("CREATE TABLE courses (id text PRIMARY KEY); CREATE INDEX ON courses (id)")
     adopting.execute("CREATE SCHEMA other; CREATE TABLE other.outbox (id int); CREATE TABLE other.rooms (id int)")
     assert adopting.migrate("unique_index").adopted == ("public.payments",)

@@ -1,4 +1,7 @@
-"""Tables of another application whose form makes writes fail or lose rows: each is told, and each remedy helps."""
+"""Tables of another application whose form makes writes fail or lose rows.
+
+Each problem is reported, and each remedy helps.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,20 @@ def concerns(database: Database, tables: Tables) -> list[SchemaProblem]:
 
 
 def paste(shop: Shop, remedy: str) -> None:
-    """Run the statements of a remedy, as a person does, one after the other."""
+    """Run the statements of a remedy one after the other, as a person does."""
     for each in remedy.removeprefix("as its owner: ").split("; "):
         shop.connection.execute(each, prepare=False)
 
 
 def verdicts(database: Database, settings: Settings, name: str) -> list[tuple[str, str, str]]:
-    """What one check of the doctor says."""
+    """Return what one check of the doctor says."""
     with database.snapshot() as session:
         subject = Subject(session, settings, build_tables(settings), database)
         return [(str(each.verdict), each.evidence, each.remedy) for each in CHECKS[name].look(subject)]
 
 
 def partition(shop: Shop, table: str, by: str) -> None:
-    """Put a partitioned table in the place of the table."""
+    """Replace the table by a partitioned table."""
     bounds = "FOR VALUES WITH (MODULUS 1, REMAINDER 0)" if "HASH" in by else "DEFAULT"
     shop.connection.execute(
         f"ALTER TABLE {table} RENAME TO plain;"
@@ -79,7 +82,10 @@ def test_a_foreign_key_to_the_outbox(shop: Shop, database: Database, tables: Tab
 
 
 def test_the_foreign_key_of_a_partition(shop: Shop, database: Database, tables: Tables) -> None:
-    """A foreign key that PostgreSQL does not enforce is none."""
+    """The foreign key of a partition is reported.
+
+    A foreign key that PostgreSQL does not enforce is not.
+    """
     if shop.connection.info.server_version >= 180000:
         shop.rows("ALTER TABLE processed_events ADD FOREIGN KEY (event_id) REFERENCES outbox (event_id) NOT ENFORCED")
     partition(shop, "dead_letters", "HASH (event_id)")
@@ -146,7 +152,10 @@ def test_a_rule_stops_the_worker(
 def test_a_disabled_rule_is_told_exactly_if_it_refuses(
     shop: Shop, database: Database, tables: Tables, processor: ProbedProcessor
 ) -> None:
-    """PostgreSQL refuses ON CONFLICT because of a disabled rule ON UPDATE, but not because of one ON INSERT."""
+    """A disabled rule ON UPDATE makes PostgreSQL refuse ON CONFLICT.
+
+    A disabled rule ON INSERT does not.
+    """
     for command in ("INSERT", "UPDATE"):
         shop.rows(f"CREATE RULE r{command} AS ON {command} TO processed_events DO ALSO SELECT 1")
         shop.rows(f"ALTER TABLE processed_events DISABLE RULE r{command}")
@@ -223,7 +232,7 @@ def test_computed_columns_that_the_worker_does_not_write(shop: Shop, database: D
     assert problems(database, tables) == []
 
 
-# --- all of them stop migrate
+# --- each of these shapes stops ``migrate``
 
 
 def test_migrate_refuses_adopted_tables_of_such_a_form(empty: Installation) -> None:
@@ -383,14 +392,14 @@ def test_an_outbox_that_is_a_view(
 
 
 def test_a_view_of_the_outbox_can_be_settled(shop: Shop, processor: ProbedProcessor) -> None:
-    """It is not refused, because PostgreSQL passes the writes on to the table behind it."""
+    """A view is accepted: PostgreSQL passes the writes on to the table behind the view."""
     shop.rows("ALTER TABLE outbox RENAME TO behind; CREATE VIEW outbox AS TABLE behind")
     shop.paid()
     assert drain_all(processor) == {Outcome.CREATED: 1}
 
 
 def test_payments_may_be_a_view(shop: Shop, database: Database, tables: Tables, settings: Settings) -> None:
-    """The worker only reads it; only a row with NULL is told."""
+    """The worker only reads the view. Only a row with NULL is reported."""
     payment = shop.payment()
     shop.rows("ALTER TABLE payments RENAME TO behind; ALTER TABLE behind ALTER status DROP NOT NULL")
     shop.rows("CREATE VIEW payments AS TABLE behind")

@@ -1,4 +1,7 @@
-"""Ids of other types than UUID: purchases get the payments' types, and types that cannot be compared are refused."""
+"""Ids of other types than UUID: purchases get the types of payments.
+
+Types that cannot be compared are refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Migrations up and down, on empty databases, on full ones, on those of another application, and twice at once."""
+"""Migrations up and down, on empty databases, full ones and adopted ones, and two at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.installations import OWN, Installation
 
 
 def fill(shop: Shop) -> None:
-    """At least one row in every table."""
+    """Write at least one row in every table."""
     payment, event_id = shop.paid()
     shop.purchase(payment)
     shop.mark(event_id)
@@ -65,13 +65,16 @@ def test_a_table_that_was_dropped_is_not_said_to_be_created(migrated: Installati
 
 
 def test_a_new_table_of_a_given_name_is_told_apart(empty: Installation) -> None:
-    """Where a table that exists was meant, its name was mistyped: people must see that an empty one was made."""
+    """If the user meant an existing table, its name was mistyped.
+
+    The output must say that a new one was made.
+    """
     empty.settings = {"tables": "outbox=events"}
     assert empty.migrate().named == ("public.events",)
 
 
 def test_payments_that_are_named_and_absent_stop_it_before_anything_is_made(empty: Installation) -> None:
-    """An empty table in the place of a mistyped one would turn every event into a dead letter."""
+    """An empty table with a mistyped name would turn every event into a dead letter."""
     empty.settings = {"tables": "payments=paymentz"}
     with pytest.raises(SettingError, match=r"public\.paymentz.*Nothing was changed"):
         empty.migrate("unique_index")
@@ -109,7 +112,10 @@ def test_down_on_full_tables_loses_no_row_and_up_again_finds_them(migrated: Inst
 
 
 def test_an_installation_of_the_first_revision_gets_what_came_since(migrated: Installation, stock: Shop) -> None:
-    """Our own tables are altered by the migrations; that they do not fit before is no reason to refuse."""
+    """The migrations alter the worker's own tables.
+
+    Old tables that do not fit yet are no reason to refuse.
+    """
     fill(stock)
     stock.rows("ALTER TABLE workers DROP COLUMN succeeded_at")
     stock.rows("DROP TABLE backfill_runs")
@@ -153,7 +159,7 @@ print(len(migration.upgrade(database, settings, build_tables(settings), ("unique
 
 
 def test_two_processes_at_once_on_an_empty_database(empty: Installation, request: pytest.FixtureRequest) -> None:
-    """Processes, because alembic's own globals forbid two threads."""
+    """The test needs processes, because two threads cannot share alembic's globals."""
     both = []
     for _ in range(2):
         process = subprocess.Popen(
@@ -181,9 +187,12 @@ def test_two_processes_at_once_on_an_empty_database(empty: Installation, request
 
 
 def test_a_second_migration_does_not_hinder_the_first_ones_concurrent_build(migrated: Installation) -> None:
-    """CREATE INDEX CONCURRENTLY waits for every older snapshot; one that waits for our lock must hold none."""
+    """CREATE INDEX CONCURRENTLY waits for every older snapshot.
+
+    A migration that waits for the lock of the first must not hold a snapshot.
+    """
     with ThreadPoolExecutor(2) as pool, psycopg.connect(servers.libpq(migrated.url)) as holder:
-        holder.execute("LOCK TABLE purchases IN SHARE MODE")  # the first build waits here, lock in hand
+        holder.execute("LOCK TABLE purchases IN SHARE MODE")  # the first build waits here with its lock
         both = [pool.submit(migrated.migrate, "unique_index") for _ in range(2)]
         deadline = monotonic() + 10
         building = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ~ 'CONCURRENTLY'"
@@ -200,7 +209,7 @@ def test_a_second_migration_does_not_hinder_the_first_ones_concurrent_build(migr
 
 
 def test_plain_alembic_is_enough_to_run(empty: Installation) -> None:
-    """The command as a user types it at the top of a checkout."""
+    """Run the command as a user types it in the top folder of a checkout."""
     done = subprocess.run(
         [Path(sys.executable).with_name("alembic"), "upgrade", "core@head"],
         cwd=ROOT,

@@ -1,4 +1,7 @@
-"""Purchases can hold every amount and currency of payments; where they cannot, it is told and never altered unasked."""
+"""Purchases can hold every amount and currency of payments.
+
+If purchases cannot, the problem is reported, and no column is altered unasked.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def looked(site: Installation, look: Any) -> Any:
 
 
 def before_the_list(site: Installation) -> None:
-    """Take the database back to what the version before made."""
+    """Take the database back to what the previous version made."""
     site.alembic(command.downgrade, "core_0004")
     site.execute(LIMITED)
 
@@ -135,7 +138,7 @@ def test_a_view_on_the_amount_does_not_stop_the_migration(migrated: Installation
 
 
 def test_the_migration_waits_for_a_transaction_only_in_short_turns(migrated: Installation) -> None:
-    """Others get to the table between two turns of the migration."""
+    """Other transactions get to the table between two turns of the migration."""
     before_the_list(migrated)
     migrated.connection.execute("BEGIN")
     migrated.connection.execute("LOCK TABLE purchases IN ROW EXCLUSIVE MODE")
@@ -172,7 +175,10 @@ def set_types(site: Installation, table: str, types: tuple[str, str]) -> None:
 
 
 def test_an_adopted_column_that_is_narrower_is_told_with_ddl_that_helps(empty: Installation) -> None:
-    """All in one database: what is rounded stops worker and migration, what is refused is only told."""
+    """All cases share one database. If purchases round an amount, worker and migration stop.
+
+    A value that purchases refuse is only reported.
+    """
     empty.execute(SHOPS_PAYMENTS.format(amount="numeric", currency="text"))
     empty.execute(SHOPS_PURCHASES.format(amount="numeric", currency="text"))
     empty.migrate()

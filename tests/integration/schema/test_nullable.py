@@ -1,4 +1,4 @@
-"""Columns of adopted tables that may be NULL: told with statements that work, and no trouble of anybody else's."""
+"""Columns of adopted tables that can be NULL: each is reported with statements that work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEVER = ("event_id", "event_type", "due_at")
 
 
 def statements(remedy: str) -> list[str]:
-    """What a person pastes: everything from the first SQL word on."""
+    """Return the statements that a person pastes: the text from the first SQL word on."""
     found = re.search(r"(SELECT|UPDATE|ALTER) .*", remedy)
     assert found is not None, remedy
     return [each for each in found[0].split(";") if each.strip()]
@@ -60,7 +60,7 @@ def test_each_column_is_told_and_the_remedies_work_when_pasted(
 def test_a_row_with_null_does_not_spoil_the_remedy(
     table: str, column: str, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """Either the remedy fills the row, or it shows the row and names no statement that would fail."""
+    """The remedy fills the row, or it shows the row and names no statement that would fail."""
     payment, event = shop.paid()
     shop.purchase(payment)
     shop.mark(event)
@@ -77,7 +77,7 @@ def test_a_row_with_null_does_not_spoil_the_remedy(
 
 
 def test_names_that_need_quotes(shop: Shop, database: Database) -> None:
-    """The statement names table and column as they are."""
+    """The statement quotes the names of table and column."""
     shop.rows('ALTER TABLE outbox RENAME TO "My Outbox"')
     shop.rows('ALTER TABLE "My Outbox" RENAME COLUMN due_at TO "due At"')
     shop.rows('ALTER TABLE "My Outbox" ALTER COLUMN "due At" DROP NOT NULL')
@@ -182,7 +182,7 @@ def test_due_at_infinity_is_never(database: Database, tables: Tables, shop: Shop
 def test_a_purchase_that_is_neither_active_nor_not_is_not_active(
     processor: ProbedProcessor, database: Database, tables: Tables, shop: Shop
 ) -> None:
-    """Its own payment is not brought back by it, and it holds no pair."""
+    """Its payment gets no second purchase, and the purchase does not hold its pair."""
     let_be_null(shop)
     own, event = shop.paid()
     shop.purchase(own)

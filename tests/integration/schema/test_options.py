@@ -1,4 +1,4 @@
-"""The branches ``unique_index`` and ``notify``: up, down, in any order, and what stands in their way."""
+"""The options ``unique_index`` and ``notify``: up and down in any order, and what blocks them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def test_once_the_duplicates_are_gone_the_index_is_built(migrated: Installation,
 
 @pytest.fixture
 def leftover(migrated: Installation, stock: Shop) -> Installation:
-    """An INVALID index under our name, as a build leaves it that failed half-way; the duplicates are gone since."""
+    """Make an INVALID index with the worker's name, as a failed build leaves it.
+
+    The duplicates that made the build fail are gone.
+    """
     pair = stock.payment()
     stock.purchase(pair)
     extra = stock.purchase(student=pair.student_id, course=pair.course_id)
@@ -99,7 +102,7 @@ def test_an_invalid_leftover_is_rebuilt(leftover: Installation) -> None:
 
 @pytest.mark.parametrize("option", ["unique_index", "notify"])
 def test_an_option_that_was_lost_since_is_put_up_again(migrated: Installation, option: str) -> None:
-    """The version table remembers what was done, not what is there."""
+    """The version table says what was done, not what exists now."""
     assert (migrated.migrate(option).built, migrated.migrate(option).found) == ((option,), (option,))
     before = migrated.snapshot()
     lost = {"unique_index": f"DROP INDEX {PAIR_INDEX}", "notify": f"DROP TRIGGER {NOTIFY_TRIGGER} ON outbox"}
@@ -206,7 +209,7 @@ def test_notify_tells_of_events_at_their_commit(migrated: Installation, stock: S
         assert [(note.channel, note.payload) for note in told] == [(NOTIFY_CHANNEL, "public.outbox")]
         migrated.downgrade("notify")
         stock.pay_many(3)
-        assert list(listener.notifies(timeout=0.2)) == []  # one statement told once, and none tells now
+        assert list(listener.notifies(timeout=0.2)) == []  # one statement notifies once
 
 
 # --- branches
@@ -245,7 +248,7 @@ def test_options_are_independent_in_each_order(
 
 @pytest.mark.parametrize("option", STATES)
 def test_core_goes_down_before_an_option(make_site: Callable[[str | None], Installation], option: str) -> None:
-    """Whoever goes back does not have to know an order."""
+    """A user who goes back does not have to know the order."""
     site = make_site(None)
     site.migrate(option)
     site.downgrade("core")
@@ -255,7 +258,7 @@ def test_core_goes_down_before_an_option(make_site: Callable[[str | None], Insta
 
 
 def test_all_heads_at_once(empty: Installation) -> None:
-    """``alembic upgrade heads`` takes the branches in an order of its own."""
+    """``alembic upgrade heads`` chooses the order of the branches."""
     empty.alembic(command.upgrade, "heads")
     assert empty.own_tables() == OWN
     assert empty.guard() is Guard.INDEX

@@ -1,4 +1,4 @@
-"""New purchases get ids that grow with time, in our own table and nowhere else."""
+"""New purchases get ids that grow with time, but only in a table that the worker made."""
 
 from __future__ import annotations
 

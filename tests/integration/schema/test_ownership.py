@@ -1,4 +1,4 @@
-"""A role that may not migrate is told what belongs to whom, and the way out that it is told works."""
+"""A role without the privilege to migrate is told who owns what. The printed remedy works."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Roles = dict[str, str]
 
 @pytest.fixture
 def roles(server: servers.Server) -> Iterator[Roles]:
-    """``owner`` and ``migrator``, whose names must be quoted; dropped in the end."""
+    """Make the roles ``owner`` and ``migrator``, whose names need quotes. Drop them at the end."""
     suffix = uuid4().hex[:8]
     made = {role: f'The "{role}" {suffix}' for role in ("owner", "migrator")}
     with psycopg.connect(servers.libpq(server.url), autocommit=True) as connection:
@@ -39,7 +39,7 @@ def roles(server: servers.Server) -> Iterator[Roles]:
 
 @pytest.fixture
 def owned(empty: Installation, roles: Roles) -> Iterator[Installation]:
-    """A schema of the owner's in which nothing was migrated yet."""
+    """Make a schema that belongs to the owner, without any migration."""
     execute(empty, "CREATE SCHEMA work AUTHORIZATION {owner}", roles)
     empty.settings = {"schema": "work"}
     yield empty
@@ -67,7 +67,7 @@ def refused(site: Installation, *options: str) -> str:
 
 
 def follow(site: Installation, told: str) -> int:
-    """Run every remedy as it stands there; how many."""
+    """Run every remedy as it is printed. Return how many there were."""
     found: list[str] = re.findall(r": (GRANT .*;)$", told, re.MULTILINE)
     for statement in found:
         site.connection.execute(statement)

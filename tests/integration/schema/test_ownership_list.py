@@ -1,4 +1,7 @@
-"""Which tables are ours: the list or the comment decides, and a table that neither names is adopted, which is told."""
+"""Which tables the worker owns: the list or the comment decides.
+
+A table that neither of them names is adopted, and the output says so.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ LISTED = f"SELECT table_schema || '.' || table_name FROM {OWNERSHIP_LIST}"
 DROP_COMMENTS = "DO $$ DECLARE t text; BEGIN FOR t IN SELECT relname FROM pg_class WHERE relkind = 'r' " + (
     "AND relnamespace = 'public'::regnamespace LOOP EXECUTE format('COMMENT ON TABLE %I IS NULL', t); END LOOP; END $$"
 )
-"""What a restore with --no-comments leaves."""
+"""A restore with --no-comments leaves tables without comments."""
 
 
 def asked(site: Installation, question: Any, role: str | None = None) -> Any:
@@ -100,7 +103,7 @@ def test_a_name_in_the_list_without_a_table_is_no_table_of_ours(migrated: Instal
 
 @pytest.mark.parametrize("schema", ["public", 'Own "schema'], ids=["public", "quoted"])
 def test_up_and_down_keep_what_is_ours(empty: Installation, schema: str) -> None:
-    """An earlier version knows comments only, so the way down writes them again."""
+    """An earlier version knows only comments. Therefore the way down writes the comments again."""
     empty.settings = {"schema": schema}
     empty.migrate()
     quoted = schema.replace('"', '""')

@@ -1,4 +1,4 @@
-"""The revisions stay what they were when they were released: they import nothing of the program."""
+"""Released revisions never change: they import nothing of the program."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_look_at_the_configuration_can_fail() -> None:
 
 
 def test_the_program_knows_by_the_same_names_what_the_migrations_made() -> None:
-    """Where one of these changes, a revision must rename it in the databases that have it."""
+    """If one of these names changes, a revision must rename the object in existing databases."""
     naming = frozen_naming().TableNaming
     assert naming.owned == schema.OWNED
     assert naming.pair_index == schema.PAIR_INDEX
@@ -81,7 +81,10 @@ def frozen_naming() -> Any:
 
 
 def imported(source: str) -> set[str]:
-    """The top-level packages of all imports, wherever they stand; a relative one by its dots."""
+    """Return the top-level packages of all imports, at any place.
+
+    A relative import counts by its dots.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -92,7 +95,7 @@ def imported(source: str) -> set[str]:
 
 
 def taken(source: str) -> set[str | None]:
-    """What is taken from an ``.attributes``: the constant key, or None where it is not to be seen."""
+    """Return the keys that the source reads from ``.attributes``. An unknown key is None."""
     nodes = list(ast.walk(ast.parse(source)))
     keys: dict[ast.expr, str] = {
         node.value: node.slice.value

@@ -1,6 +1,6 @@
-"""What the migrations make is what ``schema.py`` says, to the last default and predicate.
+"""The migrations make exactly what ``schema.py`` says, down to each default and predicate.
 
-PostgreSQL itself prints both: the migrated database, and one made from the metadata.
+PostgreSQL prints two databases: the migrated one, and one made from the metadata.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Shape = dict[str, dict[str, Any]]
 
 
 def shape(url: str, **named: Any) -> Shape:
-    """Columns, constraints and indexes of the tables, by role."""
+    """Return columns, constraints and indexes of the tables, by role."""
     tables = build_tables(load_settings(**named)).by_role()
     with psycopg.connect(servers.libpq(url)) as connection:
         described = {role: catalogue.describe(connection, relation_name(table)) for role, table in tables.items()}
@@ -34,7 +34,7 @@ def shape(url: str, **named: Any) -> Shape:
 
 
 def differences(one: Shape, other: Shape) -> set[str]:
-    """``role.what: row`` for every row that only one of the two has."""
+    """Return ``role.what: row`` for every row that only one of the two shapes has."""
     return {
         f"{role}.{what}: {row}"
         for role in COLUMNS
@@ -72,7 +72,7 @@ RENAMED: dict[str, Any] = {
 
 @pytest.mark.parametrize("named", [{}, RENAMED], ids=["own_names", "other_names"])
 def test_migrations_make_what_the_schema_says(make_url: Callable[[str | None], str], named: dict[str, Any]) -> None:
-    """But for the look-up index, which the branch ``unique_index`` replaces and the schema leaves out."""
+    """Only the look-up index differs: ``unique_index`` replaces it, the schema leaves it out."""
     migrated, declared = make_url(None), make_url(None)
     migrate(migrated, **named)
     make_from_metadata(declared, **named)
@@ -90,7 +90,7 @@ def test_the_look_up_index_serves_the_pair(make_url: Callable[[str | None], str]
 
 
 def test_defaults_let_a_producer_write_the_least(make_url: Callable[[str | None], str]) -> None:
-    """What the payments service must give, and nothing more."""
+    """The payments service must write only these columns."""
     with psycopg.connect(servers.libpq(make_url("lock"))) as connection:
         connection.execute(
             "INSERT INTO payments (student_id, course_id, amount, currency, status)"

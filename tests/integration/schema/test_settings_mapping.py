@@ -1,4 +1,4 @@
-"""Other names for tables and columns change nothing: the same past, settled under both, leaves the same present."""
+"""Other names for tables and columns change nothing: the same past leads to the same rows."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""A shop's likely names; names that need quotes everywhere; names that mean another column of ours."""
+"""Other names: likely names of a shop, names that need quotes, and names of other columns."""
 
 EACH = ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sample", "swapped"))]
-"""Names that need quotes everywhere in each run; the other mappings in the slow one."""
+"""Every run uses names that need quotes everywhere. The slow run uses the other mappings, too."""
 
 TIMES = {
     "purchases": ("id", "created_at", "deactivated_at"),
@@ -87,7 +87,7 @@ TIMES = {
     "dead_letters": ("dead_at", "resolved_at"),
     "outbox": ("due_at",),
 }
-"""Columns that hold the hour or chance of the run."""
+"""Columns with times or random values."""
 
 
 class Site:
@@ -132,7 +132,7 @@ class Site:
                     session.execute(insert(table).values([{table.c[key]: row[key] for key in row} for row in rows]))
 
     def forget(self) -> None:
-        """Every row."""
+        """Delete every row."""
         for table in self.tables.by_role().values():
             with self.database.transaction() as session:
                 session.execute(delete(table))
@@ -144,7 +144,7 @@ class Site:
             return [dict(zip(COLUMNS[role], row, strict=True)) for row in session.execute(select(*columns))]
 
     def present(self) -> dict[str, Counter[str]]:
-        """All tables, but for times and chance."""
+        """Return the rows of all tables, without times and random values."""
         return {role: Counter(self._plain(role)) for role in COLUMNS}
 
     def _plain(self, role: str) -> Iterator[str]:
@@ -173,7 +173,7 @@ def make_site(make_url: Callable[[str | None], str], both_guards: str) -> Iterat
 
 
 def write_the_past(shop: Shop) -> None:
-    """Every outcome at least once, and dead letters that are settled, reopened and left alone."""
+    """Write every outcome at least once, and dead letters to be settled, reopened or left."""
     shop.pay_many(20)
     shop.pay_many(6, pairs=2, events=2)
     recovered, event = shop.paid()
@@ -212,7 +212,7 @@ def write_the_past(shop: Shop) -> None:
 
 @pytest.fixture
 def settled(make_site: Sites, request: pytest.FixtureRequest) -> tuple[Site, Site, Counter[Outcome], Counter[Outcome]]:
-    """The same past, settled under our names and under others."""
+    """Settle the same past under the default names and under other names."""
     plain = make_site()
     with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         write_the_past(Shop(connection))
@@ -235,7 +235,7 @@ def test_other_names_same_results(settled: tuple[Site, Site, Counter[Outcome], C
 
 @pytest.mark.parametrize("name", EACH)
 def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None:
-    """Of waiting events, of dead letters, of marks."""
+    """Explain events in the outbox, dead letters and marks."""
     plain, mapped = make_site(), make_site(**MAPPINGS[name])
     with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         write_the_past(Shop(connection))
@@ -250,7 +250,7 @@ def test_the_same_stories_under_other_names(name: str, make_site: Sites) -> None
 
 @pytest.mark.parametrize("name", EACH)
 def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> None:
-    """What is found, what is made, and how it goes on where it was killed."""
+    """Compare what is found, what is made, and how a killed backfill goes on."""
     plain, mapped = make_site(), make_site(**MAPPINGS[name])
     with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         write_the_past(Shop(connection))
@@ -259,7 +259,7 @@ def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> No
     assert mapped.audit() == plain.audit()
     for site in (plain, mapped):
         work = site.backfill()
-        work.look(lambda *_: True)  # and is heard of no more
+        work.look(lambda *_: True)  # it never writes a sign of life again
     reports = [site.backfill() for site in (plain, mapped)]
     owed = [report.look(lambda *_: True) for report in reports]
     made = [report.make(lambda *_: True) for report in reports]
@@ -271,7 +271,10 @@ def test_audit_and_backfill_under_other_names(name: str, make_site: Sites) -> No
 
 
 def test_a_fallback_in_the_middle_works_under_other_names(make_site: Sites, both_guards: str) -> None:
-    """The index is gone and the worker has not noticed: 42P10 is met with mapped names in hand."""
+    """The index is gone and the worker has not noticed.
+
+    It meets 42P10 while it uses the other names.
+    """
     plain, mapped = make_site(), make_site(**MAPPINGS["sample"])
     with psycopg.connect(plain.settings.conninfo, autocommit=True) as connection:
         Shop(connection).pay_many(30, pairs=10)

@@ -1,4 +1,4 @@
-"""Statuses of payments under other names: settled, audited and refunded by what they mean, and told if unknown."""
+"""Statuses of payments with other names: the worker uses the meaning and reports unknown ones."""
 
 from __future__ import annotations
 
@@ -105,7 +105,10 @@ def test_what_cannot_be_meant_is_refused(values: dict[str, Any], said: str, data
 def test_unknown_statuses_are_told_with_lines_that_work(
     change: str, shop: Shop, database: Database, database_url: str, tmp_path: Path
 ) -> None:
-    """``doctor`` and ``audit`` print lines for the configuration file; with them, nothing is unknown."""
+    """``doctor`` and ``audit`` print lines for the configuration file.
+
+    With these lines, no status is unknown.
+    """
     shop.rows(change)
     for status in ("PAID", "CAPTURED", "REFUNDED", "DRAFT"):
         shop.payment(status=status, ago="1 hour")

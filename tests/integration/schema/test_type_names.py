@@ -1,4 +1,4 @@
-"""Event types under other names: settled, audited, explained and requeued by what they mean."""
+"""Event types under other names are settled, audited, explained and requeued by their meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tables that a crash of the server empties are told at start, by ``status`` and by ``doctor``, with a remedy."""
+"""Tables that a crash of the server empties: the start, ``status`` and ``doctor`` report them.
+
+The report has a remedy.
+"""
 
 from __future__ import annotations
 

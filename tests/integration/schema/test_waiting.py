@@ -1,4 +1,4 @@
-"""A build that waits for somebody's open transaction says for whose."""
+"""A build that waits for an open transaction says whose transaction it is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Told = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
-    """The records of waits so far, each with its message; looks come fast."""
+    """Return the log records of waits so far, with their messages. The looks follow fast."""
     monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.1)
     found: list[dict[str, Any]] = []
 
@@ -60,7 +60,10 @@ def test_it_says_whose_transaction_it_waits_for_and_again(
 def test_a_prepared_transaction_has_no_process(
     migrated: Installation, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which a server must allow some; here the answer of the server is made up."""
+    """A server must be configured for prepared transactions.
+
+    The test fakes the answer of the server.
+    """
     monkeypatch.setattr(waiting, "_BLOCKERS", text(
         "SELECT 0 AS pid, CAST(NULL AS name) AS user, CAST(NULL AS text) AS application,"
         " CAST(NULL AS timestamptz) AS since, CAST(NULL AS text) AS state WHERE :pid > 0"

@@ -1,4 +1,4 @@
-"""Special characters in a password: read as they are meant, or refused in a sentence without a piece of them."""
+"""Special characters in a password are read as meant, or refused without repeating any of it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MISREAD = [
     "[horse@battery",
     "horse@[battery",
 ]
-"""Written as they are, these would be read as something else, or not at all."""
+"""Passwords that would be misread, or not read at all, if a URL has them as they are."""
 READ = [
     *("horse#battery", "horse?battery", "horse:battery", "horse,battery", "horse&battery=staple", "[horse]", "hörse"),
     *("horse battery", "horse+battery", "horse?bat+tery"),
 ]
-"""These PostgreSQL's library reads as they are meant."""
+"""Passwords that PostgreSQL's library reads as they are meant."""
 SOURCES = ["option", "environment", "file", "credential"]
 SETTINGS = ["database_url", "listen_database_url"]
 
@@ -48,7 +48,7 @@ def pieces(password: str) -> set[str]:
 
 @pytest.fixture(params=SOURCES)
 def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Hand over a setting by one of the ways; returns what ``load_settings`` is given."""
+    """Hand over a setting in one of the ways. Return the arguments for ``load_settings``."""
 
     def give(name: str, value: str) -> dict[str, Any]:
         if request.param == "option":

@@ -1,8 +1,10 @@
-"""The fast way, the way in parts and the judged way agree with ``decide`` and with each other, on every case.
+"""The three ways to settle a batch agree with ``decide`` and with each other, on every case.
 
-Hypothesis draws a world: pairs, each perhaps held; payments of a pair, each perhaps with a purchase; events of a
-payment, each perhaps with a mark, a dead letter, failed tries, a payload of its own. The world is written once for each
-way, with ids of its own each time. What must come of it is worked out from the drawn world alone.
+The ways are the fast statement, the batch in parts, and the judgement of each event. Hypothesis
+draws a world of pairs, payments and events. A pair can be held by a purchase. A payment can have a
+purchase. An event can have a mark, a dead letter, failed tries and a changed payload. The test
+writes the world once for each way, each time with new ids. It works out the expected result from
+the drawn world alone.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ SettleInEachWay = Callable[[list[PairCase]], list[list[Any]]]
 
 @pytest.fixture
 def settle_in_each_way(shop: Shop, make_processor: MakeProcessor) -> SettleInEachWay:
-    """Write a world, settle it, check it; then the same again in the other ways. Returns what became of its events."""
+    """Write a world, settle it and check it, in each way. Return what became of its events."""
     processors = {way: make_processor() for way in Way}
     make_parts(processors[Way.IN_PARTS])
     processors[Way.JUDGED].is_careful = True
@@ -74,7 +76,7 @@ def settle_in_each_way(shop: Shop, make_processor: MakeProcessor) -> SettleInEac
 
 
 def make_parts(processor: ProbedProcessor) -> None:
-    """Each batch goes the way in parts, and not in less than two."""
+    """Let the processor settle each batch in at least two parts."""
     settlement, processor.is_careful = processor._settlement, True
     arrange = settlement._arrange
 
@@ -97,7 +99,10 @@ def test_each_event_alone(world: list[PairCase], settle_in_each_way: SettleInEac
 def test_events_of_one_payment_and_payments_of_one_pair(
     world: list[PairCase], settle_in_each_way: SettleInEachWay
 ) -> None:
-    """Which of several comes first may differ between the ways; that each order is a possible one is checked."""
+    """The ways can differ in which event or payment comes first.
+
+    The order must be a possible one.
+    """
     settle_in_each_way(world)
 
 
@@ -170,14 +175,17 @@ def settle_and_check(shop: Shop, processor: ProbedProcessor, world: list[PairCas
 
 
 def check_way(judged: list[tuple[Told, Verdict]], way: Way) -> None:
-    """The fast statement makes exactly the purchases that are owed to events without a past."""
+    """The fast statement makes exactly the purchases of events without a mark or an open letter."""
     owed = [(one, verdict) for one, verdict in judged if verdict.outcome in GRANTS]
     fast = [way is Way.FAST and is_clean(one, verdict) for one, verdict in owed]
     assert [verdict is VIA_FAST_PATH for _, verdict in owed] == fast
 
 
 def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:
-    """Every grant made one purchase, nothing else an active one, and no pair that was owed one went without."""
+    """Every grant made one purchase. Nothing else made an active purchase.
+
+    Each pair that was owed a purchase has one.
+    """
     granted = [one for one, verdict in judged if verdict.outcome in GRANTS]
     revoked = {one.payment.id for one, verdict in judged if verdict.outcome is Outcome.REVOKED}
     assert len({one.payment.id for one in granted}) == len(granted), "two events made one purchase"
@@ -196,7 +204,7 @@ def check_grants(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUI
 
 
 def check_revocations(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID, UUID], list[Any]]) -> None:
-    """Every refund left its payment an inactive purchase, and nothing else made one inactive."""
+    """Every refund left its payment an inactive purchase. Nothing else made a purchase inactive."""
     revoked = {one.payment.id for one, verdict in judged if verdict.outcome is Outcome.REVOKED}
     for one, _ in judged:
         own = [row.is_active for row in after[one.payment.pair] if row.payment_id == one.payment.id]
@@ -205,7 +213,7 @@ def check_revocations(judged: list[tuple[Told, Verdict]], after: dict[tuple[UUID
 
 
 def facts_before(one: Told) -> Facts:
-    """What is to be known of an event before its batch, worked out from what was drawn, not from the database."""
+    """Work out the facts of an event before its batch, from what was drawn only."""
     case, unusable = one.case, one.case.payload in UNUSABLE
     whose = {"own": one.payment.id, "stranger": STRANGER, None: None}
     others = [payment for payment in one.pair.payments if payment is not one.of]
@@ -223,7 +231,7 @@ def facts_before(one: Told) -> Facts:
 
 
 def facts_after(one: Told, rows: list[Any]) -> Facts:
-    """The same, had the event come when the rest of its batch was settled."""
+    """Work out the facts of an event as if it came after the rest of its batch was settled."""
     before = facts_before(one)
     own = [row.is_active for row in rows if row.payment_id == one.payment.id]
     return Facts(
@@ -259,7 +267,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(shop: Shop, told: Sequence[Told]) -> dict[UUID, Rows]:
-    """Of each event: at most one row in each table, by their keys."""
+    """Return the rows of each event. An event has at most one row in each table."""
     events = [one.event_id for one in told]
     outbox, marks, letters = (
         {row.event_id: row for row in shop.rows(f"SELECT * FROM {table} WHERE event_id = ANY(%s)", events)}
@@ -285,7 +293,7 @@ def rows_of(shop: Shop, told: Sequence[Told]) -> dict[UUID, Rows]:
 
 
 def purchases_of(shop: Shop, told: Sequence[Told]) -> dict[tuple[UUID, UUID], list[Any]]:
-    """Of each pair, the oldest first."""
+    """Return the purchases of each pair, the oldest first."""
     found: dict[tuple[UUID, UUID], list[Any]] = {one.payment.pair: [] for one in told}
     students = [student for student, _ in found]
     for row in shop.rows("SELECT * FROM purchases WHERE student_id = ANY(%s) ORDER BY created_at", students):
@@ -309,5 +317,5 @@ def rows_expected(one: Told, verdict: Verdict) -> Rows:
 
 
 def owners(one: Told, after: dict[tuple[UUID, UUID], list[Any]]) -> list[tuple[bool, bool]]:
-    """The purchases of the event's pair: whether it is its payment's, whether it is active."""
+    """Tell of each purchase of the event's pair: is it of the event's payment, and is it active?"""
     return [(row.payment_id == one.payment.id, row.is_active) for row in after[one.payment.pair]]

@@ -1,4 +1,4 @@
-"""A refusal that meets every purchase alike is the database's: no event is charged, and the cause is named."""
+"""If the database refuses every purchase alike, no event is charged and the cause is named."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_another_key_that_refuses_one_purchase_is_that_events(shop: Shop, proces
 def test_a_key_that_a_trigger_gives_to_one_purchase_is_that_events(
     column: str, shop: Shop, processor: ProbedProcessor
 ) -> None:
-    """The worker writes no column of the key; still, the column's default is not the cause."""
+    """The worker writes no column of the key. Still, the default of the column is not the cause."""
     shop.rows(f"ALTER TABLE purchases ADD seat {column}")
     shop.rows("CREATE UNIQUE INDEX odd ON purchases (seat) WHERE seat > 0")
     bought(shop, amount="1.00")

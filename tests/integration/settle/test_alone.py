@@ -1,4 +1,4 @@
-"""Events that are taken alone: accused before the work, cleared with it; the processor's side of crashes."""
+"""Events taken alone after a crash: the worker accuses them first and clears them with its work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def charge(shop: Shop, event: Any, times: int) -> None:
 
 
 def watch(processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch, look: Any) -> list[Any]:
-    """What ``look`` finds each time a purchase is about to be written."""
+    """Record what ``look`` finds each time a purchase is about to be written."""
     seen: list[Any] = []
     insert = processor.repository.insert_granted
 
@@ -63,7 +63,7 @@ def test_three_crashes_bury_without_another_try(shop: Shop, processor: ProbedPro
 def test_the_accusation_stands_in_the_makers_row_while_the_work_goes_on(
     shop: Shop, processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The event itself is not touched: neither its count nor its due time."""
+    """The row of the event is not changed: neither its count of crashes nor its due time."""
     shop.pay_many(3)
     first, second, _ = (key for (key,) in shop.rows("SELECT id FROM outbox ORDER BY due_at, id"))
     before = shop.rows("SELECT id, crashes, due_at FROM outbox ORDER BY id")
@@ -88,7 +88,10 @@ def test_an_accusation_tells_since_when_and_on_which_timeline(
 
 
 def test_a_count_stays_until_the_event_is_settled(shop: Shop, processor: ProbedProcessor) -> None:
-    """Only a proven death changes it. So an event that waits for its payment is still taken alone."""
+    """Only a proven crash changes the count.
+
+    An event that waits for its payment is still taken alone.
+    """
     payment, pending = shop.paid(status="pending", due_in="-1 hour")
     charge(shop, pending, 2)
     assert drain_all(processor) == {Outcome.RETRIED: 1}
@@ -100,7 +103,10 @@ def test_a_count_stays_until_the_event_is_settled(shop: Shop, processor: ProbedP
 
 
 def test_trouble_of_the_database_is_no_crash(shop: Shop, processor: ProbedProcessor) -> None:
-    """The process lives: it withdraws, does the work again, and the event is as it was."""
+    """The worker lives and withdraws its accusation.
+
+    It repeats the work, and the event stays unchanged.
+    """
     _, event = shop.paid()
     due = shop.scalar("SELECT due_at FROM outbox")
     processor.isolate_next(1)
@@ -119,7 +125,10 @@ def test_trouble_of_the_database_is_no_crash(shop: Shop, processor: ProbedProces
 def test_an_accused_event_that_another_worker_takes_is_let_go(
     shop: Shop, connect: Any, processor: ProbedProcessor, meanwhile: str
 ) -> None:
-    """Between the accusation and the claim, nothing protects the event. Nobody waits, and nobody takes it twice."""
+    """Nothing protects the event between the accusation and the claim.
+
+    Nobody waits or takes it twice.
+    """
     _, event = shop.paid()
     processor.isolate_next(1)
     other: psycopg.Connection[Any] = connect()
@@ -152,7 +161,10 @@ def test_while_one_loop_works_alone_the_others_stand_still(
     monkeypatch: pytest.MonkeyPatch,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """The process dies as a whole: a neighbour's batch must not kill it while this event is accused."""
+    """A crash ends the whole process.
+
+    The batch of another loop must not cause it during the accusation.
+    """
     _, suspect = shop.paid(due_in="-1 hour")
     charge(shop, suspect, 1)
     one = make_processor()

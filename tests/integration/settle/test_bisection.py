@@ -1,4 +1,4 @@
-"""Refused events among many good ones: what finding them costs, in savepoints, round trips and transactions."""
+"""Refused events among many good ones: what savepoints, round trips and transactions they cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 20.0
 KINDS = ["foreign key", "check", "trigger", "overflow", "trigger at COMMIT", "foreign key at COMMIT"]
 
 
-# --- one
+# --- one refused event
 
 
 @pytest.mark.usefixtures("both_guards")
@@ -35,10 +35,11 @@ KINDS = ["foreign key", "check", "trigger", "overflow", "trigger at COMMIT", "fo
 def test_one_refused_among_a_thousand_costs_one_pass(
     kind: str, shop: Shop, database: Database, processor: ProbedProcessor
 ) -> None:
-    """One attempt at all, then two per halving: 1 + 2 log2(n) savepoints, and one to record the refused event.
+    """One refused event among n costs 1 + 2 log2(n) savepoints, and one more to record it.
 
-    An event that fails by its deferred constraints is tried once more, without the removal of its row. A careful batch
-    is what one transaction may lock.
+    The first attempt takes the whole batch. Each halving takes two more attempts. An event that
+    fails by its deferred constraints is tried once more, without the removal of its row. A batch
+    that is settled carefully has at most as many events as one transaction can lock.
     """
     many, at_commit = min(THOUSAND, processor.watch.state.lock_capacity), AT_COMMIT in kind
     run(shop, REFUSALS[kind].schema)
@@ -60,7 +61,7 @@ def test_one_refused_among_a_thousand_costs_one_pass(
 def test_a_constraint_that_looks_at_the_end_of_the_transaction_refuses_no_neighbour(
     shop: Shop, processor: ProbedProcessor
 ) -> None:
-    """Each part is checked at its own end, as COMMIT would check it: when the purchase has its mark."""
+    """Each part is checked at its end, as COMMIT would do it: the purchase has its mark then."""
     unmarked = "(SELECT FROM processed_events WHERE payment_id = NEW.payment_id)"
     run(
         shop,
@@ -75,7 +76,7 @@ def test_a_constraint_that_looks_at_the_end_of_the_transaction_refuses_no_neighb
     assert processor.process_batch().outcomes() == {Outcome.CREATED: 40, Outcome.RETRIED: 1}
 
 
-# --- many
+# --- many refused events
 
 
 @pytest.mark.parametrize(
@@ -90,12 +91,13 @@ def test_a_constraint_that_looks_at_the_end_of_the_transaction_refuses_no_neighb
 def test_many_refused_are_found_step_by_step(
     shop: Shop, database: Database, processor: ProbedProcessor, good: int, bad: int, most: int
 ) -> None:
-    """Every transaction settles or postpones something; each refused event is charged once, and no good one ever.
+    """Every transaction settles or postpones events.
 
-    To go through n events that are all refused takes 2n attempts: after log2(1000 / 15) halvings of the batch each
-    transaction goes through 15 of them or more. Where few are refused, the halves that hold one are at most
-    2 * bad * (1 + log2(n / bad)), and a transaction tries 20 of them besides finding its way down to the first: 27
-    transactions for 50 among 1,000. Measured: 17, 6, 63 and 68.
+    Each refused event is charged once, a good event never. To find n events that are all refused
+    takes 2n attempts. After log2(1000 / 15) halvings of the batch each transaction goes through at
+    least 15 of them. If few events are refused, at most 2 * bad * (1 + log2(n / bad)) halves hold a
+    refused event. A transaction tries 20 halves, besides those on the way down to the first refused
+    event. That makes 27 transactions for 50 refused events among 1,000. Measured: 17, 6, 63 and 68.
     """
     run(shop, REFUSALS["check"].schema)
     pay_many(shop, bad, BAD)
@@ -115,13 +117,13 @@ def test_many_refused_are_found_step_by_step(
     assert shop.rows("SELECT attempts, count(*) FROM outbox GROUP BY 1") == [(1, bad)]
 
 
-# --- on another footing
+# --- when the guard or the limits change
 
 
 def test_parts_lock_no_more_pairs_than_a_transaction_may(
     shop: Shop, database: Database, processor: ProbedProcessor
 ) -> None:
-    """Also where each of many parts has events to judge."""
+    """The limit also holds if each of many parts has events to judge."""
     processor.watch.state = replace(processor.watch.state, lock_capacity=20)
     run(shop, REFUSALS["check"].schema)
     shop.pay_many(100, events=2)
@@ -139,14 +141,17 @@ def test_parts_lock_no_more_pairs_than_a_transaction_may(
 def test_the_index_goes_while_the_refused_event_is_looked_for(
     shop: Shop, database: Database, processor: ProbedProcessor
 ) -> None:
-    """What is left is settled by the lock, with all its pairs locked first."""
+    """The worker settles the rest by the guard ``lock``. It locks all pairs of the rest first."""
     run(shop, REFUSALS["check"].schema)
     pay_many(shop, 20, GOOD)
     pay_many(shop, 1, BAD)
     lost: list[str] = []
 
     def lose_index(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        """The first attempt has failed. The locks of the pairs keep the table, so the catalogue itself is changed."""
+        """Make the index invalid after the first attempt has failed.
+
+        The locks of the pairs block DROP INDEX. Therefore the catalogue is changed.
+        """
         if statement.startswith("ROLLBACK TO") and not lost:
             lost.append(PAIR_INDEX)
             shop.rows("UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)", PAIR_INDEX)
@@ -159,7 +164,7 @@ def test_the_index_goes_while_the_refused_event_is_looked_for(
 
 
 def test_rows_that_vanish_are_no_events_fault(shop: Shop, processor: ProbedProcessor) -> None:
-    """A statement that touched fewer rows than it must is our error, however few events it is tried with."""
+    """A statement that touched too few rows is the worker's error, even for a single event."""
     run(
         shop,
         "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
@@ -179,6 +184,6 @@ def size_of_a_batch(processor: ProbedProcessor) -> int:
 
 
 def shuffle(shop: Shop) -> None:
-    """Let the events be due in an order that has nothing to do with their pairs, the same in every run."""
+    """Let the events be due in an order unrelated to their pairs, the same in every run."""
     some = "CAST(CAST('x' || left(md5(CAST(id AS text)), 7) AS bit(28)) AS int)"
     shop.rows(f"UPDATE outbox SET due_at = due_at - interval '1 ms' * {some}")

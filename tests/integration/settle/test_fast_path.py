@@ -1,4 +1,4 @@
-"""The fast statement: what it may settle, what falls out of it, and what others commit after its snapshot."""
+"""The fast statement: what it settles, what it leaves, what others commit after its snapshot."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.support.trips import RoundTrips
 OURS = Path(outbox_worker.__file__).parent
 
 
-# --- what it settles, and what falls out
+# --- what it settles, and what it leaves
 
 
 def test_two_deliveries_of_one_payment_in_one_claim(both_guards: str, shop: Shop, processor: ProbedProcessor) -> None:
-    """One of them made the purchase; the other one is judged."""
+    """One of the two events made the purchase. The other event is judged."""
     payment, first = shop.paid()
     second = shop.confirm(payment)
     assert settle(processor) == {first: Outcome.CREATED, second: Outcome.ALREADY_EXISTS}
@@ -63,7 +63,10 @@ def test_a_refund_beside_confirmations_is_settled_in_the_same_call(
 def test_a_purchase_that_a_new_trigger_changes_is_not_told_as_created(
     shop: Shop, processor: ProbedProcessor, body: str
 ) -> None:
-    """The worker does not know the trigger yet. The numbers of rows do not match, and it looks again, carefully."""
+    """The worker does not know the trigger yet. The numbers of rows differ.
+
+    Therefore the worker repeats the batch carefully.
+    """
     _, event = shop.paid()
     shop.rows(
         f"CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} RETURN NEW; END $$;"
@@ -93,7 +96,10 @@ def test_a_row_whose_removal_is_swallowed_holds_no_neighbour_up(shop: Shop, proc
 def test_a_refund_after_its_snapshot_and_before_its_insert(
     shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor, connect: Connect, pool: ThreadPoolExecutor
 ) -> None:
-    """Its looks have found nothing. The refund leaves an inactive purchase, whose payment is a unique key."""
+    """The statement found no obstacle.
+
+    Meanwhile the refund writes an inactive purchase of the same payment.
+    """
     payment, event = shop.paid()
     one, other = (make_processor(database=make_database()) for _ in range(2))
     stop_insert_of(shop, payment, "BEFORE")
@@ -113,9 +119,9 @@ def test_a_refund_after_its_snapshot_and_before_its_insert(
 def before_the_lock(
     shop: Shop, clerk: Clerk, connect: Connect, make_processor: MakeProcessor, pool: ThreadPoolExecutor
 ) -> Callable[[UUID, Callable[[], object]], Any]:
-    """Let something happen after a batch has seen an event, and before it locks the event's row.
+    """Run an action after a batch has read an event and before it locks the row of the event.
 
-    A policy of row security is asked in between.
+    A policy of row security runs the action.
     """
     processor = make_processor(database=clerk.database)
     gate = connect(autocommit=True)
@@ -144,7 +150,10 @@ def before_the_lock(
 def test_an_event_that_is_postponed_before_its_row_is_locked(
     shop: Shop, before_the_lock: Callable[..., Any], seconds: int
 ) -> None:
-    """If it is still due, it is claimed with its new due time; it must be removed, too."""
+    """If the event is still due, it is claimed with its new due time.
+
+    The row of the event must be removed, too.
+    """
     payment, event = shop.paid(due_in="-10 minutes")
     neighbour = shop.paid(due_in="-5 minutes")[1]
 
@@ -181,11 +190,11 @@ def test_an_event_that_is_gone_before_its_row_is_locked(
     assert shop.count("outbox") == 0
 
 
-# --- what it tells
+# --- what the worker reports
 
 
 def test_the_latencies_that_the_database_counts_are_those_that_python_counts() -> None:
-    """The upper bound of a bucket belongs to it."""
+    """A value that equals the upper bound of a bucket belongs to that bucket."""
     values = [0.0, 0.004, *SECONDS, *(bound + 0.001 for bound in SECONDS), 1e6]
     one, other = (BulkHistogram("seconds", "seconds", SECONDS) for _ in range(2))
     one.observe_all(values)
@@ -196,7 +205,7 @@ def test_the_latencies_that_the_database_counts_are_those_that_python_counts() -
 
 @pytest.mark.parametrize("late", ["0.005", "0.00500001", "1", "3600", "3601", "86400"])
 def test_the_buckets_of_the_statement_hold_their_bounds(shop: Shop, late: str) -> None:
-    """``width_bucket`` by itself would put an exact bound one bucket up."""
+    """``width_bucket`` alone would count a value that equals a bound in the next bucket."""
     thresholds = ", ".join(str(-float(bound)) for bound in reversed(SECONDS))
     found = shop.scalar(f"SELECT width_bucket(-CAST(%s AS float8), CAST(ARRAY[{thresholds}] AS float8[]))", late)
     assert found == sum(float(late) <= bound for bound in SECONDS)
@@ -224,7 +233,7 @@ def test_latencies_are_told_once_per_settled_event(shop: Shop, processor: Probed
 def test_few_frames_and_files_lie_between_a_batch_and_its_statement(
     both_guards: str, shop: Shop, processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most ten frames of ours in six files, and no file is entered twice."""
+    """At most ten frames of the worker's code in six files, and the calls enter no file twice."""
     shop.pay_many(1)
     stacks: list[list[str]] = []
     fetch = Direct.fetch

@@ -1,4 +1,4 @@
-"""The history finds every moment at which a pair was active twice, and none that was not."""
+"""The history finds every moment at which a pair had two active purchases, and no other moment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def buy(shop: Shop, pair: Payment) -> object:
 
 
 def test_a_double_is_found_though_it_is_gone(shop: Shop, pair: Payment, database_url: str) -> None:
-    """Also who wrote the two, by which guard, and with which locks."""
+    """The history also tells who wrote the two purchases, by which guard and with which locks."""
     first, second = buy(shop, pair), buy(shop, pair)
     shop.rows(TAKE_BACK, first)
     assert shop.doubled() == 0
@@ -37,7 +37,10 @@ def test_a_double_is_found_though_it_is_gone(shop: Shop, pair: Payment, database
 
 
 def test_a_double_that_only_commits_show(shop: Shop, pair: Payment, connect: Connect) -> None:
-    """By its statements the first was taken back before the second came; the world saw both."""
+    """By statements, the first purchase was deactivated before the second was written.
+
+    By commits, both were active.
+    """
     first, refund = buy(shop, pair), connect()
     refund.execute(TAKE_BACK, [first])
     buy(shop, pair)
@@ -53,7 +56,10 @@ def test_a_double_that_was_deleted(shop: Shop, pair: Payment) -> None:
 
 
 def test_one_after_the_other_is_no_double(shop: Shop, pair: Payment, connect: Connect, database_url: str) -> None:
-    """By its statements the second came first; and a refund that passes the pair on does both at once."""
+    """By statements, the second purchase came before the first was deactivated, but not by commits.
+
+    A refund that passes the pair on does both in one transaction.
+    """
     first, late = buy(shop, pair), connect()
     other = shop.payment(student=pair.student_id, course=pair.course_id)
     late.execute(

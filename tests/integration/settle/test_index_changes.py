@@ -1,4 +1,4 @@
-"""Whatever the order of their steps: two writers of a pair and one change of its index never make two purchases."""
+"""Two writers of a pair and one change of its index make one purchase, in whatever order."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_writers_and_a_change_in_every_order(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """All of them, counted."""
+    """Run every order, and count them."""
     steps = sum(len(trace) for trace in all_schedules(partial(stage.run, kinds, change)))
     told = f"{' and '.join(kinds)}, {change}: {stage.runs} orders, {steps} steps, {stage.blocked} blocked"
     with capsys.disabled():
@@ -82,10 +82,12 @@ def test_three_writers_and_a_change_in_many_orders(stage: Stage) -> None:
 def test_the_index_is_dropped_between_the_snapshot_of_one_and_the_commit_of_the_other(
     second: str, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One writes by the index, and locks no pair. The other sees no valid index, takes its snapshot, and stands.
+    """One writer uses the index and locks no pair.
 
-    The first commits: whoever could need the index has ended, and it goes. The other neither sees the first purchase
-    nor maintains an index that would refuse the second.
+    The other writer sees no valid index, takes its snapshot and waits. The first writer commits. No
+    transaction that could need the index is left, and the index is dropped. The other writer does
+    not see the first purchase. It also does not maintain an index that would refuse the second
+    purchase.
     """
     taken: list[str] = []
     monkeypatch.setattr(PairTaken, "__init__", lambda _, told: taken.append(told))

@@ -1,4 +1,4 @@
-"""Ids of payments and events that are integers or texts: settled, judged, found and repaired as UUIDs are."""
+"""Integer or text ids of payments and events are settled, judged, found and repaired like UUIDs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def retyped(key_types: KeyTypes, shop: Shop) -> None:
 
 @pytest.fixture
 def tables(key_types: KeyTypes, database: Database, retyped: None) -> Tables:  # noqa: ARG001 - an order
-    """As the worker finds them."""
+    """Return the tables as the worker finds them."""
     with database.transaction() as session:
         found = check_schema(session, build_tables(Settings()))
     assert (found.payment_key, found.event_key) == (key_types.payment_key, key_types.event_key)
@@ -54,7 +54,7 @@ def many(shop: Shop) -> list[tuple[Payment, object]]:
 
 
 def outcomes(shop: Shop, of: list[tuple[Payment, object]]) -> list[tuple[str, str]]:
-    """The outcome and the payment of each event's mark, as text."""
+    """Return the outcome and the payment of each event's mark, as text."""
     marks = (shop.mark_of(event) for _, event in of)  # type: ignore[arg-type]
     return [(mark.outcome, str(mark.payment_id)) for mark in marks]
 

@@ -1,4 +1,4 @@
-"""The ways in which a database can refuse to record what became of one event: all others are settled all the same."""
+"""The database refuses to record what became of one event. All other events are still settled."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ NEIGHBOURS = 6
 
 
 class Way(NamedTuple):
-    """What the schema has against the row of one event, whose ``outbox.id`` is put in for ``{id}``."""
+    """How the schema refuses the row of one event.
+
+    The ``outbox.id`` of the event replaces ``{id}``.
+    """
 
     schema: str
     told: str = ""
-    """What must be named where the event is set aside."""
+    """What the worker must name when it sets the event aside."""
 
 
 def trigger(event: str, body: str, timing: str = "BEFORE", table: str = "outbox") -> str:
@@ -106,7 +109,7 @@ def test_a_row_that_a_trigger_of_the_purchase_deletes_is_removed(shop: Shop, pro
 
 @pytest.mark.parametrize("body", [RAISES.replace("OLD.id = {id}", "true"), "RETURN NULL;"])
 def test_a_trigger_against_every_removal_is_the_databases(shop: Shop, processor: ProbedProcessor, body: str) -> None:
-    """Nothing is made, lost or charged, and the trigger is named."""
+    """No purchase is made, no event is lost or charged, and the error names the trigger."""
     events = pay_some(shop, bad_at=0)
     was = shop.rows("SELECT * FROM outbox ORDER BY id")
     shop.rows(trigger("DELETE", body))
@@ -129,11 +132,11 @@ PARTITIONED = (
 )
 NO_UPDATE = "IF NEW.id = {id} THEN RAISE EXCEPTION 'on hold'; END IF; RETURN NEW;"
 CHARGED = (1, True)
-"""The try is counted, without its text."""
+"""The try is counted, but its text is not recorded."""
 UNCHARGED = (0, True)
-"""The event is only due later."""
+"""The event is postponed and otherwise unchanged."""
 ASIDE = (0, False)
-"""The row is as it was."""
+"""The row of the event does not change."""
 
 UNCHARGEABLE = {
     "short text": ("ALTER TABLE outbox ALTER last_error TYPE varchar(12)", CHARGED),
@@ -237,7 +240,10 @@ def test_an_event_that_cannot_be_buried_stops_no_other(
 def test_an_event_that_can_never_be_recorded_is_told_to_everybody_after_a_while(
     shop: Shop, processor: ProbedProcessor
 ) -> None:
-    """It is set aside like an event whose row cannot be changed: ``status`` and ``doctor`` show it, and why."""
+    """The event is set aside like an event whose row cannot be changed.
+
+    ``status`` and ``doctor`` show it, and why.
+    """
     bad = shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR"), attempts=LAST)
     forbid(shop, Way(UNBURIABLE["trigger that deletes"][0]), bad)
     key = shop.event(bad).id
@@ -255,11 +261,14 @@ def test_an_event_that_can_never_be_recorded_is_told_to_everybody_after_a_while(
     assert aside(processor) == []
 
 
-# --- many
+# --- many events
 
 
 def test_many_that_cannot_be_charged_are_found_step_by_step(shop: Shop, make_processor: MakeProcessor) -> None:
-    """Every other one of forty may not be updated; the rest is charged, and within the savepoints of a transaction."""
+    """Every second of forty events cannot be updated.
+
+    The other events are charged within the savepoints of a transaction.
+    """
     processor = make_processor(batch_size=40)
     events = [shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR")) for _ in range(40)]
     shop.rows(trigger("UPDATE", "IF NEW.id % 2 = 0 THEN RAISE EXCEPTION 'no'; END IF; RETURN NEW;"))
@@ -274,7 +283,10 @@ def test_many_that_cannot_be_charged_are_found_step_by_step(shop: Shop, make_pro
 
 
 def test_many_that_cannot_be_recorded_do_not_delay_the_others(shop: Shop, make_processor: MakeProcessor) -> None:
-    """They are found one by one, in many transactions; meanwhile full batches of clean events are settled."""
+    """Events that cannot be recorded are found one by one, in many transactions.
+
+    Between these transactions full batches of clean events are settled.
+    """
     for _ in range(60):
         shop.confirm(Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR"), attempts=LAST)
     shop.connection.execute(UNBURIABLE["trigger that deletes"][0])
@@ -330,7 +342,7 @@ def test_marks_that_are_swallowed_for_all_are_the_databases(shop: Shop, processo
 
 
 def pay_some(shop: Shop, bad_at: int | None) -> list[tuple[Payment, UUID]]:
-    """Payments with their events; one more than the neighbours if one of them is to be the odd one."""
+    """Write payments with their events, and one more if one is to be refused."""
     return [shop.paid() for _ in range(NEIGHBOURS + (bad_at is not None))]
 
 
@@ -343,7 +355,7 @@ def forbid(shop: Shop, way: Way, event: UUID) -> None:
 
 
 def release(processor: ProbedProcessor) -> None:
-    """Let the time pass for which events are set aside."""
+    """Let so much time pass that the events are no longer set aside."""
     processor._pacing.set_aside.release_old(1e12)
 
 

@@ -1,6 +1,7 @@
-"""No event waits longer than the backlog before it explains, whatever stands there and however often it comes back.
+"""No event waits longer than the backlog before it explains, whatever events come before it.
 
-A good event is one whose purchase can be written. What stands before it here never succeeds.
+A good event is one whose purchase can be written. The events that come before it here never
+succeed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from tests.support.trips import RoundTrips
 
 AT_ONCE = timedelta(milliseconds=1)
 FOR_EVER = RetryPolicy(max_attempts=10**6, base=AT_ONCE, maximum=AT_ONCE)
-"""What fails is due again before the next claim, and never dead."""
+"""An event that fails is due again before the next claim, and never buried."""
 FEW = 10
 
 
-# --- what is charged: one batch per batch before it
+# --- events that are charged: each batch before a good event costs one batch
 
 
 @pytest.mark.usefixtures("both_guards")
@@ -37,7 +38,10 @@ FEW = 10
 def test_events_that_come_back_at_once_are_passed_in_their_turn(
     shop: Shop, make_processor: MakeProcessor, why: str
 ) -> None:
-    """Behind n events an event is settled by batch n / b + 1: what comes back queues up behind it."""
+    """A good event behind n others is settled by batch n / b + 1.
+
+    Retried events queue up behind it.
+    """
     never_succeed(shop, 30, why)
     waiting = [pay(shop, GOOD)[1] for _ in range(40)]
     processor = make_processor(batch_size=FEW, policy=FOR_EVER)
@@ -51,7 +55,10 @@ def test_events_that_come_back_at_once_are_passed_in_their_turn(
 
 
 def test_many_refused_that_come_back_at_once_hold_nobody_up(shop: Shop, make_processor: MakeProcessor) -> None:
-    """They fill the savepoints of each transaction: behind n of them an event is settled within 6 + n / 15."""
+    """Refused events use up the savepoints of each transaction.
+
+    A good event behind n of them is settled within 6 + n / 15 batches.
+    """
     never_succeed(shop, 60, "refused")
     processor = make_processor(policy=FOR_EVER)
     for _ in range(3):
@@ -60,14 +67,17 @@ def test_many_refused_that_come_back_at_once_hold_nobody_up(shop: Shop, make_pro
     assert shop.scalar("SELECT min(attempts) FROM outbox") >= 3, "they came back all the time"
 
 
-# --- what is not charged: it makes way
+# --- events that are not charged: they let others pass
 
 
 @pytest.mark.usefixtures("both_guards")
 def test_pairs_that_somebody_holds_for_ever_make_way(
     shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """Each full claim of them alone costs the patience and one batch more; behind it, batches are as full as can be."""
+    """A full claim of events with locked pairs costs the patience and one more batch.
+
+    Batches behind such a claim are as full as possible.
+    """
     holder = connect()
     held = [shop.paid() for _ in range(25)]
     for payment, event in held:
@@ -90,7 +100,7 @@ def test_pairs_that_somebody_holds_for_ever_make_way(
 def test_refusals_that_may_be_the_databases_fault_hold_nobody_up(
     shop: Shop, make_processor: MakeProcessor, batch_size: int
 ) -> None:
-    """One pause at the whole batch, then one for each of as few as the savepoints suffice for."""
+    """The worker pauses once for the batch, then once per set that the savepoints suffice for."""
     run(shop, raising("42883"))
     pay_many(shop, 100, BAD)
     pay_many(shop, 5, GOOD)
@@ -106,7 +116,7 @@ def test_refusals_that_may_be_the_databases_fault_hold_nobody_up(
 def test_refusals_are_charged_once_another_purchase_was_written_meanwhile(
     shop: Shop, processor: ProbedProcessor
 ) -> None:
-    """Whichever batch it came in. Until then nothing of them changes."""
+    """The purchase can be of any batch. Before it is written, the refused events do not change."""
     run(shop, raising("42883"))
     pay_many(shop, 40, BAD)
     was = shop.rows("SELECT * FROM outbox ORDER BY id")
@@ -123,7 +133,7 @@ def test_refusals_are_charged_once_another_purchase_was_written_meanwhile(
 
 
 def test_beside_one_in_doubt_what_is_an_events_own_fault_is_charged(shop: Shop, processor: ProbedProcessor) -> None:
-    """Once it is known that the database can write: no purchase of this batch need be the proof."""
+    """If an earlier batch proved that the database can write, this batch need not prove it."""
     bad, own = f"NEW.course_id = '{BAD}'", "NEW.amount = 13"
     raised = "RAISE EXCEPTION 'no' USING ERRCODE ="
     run(shop, trigger(f"IF {bad} THEN {raised} '42883'; ELSIF {own} THEN {raised} 'P0001'; END IF;"))
@@ -139,7 +149,7 @@ def test_beside_one_in_doubt_what_is_an_events_own_fault_is_charged(shop: Shop, 
 
 
 def test_a_database_that_stops_writing_purchases_charges_nobody(shop: Shop, processor: ProbedProcessor) -> None:
-    """However many were written before, and however long it lasts."""
+    """No event is charged, however many purchases were written before."""
     pay_many(shop, 20, GOOD)
     assert passes(processor)
     run(shop, raising("42883", only_bad=False))
@@ -155,7 +165,7 @@ def test_a_database_that_stops_writing_purchases_charges_nobody(shop: Shop, proc
 def test_savepoints_suffice_for_so_few_that_are_in_doubt(
     shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """Otherwise a good one among them might be passed over, time and again."""
+    """Otherwise the worker could pass over a good event among them again and again."""
     run(shop, raising("42883", only_bad=False))
     pay_many(shop, FEW_IN_DOUBT, GOOD)
     processor = make_processor(batch_size=FEW_IN_DOUBT)
@@ -170,7 +180,10 @@ def test_savepoints_suffice_for_so_few_that_are_in_doubt(
 
 @pytest.mark.parametrize("state", ["42883", "40001"])
 def test_what_is_taken_alone_in_vain_makes_way(shop: Shop, make_processor: MakeProcessor, state: str) -> None:
-    """Nothing in its batch can show whose fault it is. It is neither charged nor accused of a crash any more."""
+    """Nothing in its batch can show whose fault it is.
+
+    The event is neither charged nor accused of a crash again.
+    """
     run(shop, raising(state))
     _, bad = pay(shop, BAD)
     _, good = pay(shop, GOOD)
@@ -198,7 +211,7 @@ def never_succeed(shop: Shop, n: int, why: str) -> None:
 
 
 def passes(processor: ProbedProcessor) -> bool:
-    """One batch; False where it met what may be the database's fault."""
+    """Process one batch. Return False if it met what can be the database's fault."""
     try:
         processor.process_batch()
     except DBAPIError as error:

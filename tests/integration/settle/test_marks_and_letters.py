@@ -1,4 +1,4 @@
-"""What is written about an event that was met before: marks are written once and mended by grants, letters follow."""
+"""What is written about an event that was met before: its mark and its dead letter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def test_a_new_mark_says_what_when_and_for_which_payment(shop: Shop, processor: 
 def test_a_mark_without_purchase_becomes_created_when_the_pair_is_free(
     shop: Shop, processor: ProbedProcessor, named: bool
 ) -> None:
-    """A duplicate of yesterday, whose pair was given up since, is owed today. It was no mistake: not recovered."""
+    """The event was a duplicate, then the pair was given up: the event is owed a purchase.
+
+    The first outcome was no mistake and is not "recovered".
+    """
     paid = [shop.paid() for _ in WITHOUT_PURCHASE]
     marks = mark_each(shop, paid, WITHOUT_PURCHASE, named)
     assert settle(processor) == {event: Outcome.CREATED for _, event in paid}
@@ -61,7 +64,7 @@ def test_a_mark_without_the_purchase_it_claims_becomes_recovered(
 
 
 def test_a_purchase_that_vanished_twice_is_recovered_twice(shop: Shop, processor: ProbedProcessor) -> None:
-    """The later recovery is the one that the mark tells of; an ordinary replay afterwards leaves it alone."""
+    """The mark tells of the later recovery. An ordinary replay afterwards does not change it."""
     payment, event = shop.paid()
     shop.mark(event, "created")
     assert settle(processor) == {event: Outcome.RECOVERED}
@@ -88,7 +91,7 @@ def test_a_purchase_that_vanished_twice_is_recovered_twice(shop: Shop, processor
 def test_a_mark_keeps_its_outcome_where_nothing_is_granted(
     shop: Shop, processor: ProbedProcessor, found: str, settled_as: Outcome
 ) -> None:
-    """But it learns its payment, where it did not know."""
+    """If the mark had no payment, it gets the payment of the event."""
     outcomes = [*WITH_PURCHASE, *WITHOUT_PURCHASE]
     paid = [shop.paid() for _ in outcomes]
     for payment, _ in paid:
@@ -106,7 +109,10 @@ def test_a_mark_keeps_its_outcome_where_nothing_is_granted(
 
 
 def test_a_mark_is_left_alone_by_an_event_that_is_not_settled(shop: Shop, processor: ProbedProcessor) -> None:
-    """Neither a retry nor a burial is an outcome, and a reused event id changes nothing of its first use."""
+    """A retry and a dead letter are no outcomes.
+
+    A reused event id does not change the mark of its first use.
+    """
     missing = Payment(uuid4(), uuid4(), uuid4(), "1.00", "EUR")
     waits, dies = shop.confirm(missing), shop.confirm(missing, attempts=LAST)
     reused = shop.paid()[1]
@@ -144,7 +150,10 @@ def test_a_settled_event_id_with_another_payment_is_for_a_person(shop: Shop, pro
 
 
 def test_a_duplicate_becomes_a_purchase_when_the_pair_is_given_up(shop: Shop, processor: ProbedProcessor) -> None:
-    """The whole story: two payments, one purchase; the first is revoked, the second asked for again."""
+    """Two payments make one purchase.
+
+    The first payment is refunded, and the second event is delivered again.
+    """
     first, one = shop.paid()
     second = shop.payment("succeeded", *first.pair)
     two = shop.confirm(second)
@@ -164,7 +173,7 @@ def test_a_duplicate_becomes_a_purchase_when_the_pair_is_given_up(shop: Shop, pr
 
 @pytest.mark.parametrize("state", ["open", "requeued", "discarded", "settled"])
 def test_burying_again_opens_the_letter_anew(shop: Shop, processor: ProbedProcessor, state: str) -> None:
-    """Whatever a person once said of it, and what is kept: it is a person's work again, with the reason of today."""
+    """The dead letter opens again with the new reason, whatever a person did with it before."""
     payment, event = shop.paid(payload={"currency": "USD"}, attempts=3)
     shop.dead_letter(payment, event, "payment_not_found", state, event_type="OLD", payload="[]", detail="old")
     shop.rows("UPDATE dead_letters SET actor = 'ann', note = 'why', headers = '{}', payment_id = NULL")
@@ -205,7 +214,10 @@ SETTLED_AFTER_ALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("outcome", SETTLED_AFTER_ALL)
 def test_settling_closes_the_open_letter(shop: Shop, processor: ProbedProcessor, outcome: str) -> None:
-    """Nobody is to work on what settled itself. Its neighbours' letters stay as they are."""
+    """Nobody has to work on an event that was settled.
+
+    Dead letters of other events do not change.
+    """
     facts = SETTLED_AFTER_ALL[outcome]
     payment, event = shop.paid()
     if "mark" in facts:
@@ -262,7 +274,10 @@ def test_one_letter_through_the_life_of_an_event_that_comes_back_twice(shop: Sho
 
 
 def mark_each(shop: Shop, paid: list[tuple[Payment, UUID]], outcomes: list[str], named: bool) -> list[Any]:
-    """Mark each event with an outcome, for its payment if ``named``; the marks as they are now."""
+    """Mark each event with an outcome, for its payment if ``named``.
+
+    Return the marks as they are now.
+    """
     return [
         shop.mark_of(shop.mark(event, outcome, payment.id if named else None))
         for (payment, event), outcome in zip(paid, outcomes, strict=True)

@@ -1,4 +1,4 @@
-"""The protocol of accusations, explored exhaustively: which deaths are counted, and what a broken twin gets wrong."""
+"""The protocol of accusations: which crashes it counts, and what a broken variant gets wrong."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from tests.support.deaths import Course, Protocol, State, Truth, Wrong
 
 SAME_HOST = Protocol()
 OUTAGES = Protocol(same_host=False, cuts=False, lives_on=False)
-"""The database is away for both. A judge without notes must rely on what it noticed itself, and on the server."""
+"""Both workers lose the database.
+
+A judge without notes must rely on its own outages and on the server.
+"""
 CUTS = Protocol(same_host=False, outages=False, restarts=False, lives_on=False)
-"""Only the worker that is judged is cut off, for as long as one likes."""
+"""Only the judged worker loses the database, for any time."""
 DEADLY = Protocol(is_deadly=True, cuts=False, outages=False, restarts=False, lives_on=False, orphans_max=5)
 
 
 def test_on_one_host_a_death_is_counted_only_for_a_death_with_the_event_in_hand() -> None:
-    """Outages of any length, for both or for one; kills and stops at any moment; restarts, failovers; every start."""
+    """Try every start, with outages of any length for one worker or for both.
+
+    Kills and stops come at any moment, as do restarts and failovers.
+    """
     course = Course(SAME_HOST).explore()
     assert len(course.states) > 3000
     assert course.wrong == []
@@ -26,7 +32,10 @@ def test_on_one_host_a_death_is_counted_only_for_a_death_with_the_event_in_hand(
 
 
 def test_across_hosts_an_outage_is_no_death_if_anybody_could_tell() -> None:
-    """Nobody could: the worker gave up and ended without database, the server is the same, the judge began later."""
+    """An outage cannot be told from a crash if three facts come together.
+
+    The worker ended without database, the server is the same, and the judge began later.
+    """
     course = Course(OUTAGES).explore()
     assert [wrong for wrong in course.wrong if not nobody_could_tell(wrong)] == []
     assert course.cannot_end() == set()
@@ -42,18 +51,21 @@ def test_whoever_lives_takes_back_what_was_counted() -> None:
 
 @pytest.mark.parametrize("same_host", [True, False])
 def test_a_deadly_event_is_buried_after_one_death_more_than_are_counted(same_host: bool) -> None:
-    """One more: two workers may have it in hand at once. On other hosts, half a minute passes before each start."""
+    """A deadly event can cause one crash more, because two workers can have it in hand at once.
+
+    On other hosts, half a minute passes before each start.
+    """
     course = Course(replace(DEADLY, same_host=same_host)).explore()
     assert course.wrong == []
     assert max(state.deaths for state in course.states) == CRASHES_MAX + 1
     assert course.cannot_end() == set()
 
 
-# --- broken twins
+# --- broken variants
 
 
 def believing(protocol: Protocol, **what: object) -> Protocol:
-    """Its judge believes this of each accusation, whatever row and server say."""
+    """Make a judge that believes ``what`` of each accusation, whatever row and server say."""
 
     def judge(traces: Traces, deadline_seconds: float) -> Death:
         isolation = None if traces.isolation is None else replace(traces.isolation, **what)  # type: ignore[arg-type]
@@ -63,7 +75,7 @@ def believing(protocol: Protocol, **what: object) -> Protocol:
 
 
 def hasty(traces: Traces, deadline_seconds: float) -> Death:
-    """Judges by silence at once, without heartbeats of its own."""
+    """Make a judge that judges by silence at once, without heartbeats of its own."""
     return judge_death(replace(traces, judge_heartbeats=99), deadline_seconds)
 
 
@@ -93,7 +105,10 @@ def test_a_twin_that_takes_nothing_back_leaves_a_count() -> None:
 
 
 def nobody_could_tell(wrong: Wrong) -> bool:
-    """Its last host keeps the note; the row looks as if it had died at work; the judge has noticed nothing."""
+    """Tell whether no fact shows an outage.
+
+    The note is on another host, the row looks like a crash, and the judge has noticed no outage.
+    """
     row = wrong.row
     return row.is_given_up and not (row.has_note or row.is_old_server or wrong.is_doubted)
 
@@ -103,5 +118,5 @@ def is_broken(course: Course) -> bool:
 
 
 def is_left(state: State) -> bool:
-    """A death was counted of a worker that lives and has told so."""
+    """Tell whether a crash is counted of a worker that lives and has told so."""
     return any(worker is not None and worker.is_charged and not worker.is_taken for worker in state.workers)

@@ -1,4 +1,7 @@
-"""One row whose trigger does what only a server in trouble does: its neighbours are settled, whatever it raises."""
+"""The trigger of one row raises an error that only a server in trouble raises.
+
+Other events are settled.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ STATES = ["XX000", "53100", "57P01", "57P03", "25006", "28000", "08006", "3D000"
 
 
 def raise_for(shop: Shop, body: str, timing: str = "TRIGGER odd BEFORE INSERT") -> None:
-    """Let a trigger do this for the purchase of 66.60."""
+    """Let a trigger run this code for the purchase of 66.60."""
     shop.rows(
         "CREATE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN IF NEW.amount = 66.60 THEN {body} END IF; RETURN NEW; END $$"
@@ -21,7 +24,7 @@ def raise_for(shop: Shop, body: str, timing: str = "TRIGGER odd BEFORE INSERT") 
 
 
 def settle_for(processor: ProbedProcessor, batches: int) -> None:
-    """Process batches as the claim loop does: an error of the database ends a batch, not the loop."""
+    """Process batches like the claim loop: an error of the database ends only the batch."""
     for _ in range(batches):
         try:
             processor.process_batch()

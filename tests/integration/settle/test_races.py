@@ -1,4 +1,4 @@
-"""Two workers at once: every interleaving ends with one active purchase a pair, and none with a deadlock."""
+"""Two workers at once: each interleaving ends with one active purchase per pair and no deadlock."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from tests.support.interleaving import (
 )
 from tests.support.makers import Connect, MakeDatabase, MakeProcessor
 
-# --- the same pair in two events, one worker stopped before every statement in turn
+# --- the same pair in two events: one worker is stopped before every statement in turn
 
 
 def one_of_each(shop: Shop) -> list[Payment]:
-    """Two payments of one pair, two events."""
+    """Write two payments of one pair, with one event each."""
     first, _ = shop.paid(due_in="-2 seconds")
     second, _ = shop.paid(student=first.student_id, course=first.course_id, due_in="-1 second")
     return [first, second]
 
 
 def one_of_each_marked(shop: Shop) -> list[Payment]:
-    """The same with marks that claim a purchase: both go the way of judgement."""
+    """Write the same payments with marks that claim a purchase. Both events are judged."""
     payments = one_of_each(shop)
     for row in shop.rows("SELECT event_id, CAST(payload ->> 'payment_id' AS uuid) AS payment_id FROM outbox"):
         shop.mark(row.event_id, "created", row.payment_id)
@@ -45,7 +45,10 @@ def one_of_each_marked(shop: Shop) -> list[Payment]:
 
 
 def marked_and_clean(shop: Shop) -> list[Payment]:
-    """The older event goes the way of judgement, the younger the fast one."""
+    """Write the same payments.
+
+    The older event is judged, the younger goes through the fast statement.
+    """
     payments = one_of_each(shop)
     row = shop.rows("SELECT event_id FROM outbox ORDER BY due_at")[0]
     shop.mark(row.event_id, "created", payments[0].id)
@@ -61,7 +64,7 @@ def test_two_workers_on_one_pair_whatever_the_moment(
     make_processor: MakeProcessor,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """One worker stands still before its 1st, 2nd, … statement while the other does what it can."""
+    """One worker stops before its 1st, 2nd, … statement. Meanwhile the other does all it can."""
     fast_database = make_database()
     fast = make_processor(batch_size=1, policy=AT_ONCE, database=fast_database)
     statements = []
@@ -89,9 +92,10 @@ def test_a_refund_that_comes_between_is_not_lost(
     connect: Connect,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Design, section 3: A is active; a refund of A, under the pair's lock, looks for another standing payment.
+    """A refund of A looks for another successful payment (design, section 3).
 
-    B succeeded meanwhile. Whoever is first, B must not be marked as a duplicate of a purchase that is going.
+    The refund holds the lock of the pair. A is active. B succeeded meanwhile. Whoever is first, B
+    must not be marked as a duplicate of a purchase that the refund deactivates.
     """
     first = shop.payment()
     shop.purchase(first)
@@ -117,7 +121,10 @@ def test_a_refund_that_comes_between_is_not_lost(
 def test_a_duplicate_verdict_waits_for_the_pairs_lock(
     both_guards: str, shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """Nothing but the lock is held: the verdict is not reached, however often the worker looks."""
+    """Another session holds the lock of the pair and nothing else.
+
+    The worker does not reach the verdict, however often it looks.
+    """
     first = shop.payment()
     shop.purchase(first)
     _, event = shop.paid(student=first.student_id, course=first.course_id)
@@ -136,7 +143,7 @@ def test_a_duplicate_verdict_waits_for_the_pairs_lock(
 def test_a_full_claim_of_held_pairs_makes_way_uncharged(
     both_guards: str, shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """Events whose pairs stay locked must not stop those behind them for ever."""
+    """Events with locked pairs must not stop the events behind them for ever."""
     held = [shop.payment() for _ in range(3)]
     holder = connect()
     for payment in held:
@@ -163,7 +170,10 @@ def test_a_full_claim_of_held_pairs_makes_way_uncharged(
 
 
 def pay_in_opposite_orders(shop: Shop, pairs: int) -> None:
-    """Two payments a pair: the first half of the queue goes through the pairs upwards, the second downwards."""
+    """Write two payments per pair.
+
+    The first half of the queue has the pairs upwards, the second downwards.
+    """
     shop.rows(
         """
         WITH pair AS MATERIALIZED (
@@ -206,9 +216,10 @@ def test_opposite_orders_never_deadlock(
 def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(
     shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor, connect: Connect, pool: ThreadPoolExecutor
 ) -> None:
-    """The certain version of the one above: the first is stopped between its two rows while the second comes.
+    """Stop the first worker between its two rows while the second worker inserts.
 
-    Written in claim order the second would hold what the first needs next.
+    This is the deterministic version of the test above. Written in claim order, the second worker
+    would hold the row that the first needs next.
     """
     low, high, course = UUID(int=1 << 100), UUID(int=2 << 100), UUID(int=7)
     shop.paid(student=low, course=course, due_in="-9 hours")
@@ -217,7 +228,7 @@ def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(
     shop.paid(student=low, course=course, due_in="-6 hours")
     databases = [make_database(connections=1), make_database(connections=1)]
     one, two = (make_processor(batch_size=2, policy=AT_ONCE, database=database) for database in databases)
-    stop_insert_of(shop, second_row, "BEFORE")  # unknown to the workers, which else would go carefully
+    stop_insert_of(shop, second_row, "BEFORE")  # workers who knew it would go carefully
     holder = connect(autocommit=True)
     holder.execute("SELECT pg_advisory_lock(%s)", [GATE])
     first = pool.submit(one.process_batch)
@@ -235,9 +246,10 @@ def test_two_inserts_in_opposite_claim_order_meet_in_the_same_order(
 def test_a_granted_purchase_is_not_written_behind_later_pairs(
     shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor, connect: Connect, pool: ThreadPoolExecutor
 ) -> None:
-    """Every statement that writes purchases goes in one order, and so do two statements of one transaction.
+    """All statements that write purchases follow one order, also two of one transaction.
 
-    One worker writes the clean purchase of the high pair, then recovers the low one; the other writes low, then high.
+    One worker writes the clean purchase of the high pair, then recovers the low pair. The other
+    writes low, then high.
     """
     databases = [make_database(connections=1), make_database(connections=1)]
     one, two = (make_processor(batch_size=2, policy=AT_ONCE, database=database) for database in databases)
@@ -274,7 +286,10 @@ def test_a_granted_purchase_is_not_written_behind_later_pairs(
 def test_rows_share_locked_by_a_foreign_key_are_not_claimed_then_blocked(
     both_guards: str, shop: Shop, connect: Connect, make_database: MakeDatabase, make_processor: MakeProcessor
 ) -> None:
-    """FOR NO KEY UPDATE would claim such a row, and its DELETE would then wait for the stranger."""
+    """FOR NO KEY UPDATE would claim such a row.
+
+    Its DELETE would then wait for the other transaction.
+    """
     shop.rows("CREATE TABLE notes (outbox_id bigint REFERENCES outbox (id) ON DELETE CASCADE)")
     _, event = shop.paid(due_in="-1 hour")
     neighbours = [shop.paid()[1] for _ in range(5)]
@@ -294,7 +309,10 @@ def test_rows_share_locked_by_a_foreign_key_are_not_claimed_then_blocked(
 def test_no_event_is_handed_out_twice(
     both_guards: str, shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor, pool: ThreadPoolExecutor
 ) -> None:
-    """Four workers, small batches, every payment confirmed twice: each event is settled exactly once."""
+    """Four workers take small batches of payments confirmed twice.
+
+    Each event is settled exactly once.
+    """
     shop.pay_many(300, events=2)
     workers = [make_processor(batch_size=16, policy=AT_ONCE, database=make_database()) for _ in range(4)]
 
@@ -321,7 +339,7 @@ def test_no_event_is_handed_out_twice(
 def test_duplicates_through_four_workers(
     both_guards: str, shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor, pool: ThreadPoolExecutor
 ) -> None:
-    """2,000 events of 50 pairs."""
+    """Settle 2,000 events of 50 pairs."""
     shop.pay_many(2000, pairs=50)
     databases = [make_database(connections=1) for _ in range(4)]
     workers = [make_processor(batch_size=100, policy=AT_ONCE, database=database) for database in databases]

@@ -1,4 +1,4 @@
-"""Moments that are rare: a payment that appears after the locks were taken, events of one due time."""
+"""Rare moments: a payment that appears after the locks were taken, and events with one due time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_payment_that_becomes_visible_after_the_locks_were_taken_waits_for_its
 def test_events_of_one_due_time_are_claimed_in_the_order_of_their_ids(
     shop: Shop, make_processor: MakeProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A producer's transaction gives all its events one due time."""
+    """A transaction of a producer gives all its events one due time."""
     shop.pay_many(25)
     shop.rows("UPDATE outbox SET due_at = now() - interval '1 minute'")
     processor = make_processor(batch_size=10)

@@ -1,4 +1,4 @@
-"""Refunds: who gets the pair instead."""
+"""Refunds: which payment gets the pair after a refund."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("both_guards")
 PAIR_INDEX = "purchases_active_student_course_key"
 
 
-# --- who gets the pair instead
+# --- which payment gets the pair
 
 
 def test_the_oldest_other_payment_gets_the_pair(
     shop: Shop, processor: ProbedProcessor, records: list[dict[str, Any]]
 ) -> None:
-    """Its mark still says that it was a duplicate once; a redelivery finds the purchase."""
+    """The mark of its event still says "duplicate". An event delivered again finds the purchase."""
     first, _ = bought(shop)
     others = [paid_too(shop, first) for _ in range(3)]
     oldest, its_event = others[1]
@@ -61,7 +61,10 @@ def test_only_a_standing_payment_gets_it(shop: Shop, processor: ProbedProcessor,
 
 @pytest.mark.parametrize("kind", ["taken back", "contradicted", "reused", "waived"])
 def test_who_has_a_story_of_its_own_does_not(shop: Shop, processor: ProbedProcessor, kind: str) -> None:
-    """A purchase that was revoked is never brought back, and what a person decides, a person decides."""
+    """A revoked purchase is never activated again.
+
+    An event in a person's hands is left to that person.
+    """
     first, _ = bought(shop)
     other, free = shop.payment("succeeded", *first.pair), shop.payment("succeeded", *first.pair)
     match kind:
@@ -89,7 +92,7 @@ def test_a_dead_letter_for_another_reason_does_not_keep_it_from_a_payment(
 
 
 def test_who_is_on_its_way_is_left_to_its_own_event(shop: Shop, processor: ProbedProcessor) -> None:
-    """Event and payment may contradict each other: nobody has judged that yet."""
+    """The event and its payment can contradict each other. No worker has judged that yet."""
     first, _ = bought(shop)
     late, its_event = paid_too(shop, first, due_in="1 hour", payload={"payment_id": None})
     shop.rows(
@@ -131,7 +134,10 @@ def test_the_pair_that_a_refund_frees_goes_to_who_waits_longest_though_another_i
 def test_who_is_owed_gets_it_though_the_purchase_was_taken_back_before(
     shop: Shop, processor: ProbedProcessor, by: str
 ) -> None:
-    """The shop took it back itself, without a look at who else has paid; or the payment became a standing one later."""
+    """The shop deactivated the purchase itself, and did not look for other payments.
+
+    In the other case, the payment became a successful one later.
+    """
     first, _ = bought(shop)
     if by == "hand":
         shop.rows("UPDATE purchases SET is_active = false, deactivated_at = now()")
@@ -145,7 +151,10 @@ def test_who_is_owed_gets_it_though_the_purchase_was_taken_back_before(
 
 
 def test_of_several_refunds_of_a_pair_one_passes_it_on(shop: Shop, processor: ProbedProcessor) -> None:
-    """The duplicate's refund comes first, then that of the purchase; a third payment stands."""
+    """The refund of the duplicate comes first, then that of the purchase.
+
+    A third payment is successful and gets the pair.
+    """
     first, _ = bought(shop)
     second, _ = paid_too(shop, first)
     third, _ = paid_too(shop, first)
@@ -171,7 +180,10 @@ def test_an_archived_payment_passes_its_pair_on(shop: Shop, processor: ProbedPro
 @pytest.mark.parametrize("both_guards", ["index"], indirect=True)
 @pytest.mark.parametrize("has_heirs", [True, False])
 def test_the_index_vanishes_before_a_pair_is_passed_on(shop: Shop, processor: ProbedProcessor, has_heirs: bool) -> None:
-    """42P10 of the grant is the guard's matter: the same batch is settled by the lock. Taking back needs no guard."""
+    """The grant fails with 42P10, and the same batch is settled by the guard ``lock``.
+
+    Deactivating a purchase needs no guard.
+    """
     refunded = [bought(shop)[0] for _ in range(5)]
     next_payments = [shop.payment("succeeded", *payment.pair) for payment in refunded] if has_heirs else []
     events = [shop.refund(payment) for payment in refunded]
@@ -188,5 +200,5 @@ def test_the_index_vanishes_before_a_pair_is_passed_on(shop: Shop, processor: Pr
 
 
 def paid_too(shop: Shop, like: Payment, **more: Any) -> tuple[Payment, UUID]:
-    """Another payment of the pair, with its event."""
+    """Write another payment of the pair, with its event."""
     return shop.paid(student=like.student_id, course=like.course_id, **more)

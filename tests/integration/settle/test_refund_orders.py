@@ -1,6 +1,7 @@
-"""Confirmations and refunds of one pair in every order, by one worker and by two: the end is what a small model says.
+"""Confirmations and refunds of one pair in every order, by one worker and by two.
 
-Many pairs go through their orders at once, one step of each before the next; every pair has two payments, A and B.
+A small model says how each order must end. Many pairs go through their orders at once, one step of
+each before the next step. Every pair has two payments, A and B.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ ORDERS = list(itertools.permutations(OPS))
 
 
 def histories(cuts: Iterable[int], again: Iterable[int]) -> Iterator[list[list[Op]]]:
-    """Every order of the four, in steps: a worker comes after the n-th where bit n of a cut is set, and at the end.
+    """Return every order of the four events, in steps.
 
-    Events whose bit in ``again`` is set are delivered once more in the step after theirs.
+    A worker settles after each step. A step ends after the n-th event if bit n of a cut is set, and
+    at the end. Events whose bit in ``again`` is set are delivered once more in the next step.
     """
     for order, cut, twice in itertools.product(ORDERS, cuts, again):
         steps: list[list[Op]] = [[]]
@@ -58,7 +60,7 @@ def histories(cuts: Iterable[int], again: Iterable[int]) -> Iterator[list[list[O
 
 
 def play(shop: Shop, histories: Iterable[list[list[Op]]], settle: Callable[[], Counter[Outcome]]) -> Counter[Outcome]:
-    """Each history on a pair of its own; after every step all is settled and looked at."""
+    """Play each history on a pair of its own. Settle and check everything after every step."""
     played = [(Pair(), steps) for steps in histories]
     outcomes: Counter[Outcome] = Counter()
     for n in range(max(len(steps) for _, steps in played)):
@@ -108,7 +110,7 @@ def test_every_order_in_small_batches(
 
 @pytest.mark.parametrize("careful", [False, True], ids=["fast", "careful"])
 def test_every_order_on_either_way(both_guards: str, careful: bool, shop: Shop, make_processor: MakeProcessor) -> None:
-    """The careful way, with its halves, ends where the fast one does."""
+    """The careful way, which halves its batches, ends where the fast way does."""
     processor = make_processor()
     processor.is_careful = careful
     play(shop, histories([0, 2, 5, 7], [NEVER]), lambda: drain_all(processor))
@@ -140,7 +142,10 @@ def test_every_order_by_two_workers(
 
 
 def moments(first: str, second: str) -> list[tuple[tuple[Op, ...], Op, Op]]:
-    """What may have happened, what the slow worker has in hand, and what happens meanwhile, by the types of the two."""
+    """Return past events, the event in the slow worker's hands, and the event that comes meanwhile.
+
+    The last two have the types ``first`` and ``second``.
+    """
     found = {(order[:place], order[place], order[place + 1]) for order in ORDERS for place in range(3)}
     return sorted(each for each in found if (each[1].event_type, each[2].event_type) == (first, second))
 
@@ -156,7 +161,10 @@ def test_whatever_the_moment(
     make_processor: MakeProcessor,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Every pair of events, after every past, the second told while the worker of the first stands still."""
+    """Try every two events after every past.
+
+    The second comes while the worker of the first is stopped.
+    """
     fast_database = make_database()
     fast = make_processor(policy=AT_ONCE, database=fast_database)
     cases = moments(first, second)
@@ -186,8 +194,8 @@ def test_whatever_the_moment(
 @pytest.mark.parametrize(
     ("past", "in_hand", "then"),
     [
-        ([CONFIRM_A], REFUND_A, CONFIRM_B),  # looked for another payment before B was there; B must not be a duplicate
-        ([CONFIRM_A], CONFIRM_B, REFUND_A),  # B is about to be a duplicate of what is taken back
+        ([CONFIRM_A], REFUND_A, CONFIRM_B),  # B came after the look for another payment
+        ([CONFIRM_A], CONFIRM_B, REFUND_A),  # B is about to be a duplicate of A
         ([], CONFIRM_A, REFUND_A),  # UPDATE, then INSERT: the purchase comes in between and stays
         ([], REFUND_A, CONFIRM_A),
         ([CONFIRM_A, CONFIRM_B], REFUND_A, REFUND_B),  # B gets the pair while it is refunded itself
@@ -203,7 +211,10 @@ def test_two_events_alone_whatever_the_moment(
     make_processor: MakeProcessor,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """The interleavings that are feared most, one event a batch: no neighbour sends it the careful way."""
+    """Try the most dangerous interleavings with one event per batch.
+
+    No other event sends the batch the careful way.
+    """
     fast_database = make_database()
     fast = make_processor(batch_size=1, policy=AT_ONCE, database=fast_database)
 
@@ -262,7 +273,10 @@ def active(shop: Shop, **of_pair: Any) -> Payment:
 def test_confirmations_and_refunds_are_not_written_in_one_transaction(
     shop: Shop, two: Two, connect: Connect, pool: ThreadPoolExecutor
 ) -> None:
-    """A worker that wrote the high pair's purchase, then took the low pair's back, would meet one that goes upwards."""
+    """One worker writes the high pair, then deactivates the low pair.
+
+    The other worker writes the low pair, then the high pair.
+    """
     bought, _ = shop.paid(student=LOW, course=COURSE)
     second, _ = shop.paid(student=HIGH, course=COURSE)
     stop_insert_of(shop, second, "BEFORE")
@@ -284,7 +298,10 @@ def test_confirmations_and_refunds_are_not_written_in_one_transaction(
 def test_refunds_are_written_in_the_order_of_purchases(
     shop: Shop, two: Two, connect: Connect, pool: ThreadPoolExecutor
 ) -> None:
-    """In claim order the worker of the refunds would hold the high pair and need the low one, which the other holds."""
+    """In claim order the worker of the refunds would lock the high pair and wait for the low pair.
+
+    The other worker has locked the low pair and needs the high pair.
+    """
     high = active(shop, student=HIGH, course=COURSE)
     bought, _ = shop.paid(student=LOW, course=COURSE)
     shop.paid(student=HIGH, course=COURSE)
@@ -309,10 +326,13 @@ def test_refunds_are_written_in_the_order_of_purchases(
 def test_who_grants_in_place_of_a_refunded_payment_waits_for_nobody(
     shop: Shop, two: Two, connect: Connect, pool: ThreadPoolExecutor
 ) -> None:
-    """A pair that was free before its refund may be on its way in another transaction, with later pairs to come."""
+    """Another transaction can be writing a pair that was free before its refund.
+
+    That transaction can still have later pairs to write.
+    """
     free = shop.payment("refunded", student=LOW, course=COURSE)
     shop.purchase(free, active=False)
-    shop.payment(student=LOW, course=COURSE)  # owed, and nobody tells of it
+    shop.payment(student=LOW, course=COURSE)  # owed, and no event tells of it
     on_its_way, _ = shop.paid(student=LOW, course=COURSE)
     high = active(shop, student=HIGH, course=COURSE)
     stop_insert_of(shop, on_its_way, "AFTER")
@@ -336,7 +356,10 @@ def test_who_grants_in_place_of_a_refunded_payment_waits_for_nobody(
 
 
 def test_a_queue_in_which_both_types_take_turns(both_guards: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """Each claim settles one type, makes way for nobody, and hardly more claims are needed than for one type."""
+    """Each claim settles one type of event and postpones nothing.
+
+    The queue takes hardly more claims than one type alone.
+    """
     processor = make_processor(batch_size=20)
     pairs = [Pair() for _ in range(200)]
     tell(shop, [(pair, CONFIRM_A) for pair in pairs])
@@ -369,7 +392,7 @@ def test_events_of_no_handler_go_with_either_type(shop: Shop, make_processor: Ma
 def test_trouble_that_only_refunds_meet_keeps_no_confirmation_waiting(
     both_guards: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """They go on between the pauses."""
+    """Confirmations are settled between the pauses."""
     refunded = shop.refund(active(shop), due_in="-1 hour")
     processor = make_processor()
     shop.rows("ALTER TABLE purchases DROP CONSTRAINT purchases_payment_id_key")
@@ -388,7 +411,7 @@ def test_trouble_that_only_refunds_meet_keeps_no_confirmation_waiting(
 def test_a_refund_that_the_database_refuses_keeps_its_turn_until_it_is_found(
     both_guards: str, deferred: bool, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """Beside a stream of confirmations, too."""
+    """The refund keeps its turn even beside a stream of confirmations."""
     kind, timing = ("CONSTRAINT TRIGGER", "DEFERRABLE INITIALLY DEFERRED") if deferred else ("TRIGGER", "")
     shop.rows("CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'")
     shop.rows(
@@ -409,7 +432,10 @@ def test_a_refund_that_the_database_refuses_keeps_its_turn_until_it_is_found(
 def test_a_refund_that_waits_for_its_pair_keeps_no_confirmation_waiting(
     both_guards: str, batch_size: int, shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """Nor the other way round: whoever stands first and cannot be settled is not asked twice in a row."""
+    """A confirmation that waits delays no refund, either.
+
+    The worker does not claim twice in a row the type whose first event cannot be settled.
+    """
     held = active(shop)
     holder = connect()
     holder.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"{held.student_id}:{held.course_id}"])

@@ -1,4 +1,4 @@
-"""Refunds: what becomes of one, who gets the pair instead, what the database refuses, and what it costs."""
+"""Refunds: their outcomes, which payment gets the pair, what is refused, what it costs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_purchase_of_a_refunded_payment_is_taken_back(shop: Shop, processor:
 
 
 def test_a_refund_before_its_confirmation_leaves_an_inactive_purchase(shop: Shop, processor: ProbedProcessor) -> None:
-    """So that the confirmation makes none, not even where the payment says that it succeeded."""
+    """The confirmation then makes no purchase, even if the payment says that it succeeded."""
     payment = shop.payment()
     event = shop.refund(payment)
     assert settle(processor) == {event: Outcome.REVOKED}
@@ -81,7 +81,10 @@ NOT_YET = [
 def test_a_payment_that_is_not_refunded_yet(
     shop: Shop, processor: ProbedProcessor, status: str | None, reason: Reason, has_purchase: bool
 ) -> None:
-    """Not visible (or archived), or of another status: tried again, and at the end buried; the purchase stays."""
+    """The payment is not visible, is archived, or has another status than "refunded".
+
+    The worker retries the event and buries it at the end. The purchase stays active.
+    """
     payments = [shop.payment(status or "succeeded") for _ in range(2)]
     for payment in payments if has_purchase else ():
         shop.purchase(payment)
@@ -120,7 +123,10 @@ def test_an_event_id_of_another_payment_takes_nothing_back(shop: Shop, processor
 
 
 def test_a_refund_under_the_event_id_of_its_own_confirmation_is_one(shop: Shop, processor: ProbedProcessor) -> None:
-    """The mark is only evidence: the purchase is there, and the payment is refunded. The mark stays as it was."""
+    """The mark is only evidence.
+
+    The purchase exists, and the payment is refunded. The mark does not change.
+    """
     payment, event = shop.paid()
     settle(processor)
     mark = shop.mark_of(event)
@@ -137,7 +143,10 @@ def test_an_unusable_payload_is_buried(shop: Shop, processor: ProbedProcessor) -
 
 
 def test_what_is_taken_back_already_stays_as_it_is(shop: Shop, processor: ProbedProcessor) -> None:
-    """Whatever the payment says by now; its row may be archived."""
+    """The purchase stays inactive whatever the payment says now.
+
+    The payment's row can be archived.
+    """
     payments = {status: shop.payment(status) for status in ("refunded", "succeeded", "pending")}
     payments |= {"archived": shop.payment(), "mismatched": shop.payment()}
     events = []
@@ -163,7 +172,10 @@ def test_a_refund_delivered_again_changes_nothing(shop: Shop, processor: ProbedP
 
 
 def test_two_refunds_of_one_payment_in_one_batch(shop: Shop, processor: ProbedProcessor) -> None:
-    """One statement cannot write a row twice; they go together all the same, and no savepoint is given up."""
+    """One statement cannot write a row twice.
+
+    Still, both refunds go together, and no savepoint is rolled back.
+    """
     payment, _ = bought(shop)
     events = [shop.refund(payment) for _ in range(3)]
     sent: list[str] = []
@@ -210,7 +222,10 @@ def test_a_settled_refund_closes_its_dead_letter(shop: Shop, processor: ProbedPr
 
 
 def refunds(shop: Shop, count: int, next_payments: int) -> None:
-    """So many refunds of active purchases, due now; of so many pairs another payment stands."""
+    """Write refunds of active purchases, due now.
+
+    ``next_payments`` of their pairs have another successful payment.
+    """
     shop.pay_many(count)
     shop.rows(
         "INSERT INTO purchases (student_id, course_id, payment_id, amount, currency)"
@@ -235,8 +250,9 @@ def test_a_batch_of_refunds_takes_the_same_statements_however_large(
     sent: list[str] = []
     on_statement(database, sent.append)
     assert processor.process_batch().outcomes() == {Outcome.REVOKED: size}
-    # limits, fast (under the guard lock: one statement more); limits, claim, lock, savepoint, look, take back,
-    # deferred constraints twice; and where somebody gets the pair instead: grant, traces
+    # limits, fast (under the guard ``lock``: one statement more); limits, claim, lock, savepoint,
+    # look, deactivate, deferred constraints twice; and if another payment gets the pair: grant,
+    # traces
     locks = processor.watch.state.guard is Guard.LOCK
     assert len(sent) == (18 if next_payments else 16) + locks, sent
     assert len(shop.rows("SELECT id FROM purchases WHERE is_active")) == min(next_payments, size)

@@ -1,4 +1,4 @@
-"""What the database refuses: one event's fault is that event's; the database's own trouble is nobody's."""
+"""An event is charged for its own refusal, but never for the database's trouble."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_refused_event_alone_is_charged(
 
 
 def test_a_refused_event_hides_nothing_of_its_neighbours(shop: Shop, processor: ProbedProcessor) -> None:
-    """In the careful way, too, every rule is kept and every row written."""
+    """The careful way, too, keeps every rule and writes every row."""
     run(shop, REFUSALS["trigger"].schema)
     _, bad = pay(shop, BAD)
     payment, created = pay(shop, GOOD)
@@ -132,7 +132,7 @@ def test_an_unclear_failure_of_every_event_is_nobodys_fault(
 def test_an_unclear_failure_of_every_purchase_is_nobodys_fault_though_other_events_pass(
     shop: Shop, processor: ProbedProcessor
 ) -> None:
-    """That an event which needs no purchase is settled says nothing of the database's health."""
+    """Events that need no purchase are settled. They do not prove that the database is healthy."""
     run(shop, raising("42501", only_bad=False))
     pay_many(shop, 10, GOOD)
     missing = shop.confirm(Payment(uuid4(), uuid4(), GOOD, "1.00", "EUR"))
@@ -187,14 +187,14 @@ def test_a_privilege_that_is_revoked_is_nobodys_fault(
     assert settled(processor) == {Outcome.CREATED: 5}
 
 
-# --- somebody else's transaction is in the way
+# --- another transaction blocks an event
 
 
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_an_event_that_always_meets_a_conflict_makes_way_uncharged(
     shop: Shop, processor: ProbedProcessor, settings: Settings, place: int
 ) -> None:
-    """A failure that asks for a repetition repeats with half the batch, down to the one event that it sticks to."""
+    """If a failure asks for a repetition, the worker halves the batch, down to one event."""
     run(shop, raising("40001"))
     courses = [GOOD] * 7
     courses[place] = BAD
@@ -213,7 +213,10 @@ def test_an_event_that_takes_longer_than_a_statement_may_makes_way_soon(
     make_processor: MakeProcessor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each try costs the whole time limit, so the tries must be few: about the logarithm of the number of events."""
+    """Each try costs the whole time limit.
+
+    The number of tries must be about the logarithm of the events.
+    """
     run(shop, trigger(f"IF NEW.course_id = '{BAD}' THEN PERFORM pg_sleep(5); END IF;"))
     courses = [GOOD] * 7
     courses[place] = BAD
@@ -247,7 +250,7 @@ def test_an_event_whose_purchase_a_foreign_transaction_writes_makes_way_uncharge
 def test_an_event_whose_pair_a_foreign_transaction_takes_makes_way_uncharged(
     shop: Shop, foreign: Foreign, settings: Settings, ends: str
 ) -> None:
-    """Under the guard ``lock`` nothing waits for a writer that skips the lock."""
+    """Under the guard ``lock``, nothing waits for a writer that skips the lock."""
     paid = [pay(shop, GOOD) for _ in range(5)]
     payment, event = paid[2]
     foreign.writes(shop.payment("succeeded", *payment.pair))
@@ -261,7 +264,7 @@ def test_an_event_whose_pair_a_foreign_transaction_takes_makes_way_uncharged(
 def test_an_event_whose_pair_is_locked_stays_as_it_was(
     shop: Shop, connect: Connect, processor: ProbedProcessor
 ) -> None:
-    """Whoever holds the public lock of the pair holds up this event, whichever guard is in force, and no other."""
+    """A session that holds the pair's public lock delays this event only, under either guard."""
     before, (payment, held), behind = pay(shop, GOOD), pay(shop, GOOD), pay(shop, GOOD)
     shop.mark(held, "created")
     was = shop.event(held)
@@ -274,13 +277,16 @@ def test_an_event_whose_pair_is_locked_stays_as_it_was(
     assert settle(processor) == {held: Outcome.RECOVERED}
 
 
-# --- COMMIT is not answered
+# --- COMMIT has no answer
 
 
 def test_a_commit_that_is_killed_is_settled_again(
     shop: Shop, make_processor: MakeProcessor, make_database: MakeDatabase, connect: Connect
 ) -> None:
-    """The backend is terminated inside COMMIT: nothing took effect, nobody is charged, and the next batch does it."""
+    """The backend is terminated inside COMMIT. Nothing took effect and no event is charged.
+
+    The next batch settles the events.
+    """
     run(
         shop,
         trigger(f"PERFORM pg_advisory_xact_lock({COMMIT_GATE});", kind="CONSTRAINT TRIGGER refuse AFTER").replace(
@@ -309,7 +315,10 @@ def test_a_commit_that_is_killed_is_settled_again(
 def test_a_commit_whose_answer_is_lost_counts(
     careful: bool, shop: Shop, database: Database, processor: ProbedProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The transaction took effect and the connection was gone before the answer: asked, and reported once."""
+    """The transaction took effect, but the connection broke before the answer.
+
+    The worker asks the database for the result. It reports the events once.
+    """
     paid = [pay(shop, GOOD) for _ in range(3)]
     hang_up_at_commit(database, careful, monkeypatch)
     processor.is_careful = careful
@@ -332,7 +341,10 @@ def test_a_commit_of_which_nobody_knows_is_lost(
     processor: ProbedProcessor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A standby promoted before it heard of the transaction refuses the question; one that is down does, too."""
+    """A standby that was promoted without the transaction refuses the question.
+
+    A standby that is down does, too.
+    """
     for _ in range(3):
         pay(shop, GOOD)
     hang_up_at_commit(database, careful, monkeypatch)
@@ -358,7 +370,7 @@ def test_a_commit_of_which_nobody_knows_is_lost(
 
 
 class Foreign:
-    """A writer of purchases that takes its time, and a processor that does not wait for it long."""
+    """A slow writer of purchases, and a processor that waits only briefly for it."""
 
     def __init__(self, connection: psycopg.Connection[Any], processor: ProbedProcessor) -> None:
         self._connection, self.processor = connection, processor
@@ -375,7 +387,10 @@ class Foreign:
 
 @pytest.fixture
 def foreign(connect: Connect, make_processor: MakeProcessor, make_database: MakeDatabase) -> Foreign:
-    """A wait for a lock ends after 0.4 s; batches are small, so that halving them down to one waits few times."""
+    """A wait for a lock ends after 0.4 s.
+
+    Batches are small, and halving them waits only a few times.
+    """
     return Foreign(connect(), make_processor(batch_size=4, database=make_database(deadline_seconds=2)))
 
 
@@ -396,7 +411,7 @@ def assert_created(shop: Shop, payment: Payment, event: UUID) -> None:
 
 
 def assert_pauses(shop: Shop, processor: ProbedProcessor, state: str, outbox: str = "outbox") -> None:
-    """The batch raises what the database said, and the outbox is as it was, to the last column."""
+    """Check that the batch raises the database's error and changes no column of the outbox."""
     was = shop.rows(f"SELECT * FROM {outbox} ORDER BY id")
     with pytest.raises((DBAPIError, psycopg.Error)) as raised:
         processor.process_batch()
@@ -408,7 +423,10 @@ def assert_pauses(shop: Shop, processor: ProbedProcessor, state: str, outbox: st
 def assert_only_one_waits(
     shop: Shop, processor: ProbedProcessor, settings: Settings, events: list[UUID], place: int
 ) -> None:
-    """All get settled but one; that one is postponed by the base delay and not charged."""
+    """Check that all events but one are settled.
+
+    That event is postponed by the base delay and not charged.
+    """
     started = db_now(shop)
     outcomes: dict[UUID, Outcome] = {}
     for _ in range(4 * len(events)):
@@ -431,7 +449,7 @@ def backend_at_the_gate(shop: Shop) -> int | None:
 
 
 def hang_up_at_commit(database: Database, careful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next COMMIT is carried out; its answer is lost with the connection."""
+    """Let the next COMMIT take effect, and lose its answer with the connection."""
 
     def commit_and_hang_up(connection: Any) -> None:
         driver = connection.connection.dbapi_connection

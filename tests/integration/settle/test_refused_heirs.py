@@ -1,4 +1,4 @@
-"""A refund stands whatever becomes of the purchase for the next payment of its pair."""
+"""A refund is valid even if the purchase for the next payment of its pair is refused."""
 
 from __future__ import annotations
 

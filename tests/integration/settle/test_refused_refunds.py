@@ -1,4 +1,4 @@
-"""Refunds that the database refuses, and the unique key of payments that they need."""
+"""Refunds that the database refuses, and the unique key on payments that refunds need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("both_guards")
 class Refusal(NamedTuple):
     sqlstate: str
     schema: str
-    """What the schema has against the deactivation of a purchase of the course BAD."""
+    """How the schema refuses to deactivate a purchase of the course BAD."""
     cure: str
 
 
@@ -107,7 +107,7 @@ def test_an_inactive_row_in_a_full_unique_index_is_the_refunds_own_trouble(
 
 
 def test_what_nobody_may_take_back_is_nobodys_fault(shop: Shop, processor: ProbedProcessor) -> None:
-    """That something was taken back before says nothing of the database's health."""
+    """One purchase was deactivated before. That does not prove that the database is healthy."""
     shop.rows(raising("42501", course=None))
     shop.rows("ALTER TABLE purchases DISABLE TRIGGER refuse")
     done = shop.payment("refunded")
@@ -162,7 +162,10 @@ def test_a_pair_that_somebody_has_locked_keeps_its_refund_in_the_outbox(
 def test_a_privilege_to_take_back_that_is_lost_is_nobodys_fault(
     shop: Shop, clerk: Clerk, make_processor: MakeProcessor
 ) -> None:
-    """It is asked for whatever the row: that nothing was to be written for one refund does not accuse the other."""
+    """PostgreSQL checks the privilege even if a refund has nothing to write.
+
+    A refund with nothing to write does not prove that the other refund is at fault.
+    """
     done = shop.payment("refunded")
     shop.purchase(done, active=False)
     shop.refund(done)
@@ -197,7 +200,10 @@ KEYS = {
 def test_which_unique_keys_will_do(
     shop: Shop, database: Database, tables: Tables, make_processor: MakeProcessor, name: str
 ) -> None:
-    """What the start demands is what the statement needs: full, or partial where there is a payment. And the remedy."""
+    """The start demands the key that the statement needs, and prints a remedy.
+
+    The key must be full, or partial for rows with a payment.
+    """
     made, will_do = KEYS[name]
     shop.rows("ALTER TABLE purchases DROP CONSTRAINT purchases_payment_id_key")
     shop.rows(made)
@@ -246,7 +252,10 @@ def test_so_do_the_keys_of_marks_and_letters(shop: Shop, processor: ProbedProces
 def test_thirty_refunds_one_by_one_on_one_connection(
     shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor
 ) -> None:
-    """A statement that is prepared after a while, with a generic plan after another, still finds its key."""
+    """After some executions the statement is prepared, then planned generically.
+
+    The statement still finds its key.
+    """
     payments = [bought(shop)[0] for _ in range(30)]
     next_payments = [shop.payment("succeeded", *payment.pair) for payment in payments]
     for payment in payments:

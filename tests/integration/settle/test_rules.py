@@ -1,6 +1,7 @@
-"""The nine rules of one event, end to end under both guards: mark, purchase, outbox, dead letter and metrics.
+"""The nine rules of one event, end to end under both guards.
 
-The numbers are those of ``decide``. A test named ``…_comes_before_…`` holds two rules at once: the first must win.
+The tests check mark, purchase, outbox, dead letter and metrics. The numbers are those of
+``decide``. In a test named ``…_comes_before_…`` two rules apply, and the first must win.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.support.settling import LAST, STRANGER, assert_buried, assert_marked,
 pytestmark = pytest.mark.usefixtures("both_guards")
 
 
-"""Failed tries so far, of 10: the next one is the last."""
+"""Every test runs under both guards."""
 
 PAIR_INDEX = "purchases_active_student_course_key"
 
@@ -43,7 +44,7 @@ def test_normal(shop: Shop, processor: ProbedProcessor) -> None:
 
 
 def test_recovery(shop: Shop, processor: ProbedProcessor) -> None:
-    """Marked as processed, never written: the money was taken and nothing given."""
+    """The event is marked as processed, but its purchase was never written."""
     payment, event = shop.paid()
     shop.mark(event, "created", payment.id)
     assert settle(processor) == {event: Outcome.RECOVERED}
@@ -72,7 +73,10 @@ def test_duplicate_events_of_one_payment_in_one_batch(shop: Shop, processor: Pro
 
 
 def test_duplicate_events_of_one_payment_that_are_both_marked(shop: Shop, processor: ProbedProcessor) -> None:
-    """The older is recovered, whichever was marked first; for the newer the purchase is there."""
+    """The older event is recovered, whichever was marked first.
+
+    The newer event finds the purchase.
+    """
     payment, older = shop.paid()
     newer = shop.confirm(payment)
     for event in (newer, older):
@@ -92,7 +96,10 @@ def test_duplicate_events_of_one_payment_one_after_the_other(shop: Shop, process
 
 @pytest.mark.parametrize("flaw", ["mismatch", "reused", "marked", "buried"])
 def test_duplicate_events_each_keep_their_own_fate(shop: Shop, processor: ProbedProcessor, flaw: str) -> None:
-    """Of two events of one payment the older has something against it: it must not get the credit of the clean one."""
+    """The older of two events of one payment has a flaw.
+
+    It must not get the credit of the clean event.
+    """
     payment, older = shop.paid(payload={"amount": "1.00"} if flaw == "mismatch" else None)
     if flaw in ("reused", "marked"):
         shop.mark(older, "created", STRANGER if flaw == "reused" else payment.id)
@@ -112,14 +119,17 @@ def test_duplicate_events_each_keep_their_own_fate(shop: Shop, processor: Probed
 
 @pytest.mark.parametrize("both_guards", ["lock"], indirect=True)
 def test_missing_constraint(shop: Shop, processor: ProbedProcessor) -> None:
-    """The database never had the index: known from the start."""
+    """The database never had the index. The worker knows it from the start."""
     assert_settled_by_lock(shop, processor)
 
 
 @pytest.mark.parametrize("both_guards", ["index"], indirect=True)
 @pytest.mark.parametrize("how", ["dropped", "invalid", "total"])
 def test_missing_constraint_while_believing_in_it(shop: Shop, processor: ProbedProcessor, how: str) -> None:
-    """The index vanishes after the worker came to believe in it: 42P10, and the same batch is settled by the lock."""
+    """The index vanishes after the start of the worker: 42P10.
+
+    The same batch is settled by the guard ``lock``.
+    """
     assert processor.watch.state.guard is Guard.INDEX
     for statement in BREAK_INDEX[how]:
         shop.rows(statement)
@@ -190,7 +200,10 @@ UNUSABLE = {
 
 
 def test_rule_2_an_unusable_payload_is_buried_as_it_was(shop: Shop, processor: ProbedProcessor) -> None:
-    """All in one batch, next to a good one: none of them can hurt another, not even one that Python cannot decode."""
+    """All unusable payloads are in one batch with a good event.
+
+    None harms another event, even if Python cannot decode it.
+    """
     shop.connection.adapters.register_loader("jsonb", TextLoader)
     _, good = shop.paid()
     shop.payment(id=STRANGER)
@@ -277,7 +290,10 @@ NOT_YET = [
 def test_rules_5_and_7_retry_within_the_bounds(
     shop: Shop, processor: ProbedProcessor, settings: Settings, status: str | None, reason: Reason
 ) -> None:
-    """Waits double with each failed try up to the maximum, by the database's clock; the first waits the base."""
+    """Each failed try doubles the wait, up to the maximum, by the database's clock.
+
+    The first wait is the base.
+    """
     events = [shop.confirm(shop.payment(status) if status else unpaid(), attempts=tries) for tries in range(LAST)]
     before, started = [shop.event(event) for event in events], db_now(shop)
     assert settle(processor) == dict.fromkeys(events, Outcome.RETRIED)
@@ -336,7 +352,10 @@ def test_rules_5_and_7_a_payment_may_come_late_and_succeed_later(shop: Shop, pro
 
 
 def assert_settled_by_lock(shop: Shop, processor: ProbedProcessor) -> None:
-    """One batch with doubled payments and doubled events, and never a second purchase of a pair."""
+    """Settle one batch with payments and events of the same pairs.
+
+    No pair gets a second purchase.
+    """
     payment, event = shop.paid()
     shop.pay_many(20, pairs=10, events=2)
     assert settle(processor)[event] is Outcome.CREATED
@@ -352,7 +371,7 @@ def assert_settled_by_lock(shop: Shop, processor: ProbedProcessor) -> None:
 
 
 def unpaid() -> Payment:
-    """A payment whose row is not there."""
+    """Return a payment whose row does not exist."""
     return Payment(uuid4(), uuid4(), uuid4(), "49.90", "EUR")
 
 

@@ -1,6 +1,7 @@
 """Rules 6 to 9 of one event, end to end under both guards: what its payment and its pair say.
 
-The numbers are those of ``decide``. A test named ``…_comes_before_…`` holds two rules at once: the first must win.
+The numbers are those of ``decide``. In a test named ``…_comes_before_…`` two rules apply, and the
+first must win.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def test_rule_7_a_refunded_payment_comes_before_8_and_9(shop: Shop, processor: P
 
 @pytest.mark.parametrize("holder", ["another payment", "a gift"])
 def test_rule_8_a_held_pair_is_a_duplicate_payment(shop: Shop, processor: ProbedProcessor, holder: str) -> None:
-    """Whatever an earlier mark says; and what it says stays."""
+    """The mark can have any outcome. The mark does not change."""
     marks = [None, *CLAIMING_MARKS, *OTHER_MARKS]
     paid = [shop.paid() for _ in marks]
     for (payment, event), marked in zip(paid, marks, strict=True):

@@ -1,4 +1,4 @@
-"""Events set aside: every worker omits them, and nobody takes them for events that will be settled."""
+"""Events set aside: every worker omits them, and no report expects them to be settled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSAL = "DELETE on public.outbox: refused"
 
 
 def join(database: Database, tables: Tables, *, stopped: bool = False, **set_aside: str) -> Workers:
-    """A worker that has set these events aside and told so in its row."""
+    """Make a worker that has set these events aside and has written so in its row."""
     worker = Workers(tables, uuid4())
     worker.set_aside.add({int(key.removeprefix("e")): told for key, told in set_aside.items()}, 0.0)
     with database.transaction() as session:

@@ -25,7 +25,7 @@ def outbox(tables: Tables) -> Outbox:
 
 
 def claim(database: Database, outbox: Outbox, limit: int = 1000, until: datetime | None = None) -> list[Event]:
-    """What one transaction claims; it is rolled back."""
+    """Return the events that one transaction claims. The transaction is rolled back."""
     with database.transaction(**INDEX_PLANS) as session:
         events = list(outbox.claim(session, limit, until).batch.values())
         session.rollback()
@@ -36,14 +36,17 @@ def event_ids(events: list[Event]) -> list[UUID]:
     return [UUID(event.event_id) for event in events]
 
 
-# --- rows that others hold
+# --- rows that other transactions have locked
 
 
 @pytest.mark.parametrize("strength", ["UPDATE", "NO KEY UPDATE", "SHARE", "KEY SHARE"])
 def test_a_row_that_somebody_holds_is_skipped_and_its_neighbours_are_claimed(
     strength: str, shop: Shop, connect: Connect, make_database: MakeDatabase, outbox: Outbox
 ) -> None:
-    """Whatever would make our DELETE wait is skipped: also the share lock of a foreign key."""
+    """The claim skips each row that would make its DELETE wait.
+
+    The share lock of a foreign key is enough for that.
+    """
     events = [shop.paid(due_in=f"-{9 - n} minutes")[1] for n in range(5)]
     holder = connect()
     holder.execute(f"SELECT FROM outbox WHERE event_id = ANY(%s) FOR {strength}", [[events[0], events[2]]])
@@ -79,7 +82,7 @@ def test_a_claim_that_is_rolled_back_leaves_no_trace(shop: Shop, database: Datab
 
 
 def test_the_oldest_due_comes_first_then_the_smaller_id(shop: Shop, database: Database, outbox: Outbox) -> None:
-    """The ids run against the times, and five events share one moment."""
+    """The ids run against the times, and five events have the same due time."""
     late = [shop.paid(due_in=f"-{n} minutes")[1] for n in range(10, 15)]
     same = [shop.paid()[1] for _ in range(5)]
     shop.rows("UPDATE outbox SET due_at = clock_timestamp() - interval '1 hour' WHERE event_id = %s", same[3])
@@ -104,7 +107,10 @@ def test_only_what_is_due_is_claimed(shop: Shop, database: Database, outbox: Out
 
 
 def test_until_bounds_the_claim(shop: Shop, database: Database, outbox: Outbox) -> None:
-    """A drain takes what was due at its start; what became due since, or was postponed by it, is not its matter."""
+    """A drain claims only events that were due at its start.
+
+    It leaves events that became due later, or that the drain postponed.
+    """
     early = shop.paid(due_in="-2 minutes")[1]
     until = shop.scalar("SELECT clock_timestamp() - interval '1 minute'")
     shop.paid(due_in="-10 seconds")
@@ -115,7 +121,10 @@ def test_until_bounds_the_claim(shop: Shop, database: Database, outbox: Outbox) 
 def test_no_statement_carries_the_workers_clock(
     shop: Shop, database: Database, make_processor: MakeProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All moments come from the database: no parameter is one, and a worker in 1970 settles and postpones the same."""
+    """All moments come from the database. No parameter is a moment.
+
+    A worker whose clock says 1970 settles and postpones in the same way.
+    """
     shop.pay_many(3)
     recovered, its_event = shop.paid()
     shop.mark(its_event, "created", recovered.id)
@@ -169,7 +178,7 @@ def test_other_consumers_events_are_left_alone(shop: Shop, database: Database, t
 def test_a_payload_the_driver_cannot_decode_does_not_stop_a_claim(
     shop: Shop, database: Database, outbox: Outbox, make_processor: MakeProcessor
 ) -> None:
-    """Deep nesting and huge integers are legal jsonb; they never travel."""
+    """Deep nesting and huge integers are legal jsonb. The worker never fetches them."""
     payment = shop.payment()
     deep = "[" * 3000 + "]" * 3000
     shop.confirm(None, payload=f'{{"payment_id": "{payment.id}", "extra": {deep}}}')
@@ -183,7 +192,10 @@ def test_a_payload_the_driver_cannot_decode_does_not_stop_a_claim(
 def test_due_times_travel_safely_under_any_style(
     shop: Shop, database_url: str, make_database: MakeDatabase, make_processor: MakeProcessor
 ) -> None:
-    """IST is India where it is written, and Israel where it is read: the batch's window would be elsewhere."""
+    """IST means India to the server that writes it and Israel to the server that reads it.
+
+    A due time that is sent as such a text would move the window of the batch.
+    """
     name = database_url.split("?", maxsplit=1)[0].rpartition("/")[2]
     shop.rows(f"ALTER DATABASE {name} SET datestyle = 'SQL, DMY'")
     shop.rows(f"ALTER DATABASE {name} SET timezone = 'Asia/Kolkata'")

@@ -1,4 +1,4 @@
-"""Rows of dead workers: who may take them over, and which deaths count against the event in the row."""
+"""Rows of dead workers: who takes them over, and which crashes count against an event."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tests.support.factories import Shop
 HERE = socket.gethostname()
 ELSEWHERE = "another-host"
 ENDED = os.getpid()
-"""The id of this process: whoever had it before has ended."""
+"""The id of this process. An earlier process with this id must have ended."""
 DEADLINE = 0.3
 SILENT = 0.5
-"""Instead of half a minute, for which the server of the tests may not have run."""
+"""A silence of half a second instead of half a minute. The server of a test can be younger."""
 SURE = Contact(heartbeats=HEARTBEATS_BEFORE_JUDGING)
 
 
@@ -46,7 +46,10 @@ class Scene:
         self.event: int = shop.scalar("SELECT id FROM outbox")
 
     def accuser(self, host: str = HERE, pid: int = ENDED, changed: Mapping[str, str] | None = None) -> UUID:
-        """A worker that died right after it accused the event; ``changed``: SQL for columns of its row."""
+        """Write the row of a worker that died right after it accused the event.
+
+        ``changed`` holds SQL for columns of the row.
+        """
         key = uuid4()
         row = {
             "seen_at": "now() - interval '1 second'",
@@ -83,7 +86,7 @@ def scene(shop: Shop, database: Database, tables: Tables, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[int]:
-    """The id of another process of this host that runs."""
+    """Return the id of another running process of this host."""
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
         yield process.pid
         process.communicate()
@@ -111,7 +114,7 @@ DOUBTS = {
 @pytest.mark.parametrize("host", [HERE, ELSEWHERE])
 @pytest.mark.parametrize("doubt", DOUBTS)
 def test_in_doubt_nothing_is_counted(scene: Scene, doubt: str, host: str) -> None:
-    """But the place is taken, so that somebody goes carefully."""
+    """The row of the dead worker is still taken over. The new worker starts carefully."""
     changed = DOUBTS[doubt]
     if "restarted" in doubt:
         changed = changed | {"seen_at": changed["isolated_at"]}
@@ -125,7 +128,7 @@ def test_in_doubt_nothing_is_counted(scene: Scene, doubt: str, host: str) -> Non
 
 @pytest.mark.parametrize("host", [HERE, ELSEWHERE])
 def test_a_judge_that_had_no_database_after_the_accusation_counts_nothing(scene: Scene, host: str) -> None:
-    """In the same outage, the worker may have stopped cleanly without being able to say so."""
+    """In the same outage, the worker can have stopped cleanly without a chance to write it down."""
     scene.accuser(host)
     contact = Contact()
     contact.lost()
@@ -160,7 +163,7 @@ def test_a_process_that_has_ended_is_judged_at_once(scene: Scene) -> None:
 
 
 def test_a_process_that_runs_is_not_dead(scene: Scene, running: int) -> None:
-    """If it is silent for long, its place is taken; but it did not die of the event."""
+    """If the process is silent for long, its row is taken over. But the event did not kill it."""
     scene.accuser(pid=running, changed={"seen_at": "now()", "isolated_at": "now()"})
     assert scene.look().dead == []
     scene.shop.rows(
@@ -224,7 +227,7 @@ def test_a_count_that_is_null_is_none(scene: Scene) -> None:
 
 
 def test_two_judges_count_one_death(scene: Scene, connect: Any) -> None:
-    """The other one holds the row of the dead worker: it does the work."""
+    """The other judge has locked the row of the dead worker, and counts the crash."""
     dead = scene.accuser()
     other: psycopg.Connection[Any] = connect()
     other.execute("SELECT FROM workers FOR UPDATE")
@@ -250,7 +253,7 @@ def test_each_start_goes_carefully_for_one_worker_that_isolated_nothing(scene: S
     assert [len(scene.look(Contact()).dead) for _ in range(3)] == [1, 1, 0]
 
 
-# --- one that was taken for dead, and lives
+# --- a worker that was taken for dead, and lives
 
 
 def join(scene: Scene) -> tuple[Workers, UUID]:
@@ -270,7 +273,10 @@ def fall_silent(scene: Scene, key: UUID) -> None:
 
 @pytest.mark.parametrize("sign", ["beat", "accuse", "withdraw"])
 def test_whoever_lives_takes_back_the_death_that_was_counted(scene: Scene, sign: str) -> None:
-    """It was stopped for a while, or only it had no database. The next sign of life tells."""
+    """The worker was stopped for a while, or it alone had no database.
+
+    The worker's next sign of life takes the counted crash back.
+    """
     workers, key = join(scene)
     fall_silent(scene, key)
     assert [each.is_counted for each in scene.look().dead] == [True]

@@ -1,4 +1,4 @@
-"""The guard: which one is in force, what happens when it is another than believed, and what the pair's lock is."""
+"""The guard: which one is in force, what happens if it changed unseen, and the lock of a pair."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.support.guarding import (
 from tests.support.makers import Connect, MakeProcessor
 
 GATE = 4242
-"""The advisory lock on which ``gate`` lets a worker's insert wait."""
+"""Key of the advisory lock at which ``gate`` stops a worker's insert."""
 
 
 class Gate:
-    """Stops the worker's next insert into ``purchases`` in the middle of the statement: its snapshot is taken then."""
+    """Stop the worker's next insert into ``purchases`` inside the statement, after its snapshot."""
 
     def __init__(self, shop: Shop, holder: psycopg.Connection[Any]) -> None:
         self._shop, self._holder = shop, holder
@@ -70,7 +70,7 @@ def gate(shop: Shop, connect: Connect) -> Gate:
     return Gate(shop, connect(autocommit=True))
 
 
-# --- the index vanishes and comes back
+# --- the index vanishes and is created again
 
 
 def test_a_batch_that_trips_over_a_dropped_index_is_settled_by_the_lock(
@@ -132,7 +132,10 @@ def test_the_guard_is_believed_until_the_next_probe_and_told_once_per_change(
 def test_an_index_that_becomes_deferrable_is_left_for_the_lock(
     shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """ON CONFLICT raises 42P10 or 55000 then; both are the guard's, never an event's."""
+    """ON CONFLICT then raises 42P10 or 55000.
+
+    Both errors are the guard's fault, never an event's.
+    """
     processor = make_processor()
     shop.rows(f"DROP INDEX {PAIR_INDEX}")
     shop.rows(f"{DEFERRABLE} INITIALLY DEFERRED")
@@ -146,7 +149,7 @@ def test_an_index_that_becomes_deferrable_is_left_for_the_lock(
 def test_a_predicate_that_changes_its_form_costs_one_batch(
     shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """`is_active` infers `(is_active = true)` too, but not `IS TRUE`."""
+    """`is_active` infers an index on `(is_active = true)` too, but not one on `IS TRUE`."""
     processor = make_processor()
     shop.rows(f"DROP INDEX {PAIR_INDEX}")
     shop.rows("CREATE UNIQUE INDEX other ON purchases (student_id, course_id) WHERE is_active IS TRUE")
@@ -162,7 +165,7 @@ def test_a_predicate_that_changes_its_form_costs_one_batch(
 def test_a_watch_asks_once_and_then_only_whether_an_index_has_changed(
     shop: Shop, database: Database, tables: Tables
 ) -> None:
-    """Idle workers look every few seconds."""
+    """Idle workers look at the guard every few seconds."""
     watch = GuardWatch(tables.purchases, lambda _: None)
     asked: list[str] = []
     listener.listen(database.engine, "before_cursor_execute", lambda *event: asked.append(event[2]))
@@ -201,7 +204,7 @@ def test_the_watch_tells_of_the_first_state_and_of_changes_only(shop: Shop, data
     assert shop.scalar("SELECT 1") == 1
 
 
-# --- somebody else was first
+# --- another writer was first
 
 
 @without_index
@@ -213,7 +216,7 @@ def test_a_writer_that_skips_the_lock_is_read_back_not_rejected(
     make_processor: MakeProcessor,
     request: pytest.FixtureRequest,
 ) -> None:
-    """The pair becomes active between look and insert; the enforcing index answers 23505."""
+    """The pair becomes active between look and insert. The enforcing index answers 23505."""
     assert guard_kind == "lock"
     leave_invalid_index(shop, connect, pool)
     payment, event = shop.paid()
@@ -255,7 +258,7 @@ def test_a_foreign_purchase_of_the_same_payment_is_read_back(
     pool: ThreadPoolExecutor,
     make_processor: MakeProcessor,
 ) -> None:
-    """23505 on payment_id: the unique index that is no guard."""
+    """The unique index on payment_id answers 23505. That index is no guard."""
     payment, event = shop.paid()
     other, _ = shop.paid()
     processor = make_processor()
@@ -276,7 +279,10 @@ def test_a_foreign_purchase_of_the_same_payment_is_read_back(
 def test_an_inactive_row_in_a_full_unique_index_is_the_events_own_trouble(
     guard_kind: str, index: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """Also where the constraint speaks only at COMMIT; the neighbours do not suffer."""
+    """Some of these constraints refuse the row only at COMMIT.
+
+    The other events of the batch are settled.
+    """
     assert guard_kind == "lock"
     shop.rows(index)
     payment, event = shop.paid()

@@ -1,4 +1,4 @@
-"""Which conditions of a unique index mean "active": all forms are tried in one database, one after the other."""
+"""Which conditions of a unique index mean "active": one database tries all forms in turn."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def test_null_counts_where_the_column_allows_it(
 def test_events_are_settled_by_an_index_whose_condition_is_written_oddly(
     guard_kind: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """Also with a percent sign, which the driver reads as a placeholder, and with the columns the other way round."""
+    """The condition has a percent sign, which the driver reads as a placeholder.
+
+    The columns of the index are reversed.
+    """
     assert guard_kind == "lock"
     build(shop, "is_active::text LIKE 't%'", "course_id, student_id")
     processor: ProbedProcessor = make_processor()

@@ -1,4 +1,4 @@
-"""The guard: which index is one, and that an index that is there never looks as if it were not."""
+"""The guard: which index is one, and that an existing index is never taken for missing."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_is_no_guard_leaves_the_lock_in_force(
     processor = make_processor()
     assert (processor.watch.state.guard, processor.watch.state.predicate) == (Guard.LOCK, "")
     if form in ("one column", "another table"):
-        return  # these say more than "one active purchase a pair"; what they refuse is not the guard's matter
+        return  # these refuse more than a second active purchase of a pair
     first, event, _, later = pay_twice(shop)
     assert drain_all(processor) == {Outcome.CREATED: 1, Outcome.DUPLICATE_PAYMENT: 1}
     assert (shop.outcome_of(event), shop.outcome_of(later)) == ("created", "duplicate_payment")
@@ -126,9 +126,10 @@ def test_a_sound_index_counts_whatever_stands_beside_it(
 def test_a_deferrable_arbiter_beside_a_sound_index_spoils_it(
     guard_kind: str, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """The planner takes a full constraint as arbiter too; EXPLAIN is content, every execution raises 55000.
+    """The planner also takes a full constraint as arbiter.
 
-    A probe that believed EXPLAIN alone would find the index again after every batch that trips over it.
+    EXPLAIN works, but every execution raises 55000. A probe that trusted EXPLAIN alone would find
+    the index again after every batch that fails on it.
     """
     assert guard_kind == "lock"
     shop.rows(SOUND)
@@ -189,7 +190,10 @@ def test_an_invalid_index_that_enforces_already_is_no_guard_but_is_obeyed(
 def test_an_index_on_renamed_columns(
     guard_kind: str, active: str, predicate: str, shop: Shop, database_url: str, make_database: MakeDatabase
 ) -> None:
-    """The catalogue prints the user's own name, quoted where it must be; so do we."""
+    """The catalogue prints the user's names and quotes them where needed.
+
+    The worker does the same.
+    """
     assert guard_kind == "lock"
     names = {"student_id": "user_id", "course_id": "Course", "is_active": active}
     for column, name in names.items():
@@ -211,13 +215,13 @@ def test_another_schemas_index_is_not_ours(shop: Shop, database_url: str, make_d
     assert probe(make_database(), tables).guard is Guard.LOCK
 
 
-# --- an index that is there must never look as if it were not
+# --- an existing index must never be taken for missing
 
 
 def test_thirty_batches_on_one_connection_never_miss_the_index(
     shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor
 ) -> None:
-    """psycopg prepares after five executions, PostgreSQL plans generically after five more."""
+    """psycopg prepares after five executions. PostgreSQL plans generically after five more."""
     database = make_database(connections=1)
     processor = make_processor(database=database)
     for _ in range(30):
@@ -255,7 +259,7 @@ def test_the_batch_insert_holds_under_a_generic_plan(
 def test_a_bound_predicate_would_be_caught_by_the_test_above(
     shop: Shop, tables: Tables, make_database: MakeDatabase
 ) -> None:
-    """The statement that the product must not use: the same insert with its predicate as a parameter."""
+    """This is the statement that the product must not use: its predicate is a parameter."""
     purchases = tables.purchases
     where = purchases.c.is_active == bindparam("active", True, literal_execute=False)
     statement = insert(purchases).on_conflict_do_nothing(
@@ -268,7 +272,7 @@ def test_a_bound_predicate_would_be_caught_by_the_test_above(
             with database.transaction() as session:
                 session.execute(statement, {**row, "amount": 1, "currency": "EUR", "is_active": True})
         except ProgrammingError as error:
-            assert isinstance(error.orig, psycopg.errors.InvalidColumnReference)  # noqa: PT017 - the loop goes on else
+            assert isinstance(error.orig, psycopg.errors.InvalidColumnReference)  # noqa: PT017 - the loop goes on otherwise
             failed_at = run
             break
     assert 5 < failed_at <= 25

@@ -1,4 +1,7 @@
-"""Events of types that nobody handles are counted, and told at start, by ``status`` and by ``doctor``."""
+"""Events of types without a handler are counted.
+
+The start, ``status`` and ``doctor`` report them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Round trips per batch, and the low-water mark: where a claim begins loses nothing and delays nothing."""
+"""Round trips per batch, and the low-water mark at which a claim begins.
+
+The low-water mark must neither lose nor delay an event.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ from tests.support.trips import RoundTrips
 def test_a_batch_takes_one_statement_however_large(
     size: int, both_guards: str, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """The happy path stays in the database. Under the guard ``lock``, one statement locks, and another one settles."""
+    """The happy path stays in the database.
+
+    Under the guard ``lock``, one statement locks, another settles.
+    """
     shop.pay_many(size)
     processor = make_processor(batch_size=1000)
     size = min(size, processor.watch.state.lock_capacity) if both_guards == "lock" else size
@@ -36,9 +42,9 @@ def test_a_batch_takes_one_statement_however_large(
 def test_a_batch_waits_twice_for_the_server(
     pooler: Literal["none", "transaction"], database_url: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """BEGIN and the parameters travel with the statement; behind a pooler, each alone. Then COMMIT.
+    """A batch waits for its statement and for COMMIT. A batch without events ends with ROLLBACK.
 
-    A look in vain ends with ROLLBACK.
+    BEGIN and the parameters travel with the statement, but separately behind a pooler.
     """
     with proxied(database_url) as proxy:
         database = Database(load_settings(database_url=proxy.url, pooler=pooler), deadline_seconds=10)
@@ -62,7 +68,10 @@ def test_a_batch_waits_twice_for_the_server(
 
 
 def test_a_mark_is_looked_at_before_anything_is_written(shop: Shop, database: Database, processor: Any) -> None:
-    """A marked event falls out of the statement; it is judged, and its neighbours are settled at once."""
+    """The fast statement leaves a marked event.
+
+    It settles the others at once, and the marked event is judged.
+    """
     recovered, event = shop.paid(due_in="-1 hour")
     shop.mark(event, "created", recovered.id)
     shop.pay_many(10)
@@ -73,7 +82,7 @@ def test_a_mark_is_looked_at_before_anything_is_written(shop: Shop, database: Da
 
 
 def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, make_processor: MakeProcessor) -> None:
-    """Planning each time would cost a batch as much as a round trip."""
+    """To plan each time would cost a batch as much as a round trip."""
     shop.pay_many(120)
     database = make_database(connections=1)
     processor = make_processor(batch_size=10, database=database)
@@ -88,7 +97,7 @@ def test_a_batch_is_planned_once_and_for_all(shop: Shop, make_database: Any, mak
 
 
 def test_behind_a_pooler_nothing_is_prepared(database_url: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """The next transaction may meet another backend, which knows nothing of what this one prepared."""
+    """The next transaction can meet another backend without these prepared statements."""
     shop.pay_many(120)
     database = Database(load_settings(database_url=database_url, pooler="transaction"), deadline_seconds=10)
     processor = make_processor(batch_size=10, database=database)
@@ -99,7 +108,7 @@ def test_behind_a_pooler_nothing_is_prepared(database_url: str, shop: Shop, make
 
 
 def test_no_row_travels_on_the_happy_path(shop: Shop, make_processor: MakeProcessor) -> None:
-    """Keys do; a payload of a megabyte that is nobody's business stays where it is."""
+    """Only keys travel to the worker. A payload of a megabyte stays in the database."""
     shop.paid(payload={"note": "x" * 2**20})
     report = make_processor().process_batch()
     assert report.outcomes() == {Outcome.CREATED: 1}
@@ -126,7 +135,10 @@ def test_a_claim_begins_where_the_last_one_ended_and_then_at_the_beginning(
 def test_a_worker_that_keeps_up_reads_no_dead_entries_twice(
     shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """An old snapshot keeps the entries of what was settled; neither claims nor looks walk over them each time."""
+    """An old snapshot keeps the index entries of settled events.
+
+    Neither claims nor looks read these entries each time.
+    """
     holder = connect()
     holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
     holder.execute("SELECT count(*) FROM outbox")
@@ -147,7 +159,7 @@ def test_a_worker_that_keeps_up_reads_no_dead_entries_twice(
 
 
 def pages_read(processor: Any) -> int:
-    """How many pages of the outbox and its indexes the connection of the processor has read so far."""
+    """Count the pages of the outbox and its indexes that the processor has read so far."""
     with processor.database.transaction() as session:
         session.execute(text("SELECT pg_stat_force_next_flush()"))
     read = "SELECT heap_blks_read + heap_blks_hit + idx_blks_read + idx_blks_hit FROM pg_statio_user_tables"
@@ -172,7 +184,7 @@ def watch_starts(processor: Any) -> list[Any]:
 
 
 def never_sweep(processor: Any) -> None:
-    """The next sweep is far away: what is found now is found by the other rules."""
+    """Put the next sweep off for ever: only the other rules can find events."""
     processor._pacing.claimed_from_start = lambda *_, **__: None
     processor._pacing.frontier.start_due = float("inf")
 
@@ -180,7 +192,10 @@ def never_sweep(processor: Any) -> None:
 def test_what_is_behind_the_mark_waits_for_a_sweep_and_no_longer(
     shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """A producer whose transaction stays open while later events are settled: its event is older than the mark."""
+    """A producer's transaction stays open while later events are settled.
+
+    Its event is older than the mark.
+    """
     late = connect()
     event = open_payment(late)
     shop.pay_many(500)
@@ -202,7 +217,7 @@ def test_what_is_behind_the_mark_waits_for_a_sweep_and_no_longer(
 def test_sweeps_come_by_themselves_while_the_backlog_lasts(
     shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """A late bulk commit: all of it is settled long before a backlog that stood behind it."""
+    """A late bulk commit is settled long before the backlog that was due after it."""
     late = connect()
     events = [open_payment(late) for _ in range(15)]
     shop.pay_many(20_000)
@@ -216,7 +231,7 @@ def test_sweeps_come_by_themselves_while_the_backlog_lasts(
 
 
 def test_a_step_back_of_the_servers_clock_loses_nothing(shop: Shop, make_processor: MakeProcessor) -> None:
-    """Events that are written later and due earlier than what was claimed already."""
+    """The clock's step makes later events due before those that were already claimed."""
     shop.pay_many(100)
     processor = make_processor(batch_size=10)
     never_sweep(processor)
@@ -229,7 +244,7 @@ def test_a_step_back_of_the_servers_clock_loses_nothing(shop: Shop, make_process
 
 
 def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make_processor: MakeProcessor) -> None:
-    """A pair that somebody holds stays in the outbox; the mark does not pass it."""
+    """An event whose pair is locked stays in the outbox. The mark does not pass that event."""
     held, event = shop.paid(due_in="-1 hour")
     shop.purchase(student=held.student_id, course=held.course_id)
     shop.pay_many(50)
@@ -248,7 +263,11 @@ def test_events_left_behind_are_not_forgotten(shop: Shop, connect: Connect, make
 
 
 def test_what_falls_out_is_collected_while_claims_are_full(shop: Shop, make_processor: MakeProcessor) -> None:
-    """A careful transaction costs twenty round trips: one for the events of several batches, and none forgotten."""
+    """A careful transaction costs twenty round trips.
+
+    One such transaction settles what the fast statements of several batches left, and forgets no
+    event.
+    """
     for _ in range(6):
         shop.pay_many(9)
         paid, event = shop.paid()
@@ -293,8 +312,10 @@ def test_a_batch_that_was_rolled_back_is_claimed_again_from_the_beginning(
 def test_a_queue_behind_more_dead_rows_than_a_statement_can_read_goes_on(
     connect: Connect, shop: Shop, make_database: MakeDatabase, make_processor: MakeProcessor
 ) -> None:
-    """A transaction stays open for hours, so that no claim from the start ends in time: new events are settled all the
-    same, and an old one that appeared late as soon as VACUUM can remove the dead rows.
+    """A transaction stays open for hours, and no claim from the start ends in time.
+
+    New events are still settled. An old event that appeared late is settled when VACUUM can remove
+    the dead rows.
     """
     with connect() as holder:
         holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM payments")

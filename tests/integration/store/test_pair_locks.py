@@ -1,4 +1,4 @@
-"""The pair's lock: who waits for it, and that it is public."""
+"""The lock of a pair: who waits for it, and which other programs can take it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from tests.support.makers import Connect, MakeProcessor
 def test_payments_of_one_pair_in_one_batch(
     both_guards: str, payments: int, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """Exactly one is granted, the oldest event's; the others paid twice."""
+    """Exactly one payment is granted, that of the oldest event.
+
+    The other payments are duplicates.
+    """
     oldest, event = shop.paid(due_in="-1 hour")
     for _ in range(payments - 1):
         shop.paid(student=oldest.student_id, course=oldest.course_id)
@@ -42,7 +45,7 @@ def test_payments_of_one_pair_in_one_batch(
 def test_recovered_payments_of_one_pair_in_one_batch(
     both_guards: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """The careful half of the same promise: events with marks are judged, and still at most one per pair is granted."""
+    """Events with marks are judged. Still, at most one payment per pair is granted."""
     oldest, event = shop.paid(due_in="-1 hour")
     shop.mark(event, "created", oldest.id)
     for _ in range(3):
@@ -54,7 +57,7 @@ def test_recovered_payments_of_one_pair_in_one_batch(
     assert [row.payment_id for row in shop.purchases(oldest.pair)] == [oldest.id]
 
 
-# --- the pair's lock is public
+# --- other programs can take the lock of a pair
 
 
 def test_an_event_waits_while_somebody_holds_its_pairs_lock(
@@ -97,7 +100,7 @@ def test_a_clean_insert_needs_the_lock_only_without_the_index(
 def test_other_keys_do_not_hold_an_event_up(
     both_guards: str, shop: Shop, connect: Connect, make_processor: MakeProcessor
 ) -> None:
-    """Neither the reversed pair, nor the pair with another seed, nor the 32-bit hash is the key."""
+    """A reversed pair, another seed and a 32-bit hash give other keys than the lock of the pair."""
     first = shop.payment()
     shop.purchase(first)
     shop.paid(student=first.student_id, course=first.course_id)
@@ -114,7 +117,10 @@ def test_other_keys_do_not_hold_an_event_up(
 def test_locks_are_taken_in_ascending_key_order_and_at_most_capacity_of_them(
     shop: Shop, database: Database, processor: ProbedProcessor
 ) -> None:
-    """A function of the same name, found first, writes down the order in which keys are asked for."""
+    """A function with the name of the lock function is found first.
+
+    It records the order of the keys.
+    """
     shop.pay_many(60, pairs=40)
     shop.rows("CREATE TABLE asked (n bigint GENERATED ALWAYS AS IDENTITY, key bigint)")
     shop.rows(
@@ -140,7 +146,10 @@ def test_locks_are_taken_in_ascending_key_order_and_at_most_capacity_of_them(
 
 @without_index
 def test_a_batch_never_fills_the_lock_table(guard_kind: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """More pairs than one transaction may lock: several transactions, no 53200, nothing charged."""
+    """A batch with more pairs than one transaction can lock takes several transactions.
+
+    No transaction fails with 53200, and no event is charged.
+    """
     assert guard_kind == "lock"
     processor = make_processor(batch_size=10_000)
     capacity = processor.watch.state.lock_capacity

@@ -1,4 +1,4 @@
-"""Values at other places of the payload: read by paths, from jsonb, json and text alike."""
+"""Values at other places of the payload are read by paths, from jsonb, json and text alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def processor(request: pytest.FixtureRequest, make_processor: MakeProcessor) -> 
 
 
 def tell(shop: Shop, payment: Payment, tables: Tables, **data: Any) -> Any:
-    """An event whose payload repeats the payment's values at the paths, with other data laid over them."""
+    """Write an event whose payload has the payment's values at the paths.
+
+    ``data`` replaces some values.
+    """
     inner = {"paymentId": str(payment.id), "amount paid": payment.amount} | data
     event = next(shop.event_ids)
     shop.rows(

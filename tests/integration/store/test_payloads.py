@@ -1,6 +1,7 @@
-"""Whatever stands in a payload, by whatever type of column: its own outcome, and nobody else's trouble.
+"""A payload of any content, in any type of column, decides only about its own event.
 
-What jsonb refuses (NUL, lone surrogates, NaN, no JSON at all) comes by json and text columns.
+Columns of json and text can hold what jsonb refuses: NUL, lone surrogates, NaN, and texts that are
+no JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LONGEST_LIST = 20
 
 @pytest.fixture(params=TYPES)
 def column(request: pytest.FixtureRequest, shop: Shop) -> str:
-    """The type of outbox.payload, which is altered to it."""
+    """Change the type of outbox.payload to this type, and return its name."""
     kind: str = request.param
     shop.connection.adapters.register_loader("jsonb", TextLoader)  # Python cannot decode all of it
     retype(shop, kind)
@@ -43,7 +44,7 @@ def column(request: pytest.FixtureRequest, shop: Shop) -> str:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """All log records, with what they are bound to."""
+    """Collect all log records with their bound values."""
     records: list[str] = []
     sink = logger.add(records.append, level="DEBUG", format="{message} {extra}", diagnose=True)
     yield records
@@ -51,7 +52,7 @@ def said() -> Iterator[list[str]]:
 
 
 def kept(shop: Shop, event_id: UUID) -> str:
-    """The payload in the dead letter: a document as it was written, or jsonb's own form."""
+    """Return the payload of the dead letter: a document as it was written, or jsonb's form."""
     text: str = shop.scalar(
         "SELECT CASE jsonb_typeof(payload) WHEN 'string' THEN payload #>> '{}' ELSE payload::text END"
         " FROM dead_letters WHERE event_id = %s",
@@ -131,7 +132,7 @@ def test_a_type_that_nobody_handles_is_buried_unread(column: str, shop: Shop, ma
 
 
 def test_a_long_payload(column: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """jsonb is read where it lies; a document that is too long to travel waits for a person."""
+    """jsonb is read inside the database. A document that is too long to fetch is buried."""
     long, within = shop.payment(), shop.payment()
     put(shop, column, document(within, x=f'"{"x" * (LONGEST_DOCUMENT - 1000)}"'))
     event = put(shop, column, document(long, x=f'"{"x" * 50_000_000}"'))
@@ -147,7 +148,7 @@ def test_a_long_payload(column: str, shop: Shop, make_processor: MakeProcessor) 
 
 
 def test_refused_events_among_documents_are_found(column: str, shop: Shop, make_processor: MakeProcessor) -> None:
-    """The careful path knows what the documents said, too."""
+    """The careful path, too, knows the values of the documents."""
     shop.rows("ALTER TABLE purchases ADD CHECK (amount < 1000)")
     for number in range(40):
         put(shop, column, document(shop.payment(amount="1000.00" if number == 7 else "49.90")))
@@ -173,15 +174,18 @@ def test_the_audit_sees_what_is_in_flight(column: str, shop: Shop, database: Dat
 
 
 class Case(NamedTuple):
-    """A payload, in which PAYMENT, STUDENT and COURSE stand for those of a payment of its own."""
+    """A payload. PAYMENT, STUDENT and COURSE in it are placeholders for ids of a payment."""
 
     document: str
     outcome: Outcome | None
-    """None: whatever it is."""
+    """None: any outcome is right."""
 
 
 right = {"payment_id": "PAYMENT", "student_id": "STUDENT", "course_id": "COURSE", "amount": "49.90", "currency": "EUR"}
-"""Constants of the code are drawn, too: neither a key nor a value of these may come by chance."""
+"""The generator must not draw these keys and values by chance.
+
+It also draws constants of the code.
+"""
 
 strings = st.text().filter(lambda text: text not in right.values())
 values = st.recursive(
@@ -193,7 +197,10 @@ values = st.recursive(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """The right keys, some left out, some replaced by anything, among anything else; sometimes spoilt."""
+    """Draw payloads with the right keys among other data.
+
+    Some keys are left out, some values are replaced, and some texts are broken.
+    """
     said: dict[str, Any] = draw(
         st.dictionaries(st.text(max_size=12).filter(lambda key: key not in right), values, max_size=4)
     )
@@ -213,7 +220,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def expected(said: dict[str, Any], replaced: str | None, text: str) -> Outcome | None:
-    """By the rules, read off what was meant, not off the text."""
+    """Derive the outcome from the drawn values by the rules, not from the text."""
     if "NaN" in text or "Infinity" in text or '"PAYMENT"' not in text:
         return None if replaced != "payment_id" or "PAYMENT" in text else Outcome.DEAD
     may_be_the_same = replaced == "amount" and isinstance(said[replaced], int | float | str)
@@ -248,7 +255,7 @@ def settle_cases(shop: Shop, column: str, processor: ProbedProcessor, drawn: lis
 def check_generated(
     shop: Shop, column: str, processor: ProbedProcessor, said: list[str], effort: Callable[..., Any]
 ) -> int:
-    """How many cases were tried."""
+    """Return how many cases were tried."""
     tried = 0
 
     @effort
@@ -263,7 +270,7 @@ def check_generated(
 
 
 def test_generated_payloads(column: str, shop: Shop, processor: ProbedProcessor, said: list[str]) -> None:
-    """Together with the other types more than 500 cases."""
+    """All types together try more than 500 cases."""
     assert check_generated(shop, column, processor, said, FEW) > 200
 
 

@@ -1,4 +1,4 @@
-"""Every hot statement walks an index, on a large shop whatever its statistics say."""
+"""Every frequent statement uses an index on a large shop, whatever the statistics say."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ PLANNED = ("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")
 
 
 class Plans:
-    """EXPLAIN of every statement of a batch, in its own transaction, just before it runs, prepared as psycopg does."""
+    """EXPLAIN every statement of a batch in its own transaction, just before it runs.
+
+    The statements are prepared as psycopg prepares them.
+    """
 
     def __init__(self, database: Database) -> None:
         self.found: list[tuple[str, dict[str, Any]]] = []
@@ -107,28 +110,28 @@ def table_scans(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_index_path(node: dict[str, Any]) -> bool:
-    """A scan that reads only what its condition names."""
+    """Tell whether a scan reads only the rows that its condition names."""
     return node["Node Type"] in ("Index Scan", "Index Only Scan") and bool(node.get("Index Cond"))
 
 
 def finds_any_open_letter(node: dict[str, Any]) -> bool:
-    """The first entry of the index of open letters, if there is one."""
+    """Tell whether a scan reads the first entry of the index of open dead letters."""
     return node.get("Index Name") == "dead_letters_open_idx"
 
 
 def names_its_events(node: dict[str, Any]) -> bool:
-    """An event looked up in ``(due_at, id)`` is looked for in the batch's window, not from end to end."""
+    """Tell whether a scan of ``(due_at, id)`` stays in the batch's window."""
     return node.get("Index Name") != "outbox_due_idx" or "due_at" in node["Index Cond"]
 
 
 def keys_are_walked_again(plan: dict[str, Any]) -> bool:
-    """The batch's keys as the inner side of a join: once more from the beginning for each row of the outer one."""
+    """Tell whether a join reads the batch's keys again for each row of its outer side."""
     joins = [node for node in nodes(plan) if node["Node Type"] == "Nested Loop"]
     return any("Function Scan" in {each["Node Type"] for each in nodes(join["Plans"][1])} for join in joins)
 
 
 def fill(shop: Shop) -> None:
-    """A large shop with a large backlog, which nobody has analyzed."""
+    """Fill a large shop with a large backlog, without ANALYZE."""
     for table in ("payments", "outbox", "purchases", "processed_events", "dead_letters"):
         shop.rows(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
     shop.pay_many(LARGE)
@@ -150,8 +153,8 @@ def fill(shop: Shop) -> None:
 
 
 def analyze(shop: Shop, analyzed: str) -> None:
-    """Statistics as of the full tables, of an empty queue, or none at all."""
-    if analyzed == "empty":  # as VACUUM leaves it while somebody's snapshot keeps a million dead entries
+    """Leave statistics of the full tables, of an empty queue, or none at all."""
+    if analyzed == "empty":  # as VACUUM leaves it while a snapshot keeps a million dead entries
         shop.rows("UPDATE pg_class SET reltuples = 0, relpages = 1000 WHERE oid = 'outbox'::regclass")
     if analyzed == "full":
         shop.rows("ANALYZE payments, outbox, purchases, processed_events, dead_letters")
@@ -159,14 +162,14 @@ def analyze(shop: Shop, analyzed: str) -> None:
 
 @pytest.fixture
 def database_url(server: servers.Server, make_url: Callable[[str | None], str], guard_kind: str) -> str:
-    """A database of this test's own in which a large shop is; filled once per guard and run."""
+    """Make a database with a large shop for this test. It is filled once per guard and run."""
     name = f"large_{guard_kind}"
     server.make_template(name, guard_kind, fill)
     return make_url(name)
 
 
 def add_one_of_every_kind(shop: Shop) -> None:
-    """At the head of the queue: events that make a batch run every statement."""
+    """Put events at the head of the queue that make a batch run every statement."""
     recovered, event = shop.paid(due_in="-9 days")
     shop.mark(event, "created", recovered.id)
     first, _ = shop.paid(due_in="-9 days")
@@ -211,7 +214,10 @@ def test_every_statement_of_a_batch_walks_indexes(
 
 
 def add_refunds(shop: Shop, count: int, next_payments: int) -> None:
-    """At the head of the queue: refunds of active purchases; of so many pairs another payment stands."""
+    """Put refunds of active purchases at the head of the queue.
+
+    ``next_payments`` of their pairs have another successful payment.
+    """
     shop.rows(
         "WITH oldest AS (SELECT id, CAST(payload ->> 'payment_id' AS uuid) AS payment_id FROM outbox ORDER BY id"
         " LIMIT %s), first AS (UPDATE outbox SET event_type = 'PURCHASE_REFUNDED', due_at = now() - interval '9 days'"
@@ -229,7 +235,7 @@ def add_refunds(shop: Shop, count: int, next_payments: int) -> None:
 
 
 def executions(plan: dict[str, Any], table: str, times: int = 1) -> list[int]:
-    """Of each sequential scan of a table how often it is made, by its place: once, or (2) for each row of another."""
+    """List how often each sequential scan of a table runs: 1 is once, 2 is once per outer row."""
     found = [times] if (plan["Node Type"], plan.get("Relation Name")) == ("Seq Scan", table) else []
     for place, inner in enumerate(plan.get("Plans", [])):
         found += executions(inner, table, 2 if plan["Node Type"] == "Nested Loop" and place == 1 else times)
@@ -240,7 +246,10 @@ def executions(plan: dict[str, Any], table: str, times: int = 1) -> list[int]:
 def test_refunds_walk_indexes_and_read_the_payments_once(
     both_guards: str, analyzed: str, shop: Shop, database: Database, make_processor: MakeProcessor
 ) -> None:
-    """The payments are the shop's, without an index on the pair; with one they are looked up."""
+    """The shop's payments have no index on the pair and are read once.
+
+    With such an index they are looked up.
+    """
     analyze(shop, analyzed)
     add_refunds(shop, 600, 30)
     processor = make_processor(batch_size=300)
@@ -269,7 +278,7 @@ def test_refunds_walk_indexes_and_read_the_payments_once(
 def test_without_the_switches_a_plan_would_stray(
     shop: Shop, database: Database, make_processor: MakeProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above is sharp: on tables never analyzed the planner itself chooses otherwise."""
+    """The test above can fail: on tables never analyzed, the planner alone chooses other plans."""
     add_one_of_every_kind(shop)
     processor = make_processor(batch_size=600)
     monkeypatch.setattr(fast, "index_plans", lambda _: {})
@@ -283,11 +292,14 @@ def test_without_the_switches_a_plan_would_stray(
 def test_a_claim_prepared_on_an_empty_queue_keeps_its_index(
     types: list[str] | None, shop: Shop, tables: Tables, make_database: MakeDatabase
 ) -> None:
-    """After twelve empty looks the server holds one generic plan, made when a sequential scan cost nothing."""
+    """After twelve empty claims the server has one generic plan.
+
+    It was made when a sequential scan cost nothing.
+    """
     shop.rows("TRUNCATE outbox, payments")
     shop.rows("ANALYZE outbox")
     database, outbox = make_database(connections=1), Outbox(tables, types)
-    for _ in range(15):  # committed: psycopg forgets what it prepared when it rolls back
+    for _ in range(15):  # committed: psycopg forgets its prepared statements at a rollback
         with database.transaction(**INDEX_PLANS) as session:
             assert not outbox.claim(session, 1000).batch
     shop.pay_many(LARGE // 5)
@@ -299,7 +311,8 @@ def test_a_claim_prepared_on_an_empty_queue_keeps_its_index(
             )
         ).one()
         assert prepared.generic_plans > 0, "no generic plan was made; the test proves nothing"
-        # The limit is the only number; every other parameter is a type's name or the moment, not given here.
+        # The limit is the only number. Every other parameter is the name of a type, or a moment
+        # that is not given here.
         values = {"bigint": "1000", "text": "'PURCHASE_CONFIRMED'", "character varying": "'PURCHASE_CONFIRMED'"}
         arguments = [values.get(kind, "NULL") for kind in prepared.types]
         if types is None:

@@ -1,4 +1,7 @@
-"""A trigger on purchases may change what was written. What is not as it was paid is not told as ``created``."""
+"""A trigger on purchases can change a row.
+
+If the row differs from what was paid, the worker does not report ``created``.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def spoil(shop: Shop, change: str, when: str = SPOILT, moment: str = "BEFORE INS
 
 
 def probed(processor: ProbedProcessor) -> GuardState:
-    """What the worker finds at its next look."""
+    """Return what the worker finds at its next look."""
     with processor.database.transaction() as session:
         return processor.watch.probe(session)
 
@@ -128,7 +131,10 @@ def test_a_backfill_reads_its_purchases_back(
 def test_a_deferred_trigger_that_looks_at_the_mark_finds_it(
     both_guards: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """The worker knows the trigger from its start. It may run only when the mark is written, as at COMMIT."""
+    """The worker knows the trigger from its start.
+
+    The trigger must run after the mark is written, as at COMMIT.
+    """
     unmarked = "NOT EXISTS (SELECT FROM processed_events WHERE payment_id = NEW.payment_id)"
     shop.rows(
         "CREATE FUNCTION look() RETURNS trigger LANGUAGE plpgsql AS"

@@ -1,4 +1,4 @@
-"""What a payload repeats is compared by the types of the payment's columns, whole, and without errors."""
+"""Payload values that repeat the payment are compared by the types of its columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = "x" * 150
 
 
 class Case(NamedTuple):
-    """An id as the payment has it, and values of the payload that are the same id or another one."""
+    """An id of the payment, and payload values that are the same id or another id."""
 
     of_students: str
     student: str

@@ -1,4 +1,4 @@
-"""Ids that are equal by their columns' types are one student, however they are written."""
+"""Ids that are equal by their columns' types belong to one student, however they are written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PUBLIC_KINDS = {"uuid", "int4 beside int8", "text beside varchar", "char", "char
 def test_two_ways_to_write_an_id_are_one_student(
     kind: Kind, both_guards: str, shop: Shop, database: Database, tables: Tables, make_processor: MakeProcessor
 ) -> None:
-    """In one batch, in a later one, and where a refund frees the course."""
+    """The ids are equal in one batch, in a later batch, and if a refund frees the course."""
     retype(shop, kind)
     first, _ = pay(shop, kind.one)
     pay(shop, kind.same)
@@ -52,7 +52,10 @@ def test_two_ways_to_write_an_id_are_one_student(
 
 
 def keys_are_right(shop: Shop, kind: Kind, database: Database, tables: Tables) -> None:
-    """Equal ids have one key; where the texts decide, it is the formula that other programs use."""
+    """Check that equal ids have one key.
+
+    If the texts decide, the key is the formula for other programs.
+    """
     with database.transaction() as session:
         found = with_types_as_found(session, tables, ["payments", "purchases"])
         keys = session.scalars(
@@ -75,7 +78,10 @@ def test_the_lock_knows_both_ways(
     make_processor: MakeProcessor,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """One worker has written the purchase and stands before its COMMIT: the other must not write a second one."""
+    """One worker has written the purchase and waits before its COMMIT.
+
+    The other worker must not write a second purchase.
+    """
     assert guard_kind == "lock"
     retype(shop, kind)
     for due_in, student in (("-2 seconds", kind.one), ("-1 second", kind.same)):
@@ -105,7 +111,7 @@ def test_the_lock_knows_both_ways(
 def test_an_index_that_compares_by_another_rule_is_no_guard(
     guard_kind: str, shop: Shop, make_processor: MakeProcessor
 ) -> None:
-    """By its collation, both ways to write an id would be two students."""
+    """By the index's collation, the two ways to write the id are two students."""
     assert guard_kind == "lock"
     kind = next(each for each in KINDS if each.name == "loose")
     retype(shop, kind)

@@ -1,4 +1,7 @@
-"""Many events of one kind in a batch are one record above DEBUG, with some of their ids; few are one record each."""
+"""Many events of one kind in a batch make one record above DEBUG, with some of their ids.
+
+A few events make one record each.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Told = list[tuple[str, dict[str, Any]]]
 
 @pytest.fixture
 def told() -> Iterator[Told]:
-    """Level and fields of every record."""
+    """Collect the level and the fields of every record."""
     found: Told = []
     sink = logger.add(lambda message: found.append((message.record["level"].name, message.record["extra"])), level=0)
     yield found

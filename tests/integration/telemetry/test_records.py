@@ -1,4 +1,4 @@
-"""What records say of events and transactions: the trace that a producer names, counts, sums at most once a beat."""
+"""Records of events and transactions: trace of the producer, counts, sums once per heartbeat."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ def test_fallbacks_are_told_and_summed_up(
 
 
 def test_every_series_is_there_before_its_first_event(processor: ProbedProcessor) -> None:
-    """One that appears with a value hides it from ``rate``, and so the first recovery from the alert."""
+    """``rate`` does not see the first value of a new series.
+
+    The alert would miss the first recovery.
+    """
     value = processor.telemetry.metrics.registry.get_sample_value
     for outcome in Outcome:
         assert value("outbox_events_total", {"event_type": "PURCHASE_CONFIRMED", "outcome": outcome}) == 0
@@ -153,7 +156,7 @@ def test_a_poll_is_one_that_succeeded(shop: Shop, processor: ProbedProcessor) ->
         return found
 
     before = since()
-    while since() == before:  # the clock's own grain
+    while since() == before:  # the clock has a grain
         pass
     run(shop, "ALTER TABLE outbox RENAME TO gone")
     grown = since()
@@ -169,7 +172,10 @@ def test_a_poll_is_one_that_succeeded(shop: Shop, processor: ProbedProcessor) ->
 def test_the_end_of_a_trouble_is_told_once(
     shop: Shop, processor: ProbedProcessor, records: list[dict[str, Any]]
 ) -> None:
-    """Whatever the look finds; a transaction that is only repeated was no trouble."""
+    """The end is logged whatever the look finds.
+
+    A transaction that is only repeated was no trouble.
+    """
     processor.telemetry.trouble(psycopg.errors.DeadlockDetected(), 0.1)
     processor.process_batch()
     assert "resumed" not in [record.get("event") for record in records]

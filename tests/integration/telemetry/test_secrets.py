@@ -1,6 +1,6 @@
-"""What a payload or a row says stays where it is: no error, record or metric repeats it, whoever says it to us.
+"""No error, record or metric repeats a value of a payload or row, whatever the server says.
 
-The secret stands wherever a producer can write, and the server repeats it in all that it can say of an error.
+The secret is everywhere a producer can write. The server repeats it in every part of its errors.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ REFUSALS = {
     "unique": "CREATE UNIQUE INDEX whole ON purchases (currency);"
     f"INSERT INTO purchases (student_id, course_id, amount, currency) VALUES ('', gen_random_uuid(), 0, '{SECRET}')",
 }
-"""The server's own errors, with what they say of the row."""
+"""What makes the server refuse a row. The server repeats values of the row in its error."""
 
 
 @pytest.fixture
 def listen(capsys: pytest.CaptureFixture[str]) -> Iterator[Listen]:
-    """Ask for records of every level on stderr, in a style; what comes of it says what has been heard since."""
+    """Send records of every level to stderr, in a style.
+
+    Return a function that reads the new records.
+    """
 
     def begin(style: Style) -> Callable[[], str]:
         configure_logging("DEBUG", style)
@@ -58,7 +61,7 @@ def listen(capsys: pytest.CaptureFixture[str]) -> Iterator[Listen]:
 
 @pytest.fixture
 def loud(shop: Shop) -> Shop:
-    """A shop whose students and currencies are texts, and say more than they should."""
+    """Make a shop with texts for students and currencies. These texts hold the secret."""
     for table in ("payments", "purchases"):
         run(shop, f"ALTER TABLE {table} ALTER student_id TYPE text, ALTER currency TYPE text")
     return shop
@@ -156,7 +159,10 @@ def test_what_a_payload_says_is_not_repeated(
 def test_a_drain_that_gives_up_does_not_repeat_what_stopped_it(
     loud: Shop, database_url: str, state: str, on: str, status: str, code: int
 ) -> None:
-    """Its last words are ours, also where COMMIT is refused for what is no event's work."""
+    """The last messages are the worker's own.
+
+    This includes a COMMIT that is refused for no event's fault.
+    """
     raise_loudly(loud, state, on)
     pay_loudly(loud, status=status)
     done = finish("run", "--drain", url=database_url, database_deadline_seconds=1, log_level="DEBUG")
@@ -168,7 +174,7 @@ def test_a_drain_that_gives_up_does_not_repeat_what_stopped_it(
 
 @pytest.mark.parametrize("said", [SECRET, {SECRET: SECRET}, [SECRET], f"00-{SECRET}", SECRET * 10_000])
 def test_what_headers_say_is_not_repeated(loud: Shop, processor: ProbedProcessor, listen: Listen, said: Any) -> None:
-    """Not even where a trace is looked for."""
+    """The headers hold the secret, also in the header that is read for a trace."""
     for _ in STYLES:
         loud.paid(status="pending")
         loud.paid(payload="[]")
@@ -201,7 +207,10 @@ def test_what_libraries_say_of_a_row_is_not_repeated(loud: Shop, listen: Listen,
 def test_a_record_that_cannot_be_written_takes_nothing_with_it(
     loud: Shop, processor: ProbedProcessor, listen: Listen, style: Style, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the worker nor, to where it could be written after all, what the server said meanwhile."""
+    """The worker survives a stderr that cannot be written.
+
+    After stderr works again, the worker does not write the server's words of that time.
+    """
     raise_loudly(loud, "53100")
     pay_loudly(loud)
     listen(style)
@@ -235,7 +244,7 @@ class FullDisk(io.StringIO):
 
 
 def raise_loudly(shop: Shop, state: str, on: str = "TRIGGER refuse BEFORE INSERT ON purchases") -> None:
-    """A trigger that says all it knows: in MESSAGE, DETAIL, HINT and, by what it was doing, CONTEXT."""
+    """Make a trigger that repeats the row in MESSAGE, DETAIL, HINT and CONTEXT."""
     timing = "DEFERRABLE INITIALLY DEFERRED" if "CONSTRAINT" in on else ""
     run(
         shop,
@@ -254,7 +263,7 @@ def pay_loudly(shop: Shop, **of_event: Any) -> tuple[Payment, UUID]:
 
 
 def what_the_server_says(shop: Shop) -> str:
-    """Of a purchase like those that the worker is going to write."""
+    """Return the server's error for a purchase like those that the worker is going to write."""
     with pytest.raises(psycopg.Error) as raised:
         write_loudly(shop)
     return str(raised.value)
