@@ -26,4 +26,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the column, because it may be NULL and does no harm. ``core_0001`` drops the table if the table is empty."""
+    """Keep the column. It can be NULL and does no harm.
+
+    ``core_0001`` drops the table if the table is empty.
+    """

@@ -217,7 +217,7 @@ def check_deferred(session: Session) -> None:
 
 @contextmanager
 def savepoint(session: Session) -> Iterator[None]:
-    """Run the ``with`` block in a savepoint. Roll back to the savepoint if the block raises an error.
+    """Run the ``with`` block in a savepoint. If the block fails, roll back to the savepoint.
 
     Do not nest these savepoints. A nested transaction of SQLAlchemy would take the time of one more
     statement. RELEASE SAVEPOINT is not needed: COMMIT ends all savepoints. A later savepoint with

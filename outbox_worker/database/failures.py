@@ -38,7 +38,7 @@ class Failure(StrEnum):
     Settle the other events of the batch.
     """
     GUARD = "guard"
-    """Check the guard (unique index or locks against second purchases) and the marks of events again.
+    """Check again the guard (unique index or locks) and the marks of the events of the batch.
 
     Either the guard has changed, or another transaction inserted the same key first.
     """

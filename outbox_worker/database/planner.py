@@ -66,5 +66,5 @@ def planned(session: Session, **parameters: str) -> Iterator[None]:
 
 
 def set_local(session: Session, parameters: Mapping[str, str]) -> None:
-    """Set parameters until the transaction ends. Ignore parameters that the server does not know."""
+    """Set parameters until the transaction ends. Ignore parameters unknown to the server."""
     session.connection().exec_driver_sql(SET_LOCAL, {"parameters": json.dumps(parameters)})
