@@ -6,7 +6,8 @@ path, and stores a ``Naming`` in ``context.config.attributes["naming"]``. The re
 library.
 
 This file must not contain ``from __future__ import annotations``. With this import, ``dataclass``
-would search for this module in ``sys.modules``. A module that was loaded by its path is not there.
+would search for this module in ``sys.modules``. A module that was loaded by its path is not in
+``sys.modules``.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ class TableNaming:
     pair_lookup_index: ClassVar[str] = "purchases_active_student_course_idx"
     """The name of the plain index that finds purchases by student and course.
 
-    The plain index exists only if there is no unique index.
+    The worker needs this index only if no unique index exists.
     """
     ownership_list: ClassVar[str] = "outbox_worker_tables"
     """The name of the list of all tables that our migrations created.

@@ -24,7 +24,7 @@ depends_on = None
 def upgrade() -> None:
     """Add the columns only to our own table.
 
-    Workers of earlier versions ignore the columns. They can continue to run.
+    Workers of earlier versions ignore the columns, and can continue to run.
     """
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
@@ -41,7 +41,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the columns. Earlier versions ignore them.
+    """Keep the columns. Earlier versions ignore the columns.
 
     ``core_0001`` drops the table if the table is empty.
     """

@@ -1,4 +1,4 @@
-"""Create the table ``outbox_worker_tables``. It lists the tables that our migrations created.
+"""Create the table ``outbox_worker_tables`` for the list of tables that our migrations created.
 
 Before this revision, only the comment on a table showed that our migrations had created the table.
 A restore can lose the comments. After a restore without comments, the worker treated its own tables

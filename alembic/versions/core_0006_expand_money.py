@@ -42,8 +42,8 @@ def upgrade() -> None:
 
     The amount becomes ``numeric`` without limits. If the table is empty, the currency gets the same
     type as in payments. If the table has rows, PostgreSQL would rewrite the rows. The worker then
-    only prints the statement, and a person chooses the time. If a view or a trigger uses a column,
-    PostgreSQL refuses to change its type. This revision then keeps the type.
+    only prints the statement. A person chooses the time for this statement. A column that a view or
+    a trigger uses keeps its type. PostgreSQL refuses to change the type.
     """
     payments: TableNaming = context.config.attributes["naming"].of("payments")
     purchases: TableNaming = context.config.attributes["naming"].of("purchases")
@@ -66,7 +66,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the types. Earlier versions can use them.
+    """Keep the types. Earlier versions can use these types.
 
     In a narrower type, PostgreSQL would round amounts.
     """

@@ -43,9 +43,9 @@ DEFAULT = sa.text(
 
 
 def upgrade() -> None:
-    """Change the default of the id in our own table. Existing rows stay unchanged.
+    """Change the default of the id in our own table. Do not change existing rows.
 
-    If somebody has changed the default before, keep it.
+    Keep the default if somebody has changed it before.
     """
     purchases: TableNaming = context.config.attributes["naming"].of("purchases")
     bind = op.get_bind()
@@ -59,4 +59,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the default. Earlier versions can use it."""
+    """Keep the default. Earlier versions can use this default."""

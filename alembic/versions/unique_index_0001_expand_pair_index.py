@@ -97,8 +97,8 @@ def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
 def _build(bind: sa.Connection, purchases: TableNaming) -> None:
     """Build the index without time-outs. A cancelled build would leave an INVALID index.
 
-    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it. An INVALID index can
-    therefore not be the guard of the worker.
+    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use an INVALID index. The worker
+    therefore cannot use an INVALID index as its guard.
     """
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))

@@ -17,7 +17,8 @@ class Keys(UserDefinedType[Sequence[Any]]):
     """The type of an array parameter that the client sends as one array literal.
 
     The client sends None as NULL. ``item`` is the type of the elements in SQL. If ``item`` is not
-    text, the elements must not contain a comma, brace or quote. Integers and UUIDs never do.
+    text, the elements must not contain a comma, brace or quote. Integers and UUIDs do not contain
+    these characters.
     """
 
     render_bind_cast = True
@@ -34,7 +35,7 @@ class ArrayText(Sequence[Any]):
     """An array of keys in the text form that PostgreSQL sent.
 
     The first read of an element splits the text. The fast path (one statement for a whole batch)
-    reads no element. It sends the unsplit text back to PostgreSQL.
+    reads no element. The fast path sends the unsplit text back to PostgreSQL.
     """
 
     def __init__(self, text: str) -> None:

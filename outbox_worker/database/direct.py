@@ -1,8 +1,8 @@
 """Runs one transaction directly on a psycopg connection, without SQLAlchemy.
 
-SQLAlchemy would take a third of the time of a batch of one event. BEGIN, the parameters of the
-transaction and the first statement are sent together. A transaction with one statement waits for
-the server only twice: after this statement, and after COMMIT.
+SQLAlchemy would take a third of the time of a batch of one event. The client sends BEGIN, the
+parameters of the transaction and the first statement together. A transaction with one statement
+waits for the server only twice: after the statement, and after COMMIT.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SET_LOCAL = SET_LOCAL.replace("%(parameters)s", "$1")
 
 
 class Direct:
-    """One transaction on a connection of psycopg. ``Database.direct`` opens it.
+    """One transaction on a psycopg connection. ``Database.direct`` opens the transaction.
 
-    If ``queues`` is true, the first statement is sent together with BEGIN and the parameters. If
-    ``looks`` is also true, BEGIN is left out. The transaction then ends with the first statement.
-    This statement must only read.
+    If ``queues`` is true, the client sends the first statement together with BEGIN and the
+    parameters. If ``looks`` is also true, the client sends no BEGIN. The transaction then ends with
+    the first statement. The first statement must only read.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Direct:
         self._queue = ExitStack()
 
     def __enter__(self) -> Self:
-        self._connection.autocommit = True  # without autocommit, psycopg sends BEGIN itself and waits
+        self._connection.autocommit = True  # otherwise psycopg sends BEGIN and waits
         if self._queues:
             self._queue.enter_context(self._connection.pipeline())
         if self._begins:
@@ -67,5 +67,5 @@ class Direct:
         self._connection.commit()
 
     def close(self) -> None:
-        """Close the connection, because it is lost."""
+        """Close the lost connection."""
         self._connection.close()

@@ -25,8 +25,8 @@ The number 0 means all types that psycopg does not know, for example enums and c
 class _LenientText(Loader):
     """Decodes a text as UTF8. Replaces each byte that is not UTF8 by an escape such as ``\\xe9``.
 
-    The usual replacement character U+FFFD is not used. It would make two ids equal if they differ
-    only in such bytes.
+    The usual replacement character U+FFFD is not used. With U+FFFD, two ids that differ only in
+    unreadable bytes would become equal.
     """
 
     def load(self, data: Buffer) -> str:

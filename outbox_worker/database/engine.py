@@ -28,9 +28,9 @@ APPLICATION_NAME = "outbox-worker"
 
 _PLAIN = {
     "array_nulls": "on",  # the worker sends arrays that contain NULL, for example of payment ids
-    "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous time zones
+    "datestyle": "ISO",  # due times are sent as text; other date styles write ambiguous time zones
     "extra_float_digits": "1",  # below 1, the server rounds times and durations
-    "quote_all_identifiers": "off",  # the worker compares the index predicate that the catalogue prints
+    "quote_all_identifiers": "off",  # the worker compares the index predicate as printed
     "transaction_timeout": "0",  # PostgreSQL 17 and later; the worker limits single statements instead
 }
 """PostgreSQL parameters that the worker sets in each transaction.
@@ -69,7 +69,10 @@ class Database:
         self.engine = _create_engine(settings, connections, deadline_seconds, looks=looks)
 
     def with_deadline(self, seconds: float) -> Database:
-        """Return another ``Database`` with the same settings and another deadline. The caller must close it."""
+        """Return a new ``Database`` with the same settings and another deadline.
+
+        The caller must close the new ``Database``.
+        """
         return Database(self._settings, deadline_seconds=seconds, looks=self._looks)
 
     @contextmanager
@@ -85,17 +88,21 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
-        """Run a REPEATABLE READ, READ ONLY transaction, in which all statements see the same state of the database."""
+        """Run a REPEATABLE READ, READ ONLY transaction.
+
+        All statements in the transaction see the same state of the database.
+        """
         engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with Session(engine) as session:
             set_local(session, self._limits())
             yield session
 
     def direct(self, **parameters: str) -> AbstractContextManager[Direct]:
-        """Run a READ COMMITTED transaction on a psycopg connection. The caller must commit it.
+        """Run a READ COMMITTED transaction on a psycopg connection. The caller must call ``commit``.
 
-        Raises the errors of psycopg. BEGIN and the parameters are sent without the first statement
-        if libpq has no pipelines, or if the settings name a pooler in transaction mode.
+        Raises the errors of psycopg. If libpq has no pipelines, the client does not send BEGIN and
+        the parameters together with the first statement. A pooler in transaction mode has the same
+        effect.
         """
         return self._direct(parameters, looks=False)
 
@@ -143,7 +150,7 @@ class Database:
         return "commit"
 
     def was_committed(self, transaction_id: str) -> bool | None:
-        """Ask the server whether it committed a transaction. Call this if COMMIT got no answer.
+        """Ask the server whether it committed a transaction whose COMMIT got no answer.
 
         Repeat ``pg_xact_status`` until the transaction has ended or the deadline has passed. Return
         None if the server no longer knows the result, or if the deadline has passed.
@@ -264,11 +271,11 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
 def _kinds_of_server(where: Mapping[str, Any], *, looks: bool) -> list[str]:
     """Return the values of ``target_session_attrs`` in the order in which the caller must try them.
 
-    A command that only reads can use any server. Use the ``target_session_attrs`` of the URL for
-    this command if the URL has one. If the URL names several hosts, try the primary first. A
-    standby can be behind the primary.
+    A command that only reads can use any server. If the URL contains ``target_session_attrs``, a
+    command that only reads uses this value. If the URL names several hosts, try the primary first.
+    A standby can be behind the primary.
 
-    The value ``read-write`` is not used. It also refuses a primary if
+    The value ``read-write`` is not used. ``read-write`` also refuses a primary if
     ``default_transaction_read_only`` is on.
     """
     if not looks:
@@ -305,8 +312,9 @@ def _connect(settings: Settings, answer_seconds: float | None, *, looks: bool) -
 def _lift_time_limits(connection: psycopg.Connection[Any]) -> None:
     """Switch off the time limits of the role and of the database. Each transaction sets new limits.
 
-    A very short limit could cancel the statement that sets the new limits. A very short limit can
-    also cancel the statement of this function. This function therefore tries a few times.
+    A very short limit could cancel the statement with which a transaction sets its limits. A very
+    short limit can also cancel the statement of this function. This function therefore tries a few
+    times.
     """
     connection.autocommit = True
     for _ in range(_TRIES):

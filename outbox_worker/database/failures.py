@@ -38,7 +38,7 @@ class Failure(StrEnum):
     Settle the other events of the batch.
     """
     GUARD = "guard"
-    """Check again the guard (unique index or locks) and the marks of the events of the batch.
+    """Check the guard (unique index or locks) again, and read the marks of settled events again.
 
     Either the guard has changed, or another transaction inserted the same key first.
     """
@@ -72,14 +72,14 @@ If the worker repeated the transaction at once, it would probably wait equally l
 _NO_ARBITER = "42P10"
 """The SQLSTATE if no unique index matches ON CONFLICT.
 
-The worker then cannot use the guard ``index`` (a unique index against second purchases).
+The worker then cannot use the unique index as its guard against second purchases.
 """
 
 _NOT_IN_STATE = "55000"
 """The SQLSTATE if only a deferrable index matches ON CONFLICT.
 
-The worker then cannot use the guard ``index``. Other errors have the same SQLSTATE. The worker
-therefore also reads which function of the server raised the error.
+The worker then cannot use this index as its guard against second purchases. Other errors have the
+same SQLSTATE. The worker therefore also reads which function of the server raised the error.
 """
 
 _REFUSES_DEFERRABLE = "ExecCheckIndexConstraints"
@@ -118,7 +118,7 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
     "23000": Failure.EVENT,  # integrity_constraint_violation, for example WrittenOtherwise
     _INTERNAL_ERROR: Failure.UNCLEAR,  # an extension can raise this error for a single row
-    "428C9": Failure.PAUSE,  # generated_always: the worker writes a column that became a generated column
+    "428C9": Failure.PAUSE,  # generated_always: a written column became a generated column
     "23001": Failure.EVENT,  # restrict_violation
     "23502": Failure.EVENT,  # not_null_violation
     "23503": Failure.EVENT,  # foreign_key_violation
@@ -145,14 +145,14 @@ _PLACES_MAX = 100
 _REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
 """The pattern that finds the server's own sentence in libpq's message about a refused connection.
 
-The word before this sentence (``FATAL``) may be in any language.
+The word before this sentence (``FATAL``) can be in any language.
 """
 
 _IS_STANDBY = re.compile(
     r"connection to server (?:at|on socket) \"(?P<host>[^\"]*)\"(?: \([^)]*\))?(?:, port (?P<port>\d+))? failed:"
     r" server is in hot standby mode"
 )
-"""The pattern of libpq's message that a server is a standby. The connection needed a primary."""
+"""The pattern of libpq's message if a connection needs a primary, but the server is a standby."""
 
 _PASSES = re.compile(
     r"the database system|recovery|too many|connection slots|terminating|shutting down"
@@ -197,7 +197,7 @@ def classify(error: BaseException) -> Failure:
         return Failure.UNCLEAR if is_from_function(error) and is_trouble(error) else _by_state(error)
     original = getattr(error, "orig", None) or error
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
-        return Failure.RECONNECT  # no SQLSTATE, because the connection broke or was never made
+        return Failure.RECONNECT  # no SQLSTATE: the connection broke or was never made
     if isinstance(original, CommitLost | DatabaseUnavailable):
         return Failure.RECONNECT
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
@@ -209,9 +209,9 @@ def _by_state(error: BaseException) -> Failure:
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Return whether the SQLSTATE says that the database is in trouble. False means a wrong row.
+    """Return True if the SQLSTATE reports trouble of the database instead of a wrong row.
 
-    A database function can raise such an error for a single event. The worker then postpones the
+    A database function can raise this SQLSTATE for a single event. The worker then postpones the
     event, but does not count a failed attempt.
     """
     is_internal = sqlstate(error) == _INTERNAL_ERROR
@@ -283,8 +283,9 @@ def server_message(error: BaseException) -> str:
 def login_refusal(error: BaseException) -> str | None:
     """Return the server's message if the server refuses the role, the password or the database.
 
-    Return None for other errors. Such a refusal lasts until a person acts. The driver reports no
-    SQLSTATE if it cannot connect. This function therefore searches the text of the error.
+    Return None for other errors. The server refuses the connection until a person acts. The driver
+    reports no SQLSTATE for a failed connection. This function therefore searches the text of the
+    error.
     """
     original = getattr(error, "orig", None) or error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:

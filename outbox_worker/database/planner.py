@@ -18,8 +18,8 @@ INDEX_PLANS: Mapping[str, str] = {
 }
 """Parameters that make the planner use indexes and plan each statement only once.
 
-The planner gets no choice. The table statistics of a queue are often outdated. Each statement is
-planned only once. For a small batch, planning takes longer than the execution.
+The planner gets no choice: the statistics of a queue table are often outdated. The planner plans
+each statement only once. For a small batch, planning takes longer than the execution.
 """
 
 

@@ -38,9 +38,9 @@ def retry_transaction(
 ) -> T:
     """Run ``work``. If it fails with an error of the class ``retry``, run it again.
 
-    ``work`` runs at most ``attempts`` times. Its argument is the number of failures so far. If all
-    attempts fail, raises the last error. Raises an error at once if it is of another class, or if
-    ``gives_up`` returns True for it.
+    ``work`` runs at most ``attempts`` times. The argument of ``work`` is the number of failures so
+    far. If all attempts fail, raises the last error. Raises an error at once if its class is not
+    ``retry``, or if ``gives_up`` returns True for the error.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_worth_repeating(error) and not gives_up(error)),

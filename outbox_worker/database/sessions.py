@@ -55,7 +55,10 @@ class ReadOnlyDefault:
 
     place: str
     remedy: str
-    """The statement that makes sessions of this role writable, or a sentence if no statement can do this."""
+    """The statement that makes sessions of this role writable.
+
+    If no statement can do this, the field contains a sentence with the remedy.
+    """
 
 
 def find_standby(session: Session | Connection) -> Standby | None:
@@ -65,7 +68,10 @@ def find_standby(session: Session | Connection) -> Standby | None:
 
 
 def find_read_only_default(session: Session | Connection) -> ReadOnlyDefault | None:
-    """Return where ``default_transaction_read_only`` was set to on. Return None if it is off."""
+    """Return where ``default_transaction_read_only`` was set to on.
+
+    Return None if the parameter is off.
+    """
     row = session.execute(_READ_ONLY).one_or_none()
     if row is None:
         return None

@@ -24,7 +24,7 @@ _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 @contextmanager
 def relying_on_a_key() -> Iterator[None]:
-    """Raise KeyMissing if an upsert in the ``with`` block fails because no unique index on its key exists."""
+    """Raise KeyMissing if an upsert in the ``with`` block finds no unique index on its key."""
     try:
         yield
     except DBAPIError as error:
@@ -78,7 +78,7 @@ class Statement:
         return session.connection().exec_driver_sql(self._rendered.sql, self._rendered.values(values))
 
     def numbered(self, values: Mapping[str, Any]) -> tuple[str, list[Any]]:
-        """Return the SQL with the parameters $1, $2, …, and the values of these parameters."""
+        """Return the SQL with the parameters $1, $2, … and the values of these parameters."""
         sql, names = self._numbered
         given = self._rendered.values(values)
         return sql, [given[name] for name in names]
@@ -102,8 +102,8 @@ def fetching(session: Session) -> Fetch:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must change exactly ``rows`` rows.
 
-    Raises Swallowed if the statement changed fewer rows, and Inconsistent if it changed more. Raises KeyMissing if the
-    statement is an upsert and no unique index matches its key.
+    Raises Swallowed if the statement changed fewer rows. Raises Inconsistent if the statement
+    changed more rows. Raises KeyMissing if an upsert finds no unique index on its key.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount

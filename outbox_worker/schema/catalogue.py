@@ -120,7 +120,8 @@ def _means_active(session: Session | Connection, predicate: str, column: str, *,
 def has_index_paths(session: Session, purchases: Table) -> bool:
     """Return whether purchases has the two indexes that the worker's statements need.
 
-    One index must begin with ``payment_id``, another index with ``student_id`` and ``course_id``.
+    One index must begin with ``payment_id``. Another index must begin with ``student_id`` and
+    ``course_id``.
     """
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
@@ -144,14 +145,17 @@ class ActualColumn:
     The value is None if the type has no limit.
     """
     decimals: int | None
-    """The number of decimals to which PostgreSQL rounds. The value is None if it does not round."""
+    """The number of decimals to which PostgreSQL rounds a value.
+
+    The value is None if PostgreSQL does not round.
+    """
     is_used: bool
     """True if a view, a trigger, a policy or a generated column uses the column.
 
     PostgreSQL then refuses to change the type of the column.
     """
     base_type: str
-    """The base type if the type of the column is a domain. Otherwise equal to ``type_name``."""
+    """The base type of the domain. If the column has no domain, the value is ``type_name``."""
     may_be_null: bool
     computed: str | None
     """How PostgreSQL computes the column: ``stored``, ``virtual`` or ``identity``.
@@ -365,7 +369,7 @@ _UNLOGGED = text(
 
 
 def enum_labels(session: Session | Connection, table: Table, key: str) -> Sequence[str]:
-    """Return the labels of the enum type of the column. The result is empty if it is no enum."""
+    """Return the labels of the enum type of the column. Without an enum, return an empty list."""
     names = {"relation": relation_name(table), "column": table.c[key].name}
     return session.execute(_ENUM_LABELS, names).scalars().all()
 
@@ -403,7 +407,10 @@ _HAS_UNIQUE_INDEX = text(
 
 
 def has_unique_index(session: Session, table: Table, key: str) -> bool:
-    """Return whether a unique index prevents equal values in this column. NULLs can repeat."""
+    """Return whether a unique index prevents equal values in this column.
+
+    Several rows can have NULL in this column.
+    """
     return bool(session.scalar(_HAS_UNIQUE_INDEX, {"relation": relation_name(table), "column": table.c[key].name}))
 
 

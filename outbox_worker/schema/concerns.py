@@ -89,7 +89,7 @@ def find_shared_event_ids(session: Session, tables: Tables) -> list[SchemaProble
 def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a concern for each unique index on student and course that the worker cannot use.
 
-    The worker needs such an index as its guard against second purchases. Return no concern if
+    The worker can use a unique index as its guard against second purchases. Return no concern if
     another index can be the guard.
     """
     purchases = tables.purchases
@@ -108,9 +108,8 @@ def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
 def find_unlogged(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a concern for each table and partition that is not in PostgreSQL's write-ahead log.
 
-    PostgreSQL empties these tables after a crash of the server. PostgreSQL never copies them to
-    standbys. Events, purchases and marks of settled events would be lost. ``audit`` could not find
-    the loss.
+    PostgreSQL empties these tables after a crash of the server. Standbys never get these tables.
+    Events, purchases and marks of settled events would be lost. ``audit`` could not find the loss.
     """
     names = [relation_name(table) for table in tables.by_role().values() if exists(session, table)]
     return [

@@ -2,8 +2,8 @@
 
 The ids of students and courses can have one type in payments and another type in purchases, for
 example citext and text. ``store.identity`` builds the SQL expressions that compare these ids. The
-ids of payments and events are called *keys*. Keys of payments have the same kind in all tables:
-uuid, integer or text. Keys of events also have the same kind in all tables.
+ids of payments and events are called *keys*. All tables have the same kind of payment ids: uuid,
+integer or text. All tables also have the same kind of event ids.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class IdColumn:
     is_deterministic: bool = True
 
     def __str__(self) -> str:
-        """Return the type as a text for messages. Add the scale, or add an unusual collation."""
+        """Return the type as a text for messages.
+
+        Add the scale of a numeric type. Add a collation that is not the default.
+        """
         if self.type_name == "numeric" and self.scale is not None:
             return f"numeric with {self.scale} decimals"
         is_plain = self.collation in (None, DEFAULT_COLLATION) or self.type_name == "citext"
@@ -84,7 +87,8 @@ class IdColumn:
     def loose_collation(self) -> str | None:
         """The collation if it treats different texts as equal.
 
-        The value is None for all other collations, and for citext. citext ignores the collation.
+        The value is None for other collations. For citext, it is always None: citext ignores the
+        collation.
         """
         return None if self.is_deterministic or self.type_name == "citext" else self.collation
 
@@ -108,9 +112,9 @@ class Fold(StrEnum):
 class SameId:
     """The rule that says when an id in payments and an id in purchases are the same.
 
-    The unique index compares ids by the column type in purchases. This type normally decides. If
-    the column type in payments treats more ids as equal (citext instead of text), the type in
-    payments decides. PostgreSQL then cannot use a plain index on purchases.
+    The unique index compares ids by the column type in purchases. Normally, the type in purchases
+    decides. The type in payments decides if it treats more ids as equal (citext instead of text).
+    PostgreSQL then cannot use a plain index on purchases.
     """
 
     paid: IdColumn = IdColumn()
@@ -132,7 +136,7 @@ class SameId:
     def pads(self) -> bool:
         """True if the comparison ignores trailing blanks in ids of payments.
 
-        The column in purchases then has the type char(n), but the column in payments has not.
+        The comparison ignores blanks if only the column in purchases has the type char(n).
         """
         return self.bought.type_name == "bpchar" and self.paid.type_name != "bpchar"
 
@@ -140,7 +144,7 @@ class SameId:
     def is_indexable(self) -> bool:
         """True if PostgreSQL compares ids in the column of purchases by this rule.
 
-        PostgreSQL can then use the indexes on this column.
+        PostgreSQL can then use the indexes on the column of purchases.
         """
         is_citext_only_paid = self.paid.type_name == "citext" and self.bought.type_name != "citext"
         return not is_citext_only_paid and self.paid.loose_collation in (None, self.bought.loose_collation)
@@ -199,7 +203,7 @@ UUIDS = PairIds()
 
 
 class _IntegerKey(TypeDecorator[str]):
-    """The type of a column with integer ids. In Python, each id is the text from PostgreSQL."""
+    """The type of a column with integer ids. In Python, an integer id is a text."""
 
     impl = BigInteger
     cache_ok = True

@@ -31,12 +31,12 @@ class Interference:
     name: str
     is_rule: bool
     swallows: bool
-    """True if the trigger or rule can swallow the command.
+    """True for a rule with INSTEAD, and for a BEFORE trigger whose function can return NULL.
 
-    This is a rule with INSTEAD, or a BEFORE trigger whose function can return NULL.
+    The command can then change no row and raise no error.
     """
     lets_none_through: bool
-    """True if the trigger or rule swallows every row, as far as its definition shows."""
+    """True if the definition shows that the trigger or rule swallows every row."""
 
     def __str__(self) -> str:
         return f"the {'rule' if self.is_rule else 'trigger'} {quoted(self.name)}"

@@ -43,7 +43,7 @@ class Migrated:
     named: tuple[str, ...]
     """The created tables whose names come from OUTBOX_TABLES.
 
-    Perhaps the user expected that these tables already exist.
+    Perhaps the user thought that these tables already existed.
     """
     adopted: tuple[str, ...]
     """Existing tables of other applications. The migrations did not change these tables."""
@@ -106,7 +106,7 @@ def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]
 def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
     """Raise an error if a table of another application does not fit.
 
-    The migrations never alter such a table.
+    The migrations never alter tables of other applications.
     """
     if misfits := find_misfits(Session(connection), tables, of_others=True):
         raise SchemaError(f"Existing tables do not fit. Nothing was changed.\n{list_problems(misfits)}")
@@ -128,7 +128,7 @@ def _expect_possible_index(connection: Connection, tables: Tables, options: Sequ
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
-    """Return whether the index or trigger of an option exists. Ignore the version table."""
+    """Return whether the index or trigger of an option exists. Do not ask the version table."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
     return notifies(connection, tables.outbox)

@@ -1,7 +1,7 @@
 """Finds columns that can be NULL although the worker needs a value.
 
-Builds the statements that forbid NULL. These columns do not stop the worker. A NULL affects only
-the row that contains it. Without this check, nobody would notice this row.
+Builds the statements that forbid NULL. A column with NULL does not stop the worker. NULL affects
+only one row. Without this check, nobody would notice the row with NULL.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ _VALUES: Mapping[tuple[str, str], str] = {
 }
 """Maps some columns to the value that the printed UPDATE statement writes instead of NULL.
 
-The worker treats this value like NULL, or needs this value to claim the event (lock and settle it).
-For all other columns, a person must find the right value.
+The worker treats some of these values like NULL. The worker needs the other values to claim the
+event (lock and settle it). For all other columns, a person must find the right value.
 """
 
 _NEVER_CLAIMED = ("event_id", "event_type", "due_at")
-"""The columns of the outbox that must have a value. If one is NULL, no worker claims (locks and settles) the event."""
+"""The columns of the outbox that must have a value.
+
+If one of these columns is NULL, no worker claims (locks and settles) the event.
+"""
 
 
 @dataclass(frozen=True, slots=True)

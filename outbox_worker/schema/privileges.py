@@ -53,8 +53,8 @@ COUNTING: Privileges = {**STRUCTURE, **reading("outbox", "dead_letters", "worker
 EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
 """The privileges for `audit`, `why` and `backfill --dry-run`.
 
-These commands read payments, their events and their purchases. The rows of ``workers`` list events
-that are set aside: no worker claims these events. Their payments do not count as in flight.
+These commands read payments, events and purchases. The rows of ``workers`` list events that are set
+aside: no worker claims these events. The payments of these events do not count as in flight.
 """
 
 PRIVILEGES: Privileges = {
@@ -170,7 +170,7 @@ def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> 
 
 
 def _allowed(session: Session, asked: Sequence[tuple[Table, str, Sequence[str]]]) -> list[bool]:
-    """Return True or False for each asked privilege: whether the role has it on these columns."""
+    """Return True for each asked privilege that the role has on the columns, otherwise False."""
     rows = [
         {"name": relation_name(table), "privilege": privilege, "columns": [table.c[key].name for key in keys]}
         for table, privilege, keys in asked

@@ -55,12 +55,15 @@ from outbox_worker.schema.tables import EVENT_KEYS, PAYMENT_KEYS, Tables, quoted
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
-"""Columns that the worker's INSERT statements omit. PostgreSQL writes their default values."""
+"""Columns that the worker's INSERT statements omit. PostgreSQL writes the default values."""
 
 _ADDED_LATER = {
     ("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "isolated_timeline", "set_aside")
 }
-"""Columns that a later migration added to our own tables. Tables of an older version lack them."""
+"""Columns that a later migration added to our own tables.
+
+Tables that an older version created lack these columns.
+"""
 
 NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
@@ -91,7 +94,7 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
-    """Check the database. Return the tables with the types that the database has.
+    """Check the database. Return the tables with the column types that the database has.
 
     Raises SchemaError if anything is missing or does not fit. The message lists every problem.
     """
@@ -104,7 +107,7 @@ def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIV
 def with_types_as_found(session: Session, tables: Tables, roles: Collection[str]) -> Tables:
     """Return the tables with the types of ids and of ``outbox.payload`` in this database.
 
-    The function reads only the types of tables with these roles.
+    The function reads only the tables whose role is in ``roles``.
     """
     if {"payments", "purchases"} <= {*roles}:
         tables = tables.with_ids(read_ids(session, tables.payments, tables.purchases))
@@ -196,7 +199,7 @@ def find_narrower(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a problem for each column of purchases that is too narrow for some values of payments.
 
     PostgreSQL rejects a value that is too long or too large. Only the event with this value fails.
-    The worker therefore starts.
+    The worker can therefore start.
     """
     return [
         _narrower(session, tables, key, pair, f"so PostgreSQL refuses purchases with {consequence}")

@@ -1,7 +1,7 @@
-"""Finds tables for which PostgreSQL refuses the worker's writes, or deletes rows that it wrote.
+"""Finds tables for which PostgreSQL refuses the worker's writes or deletes the worker's rows.
 
 The causes are views, generated columns, rules and foreign keys to the outbox. Only other
-applications create these objects. The migrations do not create them.
+applications create these objects. The migrations do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VIEWS: Mapping[str, str] = {"v": "a view", "m": "a materialized view", "f": "a 
 """Maps the values of ``pg_class.relkind`` to names, for relations that are not tables."""
 
 _UPSERTED = ("purchases", "processed_events", "dead_letters")
-"""The tables with the results of events. The worker writes them with INSERT … ON CONFLICT.
+"""The tables with results of events. The worker writes these tables with INSERT … ON CONFLICT.
 
 The worker also writes the table ``workers`` with INSERT … ON CONFLICT.
 """
@@ -97,7 +97,7 @@ def name_the_table(role: str, noun: str) -> str:
 def find_unwritable_view(session: Session, role: str, table: Table) -> SchemaProblem | None:
     """Return a problem if the worker cannot write a relation that is no table.
 
-    The worker only reads ``payments``. This table can therefore be a view.
+    The worker only reads ``payments``. ``payments`` can therefore be a view.
     """
     noun = noun_of_view(session, table)
     if noun is None or role == "payments" or (role not in _UPSERTED and noun != _VIEWS["m"]):
@@ -107,7 +107,10 @@ def find_unwritable_view(session: Session, role: str, table: Table) -> SchemaPro
 
 
 def find_generated(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
-    """Report columns that PostgreSQL computes. PostgreSQL refuses the worker's writes to them."""
+    """Report columns that PostgreSQL computes although the worker writes them.
+
+    PostgreSQL refuses every write of the worker to these columns.
+    """
     written = {table.c[key].name for key in _WRITTEN.get(role, ())}
     relation = relation_name(table)
     for name, column in actual_columns(session, relation).items():

@@ -43,7 +43,10 @@ The optional migration branch ``unique_index`` builds this index.
 """
 
 PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
-"""The name of the plain index that finds purchases by student and course without a unique index."""
+"""The name of the plain index that finds purchases by student and course.
+
+The worker needs this index only if no unique index exists.
+"""
 
 OWNED = "purchase-outbox-worker: created by its migrations"
 """The comment on tables that the migrations created.
@@ -95,7 +98,10 @@ _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
 _PAID = Numeric(12, 2)
 _RECORDED = Numeric()
-"""The type of the amounts that the worker writes. PostgreSQL never rounds a value of this type."""
+"""The type of the amounts that the worker writes: numeric without limits.
+
+PostgreSQL never rounds an amount of this type.
+"""
 _NOW = text("clock_timestamp()")
 _RANDOM_ID = text("gen_random_uuid()")
 _ORDERED_ID = text("uuidv7()")
@@ -107,7 +113,7 @@ Before PostgreSQL 18, the default is an expression with the same effect.
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The tables of one database. The field of a table has the name of the table's role."""
+    """The tables of one database. Each table's field is named after the role of the table."""
 
     metadata: MetaData
     payments: Table

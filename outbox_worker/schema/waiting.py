@@ -17,7 +17,10 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 LOOK_SECONDS = 2.0
-"""The seconds before the first check, and between two checks. Most short waits are not logged."""
+"""The seconds before the first check, and between two checks.
+
+The watching thread does not log most short waits.
+"""
 REPEAT_SECONDS = 30.0
 
 # what: the transactions for which a session waits. An ordinary role cannot see the state and times
@@ -52,9 +55,9 @@ def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
 
 
 def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
-    """Log each blocking transaction at once, and again every ``REPEAT_SECONDS``.
+    """Log each blocking transaction when found, and again every ``REPEAT_SECONDS``.
 
-    Ignore checks that fail.
+    Ignore a check that raises a database error.
     """
     logged_at: dict[int, float] = {}
     while not done.wait(LOOK_SECONDS):
