@@ -182,7 +182,7 @@ def _type_in_payments(key: str) -> _TypeAsWritten:
 
 
 def _type_of_key(role: str, key: str) -> _TypeAsWritten:
-    """Return the type for a column that contains copies of the ids in this column."""
+    """Return the type for columns with copies of the ids in this column."""
     naming: TableNaming = context.config.attributes["naming"].of(role)
     asked = {"relation": naming.relation, "column": naming.column(key)}
     return _TypeAsWritten(op.get_bind().execute(TYPE_OF_KEY, asked).scalar() or "uuid")

@@ -27,9 +27,9 @@ BEFORE_18 = (
     "CAST(lpad(to_hex(CAST(floor(date_part('epoch', clock_timestamp()) * 1000) AS bigint)), 12, '0')"
     " || '7' || substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
 )
-"""An expression that builds a UUIDv7 (RFC 9562).
+"""Builds a UUIDv7 (RFC 9562).
 
-The id contains 48 bits for the milliseconds since 1970, 4 bits for the version, and random bits.
+It has 48 bits for the milliseconds since 1970, four bits for the version, then random bits.
 """
 
 # what: the default of a column as the catalogue prints it · lock: none · index: the catalogue's indexes

@@ -98,7 +98,7 @@ class Database:
             yield session
 
     def direct(self, **parameters: str) -> AbstractContextManager[Direct]:
-        """Run a READ COMMITTED transaction on a psycopg connection. The caller must call ``commit``.
+        """Run a READ COMMITTED transaction on a psycopg connection. The caller calls ``commit``.
 
         Raises the errors of psycopg. If libpq has no pipelines, the client does not send BEGIN and
         the parameters together with the first statement. A pooler in transaction mode has the same

@@ -118,10 +118,9 @@ def _means_active(session: Session | Connection, predicate: str, column: str, *,
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
-    """Return whether purchases has the two indexes that the worker's statements need.
+    """Return whether purchases has both needed indexes.
 
-    One index must begin with ``payment_id``. Another index must begin with ``student_id`` and
-    ``course_id``.
+    One index begins with ``payment_id``, another with ``student_id`` and ``course_id``.
     """
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))

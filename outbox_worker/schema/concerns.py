@@ -89,8 +89,7 @@ def find_shared_event_ids(session: Session, tables: Tables) -> list[SchemaProble
 def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a concern for each unique index on student and course that the worker cannot use.
 
-    The worker can use a unique index as its guard against second purchases. Return no concern if
-    another index can be the guard.
+    Return no concern if the worker can use another index as its guard against second purchases.
     """
     purchases = tables.purchases
     if not exists(session, purchases) or pair_indexes(session, purchases):

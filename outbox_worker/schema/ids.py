@@ -87,8 +87,7 @@ class IdColumn:
     def loose_collation(self) -> str | None:
         """The collation if it treats different texts as equal.
 
-        The value is None for other collations. For citext, it is always None: citext ignores the
-        collation.
+        Otherwise, the value is None. For citext, the value is always None.
         """
         return None if self.is_deterministic or self.type_name == "citext" else self.collation
 
@@ -136,7 +135,7 @@ class SameId:
     def pads(self) -> bool:
         """True if the comparison ignores trailing blanks in ids of payments.
 
-        The comparison ignores blanks if only the column in purchases has the type char(n).
+        Only the column in purchases then has the type char(n).
         """
         return self.bought.type_name == "bpchar" and self.paid.type_name != "bpchar"
 

@@ -61,7 +61,7 @@ def why_no_pair_index(purchases: Table) -> str:
 
 
 def build_pair_index(session: Session, purchases: Table) -> str:
-    """Return the remedy if no unique index on student and course can be the guard."""
+    """Return the remedy if no unique index can be the guard."""
     if is_partitioned(session, purchases):
         return f"{why_no_pair_index(purchases)}; let other programs take the lock, too"
     return _WITH_UNIQUE_INDEX

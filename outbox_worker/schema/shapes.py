@@ -1,7 +1,7 @@
 """Finds tables for which PostgreSQL refuses the worker's writes or deletes the worker's rows.
 
 The causes are views, generated columns, rules and foreign keys to the outbox. Only other
-applications create these objects. The migrations do not.
+applications create these objects. The migrations create no such objects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VIEWS: Mapping[str, str] = {"v": "a view", "m": "a materialized view", "f": "a 
 _UPSERTED = ("purchases", "processed_events", "dead_letters")
 """The tables with results of events. The worker writes these tables with INSERT … ON CONFLICT.
 
-The worker also writes the table ``workers`` with INSERT … ON CONFLICT.
+The worker also writes ``workers`` in this way.
 """
 
 _NOT_WRITTEN = (
@@ -32,7 +32,7 @@ _NOT_WRITTEN = (
 )
 """Columns that the worker does not write.
 
-These columns keep their defaults, or a person's decision on a dead letter writes them.
+They keep their defaults, or only a person's decision writes them.
 """
 
 _WRITTEN: Mapping[str, tuple[str, ...]] = {
