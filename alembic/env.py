@@ -1,8 +1,9 @@
-"""Runs the migrations. `outbox-worker migrate` passes a connection; for plain `alembic`, this file makes one.
+"""Runs the migrations. `outbox-worker migrate` passes a connection to this file.
 
-`alembic check` compares the tables that our migrations created with the tables that the program expects. The optional
-branches do not change the result. The check skips the tables of other applications, even those that the worker uses
-(adopted tables).
+For plain `alembic`, this file opens a connection. `alembic check` compares the tables that our
+migrations created with the tables that the program expects. The optional branches do not change the
+result. The check skips tables of other applications, also tables that the worker uses (adopted
+tables).
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class Comparison:
 
     @staticmethod
     def _accept_default(inspector: sa.Inspector, expected: sa.Column[Any]) -> None:
-        """Accept any default of this column, because ``core_0007`` chooses the default by the server's version."""
+        """Accept any default of this column.
+
+        ``core_0007`` chooses the default by the version of the server.
+        """
         table = expected.table
         found = inspector.get_columns(table.name, table.schema) if inspector.has_table(table.name, table.schema) else []
         for column in found:
@@ -90,13 +94,16 @@ class Comparison:
         }
 
     def _is_read(self, name: str | None, kind: str, parents: Mapping[str, str | None]) -> bool:
-        """Return whether a schema or table is one of ours. Alembic passes None for the default schema."""
+        """Return whether the worker uses this schema or table.
+
+        Alembic passes None as the name of the default schema.
+        """
         if kind == "schema":
             return (name or self._default_schema) in {schema for schema, _ in self._ours}
         return kind != "table" or (parents["schema_name"] or self._default_schema, name) in self._ours
 
     def _is_compared(self, item: SchemaItem, name: str | None, _kind: str, _reflected: bool, _other: object) -> bool:
-        """Exclude tables of other applications, and the two indexes that depend on the branch ``unique_index``."""
+        """Exclude tables of other applications, and the indexes of the branch ``unique_index``."""
         if isinstance(item, sa.Table):
             return _name(item) not in self._adopted
         return not isinstance(item, sa.Index) or name not in (PAIR_INDEX, PAIR_LOOKUP_INDEX)
@@ -104,8 +111,8 @@ class Comparison:
     def _is_of_other_type(self, _0: object, _1: object, expected: sa.Column[Any], *types: object) -> bool | None:
         """Return whether alembic must report a difference in type. Return None to let alembic decide.
 
-        If another application owns the payments table, accept any type of the ids and the currency in purchases,
-        because the migrations copy these types from the payments table.
+        If another application owns the payments table, accept any type of the ids and the currency
+        in purchases. The migrations copy these types from the payments table.
         """
         is_unlimited = isinstance(expected.type, sa.Numeric) and expected.type.precision is None
         if is_unlimited and getattr(types[0], "precision", None):
@@ -134,7 +141,10 @@ def _labels(revisions: Iterable[str]) -> set[str]:
 
 
 def _create_schema(connection: Connection, name: str) -> None:
-    """Create the schema of the version table if it is missing, because alembic needs it before the first revision."""
+    """Create the schema of the version table if it is missing.
+
+    Alembic needs the schema before the first revision.
+    """
     if name not in sa.inspect(connection).get_schema_names():
         connection.execute(sa.schema.CreateSchema(name))
         connection.commit()

@@ -1,11 +1,13 @@
-"""Defines the names that the revisions use. These names must not change, because old revisions depend on them.
+"""Defines the names that the revisions use. Old revisions depend on these names: never change them.
 
-This file and the revisions import nothing from ``outbox_worker``. ``env.py`` loads this file by its path and stores a
-``Naming`` in ``context.config.attributes["naming"]``, where the revisions find it. The directory is not a package,
-because a package with the name ``alembic`` would hide the library.
+This file and the revisions import nothing from ``outbox_worker``. ``env.py`` loads this file by its
+path, and stores a ``Naming`` in ``context.config.attributes["naming"]``. The revisions read this
+``Naming``. This directory is not a package. A package with the name ``alembic`` would hide the
+library.
 
-This file must not contain ``from __future__ import annotations``. With this import, ``dataclass`` would look up this
-module in ``sys.modules``, which does not contain a module that was loaded by its path.
+This file must not contain ``from __future__ import annotations``. With this import, ``dataclass``
+would search for this module in ``sys.modules``. A module that was loaded by its path is not in
+``sys.modules``.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 _LOCK_MILLISECONDS = 500
 """The longest wait of ALTER TABLE for the lock of the table, in milliseconds.
 
-The wait must be short, because all new statements on the table wait while ALTER TABLE waits.
+The wait must be short. If ALTER TABLE waits, all new statements on the table also wait.
 """
 _TRIES = 40
 _LOCK_NOT_AVAILABLE = "55P03"
@@ -55,12 +57,18 @@ class TableNaming:
     pair_index: ClassVar[str] = "purchases_active_student_course_key"
     """The name of the unique index that the branch ``unique_index`` builds."""
     pair_lookup_index: ClassVar[str] = "purchases_active_student_course_idx"
-    """The name of the plain index that finds purchases by student and course while there is no unique index."""
+    """The name of the plain index that finds purchases by student and course.
+
+    The worker needs this index only if no unique index exists.
+    """
     ownership_list: ClassVar[str] = "outbox_worker_tables"
-    """The name of the list of all tables that our migrations created. The revision ``core_0005`` creates the list."""
+    """The name of the list of all tables that our migrations created.
+
+    The revision ``core_0005`` creates the list.
+    """
     notify_channel: ClassVar[str] = "outbox_worker"
     notify_trigger: ClassVar[str] = "outbox_worker_notify"
-    """The name of the trigger that the branch ``notify`` creates, and of its trigger function."""
+    """The name of the trigger and of the function that the branch ``notify`` creates."""
 
     def column(self, key: str) -> str:
         return self.columns.get(key, key)
@@ -76,10 +84,11 @@ class TableNaming:
         return _qualified(self.list_schema, self.ownership_list)
 
     def is_owned(self, bind: sa.Connection) -> bool:
-        """Return whether our migrations created the table. The migrations never alter or drop any other table.
+        """Return whether our migrations created the table.
 
-        The table counts as ours if it has our comment, or if ``ownership_list`` contains its name. The list is needed
-        because a restore may lose the comments.
+        The migrations never alter or drop a table of another application. A table is ours if it has
+        our comment, or if ``ownership_list`` contains its name. The list is needed after a restore
+        that lost the comments.
         """
         asked = sa.text(
             "SELECT obj_description(to_regclass(:name), 'pg_class') = :owned, to_regclass(:list) IS NOT NULL"
@@ -96,9 +105,10 @@ class TableNaming:
         return bool(bind.scalar(sa.select(sa.exists().where(is_this))))
 
     def alter(self, bind: sa.Connection, actions: str) -> None:
-        """Run ALTER TABLE. Wait only briefly for the lock and try repeatedly, so that running workers never wait long.
+        """Run ALTER TABLE. Wait only briefly for the lock, and try several times.
 
-        Raises RevisionRefused, with the processes that hold the lock, if all tries fail.
+        Running workers therefore never wait long. If all tries fail, raises RevisionRefused. The
+        message names the processes that hold the lock.
         """
         for _ in range(_TRIES):
             try:
@@ -129,7 +139,10 @@ class Naming:
 
     schema: str
     tables: Mapping[str, str]
-    """Maps the role of a table to its name, if the name differs from the role. A name may contain a schema."""
+    """Maps the role of a table to its name, if the name differs from the role.
+
+    A name can contain a schema.
+    """
     columns: Mapping[str, str]
     """Maps the role and key of a column, such as ``payments.student_id``, to its name, if the name differs."""
 

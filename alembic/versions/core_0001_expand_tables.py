@@ -22,7 +22,7 @@ MONEY = sa.Numeric(12, 2)
 NOW = sa.text("clock_timestamp()")
 RANDOM_ID = sa.text("gen_random_uuid()")
 
-# what: the type of a column, and its collation if the collation is not the type's default · lock: none
+# what: the type of a column, and the collation if it is not the default of the type · lock: none
 # index: the catalogue's indexes
 TYPE_AS_WRITTEN = sa.text(
     """
@@ -158,7 +158,7 @@ def _purchases(naming: TableNaming) -> None:
 
 
 class _TypeAsWritten(sa.types.UserDefinedType[Any]):
-    """A column type as PostgreSQL's catalogue writes it, with schema and collation."""
+    """A column type in the form that PostgreSQL's catalogue prints, with schema and collation."""
 
     cache_ok = True
 
@@ -172,8 +172,9 @@ class _TypeAsWritten(sa.types.UserDefinedType[Any]):
 def _type_in_payments(key: str) -> _TypeAsWritten:
     """Return the type of this column in payments. The column gets the same type in purchases.
 
-    The types must be equal because the worker compares the two columns. In a payments table of another application, the
-    ids may be numbers instead of UUIDs, or have a type or collation from another schema.
+    The worker compares the two columns. Their types must therefore be equal. In a payments table of
+    another application, the ids can be numbers. The type or the collation can be from another
+    schema.
     """
     naming: TableNaming = context.config.attributes["naming"].of("payments")
     asked = {"relation": naming.relation, "column": naming.column(key)}
@@ -181,7 +182,7 @@ def _type_in_payments(key: str) -> _TypeAsWritten:
 
 
 def _type_of_key(role: str, key: str) -> _TypeAsWritten:
-    """Return the type for copies of the ids in this column."""
+    """Return the type for columns with copies of the ids in this column."""
     naming: TableNaming = context.config.attributes["naming"].of(role)
     asked = {"relation": naming.relation, "column": naming.column(key)}
     return _TypeAsWritten(op.get_bind().execute(TYPE_OF_KEY, asked).scalar() or "uuid")

@@ -17,7 +17,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the column only to our own table. If an adopted table lacks the column, ``migrate`` reports it."""
+    """Add the column only to our own table.
+
+    If an adopted table lacks the column, ``migrate`` reports the missing column.
+    """
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     column = naming.column("succeeded_at")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
@@ -26,4 +29,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the column, because it may be NULL and does no harm. ``core_0001`` drops the table if the table is empty."""
+    """Keep the column. The column can be NULL and does no harm.
+
+    ``core_0001`` drops the table if the table is empty.
+    """

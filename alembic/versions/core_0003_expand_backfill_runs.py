@@ -1,4 +1,7 @@
-"""Create ``backfill_runs``, which stores the result of each backfill, and the position where the next one continues."""
+"""Create the table ``backfill_runs``.
+
+The table stores the result of each backfill, and the position where the next backfill continues.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Add columns to ``workers`` that tell other workers which event a worker processes alone.
+"""Add columns to ``workers`` that name the event that a worker processes alone.
 
-Another new column contains the events that a worker has set aside, that is, events that no worker may claim.
+Other workers read these columns. Another new column contains the events that a worker has set
+aside. No worker claims an event that is set aside.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the columns only to our own table. Earlier workers ignore the columns, so they may keep running."""
+    """Add the columns only to our own table.
+
+    Workers of earlier versions ignore the columns, and can continue to run.
+    """
     naming: TableNaming = context.config.attributes["naming"].of("workers")
     present = {each["name"] for each in sa.inspect(op.get_bind()).get_columns(naming.table, schema=naming.schema)}
     if not naming.is_owned(op.get_bind()):
@@ -37,4 +41,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the columns, because earlier versions ignore them. ``core_0001`` drops the table if the table is empty."""
+    """Keep the columns. Earlier versions ignore the columns.
+
+    ``core_0001`` drops the table if the table is empty.
+    """

@@ -1,7 +1,8 @@
-"""Create ``outbox_worker_tables``, which lists the tables that our migrations created.
+"""Create the table ``outbox_worker_tables`` for the list of tables that our migrations created.
 
-Before this revision, only the comment on a table showed that our migrations had created the table. A restore may lose
-the comments. After such a restore, the worker treated its own tables as tables of another application.
+Before this revision, only the comment on a table showed that our migrations had created the table.
+A restore can lose the comments. After a restore without comments, the worker treated its own tables
+as tables of another application.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Write our comment on each listed table again, because earlier versions read only comments. Drop the list."""
+    """Write our comment on each listed table again, then drop the list.
+
+    Earlier versions read only the comments.
+    """
     tables: list[TableNaming] = [context.config.attributes["naming"].of(role) for role in ROLES]
     inspector = sa.inspect(op.get_bind())
     for table in tables:

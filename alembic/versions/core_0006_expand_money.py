@@ -19,9 +19,9 @@ down_revision = "core_0005"
 branch_labels = None
 depends_on = None
 
-# what: the type of a column, whether it is a string type, and whether a view, a rule, a trigger, a policy or a
-# generated column uses the column. If so, PostgreSQL refuses to change the type · lock: none
-# index: the catalogue's indexes
+# what: the type of a column, whether it is a string type, and whether a view, a rule, a trigger, a
+# policy or a generated column uses the column. PostgreSQL then refuses to change the type
+# lock: none · index: the catalogue's indexes
 TYPE = sa.text(
     """
     SELECT format_type(a.atttypid, a.atttypmod) AS name, t.typcategory = 'S' AS is_string,
@@ -38,12 +38,12 @@ TYPE = sa.text(
 
 
 def upgrade() -> None:
-    """Alter only our own table, and only in ways that do not rewrite rows.
+    """Alter only our own table. Make only changes that do not rewrite rows.
 
-    The amount becomes ``numeric`` without limits. If the table is empty, the currency gets the same type as in
-    payments. If the table has rows, PostgreSQL would rewrite them, so the worker only prints the statement, and a
-    person chooses the time. A column that a view or a trigger uses keeps its type, because PostgreSQL refuses to
-    change it.
+    The amount becomes ``numeric`` without limits. If the table is empty, the currency gets the same
+    type as in payments. If the table has rows, PostgreSQL would rewrite the rows. The worker then
+    only prints the statement. A person chooses the time for this statement. A column that a view or
+    a trigger uses keeps its type. PostgreSQL refuses to change the type.
     """
     payments: TableNaming = context.config.attributes["naming"].of("payments")
     purchases: TableNaming = context.config.attributes["naming"].of("purchases")
@@ -66,7 +66,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the types, because earlier versions can use them, and PostgreSQL would round amounts in narrower types."""
+    """Keep the types. Earlier versions can use these types.
+
+    In a narrower type, PostgreSQL would round amounts.
+    """
 
 
 def _type(naming: TableNaming, key: str) -> sa.Row[Any] | None:

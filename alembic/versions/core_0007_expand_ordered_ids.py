@@ -27,7 +27,10 @@ BEFORE_18 = (
     "CAST(lpad(to_hex(CAST(floor(date_part('epoch', clock_timestamp()) * 1000) AS bigint)), 12, '0')"
     " || '7' || substr(replace(CAST(gen_random_uuid() AS text), '-', ''), 14) AS uuid)"
 )
-"""RFC 9562: 48 bits with the milliseconds since 1970, four bits with the version, and then random bits."""
+"""Builds a UUIDv7 (RFC 9562).
+
+It has 48 bits for the milliseconds since 1970, four bits for the version, then random bits.
+"""
 
 # what: the default of a column as the catalogue prints it · lock: none · index: the catalogue's indexes
 DEFAULT = sa.text(
@@ -40,7 +43,10 @@ DEFAULT = sa.text(
 
 
 def upgrade() -> None:
-    """Change the default of the id in our own table, unless somebody has changed it before. No row is changed."""
+    """Change the default of the id in our own table. Do not change existing rows.
+
+    Keep the default if somebody has changed it before.
+    """
     purchases: TableNaming = context.config.attributes["naming"].of("purchases")
     bind = op.get_bind()
     asked = {"relation": purchases.relation, "column": purchases.column("id")}
@@ -53,4 +59,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Keep the default, because earlier versions can use it."""
+    """Keep the default. Earlier versions can use this default."""

@@ -1,4 +1,7 @@
-"""Create a trigger that notifies the workers when a producer commits new events. This migration is optional."""
+"""Create a trigger that notifies the workers if a producer commits new events.
+
+This migration is optional.
+"""
 
 from __future__ import annotations
 

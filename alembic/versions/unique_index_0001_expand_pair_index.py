@@ -1,6 +1,6 @@
-"""Build the unique index on student and course for active purchases (guard `index`) without blocking writers.
+"""Build the unique index on student and course of active purchases (guard `index`).
 
-Then drop the plain index on the same columns.
+The build does not block writers. This revision then drops the plain index on the same columns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ depends_on = "core_0001"
 
 SHOWN = 20
 
-# what: the table of the index with this name, whether this is the purchases table, and whether the index is valid
-# lock: none · index: the catalogue's indexes
+# what: the table of the index with this name, whether the table is purchases, and whether the index
+# is valid · lock: none · index: the catalogue's indexes
 NAMED = sa.text(
     """
     SELECT CAST(i.indrelid AS regclass) AS "table", i.indrelid = to_regclass(:relation) AS is_on_ours,
@@ -33,8 +33,8 @@ NAMED = sa.text(
     """
 )
 
-# what: whether a unique, valid, immediate index on exactly student and course exists that covers exactly the active
-# purchases
+# what: whether a unique, valid, immediate index on exactly student and course exists. The index
+# must cover exactly the active purchases
 # lock: none · index: the catalogue's indexes
 HAS_PAIR_INDEX = sa.text(
     """
@@ -83,7 +83,7 @@ def downgrade() -> None:
 def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
     """Return whether a unique index exists that the worker can use as its guard.
 
-    The predicate of the index must have one of the three forms below.
+    The predicate of the index must have one of the three forms in ``predicates``.
     """
     active = bind.dialect.identifier_preparer.quote(purchases.column("is_active"))
     sought = {
@@ -95,9 +95,10 @@ def _has_pair_index(bind: sa.Connection, purchases: TableNaming) -> bool:
 
 
 def _build(bind: sa.Connection, purchases: TableNaming) -> None:
-    """Build the index without time-outs, because a cancelled build leaves an INVALID index.
+    """Build the index without time-outs. A cancelled build would leave an INVALID index.
 
-    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use it. So it cannot be the guard of the worker.
+    An INVALID index rejects duplicate rows, but ON CONFLICT cannot use an INVALID index. The worker
+    therefore cannot use an INVALID index as its guard.
     """
     bind.execute(sa.text("SET lock_timeout = 0"))
     bind.execute(sa.text("SET statement_timeout = 0"))
@@ -150,9 +151,10 @@ def _refuse_duplicates(bind: sa.Connection, purchases: TableNaming) -> None:
 
 
 def _doubled_pairs(bind: sa.Connection, purchases: TableNaming) -> Sequence[sa.Row[Any, Any, int]]:
-    """Return each student and course with more than one active purchase, and the number of these purchases.
+    """Return each student and course with several active purchases, and the number of purchases.
 
-    The result has at most ``SHOWN`` + 1 rows. The additional row tells the caller that there are more.
+    The result has at most ``SHOWN`` + 1 rows. The caller shows ``SHOWN`` rows. If the result has
+    one more row, the message says "and more".
     """
     table = sa.table(purchases.table, schema=purchases.schema)
     student, course = (sa.column(purchases.column(key), sa.types.NullType()) for key in ("student_id", "course_id"))

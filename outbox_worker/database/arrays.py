@@ -14,10 +14,11 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 
 
 class Keys(UserDefinedType[Sequence[Any]]):
-    """The type of an array parameter that the client sends as one array literal. None becomes NULL.
+    """The type of an array parameter that the client sends as one array literal.
 
-    ``item`` is the type of the elements in SQL. If it is not text, the elements must not contain a comma, brace or
-    quote. Integers and UUIDs contain none of these.
+    The client sends None as NULL. ``item`` is the type of the elements in SQL. If ``item`` is not
+    text, the elements must not contain a comma, brace or quote. Integers and UUIDs do not contain
+    these characters.
     """
 
     render_bind_cast = True
@@ -31,10 +32,10 @@ class Keys(UserDefinedType[Sequence[Any]]):
 
 
 class ArrayText(Sequence[Any]):
-    """An array of keys in the text form that PostgreSQL sent. The text is split when an element is first read.
+    """An array of keys in the text form that PostgreSQL sent.
 
-    The fast path (one statement for a whole batch) reads no element, so it sends the unsplit text back to
-    PostgreSQL.
+    The first read of an element splits the text. The fast path (one statement for a whole batch)
+    reads no element. The fast path sends the unsplit text back to PostgreSQL.
     """
 
     def __init__(self, text: str) -> None:
@@ -75,7 +76,10 @@ def _unquoted(element: str) -> str | None:
 
 
 def array_literal(keys: Sequence[Any] | None, item: str) -> str:
-    """Return the keys as a PostgreSQL array literal. Return ``{}`` if there are no keys. ``item``: see ``Keys``."""
+    """Return the keys as a PostgreSQL array literal. Return ``{}`` if there are no keys.
+
+    The class ``Keys`` explains ``item``.
+    """
     if isinstance(keys, ArrayText):
         return str(keys)
     keys = keys or ()

@@ -1,8 +1,8 @@
 """Cuts a connection if the answer to a statement does not arrive in time.
 
-Other time-outs miss some outages. Keepalives and ``tcp_user_timeout`` do not notice a firewall or proxy that
-acknowledges packets and then drops them. The server's own time-outs have no effect if the client cannot reach the
-server.
+Other time-outs do not notice some outages. Keepalives and ``tcp_user_timeout`` do not notice a
+firewall or proxy that acknowledges packets and then drops them. The server's own time-outs have no
+effect if the client cannot reach the server.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ import psycopg
 GRACE_SECONDS = 1.0
 """The client waits this many seconds longer than ``statement_timeout``.
 
-The server must have time to cancel the statement first, because its error message says more than a lost connection.
+The server must have time to cancel the statement first. The server's error message says more than
+the error for a lost connection.
 """
 _LOOK_SECONDS = 0.25
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that the watchdog cuts if an answer takes longer than ``answer_seconds``. None means no limit.
+    """A connection that the watchdog cuts if an answer takes longer than ``answer_seconds``.
 
-    If the watchdog cuts the connection, the waiting call raises psycopg.OperationalError without a SQLSTATE, as for
-    every lost connection.
+    If ``answer_seconds`` is None, the connection has no limit. If the watchdog cuts the connection,
+    the waiting call raises psycopg.OperationalError without a SQLSTATE. Psycopg raises the same
+    error for every lost connection.
     """
 
     answer_seconds: float | None = None

@@ -1,8 +1,8 @@
-"""Runs one transaction on psycopg's connection, without SQLAlchemy in between.
+"""Runs one transaction directly on a psycopg connection, without SQLAlchemy.
 
-For a batch of one event, SQLAlchemy would take a third of the time. BEGIN, the parameters of the transaction and its
-first statement are sent together, so a transaction with one statement waits for the server only twice: for the answer
-to this statement, and for COMMIT.
+SQLAlchemy would take a third of the time of a batch of one event. The client sends BEGIN, the
+parameters of the transaction and the first statement together. A transaction with one statement
+waits for the server only twice: after the statement, and after COMMIT.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ _SET_LOCAL = SET_LOCAL.replace("%(parameters)s", "$1")
 
 
 class Direct:
-    """One transaction on a connection of psycopg. ``Database.direct`` opens it.
+    """One transaction on a psycopg connection. ``Database.direct`` opens the transaction.
 
-    If ``queues`` is true, the first statement is sent together with BEGIN and the parameters. If ``looks`` is true as
-    well, BEGIN is left out: the transaction then ends with its first statement, which must only read.
+    If ``queues`` is true, the client sends the first statement together with BEGIN and the
+    parameters. If ``looks`` is also true, the client sends no BEGIN. The transaction then ends with
+    the first statement. The first statement must only read.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Direct:
         self._queue = ExitStack()
 
     def __enter__(self) -> Self:
-        self._connection.autocommit = True  # otherwise psycopg waits for the answer to its own BEGIN
+        self._connection.autocommit = True  # otherwise psycopg sends BEGIN and waits
         if self._queues:
             self._queue.enter_context(self._connection.pipeline())
         if self._begins:
@@ -59,12 +60,12 @@ class Direct:
         """Execute a statement that returns one row, and return the row as a named tuple."""
         sql, given = statement.numbered(values)
         self._cursor.execute(sql, given, prepare=self._may_prepare)
-        self._queue.close()  # sends what is queued, and waits for the answers
+        self._queue.close()  # sends the queued statements, and waits for the answers
         return self._cursor.fetchone()
 
     def commit(self) -> None:
         self._connection.commit()
 
     def close(self) -> None:
-        """Close the connection, because it is lost."""
+        """Close the lost connection."""
         self._connection.close()

@@ -1,8 +1,9 @@
 """Makes a connection work in a database whose encoding is SQL_ASCII.
 
-In all other databases, the client uses UTF8, and the server converts every text. In a SQL_ASCII database, the server
-converts nothing, so a text there may contain bytes that are not UTF8. If the client used UTF8, every statement that
-returns such a text would fail, and one event could stop the queue.
+In all other databases, the client uses UTF8, and the server converts every text. In a SQL_ASCII
+database, the server converts nothing. A text in this database can contain bytes that are not UTF8.
+If the client used UTF8, every statement that returns these bytes would fail. One event could then
+stop the queue.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from psycopg.adapt import Loader
 
 SQL_ASCII = "SQL_ASCII"
 _TEXTS = ("text", "varchar", "bpchar", "name", 0)
-"""The types whose values are texts. 0 stands for all types that psycopg does not know, such as enums and citext."""
+"""The types whose values are texts.
+
+The number 0 means all types that psycopg does not know, for example enums and citext.
+"""
 
 
 class _LenientText(Loader):
     """Decodes a text as UTF8. Replaces each byte that is not UTF8 by an escape such as ``\\xe9``.
 
-    The usual replacement character U+FFFD is not used, because ids that differ only in such bytes would become equal.
+    The usual replacement character U+FFFD is not used. With U+FFFD, two ids that differ only in
+    unreadable bytes would become equal.
     """
 
     def load(self, data: Buffer) -> str:
@@ -36,7 +41,7 @@ class _EncodingCursor(psycopg.Cursor[Any]):
 
 
 def read_leniently(connection: psycopg.Connection[Any]) -> None:
-    """If the encoding of the database is SQL_ASCII, escape unreadable bytes instead of raising errors for them."""
+    """If the encoding of the database is SQL_ASCII, escape unreadable bytes and raise no error."""
     if connection.info.parameter_status("server_encoding") != SQL_ASCII:
         return
     for each in _TEXTS:

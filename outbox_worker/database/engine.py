@@ -28,14 +28,14 @@ APPLICATION_NAME = "outbox-worker"
 
 _PLAIN = {
     "array_nulls": "on",  # the worker sends arrays that contain NULL, for example of payment ids
-    "datestyle": "ISO",  # due times are sent as text, and other styles write ambiguous time zones
-    "extra_float_digits": "1",  # with less, the server rounds times and durations
-    "quote_all_identifiers": "off",  # the predicate of the unique index is compared as the catalogue prints it
+    "datestyle": "ISO",  # due times are sent as text; other date styles write ambiguous time zones
+    "extra_float_digits": "1",  # below 1, the server rounds times and durations
+    "quote_all_identifiers": "off",  # the worker compares the index predicate as printed
     "transaction_timeout": "0",  # PostgreSQL 17 and later; the worker limits single statements instead
 }
 """PostgreSQL parameters that the worker sets in each transaction.
 
-With other values, set for the role or for the database, some of the worker's statements would fail.
+If the role or the database has other values, some of the worker's statements fail.
 """
 
 # what: switches time limits off for this session · lock: none
@@ -51,12 +51,14 @@ _KEEPALIVE = {"keepalives": 1, "keepalives_idle": 2, "keepalives_interval": 1, "
 class Database:
     """Opens transactions in one database.
 
-    Each transaction sets its own time-outs, so that the time-outs also work through a pooler. No statement may run
-    longer than ``deadline_seconds``. The client waits about as long for an answer from the server. None means no limit,
-    for example for migrations.
+    Each transaction sets its time-outs itself. The time-outs therefore also work through a pooler.
+    The server cancels a statement that runs longer than ``deadline_seconds``. The client waits
+    about equally long for an answer. If ``deadline_seconds`` is None, no limit applies, for example
+    for migrations.
 
-    If ``looks`` is true, all transactions are READ ONLY, and the server may be a standby. Otherwise all transactions
-    are READ WRITE, even if ``default_transaction_read_only`` is on, and the server must be a primary.
+    If ``looks`` is true, all transactions are READ ONLY, and the server can be a standby. If
+    ``looks`` is false, the server must be a primary. All transactions are then READ WRITE, even if
+    ``default_transaction_read_only`` is on.
     """
 
     def __init__(
@@ -67,12 +69,18 @@ class Database:
         self.engine = _create_engine(settings, connections, deadline_seconds, looks=looks)
 
     def with_deadline(self, seconds: float) -> Database:
-        """Return another ``Database`` with the same settings and another deadline. The caller must close it."""
+        """Return a new ``Database`` with the same settings and another deadline.
+
+        The caller must close the new ``Database``.
+        """
         return Database(self._settings, deadline_seconds=seconds, looks=self._looks)
 
     @contextmanager
     def transaction(self, **parameters: str) -> Iterator[Session]:
-        """Run a READ COMMITTED transaction and commit it at the end. ``parameters`` apply only to this transaction."""
+        """Run a READ COMMITTED transaction and commit it at the end.
+
+        The PostgreSQL parameters in ``parameters`` apply only to this transaction.
+        """
         with Session(self.engine) as session:
             set_local(session, self._limits() | parameters)
             yield session
@@ -80,22 +88,29 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
-        """Run a REPEATABLE READ, READ ONLY transaction, in which all statements see the same state of the database."""
+        """Run a REPEATABLE READ, READ ONLY transaction.
+
+        All statements in the transaction see the same state of the database.
+        """
         engine = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with Session(engine) as session:
             set_local(session, self._limits())
             yield session
 
     def direct(self, **parameters: str) -> AbstractContextManager[Direct]:
-        """Run a READ COMMITTED transaction on psycopg's connection. The caller commits it by ``commit``.
+        """Run a READ COMMITTED transaction on a psycopg connection. The caller calls ``commit``.
 
-        Raises the errors of psycopg. If libpq has no pipelines, or the connection goes through a pooler in transaction
-        mode, BEGIN and the parameters are sent alone.
+        Raises the errors of psycopg. If libpq has no pipelines, the client does not send BEGIN and
+        the parameters together with the first statement. A pooler in transaction mode has the same
+        effect.
         """
         return self._direct(parameters, looks=False)
 
     def look(self, **parameters: str) -> AbstractContextManager[Direct]:
-        """Run a transaction like ``direct``, but with a single statement, which only reads. It takes one round trip."""
+        """Run a transaction like ``direct``, but with one statement that only reads.
+
+        The transaction takes one round trip.
+        """
         return self._direct(parameters, looks=True)
 
     @contextmanager
@@ -118,8 +133,9 @@ class Database:
     def commit(self, session: Session | Direct, transaction_id: str | None) -> Literal["commit", "unknown"]:
         """Commit. If the connection is lost before the answer, ask the server whether the transaction was committed.
 
-        Return ``unknown`` if only the server's later answer tells so. Raises CommitLost if the transaction was rolled
-        back, or if the server does not know. Raises the database's error if the database refuses to commit.
+        Return ``unknown`` if COMMIT got no answer, but the server later confirms the transaction.
+        Raises CommitLost if the transaction was rolled back, or if the server does not know the
+        result. Raises the error of the database if the database refuses to commit.
         """
         try:
             session.commit()
@@ -134,10 +150,10 @@ class Database:
         return "commit"
 
     def was_committed(self, transaction_id: str) -> bool | None:
-        """Return whether a transaction whose COMMIT got no answer was committed.
+        """Ask the server whether it committed a transaction whose COMMIT got no answer.
 
-        While the transaction is in progress, this method calls ``pg_xact_status`` repeatedly, until the deadline at
-        most. Return None if the server no longer knows the result, or if the deadline has passed.
+        Repeat ``pg_xact_status`` until the transaction has ended or the deadline has passed. Return
+        None if the server no longer knows the result, or if the deadline has passed.
         """
         decided = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda status: status == "in progress"),
@@ -155,7 +171,7 @@ class Database:
         return status
 
     def check(self) -> None:
-        """Check that a connection can be made. Raises DatabaseUnavailable, whose message is one sentence."""
+        """Open a connection as a check. Raises DatabaseUnavailable with a one-sentence message."""
         try:
             with self.engine.connect():
                 pass
@@ -178,7 +194,10 @@ class Database:
 
 
 def unavailable(error: BaseException) -> DatabaseUnavailable:
-    """Return the error for a connection that failed or broke. The text contains libpq's message, but not the URL."""
+    """Return the error for a connection that failed or broke.
+
+    The text of the error contains libpq's message, but not the URL.
+    """
     if standbys := standbys_among(error):
         takes = "is a standby, which takes" if len(standbys) == 1 else "are standbys, which take"
         return DatabaseUnavailable(
@@ -195,18 +214,21 @@ _DEFER_AGAIN = text("SET CONSTRAINTS ALL DEFERRED")
 
 
 def check_deferred(session: Session) -> None:
-    """Run the deferred triggers, and raise the error that COMMIT would raise because of a deferred constraint."""
+    """Run the deferred triggers and check the deferred constraints now, before COMMIT.
+
+    Raise the error that COMMIT would raise.
+    """
     session.execute(_RUN_DEFERRED)
     session.execute(_DEFER_AGAIN)
 
 
 @contextmanager
 def savepoint(session: Session) -> Iterator[None]:
-    """Run the ``with`` block in a savepoint. If the block raises an error, roll back to the savepoint. Do not nest.
+    """Run the ``with`` block in a savepoint. If the block fails, roll back to the savepoint.
 
-    The savepoint uses plain statements, because a nested transaction of SQLAlchemy needs the time of one more
-    statement. RELEASE SAVEPOINT is not needed, because COMMIT ends all savepoints, and a later savepoint with the same
-    name hides this one.
+    Do not nest these savepoints. A nested transaction of SQLAlchemy would take the time of one more
+    statement. RELEASE SAVEPOINT is not needed: COMMIT ends all savepoints. A later savepoint with
+    the same name hides the earlier savepoint.
     """
     connection = session.connection()
     connection.exec_driver_sql("SAVEPOINT attempt")
@@ -219,9 +241,9 @@ def savepoint(session: Session) -> Iterator[None]:
 
 
 def connect_directly(settings: Settings, *, looks: bool = False) -> psycopg.Connection:
-    """Open an autocommit connection for LISTEN that bypasses the pooler. Raises psycopg.OperationalError.
+    """Open an autocommit connection for LISTEN that bypasses the pooler.
 
-    If ``looks`` is true, the server may be a standby.
+    If ``looks`` is true, the server can be a standby. Raises psycopg.OperationalError.
     """
     where = conninfo_to_dict(settings.listen_conninfo) if settings.listen_conninfo else _where(settings)
     arguments = _connect_arguments(settings.database_deadline_seconds)
@@ -247,12 +269,14 @@ def _connect_arguments(deadline_seconds: float) -> dict[str, Any]:
 
 
 def _kinds_of_server(where: Mapping[str, Any], *, looks: bool) -> list[str]:
-    """Return the values of ``target_session_attrs`` to try, in this order.
+    """Return the values of ``target_session_attrs`` in the order in which the caller must try them.
 
-    A command that only reads can use any server. If the URL contains ``target_session_attrs``, use this value. If the
-    URL names several hosts, look for the primary first, because a standby may be behind.
+    A command that only reads can use any server. If the URL contains ``target_session_attrs``, a
+    command that only reads uses this value. If the URL names several hosts, try the primary first.
+    A standby can be behind the primary.
 
-    ``read-write`` is not used, because it also refuses a primary on which ``default_transaction_read_only`` is on.
+    The value ``read-write`` is not used. ``read-write`` also refuses a primary if
+    ``default_transaction_read_only`` is on.
     """
     if not looks:
         return ["primary"]
@@ -263,7 +287,10 @@ def _kinds_of_server(where: Mapping[str, Any], *, looks: bool) -> list[str]:
 
 
 def _connect(settings: Settings, answer_seconds: float | None, *, looks: bool) -> BoundedConnection:
-    """Open a connection, and cut it if an answer takes longer than ``answer_seconds``. None means no limit."""
+    """Open a connection, and cut it if an answer takes longer than ``answer_seconds``.
+
+    If ``answer_seconds`` is None, the connection has no limit.
+    """
     where = _where(settings)
     first, *others = _kinds_of_server(where, looks=looks)
     arguments = {**where, **_connect_arguments(settings.database_deadline_seconds)}
@@ -276,17 +303,18 @@ def _connect(settings: Settings, answer_seconds: float | None, *, looks: bool) -
     connection.read_only = looks  # psycopg then begins every transaction READ ONLY or READ WRITE
     read_leniently(connection)
     if settings.pooler == "transaction":
-        connection.prepare_threshold = None  # the next transaction may run in another backend
+        connection.prepare_threshold = None  # the next transaction can run in another backend
     else:
         _lift_time_limits(connection)
     return connection if answer_seconds is None else bounded(connection, answer_seconds + GRACE_SECONDS)
 
 
 def _lift_time_limits(connection: psycopg.Connection[Any]) -> None:
-    """Switch off the time limits that were set for the role or the database, until each transaction sets its own ones.
+    """Switch off the time limits of the role and of the database. Each transaction sets new limits.
 
-    Otherwise a very short limit could cancel the statement that sets the limits of a transaction. It could also cancel
-    this statement, so try a few times.
+    A very short limit could cancel the statement with which a transaction sets its limits. A very
+    short limit can also cancel the statement of this function. This function therefore tries a few
+    times.
     """
     connection.autocommit = True
     for _ in range(_TRIES):
@@ -314,6 +342,6 @@ def _create_engine(settings: Settings, connections: int, deadline_seconds: float
 
 
 def _drop_lost_connections(context: ExceptionContext) -> None:
-    """Drop a connection on which later statements would fail, too, for example because the server became read-only."""
+    """Drop a connection if later statements would also fail, for example on a read-only server."""
     if classify(context.original_exception) is Failure.RECONNECT:
         context.is_disconnect = True

@@ -1,4 +1,7 @@
-"""SQL expressions for timestamps. They also handle ``-infinity`` and ``infinity``, which Python cannot represent."""
+"""Builds SQL expressions for timestamps.
+
+The expressions also handle ``-infinity`` and ``infinity``. Python cannot represent these values.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ _LAST_MOMENT: ColumnElement[Any] = literal_column("CAST('9999-12-30' AS timestam
 
 
 def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
-    """Return the seconds that have passed since ``moment`` by the database's clock, or NULL if ``moment`` is NULL.
+    """Return the seconds that have passed since ``moment`` by the clock of the database.
 
-    The result is negative for a time in the future. The result lies between ``-_LONGEST_SECONDS`` and
-    ``_LONGEST_SECONDS``.
+    The result is NULL if ``moment`` is NULL. The result is negative if ``moment`` is in the future.
+    The result lies between ``-_LONGEST_SECONDS`` and ``_LONGEST_SECONDS``.
     """
     elapsed = func.date_part("epoch", func.clock_timestamp()) - func.date_part("epoch", moment)
     bounded = func.greatest(func.least(elapsed, _LONGEST_SECONDS), -_LONGEST_SECONDS)
@@ -32,10 +35,13 @@ def seconds_since(moment: ColumnElement[Any]) -> ColumnElement[float]:
 
 
 def is_readable(moment: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that Python can represent the time. The condition fails for NULL, infinity and -infinity."""
+    """Build the condition that Python can represent the time.
+
+    The condition fails for NULL, infinity and -infinity.
+    """
     return moment.between(_FIRST_MOMENT, _LAST_MOMENT)
 
 
 def readable(moment: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the time, or NULL if Python cannot represent it, for example ``-infinity``."""
+    """Return the time. Return NULL if Python cannot represent it, for example ``-infinity``."""
     return case((is_readable(moment), moment)).label(moment.key)

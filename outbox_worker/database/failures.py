@@ -24,54 +24,62 @@ from outbox_worker.errors import (
 
 
 class Failure(StrEnum):
-    """The class of an error, which decides what happens to the batch in which the error occurred."""
+    """The class of a database error. The class decides what the worker does with the batch."""
 
     RETRY = "retry"
-    """Run the transaction again with half the batch; no event is at fault."""
+    """Run the transaction again with half the batch. No event is at fault."""
     RECONNECT = "reconnect"
-    """Drop the connection and make a new one; no event is at fault."""
+    """Drop the connection and open a new connection. No event is at fault."""
     PAUSE = "pause"
-    """Log an ERROR and wait, because the database is in trouble; no event is at fault."""
+    """Log an ERROR and wait. The database is in trouble. No event is at fault."""
     EVENT = "event"
-    """Find the event that the database rejects, count a failed attempt for it, and settle the other events."""
+    """Find the event that the database rejects. Count a failed attempt for this event only.
+
+    Settle the other events of the batch.
+    """
     GUARD = "guard"
-    """Check the guard (unique index or lock) and the marks of settled events again.
+    """Check the guard (unique index or locks) again, and read the marks of settled events again.
 
     Either the guard has changed, or another transaction inserted the same key first.
     """
     UNCLEAR = "unclear"
-    """Try parts of the batch, because either an event or the database is at fault.
+    """Try parts of the batch. Either an event or the database is at fault.
 
     If all events fail, pause. If only some events fail, count a failed attempt for each of them.
     """
     BUG = "bug"
-    """Roll back, log an ERROR and pause, because the worker itself has a bug."""
+    """Roll back, log an ERROR and pause. The worker itself has a bug."""
 
 
 NO_EVENTS_FAULT = (Failure.RETRY, Failure.RECONNECT, Failure.PAUSE, Failure.BUG)
 """The classes of failure that no event can cause."""
 
 QUERY_CANCELED = "57014"
-"""The SQLSTATE if a statement took longer than ``statement_timeout``, or if somebody cancelled it."""
+"""The SQLSTATE of a statement that exceeded ``statement_timeout`` or that somebody cancelled."""
 UNIQUE_VIOLATION = "23505"
 """The SQLSTATE of a unique violation.
 
-Either another transaction inserted the same key first, or the event already has a mark (a row that says it is settled).
+Either another transaction inserted the same key first, or the event already has a mark (a row of
+processed_events).
 """
 
 TIMED_OUT = ("55P03", "57014")
 """The SQLSTATEs of two time-outs: a lock was not released in time, or a statement took too long.
 
-A transaction that is repeated at once would probably wait equally long again.
+If the worker repeated the transaction at once, it would probably wait equally long again.
 """
 
 _NO_ARBITER = "42P10"
-"""The SQLSTATE if no unique index matches ON CONFLICT. The worker then cannot use the guard ``index``."""
+"""The SQLSTATE if no unique index matches ON CONFLICT.
+
+The worker then cannot use the unique index as its guard against second purchases.
+"""
 
 _NOT_IN_STATE = "55000"
-"""The SQLSTATE if only a deferrable index matches ON CONFLICT. The worker then cannot use the guard ``index``.
+"""The SQLSTATE if only a deferrable index matches ON CONFLICT.
 
-Other errors have the same SQLSTATE, so the worker also reads which function of the server raised the error.
+The worker then cannot use this index as its guard against second purchases. Other errors have the
+same SQLSTATE. The worker therefore also reads which function of the server raised the error.
 """
 
 _REFUSES_DEFERRABLE = "ExecCheckIndexConstraints"
@@ -86,7 +94,8 @@ _REFUSES_OLD_PLAN = "RevalidateCachedQuery"
 _NOT_SUPPORTED = "0A000"
 """The SQLSTATE of a prepared statement whose result columns have changed.
 
-Everything that PostgreSQL does not support has the same SQLSTATE, for example ON CONFLICT on a table with rules.
+All features that PostgreSQL does not support have the same SQLSTATE. An example is ON CONFLICT on a
+table with rules.
 """
 
 _INTERNAL_ERROR = "XX000"
@@ -108,8 +117,8 @@ _BY_SQLSTATE: Mapping[str, Failure] = {
     "3D000": Failure.PAUSE,  # invalid_catalog_name
     "2200H": Failure.PAUSE,  # sequence_generator_limit_exceeded
     "23000": Failure.EVENT,  # integrity_constraint_violation, for example WrittenOtherwise
-    _INTERNAL_ERROR: Failure.UNCLEAR,  # also what an extension raises for a single row
-    "428C9": Failure.PAUSE,  # generated_always: a column that the worker writes became a generated one
+    _INTERNAL_ERROR: Failure.UNCLEAR,  # an extension can raise this error for a single row
+    "428C9": Failure.PAUSE,  # generated_always: a written column became a generated column
     "23001": Failure.EVENT,  # restrict_violation
     "23502": Failure.EVENT,  # not_null_violation
     "23503": Failure.EVENT,  # foreign_key_violation
@@ -136,27 +145,28 @@ _PLACES_MAX = 100
 _REFUSED = re.compile(r"failed: [^\s:]+:  (?P<sentence>.+)")
 """The pattern that finds the server's own sentence in libpq's message about a refused connection.
 
-The word before this sentence (``FATAL``) may be in any language.
+The word before this sentence (``FATAL``) can be in any language.
 """
 
 _IS_STANDBY = re.compile(
     r"connection to server (?:at|on socket) \"(?P<host>[^\"]*)\"(?: \([^)]*\))?(?:, port (?P<port>\d+))? failed:"
     r" server is in hot standby mode"
 )
-"""The pattern of libpq's message that a server is a standby, although the connection needs a primary."""
+"""The pattern of libpq's message if a connection needs a primary, but the server is a standby."""
 
 _PASSES = re.compile(
     r"the database system|recovery|too many|connection slots|terminating|shutting down"
     r"|query_wait_timeout|server[_ ]login|max_client_conn|pgbouncer cannot connect"
 )
-"""The pattern of refused connections that will work later without the action of a person.
+"""The pattern of messages about refused connections that will work later without human action.
 
-For example, the server starts, stops or has no free connection, or the server behind a pooler is down.
+For example, the server starts, stops or has no free connection, or the server behind a pooler is
+down.
 """
 
 
 class WrittenOtherwise(DBAPIError):
-    """Raised if a trigger changed a row that a statement wrote, so that the row does not have the written values.
+    """Raised if a trigger changed the values that a statement wrote to a row.
 
     The worker handles this error like an error that PostgreSQL itself raises for the event.
     """
@@ -166,7 +176,10 @@ class WrittenOtherwise(DBAPIError):
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """Return the SQLSTATE of a driver's error, even if SQLAlchemy wrapped the error; None if it has no SQLSTATE."""
+    """Return the SQLSTATE of a driver's error, even if SQLAlchemy wrapped the error.
+
+    Return None if the error has no SQLSTATE.
+    """
     return getattr(getattr(error, "orig", None) or error, "sqlstate", None)
 
 
@@ -184,7 +197,7 @@ def classify(error: BaseException) -> Failure:
         return Failure.UNCLEAR if is_from_function(error) and is_trouble(error) else _by_state(error)
     original = getattr(error, "orig", None) or error
     if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout):
-        return Failure.RECONNECT  # no SQLSTATE, because the connection broke or was never made
+        return Failure.RECONNECT  # no SQLSTATE: the connection broke or was never made
     if isinstance(original, CommitLost | DatabaseUnavailable):
         return Failure.RECONNECT
     return Failure.PAUSE if isinstance(original, SchemaError) else Failure.BUG
@@ -196,16 +209,20 @@ def _by_state(error: BaseException) -> Failure:
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Return whether the SQLSTATE says that the database is in trouble, and not that a row is wrong.
+    """Return True if the SQLSTATE reports trouble of the database instead of a wrong row.
 
-    If a function raises such an error for a single event, the event is postponed, but the try is not counted.
+    A database function can raise this SQLSTATE for a single event. The worker then postpones the
+    event, but does not count a failed attempt.
     """
     is_internal = sqlstate(error) == _INTERNAL_ERROR
     return sqlstate(error) is not None and (is_internal or _by_state(error) in (Failure.PAUSE, Failure.RECONNECT))
 
 
 def _by_function(error: BaseException) -> Failure | None:
-    """Return the class of an error whose SQLSTATE has several meanings. Return None if the SQLSTATE alone decides."""
+    """Return the class of an error whose SQLSTATE has several meanings.
+
+    Return None if the SQLSTATE alone decides the class.
+    """
     if is_arbiter_lost(error):
         return Failure.GUARD
     return {
@@ -218,8 +235,8 @@ def _by_function(error: BaseException) -> Failure | None:
 def is_from_function(error: BaseException) -> bool:
     """Return whether a function in the database, for example of a trigger, raised the error.
 
-    Such a function may raise any SQLSTATE, and for a single row. The connection works afterwards, because PostgreSQL
-    ends a connection only with the severity FATAL.
+    A database function can raise any SQLSTATE, even for a single row. The connection still works
+    afterwards. PostgreSQL ends a connection only with the severity FATAL.
     """
     return bool(_diagnosis(error, "context")) and _diagnosis(error, "severity_nonlocalized") == "ERROR"
 
@@ -227,7 +244,7 @@ def is_from_function(error: BaseException) -> bool:
 def is_arbiter_lost(error: BaseException) -> bool:
     """Return whether the worker's own statement failed because its ON CONFLICT has no usable unique index.
 
-    An error with a context does not count, because the failed statement was in a function in the database.
+    Return False if the error has a context. The failed statement was then in a database function.
     """
     state = sqlstate(error)
     if state not in (_NO_ARBITER, _NOT_IN_STATE) or _diagnosis(error, "context"):
@@ -253,7 +270,8 @@ def violated(error: BaseException) -> tuple[str | None, str | None, str | None]:
 def server_message(error: BaseException) -> str:
     """Return the first line of the message from the server or libpq.
 
-    If a database function raised the error, return only the name of the error, because the message may repeat a value.
+    If a database function raised the error, return ``describe(error)`` instead. The message of a
+    database function can repeat a value from a row.
     """
     original = getattr(error, "orig", None) or error
     if getattr(getattr(original, "diag", None), "context", None):
@@ -263,10 +281,11 @@ def server_message(error: BaseException) -> str:
 
 
 def login_refusal(error: BaseException) -> str | None:
-    """Return the server's message if it refuses the role, password or database; otherwise None.
+    """Return the server's message if the server refuses the role, the password or the database.
 
-    Such a refusal lasts until a person acts. This function searches the text of the error, because the driver reports
-    no SQLSTATE for a connection that was not made.
+    Return None for other errors. The server refuses the connection until a person acts. The driver
+    reports no SQLSTATE for a failed connection. This function therefore searches the text of the
+    error.
     """
     original = getattr(error, "orig", None) or error
     if not isinstance(original, psycopg.OperationalError) or original.sqlstate is not None:
@@ -276,7 +295,7 @@ def login_refusal(error: BaseException) -> str | None:
 
 
 def standbys_among(error: BaseException) -> list[str]:
-    """Return the servers that refused a connection because they are standbys. Return an empty list for other errors."""
+    """Return the standbys that refused a connection. Return an empty list for other errors."""
     original = getattr(error, "orig", None) or error
     found = _IS_STANDBY.finditer(str(original))
     return list(dict.fromkeys(_place(each) for each in found))
@@ -287,9 +306,10 @@ def _place(found: re.Match[str]) -> str:
 
 
 def trace(error: BaseException) -> list[str]:
-    """Return the code lines that led to an error, innermost last. Omit the message, because it may repeat a value.
+    """Return the code lines that led to an error. The line that raised the error is the last.
 
-    The list has at most ``_PLACES_MAX`` lines, because the journal splits lines that are longer than 48 kB.
+    The result omits the message. The message can repeat a value from a row. The list has at most
+    ``_PLACES_MAX`` code lines. The journal splits log lines that are longer than 48 kB.
     """
     frames = traceback.extract_tb(error.__traceback__, limit=-_PLACES_MAX)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames]
@@ -298,7 +318,8 @@ def trace(error: BaseException) -> list[str]:
 def describe(error: BaseException) -> str:
     """Describe an error by its class, SQLSTATE, table and constraint. The text never contains a value from a row.
 
-    The messages of ``DefaultTaken``, ``NothingRecorded`` and ``Swallowed`` contain no value, so the text repeats them.
+    The messages of ``DefaultTaken``, ``NothingRecorded`` and ``Swallowed`` contain no value. The
+    text repeats these messages.
     """
     if isinstance(error, DefaultTaken | NothingRecorded | Swallowed):
         return str(error)

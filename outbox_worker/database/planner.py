@@ -18,13 +18,16 @@ INDEX_PLANS: Mapping[str, str] = {
 }
 """Parameters that make the planner use indexes and plan each statement only once.
 
-The planner gets no choice because the statistics of a queue are often outdated. Each statement is planned only once
-because for a small batch, planning takes longer than the execution.
+The planner gets no choice: the statistics of a queue table are often outdated. The planner plans
+each statement only once. For a small batch, planning takes longer than the execution.
 """
 
 
 def index_plans(has_indexes: bool) -> Mapping[str, str]:
-    """Return ``INDEX_PLANS`` if the tables have the indexes that the statements need; otherwise nothing."""
+    """Return ``INDEX_PLANS`` if the tables have the indexes that the statements need.
+
+    Return an empty mapping if an index is missing.
+    """
     return INDEX_PLANS if has_indexes else {}
 
 
@@ -32,9 +35,12 @@ FREE_PLANS: Mapping[str, str] = {
     **dict.fromkeys(("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"), "on"),
     "plan_cache_mode": "force_custom_plan",
 }
-"""Parameters that let the planner choose freely at each execution. They suit statements without an index."""
+"""Parameters that let the planner choose freely at each execution.
 
-# what: set parameters until the transaction ends, except those that this server does not know · lock: none
+Use these parameters for statements that have no suitable index.
+"""
+
+# what: set the parameters that this server knows, until the transaction ends · lock: none
 # safe behind a pooler
 SET_LOCAL = (
     "SELECT set_config(key, value, true) FROM jsonb_each_text(CAST(%(parameters)s AS jsonb))"
@@ -49,7 +55,10 @@ _SWITCH_LOCAL = (
 
 @contextmanager
 def planned(session: Session, **parameters: str) -> Iterator[None]:
-    """Set parameters for the ``with`` block, then restore them. After an error, the rollback restores them."""
+    """Set parameters for the ``with`` block, then restore the previous values.
+
+    If the block raises an error, the rollback restores the previous values.
+    """
     given = {"parameters": json.dumps(parameters)}
     before = {key: value for key, value, _ in session.connection().exec_driver_sql(_SWITCH_LOCAL, given)}
     yield
@@ -57,5 +66,5 @@ def planned(session: Session, **parameters: str) -> Iterator[None]:
 
 
 def set_local(session: Session, parameters: Mapping[str, str]) -> None:
-    """Set parameters until the transaction ends. A parameter that the server's version does not have is ignored."""
+    """Set parameters until the transaction ends. Ignore parameters unknown to the server."""
     session.connection().exec_driver_sql(SET_LOCAL, {"parameters": json.dumps(parameters)})

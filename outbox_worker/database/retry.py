@@ -16,13 +16,19 @@ T = TypeVar("T")
 
 
 class Sleep(Protocol):
-    """What a thread can wait for, at most ``timeout`` seconds. ``wait`` returns whether the thread was woken."""
+    """An object that lets a thread sleep for at most ``timeout`` seconds.
+
+    ``wait`` returns True if something woke the thread before the time-out.
+    """
 
     def wait(self, timeout: float) -> bool: ...
 
 
 class Stop(Sleep, Protocol):
-    """A stop flag for which a thread can wait: a ``threading.Event``, or the ``Signals`` of the main thread."""
+    """A stop flag for which a thread can wait.
+
+    The flag is a ``threading.Event`` or the ``Signals`` of the main thread.
+    """
 
     def is_set(self) -> bool: ...
 
@@ -30,10 +36,11 @@ class Stop(Sleep, Protocol):
 def retry_transaction(
     work: Callable[[int], T], *, attempts: int, gives_up: Callable[[BaseException], bool] = lambda _: False
 ) -> T:
-    """Run ``work`` again if it fails with an error of class ``retry``, at most ``attempts`` times in total.
+    """Run ``work``. If it fails with an error of the class ``retry``, run it again.
 
-    ``work`` gets the number of failures so far as its argument. If all attempts fail, raises the last error. Raises
-    errors of other classes, and errors for which ``gives_up`` returns True, at once.
+    ``work`` runs at most ``attempts`` times. The argument of ``work`` is the number of failures so
+    far. If all attempts fail, raises the last error. Raises an error at once if its class is not
+    ``retry``, or if ``gives_up`` returns True for the error.
     """
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: _is_worth_repeating(error) and not gives_up(error)),
@@ -56,7 +63,8 @@ def wait_out_outage(
     """Run ``work`` until it succeeds, and return its result. Return None if the flag ``stop`` is set first.
 
     Call ``on_failure(error, pause_seconds)`` before each pause. The pauses are random and grow up to ten seconds.
-    Raises SchemaError and SettingError at once. If ``seconds`` is given, raises the last error after this time.
+    Raises SchemaError and SettingError at once. If ``seconds`` is given, raises the last error
+    after this many seconds.
     """
     flag = cast("Event", stop)  # tenacity uses only the methods that Stop has
     told_to_stop = tenacity.stop_when_event_set(flag)

@@ -1,4 +1,4 @@
-"""Finds out what a session may do: whether the server is a standby, and whether sessions are read-only by default."""
+"""Finds out whether the server is a standby, and whether new sessions are read-only by default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STANDBY = text(
     " CAST(date_part('epoch', clock_timestamp() - pg_last_xact_replay_timestamp()) AS float) AS behind_seconds"
 )
 
-# what: where default_transaction_read_only was set to on, which makes new sessions read-only · lock: none
+# what: where default_transaction_read_only was set to on (new sessions are read-only) · lock: none
 _READ_ONLY = text(
     "SELECT source, quote_ident(session_user) AS role, quote_ident(current_database()) AS database FROM pg_settings"
     " WHERE name = 'default_transaction_read_only' AND reset_val = 'on'"
@@ -29,18 +29,24 @@ _PLACES = {
 }
 """Maps ``pg_settings.source`` to the place where ``default_transaction_read_only`` was set.
 
-Any other source means the configuration of the server.
+For any other source, the parameter was set in the configuration of the server.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """How up to date a standby is. The standby has every transaction that was committed until ``replayed_until``."""
+    """Says how up to date a standby is.
+
+    The standby has every transaction that was committed until ``replayed_until``.
+    """
 
     replayed_until: datetime | None
-    """None if the standby has replayed no transaction since its start."""
+    """The field is None if the standby has replayed no transaction since its start."""
     behind_seconds: float | None
-    """The age of ``replayed_until``. The standby is at most this far behind, and less if the primary was idle."""
+    """The age of ``replayed_until``. The standby is at most this many seconds behind the primary.
+
+    If the primary was idle, the standby is less behind.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +55,23 @@ class ReadOnlyDefault:
 
     place: str
     remedy: str
-    """The statement that makes sessions of this role writable, or a sentence if no statement can do this."""
+    """The statement that makes sessions of this role writable.
+
+    If no statement can do this, the field contains a sentence with the remedy.
+    """
 
 
 def find_standby(session: Session | Connection) -> Standby | None:
-    """Return how up to date the server is if it is a standby. Return None if it is a primary."""
+    """Return how up to date a standby is. Return None if the server is a primary."""
     row = session.execute(_STANDBY).one()
     return Standby(row.replayed_until, row.behind_seconds) if row.is_standby else None
 
 
 def find_read_only_default(session: Session | Connection) -> ReadOnlyDefault | None:
-    """Return where ``default_transaction_read_only`` was set to on. Return None if it is off."""
+    """Return where ``default_transaction_read_only`` was set to on.
+
+    Return None if the parameter is off.
+    """
     row = session.execute(_READ_ONLY).one_or_none()
     if row is None:
         return None

@@ -1,4 +1,4 @@
-"""Executes statements that are rendered to SQL only once, and checks the row count of writes."""
+"""Executes statements that SQLAlchemy renders to SQL only once. Checks the row count of writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PARAMETER = re.compile(r"%\((\w+)\)s")
 
 @contextmanager
 def relying_on_a_key() -> Iterator[None]:
-    """Raise KeyMissing if an upsert in the ``with`` block fails because no unique index on its key exists."""
+    """Raise KeyMissing if an upsert in the ``with`` block finds no unique index on its key."""
     try:
         yield
     except DBAPIError as error:
@@ -41,7 +41,7 @@ class _Rendered(NamedTuple):
     keys: Mapping[str, str]
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of all parameters, as psycopg takes them."""
+        """Return the values of all parameters in the form that psycopg takes."""
         keys = {name: array_literal(given[name], item) for name, item in self.keys.items() if name in given}
         return {**self.constants, **given, **keys}
 
@@ -49,7 +49,7 @@ class _Rendered(NamedTuple):
 class Statement:
     """A statement that SQLAlchemy renders to SQL only once, when the SQL is first needed.
 
-    Constants are written into the SQL, so that each execution sends only the parameters that vary.
+    The SQL contains the constants. Each execution sends only the parameters that vary.
     If SQLAlchemy rendered the statement at each execution, a batch of 1,000 events would take 10 % longer.
     """
 
@@ -78,7 +78,7 @@ class Statement:
         return session.connection().exec_driver_sql(self._rendered.sql, self._rendered.values(values))
 
     def numbered(self, values: Mapping[str, Any]) -> tuple[str, list[Any]]:
-        """Return the SQL with the parameters $1, $2, … as PostgreSQL takes it, and the values of these parameters."""
+        """Return the SQL with the parameters $1, $2, … and the values of these parameters."""
         sql, names = self._numbered
         given = self._rendered.values(values)
         return sql, [given[name] for name in names]
@@ -91,7 +91,7 @@ class Statement:
 
 
 Fetch = Callable[[Statement, Mapping[str, Any]], Any]
-"""A function that executes a statement with these values, and returns its only row."""
+"""A function that executes a statement with the given values, and returns the only row."""
 
 
 def fetching(session: Session) -> Fetch:
@@ -102,8 +102,8 @@ def fetching(session: Session) -> Fetch:
 def write(session: Session, statement: Statement, values: Mapping[str, Any], rows: int) -> None:
     """Execute a write that must change exactly ``rows`` rows.
 
-    Raises Swallowed if the statement changed fewer rows, and Inconsistent if it changed more. Raises KeyMissing if the
-    statement is an upsert and no unique index matches its key.
+    Raises Swallowed if the statement changed fewer rows. Raises Inconsistent if the statement
+    changed more rows. Raises KeyMissing if an upsert finds no unique index on its key.
     """
     with relying_on_a_key():
         touched = statement.execute(session, values).rowcount

@@ -1,6 +1,6 @@
 """Reads from PostgreSQL's system catalogue which tables, columns, indexes and triggers exist.
 
-Also finds out which of the tables the worker's migrations created.
+This module also finds out which tables the worker's migrations created.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from outbox_worker.schema.tables import NOTIFY_TRIGGER, OWNED, Tables, ownership
 
 _Found = TypeVar("_Found")
 
-# what: the unique, valid indexes on exactly student and course that compare ids as the columns do. For each index: its
-# predicate, whether it is immediate (not deferrable), and whether is_active may be NULL · lock: none
-# index: the catalogue's indexes
+# what: the unique, valid indexes on exactly student and course that compare ids by the same rules
+# as the columns. For each index: the predicate, whether the index is immediate (not deferrable),
+# and whether is_active can be NULL · lock: none · index: the catalogue's indexes
 _PAIR_INDEXES = text(
     """
     SELECT c.relname AS name, pg_get_expr(i.indpred, i.indrelid) AS predicate, i.indimmediate AS is_immediate,
@@ -66,17 +66,17 @@ _ENUM_LABELS = text(
 
 
 def pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str]:
-    """Return the unique indexes that can be the guard ``index``: the name and the predicate of each.
+    """Return the name and the predicate of each unique index that can be the guard ``index``.
 
-    Such an index prevents a second active purchase of a student for the same course.
+    The guard prevents a second active purchase of a student for the same course.
     """
     return {row.name: row.predicate for row in _on_pair(session, purchases) if _can_guard(session, purchases, row)}
 
 
 def unfit_pair_indexes(session: Session | Connection, purchases: Table) -> dict[str, str | None]:
-    """Return the unique indexes on student and course that cannot be the guard: the name and the predicate of each.
+    """Return the name and the predicate of each unique index that cannot be the guard ``index``.
 
-    The predicate is None if the index covers all rows.
+    These indexes are on student and course. The predicate is None if the index covers all rows.
     """
     rows = _on_pair(session, purchases)
     return {row.name: row.predicate for row in rows if not _can_guard(session, purchases, row)}
@@ -98,8 +98,9 @@ def _can_guard(session: Session | Connection, purchases: Table, index: Row[Any])
 def _means_active(session: Session | Connection, predicate: str, column: str, *, may_be_null: bool) -> bool:
     """Return whether an index predicate is true exactly if ``is_active`` is true.
 
-    PostgreSQL evaluates the predicate for each value of ``is_active``, so the predicate may be written in any form. If
-    the predicate reads another column, PostgreSQL raises an error, and this function returns False.
+    PostgreSQL evaluates the predicate for each value of ``is_active``. The predicate can therefore
+    have any form. If the predicate reads another column, PostgreSQL raises an error. This function
+    then returns False.
     """
     active = quoted(column)
     if predicate in (active, f"({active} = true)"):
@@ -117,7 +118,10 @@ def _means_active(session: Session | Connection, predicate: str, column: str, *,
 
 
 def has_index_paths(session: Session, purchases: Table) -> bool:
-    """Return whether one index begins with ``payment_id``, and another with ``student_id`` and ``course_id``."""
+    """Return whether purchases has both needed indexes.
+
+    One index begins with ``payment_id``, another with ``student_id`` and ``course_id``.
+    """
     found = session.scalars(_LEADING_COLUMNS, {"relation": relation_name(purchases)}).all()
     payment, *pair = (purchases.c[key].name for key in ("payment_id", "student_id", "course_id"))
     return any(names[0] == payment for names in found) and any(set(names[:2]) == set(pair) for names in found)
@@ -125,26 +129,38 @@ def has_index_paths(session: Session, purchases: Table) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ActualColumn:
-    """The properties of a column, as the system catalogue reports them."""
+    """The properties of a column in the system catalogue."""
 
     type_name: str
     is_enum: bool
     must_be_written: bool
-    """Whether the column is NOT NULL without a default."""
+    """True if the column is NOT NULL and has no default."""
     written_type: str
-    """The type as it stands in DDL, for example ``numeric(12,2)``."""
+    """The type in the form of DDL, for example ``numeric(12,2)``."""
     is_string: bool
     limit: int | None
-    """The largest number of characters, or of digits before the decimal point; None if there is no limit."""
+    """The largest number of characters, or of digits before the decimal point.
+
+    The value is None if the type has no limit.
+    """
     decimals: int | None
-    """The number of decimals to which PostgreSQL rounds a value; None if PostgreSQL does not round."""
+    """The number of decimals to which PostgreSQL rounds a value.
+
+    The value is None if PostgreSQL does not round.
+    """
     is_used: bool
-    """Whether a view, a trigger, a policy or a generated column uses the column. If so, its type cannot be changed."""
+    """True if a view, a trigger, a policy or a generated column uses the column.
+
+    PostgreSQL then refuses to change the type of the column.
+    """
     base_type: str
-    """The type on which the domain of the column is based, or ``type_name`` if the type is no domain."""
+    """The base type of the domain. If the column has no domain, the value is ``type_name``."""
     may_be_null: bool
     computed: str | None
-    """How PostgreSQL computes the column: ``stored``, ``virtual`` or ``identity``; None if it takes what is written."""
+    """How PostgreSQL computes the column: ``stored``, ``virtual`` or ``identity``.
+
+    The value is None if PostgreSQL stores the value that a statement writes.
+    """
 
 
 def exists(session: Session | Connection, table: Table) -> bool:
@@ -152,9 +168,10 @@ def exists(session: Session | Connection, table: Table) -> bool:
 
 
 def _read_once(session: Session | Connection, fact: str, name: str, read: Callable[[], _Found]) -> _Found:
-    """Return the result of ``read``. Call ``read`` only once for each session, because many checks need the same facts.
+    """Return the result of ``read``. Call ``read`` only once for each session, fact and name.
 
-    With a ``Connection``, call ``read`` each time, so that a migration sees what it has just changed.
+    Many checks in one session need the same facts. For a ``Connection``, call ``read`` each time.
+    A migration must see its own changes.
     """
     if not isinstance(session, Session):
         return read()
@@ -165,11 +182,14 @@ def _read_once(session: Session | Connection, fact: str, name: str, read: Callab
 
 
 _KIND_OF, _COLUMNS_OF = "kind", "columns"
-"""The facts about a relation that a session remembers."""
+"""The facts about a table that ``_read_once`` stores in a session."""
 
 
 def read_ahead(session: Session, tables: Iterable[Table]) -> None:
-    """Read the kinds and columns of these tables with one statement each, so that the checks need none of their own."""
+    """Read the kinds of all these tables with one statement, and their columns with another.
+
+    The checks then need no more statements for these facts.
+    """
     names = [relation_name(table) for table in tables]
     for fact, found in ((_KIND_OF, _kinds(session, names)), (_COLUMNS_OF, _columns(session, names))):
         session.info.update({(fact, name): value for name, value in found.items()})
@@ -179,7 +199,8 @@ def _kinds(session: Session | Connection, names: Sequence[str]) -> dict[str, str
     return {row.name: row.kind for row in session.execute(_KINDS, {"names": names})}
 
 
-# what: whether a table has the comment of our migrations; whether this role can read the list of our tables
+# what: whether a table has the comment of our migrations, and whether this role can read the list
+# of tables that our migrations created
 # lock: none
 # index: the catalogue's indexes
 _OWNED = text(
@@ -197,11 +218,12 @@ _OWNED = text(
 
 
 def is_owned(session: Session | Connection, table: Table) -> bool:
-    """Return whether the worker's migrations created the table. All other tables are adopted: used, but never altered.
+    """Return whether the worker's migrations created the table.
 
-    The migrations put a comment on each table that they create, and write the name of the table into a list. The
-    comment or the list is enough, because a restore may lose the comments. If this role may not read the list, only
-    the comment counts.
+    All other tables are adopted: the worker uses them, but the migrations never alter them. The
+    migrations put a comment on each table that they create, and write its name into a list. A
+    restore can lose the comments. Either the comment or the list entry is therefore enough. If this
+    role is not allowed to read the list, only the comment counts.
     """
     listed = ownership_list(table)
     seen = _ownership_seen(session, table, listed)
@@ -218,7 +240,10 @@ def adopted_tables(session: Session | Connection, tables: Tables) -> list[str]:
 
 
 def is_list_closed(session: Session, table: Table) -> bool:
-    """Return whether the list of tables that our migrations created exists, but this role may not read the list."""
+    """Return whether this role is not allowed to read the list of tables of our migrations.
+
+    Return False if the list does not exist.
+    """
     seen = _ownership_seen(session, table, ownership_list(table))
     return bool(seen.has_list and not seen.may_read_list)
 
@@ -238,7 +263,8 @@ _KINDS = text(
     """
 )
 
-# what: the owner of a table, and whether this role may alter it · lock: none · index: the catalogue's indexes
+# what: the owner of a table, and whether this role has the owner's rights · lock: none
+# index: the catalogue's indexes
 _OWNER = text(
     "SELECT quote_ident(pg_get_userbyid(relowner)) AS name, pg_has_role(relowner, 'USAGE') AS is_us"
     " FROM pg_class WHERE oid = to_regclass(:relation)"
@@ -246,7 +272,7 @@ _OWNER = text(
 
 
 def kind_of_relation(session: Session | Connection, table: Table) -> str | None:
-    """Return the letter in ``pg_class.relkind``, or None if the table does not exist."""
+    """Return the letter in ``pg_class.relkind``. Return None if the table does not exist."""
     name = relation_name(table)
     return _read_once(session, _KIND_OF, name, lambda: _kinds(session, [name])[name])
 
@@ -256,7 +282,10 @@ def is_partitioned(session: Session | Connection, table: Table) -> bool:
 
 
 def as_owner(session: Session, relation: str) -> str:
-    """Return the beginning of a remedy that only the owner of the table may run. Return "" if this role may run it."""
+    """Return the first words of a remedy that only the owner of the table can run.
+
+    Return "" if this role has the owner's rights.
+    """
     owner = session.execute(_OWNER, {"relation": relation}).one()
     return "" if owner.is_us else f"as {owner.name}: "
 
@@ -316,13 +345,13 @@ def _columns(session: Session | Connection, names: Sequence[str]) -> dict[str, d
 
 
 def has_limited_amounts(session: Session | Connection, purchases: Table) -> bool:
-    """Return whether the type of ``purchases.amount`` limits the digits, and the migrations can remove this limit."""
+    """Return whether ``purchases.amount`` has a limit of digits that the migrations can remove."""
     amount = actual_columns(session, relation_name(purchases)).get(purchases.c.amount.name)
     return amount is not None and amount.decimals is not None and not amount.is_used
 
 
-# what: which of these tables and their partitions are unlogged or temporary. PostgreSQL does not write these to the
-# write-ahead log
+# what: the unlogged and temporary tables among these tables and their partitions. PostgreSQL does
+# not write the rows of these tables to the write-ahead log
 # lock: none · index: the catalogue's indexes
 _UNLOGGED = text(
     """
@@ -339,13 +368,16 @@ _UNLOGGED = text(
 
 
 def enum_labels(session: Session | Connection, table: Table, key: str) -> Sequence[str]:
-    """Return the labels of the enum that the column has as its type. If the type is no enum, return no label."""
+    """Return the labels of the enum type of the column. Without an enum, return an empty list."""
     names = {"relation": relation_name(table), "column": table.c[key].name}
     return session.execute(_ENUM_LABELS, names).scalars().all()
 
 
 def unlogged_tables(session: Session, names: Sequence[str]) -> list[tuple[str, bool]]:
-    """Return the names of tables and partitions that a crash of the server empties, and whether each is temporary."""
+    """Return the tables and partitions that a crash of the server empties.
+
+    Each item is the name of a table, and whether the table is temporary.
+    """
     return [(row.name, row.is_temporary) for row in session.execute(_UNLOGGED, {"names": [*names]})]
 
 
@@ -361,7 +393,7 @@ def is_unique(session: Session, name: str, column: Column[object]) -> bool:
     return bool(session.scalar(asked, {"name": name, "column": column.name, "partial": partial}))
 
 
-# what: whether a unique index, also a deferrable one, is on exactly this column · lock: none
+# what: whether a unique index (deferrable or not) exists on exactly this column · lock: none
 # index: the catalogue's indexes
 _HAS_UNIQUE_INDEX = text(
     """
@@ -374,11 +406,14 @@ _HAS_UNIQUE_INDEX = text(
 
 
 def has_unique_index(session: Session, table: Table, key: str) -> bool:
-    """Return whether two rows can never have the same value in this column, except NULL."""
+    """Return whether a unique index prevents equal values in this column.
+
+    Several rows can have NULL in this column.
+    """
     return bool(session.scalar(_HAS_UNIQUE_INDEX, {"relation": relation_name(table), "column": table.c[key].name}))
 
 
 def notifies(session: Session | Connection, outbox: Table) -> bool:
-    """Return whether the outbox has the trigger of the optional migration ``notify``, and the trigger is enabled."""
+    """Return whether the outbox has the enabled trigger of the optional migration ``notify``."""
     asked = {"relation": relation_name(outbox), "name": NOTIFY_TRIGGER}
     return bool(session.scalar(_HAS_TRIGGER, asked))

@@ -1,6 +1,7 @@
-"""Finds concerns: problems of the tables that do not stop the worker, but can lose rows or purchases later.
+"""Finds concerns: problems of the tables that do not stop the worker.
 
-Each concern has a finding, which says what is wrong, and a remedy.
+A concern can cause the loss of rows or purchases later. Each concern has a finding (what is wrong)
+and a remedy.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def find_unknown_labels(session: Session, tables: Tables) -> list[SchemaProblem]
 
 
 def unknown_statuses(tables: Tables, statuses: Sequence[str]) -> list[SchemaProblem]:
-    """Return a concern if the settings give no meaning to some of the ``statuses`` of payments."""
+    """Return a concern if the settings give no meaning to one of these statuses of payments."""
     column = tables.payments.c.status
     known = set(itertools.chain(*column.info[STATUS_VALUES].values()))
     unknown = [status for status in statuses if status not in known]
@@ -65,7 +66,8 @@ def unknown_statuses(tables: Tables, statuses: Sequence[str]) -> list[SchemaProb
 def find_shared_event_ids(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a concern if two events in the outbox can have the same event id.
 
-    A mark or dead letter is written once for each event id, so the second of two such events leaves no trace.
+    The worker writes a mark or a dead letter only once for each event id. If two events have the
+    same id, the second event leaves no trace.
     """
     outbox = tables.outbox
     if not exists(session, outbox) or noun_of_view(session, outbox) or has_unique_index(session, outbox, "event_id"):
@@ -85,9 +87,9 @@ def find_shared_event_ids(session: Session, tables: Tables) -> list[SchemaProble
 
 
 def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a concern for each unique index on student and course that the worker cannot use as its guard.
+    """Return a concern for each unique index on student and course that the worker cannot use.
 
-    Return no concern if the worker can use another index.
+    Return no concern if the worker can use another index as its guard against second purchases.
     """
     purchases = tables.purchases
     if not exists(session, purchases) or pair_indexes(session, purchases):
@@ -103,10 +105,10 @@ def find_unfit_index(session: Session, tables: Tables) -> list[SchemaProblem]:
 
 
 def find_unlogged(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a concern for each table and partition that PostgreSQL does not write to its write-ahead log.
+    """Return a concern for each table and partition that is not in PostgreSQL's write-ahead log.
 
-    After a crash of the server, PostgreSQL empties such a table. PostgreSQL never copies such a table to standbys.
-    Events, purchases and marks of settled events would be lost, and ``audit`` could not find the loss.
+    PostgreSQL empties these tables after a crash of the server. Standbys never get these tables.
+    Events, purchases and marks of settled events would be lost. ``audit`` could not find the loss.
     """
     names = [relation_name(table) for table in tables.by_role().values() if exists(session, table)]
     return [

@@ -1,8 +1,9 @@
 """Reads the types of ids from the database, and finds out when two ids are the same.
 
-Ids of students and courses may have one type in payments and another type in purchases, for example citext and text.
-``store.identity`` builds the SQL expressions that compare such ids. The ids of payments and events, called *keys*, have
-one kind in all tables: uuid, integer or text.
+The ids of students and courses can have one type in payments and another type in purchases, for
+example citext and text. ``store.identity`` builds the SQL expressions that compare these ids. The
+ids of payments and events are called *keys*. All tables have the same kind of payment ids: uuid,
+integer or text. All tables also have the same kind of event ids.
 """
 
 from __future__ import annotations
@@ -48,18 +49,21 @@ _ID_COLUMNS = text(
 
 @dataclass(frozen=True, slots=True)
 class IdColumn:
-    """The type of a column with ids. For a domain, it is the type on which the domain is based."""
+    """The type of a column with ids. For a domain, ``type_name`` is the base type of the domain."""
 
     type_name: str = "uuid"
     type_schema: str = "pg_catalog"
     scale: int | None = None
-    """The scale of a numeric column; None if the scale has no limit."""
+    """The scale of a numeric column. The value is None if the scale has no limit."""
     collation: str | None = None
-    """The qualified name of the collation; None if the type has no collation."""
+    """The qualified name of the collation. The value is None if the type has no collation."""
     is_deterministic: bool = True
 
     def __str__(self) -> str:
-        """Return the type as a text for messages. Add the scale, or a collation that is not the default."""
+        """Return the type as a text for messages.
+
+        Add the scale of a numeric type. Add a collation that is not the default.
+        """
         if self.type_name == "numeric" and self.scale is not None:
             return f"numeric with {self.scale} decimals"
         is_plain = self.collation in (None, DEFAULT_COLLATION) or self.type_name == "citext"
@@ -73,34 +77,43 @@ class IdColumn:
 
     @property
     def kind(self) -> str:
-        """The kind of the type, for example integer. The worker can compare two columns only if both have one kind."""
+        """The kind of the type, for example integer.
+
+        The worker can compare two columns only if both have the same kind.
+        """
         return "text" if self.type_name in TEXTS else "integer" if self.type_name in INTEGERS else self.type_name
 
     @property
     def loose_collation(self) -> str | None:
-        """The collation if it treats different texts as equal, else None. citext ignores such a collation."""
+        """The collation if it treats different texts as equal.
+
+        Otherwise, the value is None. For citext, the value is always None.
+        """
         return None if self.is_deterministic or self.type_name == "citext" else self.collation
 
 
 class Fold(StrEnum):
-    """The conversion of an id to a text. The texts of two ids are equal exactly if the ids are the same."""
+    """The conversion of an id to a text. Two texts are equal exactly if the ids are the same."""
 
     TEXT = "text"
     LOWER = "lower"
-    """The text in lower case, because citext ignores upper and lower case."""
+    """The text in lower case. citext ignores upper and lower case."""
     TRIMMED = "trimmed"
     """The text of a numeric id without trailing zeros."""
     HASHED = "hashed"
-    """A hash that PostgreSQL computes by the collation, because no other function returns equal texts for equal ids."""
+    """A hash that PostgreSQL computes by the collation.
+
+    No other function returns equal texts for equal ids.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class SameId:
     """The rule that says when an id in payments and an id in purchases are the same.
 
-    The column type in purchases decides, because the unique index compares ids by this type. If the column type in
-    payments treats more ids as equal (citext instead of text), the type in payments decides. If the type in
-    payments decides, PostgreSQL cannot use a plain index on purchases.
+    The unique index compares ids by the column type in purchases. Normally, the type in purchases
+    decides. The type in payments decides if it treats more ids as equal (citext instead of text).
+    PostgreSQL then cannot use a plain index on purchases.
     """
 
     paid: IdColumn = IdColumn()
@@ -120,18 +133,27 @@ class SameId:
 
     @property
     def pads(self) -> bool:
-        """Whether trailing blanks in ids of payments are ignored, because the column of purchases has type char(n)."""
+        """True if the comparison ignores trailing blanks in ids of payments.
+
+        Only the column in purchases then has the type char(n).
+        """
         return self.bought.type_name == "bpchar" and self.paid.type_name != "bpchar"
 
     @property
     def is_indexable(self) -> bool:
-        """Whether the column of purchases itself compares ids by this rule. If so, PostgreSQL can use its indexes."""
+        """True if PostgreSQL compares ids in the column of purchases by this rule.
+
+        PostgreSQL can then use the indexes on the column of purchases.
+        """
         is_citext_only_paid = self.paid.type_name == "citext" and self.bought.type_name != "citext"
         return not is_citext_only_paid and self.paid.loose_collation in (None, self.bought.loose_collation)
 
     @property
     def flaw(self) -> str | None:
-        """The remedy if the two columns cannot be compared, with the reason; None if they can be compared."""
+        """The remedy and its reason if the worker cannot compare the two columns.
+
+        The value is None if the worker can compare the columns.
+        """
         paid, bought = self.paid, self.bought
         if paid.kind != bought.kind:
             return "convert one of the two columns, because the worker compares the ids in both"
@@ -156,31 +178,31 @@ class PairIds:
 
     @property
     def is_indexable(self) -> bool:
-        """Whether the columns of purchases themselves compare student and course by these rules."""
+        """True if PostgreSQL compares student and course ids in purchases by these rules."""
         return self.student_id.is_indexable and self.course_id.is_indexable
 
     @property
     def mixes_collations(self) -> bool:
-        """Whether the id columns have several collations, apart from the default.
+        """True if the id columns have two or more collations. The default collation does not count.
 
-        PostgreSQL then cannot choose a collation for a text that is made of both ids.
+        PostgreSQL then cannot choose a collation for a text that contains both ids.
         """
         columns = (column for _, same in self for column in (same.paid, same.bought))
         return len({each.collation for each in columns} - {None, DEFAULT_COLLATION}) > 1
 
     @property
     def has_public_key(self) -> bool:
-        """Whether the lock key of a student and course is computed by the public formula in docs/contract.md."""
+        """True if the formula in docs/contract.md gives the lock key of a student and a course."""
         are_plain = all(same.fold is Fold.TEXT and not same.pads for _, same in self)
         return are_plain and not self.mixes_collations
 
 
 UUIDS = PairIds()
-"""The rules if both ids are UUIDs, as in the tables that the migrations create."""
+"""The rules if both ids are UUIDs. The tables that the migrations create contain UUIDs."""
 
 
 class _IntegerKey(TypeDecorator[str]):
-    """The type of a column with integer ids. In Python, such an id is the text with which PostgreSQL writes it."""
+    """The type of a column with integer ids. In Python, an integer id is a text."""
 
     impl = BigInteger
     cache_ok = True
@@ -204,22 +226,22 @@ KEY_KINDS = {
     **dict.fromkeys(INTEGERS, KeyKind.INTEGER),
     **dict.fromkeys(("text", "varchar"), KeyKind.TEXT),
 }
-"""The kind of the ids by the base type of their column.
+"""Maps the base type of a column to the kind of the ids in the column.
 
-Types that ignore differences, such as citext and char(n), are missing, because the worker also compares these ids as
-texts.
+Types that ignore differences are missing, for example citext and char(n). The worker also compares
+keys as texts.
 """
 
 
 def read_ids(session: Session | Connection, payments: Table, purchases: Table) -> dict[str, SameId]:
-    """Return the comparison rule for each id column. Leave out a column that is missing in one of the tables."""
+    """Return the comparison rule for each id column. Omit columns that one of the tables lacks."""
     both = ("student_id", "course_id")
     paid, bought = id_columns(session, payments, both), id_columns(session, purchases, both)
     return {key: SameId(paid[key], bought[key]) for key in both if key in paid and key in bought}
 
 
 def id_columns(session: Session | Connection, table: Table, of: Collection[str]) -> dict[str, IdColumn]:
-    """Return the types of these columns, by column key. Leave out a column that is missing in the database."""
+    """Return the types of these columns, by column key. Omit columns that the database lacks."""
     keys = {table.c[key].name: key for key in of}
     relation = postgresql.dialect().identifier_preparer.format_table(table)  # type: ignore[no-untyped-call]
     rows = session.execute(_ID_COLUMNS, {"relation": relation, "names": list(keys)})

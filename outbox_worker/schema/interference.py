@@ -1,6 +1,7 @@
-"""Finds out what may have made a write fail, or swallowed it: triggers, rules, row security, unique keys and sequences.
+"""Finds possible causes of a failed or swallowed write, for example triggers and rules.
 
-A swallowed write changes no row, but raises no error.
+A swallowed write changes no row, but raises no error. Other causes are row security, unique keys
+and sequences.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from sqlalchemy.orm import Session
 from outbox_worker.schema.tables import quoted, relation_name
 
 _COMMAND_BITS = {"INSERT": 4, "DELETE": 8, "UPDATE": 16}
-"""Maps each command to the bit that stands for the command in ``pg_trigger.tgtype``."""
+"""Maps each command to its bit in ``pg_trigger.tgtype``."""
 _COMMAND_NUMBERS = {"UPDATE": "2", "INSERT": "3", "DELETE": "4"}
-"""Maps each command to the number that stands for the command in ``pg_rewrite.ev_type``."""
+"""Maps each command to its number in ``pg_rewrite.ev_type``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interference:
-    """A trigger or rule of another application that may make a command fail, or swallow it.
+    """A trigger or rule of another application that can make a command fail, or swallow it.
 
     A swallowed command changes no row, but raises no error.
     """
@@ -30,10 +31,12 @@ class Interference:
     name: str
     is_rule: bool
     swallows: bool
-    """Whether the command may change no row without an error, because of a rule with INSTEAD, or because of a BEFORE
-    trigger whose function returns NULL."""
+    """True for a rule with INSTEAD, and for a BEFORE trigger whose function can return NULL.
+
+    The command can then change no row and raise no error.
+    """
     lets_none_through: bool
-    """Whether, as far as the definition shows, the command can change no row at all, and raises no error."""
+    """True if the definition shows that the trigger or rule swallows every row."""
 
     def __str__(self) -> str:
         return f"the {'rule' if self.is_rule else 'trigger'} {quoted(self.name)}"
@@ -94,19 +97,20 @@ _SEQUENCES = text(
 
 
 def interference(session: Session, table: Table, command: str) -> Sequence[Interference]:
-    """Return the triggers and rules that may make a command on a table fail, or swallow the command.
+    """Return the triggers and rules that can make a command on a table fail, or swallow it.
 
-    A swallowed command changes no row, but raises no error. The triggers and rules that may swallow it come first.
+    A swallowed command changes no row, but raises no error. The triggers and rules that can swallow
+    the command are first in the result.
     """
     asked = {"bit": _COMMAND_BITS[command], "number": _COMMAND_NUMBERS[command]}
     return [Interference(*row) for row in session.execute(_INTERFERENCE, {"relation": relation_name(table), **asked})]
 
 
 def likely_cause(session: Session, table: Table, command: str, *, swallowed: bool) -> str:
-    """Name the triggers, rules and row security that may have made a command on a table fail.
+    """Name the triggers, rules and row security that possibly made a command on a table fail.
 
-    If ``swallowed`` is true, the command raised no error, but changed too few rows. Return an empty string if there is
-    no possible cause.
+    If ``swallowed`` is true, the command raised no error, but changed too few rows. Return an empty
+    string if this function finds no possible cause.
     """
     found = interference(session, table, command)
     named = [str(each) for each in found if each.swallows or not swallowed]
@@ -118,9 +122,11 @@ def likely_cause(session: Session, table: Table, command: str, *, swallowed: boo
 
 
 def unique_key(session: Session, table: Table, error_of: tuple[str | None, str | None, str | None]) -> set[str] | None:
-    """Return the columns of a unique index. ``error_of`` contains its schema, its table and its name.
+    """Return the columns of a unique index.
 
-    Return None if the index is neither on this table nor on one of its partitions, or if the index has expressions.
+    ``error_of`` contains the schema, the table and the name of the index. Return None if the
+    index is on another table or has expressions. An index on a partition of ``table`` counts as an
+    index on ``table``.
     """
     schema, name, index = error_of
     asked = {"relation": relation_name(table), "schema": schema, "table": name, "name": index}
@@ -129,12 +135,12 @@ def unique_key(session: Session, table: Table, error_of: tuple[str | None, str |
 
 
 def sequences(session: Session, table: Table) -> dict[str, str]:
-    """Return the columns whose default values come from a sequence, each with the name of its sequence."""
+    """Map each column whose default values come from a sequence to the name of the sequence."""
     return {row.column_name: row.sequence for row in session.execute(_SEQUENCES, {"relation": relation_name(table)})}
 
 
-# what: the last value that a sequence gave, or NULL if there is none or the role may not see it · lock: none
-# index: the catalogue's indexes
+# what: the last value that a sequence gave. NULL if it gave no value, or if this role is not
+# allowed to see the value · lock: none · index: the catalogue's indexes
 _LAST_VALUE = text(
     "SELECT last_value FROM pg_sequences"
     " WHERE to_regclass(format('%I.%I', schemaname, sequencename)) = to_regclass(:sequence)"
@@ -142,7 +148,10 @@ _LAST_VALUE = text(
 
 
 def last_and_largest(session: Session, table: Table, column: str, sequence: str) -> tuple[int | None, int | None]:
-    """Return the last value of a sequence, and the largest value of its column. None means that it is not known."""
+    """Return the last value of a sequence and the largest value of its column.
+
+    Return None for a value that is not known.
+    """
     largest = session.scalar(text(f"SELECT max({quoted(column)}) FROM {relation_name(table)}"))  # noqa: S608 - the names are quoted
     last: int | None = session.scalar(_LAST_VALUE, {"sequence": sequence})
     return last, int(largest) if isinstance(largest, int | Decimal) else None

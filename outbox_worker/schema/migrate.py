@@ -1,6 +1,7 @@
-"""Runs the migrations, which create missing tables, and the index or trigger of an optional branch.
+"""Runs the migrations. The migrations create missing tables.
 
-The migrations never alter an existing table of another application.
+An optional branch of the migrations creates an index or a trigger. The migrations never alter an
+existing table of another application.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ VERSION_TABLE = "outbox_worker_alembic_version"
 OPTIONAL_BRANCHES = ("unique_index", "notify")
 """The optional branches of the migrations.
 
-Each branch is independent of the other, and may run while applications use the database.
+Each branch works without the other branch, and can run while applications use the database.
 """
 
 
@@ -40,9 +41,12 @@ class Migrated:
 
     created: tuple[str, ...]
     named: tuple[str, ...]
-    """The created tables whose names come from OUTBOX_TABLES. The user may have expected that they already exist."""
+    """The created tables whose names come from OUTBOX_TABLES.
+
+    Perhaps the user thought that these tables already existed.
+    """
     adopted: tuple[str, ...]
-    """Existing tables of other applications, which the migrations did not change."""
+    """Existing tables of other applications. The migrations did not change these tables."""
     built: tuple[str, ...]
     """Optional branches whose index or trigger this call created."""
     found: tuple[str, ...]
@@ -52,12 +56,12 @@ class Migrated:
 def upgrade(database: Database, settings: Settings, tables: Tables, options: Sequence[str] = ()) -> Migrated:
     """Upgrade the database to ``core@head``, and to the head of every branch in ``options``.
 
-    A caller may run this function again, and in two processes at the same time. If somebody dropped the index or
-    trigger of an option, this function creates it again.
+    A caller can run this function repeatedly, even in two processes at the same time. If somebody
+    dropped the index or trigger of an option, this function creates it again.
 
-    Raises SettingError if OUTBOX_TABLES names a payments table that does not exist. Raises SchemaError if this role may
-    not migrate, or if an existing table does not fit. Raises Refused if duplicates or partitions prevent
-    ``unique_index``.
+    Raises SettingError if OUTBOX_TABLES names a payments table that does not exist. Raises
+    SchemaError if this role lacks a right, or if an existing table does not fit. Raises Refused if
+    duplicates or partitions prevent ``unique_index``.
     """
     with database.engine.connect() as connection:
         with _alone(connection):
@@ -77,10 +81,10 @@ def upgrade(database: Database, settings: Settings, tables: Tables, options: Seq
 
 
 def _expect_rights(connection: Connection, settings: Settings, tables: Tables, options: Sequence[str]) -> None:
-    """Refuse to start without the rights that the migrations need.
+    """Raise an error if this role lacks rights that the migrations need.
 
-    Without this check, PostgreSQL would raise an error in the middle of the migration. That error would name neither
-    the owner nor a remedy.
+    Without this check, PostgreSQL would raise an error in the middle of the migration. PostgreSQL's
+    error would not name the owner or a remedy.
     """
     versions = Table(VERSION_TABLE, MetaData(), schema=settings.schema_name)
     if missing := find_missing_rights(connection, tables, versions, options):
@@ -90,8 +94,7 @@ def _expect_rights(connection: Connection, settings: Settings, tables: Tables, o
 def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]) -> None:
     """Raise an error if OUTBOX_TABLES names a payments table that does not exist.
 
-    The worker does not create the table, because the name probably contains a typing error. An empty new table would
-    hide this error.
+    The name probably contains a typing error. An empty new table would hide this error.
     """
     if "payments" in settings.tables and "payments" not in present:
         raise SettingError(
@@ -101,13 +104,19 @@ def _expect_named_payments(settings: Settings, tables: Tables, present: set[str]
 
 
 def _expect_fitting_tables(connection: Connection, tables: Tables) -> None:
-    """Refuse tables of other applications that do not fit, because the migrations never alter them."""
+    """Raise an error if a table of another application does not fit.
+
+    The migrations never alter tables of other applications.
+    """
     if misfits := find_misfits(Session(connection), tables, of_others=True):
         raise SchemaError(f"Existing tables do not fit. Nothing was changed.\n{list_problems(misfits)}")
 
 
 def _expect_possible_index(connection: Connection, tables: Tables, options: Sequence[str]) -> None:
-    """Refuse to build the unique index on a partitioned table, because PostgreSQL would raise an error there."""
+    """Raise an error if the option ``unique_index`` is given, but purchases is partitioned.
+
+    PostgreSQL would refuse to build the index.
+    """
     purchases = tables.purchases
     if "unique_index" not in options or not is_partitioned(connection, purchases):
         return
@@ -119,7 +128,7 @@ def _expect_possible_index(connection: Connection, tables: Tables, options: Sequ
 
 
 def _in_force(connection: Connection, tables: Tables, option: str) -> bool:
-    """Return whether the index or trigger of an option exists, whatever the version table says."""
+    """Return whether the index or trigger of an option exists. Do not ask the version table."""
     if option == "unique_index":
         return bool(pair_indexes(connection, tables.purchases))
     return notifies(connection, tables.outbox)
@@ -171,7 +180,10 @@ def _config(connection: Connection, settings: Settings) -> Config:
 
 
 def _scripts() -> Path:
-    """Return the directory of the revisions: in the installed package, or at the top of a checkout."""
+    """Return the directory of the revisions.
+
+    The directory is in the installed package, or at the top of a checkout.
+    """
     packaged = Path(__file__).parents[1] / "migrations"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "alembic"
 
@@ -192,8 +204,8 @@ def _alone(connection: Connection) -> Iterator[None]:
 def _wait_for_turn(connection: Connection, key: dict[str, str]) -> None:
     """Try repeatedly to get the lock that only one migration at a time can have.
 
-    A statement that waits for the lock would keep its snapshot open. CREATE INDEX CONCURRENTLY in the other migration
-    would then wait for this snapshot, and the two migrations would block each other.
+    A statement that waits for the lock would keep a snapshot open. CREATE INDEX CONCURRENTLY in the
+    other migration would wait for this snapshot. The two migrations would then block each other.
     """
     while not connection.scalar(text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))"), key):
         connection.commit()

@@ -1,7 +1,7 @@
-"""Finds columns that may be NULL although the worker needs a value, and prints the statements that forbid NULL.
+"""Finds columns that can be NULL although the worker needs a value.
 
-Such a column does not stop the worker, because a NULL affects only its own row. Without this check, nobody would notice
-the row with NULL.
+Builds the statements that forbid NULL. A column with NULL does not stop the worker. NULL affects
+only one row. Without this check, nobody would notice the row with NULL.
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ _VALUES: Mapping[tuple[str, str], str] = {
     ("processed_events", "processed_at"): "now()",
     ("dead_letters", "attempts"): "0",
 }
-"""For some columns, the value that the printed UPDATE statement writes in place of NULL.
+"""Maps some columns to the value that the printed UPDATE statement writes instead of NULL.
 
-The worker treats this value like NULL, or needs this value to claim the event (lock and settle it). For all other
-columns, a person must find the right value.
+The worker treats some of these values like NULL. The worker needs the other values to claim the
+event (lock and settle it). For all other columns, a person must find the right value.
 """
 
 _NEVER_CLAIMED = ("event_id", "event_type", "due_at")
-"""The columns of the outbox that must have a value. If one is NULL, no worker claims (locks and settles) the event."""
+"""The columns of the outbox that must have a value.
+
+If one of these columns is NULL, no worker claims (locks and settles) the event.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Nullable:
-    """A table, and the keys of its columns that may be NULL although the worker needs a value."""
+    """A table, and the keys of its columns that can be NULL although the worker needs a value."""
 
     role: str
     table: Table
@@ -53,14 +56,17 @@ class _Nullable:
 
 
 def nullable_keys(session: Session, role: str, table: Table) -> list[str]:
-    """Return the keys of the columns that may be NULL in the database, although the worker needs a value."""
+    """Return the keys of the columns that can be NULL although the worker needs a value."""
     actual = actual_columns(session, relation_name(table))
     needed = [each for each in table.columns if not each.nullable and (role, each.key) not in NEVER_READ]
     return [each.key for each in needed if each.name in actual and actual[each.name].may_be_null]
 
 
 def nullable_columns(session: Session, tables: Tables) -> list[str]:
-    """Return the names of all columns that may be NULL, although the worker needs a value. Reads no rows."""
+    """Return the names of all columns that can be NULL although the worker needs a value.
+
+    This function reads no rows.
+    """
     return [
         f"{relation_name(each.table)}.{quoted(each.table.c[key].name)}"
         for each in _nullable(session, tables)
@@ -69,10 +75,11 @@ def nullable_columns(session: Session, tables: Tables) -> list[str]:
 
 
 def find_nullable(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a problem for each table with columns that may be NULL although the worker needs a value.
+    """Return the problems of tables whose columns can be NULL although the worker needs a value.
 
-    The SQL in the remedy works whether or not rows contain NULL. This function may read whole tables. If this role may
-    not read a column, the function assumes that no row has NULL in it.
+    The SQL in the remedy works with and without NULL in the rows. This function can read whole
+    tables. If this role lacks the right to read a column, the function assumes that the column
+    contains no NULL.
     """
     return [problem for each in _nullable(session, tables) for problem in _problems(session, each)]
 
@@ -134,7 +141,10 @@ def _updates(session: Session, found: _Nullable, keys: Sequence[str]) -> list[st
 
 
 def _value_for(session: Session, found: _Nullable, key: str) -> str:
-    """Return the value for a NULL. A missing integer event id becomes negative, because producers use positive ids."""
+    """Return the value that replaces NULL.
+
+    A missing integer event id gets a negative number. Producers use positive ids.
+    """
     actual = actual_columns(session, relation_name(found.table))[found.table.c[key].name]
     if (found.role, key) == ("outbox", "event_id") and actual.base_type in INTEGERS:
         return f"-1 - {quoted(found.table.c.id.name)}"

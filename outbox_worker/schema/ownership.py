@@ -1,4 +1,7 @@
-"""Checks that this role has the rights that the migrations need, because other roles may own schemas and tables."""
+"""Checks that this role has the rights that the migrations need.
+
+Other roles can own the schemas and tables.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from outbox_worker.schema.catalogue import has_limited_amounts, is_owned, notifi
 from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.tables import Tables, ownership_list, relation_name
 
-# what: for each schema its owner (public belongs to the owner of the database), and whether this role may use it and
-# create objects in it; for a missing schema, whether this role may create it · lock: none
-# index: the catalogue's indexes
+# what: the owner of each schema (public belongs to the owner of the database), and whether this
+# role is allowed to use the schema and to create objects in it. If the schema is missing: whether
+# this role is allowed to create the schema · lock: none · index: the catalogue's indexes
 _SCHEMAS = text(
     """
     SELECT quote_ident(wanted) AS name, n.oid IS NOT NULL AS is_there, quote_ident(d.datname) AS database,
@@ -31,8 +34,8 @@ _SCHEMAS = text(
     """
 )
 
-# what: the owner and columns of a table, and the rights of this role on it, even if this role may not use the schema
-# lock: none · index: the catalogue's indexes
+# what: the owner and columns of a table, and the rights of this role on the table. Works even if
+# this role is not allowed to use the schema · lock: none · index: the catalogue's indexes
 _TABLE = text(
     """
     SELECT quote_ident(r.rolname) AS owner, r.rolsuper AS is_superusers, quote_ident(current_user) AS me,
@@ -50,7 +53,10 @@ _TABLE = text(
 
 @dataclass(frozen=True, slots=True)
 class _Present:
-    """An existing table and the rights of this role on it. ``me`` is the name of this role, quoted like ``owner``."""
+    """An existing table, and the rights of this role on the table.
+
+    ``me`` is the name of this role. Both ``me`` and ``owner`` are quoted for SQL.
+    """
 
     owner: str
     is_superusers: bool
@@ -64,7 +70,10 @@ class _Present:
 def find_missing_rights(
     connection: Connection, tables: Tables, versions: Table, options: Collection[str]
 ) -> list[SchemaProblem]:
-    """Return a problem, with the owner and a remedy, for each right that the migrations need and this role lacks."""
+    """Return a problem for each right that the migrations need and this role lacks.
+
+    Each problem names the owner and contains a remedy.
+    """
     listed = ownership_list(tables.purchases)
     wanted = [*tables.by_role().values(), versions, listed]
     present = {table: row for table in wanted if (row := _present(connection, table)) is not None}
@@ -95,7 +104,10 @@ def _present(connection: Connection, table: Table) -> _Present | None:
 def _closed_schemas(
     connection: Connection, schemas: Collection[str], changed: Collection[str]
 ) -> Iterator[SchemaProblem]:
-    """Report each schema that this role may not use, and each schema in ``changed`` in which it may create nothing."""
+    """Report each schema that this role is not allowed to use.
+
+    Also report each schema in ``changed`` if this role is not allowed to create anything in it.
+    """
     for row in connection.execute(_SCHEMAS, {"schemas": [*schemas], "changed": [*changed]}):
         if row.may_use and (row.may_create or not row.is_changed):
             continue
@@ -113,7 +125,10 @@ def _closed_schemas(
 
 
 def _not_alterable(present: Mapping[Table, _Present], tables: Sequence[Table]) -> Iterator[SchemaProblem]:
-    """Report tables that this role may not alter. Only the owner of a table may alter it or build an index on it."""
+    """Report tables that this role is not allowed to alter.
+
+    Only the owner of a table can alter the table or build an index on it.
+    """
     for table in dict.fromkeys(table for table in tables if table in present):
         row, name = present[table], relation_name(table)
         if not row.may_alter:
@@ -141,7 +156,7 @@ def _not_writable(present: Mapping[Table, _Present], written: Table) -> Iterator
 def _as_owner(row: _Present) -> str:
     """Return the remedy: run migrate as the owner, or become a member of the owner's role.
 
-    If the owner is a superuser, the remedy never suggests to grant its role.
+    If the owner is a superuser, the remedy contains no GRANT of the owner's role.
     """
     run = f"run migrate as {row.owner}"
     return run if row.is_superusers else f"{run}, or let a superuser run: GRANT {row.owner} TO {row.me};"

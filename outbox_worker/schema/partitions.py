@@ -1,7 +1,8 @@
-"""Builds the statements that create indexes, because partitioned tables need other statements than plain tables.
+"""Builds the statements that create indexes.
 
-PostgreSQL refuses CREATE INDEX CONCURRENTLY on a partitioned table. A unique index of a partitioned table must contain
-the partition key.
+Partitioned tables and plain tables need different statements. PostgreSQL refuses CREATE INDEX
+CONCURRENTLY on a partitioned table. A unique index of a partitioned table must contain the
+partition key.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ _CONTAIN_KEYS = text(
 
 
 def can_be_unique(session: Session | Connection, table: Table, keys: Sequence[str]) -> bool:
-    """Return whether a unique index on these columns is possible: a partitioned table needs its partition key in it."""
+    """Return whether a unique index on these columns is possible.
+
+    A unique index of a partitioned table must contain the partition key.
+    """
     asked = {"relation": relation_name(table), "columns": [table.c[key].name for key in keys]}
     return bool(session.scalar(_CONTAIN_KEYS, asked))
 
 
 def create_index(session: Session | Connection, table: Table, keys: Sequence[str], *, unique: bool = False) -> str:
-    """Return the statement that creates an index: without CONCURRENTLY if the table is partitioned."""
+    """Return the statement that creates an index. Omit CONCURRENTLY if the table is partitioned."""
     kind = "UNIQUE INDEX" if unique else "INDEX"
     how = "" if is_partitioned(session, table) else " CONCURRENTLY"
     columns = ", ".join(quoted(table.c[key].name) for key in keys)
@@ -46,9 +50,9 @@ def create_index(session: Session | Connection, table: Table, keys: Sequence[str
 
 
 def why_no_pair_index(purchases: Table) -> str:
-    """Return why a partitioned ``purchases`` never has the guard ``index``.
+    """Return why a partitioned ``purchases`` table never has a unique index on student and course.
 
-    ``payment_id`` must be unique, too, so the partition key can contain no other column.
+    ``payment_id`` must also be unique. The partition key can therefore contain no other column.
     """
     return (
         f"{relation_name(purchases)} is partitioned, and a partitioned table can have a unique index on student and "
@@ -57,7 +61,7 @@ def why_no_pair_index(purchases: Table) -> str:
 
 
 def build_pair_index(session: Session, purchases: Table) -> str:
-    """Return the remedy if there is no guard ``index``."""
+    """Return the remedy if no unique index can be the guard."""
     if is_partitioned(session, purchases):
         return f"{why_no_pair_index(purchases)}; let other programs take the lock, too"
     return _WITH_UNIQUE_INDEX

@@ -15,7 +15,7 @@ from outbox_worker.schema.tables import quoted, relation_name
 Privileges = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Maps each table to its needed privileges, and each privilege to the keys of its columns.
 
-Without keys, the privilege is for the whole table.
+If a privilege has no keys, it covers the whole table.
 """
 
 _WHOLE: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ _OF_BURIED = ("event_type", "payload", "headers", "created_at", "payment_id", "a
 _OF_RESOLVED = ("state", "resolved_at")
 
 STRUCTURE: Privileges = {role: {} for role in COLUMNS}
-"""No privileges, for a check that looks only at tables and columns."""
+"""The empty set of privileges, for a check of tables and columns only."""
 
 
 def reading(*roles: str) -> Privileges:
@@ -48,13 +48,13 @@ READING: Privileges = reading(*COLUMNS)
 """The privileges for reading all tables."""
 
 COUNTING: Privileges = {**STRUCTURE, **reading("outbox", "dead_letters", "workers")}
-"""The privileges for `status`. This command reads only three tables, but all tables must exist."""
+"""The privileges for `status`. This command reads three tables, but all tables must exist."""
 
 EXPLAINING: Privileges = reading("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
-"""The privileges for reading payments and what happened to them: `audit`, `why` and `backfill --dry-run`.
+"""The privileges for `audit`, `why` and `backfill --dry-run`.
 
-The rows of ``workers`` list the events that are set aside (no worker claims them). The payments of these events do not
-count as in flight.
+These commands read payments, events and purchases. The rows of ``workers`` list events that are set
+aside: no worker claims these events. The payments of these events do not count as in flight.
 """
 
 PRIVILEGES: Privileges = {
@@ -111,15 +111,16 @@ class RoleKind(StrEnum):
 
 
 def kind_for(privileges: Privileges) -> RoleKind:
-    """Return the kind of role that runs a command with these privileges."""
+    """Return the kind of role that a command with these privileges needs."""
     if privileges == PRIVILEGES:
         return RoleKind.WORKER
     only_reads = all(privilege == "SELECT" for needed in privileges.values() for privilege in needed)
     return RoleKind.READER if only_reads else RoleKind.OPERATOR
 
 
-# what: whether this role has each privilege on its table or on all its named columns, in the order given. If no column
-# is named, any column is enough. DELETE exists only for whole tables · lock: none · index: the catalogue's indexes
+# what: whether this role has each privilege on the table or on all named columns, in the given
+# order. If no column is named, a privilege on one column is enough. DELETE exists only for whole
+# tables · lock: none · index: the catalogue's indexes
 _ALLOWED = text(
     """
     SELECT CASE
@@ -136,7 +137,7 @@ _ALLOWED = text(
     """
 )
 
-# what: whether this role may read any column of a table, and whether it may write to the table · lock: none
+# what: whether this role is allowed to read any column of a table, and to write to it · lock: none
 _READS_AND_WRITES = text(
     """
     SELECT has_any_column_privilege(to_regclass(:name), 'SELECT') AS reads,
@@ -145,7 +146,7 @@ _READS_AND_WRITES = text(
     """
 )
 
-# what: the schemas that exist and that the role may not use · lock: none · index: the catalogue's indexes
+# what: the schemas on which this role lacks USAGE · lock: none · index: the catalogue's indexes
 CLOSED_SCHEMAS = text(
     "SELECT CAST(nspname AS text) FROM pg_namespace"
     " WHERE nspname = ANY(CAST(:schemas AS text[])) AND NOT has_schema_privilege(oid, 'USAGE')"
@@ -153,17 +154,23 @@ CLOSED_SCHEMAS = text(
 
 
 def in_grant(table: Table, privilege: str, keys: Sequence[str]) -> str:
-    """Format a privilege for GRANT, with the columns of these keys. Without keys, it covers the whole table."""
+    """Format a privilege for GRANT, with the columns of these keys.
+
+    If there are no keys, the privilege covers the whole table.
+    """
     return f"{privilege} ({', '.join(quoted(table.c[key].name) for key in keys)})" if keys else privilege
 
 
 def may(session: Session, table: Table, privilege: str, keys: Sequence[str]) -> bool:
-    """Return whether the role has the privilege. Ignore missing columns, because another check reports them."""
+    """Return whether the role has the privilege.
+
+    Ignore missing columns. Another check reports them.
+    """
     return _allowed(session, [(table, privilege, keys)]) == [True]
 
 
 def _allowed(session: Session, asked: Sequence[tuple[Table, str, Sequence[str]]]) -> list[bool]:
-    """Return, for each privilege on the columns of these keys, whether the role has it."""
+    """Return True for each asked privilege that the role has on the columns, otherwise False."""
     rows = [
         {"name": relation_name(table), "privilege": privilege, "columns": [table.c[key].name for key in keys]}
         for table, privilege, keys in asked
@@ -172,7 +179,10 @@ def _allowed(session: Session, asked: Sequence[tuple[Table, str, Sequence[str]]]
 
 
 def lacking(session: Session, present: Mapping[str, Table], privileges: Privileges) -> dict[str, list[str]]:
-    """Return, by table, the needed privileges that the current role lacks. ``present`` contains the existing tables."""
+    """Return the needed privileges that the current role lacks, by table.
+
+    ``present`` contains the existing tables.
+    """
     needed = [(role, each, keys) for role in present for each, keys in privileges.get(role, {}).items()]
     allowed = _allowed(session, [(present[role], each, keys) for role, each, keys in needed])
     missing: dict[str, list[str]] = {}
@@ -183,11 +193,12 @@ def lacking(session: Session, present: Mapping[str, Table], privileges: Privileg
 
 
 def kind_of_role(session: Session, present: Mapping[str, Table]) -> RoleKind | None:
-    """Return the kind of the current role, which follows from its privileges on the existing tables.
+    """Find the kind of the current role by its privileges on the existing tables.
 
-    A reader may read at least one table and write to none. An operator has all privileges that operators need, but
-    cannot change or delete events. The result is None if the privileges fit no kind. For example,
-    a new role has no privileges yet, or nobody ran deploy/grants.sql again after a migration.
+    A reader can read at least one table, but cannot write to any table. An operator has all
+    privileges that operators need, but cannot change or delete events. Return None if the
+    privileges fit no kind. For example, a new role has no privileges yet, or nobody ran
+    deploy/grants.sql again after a migration.
     """
     if present and not lacking(session, present, PRIVILEGES):
         return RoleKind.WORKER

@@ -1,4 +1,4 @@
-"""Defines what the checks of tables return: a problem with its remedy."""
+"""Defines the result of the table checks: a problem with a remedy."""
 
 from __future__ import annotations
 

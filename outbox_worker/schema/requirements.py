@@ -1,6 +1,6 @@
 """Checks whether the database has the tables, columns and privileges that the worker needs.
 
-Each problem has a finding, which says what is wrong, and a remedy.
+Each problem has a finding (what is wrong) and a remedy.
 """
 
 from __future__ import annotations
@@ -55,29 +55,32 @@ from outbox_worker.schema.tables import EVENT_KEYS, PAYMENT_KEYS, Tables, quoted
 _INSERTED_INTO = ("purchases", "processed_events", "dead_letters", "workers", "backfill_runs")
 
 _LEFT_TO_DEFAULTS = (("purchases", "id"),)
-"""Columns that the worker omits in its INSERT statements, so that PostgreSQL writes their default values."""
+"""Columns that the worker's INSERT statements omit. PostgreSQL writes the default values."""
 
 _ADDED_LATER = {
     ("workers", key) for key in ("succeeded_at", "isolated_event", "isolated_at", "isolated_timeline", "set_aside")
 }
-"""Columns that a later migration added to our own tables, so that the tables of an older version lack them."""
+"""Columns that a later migration added to our own tables.
+
+Tables that an older version created lack these columns.
+"""
 
 NEVER_READ = (("payments", "updated_at"),)
 """Columns that the worker neither reads nor writes."""
 
 _UPSERTED_BY = {"processed_events": "event_id", "dead_letters": "event_id", "purchases": "payment_id"}
-"""Maps each table to the column that must be unique, because the worker's ON CONFLICT names this column.
+"""Maps each table to the column that the worker's ON CONFLICT names. This column must be unique.
 
-If the column may be NULL, its unique index may leave out rows with NULL.
+If the column can be NULL, its unique index is allowed to omit rows with NULL.
 """
 
 _KEYS = {"uuid", *INTEGERS, *TEXTS}
 
 _IDS = {*_KEYS, "numeric"}
-"""The types that ids of students and courses may have. A domain on such a type is allowed, too."""
+"""The allowed types for ids of students and courses. A domain on these types is also allowed."""
 
 _DOCUMENTS: Mapping[str, TypeEngine[Any]] = {"json": JSON(), "text": Text(), "varchar": Text()}
-"""The types that ``outbox.payload`` may have besides jsonb."""
+"""The types that are allowed for ``outbox.payload`` in addition to jsonb."""
 
 _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
     UUID: {"uuid"},
@@ -91,7 +94,7 @@ _FITTING: dict[type[TypeEngine[Any]], set[str]] = {
 
 
 def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIVILEGES) -> Tables:
-    """Check the database. Return the tables with the actual type of ``outbox.payload`` and the rules for comparing ids.
+    """Check the database. Return the tables with the column types that the database has.
 
     Raises SchemaError if anything is missing or does not fit. The message lists every problem.
     """
@@ -102,9 +105,9 @@ def check_schema(session: Session, tables: Tables, privileges: Privileges = PRIV
 
 
 def with_types_as_found(session: Session, tables: Tables, roles: Collection[str]) -> Tables:
-    """Return the tables with the types of this database: those of all ids, and of ``outbox.payload``.
+    """Return the tables with the types of ids and of ``outbox.payload`` in this database.
 
-    Only the tables of these roles are looked at.
+    The function reads only the tables whose role is in ``roles``.
     """
     if {"payments", "purchases"} <= {*roles}:
         tables = tables.with_ids(read_ids(session, tables.payments, tables.purchases))
@@ -120,7 +123,10 @@ def with_types_as_found(session: Session, tables: Tables, roles: Collection[str]
 def _key_kinds(
     session: Session, tables: Tables, keys: Sequence[tuple[str, str]], roles: Collection[str]
 ) -> list[KeyKind]:
-    """Return the kinds of the ids in these columns, in the same order. Leave out missing and unfit columns."""
+    """Return the kinds of the ids in these columns, in the same order.
+
+    Omit missing columns and columns of an unsuitable type.
+    """
     found = (KEY_KINDS.get(actual.base_type) for _, _, actual in _key_columns(session, tables, keys, roles))
     return [kind for kind in found if kind]
 
@@ -128,7 +134,7 @@ def _key_kinds(
 def _key_columns(
     session: Session, tables: Tables, keys: Sequence[tuple[str, str]], roles: Collection[str]
 ) -> Iterator[tuple[str, str, ActualColumn]]:
-    """Yield the columns of these roles that exist: role, key and type."""
+    """Yield the role, the key and the type of each existing column in tables of these roles."""
     for role, key in keys:
         if role in roles:
             table: Table = getattr(tables, role)
@@ -179,7 +185,7 @@ def find_misfits(session: Session, tables: Tables, *, of_others: bool = False) -
 def find_rounding(session: Session, tables: Tables) -> list[SchemaProblem]:
     """Return a problem if PostgreSQL would round amounts of payments when the worker copies them into purchases.
 
-    PostgreSQL rounds without an error, so the worker refuses to start.
+    PostgreSQL rounds without an error. The worker therefore refuses to start.
     """
     pair = _pair_of_columns(session, tables, "amount")
     if pair is None:
@@ -190,9 +196,10 @@ def find_rounding(session: Session, tables: Tables) -> list[SchemaProblem]:
 
 
 def find_narrower(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a problem for each column of purchases that is too narrow for some values of its column in payments.
+    """Return a problem for each column of purchases that is too narrow for some values of payments.
 
-    PostgreSQL rejects such a value with an error. Only the event with this value fails, so the worker may start.
+    PostgreSQL rejects a value that is too long or too large. Only the event with this value fails.
+    The worker can therefore start.
     """
     return [
         _narrower(session, tables, key, pair, f"so PostgreSQL refuses purchases with {consequence}")
@@ -212,9 +219,10 @@ def _is_narrower(paid: ActualColumn, bought: ActualColumn) -> bool:
 
 
 def _pair_of_columns(session: Session, tables: Tables, key: str) -> tuple[ActualColumn, ActualColumn] | None:
-    """Return a column of payments and the column of purchases that gets its copy.
+    """Return a column of payments, and the column of purchases into which the worker copies it.
 
-    Return None if one of the two is missing, or if purchases is a view, which ``find_unwritable_view`` reports.
+    Return None if one of the two columns is missing. Return None if purchases is a view:
+    ``find_unwritable_view`` reports the view.
     """
     if find_unwritable_view(session, "purchases", tables.purchases):
         return None
@@ -271,8 +279,8 @@ def _privilege_problems(
 ) -> Iterator[SchemaProblem]:
     """Report missing privileges.
 
-    The remedy is usually a GRANT. If the role was made for another task, the remedy is to run the command as the right
-    role. For example, a role that only reads must not get the right to write.
+    The remedy is usually a GRANT. If the role is for another task, the remedy is to run the command
+    as the right role. For example, a role that only reads must not get the right to write.
     """
     missing = lacking(session, present, privileges)
     if not missing:
@@ -300,7 +308,7 @@ _TASKS = {
 def _for_another_role(
     session: Session, present: Mapping[str, Table], missing: dict[str, list[str]], actual: RoleKind, needed: RoleKind
 ) -> Generator[SchemaProblem, None, dict[str, list[str]]]:
-    """Report all missing privileges to write as a single problem. Return the missing privileges to read."""
+    """Report all missing write privileges as a single problem. Return missing SELECT privileges."""
     writes = {role: [each for each in names if each != "SELECT"] for role, names in missing.items()}
     if listed := [f"{', '.join(names)} on {relation_name(present[role])}" for role, names in writes.items() if names]:
         yield SchemaProblem(
@@ -313,7 +321,7 @@ def _for_another_role(
 
 
 def _visible(session: Session, tables: Tables) -> dict[str, Table]:
-    """Return the tables that exist in schemas that the role may use."""
+    """Return the existing tables in schemas that the role is allowed to use."""
     by_role = tables.by_role()
     closed = set(session.scalars(CLOSED_SCHEMAS, {"schemas": [table.schema for table in by_role.values()]}))
     return {role: table for role, table in by_role.items() if table.schema not in closed and exists(session, table)}
@@ -326,10 +334,11 @@ def _is_newer_than_grants(
     role: str,
     missing: Mapping[str, Sequence[str]],
 ) -> bool:
-    """Return whether a migration probably made the table, or some columns of it, after the last run of grants.sql.
+    """Return whether grants.sql probably ran before a migration created the table or its columns.
 
-    The function returns True only if our migrations created the table, and the role has all needed privileges on
-    another table. In addition, the role must have no privilege on this table, or lack only UPDATE on some columns.
+    The function returns True only if our migrations created the table, and the role has all needed
+    privileges on another table. In addition, the role must have no privilege on this table, or lack
+    only UPDATE on some columns.
     """
     table, needed = present[role], privileges[role]
     is_granted_elsewhere = any(privileges[other] for other in present if other not in missing)
@@ -341,7 +350,10 @@ def _is_newer_than_grants(
 
 
 def _run_again(session: Session) -> str:
-    """Return the remedy if nobody ran grants.sql again after a migration: the command that runs the file."""
+    """Return the remedy if nobody ran grants.sql again after a migration.
+
+    The remedy contains the command that runs grants.sql.
+    """
     database: str = session.scalars(text("SELECT current_database()")).one()
     pipe = f"outbox-worker files grants.sql | psql -d {shlex.quote(database)}"
     return (
@@ -369,7 +381,10 @@ def _misfits(session: Session, tables: Tables, present: Mapping[str, Table]) -> 
 def _key_misfits(
     session: Session, tables: Tables, keys: Sequence[tuple[str, str]], noun: str, present: Collection[str]
 ) -> Iterator[SchemaProblem]:
-    """Report columns with ids of payments or events whose kind differs from that of the first such column."""
+    """Report columns of payment ids or event ids that do not fit.
+
+    All columns must have the same kind of ids as the first column.
+    """
     first: tuple[str, ActualColumn] | None = None
     for role, key, found in _key_columns(session, tables, keys, present):
         table: Table = getattr(tables, role)
@@ -433,22 +448,26 @@ def _not_migrated(name: str, columns: Sequence[Column[object]]) -> SchemaProblem
 
 
 def _written(column: Column[object]) -> str:
-    """Return the definition of a column, as CREATE TABLE contains it."""
+    """Return the definition of a column in the form that CREATE TABLE takes."""
     return str(CreateColumn(column).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
 
 
 def _addable(column: Column[object]) -> str:
     """Return the definition of a column that can be added to a table with rows.
 
-    PostgreSQL adds a column that is NOT NULL and has no default only to an empty table. If the column may be NULL, the
-    worker still starts, and ``doctor`` prints the statement that forbids NULL.
+    If a table has rows, PostgreSQL refuses a new NOT NULL column without a default. This definition
+    therefore permits NULL for columns without a default. The worker still starts, and ``doctor``
+    prints the statement that forbids NULL.
     """
     written = _written(column)
     return written if column.server_default is not None else written.removesuffix(" NOT NULL")
 
 
 def _pair_misfits(session: Session, tables: Tables) -> Iterator[SchemaProblem]:
-    """Report ``student_id`` and ``course_id`` if ids in ``payments`` and ``purchases`` cannot be compared."""
+    """Report id columns that the worker cannot compare between payments and purchases.
+
+    The checked columns are ``student_id`` and ``course_id``.
+    """
     for key, same in read_ids(session, tables.payments, tables.purchases).items():
         if same.flaw:
             paid, bought = (f"{relation_name(each)}.{each.c[key].name}" for each in (tables.payments, tables.purchases))
@@ -497,7 +516,7 @@ def _fits(role: str, column: Column[object], actual: ActualColumn) -> bool:
 
 
 def _unwritten_problems(name: str, role: str, table: Table, actual: dict[str, ActualColumn]) -> Iterator[SchemaProblem]:
-    """Report NOT NULL columns without a default that no statement of the worker writes."""
+    """Report columns that are NOT NULL and have no default, if the worker does not write them."""
     if role not in _INSERTED_INTO:
         return
     written = {column.name for column in table.columns if (role, column.key) not in _LEFT_TO_DEFAULTS}

@@ -1,7 +1,7 @@
-"""Finds forms of existing tables with which PostgreSQL refuses the worker's writes, or deletes what the worker wrote.
+"""Finds tables for which PostgreSQL refuses the worker's writes or deletes the worker's rows.
 
-These forms are views, generated columns, rules and foreign keys to the outbox. All of them come from other
-applications, because the migrations create nothing of this kind.
+The causes are views, generated columns, rules and foreign keys to the outbox. Only other
+applications create these objects. The migrations create no such objects.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.tables import quoted, relation_name
 
 _VIEWS: Mapping[str, str] = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
-"""Maps the values of ``pg_class.relkind`` that stand for something else than a table to their names."""
+"""Maps the values of ``pg_class.relkind`` to names, for relations that are not tables."""
 
 _UPSERTED = ("purchases", "processed_events", "dead_letters")
-"""The tables of results, which the worker writes with INSERT … ON CONFLICT. It writes ``workers`` in this way, too."""
+"""The tables with results of events. The worker writes these tables with INSERT … ON CONFLICT.
+
+The worker also writes ``workers`` in this way.
+"""
 
 _NOT_WRITTEN = (
     *(("purchases", "id"), ("dead_letters", "actor"), ("dead_letters", "note")),
     *(("workers", "started_at"), ("backfill_runs", "started_at")),
 )
-"""Columns that the worker leaves to their defaults, or that only a person's decision writes."""
+"""Columns that the worker does not write.
+
+They keep their defaults, or only a person's decision writes them.
+"""
 
 _WRITTEN: Mapping[str, tuple[str, ...]] = {
     "outbox": PRIVILEGES["outbox"]["UPDATE"],
@@ -38,8 +44,9 @@ _WRITTEN: Mapping[str, tuple[str, ...]] = {
 }
 """The columns that the worker writes, by table."""
 
-# what: the rules because of which PostgreSQL refuses INSERT … ON CONFLICT (even a disabled rule ON UPDATE), and the
-# rules that make every INSERT write nothing. In a rule, the type of the command NOTHING is 7, or 6 before PostgreSQL 15
+# what: the rules that make PostgreSQL refuse INSERT … ON CONFLICT (even a disabled rule ON UPDATE),
+# and the rules that make every INSERT write nothing. The command type of a rule with NOTHING is 7
+# (before PostgreSQL 15: 6)
 # lock: none · index: the catalogue's indexes
 _RULES = text(
     """
@@ -56,8 +63,8 @@ _RULES = text(
     """
 )
 
-# what: the foreign keys from a table, or one of its partitions, to the outbox. PostgreSQL 18 does not check a foreign
-# key that is NOT ENFORCED · lock: none · index: the catalogue's indexes
+# what: the foreign keys from a table or its partitions to the outbox, without foreign keys that are
+# NOT ENFORCED: PostgreSQL 18 does not check these · lock: none · index: the catalogue's indexes
 _KEYS_TO_OUTBOX = text(
     """
     SELECT CAST(c.conname AS text) AS name, format('%I.%I', n.nspname, t.relname) AS relation,
@@ -75,17 +82,23 @@ _SETS_A_VALUE = ("n", "d")
 
 
 def noun_of_view(session: Session, table: Table) -> str | None:
-    """Return what a relation is if it is no table: a view, a materialized view or a foreign table."""
+    """Return "a view", "a materialized view" or "a foreign table". Return None for a table."""
     return _VIEWS.get(kind_of_relation(session, table) or "")
 
 
 def name_the_table(role: str, noun: str) -> str:
-    """Return the remedy for a view, because ALTER TABLE cannot give a view a column, a unique key or NOT NULL."""
+    """Return the remedy for a view.
+
+    ALTER TABLE cannot add a column, a unique key or NOT NULL to a view.
+    """
     return f"it is {noun}: name the table behind it in OUTBOX_TABLES ({role}=…)"
 
 
 def find_unwritable_view(session: Session, role: str, table: Table) -> SchemaProblem | None:
-    """Return a problem if the worker must write a relation that is no table. The worker only reads ``payments``."""
+    """Return a problem if the worker cannot write a relation that is no table.
+
+    The worker only reads ``payments``. ``payments`` can therefore be a view.
+    """
     noun = noun_of_view(session, table)
     if noun is None or role == "payments" or (role not in _UPSERTED and noun != _VIEWS["m"]):
         return None
@@ -94,7 +107,10 @@ def find_unwritable_view(session: Session, role: str, table: Table) -> SchemaPro
 
 
 def find_generated(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
-    """Report columns that the worker writes, but that PostgreSQL computes, so that it refuses every write."""
+    """Report columns that PostgreSQL computes although the worker writes them.
+
+    PostgreSQL refuses every write of the worker to these columns.
+    """
     written = {table.c[key].name for key in _WRITTEN.get(role, ())}
     relation = relation_name(table)
     for name, column in actual_columns(session, relation).items():
@@ -107,7 +123,7 @@ def find_generated(session: Session, role: str, table: Table) -> Iterator[Schema
 
 
 def _let_be_written(relation: str, name: str, actual: ActualColumn) -> str:
-    """Return the statements that make an ordinary column of a generated one, and keep its values."""
+    """Return the statements that make a generated column a plain column with the same values."""
     column = quoted(name)
     if actual.computed == "identity":
         return f"ALTER TABLE {relation} ALTER COLUMN {column} SET GENERATED BY DEFAULT;"
@@ -126,7 +142,7 @@ def rules_against_upserts(session: Session, role: str, table: Table) -> list[str
 
 
 def find_rules(session: Session, role: str, table: Table) -> Iterator[SchemaProblem]:
-    """Report the rules with which no INSERT … ON CONFLICT of the worker can succeed."""
+    """Report the rules that prevent every INSERT … ON CONFLICT of the worker."""
     relation = relation_name(table)
     for row in _rules(session, role, table):
         why = (
@@ -147,9 +163,11 @@ def _rules(session: Session, role: str, table: Table) -> list[Row[str, str, bool
 
 
 def find_keys_to_outbox(session: Session, role: str, table: Table, outbox: Table) -> Iterator[SchemaProblem]:
-    """Report foreign keys to the outbox, because the worker deletes each event after it wrote a mark or a letter.
+    """Report foreign keys to the outbox.
 
-    A foreign key from ``purchases`` is a problem only if it deletes purchases. The worker never writes its column.
+    The worker deletes each event after it has written a mark or a dead letter. A foreign key from
+    ``purchases`` is a problem only if it deletes purchases. The worker never writes the column of
+    this foreign key.
     """
     if role not in _UPSERTED:
         return

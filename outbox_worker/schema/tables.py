@@ -43,13 +43,16 @@ The optional migration branch ``unique_index`` builds this index.
 """
 
 PAIR_LOOKUP_INDEX = "purchases_active_student_course_idx"
-"""The name of the plain index that finds purchases by student and course while there is no unique index."""
+"""The name of the plain index that finds purchases by student and course.
+
+The worker needs this index only if no unique index exists.
+"""
 
 OWNED = "purchase-outbox-worker: created by its migrations"
 """The comment on tables that the migrations created.
 
-A table is adopted if it has no such comment and ``OWNERSHIP_LIST`` does not contain its name. The migrations never
-alter or drop an adopted table.
+A table is adopted if it lacks this comment and ``OWNERSHIP_LIST`` does not contain its name. The
+migrations never alter or drop an adopted table.
 """
 
 OWNERSHIP_LIST = "outbox_worker_tables"
@@ -66,7 +69,7 @@ The payload of a notification is the schema and the name of the outbox table.
 """
 
 NOTIFY_TRIGGER = "outbox_worker_notify"
-"""The name of the trigger that the optional migration ``notify`` creates, and of its trigger function."""
+"""The name of the trigger and of the function that the optional migration ``notify`` creates."""
 
 PAYMENT_KEYS = (
     ("payments", "id"),
@@ -74,31 +77,43 @@ PAYMENT_KEYS = (
     ("processed_events", "payment_id"),
     ("dead_letters", "payment_id"),
 )
-"""The columns, by role and key, that contain ids of payments."""
+"""The role and the key of each column that contains ids of payments."""
 
 EVENT_KEYS = (("outbox", "event_id"), ("processed_events", "event_id"), ("dead_letters", "event_id"))
-"""The columns, by role and key, that contain ids of events."""
+"""The role and the key of each column that contains ids of events."""
 
 STATUS_VALUES = "status_values"
-"""The key under which the column ``payments.status`` keeps the texts of each status, if they are set."""
+"""The key in the ``info`` of the column ``payments.status``.
+
+The value maps each status to its texts in the database.
+"""
 
 TYPE_NAMES = "type_names"
-"""The key under which the columns ``event_type`` of outbox and dead letters keep the other names of event types."""
+"""The key in the ``info`` of the columns ``event_type`` in outbox and dead letters.
+
+The value maps other names of event types to the worker's event types.
+"""
 
 _ID = UUID(as_uuid=True)
 _TIME = DateTime(timezone=True)
 _PAID = Numeric(12, 2)
 _RECORDED = Numeric()
-"""The type of the amounts that the worker writes. It has no limits, so that PostgreSQL never rounds an amount."""
+"""The type of the amounts that the worker writes: numeric without limits.
+
+PostgreSQL never rounds an amount of this type.
+"""
 _NOW = text("clock_timestamp()")
 _RANDOM_ID = text("gen_random_uuid()")
 _ORDERED_ID = text("uuidv7()")
-"""Ids that grow with time. Before PostgreSQL 18, the default is an expression with the same effect."""
+"""The default for ids that grow with time.
+
+Before PostgreSQL 18, the default is an expression with the same effect.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The tables of one database. Each field is named after the role of its table."""
+    """The tables of one database. Each table's field is named after the role of the table."""
 
     metadata: MetaData
     payments: Table
@@ -115,25 +130,31 @@ class Tables:
     """
 
     paths: PayloadPaths = PAYLOAD_PATHS
-    """Where the payloads of events contain the values that the worker reads."""
+    """The paths in the payloads of events to the values that the worker reads."""
     payment_key: KeyKind = KeyKind.UUID
-    """The kind of the payments' ids, in all tables. ``requirements.check_schema`` reads it from the database."""
+    """The kind of payment ids in all tables: uuid, integer or text.
+
+    ``requirements.check_schema`` reads the kind from the database.
+    """
     event_key: KeyKind = KeyKind.UUID
-    """The kind of the events' ids, in all tables."""
+    """The kind of event ids in all tables: uuid, integer or text."""
 
     def with_documents(self, kind: TypeEngine[Any]) -> Tables:
         """Return a copy of these tables in which ``outbox.payload`` has another type: json or text."""
         return self._with_types({("outbox", "payload"): kind})
 
     def with_keys(self, payment: KeyKind, event: KeyKind) -> Tables:
-        """Return a copy of these tables in which the ids of payments and events are of other kinds."""
+        """Return a copy of these tables with these kinds of payment ids and event ids."""
         if (payment, event) == (self.payment_key, self.event_key):
             return self
         types = dict.fromkeys(PAYMENT_KEYS, KEY_TYPES[payment]) | dict.fromkeys(EVENT_KEYS, KEY_TYPES[event])
         return replace(self._with_types(types), payment_key=payment, event_key=event)
 
     def _with_types(self, types: Mapping[tuple[str, str], TypeEngine[Any]]) -> Tables:
-        """Return a copy of these tables in which columns, given by role and key, have these types."""
+        """Return a copy of these tables with other column types.
+
+        ``types`` maps the role and the key of a column to the new type.
+        """
         metadata = MetaData(info=self.metadata.info)
         copies = {role: getattr(self, role).to_metadata(metadata) for role in dict.fromkeys(role for role, _ in types)}
         for (role, key), kind in types.items():
@@ -161,7 +182,7 @@ class Naming:
 
     @property
     def schema(self) -> str:
-        """The schema of the table. A configured name may contain a schema, as in ``billing.payment``."""
+        """The schema of the table. A configured name can contain a schema: ``billing.payment``."""
         return self.settings.tables.get(self.role, "").rpartition(".")[0] or self.settings.schema_name
 
     def column(self, key: str) -> str:
@@ -185,7 +206,7 @@ class _Builder:
 
 
 def by_column(table: Table, values: Mapping[str, Any]) -> dict[Any, Any]:
-    """Replace column keys by columns, because SQLAlchemy's INSERT and UPDATE need columns."""
+    """Replace column keys by columns. SQLAlchemy's INSERT and UPDATE need columns."""
     return {table.c[key]: value for key, value in values.items()}
 
 
@@ -250,7 +271,10 @@ def _outbox(b: _Builder, names: TypeNames) -> Table:
 
 
 def _purchases(b: _Builder) -> Table:
-    """Build the table without an index on student and course, because a migration builds a unique or a plain one."""
+    """Build the table without an index on student and course.
+
+    A migration builds either a unique index or a plain index on these columns.
+    """
     return b.table(
         b.column("id", _ID, primary_key=True, server_default=_ORDERED_ID),
         b.column("student_id", _ID),

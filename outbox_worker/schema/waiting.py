@@ -1,6 +1,7 @@
 """Logs which transactions a migration waits for.
 
-CREATE INDEX CONCURRENTLY waits until all older transactions have ended, so a migration can take long.
+CREATE INDEX CONCURRENTLY waits until all older transactions have ended. A migration can therefore
+take long.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 LOOK_SECONDS = 2.0
-"""The seconds before the first check, and between two checks. This delay keeps most short waits out of the log."""
+"""The seconds before the first check, and between two checks.
+
+The watching thread does not log most short waits.
+"""
 REPEAT_SECONDS = 30.0
 
-# what: the transactions for which a session waits. An ordinary role does not see state and times of other roles'
-# sessions. A prepared transaction has process 0 · lock: none · index: none, a function of the server
+# what: the transactions for which a session waits. An ordinary role cannot see the state and times
+# of sessions of other roles. A prepared transaction has process 0 · lock: none
+# index: none, a function of the server
 _BLOCKERS = text(
     """
     SELECT b.pid, a.usename AS user, a.application_name AS application, a.xact_start AS since, a.state
@@ -35,7 +40,7 @@ _BLOCKERS = text(
 def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
     """Log which transactions ``connection`` waits for inside the ``with`` block.
 
-    A thread with its own connection finds and logs these transactions.
+    A second thread finds and logs these transactions over another connection.
     """
     pid = connection.scalar(text("SELECT pg_backend_pid()"))
     connection.rollback()
@@ -50,7 +55,10 @@ def telling_waits(engine: Engine, connection: Connection) -> Iterator[None]:
 
 
 def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
-    """Log each blocking transaction when it is first found, and every ``REPEAT_SECONDS``. Skip checks that fail."""
+    """Log each blocking transaction when found, and again every ``REPEAT_SECONDS``.
+
+    Ignore a check that raises a database error.
+    """
     logged_at: dict[int, float] = {}
     while not done.wait(LOOK_SECONDS):
         with suppress(DBAPIError):
@@ -64,7 +72,7 @@ def _watch(engine: Engine, pid: int, done: threading.Event) -> None:
 def _blockers(engine: Engine, pid: int) -> list[Row[Any]]:
     """Return the transactions for which the migration waits.
 
-    End the transaction of this query at once, because the migration would wait for it, too.
+    End the transaction of this query at once. The migration would also wait for this transaction.
     """
     with engine.connect() as connection:
         return [*connection.execute(_BLOCKERS, {"pid": pid})]
