@@ -64,9 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
             config.stash[_HOLDER] = servers.Holder(servers.choose(os.environ))
         except LookupError as error:
             raise pytest.UsageError(str(error)) from None
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores SIGINT for background jobs
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell does so in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.set_threshold(200_000, 20, 100)  # each test makes many objects; collecting less often saves a tenth of the time
+    gc.set_threshold(200_000, 20, 100)  # collecting less often saves a tenth of the time
     for name in [name for name in os.environ if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_")]:
         del os.environ[name]
 
@@ -200,7 +200,7 @@ def site_template() -> Iterator[Site]:
     migration.upgrade(database, settings, build_tables(settings), ["unique_index"])
     database.close()
     made.execute(f"CREATE ROLE {ROLE} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
-    made.execute("ALTER SYSTEM SET fsync = off")  # tests kill processes, not machines, so no written data is lost
+    made.execute("ALTER SYSTEM SET fsync = off")  # tests kill processes, not machines
     embedded.stop_server(made.directory)
     yield made
     shutil.rmtree(directory, ignore_errors=True)
@@ -242,7 +242,7 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         watch = GuardWatch(tables.purchases, telemetry.guard_changed)
         with default_database.transaction() as session:
             found = check_schema(session, tables)
-        default_database.close()  # closes the pool, so that only the processor's connections are open
+        default_database.close()  # leaves only the processor's connections open
         watch.know(found)
         with used.transaction() as session:
             watch.probe(session)

@@ -29,7 +29,7 @@ from outbox_worker.decision import (
 
 DEADLINE = 10.0
 DEATHS_TOLD = 8
-"""The model counts no more deaths than this. A deadly event must become a dead letter long
+"""The model counts at most this number of deaths. A deadly event must become a dead letter
 before."""
 
 
@@ -82,7 +82,7 @@ class State(NamedTuple):
     orphans: tuple[Row, ...] = ()
     """Open rows of processes that have ended."""
     is_away: bool = False
-    """Whether the database answers no worker."""
+    """Whether the database is unreachable for all workers."""
     crashes: int = 0
     deaths: int = 0
     """The number of kills while a worker processed the event alone."""
@@ -215,7 +215,7 @@ class Course:
         """Accuse the event. If it is accused already, settle it or withdraw the accusation."""
         if not worker.in_hand:
             if (at or state.orphans) and not self.protocol.is_deadly:
-                return  # one accused row at a time is enough, because the judge decides on each row separately
+                return  # one accused row is enough: each row is judged separately
             state, worker = self._reopened(state, worker)
             row = Row(accuses=True)
             if state.crashes >= CRASHES_MAX:
