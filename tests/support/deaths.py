@@ -1,13 +1,13 @@
 """A model of how workers count deaths: two workers and one event, in every possible order of moves.
 
 A state contains the data of the database (rows of ``workers``, ``crashes`` of the event) and what
-each process knows. It also contains the truth, which no row shows. A move is an action of a
-process, a kill, a start, a failure of the network or server, or the passing of time. The production
-function ``judge_death`` decides what a row proves. (A worker *accuses* an event by writing it into
-its own row before it processes the event alone.)
+each process knows. It also contains the truth, but no row shows the truth. A move is an action of a
+process, a kill, a start or a failure. Time can also pass. The production function ``judge_death``
+decides what a row proves. To *accuse* an event, a worker writes it into its own row. It then
+processes the event alone.
 
 If the database answers, a living worker writes a heartbeat between any two heartbeats of the other
-worker. Therefore the heartbeats of the judge show that a silent worker is dead.
+worker. Therefore the judge can count its own heartbeats to detect that the other worker is silent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     """Which of the two workers has noticed an outage that ended after the accusation."""
     truth: str = Truth.LIVES
     is_given_up: bool = False
-    """Whether the process gave up the event, or ended, while it had no database. The row then still
+    """Whether the process gave up the event, or ended, when it had no database. The row then still
     contains an accusation that is no longer true."""
 
 

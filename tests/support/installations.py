@@ -83,7 +83,7 @@ class Installation:
             database.close()
 
     def alembic(self, run: Callable[..., object], *arguments: str) -> str:
-        """Run a command of plain alembic in this process; return what it prints."""
+        """Run a command of plain alembic in this process, and return what it prints."""
         printed = io.StringIO()
         settings = load_settings(database_url=self.url, **self.settings)
         database = Database(settings, deadline_seconds=None)

@@ -1,4 +1,4 @@
-"""Runs two workers step by step. One worker stops before one of its statements while the other
+"""Runs two workers step by step. One worker stops before one of its statements, and the other
 works."""
 
 from __future__ import annotations

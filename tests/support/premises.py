@@ -1,5 +1,4 @@
-"""A database with only the roles of ``deploy/grants.sql``. Every command runs as the role that is
-meant for it."""
+"""A database with only the roles of ``deploy/grants.sql``. Every command runs as its own role."""
 
 from __future__ import annotations
 

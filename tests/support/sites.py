@@ -95,8 +95,7 @@ class Site:
 
 @dataclass
 class KeptSite(Site):
-    """A site whose server is restarted by a keeper process, which can run in a namespace of its
-    own."""
+    """A site whose server has a keeper. The keeper is a process that restarts the server."""
 
     keeper: subprocess.Popen[bytes]
 
