@@ -1,8 +1,9 @@
-"""A real PostgreSQL for every test that asks for one: a clone of a migrated template, dropped afterwards.
+"""Fixtures for tests with a real PostgreSQL. Each test gets a clone of a migrated template
+database.
 
-``database_url`` is the door; ``shop`` writes what the payments service would, ``processor`` settles it, ``drain`` runs
-until nothing is left. ``both_guards`` runs a test with and without the unique index. ``site`` is a server that a test
-may break.
+``database_url`` is the URL of the clone. ``shop`` writes payments and events, ``processor`` settles
+them, and ``drain`` settles until the outbox is empty. ``both_guards`` runs a test with and without
+the unique index. ``site`` is a server that a test can break.
 """
 
 from __future__ import annotations
@@ -51,19 +52,21 @@ from tests.support.sites import ROLE, Site
 _HOLDER = pytest.StashKey[servers.Holder]()
 _count = itertools.count(1)
 _doors = functools.lru_cache(maxsize=4)(Doors.of)
-"""They hold statements and no state: rendering them took a quarter of most tests. A processor gets copies."""
+"""Caches the statements of the worker, because rendering them took a quarter of the time of most
+tests. They have no state. Each processor gets copies."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The developer's own settings must not reach a test. In the xdist controller, or without xdist: own the server."""
+    """Remove the developer's settings from the environment. Own the server, except in an xdist
+    worker."""
     if not hasattr(config, "workerinput"):
         try:
             config.stash[_HOLDER] = servers.Holder(servers.choose(os.environ))
         except LookupError as error:
             raise pytest.UsageError(str(error)) from None
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for all that a shell starts in the background
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell does so in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.set_threshold(200_000, 20, 100)  # the engines and statements of each test are many objects; a tenth of the time
+    gc.set_threshold(200_000, 20, 100)  # collecting less often saves a tenth of the time
     for name in [name for name in os.environ if name.startswith("OUTBOX_") and not name.startswith("OUTBOX_TEST_")]:
         del os.environ[name]
 
@@ -74,7 +77,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """xdist: tell a new worker where the server is."""
+    """Pass the address of the server to a new xdist worker."""
     server = _started(node.config)
     node.workerinput["outbox_server"] = (server.url, server.run)
 
@@ -85,7 +88,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _started(config: pytest.Config) -> servers.Server:
-    """A server that cannot be had ends the run with one sentence, not with an error per test."""
+    """Start the server. If this fails, end the run with one message instead of an error per
+    test."""
     try:
         return config.stash[_HOLDER].get()
     except (OutboxWorkerError, psycopg.OperationalError) as error:
@@ -94,21 +98,23 @@ def _started(config: pytest.Config) -> servers.Server:
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest) -> servers.Server:
-    """The server of this run; ``.create(name, template)`` and ``.drop(name)`` make further databases."""
+    """The server of this run. ``.create(name, template)`` and ``.drop(name)`` create and drop
+    databases."""
     given = getattr(request.config, "workerinput", None)
     return servers.Server(*given["outbox_server"]) if given else _started(request.config)
 
 
 @pytest.fixture(params=["index", "lock"])
 def both_guards(request: pytest.FixtureRequest) -> str:
-    """Runs the test once with the unique index and once without."""
+    """Runs the test once with the unique index and once without it."""
     guard: str = request.param
     return guard
 
 
 @pytest.fixture
 def guard_kind(request: pytest.FixtureRequest) -> str:
-    """``index`` unless parametrised (indirectly, or by ``both_guards``): which template ``database_url`` clones."""
+    """The template that ``database_url`` clones. The default is ``index``. ``both_guards`` or an
+    indirect parameter changes it."""
     if "both_guards" in request.fixturenames:
         return str(request.getfixturevalue("both_guards"))
     return str(getattr(request, "param", "index"))
@@ -116,7 +122,8 @@ def guard_kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_url(server: servers.Server) -> Iterator[Callable[[str | None], str]]:
-    """Make further databases: ``make_url("index" | "lock")`` clones a template, ``make_url(None)`` is empty."""
+    """Create more databases. ``make_url("index" | "lock")`` clones a template, and
+    ``make_url(None)`` creates an empty database."""
     with ExitStack() as stack:
 
         def make(template: str | None) -> str:
@@ -129,7 +136,7 @@ def make_url(server: servers.Server) -> Iterator[Callable[[str | None], str]]:
 
 @pytest.fixture
 def database_url(make_url: Callable[[str | None], str], guard_kind: str) -> str:
-    """A migrated database of this test's own."""
+    """The URL of a migrated database for this test alone."""
     return make_url(guard_kind)
 
 
@@ -140,13 +147,13 @@ def settings(database_url: str) -> Settings:
 
 @pytest.fixture(scope="session")
 def tables() -> Tables:
-    """Under their own names; they hold no state."""
+    """The tables with their default names. They have no state, so all tests share them."""
     return build_tables(Settings())
 
 
 @pytest.fixture
 def make_database(settings: Settings) -> Iterator[MakeDatabase]:
-    """Further engines on the test's database, closed at the end."""
+    """Makes more engines on the test's database, and closes them at the end."""
     with ExitStack() as stack:
 
         def make(*, connections: int = 4, deadline_seconds: float | None = 10) -> Database:
@@ -164,7 +171,8 @@ def database(make_database: MakeDatabase) -> Database:
 
 @pytest.fixture
 def connect(database_url: str) -> Iterator[Callable[..., psycopg.Connection[Any]]]:
-    """Open connections of the test's own: ``connect()``, ``connect(autocommit=True)``; all closed at the end."""
+    """Opens connections to the test's database, and closes them at the end. Example:
+    ``connect(autocommit=True)``."""
     with ExitStack() as stack:
 
         def make(**options: Any) -> psycopg.Connection[Any]:
@@ -182,7 +190,7 @@ def shop(connect: Callable[..., psycopg.Connection[Any]]) -> Shop:
 
 @pytest.fixture(scope="session")
 def site_template() -> Iterator[Site]:
-    """A migrated server that does not run: to be copied."""
+    """A migrated server that does not run. ``site`` copies it."""
     given = os.environ.get("OUTBOX_TEST_PG_BIN")
     binaries = embedded.find_binaries(Path(given) if given else None)
     directory = servers.make_directory()
@@ -192,7 +200,7 @@ def site_template() -> Iterator[Site]:
     migration.upgrade(database, settings, build_tables(settings), ["unique_index"])
     database.close()
     made.execute(f"CREATE ROLE {ROLE} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {ROLE}")
-    made.execute("ALTER SYSTEM SET fsync = off")  # processes die here, not machines: what was written is kept
+    made.execute("ALTER SYSTEM SET fsync = off")  # tests kill processes, not machines
     embedded.stop_server(made.directory)
     yield made
     shutil.rmtree(directory, ignore_errors=True)
@@ -200,7 +208,7 @@ def site_template() -> Iterator[Site]:
 
 @pytest.fixture
 def site(site_template: Site) -> Iterator[Site]:
-    """A migrated server of this test's own, which it may break."""
+    """A migrated server for this test alone. The test can break it."""
     directory = servers.make_directory()
     made = Site(directory / "pg", site_template.binaries)
     shutil.copytree(site_template.directory, made.directory)
@@ -218,7 +226,8 @@ def clerk(shop: Shop, database_url: str) -> Iterator[Clerk]:
 
 @pytest.fixture
 def make_processor(settings: Settings, tables: Tables, database: Database) -> MakeProcessor:
-    """Build processors like the worker does; each has its own watch, probed once."""
+    """Builds processors as the worker does. Each processor has a GuardWatch of its own that has
+    probed the guard once."""
     default_database = database
 
     def make(
@@ -233,7 +242,7 @@ def make_processor(settings: Settings, tables: Tables, database: Database) -> Ma
         watch = GuardWatch(tables.purchases, telemetry.guard_changed)
         with default_database.transaction() as session:
             found = check_schema(session, tables)
-        default_database.close()  # its pool: what the processor does with its connections is seen undisturbed
+        default_database.close()  # leaves only the processor's connections open
         watch.know(found)
         with used.transaction() as session:
             watch.probe(session)
@@ -256,14 +265,14 @@ def processor(make_processor: MakeProcessor) -> ProbedProcessor:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads for workers that are to run at once; the test ends when they have ended."""
+    """Threads for workers that run at the same time. The test ends when all threads have ended."""
     with ThreadPoolExecutor(max_workers=8) as executor:
         yield executor
 
 
 @pytest.fixture
 def records() -> Iterator[list[dict[str, Any]]]:
-    """The fields of every log record, as they come."""
+    """A list that receives the fields of every log record."""
     found: list[dict[str, Any]] = []
     sink = logger.add(lambda message: found.append(message.record["extra"]), level="DEBUG")
     yield found
@@ -272,5 +281,6 @@ def records() -> Iterator[list[dict[str, Any]]]:
 
 @pytest.fixture
 def drain() -> Callable[[Processor], Counter[Outcome]]:
-    """``factories.drain_all``: settle until an empty batch; the outcomes, counted."""
+    """``factories.drain_all``: settles until a claim is empty, and returns the count of each
+    outcome."""
     return drain_all

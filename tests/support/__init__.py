@@ -1,4 +1,4 @@
-"""Helpers of the tests: rows and readers, processes, servers, faults, and the models that results are held against."""
+"""Helpers of the tests: rows, processes, servers, faults, and models to compare results with."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Somebody who starts backfills, and dead letters that were discarded."""
+"""Runs backfills, and writes discarded dead letters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def always(*_: float) -> bool:
 
 
 class Operator:
-    """Somebody who starts backfills on the test's database."""
+    """Runs backfills on the test's database, as a person would."""
 
     def __init__(self, database: Database, tables: Tables, settings: Settings) -> None:
         self.database, self.tables, self.policy = database, tables, settings.retry_policy

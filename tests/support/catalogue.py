@@ -1,4 +1,4 @@
-"""What a database says of its tables, as plain values that can be compared."""
+"""Reads the definition of tables from the database, as plain values that tests can compare."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import psycopg
 
-# what a table is: columns, constraints, indexes, triggers and its comment, each as PostgreSQL would write it itself
+# what: the columns, constraints, indexes, triggers and comment of a table, as PostgreSQL writes
+# them
 _QUERIES = {
     "columns": """
         SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attnum,
@@ -34,12 +35,13 @@ _QUERIES = {
 
 
 def describe(connection: psycopg.Connection[Any], table: str) -> dict[str, list[tuple[Any, ...]]]:
-    """All that the catalogue holds of a table; ``table`` with schema and quotes where it needs them."""
+    """Return the definition of a table from the catalogue. If necessary, ``table`` has a schema and
+    quotes."""
     return {what: connection.execute(query, {"table": table}).fetchall() for what, query in _QUERIES.items()}
 
 
 def tables(connection: psycopg.Connection[Any]) -> set[str]:
-    """The user's tables, with their schemas."""
+    """Return the names of all user tables, with their schemas."""
     query = """
         SELECT schemaname || '.' || tablename FROM pg_tables
         WHERE schemaname NOT IN ('pg_catalog', 'information_schema')
@@ -48,7 +50,8 @@ def tables(connection: psycopg.Connection[Any]) -> set[str]:
 
 
 def snapshot(connection: psycopg.Connection[Any]) -> dict[str, Any]:
-    """Every table of the database with its rows, and the functions: what a migration may not touch unasked."""
+    """Return all tables with their rows, and all functions. A migration must not change them
+    without a request."""
     described: dict[str, Any] = {}
     for table in sorted(tables(connection)):
         rows = connection.execute(f"SELECT to_jsonb(t)::text FROM {table} AS t ORDER BY 1").fetchall()

@@ -1,7 +1,8 @@
-"""Fail if the migrations do not make the tables that the program expects; `make check` runs this.
+"""Fail if the migrations do not create the tables that the program expects. `make check` runs this
+script.
 
-A private PostgreSQL in a temporary directory is migrated, without and then with the optional branches; each time
-`alembic check` compares.
+The script migrates a private PostgreSQL in a temporary directory, first without and then with the
+optional branches. After each migration, it runs `alembic check`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that end by themselves, and what is asked of one that fails."""
+"""Commands that end without a signal, and the assertions on a command that fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ONE_SHOT = [["run", "--drain"], ["status"], ["audit"], ["backfill"], ["dead-lett
 
 
 def fails(code: int, *said: str, done: Finished) -> str:
-    """It ended with this code and a sentence for people that says all this; no traceback, no password. The sentence."""
+    """Assert that the command failed with this code, and that its message matches all of ``said``.
+    The output must contain no traceback and no password. Return the message."""
     sentence = done.sentences()
     assert done.code == code, done
     for each in said:

@@ -1,11 +1,13 @@
-"""A model of the protocol by which a death is counted: two workers, one event, every course that things can take.
+"""A model of how workers count deaths: two workers and one event, in every possible order of moves.
 
-A state holds what the database holds (rows of ``workers``, the count of the event), what each process knows, and the
-truth, which no row tells. The moves are those of the processes, of whoever kills and starts them, of the network, of
-the server, and of time. What a row proves is judged by the function of production.
+A state contains the data of the database (rows of ``workers``, ``crashes`` of the event) and what
+each process knows. It also contains the truth, but no row shows the truth. A move is an action of a
+process, a kill, a start or a failure. Time can also pass. The production function ``judge_death``
+decides what a row proves. To *accuse* an event, a worker writes it into its own row. It then
+processes the event alone.
 
-While the database answers, a worker that lives writes a heartbeat between two heartbeats of its neighbour: that is what
-the heartbeats of the judge are good for.
+If the database answers, a living worker writes a heartbeat between any two heartbeats of the other
+worker. Therefore the judge can count its own heartbeats to detect that the other worker is silent.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from outbox_worker.decision import (
 
 DEADLINE = 10.0
 DEATHS_TOLD = 8
-"""The model stops counting here: a deadly event must be buried long before."""
+"""The model counts at most this number of deaths. A deadly event must become a dead letter
+before."""
 
 
 class Truth:
-    """What became of the process of a row."""
+    """What really happened to the process of a row."""
 
     LIVES = "lives"
     KILLED_AT_WORK = "killed while it worked on the event"
@@ -40,37 +43,38 @@ class Truth:
 
 
 class Row(NamedTuple):
-    """An open row of ``workers``, with what a judge reads beside it."""
+    """An open row of ``workers``, with all that a judge reads about it."""
 
     accuses: bool = False
     lived_on: bool = False
-    """Its last heartbeat is long after the accusation."""
+    """Whether the last heartbeat is long after the accusation."""
     is_old_server: bool = False
-    """The server has restarted or failed over since the accusation."""
+    """Whether the server has restarted or failed over after the accusation."""
     is_silent: bool = False
     has_note: bool = False
     doubted_by: tuple[bool, bool] = (False, False)
     """Which of the two workers has noticed an outage that ended after the accusation."""
     truth: str = Truth.LIVES
     is_given_up: bool = False
-    """The process gave the event up, or ended, while it had no database. So the accusation stands though it is void."""
+    """Whether the process gave up the event, or ended, when it had no database. The row then still
+    contains an accusation that is no longer true."""
 
 
 class Worker(NamedTuple):
-    """A process that runs."""
+    """A running process."""
 
     row: Row = Row()
     is_cut_off: bool = False
-    """It has no database, or stands still; its neighbour may go on."""
+    """Whether the worker has no database or is frozen. The other worker can continue."""
     in_hand: bool = False
-    """It works on the event, alone."""
+    """Whether the worker processes the event alone."""
     heartbeats: int = 0
     is_fresh: bool = True
-    """It has written a heartbeat since the last one of its neighbour."""
+    """Whether the worker has written a heartbeat after the last heartbeat of the other worker."""
     is_taken: bool = False
-    """Its row was taken over, though it lives."""
+    """Whether the other worker took over the row although this worker lives."""
     is_charged: bool = False
-    """A death of it was counted and not taken back, though it lives."""
+    """Whether a death of this living worker is counted and not yet subtracted."""
 
 
 class State(NamedTuple):
@@ -78,12 +82,12 @@ class State(NamedTuple):
     orphans: tuple[Row, ...] = ()
     """Open rows of processes that have ended."""
     is_away: bool = False
-    """The database answers nobody."""
+    """Whether the database is unreachable for all workers."""
     crashes: int = 0
     deaths: int = 0
-    """Kills at work."""
+    """The number of kills while a worker processed the event alone."""
     is_over: bool = False
-    """The event is settled or buried."""
+    """Whether the event is settled or a dead letter."""
 
 
 Judge = Callable[[Traces, float], Death]
@@ -91,19 +95,21 @@ Judge = Callable[[Traces, float], Death]
 
 @dataclass(frozen=True)
 class Protocol:
-    """The rules of one world. The broken twins lack one of them."""
+    """The rules and the possible failures of one model. A broken protocol lacks one of the
+    rules."""
 
     same_host: bool = True
     cuts: bool = True
-    """Whether one worker can lose the database while its neighbour has it."""
+    """Whether one worker can lose the database while the other worker has it."""
     outages: bool = True
-    """Whether the database can go away."""
+    """Whether the database can be unreachable for all workers."""
     restarts: bool = True
     """Whether the server can restart or fail over."""
     lives_on: bool = True
-    """Whether a worker can live on for long with its accusation."""
+    """Whether a worker can live long after its accusation without withdrawing it."""
     is_deadly: bool = False
-    """Whether the event kills whoever works on it. Then nothing else goes wrong, and deaths are counted."""
+    """Whether the event kills each worker that processes it. The model then has no other failures,
+    and counts deaths."""
     judge: Judge = judge_death
     withdraws_at_stop: bool = True
     withdraws_when_it_gives_up: bool = True
@@ -113,24 +119,24 @@ class Protocol:
 
 
 class Wrong(NamedTuple):
-    """A row for which a death was counted that was none."""
+    """A row whose death was counted although the worker did not die of the event."""
 
     row: Row
     is_doubted: bool
-    """The judge has noticed an outage that ended after the accusation."""
+    """Whether the judge has noticed an outage that ended after the accusation."""
 
 
 @dataclass
 class Course:
-    """All that can happen under a protocol."""
+    """Explores all states that are possible under a protocol."""
 
     protocol: Protocol
     states: dict[State, list[State]] = field(default_factory=dict)
     wrong: list[Wrong] = field(default_factory=list)
-    """Deaths that were counted and were none."""
+    """The deaths that were counted by mistake."""
 
     def explore(self, *, until: Callable[[State], bool] = lambda _: False) -> Course:
-        """Breadth first, up to a state that ``until`` looks for."""
+        """Explore the states breadth-first. Stop at the first state for which ``until`` is true."""
         waiting = deque([State()])
         while waiting:
             state = waiting.popleft()
@@ -144,7 +150,8 @@ class Course:
         return self
 
     def _canonical(self, state: State) -> State:
-        """Forget what no later move reads, so that equal states are one state."""
+        """Reset the fields that no later move reads. So states that differ only in these fields
+        become one state."""
         if state.is_over:
             return State(is_over=True, deaths=state.deaths)
         judges_later = self.protocol.is_deadly or bool(state.orphans)
@@ -162,7 +169,7 @@ class Course:
         return worker if counts else worker._replace(heartbeats=0)
 
     def cannot_end(self) -> set[State]:
-        """States from which the event is never settled or buried, whatever happens."""
+        """Return the states from which the event can never be settled or become a dead letter."""
         before: dict[State, list[State]] = {}
         for state, following in self.states.items():
             for each in following:
@@ -198,17 +205,17 @@ class Course:
 
     @property
     def _leaves_note(self) -> bool:
-        """A note helps only a judge on the same host."""
+        """Whether a worker leaves a note. Only a judge on the same host can read the note."""
         return self.protocol.leaves_notes and self.protocol.same_host
 
     def _has_database(self, state: State, worker: Worker) -> bool:
         return not state.is_away and not worker.is_cut_off
 
     def _work(self, state: State, at: int, worker: Worker) -> Iterator[State]:
-        """Accuse; then settle, postpone or give up."""
+        """Accuse the event. If it is accused already, settle it or withdraw the accusation."""
         if not worker.in_hand:
             if (at or state.orphans) and not self.protocol.is_deadly:
-                return  # each row is judged by itself, so one at a time is enough
+                return  # one accused row is enough: each row is judged separately
             state, worker = self._reopened(state, worker)
             row = Row(accuses=True)
             if state.crashes >= CRASHES_MAX:
@@ -220,7 +227,8 @@ class Course:
             yield self._withdrawn(state, at, worker)
 
     def _must_wait(self, state: State, at: int, worker: Worker) -> bool:
-        """A worker that starts judges first: what it can judge at once, and what it can judge a little later."""
+        """Return whether the worker must wait, because it judges open rows before it works. It also
+        waits for rows that it cannot judge yet."""
         deaths = [self._verdict(at, worker, row, is_running=False) for row in state.orphans]
         return any(death is not Death.NONE for death in deaths)
 
@@ -232,14 +240,16 @@ class Course:
         return _with(state, at, worker._replace(row=row, in_hand=False))
 
     def _reopened(self, state: State, worker: Worker) -> tuple[State, Worker]:
-        """Whoever was taken for dead and lives takes back what was counted."""
+        """Open the row again if the other worker took it over. The living worker subtracts the
+        counted death."""
         if not worker.is_taken:
             return state, worker
         is_charged = worker.is_charged and not self.protocol.takes_back
         return state, worker._replace(row=Row(), is_taken=False, is_charged=is_charged)
 
     def _beat(self, state: State, at: int, worker: Worker) -> Iterator[State]:
-        """Soon, or long after the accusation. The neighbour must have written one since the last."""
+        """Write a heartbeat, soon or long after the accusation. A worker writes its next heartbeat
+        only after one of the other worker."""
         neighbour = state.workers[1 - at]
         if neighbour is not None and self._has_database(state, neighbour):
             if worker.is_fresh and not neighbour.is_fresh:
@@ -253,7 +263,7 @@ class Course:
             yield _with(state, at, worker._replace(row=worker.row._replace(lived_on=True)))
 
     def _end(self, state: State, at: int, worker: Worker) -> Iterator[State]:
-        """Killed by the event or from outside, or stopped cleanly."""
+        """End the process: the event kills it, somebody kills it, or it stops cleanly."""
         has_database = self._has_database(state, worker)
         if self.protocol.is_deadly:
             if worker.in_hand and state.deaths < DEATHS_TOLD:
@@ -276,7 +286,8 @@ class Course:
         return _with(state._replace(orphans=orphans, deaths=deaths), at, None)
 
     def _lose(self, state: State, at: int, worker: Worker) -> Iterator[State]:
-        """One worker loses the database, or finds it again. Across hosts, it is the one whose row is judged."""
+        """Let one worker lose the database, or reach it again. If the workers are on different
+        hosts, only the worker whose row is judged does so."""
         if at and not self.protocol.same_host:
             return
         if not worker.is_cut_off:
@@ -285,13 +296,14 @@ class Course:
             yield _noticed(_with(state, at, worker._replace(is_cut_off=False)), at)
 
     def _give_up(self, state: State, at: int, worker: Worker) -> Iterator[State]:
-        """Without database, give the event up: only a note can tell."""
+        """Give up the event without a database. Only a note on the host can record this."""
         if worker.in_hand and not self._has_database(state, worker):
             row = worker.row._replace(has_note=self._leaves_note, is_given_up=True)
             yield _with(state, at, worker._replace(in_hand=False, row=row))
 
     def _server(self, state: State) -> Iterator[State]:
-        """The database goes away, comes back as it was, or as another server: restarted or promoted."""
+        """Make the database unreachable or reachable again. It can return unchanged, restarted or
+        after a failover."""
         if not state.is_away:
             yield state._replace(is_away=True)
             return
@@ -304,7 +316,7 @@ class Course:
             yield _rows(back, lambda row: row._replace(is_old_server=True))
 
     def _silence(self, state: State) -> Iterator[State]:
-        """Time passes: whoever cannot write falls silent."""
+        """Let time pass. Workers that cannot write heartbeats become silent."""
 
         def silent(row: Row) -> Row:
             return row._replace(is_silent=True)
@@ -360,7 +372,7 @@ def _with(state: State, at: int, worker: Worker | None) -> State:
 
 
 def _rows(state: State, change: Callable[[Row], Row]) -> State:
-    """Change every row that accuses the event."""
+    """Apply ``change`` to every row that accuses the event."""
     workers = [
         worker._replace(row=change(worker.row)) if worker is not None and worker.row.accuses else worker
         for worker in state.workers
@@ -369,7 +381,8 @@ def _rows(state: State, change: Callable[[Row], Row]) -> State:
 
 
 def _noticed(state: State, at: int) -> State:
-    """A worker has its database again: it doubts every accusation that stands, and counts its heartbeats anew."""
+    """Let a worker notice that it has the database again. It then doubts every accusation that
+    exists, and counts its heartbeats from 0."""
 
     def doubt(row: Row) -> Row:
         doubts = (True, row.doubted_by[1]) if at == 0 else (row.doubted_by[0], True)

@@ -1,7 +1,7 @@
-"""``outbox-worker`` for shells: a short script that lets the fork server start the command, instead of Python anew.
+"""Writes an ``outbox-worker`` script for shells. The script lets the fork server start the command.
 
-A line of ``sh`` that names the command gets the same process as ``processes.finish``: forked from one that has loaded
-the libraries, with the streams, the environment and the directory of the shell.
+The fork server has already loaded the libraries, and forks a process as for ``processes.finish``.
+The process has the streams, the environment and the directory of the shell.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.exit(code if code >= 0 else 128 - code)
 
 
 class Doorman:
-    """Starts ``outbox-worker`` for the scripts that it wrote, until it is closed."""
+    """Starts ``outbox-worker`` for its scripts, until ``close`` is called."""
 
     def __init__(self, server: ForkServer, directory: Path) -> None:
         self._server = server

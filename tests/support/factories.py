@@ -1,7 +1,7 @@
-"""What the payments service, operators and the past have written: rows for tests, and readers for what became of them.
+"""Writes and reads rows for tests: payments, events, purchases, marks and dead letters.
 
-``Shop`` speaks plain SQL to the tables under their own names, on one autocommit connection, so that a test does not
-read and write through the code it tests.
+``Shop`` runs plain SQL on the tables with their default names, on one autocommit connection. So a
+test does not read and write through the code that it tests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from outbox_worker.store.purchases import PurchaseRepository
 from outbox_worker.telemetry.reporter import BatchReport, Telemetry
 
 ABSENT = object()
-"""In a payload override: leave the key out. None writes a JSON null."""
+"""As a value of ``payload``, it leaves the key out. None writes a JSON null."""
 
 
 _Id = TypeVar("_Id", bound=Key)
@@ -55,7 +55,8 @@ class Payment(NamedTuple):
 
 
 class ProbedProcessor(Processor):
-    """A processor that shows its parts to a test, and waits for others behind its next claim where it is told to."""
+    """A processor whose parts a test can use. If ``meeting`` is set, it waits there after its next
+    claim."""
 
     database: Database
     telemetry: Telemetry
@@ -68,7 +69,7 @@ class ProbedProcessor(Processor):
     is_careful = False
     """Whether the next batches are settled in careful transactions only."""
     judged: dict[Any, Verdict]
-    """What the careful transactions decided, by event."""
+    """The verdicts of the careful transactions, by event."""
 
     def isolate_next(self, events: int) -> None:
         self.isolation.isolate_next(events)
@@ -77,7 +78,7 @@ class ProbedProcessor(Processor):
         self._pacing.limits = replace(self._pacing.limits, target_seconds=seconds)
 
     def note_verdicts(self) -> None:
-        """Keep what each careful transaction decides, as it is told."""
+        """Keep the verdicts that each careful transaction reports."""
         self.judged, tell = {}, self.telemetry.batch_committed
 
         def note(report: BatchReport) -> None:
@@ -97,12 +98,12 @@ class ProbedProcessor(Processor):
 
 
 def _read_id(text: str) -> Key:
-    """The id as rows contain it."""
+    """Return the id in the type that rows contain."""
     return KeyKind.UUID.parse(text) or text
 
 
 def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outcome]:
-    """Settle until a claim comes back empty; every outcome met on the way, retried ones included."""
+    """Settle until a claim is empty. Return the count of each outcome, including ``retried``."""
     outcomes: Counter[Outcome] = Counter()
     for _ in range(batches_max):
         report = processor.process_batch()
@@ -113,14 +114,15 @@ def drain_all(processor: Processor, *, batches_max: int = 1000) -> Counter[Outco
 
 
 def make_payments(database: Database, tables: Tables) -> None:
-    """The payments service's own table, under whatever name the settings give it: migrations make none such."""
+    """Create the payments table under the name from the settings, because migrations do not create
+    it."""
     with database.engine.begin() as connection:
         connection.execute(CreateSchema(tables.payments.schema or "public", if_not_exists=True))
         tables.payments.create(connection)
 
 
 def hold_pair(connection: psycopg.Connection[Any], payment: Payment) -> None:
-    """Take the pair's lock as the documents tell other writers to."""
+    """Take the pair's lock by the formula that the documentation gives to other programs."""
     connection.execute(
         "SELECT pg_advisory_xact_lock(hashtextextended(CAST(student_id AS text) || ':' || CAST(course_id AS text), 0))"
         " FROM payments WHERE id = %s",
@@ -129,7 +131,8 @@ def hold_pair(connection: psycopg.Connection[Any], payment: Payment) -> None:
 
 
 def open_payment(connection: psycopg.Connection[Any]) -> UUID:
-    """A payment and its event in a transaction that the caller has still to commit; the event's id."""
+    """Write a payment and its event without COMMIT, and return the event's id. The caller must
+    commit."""
     event_id = uuid4()
     connection.execute(
         "WITH paid AS (INSERT INTO payments (student_id, course_id, amount, currency, status)"
@@ -142,24 +145,24 @@ def open_payment(connection: psycopg.Connection[Any]) -> UUID:
 
 
 class Shop:
-    """Writes and reads the tables of one database. Every call is committed when it returns."""
+    """Writes and reads the tables of one database. Every call commits before it returns."""
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         assert connection.autocommit, "a shop commits every call"
         self.connection = connection
         self.payment_ids: Iterator[Any] = iter(uuid4, None)
-        """Where the ids of new payments come from."""
+        """Gives the ids of new payments."""
         self.event_ids: Iterator[Any] = iter(uuid4, None)
 
     def rows(self, query: str, *values: Any) -> list[Any]:
-        """Rows as named tuples; none for a statement that returns none. Values for %s, or one mapping for %(name)s."""
+        """Return rows as named tuples. ``values`` replace %s, or one mapping replaces %(name)s."""
         given = values[0] if len(values) == 1 and isinstance(values[0], Mapping) else values or None
         with self.connection.cursor(row_factory=namedtuple_row) as cursor:
             cursor.execute(sql.SQL(query), given)
             return cursor.fetchall() if cursor.description else []
 
     def scalar(self, query: str, *values: Any) -> Any:
-        """The first column of the first row; None where there is no row."""
+        """Return the first column of the first row, or None if no row exists."""
         found = self.rows(query, *values)
         return found[0][0] if found else None
 
@@ -194,7 +197,8 @@ class Shop:
     ) -> UUID:
         """Put an event into the outbox.
 
-        ``payload``: a mapping is laid over the payment's own keys (ABSENT leaves one out); a str is the raw JSON.
+        If ``payload`` is a mapping, its keys override the keys of the payment (ABSENT leaves a key
+        out). If ``payload`` is a str, it is the raw JSON.
         """
         event_id = event_id or next(self.event_ids)
         self.rows(
@@ -205,7 +209,7 @@ class Shop:
         return event_id
 
     def refund(self, payment: Payment, event_id: UUID | None = None, **of_event: Any) -> UUID:
-        """Refund a payment and tell so; other keywords are ``confirm``'s."""
+        """Refund a payment and write the refund event. Pass other keywords to ``confirm``."""
         self.set_status(payment, "refunded")
         return self.confirm(payment, event_id, PURCHASE_REFUNDED, **of_event)
 
@@ -219,7 +223,7 @@ class Shop:
         attempts: int = 0,
         **of_payment: Any,
     ) -> tuple[Payment, UUID]:
-        """A payment with its event; other keywords are ``payment``'s."""
+        """Write a payment and its event. Pass other keywords to ``payment``."""
         made = self.payment(**of_payment)
         return made, self.confirm(made, event_id, event_type, payload, due_in, attempts)
 
@@ -235,7 +239,8 @@ class Shop:
         events: int = 1,
         due_in: str = "0 seconds",
     ) -> None:
-        """``n`` payments with ``events`` confirmed events each, in one statement; over ``pairs`` distinct pairs."""
+        """Write ``n`` payments over ``pairs`` distinct pairs, with ``events`` events per
+        payment."""
         self.rows(
             """
             WITH pair AS MATERIALIZED (
@@ -273,7 +278,8 @@ class Shop:
         course: UUID | None = None,
         active: bool = True,
     ) -> UUID:
-        """A purchase of a payment, or, without one, a gift to a pair."""
+        """Write a purchase of a payment. Without a payment, it is a gift to a pair (student,
+        course)."""
         like = payment or Payment(uuid4(), student or uuid4(), course or uuid4(), "0.00", "EUR")
         made: UUID = self.scalar(
             "INSERT INTO purchases (student_id, course_id, payment_id, amount, currency, is_active, deactivated_at)"
@@ -321,13 +327,13 @@ class Shop:
         self.rows("UPDATE payments SET status = %s, updated_at = clock_timestamp() WHERE id = %s", status, payment.id)
 
     def make_due(self) -> None:
-        """Let every postponed event be due now."""
+        """Make every postponed event due now."""
         self.rows("UPDATE outbox SET due_at = clock_timestamp() WHERE due_at > clock_timestamp()")
 
     # --- readers
 
     def outcome_of(self, event_id: UUID) -> str | None:
-        """The outcome on the event's mark."""
+        """Return the outcome in the event's mark (row of ``processed_events``)."""
         outcome: str | None = self.scalar("SELECT outcome FROM processed_events WHERE event_id = %s", event_id)
         return outcome
 
@@ -335,14 +341,15 @@ class Shop:
         return _one(self.rows("SELECT * FROM processed_events WHERE event_id = %s", event_id))
 
     def event(self, event_id: UUID) -> Any:
-        """The event's row in the outbox; None: it is not owed any more."""
+        """Return the event's row in the outbox, or None if the outbox no longer has the event."""
         return _one(self.rows("SELECT * FROM outbox WHERE event_id = %s", event_id))
 
     def letter_of(self, event_id: Key) -> Any:
         return _one(self.rows("SELECT * FROM dead_letters WHERE event_id = %s", event_id))
 
     def purchases(self, of: Payment | tuple[UUID, UUID] | None = None) -> list[Any]:
-        """All purchases, or those of a payment, or those of a pair (student, course); oldest first."""
+        """Return all purchases, or only those of a payment or of a pair (student, course), oldest
+        first."""
         match of:
             case None:
                 return self.rows("SELECT * FROM purchases ORDER BY created_at")
@@ -356,13 +363,13 @@ class Shop:
                 )
 
     def active_pairs(self) -> Counter[tuple[UUID, UUID]]:
-        """Active purchases per (student, course); every count should be 1."""
+        """Count the active purchases per (student, course). Every count should be 1."""
         return Counter(
             (row[0], row[1]) for row in self.rows("SELECT student_id, course_id FROM purchases WHERE is_active")
         )
 
     def owed(self) -> int:
-        """Succeeded payments that nothing explains: no purchase of theirs, and nobody else's holds the pair."""
+        """Count succeeded payments without a purchase whose pair has no active purchase."""
         return int(
             self.scalar(
                 "SELECT count(*) FROM payments p WHERE p.status = 'succeeded'"
@@ -373,20 +380,21 @@ class Shop:
         )
 
     def doubled(self) -> int:
-        """Pairs with more than one active purchase."""
+        """Count the pairs that have more than one active purchase."""
         return sum(count > 1 for count in self.active_pairs().values())
 
     def sessions(self, which: str = "true") -> int:
-        """How many sessions our commands have in this database; ``which``: in the words of pg_stat_activity."""
+        """Count the worker's sessions in this database. ``which`` is a condition on
+        pg_stat_activity."""
         ours = "datname = current_database() AND application_name = 'outbox-worker'"
         return int(self.scalar(f"SELECT count(*) FROM pg_stat_activity WHERE {ours} AND {which}"))
 
     def waiting(self) -> int:
-        """How many of them wait for a lock."""
+        """Count the worker's sessions that wait for a lock."""
         return self.sessions("wait_event_type = 'Lock'")
 
     def counted(self, series: str) -> float:
-        """What the workers have counted, by their last heartbeats, in all series that begin so."""
+        """Return the sum of all metrics in ``workers`` whose name begins with ``series``."""
         told: list[dict[str, float]] = [metrics for (metrics,) in self.rows("SELECT metrics FROM workers")]
         return sum(value for metrics in told for name, value in metrics.items() if name.startswith(series))
 
@@ -395,7 +403,8 @@ class Shop:
 
 
 class Clerk:
-    """A role that is no superuser, with what the worker needs, and a database that is used in its name."""
+    """A role with the worker's privileges that is not a superuser, and a Database that connects
+    with it."""
 
     TABLES = ("payments", "outbox", "purchases", "processed_events", "dead_letters", "workers")
 
@@ -424,7 +433,8 @@ class Clerk:
 
 
 def payload_text(payment: Payment | None, payload: Mapping[str, Any] | str | None = None) -> str:
-    """The JSON of an event: the payment's five keys with ``payload`` laid over them, or ``payload`` itself if a str."""
+    """Return the JSON of an event: the payment's five keys, overridden by ``payload``. If
+    ``payload`` is a str, return it unchanged."""
     if isinstance(payload, str):
         return payload
     own: dict[str, Any] = {}

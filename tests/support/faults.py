@@ -1,4 +1,5 @@
-"""What breaks between a worker and its server: entered, a fault is there; left, it is mended."""
+"""Faults between a worker and its server, as context managers. Entering causes the fault, leaving
+repairs it."""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ GUESTS_HOLD_ALL = """
         - coalesce(current_setting('reserved_connections', true), '0')::integer - 1
     FROM pg_stat_activity WHERE usename = 'guest'
 """
-"""One more is this connection's own. A worker that is on its way in holds a place before it has a name."""
+"""The 1 is this connection. A worker that is just connecting uses a connection before it has a user
+name."""
 
 
 PATIENT: Given = {"database_deadline_seconds": DEADLINE, "poll_max_seconds": 0.2, "retry_base_seconds": 0.5}
 
 
-# --- faults: entered, they are there; left, they are mended
+# --- faults: entering causes the fault, leaving repairs it
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def stopped(site: Site, number: int) -> Iterator[None]:
 
 @contextmanager
 def backend_killed(site: Site) -> Iterator[None]:
-    """The postmaster throws everybody out and recovers."""
+    """Kill a backend. The postmaster then ends all sessions and recovers."""
     with site.connect() as connection:
         os.kill(eventually(lambda: site.backends(connection), "a backend")[0], signal.SIGKILL)
     yield
@@ -59,7 +61,8 @@ def thrown_out(site: Site) -> Iterator[None]:
 
 @contextmanager
 def refused(site: Site, how: str, mended: str) -> Iterator[None]:
-    """Nobody is admitted any more, or only to look on."""
+    """Alter the worker's role with ``how``, and end its sessions. At the end, alter the role with
+    ``mended``."""
     site.execute(f"ALTER ROLE {ROLE} {how}")
     site.throw_out()
     pay(site)
@@ -69,7 +72,7 @@ def refused(site: Site, how: str, mended: str) -> Iterator[None]:
 
 @contextmanager
 def crowded(site: Site) -> Iterator[None]:
-    """Others hold every connection that the server has for ordinary roles."""
+    """Let other sessions use every connection that the server has for ordinary roles."""
     site.execute("CREATE ROLE guest LOGIN")
     with site.connect() as own, ExitStack() as guests:
 
@@ -85,7 +88,7 @@ def crowded(site: Site) -> Iterator[None]:
 
 @contextmanager
 def held(site: Site, table: str) -> Iterator[None]:
-    """Somebody's DDL holds a table for longer than anybody waits."""
+    """Lock a table, like DDL of another session, for longer than any statement waits."""
     with site.connect() as other, other.transaction():
         other.execute(f"LOCK TABLE {table}")
         if table != "outbox":
@@ -102,7 +105,8 @@ def changed(site: Site, how: str, mended: str) -> Iterator[None]:
 
 
 def fill(site: Site, guests: ExitStack) -> None:
-    """Take places until there is none for an ordinary role; the superuser's are left."""
+    """Open connections until none is left for ordinary roles. The reserved connections of
+    superusers stay free."""
     where = site.start() | {"user": "guest"}
     try:
         while True:
@@ -154,4 +158,4 @@ FAULTS: dict[str, tuple[Fault, str, str]] = {
         "42P01",
     ),
 }
-"""Each with the class of failure that the operator is told of, and with the words."""
+"""Each fault has the class of failure and the text that the log must show."""

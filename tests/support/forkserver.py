@@ -1,9 +1,10 @@
-"""Processes without the long start: a server that has imported the libraries forks one for each command.
+"""A fork server starts processes fast. It has imported the libraries, and forks a process for each
+command.
 
-``python -m outbox_worker`` spends most of its start, a second of CPU, on imports. The server imports the libraries and
-our packages below the command line once per run of the tests. Each process imports the command line itself, because
-that looks at the environment, the streams and the signals. What the server forks is a real process with a pid, an
-environment, streams, signals and an exit code of its own.
+``python -m outbox_worker`` spends most of its start, a second of CPU, on imports. Once per run of
+the tests, the server imports the libraries and all our packages except ``cli``. Each forked process
+imports ``cli``, because ``cli`` reads the environment, the streams and the signals. A forked
+process has a pid, an environment, streams, signals and an exit code of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ OURS = (
 )
 _LENGTH = struct.Struct("!I")
 _FDS = 4
-"""stdin, stdout, stderr, and the pipe on which the server tells the pid and then the exit code."""
+"""stdin, stdout, stderr, and a pipe. The server writes the pid and then the exit code to this
+pipe."""
 
 
 class Child:
@@ -73,7 +75,8 @@ class Child:
         return self._look(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code, or minus the number of the signal that ended it."""
+        """Return the exit code. If a signal ended the process, return minus the number of the
+        signal."""
         code = self._look(timeout)
         if code is None:
             raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
@@ -95,7 +98,7 @@ class Child:
 
 
 class ForkServer:
-    """The client's side. The server ends when this process closes the line or ends."""
+    """The client of the fork server. The server ends if this process closes the socket or ends."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._line, far = socket.socketpair()
@@ -117,7 +120,8 @@ class ForkServer:
         stderr: int,
         directory: str = str(ROOT),
     ) -> Child:
-        """Start ``python ARGS``, which begin with ``-m MODULE`` or ``-c SCRIPT``, on these descriptors."""
+        """Start ``python ARGS`` on these descriptors. ``args`` begins with ``-m MODULE`` or ``-c
+        SCRIPT``."""
         asked = {"args": list(args), "environment": dict(environment), "directory": directory}
         request = json.dumps(asked).encode()
         reports, told = os.pipe()
@@ -136,7 +140,8 @@ class ForkServer:
 
 
 def serve(line: socket.socket) -> dict[str, Any] | None:
-    """Fork a process for each request. Returns the request in each of these, and None in the server at its end."""
+    """Fork a process for each request. Return the request in each forked process. Return None in
+    the server when it ends."""
     for name in (*LIBRARIES, *OURS):
         importlib.import_module(name)
     gc.collect()
@@ -175,7 +180,7 @@ def serve(line: socket.socket) -> dict[str, Any] | None:
 
 
 def _wake_up(_number: int, _frame: object) -> None:
-    """The wake-up descriptor carries the signal; a handler must exist for that."""
+    """Do nothing. Python writes to the wake-up descriptor only if the signal has a handler."""
 
 
 def _receive(line: socket.socket, length: int) -> bytes:
@@ -191,13 +196,13 @@ def _report_the_ended(reports: dict[int, int]) -> None:
         if pid == 0:
             return
         report = reports.pop(pid)
-        with contextlib.suppress(BrokenPipeError):  # nobody wants to know
+        with contextlib.suppress(BrokenPipeError):  # the client has closed its end
             os.write(report, f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os.close(report)
 
 
 def become(request: dict[str, Any]) -> None:
-    """Go on as ``python ARGS`` would after its start."""
+    """Turn the forked process into ``python ARGS``."""
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])
@@ -211,7 +216,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def _open_streams() -> None:
-    """As Python does at its start: line by line on a terminal."""
+    """Open the streams as Python does when it starts. Output to a terminal is line-buffered."""
     _kept.extend([sys.stdin, sys.stdout, sys.stderr])
     sys.stdin = sys.__stdin__ = open(0)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", 1 if os.isatty(1) else -1)  # type: ignore[misc]  # noqa: SIM115
@@ -219,7 +224,8 @@ def _open_streams() -> None:
 
 
 _kept: list[Any] = []
-"""The server's streams: collected, they would close the descriptors of the new ones."""
+"""Keeps the server's streams. If Python collected them, it would close the descriptors of the new
+streams."""
 
 if __name__ == "__main__":
     asked = serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Indexes that are the guard or not, and a gate at which an insert stops."""
+"""Indexes that can or cannot be the guard (it prevents a second active purchase of a pair)."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def transactions(processor: ProbedProcessor) -> dict[str, float]:
 
 
 def pay_twice(shop: Shop) -> tuple[Payment, UUID, Payment, UUID]:
-    """Two payments of one pair, the first event older."""
+    """Write two payments of one pair. The event of the first payment is older."""
     first, event = shop.paid()
     second, later = shop.paid(student=first.student_id, course=first.course_id)
     return first, event, second, later
 
 
 def leave_invalid_index(shop: Shop, connect: Connect, pool: ThreadPoolExecutor) -> None:
-    """What a time-out at the end of CREATE UNIQUE INDEX CONCURRENTLY leaves: INVALID, and yet it enforces."""
+    """Leave an INVALID index that still enforces uniqueness, like a cancelled CREATE UNIQUE INDEX
+    CONCURRENTLY."""
     old, builder = connect(), connect(autocommit=True)
     old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
     old.execute("SELECT count(*) FROM outbox")

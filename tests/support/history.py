@@ -1,11 +1,12 @@
-"""A history of every active purchase, written by triggers, and the proof that no pair was active twice at any moment.
+"""Proves by a history that no pair had two active purchases at any moment. Triggers write the
+history.
 
-A purchase is active for everybody from the COMMIT that activated it to the COMMIT that took it back. The times of
-statements do not show that: a refund that was written early and committed late overlaps with what was committed
-meanwhile. So the history is ordered by the server's commit timestamps (``track_commit_timestamp``). Two transactions
-of which one waited for the other, or saw it, have timestamps in that order.
+A purchase is active from the COMMIT that activated it to the COMMIT that deactivated it. The times
+of statements do not show this, because a transaction can write a refund early and commit it late.
+So the history is ordered by the server's commit timestamps (``track_commit_timestamp``). If a
+transaction waited for another one or saw its rows, its timestamp is the later one.
 
-A history row has the fate of what it tells of: one written in a savepoint that is rolled back is never there.
+If the write of a purchase is rolled back to a savepoint, its history row is rolled back, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.support.servers import libpq
 
 SHOWN = 5
 
-# what: one row for each purchase that becomes active or inactive, and what its writer held and was told to do
+# what: one row each time a purchase becomes active or inactive, with the writer's locks and guard
 _TABLE = """
     CREATE TABLE IF NOT EXISTS purchase_history (
         student_id text NOT NULL, course_id text NOT NULL, purchase_id text NOT NULL, payment_id text,
@@ -28,7 +29,7 @@ _TABLE = """
     )
 """
 
-# once per statement: a look into pg_locks for each row would slow the writers down
+# The trigger fires once per statement. Reading pg_locks for each row would slow the writers down.
 _WRITE = """
     CREATE OR REPLACE FUNCTION keep_purchase_history() RETURNS trigger LANGUAGE plpgsql AS $$
     DECLARE
@@ -92,7 +93,7 @@ _OVERLAPS = """
 
 
 def keep_history(shop: Shop) -> None:
-    """Write down from now on when each purchase becomes active and inactive."""
+    """From now on, record when each purchase becomes active and inactive."""
     shop.rows(_TABLE)
     shop.rows("CREATE INDEX IF NOT EXISTS purchase_history_pair ON purchase_history (student_id, course_id)")
     shop.rows(_WRITE)
@@ -105,14 +106,16 @@ def keep_history(shop: Shop) -> None:
 
 
 def find_twice_active(shop: Shop) -> list[Any]:
-    """Each two purchases of a pair that were active at the same moment, with their writers' locks and guards."""
+    """Return each two purchases of a pair that were active at the same moment, with their writers'
+    locks and guards."""
     assert shop.scalar("SHOW track_commit_timestamp") == "on", "the server keeps no commit timestamps"
     assert not shop.count("purchase_history WHERE pg_xact_commit_timestamp(xmin) IS NULL"), "commit timestamps are gone"
     return shop.rows(_OVERLAPS)
 
 
 def assert_never_twice_active(url: str) -> int:
-    """No pair had two active purchases at any moment since ``keep_history``; return how many purchases were active."""
+    """Assert that no pair had two active purchases at any moment after ``keep_history``. Return how
+    many purchases were active."""
     with psycopg.connect(libpq(url), autocommit=True) as connection:
         shop = Shop(connection)
         found = find_twice_active(shop)

@@ -1,4 +1,4 @@
-"""A database under migration."""
+"""A database that a test migrates."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SHOPS_PAYMENTS = """
 
 
 class Installation:
-    """One database under migration, with a connection to look at it."""
+    """One database that a test migrates, with a connection to read it."""
 
     def __init__(self, url: str, connection: psycopg.Connection[Any]) -> None:
         self.url = url
@@ -83,7 +83,7 @@ class Installation:
             database.close()
 
     def alembic(self, run: Callable[..., object], *arguments: str) -> str:
-        """Run a command of plain alembic in this process; return what it prints."""
+        """Run a command of plain alembic in this process, and return what it prints."""
         printed = io.StringIO()
         settings = load_settings(database_url=self.url, **self.settings)
         database = Database(settings, deadline_seconds=None)
@@ -100,7 +100,7 @@ class Installation:
         self.alembic(command.downgrade, f"{branch}@base")
 
     def make_named_payments(self) -> None:
-        """The payments service's table, under the name that the settings give it."""
+        """Create the payments table under the name from the settings."""
         settings = load_settings(database_url=self.url, **self.settings)
         database = Database(settings, deadline_seconds=None)
         try:
@@ -109,7 +109,7 @@ class Installation:
             database.close()
 
     def drain(self) -> dict[Outcome, int]:
-        """What becomes of the events that are due."""
+        """Settle all due events. Return the number of each outcome."""
         settings = load_settings(database_url=self.url, **self.settings)
         database, telemetry = Database(settings, deadline_seconds=10), Telemetry()
         with database.transaction() as session:
@@ -148,7 +148,7 @@ class Installation:
         return catalogue.snapshot(self.connection)
 
     def indexes(self, table: str = "purchases") -> dict[str, bool]:
-        """Names, and whether each is valid."""
+        """Return the name of each index, and whether the index is valid."""
         return {row[0]: row[2] for row in catalogue.describe(self.connection, table)["indexes"]}
 
     def revisions(self) -> set[str]:

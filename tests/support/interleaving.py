@@ -1,4 +1,5 @@
-"""Two workers, step by step: one stands still before a statement of its own while the other does what it can."""
+"""Runs two workers step by step. One worker stops before one of its statements, and the other
+works."""
 
 from __future__ import annotations
 
@@ -23,11 +24,12 @@ T = TypeVar("T")
 PATIENCE = 20.0
 
 AT_ONCE = RetryPolicy(max_attempts=10, base=timedelta(milliseconds=1), maximum=timedelta(milliseconds=1))
-"""An event that makes way for others is due again at once."""
+"""A postponed event is due again at once."""
 
 
 class Brake:
-    """Stops one worker just before its n-th statement from the claim on (COMMIT counts as one), until released."""
+    """Stops a worker just before its n-th statement, until ``released`` is set. The claim is the
+    first statement, and COMMIT counts as one."""
 
     def __init__(self, database: Database, step: int) -> None:
         self._step, self._seen = step, 0
@@ -50,20 +52,24 @@ class Brake:
 
 @dataclass(frozen=True)
 class Steps:
-    """One worker stands still before its 1st, 2nd, … statement while the other does what it can."""
+    """Stops the slow worker before its 1st, 2nd, … statement. Meanwhile the fast worker processes a
+    batch."""
 
     shop: Shop
     fast: ProbedProcessor
     make_slow: Callable[[], ProbedProcessor]
-    """A processor on a database of its own, which is closed after its step."""
+    """Makes a processor with a Database of its own. ``through`` closes this Database after the
+    step."""
     pool: ThreadPoolExecutor
 
     def through(
         self, prepare: Callable[[], T], meanwhile: Callable[[T], None] | None = None
     ) -> Iterator[tuple[T, str]]:
-        """What ``prepare`` made and before which statement the slow worker stood ("": it was not stopped any more).
+        """Yield for each step what ``prepare`` made, and the statement before which the slow worker
+        stopped. The statement is "" if the worker did not stop.
 
-        ``meanwhile`` happens while it stands. When both have done a batch, the rest is drained; then the caller looks.
+        ``meanwhile`` runs while the slow worker is stopped. After both workers have processed a
+        batch, the fast worker drains the rest. Only then does ``through`` yield.
         """
         for step in range(1, 40):
             made, slow = prepare(), self.make_slow()
@@ -98,7 +104,7 @@ def poll(holds: Callable[[], Any], what: str) -> Any:
 
 
 def errors(*processors: ProbedProcessor) -> dict[str, float]:
-    """Errors of the database that the processors met, by class."""
+    """Count the database errors of the processors, by class."""
     total: Counter[str] = Counter()
     for processor in processors:
         for name, value in processor.telemetry.metrics.snapshot().items():
@@ -108,7 +114,7 @@ def errors(*processors: ProbedProcessor) -> dict[str, float]:
 
 
 def deadlocks(shop: Shop, *databases: Database) -> int:
-    """By the server's own count. A session hands in what it counted when it ends."""
+    """Return the server's count of deadlocks. A session reports its counts only when it ends."""
     for database in databases:
         database.close()
     poll(lambda: not shop.sessions(), "sessions end")
@@ -117,7 +123,8 @@ def deadlocks(shop: Shop, *databases: Database) -> int:
 
 
 def settle_all(processor: ProbedProcessor, shop_is_empty: Callable[[], bool]) -> Counter[Outcome]:
-    """Like a claim loop: on and on until the outbox is empty; rows and pairs that others hold are met again."""
+    """Process batches until the outbox is empty, like a claim loop. Later batches try rows and
+    pairs again that others had locked."""
     outcomes: Counter[Outcome] = Counter()
     deadline = time.monotonic() + PATIENCE
     while not shop_is_empty():
@@ -127,7 +134,8 @@ def settle_all(processor: ProbedProcessor, shop_is_empty: Callable[[], bool]) ->
 
 
 def run_together(pool: ThreadPoolExecutor, *processors: ProbedProcessor) -> list[BatchReport]:
-    """One batch each: all have claimed before one goes on."""
+    """Process one batch per processor. Each processor waits after its claim until all have
+    claimed."""
     meeting = threading.Barrier(len(processors), timeout=PATIENCE)
     for processor in processors:
         processor.meeting = meeting
@@ -139,7 +147,8 @@ GATE = 4242
 
 
 def stop_insert_of(shop: Shop, payment: Payment, moment: str, *, is_active: bool = True, gate: int = GATE) -> None:
-    """The insert of this payment's purchase waits for the advisory lock ``gate``: BEFORE the row, or AFTER all rows."""
+    """Make the INSERT of this payment's purchase wait for the advisory lock ``gate``. ``moment`` is
+    BEFORE (the row) or AFTER (all rows)."""
     shop.rows(
         f"""
         CREATE FUNCTION wait_at_{gate}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -154,12 +163,12 @@ def stop_insert_of(shop: Shop, payment: Payment, moment: str, *, is_active: bool
 
 
 def waits_at(shop: Shop, gate: int) -> bool:
-    """Somebody waits for this advisory lock."""
+    """Return whether a session waits for this advisory lock."""
     return bool(shop.scalar(f"SELECT count(*) FROM pg_locks WHERE {_OF_US} AND objid = %s", gate))
 
 
 def waits_beside(shop: Shop, gate: int) -> bool:
-    """Somebody waits for something else than this advisory lock."""
+    """Return whether a session waits for a lock that is not this advisory lock."""
     beside = "(locktype <> 'advisory' OR objid <> %s)"
     return bool(shop.scalar(f"SELECT count(*) FROM pg_locks WHERE {_OF_US} AND {beside}", gate))
 

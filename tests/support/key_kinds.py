@@ -1,4 +1,5 @@
-"""Shops whose payments and events have ids that are no UUIDs: the types, and ids that are hard to handle."""
+"""Shops whose ids of payments and events are not UUIDs. Lists the types, and ids that are hard to
+process."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def uuids() -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class KeyTypes:
-    """The SQL types of the ids of payments and events, their kinds, and where new ids come from."""
+    """The SQL types and kinds of the ids of payments and events, and generators of new ids."""
 
     payments: str
     events: str
@@ -60,11 +61,12 @@ every_key_type = pytest.mark.parametrize(
         for each in KEY_TYPES
     ],
 )
-"""The types that go other ways through the code in each run; the others in the slow one."""
+"""Runs a test with each pair of types. If the ids of events are UUIDs, the test is slow."""
 
 
 def retype_keys(shop: Shop, types: KeyTypes) -> None:
-    """Give the ids of payments and events of a migrated, empty shop these types, and let the shop use such ids."""
+    """Change the types of the ids of payments and events in an empty, migrated shop. Let the shop
+    make new ids of these types."""
     for keys, of_type in ((PAYMENT_KEYS, types.payments), (EVENT_KEYS, types.events)):
         plain = of_type.split(" COLLATE ")[0]
         for table, column in keys:

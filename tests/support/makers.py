@@ -1,4 +1,4 @@
-"""The fixtures that make things, as types."""
+"""Types of the fixtures that return factory functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables as other people make them: columns that may be NULL, and values that no shop should hold."""
+"""Makes odd adopted tables: with columns that can be NULL, and with unusable values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ NULLABLE: Mapping[str, tuple[str, ...]] = {
     "purchases": ("student_id", "course_id", "amount", "currency", "is_active", "created_at"),
     "processed_events": ("event_type", "outcome", "processed_at"),
 }
-"""The columns of adopted tables that may be NULL there, but not in ours. A primary key cannot be NULL."""
+"""Columns that can be NULL in adopted tables, but not in the tables of our migrations. A primary
+key cannot be NULL."""
 
 UNFIT: Mapping[str, tuple[str, str | None]] = {
     "NaN": ("amount", "NaN"),
@@ -20,7 +21,7 @@ UNFIT: Mapping[str, tuple[str, str | None]] = {
     "infinitely owed": ("amount", "-Infinity"),
     "negative": ("amount", "-0.01"),
 }
-"""Amounts that no sum can include: a column and its value."""
+"""Amounts that no sum can include. Each value is a column and its content."""
 
 MISSING: Mapping[str, tuple[str, str | None]] = {
     "no student": ("student_id", None),
@@ -37,11 +38,11 @@ MISSING: Mapping[str, tuple[str, str | None]] = {
     "always": ("created_at", "infinity"),
     "future": ("created_at", "2999-01-01"),
 }
-"""Values without which a payment cannot be given a purchase: a column and its value."""
+"""Values with which a payment cannot get a purchase. Each value is a column and its content."""
 
 
 def let_be_null(shop: Shop) -> None:
-    """Let the columns be NULL, and hold amounts and currencies of any size, as in tables of another application."""
+    """Allow NULL in these columns, and amounts and currencies of any size, as in adopted tables."""
     shop.rows("ALTER TABLE payments DROP CONSTRAINT payments_status_check")
     for table in ("payments", "purchases"):
         shop.rows(f"ALTER TABLE {table} ALTER COLUMN amount TYPE numeric, ALTER COLUMN currency TYPE text")
@@ -51,7 +52,7 @@ def let_be_null(shop: Shop) -> None:
 
 
 def odd_payment(shop: Shop, column: str, value: str | None) -> Payment:
-    """A succeeded payment, an hour old, with this value."""
+    """Write a succeeded payment that is an hour old and has this value."""
     payment = shop.payment(ago="1 hour")
     shop.rows(f"UPDATE payments SET {column} = %s WHERE id = %s", value, payment.id)
     return payment

@@ -1,4 +1,5 @@
-"""Evil payloads, and events that carry them through columns of every type that the worker takes."""
+"""Malicious payloads, and events with these payloads in columns of every type that the worker
+accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from tests.support.factories import Payment, Shop
 
 TYPES = ("jsonb", "json", "text")
 CANARY = "hunter2-canary"
-"""Stands in payloads, and may stand nowhere else."""
+"""A secret text in payloads. It must not appear anywhere else."""
 
 DEEP, DIGITS = 8_000, 10_000
 EVERYTHING = {
@@ -29,7 +30,8 @@ EVERYTHING = {
     "a huge exponent": "1e400",
     "brackets in strings": '["}]{[", "\\\\", {"a": "\\"}"}]',
 }
-"""Values that matter in no key but the five; jsonb refuses some."""
+"""Values that the worker must ignore except in the five keys that it reads. jsonb refuses some of
+them."""
 NO_OBJECT = {
     "nothing": "",
     "a blank": " ",
@@ -45,7 +47,7 @@ NO_OBJECT = {
     "a byte-order mark": '\ufeff{"payment_id": "%s"}',
     "deep and broken": '{"payment_id": "%s", "x": ' + "[" * DEEP + "}",
 }
-"""Texts that are no JSON; only a text column takes them."""
+"""Texts that are not JSON. Only a text column accepts them."""
 
 
 def retype(shop: Shop, column: str) -> None:
@@ -54,7 +56,8 @@ def retype(shop: Shop, column: str) -> None:
 
 
 def put(shop: Shop, column: str, document: str, event_type: str = "PURCHASE_CONFIRMED") -> UUID | None:
-    """An event with this payload to the letter; None where the column does not take it."""
+    """Write an event with exactly this payload, and return its id. Return None if the column
+    refuses the payload."""
     event_id = uuid4()
     try:
         shop.rows(
@@ -67,7 +70,8 @@ def put(shop: Shop, column: str, document: str, event_type: str = "PURCHASE_CONF
 
 
 def document(payment: Payment, **more: str) -> str:
-    """The five keys of a payment, and more, whose values are JSON already."""
+    """Return a JSON object with the five keys of a payment and the keys in ``more``. The values in
+    ``more`` are JSON texts."""
     own = {
         "payment_id": payment.id,
         "student_id": payment.student_id,

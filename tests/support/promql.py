@@ -1,4 +1,5 @@
-"""What a query asks for, held against what the worker exports and the recording rules make of it."""
+"""Checks PromQL queries: the worker or the recording rules must export every series that a query
+uses."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = PROMETHEUS / "outbox-worker.rules.yml"
 RULE_TESTS = PROMETHEUS / "outbox-worker.tests.yml"
 ANY_VALUE = {"job", "instance", "le", "currency", "version"}
-"""Labels whose values are not ours to list."""
+"""Labels whose values the tests cannot list."""
 Series = dict[str, dict[str, set[str]]]
-"""By name: labels and the values that they take."""
+"""Maps the name of a metric to its labels, and each label to its possible values."""
 
 
 def rules() -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 
 def exported() -> Series:
-    """The samples of a worker that has met everything."""
+    """Return all series that a worker can export."""
     telemetry = Telemetry()
     telemetry.guard_changed(Guard.LOCK)
     telemetry.observe_unexplained(1, {"EUR": Decimal(1)})
@@ -43,7 +44,8 @@ def exported() -> Series:
 
 
 def recorded(series: Series) -> Series:
-    """What the recording rules add; their labels are those before the first colon of their names."""
+    """Return the series of the recording rules. The part of the name before the first colon lists
+    the labels."""
     made: Series = {}
     for rule in rules():
         if "record" in rule:
@@ -54,7 +56,8 @@ def recorded(series: Series) -> Series:
 
 
 def problems(query: str, series: Series) -> list[str]:
-    """What in a query nobody exports: names, labels, values of labels. Raises ValueError where it is no PromQL."""
+    """Return the names, labels and label values of a query that nobody exports. Raise ValueError if
+    it is not PromQL."""
     found: list[str] = []
 
     def visit(node: Any) -> None:

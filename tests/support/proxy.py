@@ -1,6 +1,7 @@
-"""A TCP proxy before a PostgreSQL: cuts a connection just before or after COMMIT, or swallows what it should pass on.
+"""A TCP proxy before a PostgreSQL. It cuts a connection just before or after COMMIT, or drops data.
 
-What it swallows it has acknowledged: that is the middlebox which neither keepalives nor ``tcp_user_timeout`` see.
+The proxy acknowledges the data that it drops. Neither keepalives nor ``tcp_user_timeout`` can
+detect such a failure between client and server.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sqlalchemy import make_url
 
 _COMMIT = b"COMMIT\x00"
 _CLAIMED = re.compile(rb"first_due_at.*\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", re.DOTALL)
-"""The reply to a claim of which events came: a column's name, and a due time."""
+"""Matches the reply to a claim that returned events: the name of a column, and a due time."""
 
 
 @dataclass(eq=False)
@@ -32,9 +33,9 @@ class _Line:
     dies_at_reply: bool = False
     asked_at: float = 0.0
     is_asked: bool = False
-    """Whether a request was passed on since the last reply."""
+    """Whether the proxy has passed on a request after the last reply."""
     is_at_work: bool = False
-    """Something was claimed: a savepoint was set."""
+    """Whether the last reply shows that the worker has claimed events."""
 
     def cut(self) -> None:
         for end in (self.client, self.server):
@@ -44,18 +45,19 @@ class _Line:
 
 @dataclass
 class Proxy:
-    """Forwards every connection to the server of ``target``; ``url`` is the way through it."""
+    """Forwards every connection to the server of ``target``. ``url`` connects through the proxy."""
 
     target: str
     lines: list[_Line] = field(default_factory=list)
     cuts: int = 0
-    """How many COMMITs were cut off."""
+    """How many COMMITs the proxy has cut off."""
     swallowed: int = 0
-    """How many requests were acknowledged and forgotten."""
+    """How many requests the proxy has acknowledged and dropped."""
     mute: bool = False
-    """New connections are accepted, and nothing more."""
+    """If true, the proxy accepts new connections, but drops their requests."""
     quiet_seconds: float = 0.0
-    """A reply is kept back until the client has sent nothing for so long: it waits."""
+    """The proxy holds a reply back until the client has sent nothing for this time. The client then
+    waits."""
     waits: int = 0
     """How often a client waited for a reply."""
     _plan: Literal["before", "after"] | None = None
@@ -73,11 +75,12 @@ class Proxy:
         return here.render_as_string(hide_password=False)
 
     def cut_next_commit(self, when: Literal["before", "after"]) -> None:
-        """The next COMMIT of a batch: not passed on; or carried out, and its answer not passed on."""
+        """Cut the connection at the next COMMIT of a batch, ``before`` or ``after`` the server
+        receives it."""
         self._plan = when
 
     def swallow(self, *what: Literal["requests", "replies"]) -> None:
-        """On the connections that there are: acknowledge and forget. New ones are served."""
+        """Acknowledge and drop data on all existing connections. New connections work."""
         for line in self.lines:
             line.swallows = frozenset(what)
 

@@ -1,4 +1,5 @@
-"""Payments of a pair that are confirmed and refunded, by a small model: what was told, and who may hold the pair."""
+"""Confirms and refunds payments of pairs (student, course). A small model predicts the active
+purchases."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from tests.support.factories import Payment, Shop, payload_text
 
 
 class Op(NamedTuple):
-    """The payments service pays or refunds a payment, and tells so."""
+    """An operation of the payments service: it confirms or refunds a payment, and writes the
+    event."""
 
     event_type: str
     payment: str
@@ -24,13 +26,14 @@ OPS = (CONFIRM_A, CONFIRM_B, REFUND_A, REFUND_B)
 
 
 def standing(told: Iterable[Op]) -> set[str]:
-    """The model: of a pair's payments those that were confirmed and not refunded. One of them holds the pair."""
+    """Return the payments of a pair that were confirmed and not refunded. One of them must have the
+    active purchase."""
     told = set(told)
     return {name for name in "AB" if Op(PURCHASE_CONFIRMED, name) in told and Op(PURCHASE_REFUNDED, name) not in told}
 
 
 class Pair:
-    """Two payments of one student for one course, and what was told of them so far."""
+    """Two payments of one student for one course, and the operations on them so far."""
 
     def __init__(self) -> None:
         self.key = (uuid4(), uuid4())
@@ -43,9 +46,10 @@ Telling = tuple[Pair, Op]
 
 
 def tell(shop: Shop, tellings: Sequence[Telling]) -> None:
-    """Payment and event of each, in this order; an event that is in the outbox still is not told again.
+    """Write the payment and the event of each operation, in this order. Do not write an event that
+    is still in the outbox.
 
-    A refund that is told first is all that is known of its payment.
+    If the first operation on a payment is a refund, the payment begins as refunded.
     """
     payments, events = [], []
     for pair, op in tellings:
@@ -66,7 +70,7 @@ def tell(shop: Shop, tellings: Sequence[Telling]) -> None:
 
 
 def tell_at_random(shop: Shop, pairs: list[Pair], chance: random.Random, tellings_max: int) -> None:
-    """New pairs, and of those that are there what was not told yet, and again what was."""
+    """Add new pairs. Run random operations on some pairs, and repeat some of these operations."""
     pairs += [Pair() for _ in range(10)]
     some = chance.sample(pairs[-200:], min(len(pairs), tellings_max, 200))
     tellings = [(pair, chance.choice(OPS)) for pair in some]
@@ -74,7 +78,8 @@ def tell_at_random(shop: Shop, pairs: list[Pair], chance: random.Random, telling
 
 
 def check(shop: Shop, pairs: Iterable[Pair], why: object = "") -> None:
-    """The active pairs are those of the model, each held by a standing payment; refunded payments are taken back."""
+    """Assert that exactly the pairs of the model are active, each by a payment that ``standing``
+    returns. Assert that the purchases of refunded payments are inactive."""
     rows = shop.rows("SELECT student_id, course_id, payment_id, is_active, deactivated_at FROM purchases")
     active: dict[tuple[UUID, UUID], list[UUID]] = {}
     for row in rows:

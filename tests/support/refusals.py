@@ -1,6 +1,7 @@
-"""What a database can have against a purchase.
+"""Reasons for which a database can refuse a purchase.
 
-A refusal is tied to one course, ``BAD``: what the schema has against it differs from case to case, the rest does not.
+In every case, the schema refuses purchases of one course, ``BAD``. The cases differ in how it
+refuses them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ GOOD, BAD = UUID(int=1), UUID(int=2)
 class Refusal(NamedTuple):
     sqlstate: str
     schema: str
-    """What the schema has against BAD."""
+    """SQL that makes the schema refuse purchases of ``BAD``."""
     cure: str
     also: str = ""
-    """What must be there for each bad payment, given (student, course)."""
+    """SQL to run for each payment of ``BAD``, with the parameters (student, course)."""
     is_arbiter: bool = False
-    """Under the guard ``index`` it is taken for the guard as well: the insert passes over the row without an error."""
+    """Whether the refusing index is also the arbiter of ON CONFLICT under the guard ``index``. The
+    INSERT then skips the row without an error."""
 
 
 def trigger(body: str, kind: str = "TRIGGER refuse BEFORE") -> str:
@@ -81,17 +83,19 @@ REFUSALS = {
 
 
 def run(shop: Shop, statements: str) -> None:
-    """Statements of a schema, as a person would type them."""
+    """Run several SQL statements that are separated by semicolons."""
     shop.connection.execute(statements, prepare=False)
 
 
 def pay(shop: Shop, course: UUID, attempts: int = 0) -> tuple[Payment, UUID]:
-    """Good ones fit into numeric(4, 2), bad ones do not."""
+    """Write a payment and its event. The amount of a ``BAD`` payment does not fit into numeric(4,
+    2)."""
     return shop.paid(course=course, amount="100.00" if course == BAD else "49.90", attempts=attempts)
 
 
 def pay_many(shop: Shop, n: int, course: UUID) -> None:
-    """``n`` students pay for one course; which ones, and so the order of their pairs, is the same in every run."""
+    """Write payments of ``n`` students for one course. The student ids, and so the order of the
+    pairs, are the same in every run."""
     shop.rows(
         """
         WITH paid AS (

@@ -1,4 +1,5 @@
-"""Shops whose ids have other types than UUID: pairs of types, and ways to write one id."""
+"""Shops whose ids have types other than UUID. Lists pairs of column types, with spellings of one
+id."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ LOOSE = "CREATE COLLATION loose (provider = icu, locale = 'und-u-ks-level2', det
 
 @dataclass(frozen=True)
 class Kind:
-    """The types of student ids in payments and purchases, two ways to write one id, and another id."""
+    """The types of student ids in payments and purchases, two spellings of one id, and a different
+    id."""
 
     name: str
     paid: str
@@ -26,9 +28,9 @@ class Kind:
     same: str
     other: str
     is_indexed: bool = True
-    """Whether the unique index compares by the same rule."""
+    """Whether the unique index treats the same ids as equal."""
     before: str = ""
-    """A statement that makes what the types need."""
+    """SQL statements that create what the types need."""
 
     def __str__(self) -> str:
         return self.name
@@ -36,7 +38,8 @@ class Kind:
 
 CITEXT = "CREATE EXTENSION citext"
 ELSEWHERE = "CREATE SCHEMA ext; CREATE EXTENSION citext SCHEMA ext"
-"""The operators of citext are not in the search path."""
+"""Creates citext in a schema outside the search path, so its operators are not in the search
+path."""
 
 KINDS = (
     Kind("uuid", "uuid", "uuid", "a" * 32, "A" * 32, "b" * 32),
@@ -73,11 +76,12 @@ every_kind = pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, marks=[] if kind.name in _USUAL else pytest.mark.slow, id=kind.name) for kind in KINDS],
 )
-"""The types that go other ways through the code in each run; the others in the slow one."""
+"""Runs a test with each kind. The kinds in ``_USUAL`` need different code. The other kinds are slow
+tests."""
 
 
 def prepare(execute: Callable[[str], list[Any]], before: str) -> None:
-    """Make collations and extensions. Skips where the server cannot make them."""
+    """Create collations and extensions. Skip the test if the server cannot create them."""
     if "icu" in before and not execute("SELECT 1 FROM pg_collation WHERE collname LIKE '%-x-icu' LIMIT 1"):
         pytest.skip("this PostgreSQL was built without ICU")
     if "citext" in before and not execute("SELECT 1 FROM pg_available_extensions WHERE name = 'citext'"):
@@ -87,7 +91,8 @@ def prepare(execute: Callable[[str], list[Any]], before: str) -> None:
 
 
 def retype(shop: Shop, kind: Kind) -> None:
-    """Give the student ids of a migrated shop these types, and the course ids the type text."""
+    """Change the types of the student ids of a migrated shop, and give the course ids the type
+    text."""
     prepare(shop.rows, kind.before)
     for table, of_kind in (("payments", kind.paid), ("purchases", kind.bought)):
         plain = of_kind.split(" COLLATE ")[0]
@@ -98,7 +103,8 @@ def retype(shop: Shop, kind: Kind) -> None:
 def pay(
     shop: Shop, student: str, course: str = "SQL", *, due_in: str = "0 seconds", confirmed: bool = True
 ) -> tuple[UUID, UUID]:
-    """A succeeded payment and the id of its event. The event repeats no values of the payment."""
+    """Write a succeeded payment and its event, and return their ids. The payload repeats no values
+    of the payment."""
     payment, event = uuid4(), uuid4()
     shop.rows(
         "INSERT INTO payments (id, student_id, course_id, amount, currency, status)"

@@ -1,9 +1,11 @@
-"""Writers of one pair and one change of its index, step by step in any order: what stands still, what waits, who goes.
+"""Runs writers of one pair (student, course) and one change of its unique index, step by step, in
+any order.
 
-A writer stands still before it begins, before its INSERT (its pair is locked then), inside its INSERT (its snapshot is
-taken, the indexes that it maintains are not yet chosen), and before its COMMIT. A change of the index stands still
-before it begins, and before its COMMIT or, CONCURRENTLY, in each of its waits: another connection holds it there, by a
-lock or by an old snapshot. Whoever waits for another actor is blocked: the others go on.
+A writer stops before it begins, before its INSERT, inside its INSERT, and before its COMMIT. Before
+its INSERT, it has locked its pair. Inside its INSERT, it has its snapshot, but has not chosen the
+indexes that it maintains. A change of the index stops before it begins and before its COMMIT. With
+CONCURRENTLY, it stops in each of its waits instead, because another connection keeps a lock or an
+old snapshot. If an actor waits for a different actor, it is blocked, and the others continue.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from tests.support.watching import on_commit, on_rollback, on_statement
 
 PATIENCE = 60.0
 _INSIDE = 4242
-"""The first half of the advisory locks at which writers stand inside their INSERT; the second is their backend's."""
+"""The first half of the advisory lock at which a writer stops inside its INSERT. The second half is
+the pid of its backend."""
 _INSERT = "INSERT INTO public.purchases"
 _GRANTED = "DO UPDATE"
-"""The one INSERT that activates nothing, a refund's, has these words."""
+"""Only the INSERT of a refund contains these words. It activates no purchase."""
 _INDEX = "pair_guard"
 
 WRITERS = ("by index", "by lock", "refund", "backfill")
@@ -54,16 +57,17 @@ _HOLDS: dict[str, list[str]] = {
     "create concurrently": [_ROW_LOCK, _ROW_LOCK, "SELECT count(*) FROM outbox"],
     "drop concurrently": [_LOOK_LOCK, _LOOK_LOCK],
 }
-"""What holds a change in its first, second, … wait. CREATE waits for writers, for writers again, for old snapshots;
-DROP waits for everybody who has locked the table, twice."""
+"""The statements that make a change wait for the first, second, … time. CREATE waits twice for
+writers, and then for old snapshots. DROP waits twice for all transactions that have locked the
+table."""
 
 Trace = list[tuple[list[str], str]]
-"""Before each step: who could go, and who went."""
+"""For each step: the actors that could continue, and the actor that did."""
 Choose = Callable[[int, list[str]], str]
 
 
 class Actor(ABC):
-    """Runs in a thread of its own, and goes on when it is told to."""
+    """Runs in a thread of its own. ``go`` lets it take one step."""
 
     def __init__(self, name: str) -> None:
         self.name, self.pid = name, 0
@@ -73,14 +77,14 @@ class Actor(ABC):
         self.future: Future[None]
 
     def stop(self, place: str) -> None:
-        """Stand still, in the actor's thread."""
+        """Stop at this place until ``go`` is called. The actor's thread calls this."""
         if self.is_free:
             return
         self.stands_at = place
         assert self._turn.acquire(timeout=PATIENCE), f"{self.name} stands at {place} for ever"
 
     def go(self) -> None:
-        """Take one step."""
+        """Let the actor take one step."""
         self.stands_at = ""
         self._turn.release()
 
@@ -98,11 +102,11 @@ class Actor(ABC):
 
     @abstractmethod
     def stands_behind(self, blockers: Sequence[int]) -> bool:
-        """Whether it waits in the database for nobody but the one that holds it there for us."""
+        """Return whether the actor waits only for the connection with which the stage stops it."""
 
 
 class Writer(Actor):
-    """One connection through which purchases of the pair are written."""
+    """Writes purchases of the pair through one connection."""
 
     def __init__(self, name: str, stage: Stage) -> None:
         super().__init__(name)
@@ -143,7 +147,7 @@ class Writer(Actor):
         return list(blockers) == [self.stage.keeper_pid]
 
     def prepare(self, pair: Pair) -> None:
-        """Write what is there before the schedule begins."""
+        """Write the rows that the schedule needs before it begins."""
 
     def probe(self) -> None:
         with self.database.transaction() as session:
@@ -157,14 +161,16 @@ class Pair:
     student: UUID
     course: UUID
     active: list[Payment]
-    """Payments to refund: the first one has the pair, each other one may get it."""
+    """Payments to refund. The first payment has the active purchase of the pair. Each other payment
+    can get it."""
 
     def pay(self, shop: Shop) -> Payment:
         return shop.payment(student=self.student, course=self.course)
 
 
 class ByIndex(Writer):
-    """A new event by the fast statement, which locks no pair if it finds the index."""
+    """Settles a new event by the fast statement. This statement locks no pair if it finds the
+    index."""
 
     stops_before_insert = False
 
@@ -173,7 +179,7 @@ class ByIndex(Writer):
 
     def probe(self) -> None:
         super().probe()
-        watch = self.processor.watch  # the trigger at which writers stand changes nothing
+        watch = self.processor.watch  # the trigger that stops writers changes no row
         watch.state = replace(watch.state, triggers_on=frozenset())
 
     def act(self) -> None:
@@ -184,7 +190,8 @@ class ByIndex(Writer):
 
 
 class ByLock(ByIndex):
-    """A new event, carefully, by a worker that does not know of the index."""
+    """Settles a new event in a careful transaction. The worker does not know that the index
+    exists."""
 
     stops_before_insert = True
 
@@ -195,7 +202,7 @@ class ByLock(ByIndex):
 
 
 class Refund(Writer):
-    """A refund, after which the pair goes to the oldest payment that is owed it."""
+    """Settles a refund. Then the oldest other payment that is owed the course gets the purchase."""
 
     def prepare(self, pair: Pair) -> None:
         if not pair.active:
@@ -211,7 +218,7 @@ class Refund(Writer):
 
 
 class Backfill(Writer):
-    """A payment of which no event tells."""
+    """Creates the purchase of a payment that has no event."""
 
     def prepare(self, pair: Pair) -> None:
         self.owed = pair.pay(self.shop)
@@ -221,7 +228,7 @@ class Backfill(Writer):
 
 
 class Change(Actor):
-    """A change of the index; its holders stand beside it."""
+    """Changes the index. The holders are connections that make the change wait."""
 
     def __init__(self, stage: Stage, operation: str) -> None:
         super().__init__(operation)
@@ -272,7 +279,7 @@ _MADE: dict[str, type[Writer]] = {"by index": ByIndex, "by lock": ByLock, "refun
 
 
 class Stage:
-    """One database on which schedules are run, one after the other, each on a pair of its own."""
+    """Runs schedules on one database, one after the other. Each schedule has a pair of its own."""
 
     def __init__(
         self,
@@ -293,7 +300,7 @@ class Stage:
         self._changes: dict[str, Change] = {}
         self.runs = 0
         self.blocked = 0
-        """Steps before which somebody waited for another actor."""
+        """The number of steps before which an actor waited for a different actor."""
         self._set()
 
     def _set(self) -> None:
@@ -330,7 +337,7 @@ class Stage:
         list(OwedPurchases.start(by.database, self._tables, policy, watch).make([found], lambda *_: None))
 
     def run(self, kinds: Sequence[str], operation: str, choose: Choose) -> Trace:
-        """Run one schedule, and check what came of it."""
+        """Run one schedule, and check its result."""
         self.runs += 1
         self._clear(operation)
         pair = Pair(uuid4(), uuid4(), [])
@@ -361,7 +368,8 @@ class Stage:
         return trace
 
     def _settle_down(self, actors: Sequence[Actor]) -> list[str]:
-        """Wait until nobody runs and somebody stands, or all are done; who stands."""
+        """Wait until no actor runs and at least one is stopped, or all are done. Return the names
+        of the stopped actors."""
         deadline, pause = time.monotonic() + PATIENCE, 0.001
         while True:
             live = [actor for actor in actors if not actor.future.done()]
@@ -392,7 +400,7 @@ class Stage:
             actor._turn.release(100)
 
     def _clear(self, operation: str) -> None:
-        """The index is there if it is to be dropped, and not if it is to be created."""
+        """Create the index if the schedule drops it. Drop the index if the schedule creates it."""
         if self.runs % 100 == 0:
             self.shop.rows("TRUNCATE purchases, payments, outbox, processed_events")
         self.shop.rows("TRUNCATE purchase_history")
@@ -401,7 +409,8 @@ class Stage:
             self.shop.rows(CHANGES["create"])
 
     def _check(self, trace: Trace) -> None:
-        """Never two, nothing owed in the end, nobody charged."""
+        """Assert that no pair had two active purchases. Assert that no purchase is owed at the end,
+        and that no event has a failed try."""
         told = [name for _, name in trace]
         assert find_twice_active(self.shop) == [], told
         self.shop.make_due()
@@ -434,12 +443,13 @@ def at_random(chance: random.Random) -> Choose:
 
 
 def following(prefix: Sequence[str]) -> Choose:
-    """These first, if they can go; then whoever comes first."""
+    """Choose the actors of ``prefix`` first, if they can continue. Then choose the first actor that
+    can continue."""
     return lambda place, ready: prefix[place] if place < len(prefix) and prefix[place] in ready else ready[0]
 
 
 def all_schedules(run: Callable[[Choose], Trace]) -> Iterator[Trace]:
-    """Every order in which the actors can go, each once: depth first."""
+    """Run every possible order of the actors once, depth-first."""
     prefix: list[str] = []
     while True:
         trace = run(following(prefix))

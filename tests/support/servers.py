@@ -1,7 +1,8 @@
-"""Where the tests' PostgreSQL comes from: a given URL, Docker, or the embedded server; in this order.
+"""Provides the PostgreSQL of the tests: a given URL, Docker or the embedded server, in this order.
 
-One server per run. With pytest-xdist the controller owns it and hands its address to the workers: it lives exactly as
-long as the run, whichever worker ends first, and needs neither a lock nor a directory known to all.
+A run of the tests has one server. With pytest-xdist, the controller owns the server and passes its
+address to the xdist workers. So the server runs exactly as long as the run, and needs no lock and
+no shared directory.
 """
 
 from __future__ import annotations
@@ -33,33 +34,35 @@ from tests.support.factories import Shop
 
 DOCKER_IMAGE = "postgres:18"
 QUIET = {"autovacuum_naptime": "1h", "checkpoint_timeout": "1h"}
-"""Nothing goes on behind a test: each of its databases would be visited once a minute."""
+"""Prevents background work during a test. By default, autovacuum visits a database every minute."""
 HISTORY = {"track_commit_timestamp": "on"}
-"""What shows in which order transactions became visible; see ``history``."""
+"""Records in which order transactions became visible (see ``history``)."""
 VOLATILE = "postgres -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=200"
 TEMPLATES: Mapping[str, tuple[str, ...]] = {"index": ("unique_index",), "lock": ()}
-"""A migrated database per guard; each test gets a clone of one. ``empty`` needs no template."""
+"""One migrated database per guard (how a second purchase is prevented). Each test gets a clone.
+``empty`` needs no template."""
 
 
 def libpq(url: str) -> str:
-    """The same URL as psycopg takes it."""
+    """Return the URL in the form that psycopg accepts."""
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 def with_database(url: str, name: str) -> str:
-    """The same server, another database."""
+    """Return the URL of a different database on the same server."""
     return make_url(url).set(drivername="postgresql+psycopg", database=name).render_as_string(hide_password=False)
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: a URL that may create databases, and the prefix of the databases of this run."""
+    """A running server: a URL whose role can create databases, and the name prefix of this run's
+    databases."""
 
     url: str
     run: str
 
     def create(self, name: str, template: str | None = None) -> str:
-        """Create a database, empty or as a clone of this run's template; return its URL."""
+        """Create a database, empty or as a clone of this run's template. Return its URL."""
         source = f"{self.run}_{template}" if template else "template0"
         self._execute("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY", name, source)
         return with_database(self.url, name)
@@ -78,7 +81,8 @@ class Server:
             self._execute("ALTER DATABASE {} ALLOW_CONNECTIONS false", f"{self.run}_{guard}")
 
     def make_template(self, name: str, source: str, fill: Callable[[Shop], None]) -> None:
-        """A template from another one: made by whoever asks first, while the others wait."""
+        """Create a template from a different template. The first caller creates it, and the others
+        wait."""
         wanted = f"{self.run}_{name}"
         with psycopg.connect(libpq(self.url), autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [wanted])
@@ -91,7 +95,7 @@ class Server:
             self._execute("ALTER DATABASE {} RENAME TO {}", f"{wanted}_half_made", wanted)
 
     def drop_all(self) -> None:
-        """Every database of this run."""
+        """Drop every database of this run."""
         with psycopg.connect(libpq(self.url)) as connection:
             names = connection.execute("SELECT datname FROM pg_database WHERE starts_with(datname, %s)", [self.run])
             for (name,) in names.fetchall():
@@ -103,21 +107,22 @@ class Server:
 
 
 class Source(Protocol):
-    """A way to a server."""
+    """A way to get a server."""
 
     def describe(self) -> str:
-        """Source and version, for the header; nothing is started."""
+        """Return the source and the version for the header of the report. Start no server."""
         ...
 
     def start(self) -> str:
-        """Start the server, if it is ours, and return its URL."""
+        """Start the server if the tests own it, and return its URL."""
         ...
 
     def stop(self) -> None: ...
 
 
 def make_directory() -> Path:
-    """For a server; in memory if it has room: the files of a database cost a fifth there of what they do on a disk."""
+    """Make a directory for a server. Use memory if it has room, because files cost a fifth of the
+    time there."""
     memory = Path("/dev/shm")  # noqa: S108 - the directory inside is private
     has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * 1024**3
     return Path(tempfile.mkdtemp(prefix="outbox-test-", dir=memory if has_room else None))
@@ -142,7 +147,7 @@ class Given:
         return self.url
 
     def stop(self) -> None:
-        """It is not ours."""
+        """Do nothing, because the tests do not own this server."""
 
 
 @dataclass
@@ -186,7 +191,7 @@ class Embedded:
         with psycopg.connect(**where, autocommit=True) as connection:  # type: ignore[arg-type]
             for name, value in (QUIET | HISTORY).items():
                 connection.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), value))
-        embedded.stop_server(self.directory / "pg")  # commit timestamps begin with a start
+        embedded.stop_server(self.directory / "pg")  # commit timestamps need a restart
         embedded.ensure_server(self.directory / "pg", durable=False, bin_dir=self.bin_dir)
         return url.render_as_string(hide_password=False)
 
@@ -197,7 +202,8 @@ class Embedded:
 
 
 def choose(environment: Mapping[str, str]) -> Source:
-    """The source that the environment names, else the first that is there. Raises LookupError; never falls through."""
+    """Return the source that the environment names, or the first available one. If the named source
+    is not available, raise LookupError."""
     url, wanted = environment.get("OUTBOX_TEST_DATABASE_URL"), environment.get("OUTBOX_TEST_PG")
     bin_dir = environment.get("OUTBOX_TEST_PG_BIN")
     makers: dict[str, Callable[[], Source | None]] = {
@@ -216,7 +222,8 @@ def choose(environment: Mapping[str, str]) -> Source:
 
 
 def docker_answers() -> bool:
-    """A ping of 2 s: without an engine testcontainers fails at once, with a hanging one only after a minute."""
+    """Ping Docker for at most 2 s. If the engine hangs, testcontainers fails only after a
+    minute."""
     import docker  # type: ignore[import-untyped]  # noqa: PLC0415 - slow, and only needed here
 
     with _leaks_forgiven():
@@ -234,7 +241,8 @@ def docker_answers() -> bool:
 
 @contextlib.contextmanager
 def _leaks_forgiven() -> Iterator[None]:
-    """The Docker client leaves sockets to the garbage collector: collect them while that is no error."""
+    """Ignore ResourceWarning, and collect garbage here, because the Docker client does not close
+    its sockets."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         yield
@@ -243,7 +251,7 @@ def _leaks_forgiven() -> Iterator[None]:
 
 @dataclass
 class Holder:
-    """The one server of a run, started when first asked for."""
+    """Holds the server of a run. The first call of ``get`` starts the server."""
 
     source: Source
     server: Server | None = field(default=None)
@@ -256,7 +264,7 @@ class Holder:
         return self.server
 
     def close(self) -> None:
-        """Leave nothing behind, of a server that did not start or of half-made templates either."""
+        """Drop all databases of this run and stop the server, even after a failed start."""
         server, self.server = self.server, None
         try:
             if server is not None:

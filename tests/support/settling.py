@@ -1,4 +1,4 @@
-"""One batch, and what became of its events."""
+"""Settles one batch, and checks the outcomes of its events."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tests.support.factories import Payment, ProbedProcessor, Shop
 
 STRANGER = UUID("0f0f0f0f-1111-4222-8333-444455556666")
 VIA_FAST_PATH = Verdict(Outcome.CREATED, writes=True)
-"""What the fast statement decides, of whichever events it settles."""
+"""The verdict of the fast statement on every event that it settles."""
 LAST = 9
-"""An event that was tried so often has one try left."""
+"""After this number of tries, an event has one try left."""
 
 
 def settle(processor: ProbedProcessor) -> dict[UUID, Outcome]:
-    """One batch: the outcome of each event that has one."""
+    """Settle one batch. Return the outcome of each event that has one."""
     return {event: verdict.outcome for event, verdict in judge(processor).items()}
 
 
 def judge(processor: ProbedProcessor) -> dict[UUID, Verdict]:
-    """One batch from the start of the queue: the verdict on each event that has one.
+    """Settle one batch from the start of the queue. Return the verdict on each event that has one.
 
-    The report knows the ids only of those that were judged.
+    The report contains only the ids of events that a careful transaction judged.
     """
     before = marked(processor)
     processor.judged.clear()
@@ -37,7 +37,7 @@ def judge(processor: ProbedProcessor) -> dict[UUID, Verdict]:
 
 
 def marked(processor: ProbedProcessor) -> set[UUID]:
-    """The events with a mark."""
+    """Return the ids of the events that have a mark (row of ``processed_events``)."""
     with processor.database.transaction() as session:
         return set(session.scalars(text("SELECT event_id FROM processed_events")))
 
@@ -47,7 +47,8 @@ def metric(processor: ProbedProcessor, name: str, **labels: str) -> float:
 
 
 def assert_marked(shop: Shop, event: UUID, outcome: Outcome, payment: Payment) -> None:
-    """Settled for good: marked for its payment, gone from the outbox, and nobody's work any more."""
+    """Assert that the event is settled: it has a mark for its payment, and no row in the outbox or
+    in ``dead_letters``."""
     mark = shop.mark_of(event)
     assert (mark.event_type, mark.outcome, mark.payment_id) == (PURCHASE_CONFIRMED, outcome, payment.id)
     assert (mark.recovered_at is not None) == (outcome is Outcome.RECOVERED)
@@ -55,7 +56,8 @@ def assert_marked(shop: Shop, event: UUID, outcome: Outcome, payment: Payment) -
 
 
 def assert_one_purchase(shop: Shop, payment: Payment) -> None:
-    """The payment's, as the payment row says, and the only active one of the pair."""
+    """Assert that the payment has one purchase with its values, and that the pair has no other
+    active purchase."""
     (made,) = shop.purchases(payment)
     assert (made.student_id, made.course_id) == payment.pair
     assert (str(made.amount), made.currency) == (payment.amount, payment.currency)
@@ -66,7 +68,8 @@ def assert_one_purchase(shop: Shop, payment: Payment) -> None:
 def assert_buried(
     shop: Shop, event: UUID, reason: Reason, payload: str, attempts: int = 1, marked: bool = False
 ) -> Any:
-    """Dead: out of the outbox, kept whole in an open letter, and not marked by us."""
+    """Assert that the event is an open dead letter with its whole payload, and no longer in the
+    outbox."""
     letter = shop.letter_of(event)
     assert (letter.reason, letter.attempts, letter.state) == (reason, attempts, "open")
     assert (letter.resolved_at, letter.actor, letter.note) == (None, None, None)
@@ -80,13 +83,13 @@ def assert_buried(
 
 
 def bought(shop: Shop, **of_payment: Any) -> tuple[Payment, UUID]:
-    """A payment with its active purchase."""
+    """Write a payment and its active purchase."""
     payment = shop.payment(**of_payment)
     return payment, shop.purchase(payment)
 
 
 def holder(shop: Shop, payment: Payment) -> UUID | None:
-    """The payment whose purchase holds the pair."""
+    """Return the payment whose purchase is the active purchase of the pair."""
     held = [row.payment_id for row in shop.purchases(payment.pair) if row.is_active]
     assert len(held) <= 1
     return held[0] if held else None

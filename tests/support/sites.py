@@ -1,4 +1,4 @@
-"""A PostgreSQL of a test's own, which may be broken; and what is asked of a worker, whatever breaks."""
+"""A private PostgreSQL that a test can break, and assertions on a worker after any failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.processes import Process, eventually
 
 TROUBLE_SECONDS = 3.0
 ROLE = "clerk"
-"""Workers come as a role that is not the owner's."""
+"""Workers log in as this role. It does not own the tables."""
 _KEEPER = """
 import select, sys
 from pathlib import Path
@@ -37,12 +37,12 @@ while not select.select([sys.stdin], [], [], 0.2)[0]:
     except EmbeddedServerError:
         pass
 """
-"""Starts the server of a directory again whenever it ends, as a supervisor does."""
+"""A script that restarts the server of a directory each time the server ends."""
 
 
 @dataclass
 class Site:
-    """Its server runs until it is broken, and again when it is asked for."""
+    """A server that a test can break. ``start`` starts the server if it does not run."""
 
     directory: Path
     binaries: Path
@@ -54,7 +54,7 @@ class Site:
         return url_of(role, self)
 
     def connect(self) -> psycopg.Connection[Any]:
-        """As the owner; a recovery is waited out."""
+        """Connect as the owner. Wait until the server has recovered."""
         connection: psycopg.Connection[Any] = eventually(self._admitted, "the server admits its owner", patience=60)
         return connection
 
@@ -71,13 +71,13 @@ class Site:
             connection.execute(statement)
 
     def signal(self, number: int) -> None:
-        """To the postmaster: SIGINT is a fast stop, SIGQUIT an immediate one."""
+        """Send a signal to the postmaster. SIGINT stops fast, SIGQUIT stops immediately."""
         pid = int(self.postmaster()[0])
         os.kill(pid, number)
         eventually(lambda: not Path(f"/proc/{pid}").exists(), "the postmaster is gone")
 
     def postmaster(self) -> list[str]:
-        """The lines of ``postmaster.pid``; none where no server runs."""
+        """Return the lines of ``postmaster.pid``, or no lines if the file does not exist."""
         path = self.directory / "data" / "postmaster.pid"
         return path.read_text().split("\n") if path.exists() else []
 
@@ -95,12 +95,12 @@ class Site:
 
 @dataclass
 class KeptSite(Site):
-    """Its server belongs to a process of its own, in a world of its own if need be, which starts it again by itself."""
+    """A site whose server has a keeper. The keeper is a process that restarts the server."""
 
     keeper: subprocess.Popen[bytes]
 
     def start(self) -> dict[str, str]:
-        """Wait for it; a standby that takes connections is up, too."""
+        """Wait until the server takes connections. It can be a standby."""
         where: dict[str, str] = eventually(self._address, "the server takes connections", patience=60)
         return where
 
@@ -118,7 +118,8 @@ class KeptSite(Site):
 
 @contextmanager
 def kept(site: Site, *world: str) -> Iterator[KeptSite]:
-    """A keeper for the directory of ``site``, whose server must not run; ``world``: a command that it is run by."""
+    """Run a keeper for the directory of ``site``. The command ``world`` starts the keeper. Before
+    this, the server must not run."""
     command = [*world, sys.executable, "-c", _KEEPER, str(site.directory), str(site.binaries)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT) as keeper:
         try:
@@ -131,7 +132,7 @@ def kept(site: Site, *world: str) -> Iterator[KeptSite]:
 
 @contextmanager
 def standby_of(site: Site, directory: Path) -> Iterator[KeptSite]:
-    """A streaming standby of ``site``."""
+    """Make and run a streaming standby of ``site``."""
     copy = Site(directory, site.binaries)
     copy.directory.mkdir()
     (copy.directory / "lock").touch()
@@ -145,14 +146,15 @@ def standby_of(site: Site, directory: Path) -> Iterator[KeptSite]:
 
 
 def await_replication(primary: Site, condition: str = "replay_lsn >= pg_current_wal_insert_lsn()") -> None:
-    """The standby has all that the primary has."""
+    """Wait until the standby has replayed all WAL of the primary."""
     with primary.connect() as connection:
         shop = Shop(connection)
         eventually(lambda: shop.rows(f"SELECT pid FROM pg_stat_replication WHERE {condition}"), "the standby follows")
 
 
 def url_of(role: str, *sites: Site) -> str:
-    """Several sites: whichever of them takes writes."""
+    """Return a URL that lists the hosts of all sites. The worker connects to the site that accepts
+    writes."""
     places: Sequence[dict[str, str]] = [site.start() for site in sites]
     query = {key: ",".join(place[key] for place in places) for key in ("host", "port")}
     url = URL.create("postgresql+psycopg", username=role, database=places[0]["dbname"], query=query)
@@ -160,7 +162,8 @@ def url_of(role: str, *sites: Site) -> str:
 
 
 def settle_some(site: Site, n: int = 20) -> None:
-    """So many more events: settled, none of them ever charged."""
+    """Write ``n`` events. Wait until they are settled, and assert that no event has a failed
+    try."""
     with site.connect() as connection:
         shop = Shop(connection)
         shop.pay_many(n)
@@ -168,7 +171,7 @@ def settle_some(site: Site, n: int = 20) -> None:
 
 
 def expect_settled(shop: Shop, patience: float = 30) -> None:
-    """Nothing is left in the outbox in the end, and nothing in it was ever charged."""
+    """Wait until the outbox is empty. Assert that no event in it ever has a failed try."""
 
     def done() -> bool:
         assert shop.rows("SELECT id FROM outbox WHERE attempts > 0") == []
@@ -178,22 +181,23 @@ def expect_settled(shop: Shop, patience: float = 30) -> None:
 
 
 def expect_exactly_once(shop: Shop) -> None:
-    """Every payment has its purchase and its mark, no event is dead."""
+    """Assert that every payment has its purchase and its mark, and that there is no dead letter."""
     assert shop.count("purchases") == shop.count("processed_events") == shop.count("payments")
     assert shop.owed() == shop.doubled() == shop.count("outbox") == shop.count("dead_letters") == 0
 
 
 def endure(worker: Process, pauses: int = 4) -> None:
-    """Let the trouble last until the worker has told of so many pauses, and long enough for one that spins to show."""
+    """Wait until the worker has logged ``pauses`` pauses, and long enough to reveal a busy loop."""
     threading.Event().wait(TROUBLE_SECONDS)
     eventually(lambda: len(worker.told("paused")) >= pauses, "it pauses again and again")
 
 
 def expect_calm(shop: Shop, seconds: float, *workers: Process, loops: int = 1) -> None:
-    """The trouble of ``seconds`` was no reason to spin: neither told pauses nor counted failures are many.
+    """Assert that the workers logged few pauses and counted few failures, so they did not
+    busy-loop.
 
-    To be asked of workers that have ended: the last heartbeat brings all of the counters. Pauses of each claim loop
-    double from a tenth of a second on, with jitter.
+    Call this only after the workers have ended, because the last heartbeat writes all counters.
+    Pauses of a claim loop begin at a tenth of a second and double each time, with jitter.
     """
     most = len(workers) * loops * (6 + 2 * seconds)
     assert sum(len(worker.told("paused")) for worker in workers) <= most
@@ -201,7 +205,7 @@ def expect_calm(shop: Shop, seconds: float, *workers: Process, loops: int = 1) -
 
 
 def watch_charges(shop: Shop) -> None:
-    """Write down every change that counts a failed try: a crash is nobody's fault."""
+    """Record every change that counts a failed try. A crash must not count as a failed try."""
     shop.rows("CREATE TABLE charged (event_id uuid, attempts int)")
     shop.rows(
         "CREATE FUNCTION charge() RETURNS trigger LANGUAGE plpgsql AS"

@@ -1,4 +1,5 @@
-"""A storm: confirmations, refunds and second payments, changes of the index, backfills and kills, all at once."""
+"""A storm runs confirmations, refunds, second payments, index changes, backfills and kills at
+once."""
 
 from __future__ import annotations
 
@@ -30,18 +31,20 @@ HANDS = 3
 BATCH = 50
 BACKLOG = 4 * BATCH
 HOT = 80
-"""So many pairs, the youngest, are told of again and again."""
+"""The storm writes events again and again for this number of the youngest pairs."""
 FORGOTTEN = 40
-"""So many payments without an event wait for a backfill before their pair is told of."""
+"""This number of payments without an event wait for a backfill. Only then does the storm write
+events for their pairs."""
 INDEX = "storm_guard"
 PREDICATES = ("is_active", "(is_active = true)")
 _LOCK_TIMEOUT = "SET lock_timeout = '2s'"
-"""A plain change of the index gives up before those that queue behind it do."""
+"""A change of the index without CONCURRENTLY must give up before the sessions that wait behind it
+do."""
 
 
 @dataclass
 class Storm:
-    """What happens is chosen by ``seed``; what it meets is not."""
+    """``seed`` determines the actions of the storm, but not their timing."""
 
     url: str
     shop: Shop
@@ -50,14 +53,16 @@ class Storm:
     seed: int
     pairs: list[Pair] = field(default_factory=list)
     forgotten: list[Pair] = field(default_factory=list)
-    """Pairs that were paid for without an event. After a while they are told of like the others."""
+    """Pairs whose payment has no event. After a while the storm writes events for these pairs,
+    too."""
     counts: Counter[str] = field(default_factory=Counter)
     over: threading.Event = field(default_factory=threading.Event)
     doubled: list[str] = field(default_factory=list)
-    """What builds of the index said of pairs that were active twice."""
+    """The errors of index builds that met a pair with two active purchases."""
 
     def rage(self, seconds: float) -> None:
-        """Let everybody do their worst for so long. Raises what stopped one of them."""
+        """Run the storm for ``seconds``. If one of its threads fails, raise the exception of this
+        thread."""
         watch_charges(self.shop)
         keep_history(self.shop)
         turns: list[tuple[Callable[[random.Random], None], float]] = [
@@ -107,7 +112,8 @@ class Storm:
             self.counts["kills"] += 1
 
     def _produce(self, shop: Shop, chance: random.Random) -> None:
-        """New pairs, one of them paid without an event; and of young ones what comes: paid, paid twice, refunded."""
+        """Write new pairs, one of them paid without an event. Write random events of young
+        pairs."""
         if shop.count("outbox") >= BACKLOG:
             return
         forgotten, new = Pair(), [Pair(), Pair()]
@@ -127,7 +133,7 @@ class Storm:
         shop.payment("succeeded", payment.student_id, payment.course_id, id=payment.id)
 
     def _backfill(self, _: random.Random) -> None:
-        """Run a backfill. One that the starved machine cuts off is run again later, as an operator would."""
+        """Run a backfill. If the overloaded machine cuts it off, a later call runs it again."""
         try:
             report = self.operator.run(max_repairs=10**6)
         except DBAPIError as error:
@@ -139,7 +145,8 @@ class Storm:
         self.counts["purchases by backfills"] += len(report.made.purchases)
 
     def _change_index(self, connection: psycopg.Connection[Any], chance: random.Random) -> None:
-        """Drop the index, or build it; either with and without CONCURRENTLY, and by either form of its predicate."""
+        """Drop or build the index, with or without CONCURRENTLY, with one of the two forms of its
+        predicate."""
         way = chance.choice(["", " CONCURRENTLY"])
         found = connection.execute("SELECT to_regclass(%s)", [INDEX]).fetchone()
         is_there = found is not None and found[0] is not None
@@ -161,5 +168,5 @@ class Storm:
             self.counts["vacuums"] += 1
 
     def told(self) -> str:
-        """What happened, and how often."""
+        """Return a text with the number of each action."""
         return f"seed {self.seed}: " + ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))

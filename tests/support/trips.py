@@ -1,4 +1,4 @@
-"""What the worker sends to the server, counted."""
+"""Counts what the worker sends to the server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.watching import on_begin, on_commit, on_rollback, on_statemen
 
 
 class RoundTrips:
-    """What is sent to the server, in order."""
+    """Records what the worker sends to the server, in order."""
 
     def __init__(self, database: Database) -> None:
         self.sent: list[str] = []
@@ -27,10 +27,11 @@ class RoundTrips:
         self.sent.append(next((name for word, name in words.items() if word in statement), statement))
 
     def transactions(self) -> list[list[str]]:
-        """What was sent in each transaction, its BEGIN and its end included."""
+        """Return what the worker sent in each transaction, including BEGIN and COMMIT or
+        ROLLBACK."""
         starts = [at for at, sent in enumerate(self.sent) if sent == "begin"]
         return [self.sent[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
     def savepoints(self) -> list[int]:
-        """How many of them each transaction took."""
+        """Return the number of savepoints in each transaction."""
         return [sent.count("savepoint") for sent in self.transactions()]

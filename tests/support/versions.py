@@ -1,4 +1,4 @@
-"""The version before this one: its code out of the repository's history, run in the same environment."""
+"""Runs the previous version of the worker in the same environment. Git provides its code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from tests.support.forkserver import Child
 from tests.support.processes import Finished, Process, environment
 
 BEFORE_TAGS = "65e85b9"
-"""The last commit that knows nothing of revision core_0004: the version before, as long as no version has a tag."""
+"""The last commit without revision core_0004. If no version has a tag, this commit is the previous
+version."""
 
 
 def last_version() -> str | None:
-    """The newest tag's commit, else ``BEFORE_TAGS``; None if this clone has neither, or is none."""
+    """Return the commit of the newest tag, or ``BEFORE_TAGS`` if no tag exists. Return None if Git
+    finds neither."""
     tag = _git("describe", "--tags", "--abbrev=0", "HEAD^")
     name = tag.stdout.decode().strip() if tag.returncode == 0 else BEFORE_TAGS
     found = _git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
@@ -44,7 +46,7 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def finish_of(code: Path, *arguments: str, url: str, **settings: object) -> Finished:
-    """Run ``outbox-worker ARGUMENTS`` of that code to its end."""
+    """Run ``outbox-worker ARGUMENTS`` with the code in the directory ``code`` until it ends."""
     done = subprocess.run(
         [sys.executable, "-m", "outbox_worker", *arguments],
         cwd=code,
@@ -59,7 +61,8 @@ def finish_of(code: Path, *arguments: str, url: str, **settings: object) -> Fini
 
 @contextmanager
 def start_of(code: Path, *arguments: str, url: str, **settings: object) -> Iterator[Process]:
-    """Start ``outbox-worker ARGUMENTS`` of that code; whatever is left of it at the end is killed."""
+    """Start ``outbox-worker ARGUMENTS`` with the code in the directory ``code``. Kill it at the
+    end."""
     with subprocess.Popen(
         [sys.executable, "-m", "outbox_worker", *arguments],
         cwd=code,

@@ -1,4 +1,4 @@
-"""Those who watch over a worker from outside: a service manager with its notify socket, and whoever asks by HTTP."""
+"""Watch a worker from outside: as a service manager with a notify socket, and as an HTTP client."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ Processor.seconds_until_due = wedging(Processor.seconds_until_due)
 from outbox_worker.__main__ import main
 main()
 """
-"""The real command, in which one claim loop never returns once a file is there."""
-"""Runs ``outbox-worker ARGUMENTS``; one claim loop stands still from the moment on at which the file FLAG is there."""
+"""Runs the real command. When the file FLAG exists, one claim loop never returns."""
+"""The first argument is FLAG. The others are the arguments of ``outbox-worker``."""
 
 
 @dataclass
 class Manager:
-    """A plain datagram socket, and what came on it, each with the moment."""
+    """A datagram socket and the messages that it received, each with its time."""
 
     address: str
     told: list[tuple[float, Told]] = field(default_factory=list)
 
     def all(self, name: str) -> list[str]:
-        """All values of a variable so far."""
+        """Return all values of a variable in the messages so far."""
         return [fields[name] for _, fields in list(self.told) if name in fields]
 
     def wait_for(self, holds: Callable[[Told], bool], what: str, since: int = 0, patience: float = PATIENCE) -> Told:
-        """The first that holds of those that came after the first ``since``."""
+        """Return the first message for which ``holds`` is true. Skip the first ``since``
+        messages."""
         found: Told = eventually(
             lambda: next((fields for _, fields in self.told[since:] if holds(fields)), None), what, patience
         )
@@ -57,7 +58,7 @@ class Manager:
         return self.wait_for(lambda fields: fields.get("READY") == "1", "READY=1")
 
     def wait_for_feeds(self, n: int) -> None:
-        """So many more."""
+        """Wait for ``n`` more watchdog messages."""
         had = self.all("WATCHDOG")
         eventually(lambda: len(self.all("WATCHDOG")) >= len(had) + n, f"{n} more feeds")
 
@@ -65,13 +66,14 @@ class Manager:
         return [at for at, fields in list(self.told) if "WATCHDOG" in fields and at > moment]
 
     def settings(self, watchdog_seconds: float) -> Given:
-        """What a manager puts into the environment."""
+        """Return the environment variables that a service manager sets."""
         return {"NOTIFY_SOCKET": self.address, "WATCHDOG_USEC": str(round(watchdog_seconds * 1_000_000))}
 
 
 @contextmanager
 def managed(path: str) -> Iterator[Manager]:
-    """``path`` as NOTIFY_SOCKET has it: @ begins an abstract one."""
+    """Run a ``Manager`` at ``path``, a value of NOTIFY_SOCKET. If it begins with @, the socket is
+    abstract."""
     manager = Manager(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
         line.bind(path.replace("@", "\0", 1) if path.startswith("@") else path)
@@ -97,7 +99,7 @@ class Answer(NamedTuple):
 
 
 def ask(address: str, path: str, method: str = "GET", **headers: str) -> Answer:
-    """``address`` as the log tells it; HTTP without any library's help."""
+    """Send an HTTP request to ``address``. The address has the form in which the log shows it."""
     connection = http.client.HTTPConnection("localhost", timeout=PATIENCE)
     if address.startswith("unix:"):
         connection.sock = socket.socket(socket.AF_UNIX)
@@ -114,7 +116,7 @@ def ask(address: str, path: str, method: str = "GET", **headers: str) -> Answer:
 
 
 def address_of(process: Process) -> str:
-    """Where a worker answers."""
+    """Return the address at which a worker answers HTTP requests."""
     return str(process.wait_for("http_listening")["address"])
 
 

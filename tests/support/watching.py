@@ -1,4 +1,4 @@
-"""Tells a test what a ``Database`` sends to its server, through SQLAlchemy or directly."""
+"""Reports to a test what a ``Database`` sends to its server, through SQLAlchemy or directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from outbox_worker.database.statements import Statement
 
 
 def on_statement(database: Database, tell: Callable[[str], object]) -> None:
-    """Call ``tell`` with each statement before it is sent, SAVEPOINT and the setting of parameters included."""
+    """Call ``tell`` with each statement before it is sent. This includes SAVEPOINT and
+    ``set_config``."""
     listener.listen(database.engine, "before_cursor_execute", lambda *given: tell(given[2]))
     _on_direct(database, statement=tell)
 

@@ -1,6 +1,8 @@
-"""Worlds that Hypothesis draws: pairs, each perhaps held; their payments; the events of these, some with a past.
+"""Hypothesis strategies for worlds. A world has pairs (student, course), their payments and the
+events of these payments.
 
-A world is drawn without a database and written with ids of its own each time.
+A pair can already have an active purchase. An event can have a past: a mark or a dead letter.
+Hypothesis draws a world without a database. ``write`` gives the world new ids each time.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class EventCase(NamedTuple):
     event_type: str
     payload: str
     mark: tuple[str, str | None] | None
-    """Its outcome, and for which payment: ``own``, ``stranger`` or none."""
+    """The outcome in the mark, and its payment: ``own``, ``stranger`` or None."""
     letter: str | None
     attempts: int
     due_in: str
@@ -77,7 +79,7 @@ class EventCase(NamedTuple):
 class PaymentCase(NamedTuple):
     status: str | None
     purchase: bool | None
-    """Whether the payment's purchase is active; None: it has none."""
+    """Whether the payment's purchase is active. None means that the payment has no purchase."""
     events: list[EventCase]
 
 
@@ -87,7 +89,7 @@ class PairCase(NamedTuple):
 
 
 class Told(NamedTuple):
-    """An event as it was written, with all that was drawn around it."""
+    """An event that ``write`` has written, with the drawn cases that belong to it."""
 
     event_id: UUID
     payment: Payment
@@ -99,14 +101,16 @@ class Told(NamedTuple):
 def worlds(
     pairs: int, payments: int, events: int, event_type: str = PURCHASE_CONFIRMED
 ) -> st.SearchStrategy[list[PairCase]]:
-    """Up to so many pairs, payments of a pair, events of a payment; half of the worlds without a past."""
+    """Draw worlds with at most these numbers of pairs, payments per pair and events per payment.
+    Half of the worlds have no past."""
     return st.booleans().flatmap(
         lambda has_past: st.lists(a_pair(payments, events, has_past, event_type), min_size=1, max_size=pairs)
     )
 
 
 def a_pair(payments: int, events: int, has_past: bool, event_type: str) -> st.SearchStrategy[PairCase]:
-    """What is common is drawn more often. A past, a mark or an open letter, keeps an event from the fast statement."""
+    """Draw common cases more often. If an event has a past, the fast statement does not settle
+    it."""
     event = st.builds(
         EventCase,
         st.sampled_from([event_type] * 19 + ["LESSON_WATCHED"]),
@@ -150,7 +154,7 @@ TOGETHER = st.deferred(lambda: worlds(pairs=4, payments=3, events=3))
 
 
 def with_one_active(drawn: PairCase) -> PairCase:
-    """No pair begins with two active purchases."""
+    """Change the drawn pair so that it does not begin with two active purchases."""
     payments: list[PaymentCase] = []
     for payment in drawn.payments:
         taken = any(earlier.purchase for earlier in payments)
@@ -159,7 +163,8 @@ def with_one_active(drawn: PairCase) -> PairCase:
 
 
 def write(shop: Shop, world: Sequence[PairCase]) -> list[Told]:
-    """Into an outbox of its own: what an earlier world left there, postponed or after a failure, is put away."""
+    """Write a world into an empty outbox. First delete the events that an earlier world left
+    there."""
     told = []
     with shop.connection.pipeline(), shop.connection.transaction():
         shop.rows("DELETE FROM outbox")
