@@ -7,8 +7,8 @@ statements.
   deletes the events. Under the guard ``lock``, another statement first claims them and locks pairs
 - ``doors``: groups ``fast_path``, ``outbox`` and ``purchases`` for a claim loop
 - ``outbox``: claims due events, then deletes or postpones them, or moves them to the dead letters
-- ``purchases``: writes purchases and marks (rows of ``processed_events``), and locks pairs (a student
-  and a course)
+- ``purchases``: writes purchases and marks (rows of ``processed_events``), and locks pairs (a
+  student and a course)
 - ``dead_letters``, ``workers``, ``backfill_runs``: each of these modules reads and writes the table
   of the same name
 - ``crashes``: counts the workers that are proven to have died while they processed only one event

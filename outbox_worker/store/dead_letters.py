@@ -49,14 +49,14 @@ from outbox_worker.store.payment_classes import has_unfit_amount, waivable
 from outbox_worker.store.queries import currency_code, has_type, is_claimable, is_succeeded
 
 CONTENT_MAX = 10_000
-"""The largest number of characters of a payload that is shown. It also applies to the headers."""
+"""The largest number of characters of a payload that is shown. Headers have the same limit."""
 _NAMED_AT_MOST = 3
 _NEVER = datetime.max.replace(tzinfo=UTC)
 """A cursor contains this time if Python cannot represent the time of the dead letter."""
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
 """The pattern of a line in a dead letter's note: state, actor, time, reason.
 
-``_resolve`` adds such lines.
+The function ``_resolve`` adds these lines.
 """
 
 
@@ -101,7 +101,7 @@ class DeadLetter:
 class Content(NamedTuple):
     """The payload and headers of a dead letter's event, as text.
 
-    Each is cut to ``CONTENT_MAX`` characters.
+    Each text is cut to ``CONTENT_MAX`` characters.
     """
 
     payload: str
@@ -151,14 +151,16 @@ class Preview:
     A payment with several dead letters is counted once.
     """
     waived: Mapping[str, Decimal]
-    """The part of ``money`` whose payments get no purchase if an operator discards the dead
-    letters.
+    """The part of ``money`` whose payments get no purchase if the dead letters are discarded.
 
     These payments have succeeded, are not refunded and have no purchase. Their dead letters meet
     the condition ``waivable``.
     """
     token: str
-    """A digest of the dead letters and their payments. It changes if any of these rows changes."""
+    """A digest of the dead letters and their payments.
+
+    The token changes if any of these rows changes.
+    """
 
 
 class Decided(NamedTuple):
@@ -414,19 +416,14 @@ def _events_of(tables: Tables, ids: Sequence[Key]) -> FromClause:
 
 
 def _is_the_same(kept: FromClause, tables: Tables) -> ColumnElement[bool]:
-    """Build the condition that the dead letter's event is in the outbox and a worker can claim it.
-    """
+    """Build the condition that the outbox has the dead letter's event, and that it is claimable."""
     outbox = tables.outbox
     named, kept_id = (payload.payment_id_text(tables, each) for each in (outbox, kept))
     return and_(outbox.c.event_type == kept.c.event_type, named.is_not_distinct_from(kept_id), is_claimable(outbox))
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused if the decision is not possible.
-
-    This is so if a selected event has no dead letter, or if the state of a dead letter does not
-    allow the decision.
-    """
+    """Raise Refused if an event has no dead letter, or if its state does not allow the decision."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters
