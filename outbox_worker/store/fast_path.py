@@ -138,10 +138,10 @@ class FastPath:
         """
 
     def settle_due(self, fetch: Fetch, guard: GuardState, wanted: Wanted, start: Position | None) -> FastResult:
-        """Claim due events after ``start``, and settle the clean events (rules 1 to 8 do not
-        apply).
+        """Claim due events after ``start``, and settle the clean events among them.
 
-        Raises Again if the statement wrote different numbers of purchases, marks and deletions.
+        None of rules 1 to 8 applies to a clean event. Raises Again if the statement wrote different
+        numbers of purchases, marks and deletions.
         """
         values = {**wanted.to_claim(start), **wanted.to_settle()}
         return self._run(fetch, self._statement(guard, claims=True), values)
@@ -171,8 +171,7 @@ class FastPath:
         )
 
     def settle_claimed(self, fetch: Fetch, guard: GuardState, wanted: Wanted, batch: Batch) -> FastResult:
-        """Settle the clean events of a claimed batch: the events to which none of rules 1 to 8
-        applies.
+        """Settle the clean events of a claimed batch (none of rules 1 to 8 applies to them).
 
         Under the guard ``lock``, the caller must have locked the pairs of the batch in an earlier
         statement. Raises Again if the statement wrote different numbers of purchases, marks and
@@ -281,7 +280,8 @@ def fast_statement(
     state: GuardState,
     bounds: Sequence[float],
 ) -> Select[Any]:
-    """what: settles the clean events of a claim (rules 1 to 8 do not apply); returns counts and other ids
+    """what: settles the clean events of a claim (none of rules 1 to 8 applies); returns counts,
+    and the ids of all other events
     lock: FOR UPDATE SKIP LOCKED on the claimed rows; under the guard ``lock``, the pairs are locked already
     index: (due_at, id); primary keys of payments, marks, letters and outbox; purchases.payment_id and the pair's index
     guard: ``index``: ON CONFLICT DO NOTHING; ``lock``: one event per pair, none if the pair has an active purchase

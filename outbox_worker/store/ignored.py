@@ -30,7 +30,7 @@ class IgnoredType:
 
 @dataclass(frozen=True, slots=True)
 class IgnoredEvents:
-    """The number of ignored events among the ``BOUND`` oldest events, and their main types."""
+    """The number of ignored events among the ``BOUND`` oldest, and their most frequent types."""
 
     events: int = 0
     types: tuple[IgnoredType, ...] = ()
