@@ -25,5 +25,5 @@ statements.
 The first parameter of a function that runs a statement is the session, or a ``Fetch`` that runs
 statements in the session. The caller begins and commits the transaction. Do not commit, retry or
 log in this package. Do not decide the outcome of an event here. The only exception is
-``fast_path``: every event that it settles has the outcome ``created``.
+``fast_path``. Every event that ``fast_path`` settles has the outcome ``created``.
 """

@@ -1,9 +1,9 @@
 """Reads and writes ``backfill_runs``: the range, the progress and the result of each backfill.
 
-A backfill creates the missing purchases of payments. In the same transaction, it writes its counts
-and its cursor: the position up to which it has scanned. A backfill was killed if its row is not
-finished and its process no longer runs. The next backfill of an operator with the same range
-continues at the cursor of the killed backfill.
+A backfill creates the missing purchases of payments. In the same transaction as the purchases, the
+backfill writes its counts and its cursor. The cursor is the position up to which the backfill has
+scanned. A backfill was killed if its row is not finished and its process no longer runs. The next
+backfill of an operator with the same range continues at the cursor of the killed backfill.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ The table thus stays small.
 CONTINUED_WITHIN = timedelta(days=1)
 """A killed backfill is continued only if its row was updated less than this time ago.
 
-An older backfill is not continued. Its range ends at its cutoff and thus excludes all newer
-payments.
+An older backfill is not continued. The range of an old backfill ends at its cutoff and excludes all
+newer payments.
 """
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
@@ -67,9 +67,9 @@ class RunOutcome(StrEnum):
     MADE = "made"
     """The backfill tried to create every missing purchase."""
     REPORTED = "reported"
-    """The backfill only counted the missing purchases. It was not asked to create them."""
+    """The backfill counted the missing purchases, but was not asked to create them."""
     REFUSED = "refused"
-    """The backfill created no purchase. More purchases were missing than its limit allows."""
+    """The backfill created no purchase. More purchases were missing than the limit allows."""
     INTERRUPTED = "interrupted"
     """The worker stopped, the scan failed, or the process was killed."""
 

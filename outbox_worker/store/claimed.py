@@ -26,9 +26,9 @@ def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
     """Build the condition that the due time is between ``window_first`` and ``window_last``.
 
     These two parameters are the first and the last due time of the claimed events. Every statement
-    that finds events by id also needs this condition. If ANALYZE ran while the queue was empty, the
-    planner can search for an id in the index ``(due_at, id)``. Without this condition, that search
-    would read the whole index.
+    that finds events by id also needs this condition on the due time. If ANALYZE ran while the
+    queue was empty, the planner can search for an id in the index ``(due_at, id)``. Without this
+    condition, that search would read the whole index.
     """
     first, last = (_end_of_window(end) for end in DueWindow._fields)
     return due_at.between(first, last)
@@ -69,9 +69,9 @@ def event_of(keys: FromClause, outbox: Table) -> FromClause:
 
     Join the subquery ON true. OFFSET 0 forces the planner to start the join at ``keys``. Without
     OFFSET 0, the planner can start at the outbox if the outbox was empty when ANALYZE ran. The
-    condition on ``crashes`` is always true. It reads a column that the index ``(due_at, id)`` does
-    not have. Without this condition, the planner can read all entries of the window in this index
-    for each id.
+    condition on ``crashes`` is always true. The condition reads a column that the index ``(due_at,
+    id)`` does not have. Without this condition, the planner can read all entries of the window in
+    this index for each id.
     """
     always = func.coalesce(outbox.c.crashes, 0) >= literal_column("0")
     row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at), always)

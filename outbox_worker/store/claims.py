@@ -49,15 +49,15 @@ class Claim:
     transaction_id: str | None = None
     """The id of the transaction.
 
-    If the answer to COMMIT is lost, the worker passes this id to ``pg_xact_status``. This function
-    tells whether the transaction was committed.
+    If the answer to COMMIT is lost, the worker passes this id to ``pg_xact_status`` and learns
+    whether the transaction was committed.
     """
     end: Position | None = None
     """The position of the last event; None if no event was claimed."""
     crash_suspects: Sequence[int] = ()
     """The events of the batch whose crash count is above 0.
 
-    The worker later processes each of them alone.
+    The worker later processes each of these events alone.
     """
 
 
@@ -119,8 +119,8 @@ def start_of(start: Position | None) -> dict[str, Any]:
     """Return the parameters of the position at which a claim begins.
 
     None means the start of the queue. The id is an ``Int8``, because psycopg sends small numbers as
-    other types. PostgreSQL would plan the statement again for each type. For the same reason, no
-    parameter is None.
+    other types. PostgreSQL would plan the statement again for each type. No parameter is None,
+    because None would also have another type.
     """
     due_at, key = start or _BEFORE_ALL
     return {"start_due_at": due_at, "start_id": Int8(key)}
@@ -157,9 +157,9 @@ def of_types(outbox: Table, event_types: Collection[str] | None) -> list[ColumnE
 def complete(outbox: FromClause) -> list[ColumnElement[bool]]:
     """Build the conditions that the event has an id and a type.
 
-    An adopted table can allow NULL in both. The worker cannot mark an event without an id. It has
-    no handler for an event without a type. Therefore the worker never claims these events. The
-    commands ``doctor`` and ``status`` report them.
+    An adopted table of the shop can allow NULL in these columns. The worker cannot mark an event
+    without an id. The worker has no handler for an event without a type. Therefore the worker never
+    claims these events. The commands ``doctor`` and ``status`` report these events.
     """
     return [outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None)]
 
@@ -179,7 +179,7 @@ def _due_by() -> ColumnElement[Any]:
 
 
 def _keys(tables: Tables) -> list[ColumnElement[Any]]:
-    """Return the columns of an event that the worker needs to settle it."""
+    """Return the columns of an event that the worker needs to settle the event."""
     outbox = tables.outbox
     return [
         outbox.c.id,

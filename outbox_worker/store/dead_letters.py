@@ -1,7 +1,8 @@
 """Lists dead letters, and requeues or discards them when an operator decides this.
 
 A dead letter is an event that the worker has given up until a person decides. The module ``outbox``
-writes dead letters. If such an event is settled later, ``outbox`` also closes its dead letter.
+writes dead letters. If the event of a dead letter is settled later, ``outbox`` also closes the dead
+letter.
 """
 
 from __future__ import annotations
@@ -86,9 +87,8 @@ class DeadLetter:
     reason: str
     detail: str
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``.
-
-    The same applies to ``dead_at``.
+    """``created_at`` and ``dead_at`` are None if Python cannot represent the time, for example
+    ``-infinity``.
     """
     dead_at: datetime | None
     state: str
@@ -220,7 +220,10 @@ class Page:
 
 
 def parse_event_id(tables: Tables, typed: str) -> Key:
-    """Parse the id of an event that a person typed. Raises WrongUsage if it cannot be the id of an event."""
+    """Parse the id of an event that a person typed.
+
+    Raises WrongUsage if the text cannot be the id of an event.
+    """
     found = tables.event_key.parse(typed)
     if found is None:
         raise WrongUsage(f"EVENT_ID: '{typed}' cannot be the id of an event, because these ids are {tables.event_key}.")
@@ -307,8 +310,8 @@ def read_letter(session: Session, tables: Tables, event_id: Key) -> tuple[DeadLe
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
     """Count the selected dead letters and sum their payments.
 
-    This function runs several queries. Call it in ``Database.snapshot``. All queries then see the
-    same state of the database.
+    This function runs several queries. Call ``preview`` in ``Database.snapshot``. All queries then
+    see the same state of the database.
     """
     letters, payments = tables.dead_letters, tables.payments
     chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
@@ -341,8 +344,8 @@ def decide_letters(
     """Requeue or discard the dead letters of a preview, and add a line to each note.
 
     If the database refuses the decision about one dead letter, this dead letter does not change.
-    All others are still decided. Raises Refused if a dead letter or its payment has changed since
-    the preview.
+    All other dead letters are still decided. Raises Refused if a dead letter or its payment has
+    changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
     if session.scalars(_token(tables, selection)).one() != token:
@@ -409,21 +412,21 @@ def _count_waiting(tables: Tables, ids: Sequence[Key]) -> Select[Any]:
 
 
 def _events_of(tables: Tables, ids: Sequence[Key]) -> FromClause:
-    """Build a relation with the events of these dead letters, as the events were in the outbox."""
+    """Build a relation with the events of these dead letters, in the form that the outbox uses."""
     letters = tables.dead_letters
     content = payload.from_dead_letter(letters.c.payload, tables.outbox).label("payload")
     return select(letters.c.event_id, letters.c.event_type, content).where(_among(letters, ids)).subquery("kept")
 
 
 def _is_the_same(kept: FromClause, tables: Tables) -> ColumnElement[bool]:
-    """Build the condition that the outbox has the dead letter's event, and that it is claimable."""
+    """Build the condition that an outbox row is the dead letter's event and can be claimed."""
     outbox = tables.outbox
     named, kept_id = (payload.payment_id_text(tables, each) for each in (outbox, kept))
     return and_(outbox.c.event_type == kept.c.event_type, named.is_not_distinct_from(kept_id), is_claimable(outbox))
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused if an event has no dead letter, or if its state does not allow the decision."""
+    """Raise Refused if a dead letter does not exist, or if its state forbids the decision."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters
@@ -467,8 +470,8 @@ def _requeue(tables: Tables, ids: Sequence[Key]) -> postgresql.Insert:
     """what: copies the events of dead letters into the outbox, due now
     lock: the rows of the dead letters (already locked) · index: primary key of dead_letters
 
-    If the producer has written an event again, the outbox already contains it. The statement does
-    not change this event.
+    If the producer has written an event again, the outbox already contains this event. The
+    statement then does not change the event in the outbox.
     """
     letters, outbox = tables.dead_letters, tables.outbox
     columns = ["event_id", "event_type", "payload", "headers", "created_at", "due_at"]

@@ -13,7 +13,10 @@ from outbox_worker.telemetry.metrics import SECONDS
 
 
 class Doors(NamedTuple):
-    """The objects that read and write the tables. They keep compiled statements, but no state."""
+    """The objects that read and write the tables.
+
+    These objects keep compiled statements, but no state.
+    """
 
     fast_path: FastPath
     outbox: Outbox

@@ -19,7 +19,7 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store.identity import grouped_purchases, has_grouped_pair
 
 SHOWN_PURCHASES = 20
-"""The largest number of purchases of one pair that is listed. It keeps the output short."""
+"""The largest number of purchases of one pair that is listed. This limit keeps the output short."""
 
 _BY_INDEX: Mapping[str, str] = {"enable_seqscan": "off", "enable_hashagg": "off", "jit": "off"}
 """Planner settings to read the pairs in the order of their index, without a sort or hash table."""
@@ -33,7 +33,7 @@ class DoubledPair:
     student_id: str
     """The student's id in the oldest purchase.
 
-    Other purchases can contain another spelling of the id.
+    Other purchases of the pair can write the same id in another way.
     """
     course_id: str
     purchases: int
@@ -45,8 +45,8 @@ def doubled_pairs(session: Session, tables: Tables, limit: int | None = None) ->
     """Find pairs with more than one active purchase.
 
     If such a pair exists, the unique index cannot be built. The first statement only checks whether
-    such a pair exists. Usually none exists. If ``purchases`` has an index on the pair, the first
-    statement reads only this index.
+    such a pair exists. Usually no such pair exists. If ``purchases`` has an index on the pair, the
+    first statement reads only this index.
     """
     by_index = tables.ids.is_indexable and has_index_paths(session, tables.purchases)
     with planned(session, **(_BY_INDEX if by_index else _BY_SORT)):
@@ -61,8 +61,8 @@ def _doubled(tables: Tables) -> Select[Any]:
     """what: pairs with more than one active purchase · lock: none
     index: that on the pair; without it, PostgreSQL sorts all purchases
 
-    The statement leaves out purchases without a student or a course. GROUP BY would count all of
-    these as one pair.
+    The statement leaves out purchases without a student or a course. GROUP BY would count all these
+    purchases as one pair.
     """
     purchases = tables.purchases
     pair = grouped_purchases(tables.ids, purchases)

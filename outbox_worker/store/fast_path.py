@@ -1,11 +1,11 @@
-"""Defines the fast statement. It claims due events and settles the *clean* ones.
+"""Defines the fast statement. The fast statement claims due events and settles the *clean* events.
 
 A clean event confirms a payment, and none of rules 1 to 8 of docs/explanation/state-machine.md
 applies to it. All other claimed events *fall out*: the statement leaves their rows unchanged. The
 worker settles these events in a *careful* transaction. A careful transaction locks the pairs before
 it reads the facts.
 
-The fast statement only creates purchases. It reads and writes with one snapshot. After this
+The fast statement only creates purchases. All its reads and writes have one snapshot. After this
 snapshot, another transaction can commit a purchase, a refund or a mark. The unique keys on the
 pair, the payment and the mark then prevent a wrong purchase. The fast statement leaves out the
 event, or fails and is rolled back.
@@ -111,7 +111,8 @@ class Wanted:
     The database has refused before to delete their rows.
     """
     commit_seconds: float = 0.0
-    """An estimate of the duration of COMMIT. It is added to each latency."""
+    """An estimate of the duration of COMMIT. The fast statement adds this estimate to each latency.
+    """
 
     def to_claim(self, start: Position | None) -> dict[str, Any]:
         limit = Int8(self.limit)  # an Int8 like the id in ``start_of``
@@ -133,8 +134,8 @@ class FastPath:
         self.claims_itself = not payload.is_document(tables.outbox)
         """Whether the fast statement can claim events itself.
 
-        If payloads are json or text, it cannot. The worker must first parse these payloads in
-        Python.
+        If payloads are json or text, the worker must first claim the events and parse the payloads
+        in Python.
         """
 
     def settle_due(self, fetch: Fetch, guard: GuardState, wanted: Wanted, start: Position | None) -> FastResult:
@@ -150,7 +151,7 @@ class FastPath:
         """Claim and settle events like ``settle_due``, but in two statements.
 
         The first statement claims the events and locks the pairs. The second statement settles the
-        events. It sees every purchase that another transaction wrote under the lock of the same
+        events, and sees every purchase that another transaction wrote under the lock of the same
         pair.
         """
         row = fetch(self._lock_due, wanted.to_claim(start))
@@ -175,7 +176,7 @@ class FastPath:
 
         Under the guard ``lock``, the caller must have locked the pairs of the batch in an earlier
         statement. Raises Again if the statement wrote different numbers of purchases, marks and
-        deletions. Raises Again also if the unique index is being built or dropped.
+        deletions. Also raises Again if the unique index is being built or dropped.
         """
         return self._run(fetch, self._statement(guard, claims=False), {**keys_of(batch), **wanted.to_settle()})
 
@@ -391,8 +392,8 @@ def _made(tables: Tables, clean: FromClause, guard: Guard, predicate: str) -> An
 def _won(clean: FromClause, made: FromClause) -> Select[Any]:
     """Select one event per payment whose purchase was inserted and is active.
 
-    PostgreSQL executes IN as a hashed subplan. It would execute a join of the two relations as a
-    slow nested loop, because the planner cannot estimate their numbers of rows.
+    PostgreSQL executes IN as a hashed subplan. A join of the two relations would run as a slow
+    nested loop, because the planner cannot estimate the numbers of rows.
     """
     is_made = clean.c.payment_id.in_(select(made.c.payment_id).where(made.c.is_active)).is_(true())
     read = [clean.c[key] for key in ("id", "event_id", "payment_id")]
@@ -419,7 +420,7 @@ def _removed(outbox: Table, won: FromClause, claimed: FromClause, from_due: Colu
     postponed after the snapshot would be settled, but not deleted. The statement only checks that
     the due time lies between the start and the end of the claim. If the planner believes that the
     outbox is empty, it can search for the ids in the index ``(due_at, id)``. Without this check,
-    PostgreSQL would then read the whole index. The ids are one array, because the planner could
+    PostgreSQL would then read the whole index. The ids are passed as one array. The planner could
     start a join at the outbox.
     """
     ids = func.array(select(won.c.id).scalar_subquery())

@@ -34,7 +34,7 @@ from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
 from outbox_worker.schema.tables import Tables, relation_name
 
 _LOCKS_PER_TRANSACTION = 10
-"""One batch can lock at most the size of the server's lock table divided by this number.
+"""The divisor for the locks of a batch: a batch can lock a tenth of the server's lock table.
 
 If the lock table were full, PostgreSQL would raise 53200 (out_of_memory) in any session.
 """
@@ -44,7 +44,8 @@ If the lock table were full, PostgreSQL would raise 53200 (out_of_memory) in any
 class GuardState:
     """The guard in force.
 
-    ``predicate`` is the WHERE condition of the unique index. It is empty if the guard is ``lock``.
+    ``predicate`` is the WHERE condition of the unique index. The predicate is empty if the guard is
+    ``lock``.
     """
 
     guard: Guard
@@ -59,17 +60,17 @@ class GuardState:
     triggers_on: frozenset[str] = frozenset()
     """The commands (``INSERT``, ``UPDATE``) on which a trigger of ``purchases`` can change a row.
 
-    If such a trigger can be deferred until COMMIT, ``COMMIT`` is in the set, too. The worker reads
-    back the rows that such a command wrote. These rows can differ from what the worker wrote.
+    The set also contains ``COMMIT`` if such a trigger can be deferred until COMMIT. The worker
+    reads back the rows that these commands wrote. These rows can differ from what the worker wrote.
     """
 
 
 class GuardWatch:
     """Remembers the guard that this process found last.
 
-    All claim loops of the process share this object. The claim loops need no lock for it, because
-    assigning ``state`` is atomic. An outdated state does no harm. The worker rolls the batch back
-    to its savepoint and settles it again. No purchase is lost or doubled.
+    All claim loops of the process share this object. The claim loops need no lock for this object,
+    because assigning ``state`` is atomic. An outdated state does no harm. The worker rolls the
+    batch back to its savepoint and settles it again. No purchase is lost or doubled.
     """
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
@@ -135,7 +136,7 @@ def guard_in_force(session: Session, tables: Tables) -> Guard:
     """Return the guard in force.
 
     ``tables`` must contain the rules by which this database compares ids. If the role has no INSERT
-    privilege, EXPLAIN would fail. In this case, the function checks only the catalogue.
+    privilege, the function checks only the catalogue, because EXPLAIN would fail.
     """
     purchases, is_indexable = tables.purchases, tables.ids.is_indexable
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):

@@ -1,9 +1,9 @@
 """Builds the SQL expressions that compare, order and lock ids of students and courses.
 
 ``schema.ids`` defines the rules. Two ids are the same if the column of ``purchases`` compares them
-as equal. To compare two ids, SQL converts both into one form. If possible, this is the form of the
-column of ``purchases``. PostgreSQL can then use the indexes on the column. Otherwise it is a
-*folded* text: all ways to write an id have the same folded text.
+as equal. To compare two ids, SQL converts both into one form. If possible, SQL uses the form of the
+column of ``purchases``. PostgreSQL can then use the indexes on the column. Otherwise SQL uses
+*folded* texts. All ways to write an id have the same folded text.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from outbox_worker.schema.ids import DEFAULT_COLLATION, Fold, IdColumn, PairIds,
 LONGEST_FOLDED = 40_000
 """The longest id in a payload, in bytes, that SQL compares in lower case or by a collation.
 
-A longer id counts as different. The limit has two reasons. PostgreSQL needs many times the memory
-of the text, and no index can hold a longer id.
+A longer id counts as different from every id. There is a limit because PostgreSQL needs many times
+the memory of the text. Also, no index can hold a longer id.
 """
 _UUID_SHAPE = "________-____-____-____-____________"
 _INTEGER_TEXT = r"^[+-]?[0-9]{1,40}$"
@@ -104,7 +104,8 @@ def has_grouped_pair(ids: PairIds, purchases: FromClause, grouped: FromClause) -
 def folded_pair(ids: PairIds, payments: FromClause, purchases: FromClause | None = None) -> list[ColumnElement[str]]:
     """Build the folded texts of a pair. Two pairs are the same exactly if both texts are equal.
 
-    If the payment's row is missing, the ids are read from ``purchases``, if this is given.
+    If the payment's row is missing, SQL reads the ids from ``purchases``. ``purchases`` is
+    optional.
     """
     sources = [payments] if purchases is None else [payments, purchases]
     texts = [[_folded(same, source.c[key]) for source in sources] for key, same in ids]
@@ -137,8 +138,8 @@ def is_bought_id(same: SameId, actual: ColumnElement[Any], given: str) -> Column
 def differs(column: IdColumn, given: ColumnElement[str], actual: ColumnElement[Any]) -> ColumnElement[bool]:
     """Build the condition that a text is not equal to this id.
 
-    The type of the column decides: for an integer, 007 equals 7. The expression never raises an
-    error, even if the type cannot hold the text.
+    The type of the column decides which texts are equal: for an integer, 007 equals 7. The
+    expression never raises an error, even if the type cannot hold the text.
     """
     written = cast(actual, Text)
     match column.kind:
@@ -198,7 +199,7 @@ def _of_purchase(same: SameId, column: ColumnElement[Any]) -> ColumnElement[Any]
 def _equal(same: SameId, one: ColumnElement[Any], other: ColumnElement[Any]) -> ColumnElement[bool]:
     """Compare two ids in the form of the column of ``purchases``, or as folded texts.
 
-    The operator of citext is written with its schema. The search path does not always contain this
+    The SQL names the schema of the citext operator. The search path does not always contain this
     schema.
     """
     return _equal_by_type(same.bought, one, other) if same.is_indexable else one == other

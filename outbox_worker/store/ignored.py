@@ -1,6 +1,6 @@
 """Counts the events that the worker leaves in the outbox for other consumers.
 
-No handler settles their types.
+The worker has no handler for the types of these events.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class IgnoredEvents:
 
 
 def count_ignored(session: Session, tables: Tables, event_types: Collection[str] | None) -> IgnoredEvents:
-    """Count the events that the worker never claims. Their type is not one of ``event_types``.
+    """Count the events that the worker never claims.
 
-    If ``event_types`` is None, the worker claims events of all types. The count is then 0.
+    The type of these events is not in ``event_types``. If ``event_types`` is None, the worker
+    claims events of all types, and the count is 0.
     """
     if event_types is None:
         return IgnoredEvents()

@@ -173,7 +173,7 @@ class Outbox:
         return None if row is None else IsolatedEvent(row.id, row.crashes)
 
     def claim_isolated(self, session: Session, isolated: IsolatedEvent, until: datetime | None) -> Claim:
-        """Lock the chosen event again, in the transaction that settles it.
+        """Lock the event that ``isolate`` chose, in the transaction that settles the event.
 
         The claim is empty if another worker has locked, settled or postponed the event since
         ``isolate``.
@@ -185,8 +185,8 @@ class Outbox:
     ) -> Claim:
         """Lock the events with these ids, if they are still due.
 
-        Skip events that another transaction has locked. ``windows`` contain the due times of the
-        events.
+        Skip events that another transaction has locked. The due times of the events lie in
+        ``windows``.
         """
         values = {"ids": ids, "until": until, **windows_of(windows)}
         return self._claim_of(self._claim_these.execute(session, values).one())
@@ -212,8 +212,8 @@ class Outbox:
         """Delete events from the outbox. Raises Swallowed if an event is still there afterwards.
 
         The caller must have written a mark or a dead letter for each event in the same transaction.
-        An event that no longer exists is no error. For example, a trigger of the purchase can have
-        deleted it.
+        It is no error if an event no longer exists. For example, a trigger on ``purchases`` can
+        have deleted the event.
         """
         values = {"ids": list(ids), **window_of(batch)}
         try:

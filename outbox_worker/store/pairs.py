@@ -1,10 +1,10 @@
 """Builds statements that lock pairs, read the facts about events, and read the payments of a pair.
 
-A pair is a student and a course. Its lock is an advisory lock that ends with the transaction.
-``identity.pair_key`` computes the key of this lock. The key is public: other programs can use the
-same lock. Under both guards, the worker locks the pair before it judges an event or writes a
-refund. Only the fast statement under the guard ``index`` needs no lock. The module ``identity``
-defines which pairs are the same.
+A pair is a student and a course. The lock of a pair is an advisory lock that ends with the
+transaction. ``identity.pair_key`` computes the key of this lock. The key is public: other programs
+can use the same lock. Under both guards, the worker locks the pair before it judges an event or
+writes a refund. Only the fast statement under the guard ``index`` needs no lock. The module
+``identity`` defines which pairs are the same.
 
 ``PurchaseRepository`` uses one statement for each step: lock pairs, read facts, write purchases.
 """

@@ -1,8 +1,8 @@
 """Reads five fields of each payload as text of limited length.
 
-``Tables.paths`` says where they are. If the payload column is jsonb, SQL expressions read the
-fields. The worker does not decode jsonb in Python. PostgreSQL accepts payloads that Python cannot
-decode (deep nesting, huge integers).
+``Tables.paths`` contains the path of each field. If the payload column is jsonb, SQL expressions
+read the fields. The worker does not decode jsonb in Python. PostgreSQL accepts payloads that Python
+cannot decode (deep nesting, huge integers).
 
 A json or text payload is called a *document* in this module. A document can contain what jsonb
 refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field of such a document, the
@@ -50,7 +50,7 @@ _LONGEST = 100
 _LONGEST_CURRENCY = 1_000
 """The longest currency in a payload, in bytes.
 
-A longer one counts as different from all currencies.
+A longer currency counts as different from all currencies.
 """
 
 LONGEST_DOCUMENT = 262_144
@@ -122,8 +122,8 @@ def claim_columns(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
 def read_claim_columns(tables: Tables, outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
     """Parse a value of ``claim_columns``. Return the payment's id and the other fields.
 
-    The id is None if no payment can have it. If the column is jsonb, the other fields are empty.
-    Later statements read these fields in SQL.
+    The id is None if no payment can have this id. If the column is jsonb, the other fields are
+    empty. Later statements read these fields in SQL.
     """
     if is_document(outbox):
         return read_document(tables, found)
@@ -133,7 +133,7 @@ def read_claim_columns(tables: Tables, outbox: FromClause, found: str | None) ->
 def read_document(tables: Tables, text: str | None) -> tuple[str | None, Repeated]:
     """Parse a document (a json or text payload). Return the ``payment_id`` and the other fields.
 
-    The ``payment_id`` is in its usual form. It is None if no payment can have this id.
+    The ``payment_id`` is in its usual form, or None if no payment can have this id.
     """
     try:
         found = _parse(text or "")
@@ -185,10 +185,10 @@ def _first_level(text: str) -> str:
 def _text_of(value: Any) -> str | None:
     """Convert a parsed value to the text that the SQL operator ``->>`` returns.
 
-    The text is not cut, because the worker compares whole ids. ``LONGEST_DOCUMENT`` limits its
-    length. An object or array becomes ``_NEVER_EQUAL``, because no payment column contains this
-    text. PostgreSQL cannot store NUL and lone surrogates. NUL becomes ``_NEVER_EQUAL``, and a lone
-    surrogate becomes a question mark.
+    The text is not cut, because the worker compares whole ids. ``LONGEST_DOCUMENT`` limits the
+    length of the text. An object or array becomes ``_NEVER_EQUAL``, because no payment column
+    contains this text. PostgreSQL cannot store NUL and lone surrogates. NUL becomes
+    ``_NEVER_EQUAL``, and a lone surrogate becomes a question mark.
     """
     match value:
         case None:
@@ -222,8 +222,8 @@ def key_text(tables: Tables, source: FromClause, key: str) -> ColumnElement[Any]
 def payment_id_candidate(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id``.
 
-    It is NULL if its length or shape cannot be that of an id. If ids are texts, it is also NULL if
-    its JSON type is neither string nor number.
+    The result is NULL if no id has this length or shape. If ids are texts, the result is also NULL
+    for JSON values that are neither strings nor numbers.
     """
     written, kind = _written(tables, outbox, "payment_id"), tables.payment_key
     if kind is KeyKind.UUID:
@@ -270,10 +270,10 @@ def is_written_as(text: ColumnElement[str], uuid: ColumnElement[Any]) -> ColumnE
 def usable_payment_ids(candidates: str, kind: KeyKind) -> Sequence[str | None]:
     """Parse an array of candidates.
 
-    Return the usual form of each id, or None if it cannot be an id. A candidate is a text that is
-    possibly the id of a payment. The worker checks candidates in Python. A regular expression on
-    the server would take a tenth of the server's time per event. If all candidates are UUIDs in
-    lower case, the text of the array is not split.
+    Return the usual form of each candidate, or None if the candidate cannot be an id. A candidate
+    is a text that is possibly the id of a payment. The worker checks candidates in Python. A
+    regular expression on the server would take a tenth of the server's time per event. If all
+    candidates are UUIDs in lower case, the text of the array is not split.
     """
     found = ArrayText(candidates)
     if kind is KeyKind.UUID and _ARE_UUIDS(candidates):
@@ -284,10 +284,11 @@ def usable_payment_ids(candidates: str, kind: KeyKind) -> Sequence[str | None]:
 def payment_id_text(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
     """Build the payload's ``payment_id`` as text, even if it cannot be an id.
 
-    The expression never raises an error. A UUID is in lower case. An integer has no leading zeros.
-    In a json or text payload, a regular expression finds the ``payment_id``, even in a nested
-    object. In jsonb, the expression does not check that the text is a UUID. The check would take
-    longer than reading the table. It is not needed, because the text is only compared with UUIDs.
+    The expression never raises an error. A UUID is written in lower case, and an integer without
+    leading zeros. In a json or text payload, a regular expression finds the ``payment_id``, even in
+    a nested object. In jsonb, the expression does not check that the text is a UUID. The check
+    would take longer than reading the table. The check is not needed, because the text is only
+    compared with UUIDs.
     """
     kind = tables.payment_key
     if is_document(outbox):
@@ -305,9 +306,9 @@ def mismatches(tables: Tables, source: FromClause, payments: FromClause) -> dict
 
     The condition compares the payload with the payment row. ``source`` is the event's row, or a
     relation with the fields that the worker parsed in Python. The condition first compares both
-    values as texts. In most payloads, the texts are equal, and PostgreSQL computes nothing else.
-    Otherwise it compares ids by the types of the payment's columns, amounts as numbers, and
-    currencies in upper case without blanks.
+    values as texts. In most payloads, the texts are equal, and PostgreSQL computes nothing else. If
+    the texts differ, PostgreSQL compares ids by the types of the payment's columns, amounts as
+    numbers, and currencies in upper case without blanks.
     """
     written = {key: _written(tables, source, key) for key in Repeated._fields}
     rules = {
@@ -322,7 +323,7 @@ def mismatches(tables: Tables, source: FromClause, payments: FromClause) -> dict
 def mismatched_keys(tables: Tables, source: FromClause, payments: FromClause) -> ColumnElement[Any]:
     """Build a text[] with the names of the fields that differ from the payment row.
 
-    If no payment row exists, all optional fields of the payload differ.
+    If no payment row exists, all optional fields in the payload count as different.
     """
     names = [case((differs, key)) for key, differs in mismatches(tables, source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)

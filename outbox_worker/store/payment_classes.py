@@ -1,9 +1,9 @@
 """Classifies payments. A *standing* payment has succeeded and is not refunded.
 
-Every standing payment is in exactly one of seven classes, if it can be judged. The commands
-``audit``, ``backfill`` and ``why`` use the same SQL CASE as refunds. A scan has two steps.
-``page_statement`` reads one page of payments. It classifies each payment whose class follows from
-the table ``purchases`` alone. Usually, these are nearly all payments. ``portion_statement`` then
+If a standing payment can be judged, it is in exactly one of seven classes. The commands ``audit``,
+``backfill`` and ``why`` use the same SQL CASE as refunds. A scan has two steps. ``page_statement``
+reads one page of payments, and classifies each payment whose class follows from the table
+``purchases`` alone. Usually, this step classifies nearly all payments. ``portion_statement`` then
 classifies the remaining payments of the page.
 """
 
@@ -102,8 +102,8 @@ def page_statement(
     tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
 ) -> Select[Any]:
     """what: reads the next page of payments in the order of a key. Counts the payments whose class
-    follows from their purchases, by class and currency. Returns the ids of all other payments, and the
-    length and the last key of the page. Lists each duplicate payment if ``lists_duplicates``
+    follows from their purchases, by class and currency. Returns the ids of all other payments, the
+    length of the page and its last key. Lists each duplicate payment if ``lists_duplicates``
     lock: none · index: that on the key; those of purchases on payment_id and on the pair
     """
     keys = [tables.payments.c[key] for key in order]
@@ -121,8 +121,8 @@ def page_statement(
 
 
 def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
-    """what: counts the payments with these ``ids`` by class and currency. Lists each unexplained payment
-    if ``lists``
+    """what: counts the payments with these ``ids`` by class and currency. Lists each unexplained
+    payment if ``lists``
     lock: none · index: primary key of payments, dead_letters.payment_id, those of purchases on
     payment_id and on the pair; the outbox is scanned once
     """
@@ -181,7 +181,7 @@ def has_unfit_amount(payments: FromClause) -> ColumnElement[bool]:
 def waivable(letters: FromClause) -> ColumnElement[bool]:
     """Build the condition that a dead letter waives a purchase if an operator discards it.
 
-    The payment of the dead letter then gets no purchase. This applies only to a standing payment.
+    If its payment is standing (succeeded, not refunded), the payment then gets no purchase.
     """
     reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
     return and_(has_type(letters, [PURCHASE_CONFIRMED]), reasons)

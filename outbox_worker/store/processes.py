@@ -57,7 +57,7 @@ def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: fl
 def leave_note(worker: UUID) -> None:
     """Create a note: a file that says that a worker no longer processes the event in its row.
 
-    Ignore an error of the disk.
+    Ignore disk errors.
     """
     with suppress(OSError):
         _note(worker).touch()

@@ -1,7 +1,8 @@
-"""Writes ``purchases`` and ``processed_events``, and reads ``payments``: ``PurchaseRepository``.
+"""Writes ``purchases`` and ``processed_events``, and reads ``payments``.
 
-Each statement receives the keys of claimed events as arrays, and joins the keys to the rows of the
-tables. If every event gets its purchase, the INSERT returns NULL instead of a list of payments.
+Use ``PurchaseRepository``. Each statement receives the keys of claimed events as arrays, and joins
+the keys to the rows of the tables. If every event gets its purchase, the INSERT returns NULL
+instead of a list of payments.
 
 Every statement writes purchases in the order (student_id, course_id, due_at, id). Otherwise two
 workers could deadlock. ``identity.written_order`` defines how the ids are compared.
@@ -174,9 +175,9 @@ class PurchaseRepository:
         """Return whether an error 23505 names the unique key of a pair, of a payment, or of an
         event's mark.
 
-        If so, the event is the cause of the error. If the error names another unique key, every
-        purchase can violate that key. Raises DefaultTaken if a sequence gave the row a key that
-        another row has. The sequence is then behind its column.
+        If it does, the event is the cause of the error. If the error names another unique key,
+        every purchase can violate that key. Raises DefaultTaken if a sequence gave the row a key
+        that another row has. The sequence is then behind its column.
         """
         purchases, marks = self._tables.purchases, self._tables.processed_events
         written = {purchases: {*_COPIED, "deactivated_at"}, marks: {column.key for column in marks.c}}
@@ -222,8 +223,8 @@ class PurchaseRepository:
     def read_back(self, session: Session, payment_ids: Sequence[str | None], *, is_active: bool) -> None:
         """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has written.
 
-        Call this method at the end, after the deferred triggers have run. If they ran earlier, a
-        deferred trigger that reads the mark would not find the mark.
+        Call this method at the end, after the deferred triggers have run. If the triggers ran
+        earlier, a deferred trigger that reads the mark would not find the mark.
         """
         if not payment_ids:
             return
@@ -247,7 +248,7 @@ class PurchaseRepository:
 def _raise_if_behind(session: Session, table: Table, names: set[str], error: Exception) -> None:
     """Raise DefaultTaken if a sequence that fills one of these columns is behind.
 
-    Also raise it if the values of the sequence or the column are unknown.
+    Also raise DefaultTaken if the value of the sequence or of the column is unknown.
     """
     remedies = []
     for column, sequence in sequences(session, table).items():

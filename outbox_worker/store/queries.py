@@ -61,9 +61,10 @@ def currency_code(currency: ColumnElement[Any]) -> ColumnElement[str]:
 
 
 def has_status(payments: FromClause, status: PaymentStatus) -> ColumnElement[bool]:
-    """Build the condition that the payment has this status. The table can use another name for it.
+    """Build the condition that the payment has this status.
 
-    The condition compares the status as text, because the column can be an enum.
+    The table can use another name for the status. The condition compares the status as text,
+    because the column can be an enum.
     """
     return or_(*(cast(payments.c.status, Text) == text for text in _texts(payments, status)))
 
@@ -71,7 +72,7 @@ def has_status(payments: FromClause, status: PaymentStatus) -> ColumnElement[boo
 def status_of(payments: FromClause) -> ColumnElement[str]:
     """Build the worker's name of the payment's status.
 
-    If the worker does not know the status, build its text in the table.
+    If the status is unknown, the result is its text in the table.
     """
     other_names = [each for each in PaymentStatus if _texts(payments, each) != [each.value]]
     written: ColumnElement[str] = cast(payments.c.status, Text)
@@ -94,7 +95,7 @@ def is_succeeded(payments: FromClause) -> ColumnElement[bool]:
 def type_of(events: FromClause) -> ColumnElement[str]:
     """Build the worker's name of the event's type.
 
-    If the worker does not know the type, build its name in the table.
+    If the type is unknown, the result is its name in the table.
     """
     written, names = events.c.event_type, _type_names(events)
     whens = [(written == name, literal_column(f"'{event_type}'", Text)) for name, event_type in names.items()]
@@ -104,7 +105,7 @@ def type_of(events: FromClause) -> ColumnElement[str]:
 def has_type(events: FromClause, event_types: Collection[str]) -> ColumnElement[bool]:
     """Build the condition that the event has one of these types.
 
-    The table can use other names for them.
+    The table can use other names for the types.
     """
     others = [name for name, event_type in _type_names(events).items() if event_type in event_types]
     names = sorted({*event_types, *others})
@@ -121,9 +122,9 @@ def is_claimable(outbox: FromClause) -> ColumnElement[bool]:
     """Build the condition that a worker can claim the event, now or later.
 
     Adopted tables can contain NULL. An event without a due time is never due. The worker cannot
-    mark an event without an id. It has no handler for an event without a type. The CASE prevents
-    the planner from reading the whole index on the due time. That would be slow, because the
-    condition holds for nearly all events.
+    mark an event without an id. The worker has no handler for an event without a type. The CASE
+    prevents the planner from reading the whole index on the due time. Reading the index would be
+    slow, because nearly all events meet the condition.
     """
     is_complete = and_(outbox.c.due_at < NEVER, outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None))
     return case((is_complete, true()), else_=false())

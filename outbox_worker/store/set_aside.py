@@ -1,4 +1,4 @@
-"""Keeps the events that are *set aside*: claims skip them.
+"""Keeps the events that are *set aside*. Claims skip these events.
 
 The database refuses to delete or to postpone the rows of these events. All claim loops of a process
 share one ``SetAside``. The class ``Workers`` writes the events of this process into the row of this
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 MOST = 1000
 """The largest number of events that one worker sets aside.
 
-If the database refuses more events, the cause is probably the database.
+If the database refuses more events, the cause is probably the database itself.
 """
 
 FIRST_SECONDS = 15.0
@@ -25,7 +25,7 @@ event.
 """
 
 LATER_SECONDS = 600.0
-"""The time for which an event is set aside if the database refused before to change its row.
+"""The time for which an event is set aside after the database refused repeatedly to change its row.
 
 Each try makes a batch fail once. Therefore tries must be rare.
 """
@@ -50,14 +50,12 @@ class SetAside:
     known: set[int] = field(default_factory=set)
     """The events that this worker has set aside before."""
     _unrecorded: dict[int, int] = field(default_factory=dict)
-    """The number of unrecorded tries in a row, by event.
-
-    The database refused to record their outcome.
-    """
+    """The number of tries in a row, by event, whose outcome the database refused to record."""
     _own: dict[int, tuple[str, float]] = field(default_factory=dict)
     """The events that this worker has set aside.
 
-    Each has the refusal, and the time from which a claim can take the event again.
+    Each entry has the text of the refusal, and the time from which a claim can take the event
+    again.
     """
     _others: frozenset[int] = frozenset()
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,7 +94,7 @@ class SetAside:
     def forget(self, settled: Set[int]) -> None:
         """Forget that the database refused these events before.
 
-        Call this method if their outcome was recorded.
+        Call this method if the outcome of these events was recorded.
         """
         self.known.difference_update(settled)
         for key in self._unrecorded.keys() & settled:

@@ -3,8 +3,8 @@
 The row also contains the events that the process has set aside, and the event that it processes
 alone.
 
-A worker writes its row at its start and at every heartbeat. It closes the row when it stops
-cleanly. If an open row is no longer updated, its worker has died.
+A worker writes its row at its start and at every heartbeat. A worker that stops cleanly closes its
+row. If an open row is no longer updated, its worker has died.
 
 Before a worker processes an event alone, it *accuses* the event: it commits the event's id into its
 own row. The worker withdraws the accusation if the event is settled or given up, and if the worker
@@ -83,7 +83,7 @@ class WorkerRow:
 class Contact:
     """Records when this process could reach the database.
 
-    The process needs this information to judge other workers.
+    The process needs this information to judge whether other workers died.
     """
 
     heartbeats: int = 0
@@ -91,7 +91,7 @@ class Contact:
     regained_at: datetime | None = None
     """The time, by the database's clock, when the database answered again after an outage.
 
-    None if no outage has occurred.
+    The time is None if no outage has occurred.
     """
     _is_lost: bool = False
 
@@ -156,7 +156,7 @@ class Workers:
     def beat(
         self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False
     ) -> datetime | None:
-        """Write a heartbeat, this process's counters, and the events that it has set aside.
+        """Write a heartbeat, the counters of this process, and the events that it has set aside.
 
         If ``stopped``, also close the row and withdraw the accusation.
 
@@ -201,10 +201,10 @@ class Workers:
     ) -> Takeover:
         """Take over the rows of dead workers.
 
-        Count each proven death for its event, in this transaction. Take over at most one row
-        without an isolated event. The worker that takes over such a row then processes events
-        alone. One such worker per death is enough. If ``only_accusers``, take over only rows with
-        an isolated event.
+        Count each proven death for its event, in this transaction. Take over at most one row of a
+        worker that processed no event alone. The worker that takes over such a row then processes
+        events alone. One worker per death is enough for this. If ``only_accusers``, take over only
+        rows of workers that processed an event alone.
         """
         found = Takeover()
         rows = self._open_rows(session, contact, only_accusers)
@@ -237,7 +237,7 @@ class Workers:
         return session.execute(open_rows.order_by(workers.c.started_at)).all()
 
     def _take_over(self, session: Session, row: Row[Any], death: Death, found: Takeover) -> None:
-        """what: closes the row of a dead worker and counts its death, if the row is unchanged since the read
+        """what: closes the row of a dead worker and counts its death, if the row is unchanged
         lock: FOR UPDATE SKIP LOCKED, the row of the worker before the event · index: primary keys
 
         If the death was counted, the row keeps the id of its event. ``_reopen`` needs this id to
@@ -269,8 +269,8 @@ class Workers:
         return [self._workers.c.stopped_at.is_(None), self._workers.c.succeeded_at.is_(None)]
 
     def _reopen(self, session: Session) -> bool:
-        """what: opens the row of this worker again if another worker has taken it over; subtracts the
-        counted death
+        """what: opens the row of this worker again if another worker has taken it over; subtracts
+        the counted death
         lock: FOR UPDATE on the row, then FOR UPDATE SKIP LOCKED on the event · index: primary keys
 
         The other worker was wrong, because this process is alive. This process was only paused, or
@@ -367,8 +367,8 @@ def set_aside_events(workers: Table) -> Select[Any]:
     """what: the ids of the events that workers have set aside
     lock: none · index: none, ``workers`` is small
 
-    The events of a worker count as set aside while it runs. After its end, they count until another
-    worker starts. The new worker tries these events again.
+    The events of a worker count as set aside while it runs. After the worker's end, its events
+    count until another worker starts. The new worker tries these events again.
     """
     return _keys_set_aside(workers, _is_latest(workers))
 
