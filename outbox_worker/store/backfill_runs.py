@@ -1,8 +1,9 @@
 """Reads and writes ``backfill_runs``: the range, the progress and the result of each backfill.
 
-A backfill writes its cursor and counts in the same transaction as the purchases that the counts include. If the row of
-a backfill is not finished and its process no longer runs, the backfill was killed. The next backfill with the same
-range continues from the cursor of the killed one.
+A backfill creates the missing purchases of payments. In the same transaction as the purchases, the
+backfill writes its counts and its cursor. The cursor is the position up to which the backfill has
+scanned. A backfill was killed if its row is not finished and its process no longer runs. The next
+backfill of an operator with the same range continues at the cursor of the killed backfill.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ from outbox_worker.schema.tables import Tables, by_column, relation_name
 from outbox_worker.store.processes import BACKFILL_SILENT_AFTER_SECONDS, is_gone, this_process
 
 PERIODIC_RUNS_KEPT_FOR = timedelta(days=7)
-"""The row of a periodic backfill is deleted this long after the backfill has ended, so that the table stays small."""
-CONTINUED_WITHIN = timedelta(days=1)
-"""A killed backfill is continued only if its row was updated within this time before now.
+"""The time after which the worker deletes the row of an ended periodic backfill.
 
-An older backfill is not continued, because its range ends at its cutoff and excludes all newer payments.
+The table thus stays small.
+"""
+CONTINUED_WITHIN = timedelta(days=1)
+"""A killed backfill is continued only if its row was updated less than this time ago.
+
+An older backfill is not continued. The range of an old backfill ends at its cutoff and excludes all
+newer payments.
 """
 
 _TURN_KEY = "purchase-outbox-worker: periodic backfill"
@@ -62,18 +67,19 @@ class RunOutcome(StrEnum):
     MADE = "made"
     """The backfill tried to create every missing purchase."""
     REPORTED = "reported"
-    """The backfill counted missing purchases and created none, because it was only asked to report them."""
+    """The backfill counted the missing purchases, but was not asked to create them."""
     REFUSED = "refused"
-    """The backfill created no purchase, because more purchases were missing than it may create."""
+    """The backfill created no purchase. More purchases were missing than the limit allows."""
     INTERRUPTED = "interrupted"
     """The worker stopped, the scan failed, or the process was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackfillRange:
-    """The payments that a backfill scans: created at or after ``since``, and before ``until`` and ``cutoff``.
+    """The range of payments that a backfill scans.
 
-    ``since`` and ``until`` are None if they are not given.
+    The range contains the payments that were created at or after ``since``, and before both
+    ``until`` and ``cutoff``. ``since`` and ``until`` are None if they are not given.
     """
 
     since: datetime | None
@@ -122,9 +128,9 @@ class BackfillRuns:
     def continue_killed(
         self, session: Session, since: datetime | None, until: datetime | None, actor: str
     ) -> BackfillRun | None:
-        """Take over an operator's backfill that had this range and was killed.
+        """Take over a killed backfill of an operator with this range.
 
-        Return None if there is no such backfill. This adds ``actor`` to the actors in the row.
+        Return None if no such backfill exists. This method adds ``actor`` to the actors in the row.
         """
         runs = self._runs
         same = [runs.c.since.is_not_distinct_from(since), runs.c.until.is_not_distinct_from(until)]
@@ -136,7 +142,10 @@ class BackfillRuns:
         return None
 
     def advance(self, session: Session, key: UUID, counts: Mapping[str, Any], cursor: Sequence[str] | None) -> None:
-        """Write counts and cursor of a backfill, in the transaction that inserts its purchases."""
+        """Write the counts and the cursor of a backfill.
+
+        Call this method in the transaction that inserts its purchases.
+        """
         values = {"counts": dict(counts), "cursor": null() if cursor is None else list(cursor)}
         self._update(session, key, **values)
 
@@ -153,9 +162,10 @@ class BackfillRuns:
     def take_periodic_turn(self, session: Session, every: timedelta) -> bool:
         """Return whether this process should run the periodic backfill now.
 
-        Return True if no periodic backfill runs and the last one began at least ``every`` ago. Then all other processes
-        get False until this transaction ends. Therefore the caller must insert the row of the new backfill in this
-        transaction.
+        Return True if no periodic backfill runs and none began within ``every`` before now.
+        Interrupted backfills do not count. If this method returns True, all other processes get
+        False until this transaction ends. Therefore the caller must insert the row of the new
+        backfill in this transaction.
         """
         if not session.scalar(_TAKE_TURN, {"key": _TURN_KEY}):
             return False
@@ -181,7 +191,10 @@ class BackfillRuns:
         return session.scalar(found) or {}
 
     def was_made_by_hand(self, session: Session) -> bool:
-        """Return whether an operator has completed a backfill. Before that, periodic backfills create no purchases."""
+        """Return whether an operator has completed a backfill.
+
+        Until then, periodic backfills create no purchases.
+        """
         runs = self._runs
         by_hand = runs.c.kind == RunKind.OPERATOR.value, runs.c.outcome == RunOutcome.MADE.value
         return bool(session.scalar(select(select(runs.c.id).where(*by_hand).exists())))
@@ -221,7 +234,10 @@ class BackfillRuns:
         self._expect_written(session, written.returning(self._runs.c.id))
 
     def _expect_written(self, session: Session, write: Executable) -> None:
-        """Raise NothingWritten if a write changed no row, because a backfill without a row cannot be continued."""
+        """Raise NothingWritten if the statement wrote no row.
+
+        A backfill without a row cannot be continued.
+        """
         if session.scalar(write) is None:
             raise NothingWritten(
                 f"The row of this backfill in {relation_name(self._runs)} was not written, and PostgreSQL raised no "
@@ -231,10 +247,10 @@ class BackfillRuns:
 
 
 def written_left(left: PaymentTotals, recent: PaymentTotals) -> dict[str, Any]:
-    """Build the part of ``counts`` about payments that are still in the class ``unexplained`` after the backfill.
+    """Build the part of ``counts`` about payments that are still unexplained after the backfill.
 
-    ``left`` contains all of these payments. ``carried`` excludes the ``recent`` payments, because the next scan counts
-    these payments again.
+    ``left`` counts all of these payments. ``carried`` does not count the ``recent`` payments. The
+    next scan counts the recent payments again.
     """
     return {"left": left.written(), "carried": (left - recent).written()}
 

@@ -1,4 +1,4 @@
-"""Builds the part of a statement that finds the rows of claimed events by their ids and due times."""
+"""Builds parts of statements that find claimed events by their ids and due times."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ from outbox_worker.model import Batch, DueWindow
 
 
 def within(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that the due time is between the parameters ``window_first`` and ``window_last``.
+    """Build the condition that the due time is between ``window_first`` and ``window_last``.
 
-    Every statement that finds events by id also needs this condition. If ANALYZE ran while the queue was empty, the
-    planner may search for an id in the index ``(due_at, id)``. Without this condition, the search would read the whole
-    index.
+    These two parameters are the first and the last due time of the claimed events. Every statement
+    that finds events by id also needs this condition on the due time. If ANALYZE ran while the
+    queue was empty, the planner can search for an id in the index ``(due_at, id)``. Without this
+    condition, that search would read the whole index.
     """
     first, last = (_end_of_window(end) for end in DueWindow._fields)
     return due_at.between(first, last)
 
 
 def within_any(due_at: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that the due time lies in the range of the parameters ``window_firsts`` and ``window_lasts``.
+    """Build the condition that the due time lies in the time range of several claims.
 
-    These are the windows of several claims, in any order.
+    The range goes from the first time in ``window_firsts`` to the last time in ``window_lasts``.
+    These parameters contain the windows of the claims, in any order.
     """
     firsts, lasts = (_times(f"window_{end}s") for end in DueWindow._fields)
     earliest = select(func.min(firsts.c.due_at)).scalar_subquery()
@@ -54,7 +56,7 @@ def windows_of(windows: Sequence[DueWindow]) -> dict[str, list[str]]:
 
 
 def window_start() -> ColumnElement[Any]:
-    """Build the earliest due time of the claimed events: the parameter ``window_first``."""
+    """Build the parameter ``window_first``: the earliest due time of the claimed events."""
     return _end_of_window("first")
 
 
@@ -63,11 +65,13 @@ def _end_of_window(end: str) -> ColumnElement[Any]:
 
 
 def event_of(keys: FromClause, outbox: Table) -> FromClause:
-    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``. Join the subquery ON true.
+    """Build a lateral subquery that finds the outbox row of each ``id`` in ``keys``.
 
-    OFFSET 0 forces the planner to start the join at ``keys``. Without OFFSET 0, the planner may start at the outbox if
-    the outbox was empty when ANALYZE ran. The condition on ``crashes`` always holds. Without it, the planner may read
-    all entries of the window in the index ``(due_at, id)`` for each id, because this index has all columns it needs.
+    Join the subquery ON true. OFFSET 0 forces the planner to start the join at ``keys``. Without
+    OFFSET 0, the planner can start at the outbox if the outbox was empty when ANALYZE ran. The
+    condition on ``crashes`` is always true. The condition reads a column that the index ``(due_at,
+    id)`` does not have. Without this condition, the planner can read all entries of the window in
+    this index for each id.
     """
     always = func.coalesce(outbox.c.crashes, 0) >= literal_column("0")
     row = select(outbox).where(outbox.c.id == keys.c.id, within(outbox.c.due_at), always)

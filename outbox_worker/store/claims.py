@@ -1,4 +1,7 @@
-"""Defines the statements that claim events, that is, lock the rows of due events, and reads their results."""
+"""Defines the statements that claim events, and reads their results.
+
+A claim locks the rows of due events.
+"""
 
 from __future__ import annotations
 
@@ -35,23 +38,27 @@ from outbox_worker.store.queries import has_type, type_of
 
 _LONGEST_TYPE = 200
 _BEFORE_ALL = Position("-infinity", -(2**63))
-"""A position before every event, with the smallest possible id."""
+"""The position before all events: the earliest time and the smallest id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Events locked by this transaction, in the order ``(due_at, id)``."""
+    """The events that a claim has locked in this transaction, in the order ``(due_at, id)``."""
 
     batch: Batch = field(default_factory=Batch)
     transaction_id: str | None = None
-    """The transaction's id.
+    """The id of the transaction.
 
-    If the answer to COMMIT is lost, ``pg_xact_status`` uses this id to find out whether the transaction was committed.
+    If the answer to COMMIT is lost, the worker passes this id to ``pg_xact_status`` and learns
+    whether the transaction was committed.
     """
     end: Position | None = None
     """The position of the last event; None if no event was claimed."""
     crash_suspects: Sequence[int] = ()
-    """The events of the batch whose crash count is not 0. Each of these events is processed alone later."""
+    """The events of the batch whose crash count is above 0.
+
+    The worker later processes each of these events alone.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,10 @@ class IsolatedEvent:
 
 
 def claim_of(tables: Tables, row: Row[Any]) -> Claim:
-    """Return the claim in a row of a claim statement; an empty claim if the statement found no event."""
+    """Read the claim from the row that a claim statement returned.
+
+    If the statement found no event, the claim is empty.
+    """
     if row.ids is None:
         return Claim()
     types = row.event_types if len(row.event_types) == len(row.ids) else row.event_types * len(row.ids)
@@ -106,17 +116,18 @@ def _is_after_start(outbox: Table) -> ColumnElement[bool]:
 
 
 def start_of(start: Position | None) -> dict[str, Any]:
-    """Return the parameters of a position at which a claim begins; None stands for the start of the queue.
+    """Return the parameters of the position at which a claim begins.
 
-    ``Int8``: psycopg sends small numbers as other types, and each type would be another statement to plan. For the same
-    reason, no value is None.
+    None means the start of the queue. The id is an ``Int8``, because psycopg sends small numbers as
+    other types. PostgreSQL would plan the statement again for each type. No parameter is None,
+    because None would also have another type.
     """
     due_at, key = start or _BEFORE_ALL
     return {"start_due_at": due_at, "start_id": Int8(key)}
 
 
 def start_due_at() -> ColumnElement[Any]:
-    """Build the due time at which a claim begins: the parameter ``start_due_at``."""
+    """Build the parameter ``start_due_at``: the due time at which a claim begins."""
     return cast(bindparam("start_due_at", type_=Text), DateTime(timezone=True))
 
 
@@ -137,28 +148,29 @@ def claim_these_statement(tables: Tables) -> Select[Any]:
 
 
 def of_types(outbox: Table, event_types: Collection[str] | None) -> list[ColumnElement[bool]]:
-    """Build the condition that an event has one of these types. None stands for all types."""
+    """Build the condition that an event has one of these types. None means all types."""
     if event_types is None:
         return []
     return [has_type(outbox, event_types)]
 
 
 def complete(outbox: FromClause) -> list[ColumnElement[bool]]:
-    """Build the conditions that the event has an id and a type, because an adopted table may allow NULL.
+    """Build the conditions that the event has an id and a type.
 
-    The worker cannot mark an event without an id, and has no handler for an event without a type. So the worker never
-    claims such events. The commands ``doctor`` and ``status`` report them.
+    An adopted table of the shop can allow NULL in these columns. The worker cannot mark an event
+    without an id. The worker has no handler for an event without a type. Therefore the worker never
+    claims these events. The commands ``doctor`` and ``status`` report these events.
     """
     return [outbox.c.event_id.is_not(None), outbox.c.event_type.is_not(None)]
 
 
 def counted(column: ColumnElement[int]) -> ColumnElement[int]:
-    """Build the value of a counter; a missing value is 0."""
+    """Build the value of a counter. NULL counts as 0."""
     return func.coalesce(column, 0)
 
 
 def is_other(outbox: Table) -> ColumnElement[bool]:
-    """Build the condition that an event is not set aside."""
+    """Build the condition that an event is not in the parameter ``set_aside``."""
     return outbox.c.id != func.all(bindparam("set_aside", type_=Keys("bigint")))
 
 
@@ -167,7 +179,7 @@ def _due_by() -> ColumnElement[Any]:
 
 
 def _keys(tables: Tables) -> list[ColumnElement[Any]]:
-    """Select the columns of an event that settling needs."""
+    """Return the columns of an event that the worker needs to settle the event."""
     outbox = tables.outbox
     return [
         outbox.c.id,
@@ -211,7 +223,7 @@ def _text_of_all(column: ColumnElement[Any]) -> ColumnElement[Any]:
 
 def isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
     """what: chooses the first due event · lock: FOR UPDATE SKIP LOCKED, until the choice is committed
-    index: (due_at, id), or the primary key if ``ours`` names the event
+    index: (due_at, id), or the primary key if a condition in ``ours`` gives the event's id
     """
     return (
         select(outbox.c.id, counted(outbox.c.crashes).label("crashes"))
@@ -223,8 +235,8 @@ def isolate_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[
 
 
 def next_due_statement(outbox: Table, ours: list[ColumnElement[bool]]) -> Select[Any]:
-    """what: how many seconds ago the first event after a position became due; negative if it is due later · lock: none
-    index: (due_at, id)
+    """what: the seconds since the first event after a position became due; negative if due later
+    lock: none · index: (due_at, id)
     """
     first = select(outbox.c.due_at).where(_is_after_start(outbox), *complete(outbox), *ours)
     first = first.order_by(outbox.c.due_at, outbox.c.id).limit(1)

@@ -1,7 +1,8 @@
-"""Changes ``outbox.crashes``: the number of proven deaths of workers that processed only this event.
+"""Changes ``outbox.crashes``: how many workers provably died while they processed only this event.
 
-Only this module changes the column. Its functions do not wait for an event that another transaction has locked, because
-that transaction may settle the event, and because the caller holds the lock of a row of ``workers`` meanwhile.
+Only this module changes the column. If another transaction has locked the event, the functions do
+not wait. There are two reasons: the other transaction can settle the event, and the caller holds
+the lock of a row of ``workers``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Changed(Enum):
     NOTHING = auto()
     """The event is no longer in the outbox, or a trigger or rule of the outbox prevented the change."""
     LOCKED = auto()
-    """Another transaction has locked the event, so nothing was changed. Try again later."""
+    """Another transaction has locked the event. The count was not changed. Try again later."""
 
 
 def add_crash(session: Session, outbox: Table, event: int) -> Changed:
@@ -28,7 +29,10 @@ def add_crash(session: Session, outbox: Table, event: int) -> Changed:
 
 
 def take_back_crash(session: Session, outbox: Table, event: int) -> Changed:
-    """Subtract one death from the crash count of an event, because the worker that was considered dead is alive."""
+    """Subtract one death from the crash count of an event.
+
+    Call this function if the worker that was considered dead is alive.
+    """
     return _change(session, outbox, event, by=-1)
 
 

@@ -1,6 +1,8 @@
-"""Lists dead letters for operators, and carries out the decision of an operator: requeue or discard.
+"""Lists dead letters, and requeues or discards them when an operator decides this.
 
-The module ``outbox`` writes dead letters, and closes the dead letter of an event that is settled later.
+A dead letter is an event that the worker has given up until a person decides. The module ``outbox``
+writes dead letters. If the event of a dead letter is settled later, ``outbox`` also closes the dead
+letter.
 """
 
 from __future__ import annotations
@@ -48,12 +50,15 @@ from outbox_worker.store.payment_classes import has_unfit_amount, waivable
 from outbox_worker.store.queries import currency_code, has_type, is_claimable, is_succeeded
 
 CONTENT_MAX = 10_000
-"""At most this many characters of a payload are shown. The same limit applies to the headers."""
+"""The largest number of characters of a payload that is shown. Headers have the same limit."""
 _NAMED_AT_MOST = 3
 _NEVER = datetime.max.replace(tzinfo=UTC)
-"""A cursor contains this time instead of a time that Python cannot represent."""
+"""A cursor contains this time if Python cannot represent the time of the dead letter."""
 _DECIDED = re.compile(r"(\w+) by (.*?), (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.]\d{3}Z): (.*)")
-"""The pattern of a line that ``_resolve`` adds to a letter's note: state, actor, time, reason."""
+"""The pattern of a line in a dead letter's note: state, actor, time, reason.
+
+The function ``_resolve`` adds these lines.
+"""
 
 
 class Decision(StrEnum):
@@ -62,7 +67,7 @@ class Decision(StrEnum):
     REQUEUE = "requeue"
     """Put the event back into the outbox as a new event."""
     DISCARD = "discard"
-    """Close the letter without creating a purchase. The letter stores the operator's reason."""
+    """Close the dead letter and create no purchase. The dead letter keeps the operator's reason."""
 
 
 _RESULTS = {Decision.REQUEUE: DeadLetterState.REQUEUED, Decision.DISCARD: DeadLetterState.DISCARDED}
@@ -70,7 +75,7 @@ DECIDABLE = {
     Decision.REQUEUE: (DeadLetterState.OPEN, DeadLetterState.DISCARDED),
     Decision.DISCARD: (DeadLetterState.OPEN,),
 }
-"""For each decision, the states of a letter in which the decision is allowed."""
+"""The states of a dead letter in which each decision is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +87,22 @@ class DeadLetter:
     reason: str
     detail: str
     created_at: datetime | None
-    """None if Python cannot represent the time, for example ``-infinity``. ``dead_at`` may be None, too."""
+    """``created_at`` and ``dead_at`` are None if Python cannot represent the time, for example
+    ``-infinity``.
+    """
     dead_at: datetime | None
     state: str
     resolved_at: datetime | None
     actor: str | None
     note: str | None
-    """The history of the letter: one line per decision, with state, actor, time and reason."""
+    """The history of the dead letter: one line per decision, with state, actor, time and reason."""
 
 
 class Content(NamedTuple):
-    """Payload and headers of a letter's event as text, each cut to ``CONTENT_MAX`` characters."""
+    """The payload and headers of a dead letter's event, as text.
+
+    Each text is cut to ``CONTENT_MAX`` characters.
+    """
 
     payload: str
     headers: str | None
@@ -100,10 +110,13 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Selects the letters of ``event_ids``; if this is empty, all letters that match the other fields."""
+    """Selects the dead letters of the events ``event_ids``.
+
+    If ``event_ids`` is empty, this selects all dead letters that match the other fields.
+    """
 
     event_ids: Sequence[Key] = ()
-    """Until ``parsed`` is called, the texts that a person typed."""
+    """The ids of events. Before ``parsed`` is called, these are the texts that a person typed."""
     state: DeadLetterState = DeadLetterState.OPEN
     reason: str | None = None
     event_type: str | None = None
@@ -128,23 +141,30 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The letters and the money that a decision would affect."""
+    """The dead letters and the money that a decision would affect."""
 
     count: int
     reasons: Mapping[str, int]
     money: Mapping[str, Decimal]
-    """The sum of the letters' payments in each currency. A payment with several letters is counted once."""
-    waived: Mapping[str, Decimal]
-    """The part of ``money`` whose payments would get no purchase if the letters were discarded.
+    """The sum of the dead letters' payments in each currency.
 
-    These payments succeeded, are not refunded and have no purchase, and their letters are ``waivable``.
+    A payment with several dead letters is counted once.
+    """
+    waived: Mapping[str, Decimal]
+    """The part of ``money`` whose payments get no purchase if the dead letters are discarded.
+
+    These payments have succeeded, are not refunded and have no purchase. Their dead letters meet
+    the condition ``waivable``.
     """
     token: str
-    """A digest of the letters and their payments. The token changes if any of these rows changes."""
+    """A digest of the dead letters and their payments.
+
+    The token changes if any of these rows changes.
+    """
 
 
 class Decided(NamedTuple):
-    """A decision in a letter's history."""
+    """A decision in the history of a dead letter."""
 
     at: datetime
     state: str
@@ -160,7 +180,7 @@ class RefusedLetter(NamedTuple):
 
 
 class DecidedLetters(NamedTuple):
-    """The result of a decision about letters."""
+    """The result of one decision about several dead letters."""
 
     done: int
     refused: Sequence[RefusedLetter]
@@ -172,7 +192,7 @@ _NOT_CLOSED = "the letter was not updated, and the table raised no error; a trig
 
 
 class LetterCursor(NamedTuple):
-    """The position of the last letter of a page. The next page begins after this position."""
+    """The position of the last dead letter on a page. The next page begins after this position."""
 
     dead_at: datetime
     event_id: Key
@@ -200,7 +220,10 @@ class Page:
 
 
 def parse_event_id(tables: Tables, typed: str) -> Key:
-    """Parse the id of an event that a person typed. Raises WrongUsage if it cannot be the id of an event."""
+    """Parse the id of an event that a person typed.
+
+    Raises WrongUsage if the text cannot be the id of an event.
+    """
     found = tables.event_key.parse(typed)
     if found is None:
         raise WrongUsage(f"EVENT_ID: '{typed}' cannot be the id of an event, because these ids are {tables.event_key}.")
@@ -208,7 +231,7 @@ def parse_event_id(tables: Tables, typed: str) -> Key:
 
 
 def history(note: str | None) -> list[Decided]:
-    """Read the decisions from a letter's note, oldest first. Skip lines that are not decisions."""
+    """Read the decisions from the note of a dead letter, oldest first. Skip all other lines."""
     found = (_DECIDED.fullmatch(line) for line in (note or "").splitlines())
     return [Decided(datetime.fromisoformat(each[3]), each[1], each[2], each[4]) for each in found if each]
 
@@ -237,9 +260,12 @@ def list_letters(
     after: LetterCursor | None = None,
     limit: int = 100,
 ) -> Page:
-    """Read one page of the selected letters, oldest first. ``after`` is the end of the previous page.
+    """Read one page of the selected dead letters, oldest first.
 
-    what: one page of letters · lock: none · index: the one of open letters, on (dead_at, event_id)
+    ``after`` is the end of the previous page.
+
+    what: one page of dead letters · lock: none
+    index: that of open dead letters, on (dead_at, event_id)
     """
     letters = tables.dead_letters
     conditions = selection.conditions(letters)
@@ -254,7 +280,7 @@ def list_letters(
 def read_letters(
     session: Session, tables: Tables, *conditions: ColumnElement[bool], limit: int | None = None
 ) -> list[DeadLetter]:
-    """Read the letters that meet all conditions, oldest first."""
+    """Read the dead letters that meet all conditions, oldest first."""
     letters = tables.dead_letters
     times = ("created_at", "dead_at", "resolved_at")
     keys = DeadLetter.__dataclass_fields__
@@ -266,7 +292,10 @@ def read_letters(
 
 
 def read_letter(session: Session, tables: Tables, event_id: Key) -> tuple[DeadLetter, Content]:
-    """Read one letter, and payload and headers of its event. Raises Refused if the event has no letter."""
+    """Read one dead letter, with the payload and the headers of its event.
+
+    Raises Refused if the event has no dead letter.
+    """
     letters = tables.dead_letters
     found = read_letters(session, tables, letters.c.event_id == event_id)
     if not found:
@@ -279,10 +308,10 @@ def read_letter(session: Session, tables: Tables, event_id: Key) -> tuple[DeadLe
 
 
 def preview(session: Session, tables: Tables, selection: Selection) -> Preview:
-    """Count the selected letters and sum their payments.
+    """Count the selected dead letters and sum their payments.
 
-    This function runs several queries. Call it in ``Database.snapshot``, so that all queries see the same state of the
-    database.
+    This function runs several queries. Call ``preview`` in ``Database.snapshot``. All queries then
+    see the same state of the database.
     """
     letters, payments = tables.dead_letters, tables.payments
     chosen = [letters.c[key] for key in ("event_id", "payment_id", "reason")]
@@ -312,10 +341,11 @@ def _money(session: Session, payments: FromClause, *which: ColumnElement[bool]) 
 def decide_letters(
     session: Session, tables: Tables, selection: Selection, decision: Decision, *, token: str, actor: str, why: str
 ) -> DecidedLetters:
-    """Requeue or discard the previewed letters, and add a line to each note.
+    """Requeue or discard the dead letters of a preview, and add a line to each note.
 
-    If the database refuses the decision about one letter, this letter does not change, and all others are decided.
-    Raises Refused if one of the letters or one of their payments has changed since the preview.
+    If the database refuses the decision about one dead letter, this dead letter does not change.
+    All other dead letters are still decided. Raises Refused if a dead letter or its payment has
+    changed since the preview.
     """
     ids = session.scalars(_lock(tables, selection)).all()
     if session.scalars(_token(tables, selection)).one() != token:
@@ -342,12 +372,15 @@ def decide_letters(
 
 
 def _is_letters_fault(error: DBAPIError | NothingWritten) -> bool:
-    """Return whether a single dead letter may be the cause of the error."""
+    """Return whether a single dead letter can be the cause of the error."""
     return isinstance(error, NothingWritten) or classify(error) in (Failure.EVENT, Failure.GUARD)
 
 
 def _carry_out(session: Session, tables: Tables, ids: Sequence[Key], decision: Decision, actor: str, why: str) -> None:
-    """Write the decision about these letters. Raises NothingWritten if the database did not write every row."""
+    """Write the decision about these dead letters.
+
+    Raises NothingWritten if the database did not write every row.
+    """
     if not ids:
         return
     if decision is Decision.REQUEUE:
@@ -360,7 +393,7 @@ def _carry_out(session: Session, tables: Tables, ids: Sequence[Key], decision: D
 
 
 def _taken_ids(session: Session, tables: Tables, ids: Sequence[Key]) -> dict[Key, str]:
-    """what: the letters whose event id belongs to another event in the outbox, each with a reason
+    """what: the dead letters whose event id belongs to another event in the outbox, with a reason
     lock: none · index: outbox.event_id
     """
     kept = _events_of(tables, ids)
@@ -369,7 +402,9 @@ def _taken_ids(session: Session, tables: Tables, ids: Sequence[Key]) -> dict[Key
 
 
 def _count_waiting(tables: Tables, ids: Sequence[Key]) -> Select[Any]:
-    """what: how many of the letters' events wait in the outbox · lock: none · index: outbox.event_id"""
+    """what: counts the dead letters whose event is in the outbox
+    lock: none · index: outbox.event_id
+    """
     kept = _events_of(tables, ids)
     waiting = select(func.count(kept.c.event_id.distinct()))
     waiting = waiting.join_from(kept, tables.outbox, tables.outbox.c.event_id == kept.c.event_id)
@@ -377,21 +412,21 @@ def _count_waiting(tables: Tables, ids: Sequence[Key]) -> Select[Any]:
 
 
 def _events_of(tables: Tables, ids: Sequence[Key]) -> FromClause:
-    """Build a relation with the events of these letters, as the events were in the outbox."""
+    """Build a relation with the events of these dead letters, in the form that the outbox uses."""
     letters = tables.dead_letters
     content = payload.from_dead_letter(letters.c.payload, tables.outbox).label("payload")
     return select(letters.c.event_id, letters.c.event_type, content).where(_among(letters, ids)).subquery("kept")
 
 
 def _is_the_same(kept: FromClause, tables: Tables) -> ColumnElement[bool]:
-    """Build the condition that the event in the outbox is the letter's event, and that a worker can claim it."""
+    """Build the condition that an outbox row is the dead letter's event and can be claimed."""
     outbox = tables.outbox
     named, kept_id = (payload.payment_id_text(tables, each) for each in (outbox, kept))
     return and_(outbox.c.event_type == kept.c.event_type, named.is_not_distinct_from(kept_id), is_claimable(outbox))
 
 
 def check_decidable(session: Session, tables: Tables, selection: Selection, decision: Decision) -> None:
-    """Raise Refused if an event of ``selection`` has no letter, or a letter whose state does not allow the decision."""
+    """Raise Refused if a dead letter does not exist, or if its state forbids the decision."""
     if not selection.event_ids:
         return
     letters = tables.dead_letters
@@ -409,14 +444,18 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _lock(tables: Tables, selection: Selection) -> Select[Any]:
-    """what: ids of the selected letters · lock: FOR UPDATE, ordered by event id · index: the one of open letters"""
+    """what: ids of the selected dead letters · lock: FOR UPDATE, ordered by event id
+    index: that of open dead letters
+    """
     letters = tables.dead_letters
     chosen = select(letters.c.event_id).where(*selection.conditions(letters))
     return chosen.order_by(letters.c.event_id).with_for_update()
 
 
 def _token(tables: Tables, selection: Selection) -> Select[Any]:
-    """what: a digest of the letters and their payments · lock: none · index: the one of open letters, primary keys"""
+    """what: a digest of the dead letters and their payments · lock: none
+    index: that of open dead letters, primary keys
+    """
     letters, payments = tables.dead_letters, tables.payments
     of_letter = [letters.c[key] for key in ("event_id", "state", "dead_at", "reason", "attempts")]
     of_payment = [payments.c[key] for key in ("student_id", "course_id", "amount", "currency", "status")]
@@ -428,10 +467,11 @@ def _token(tables: Tables, selection: Selection) -> Select[Any]:
 
 
 def _requeue(tables: Tables, ids: Sequence[Key]) -> postgresql.Insert:
-    """what: copies the events of letters into the outbox, due now
-    lock: the letters' rows (already locked) · index: primary key of dead_letters
+    """what: copies the events of dead letters into the outbox, due now
+    lock: the rows of the dead letters (already locked) · index: primary key of dead_letters
 
-    An event that the outbox already contains, because the producer wrote it again, is not changed.
+    If the producer has written an event again, the outbox already contains this event. The
+    statement then does not change the event in the outbox.
     """
     letters, outbox = tables.dead_letters, tables.outbox
     columns = ["event_id", "event_type", "payload", "headers", "created_at", "due_at"]
@@ -447,7 +487,9 @@ def _requeue(tables: Tables, ids: Sequence[Key]) -> postgresql.Insert:
 
 
 def _resolve(tables: Tables, ids: Sequence[Key], decision: Decision, actor: str, why: str) -> Update:
-    """what: closes letters, and adds a line to their notes · lock: already held · index: primary key"""
+    """what: closes dead letters, and adds a line to their notes
+    lock: already held · index: primary key
+    """
     letters, state = tables.dead_letters, _RESULTS[decision].value
     now = func.to_char(func.timezone("UTC", func.clock_timestamp()), "YYYY-MM-DD HH24:MI:SS.MSZ")
     line = literal(f"{state} by {_one_line(actor)}, ") + now + literal(f": {_one_line(why)}")

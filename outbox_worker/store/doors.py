@@ -13,7 +13,10 @@ from outbox_worker.telemetry.metrics import SECONDS
 
 
 class Doors(NamedTuple):
-    """The doors to the tables. They keep compiled statements, but no state."""
+    """The objects that read and write the tables.
+
+    These objects keep compiled statements, but no state.
+    """
 
     fast_path: FastPath
     outbox: Outbox
@@ -21,6 +24,9 @@ class Doors(NamedTuple):
 
     @classmethod
     def of(cls, tables: Tables, event_types: Collection[str] | None) -> Doors:
-        """``event_types`` are the types of events to claim. None means that events of all types are claimed."""
+        """Build the objects. ``event_types`` are the types of events to claim.
+
+        None means all types.
+        """
         fast_path = FastPath(tables, event_types, SECONDS)
         return cls(fast_path, Outbox(tables, event_types), PurchaseRepository(tables))

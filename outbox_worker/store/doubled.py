@@ -1,4 +1,7 @@
-"""Finds pairs (student, course) that have more than one active purchase. ``schema.ids`` defines which ids are equal."""
+"""Finds pairs (a student and a course) with more than one active purchase.
+
+``schema.ids`` defines which ids are equal.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store.identity import grouped_purchases, has_grouped_pair
 
 SHOWN_PURCHASES = 20
-"""At most this many purchases of one pair are listed, so that the output stays short."""
+"""The largest number of purchases of one pair that is listed. This limit keeps the output short."""
 
 _BY_INDEX: Mapping[str, str] = {"enable_seqscan": "off", "enable_hashagg": "off", "jit": "off"}
-"""Planner settings that read the pairs in the order of their index, without a sort or a hash table."""
+"""Planner settings to read the pairs in the order of their index, without a sort or hash table."""
 _BY_SORT: Mapping[str, str] = {"work_mem": "256MB"}
 
 
@@ -28,18 +31,22 @@ class DoubledPair:
     """A pair with more than one active purchase."""
 
     student_id: str
-    """The student's id, as written in the oldest purchase. The other purchases may write the id in another way."""
+    """The student's id in the oldest purchase.
+
+    Other purchases of the pair can write the same id in another way.
+    """
     course_id: str
     purchases: int
     purchase_ids: Sequence[str]
-    """The ids of the oldest of these purchases, at most ``SHOWN_PURCHASES``."""
+    """The ids of the oldest purchases of the pair, at most ``SHOWN_PURCHASES``."""
 
 
 def doubled_pairs(session: Session, tables: Tables, limit: int | None = None) -> list[DoubledPair]:
-    """Find pairs with more than one active purchase. While such pairs exist, the unique index cannot be built.
+    """Find pairs with more than one active purchase.
 
-    Usually there is no such pair, and the first statement finds this out. If ``purchases`` has an index on the pair,
-    this statement reads only the index.
+    If such a pair exists, the unique index cannot be built. The first statement only checks whether
+    such a pair exists. Usually no such pair exists. If ``purchases`` has an index on the pair, the
+    first statement reads only this index.
     """
     by_index = tables.ids.is_indexable and has_index_paths(session, tables.purchases)
     with planned(session, **(_BY_INDEX if by_index else _BY_SORT)):
@@ -51,9 +58,11 @@ def doubled_pairs(session: Session, tables: Tables, limit: int | None = None) ->
 
 
 def _doubled(tables: Tables) -> Select[Any]:
-    """what: pairs with more than one active purchase · lock: none · index: the pair's; else all purchases are sorted
+    """what: pairs with more than one active purchase · lock: none
+    index: that on the pair; without it, PostgreSQL sorts all purchases
 
-    Purchases without a student or course are left out, because GROUP BY would count them as one pair.
+    The statement leaves out purchases without a student or a course. GROUP BY would count all these
+    purchases as one pair.
     """
     purchases = tables.purchases
     pair = grouped_purchases(tables.ids, purchases)
@@ -63,7 +72,9 @@ def _doubled(tables: Tables) -> Select[Any]:
 
 
 def _named(tables: Tables, limit: int | None) -> Select[Any]:
-    """what: the same pairs with the ids of their purchases · lock: none · index: the pair's"""
+    """what: the pairs of ``_doubled`` with the ids of their purchases
+    lock: none · index: that on the pair
+    """
     doubled = _doubled(tables).limit(limit).cte("doubled").prefix_with("MATERIALIZED")
     bought = tables.purchases.alias("bought")
     columns = bought.c.student_id, bought.c.course_id, bought.c.id

@@ -1,11 +1,14 @@
-"""Defines the fast statement: it claims due events and settles all events that nothing speaks against.
+"""Defines the fast statement. The fast statement claims due events and settles the *clean* events.
 
-Every event of the claim that the statement does not settle *falls out*: the statement leaves its row unchanged. The
-worker settles the events that fell out in a *careful* transaction, which locks their pairs before it looks.
+A clean event confirms a payment, and none of rules 1 to 8 of docs/explanation/state-machine.md
+applies to it. All other claimed events *fall out*: the statement leaves their rows unchanged. The
+worker settles these events in a *careful* transaction. A careful transaction locks the pairs before
+it reads the facts.
 
-The fast statement may only create purchases, because its looks and its writes have one snapshot. Another transaction
-may have committed a purchase, a refund or a mark after this snapshot. The unique keys of the purchases' pair and
-payment, and of the marks, then stop the statement: it leaves out the event, or fails and is rolled back.
+The fast statement only creates purchases. All its reads and writes have one snapshot. After this
+snapshot, another transaction can commit a purchase, a refund or a mark. The unique keys on the
+pair, the payment and the mark then prevent a wrong purchase. The fast statement leaves out the
+event, or fails and is rolled back.
 """
 
 from __future__ import annotations
@@ -77,7 +80,10 @@ class FastResult:
 
     claimed: int = 0
     created: int = 0
-    """The number of events that got a purchase. They are marked and deleted from the outbox."""
+    """The number of settled events.
+
+    Each settled event got a purchase and a mark, and was deleted from the outbox.
+    """
     fell_out: Sequence[int] = ()
     """The claimed events (``outbox.id``) that the statement did not settle."""
     window: DueWindow = ALWAYS
@@ -86,26 +92,30 @@ class FastResult:
     """The position of the last event of the claim."""
     transaction_id: str | None = None
     latencies: Latencies = NO_LATENCIES
-    """The time from ``due_at`` to the end of the statement, for the settled events."""
+    """How late the settled events are: the times from ``due_at`` to the estimated end of COMMIT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a claim loop wants from a fast statement."""
+    """The values that a claim loop passes to a fast statement."""
 
     limit: int
     """The largest number of events to claim."""
     until: datetime | None
     """Only events that are due by this time are claimed; None means now."""
     set_aside: Collection[int] = ()
-    """Events that are not claimed."""
+    """The events that the statement must not claim."""
     odd: Collection[int] = ()
-    """Events that are claimed, but fall out, because the database refused before to delete their rows."""
+    """The events that the statement can claim, but must not settle.
+
+    The database has refused before to delete their rows.
+    """
     commit_seconds: float = 0.0
-    """An estimate of the duration of COMMIT. It is added to each latency."""
+    """An estimate of the duration of COMMIT. The fast statement adds this estimate to each latency.
+    """
 
     def to_claim(self, start: Position | None) -> dict[str, Any]:
-        limit = Int8(self.limit)  # like the start's id, see ``start_of``
+        limit = Int8(self.limit)  # an Int8 like the id in ``start_of``
         return {"limit": limit, "until": self.until, **start_of(start), "set_aside": list(self.set_aside)}
 
     def to_settle(self) -> dict[str, Any]:
@@ -122,20 +132,27 @@ class FastPath:
         self._statements: dict[tuple[Guard, str, bool], Statement] = {}
         self._lock_due = Statement(_lock_due_statement(tables, self._ours))
         self.claims_itself = not payload.is_document(tables.outbox)
-        """Whether the statement can claim events. If payloads are json or text, Python must parse them first."""
+        """Whether the fast statement can claim events itself.
+
+        If payloads are json or text, the worker must first claim the events and parse the payloads
+        in Python.
+        """
 
     def settle_due(self, fetch: Fetch, guard: GuardState, wanted: Wanted, start: Position | None) -> FastResult:
-        """Claim due events after ``start``, and settle those that nothing speaks against.
+        """Claim due events after ``start``, and settle the clean events among them.
 
-        Raises Again if the numbers of rows that the statement wrote do not match.
+        None of rules 1 to 8 applies to a clean event. Raises Again if the statement wrote different
+        numbers of purchases, marks and deletions.
         """
         values = {**wanted.to_claim(start), **wanted.to_settle()}
         return self._run(fetch, self._statement(guard, claims=True), values)
 
     def settle_locked(self, fetch: Fetch, guard: GuardState, wanted: Wanted, start: Position | None) -> FastResult:
-        """Claim and settle like ``settle_due``, but in two statements. The first one also locks the pairs.
+        """Claim and settle events like ``settle_due``, but in two statements.
 
-        The second statement sees every purchase that another transaction wrote while it held such a lock.
+        The first statement claims the events and locks the pairs. The second statement settles the
+        events, and sees every purchase that another transaction wrote under the lock of the same
+        pair.
         """
         row = fetch(self._lock_due, wanted.to_claim(start))
         if not row.claimed:
@@ -155,11 +172,11 @@ class FastPath:
         )
 
     def settle_claimed(self, fetch: Fetch, guard: GuardState, wanted: Wanted, batch: Batch) -> FastResult:
-        """Settle those events of a claimed batch that nothing speaks against.
+        """Settle the clean events of a claimed batch (none of rules 1 to 8 applies to them).
 
-        Under the guard ``lock``, the caller must have locked the pairs of the batch in an earlier statement. Raises
-        Again if the numbers of rows that the statement wrote do not match, or if the unique index is built or dropped
-        at the same time.
+        Under the guard ``lock``, the caller must have locked the pairs of the batch in an earlier
+        statement. Raises Again if the statement wrote different numbers of purchases, marks and
+        deletions. Also raises Again if the unique index is being built or dropped.
         """
         return self._run(fetch, self._statement(guard, claims=False), {**keys_of(batch), **wanted.to_settle()})
 
@@ -247,7 +264,7 @@ def _lock_due_statement(tables: Tables, ours: list[ColumnElement[bool]]) -> Sele
 
 
 def _position(claimed: FromClause) -> list[ColumnElement[Any]]:
-    """Build the columns that describe the claim as a whole: its due times, its end, and its transaction."""
+    """Build the columns that describe the whole claim: due times, last id and transaction id."""
     last = select(claimed.c.id).order_by(claimed.c.due_at.desc(), claimed.c.id.desc()).limit(_ONE)
     return [
         cast(func.min(claimed.c.due_at), Text).label("first_due_at"),
@@ -264,7 +281,8 @@ def fast_statement(
     state: GuardState,
     bounds: Sequence[float],
 ) -> Select[Any]:
-    """what: settles all events of a claim that nothing speaks against; returns numbers, and the ids that fell out
+    """what: settles the clean events of a claim (none of rules 1 to 8 applies); returns counts,
+    and the ids of all other events
     lock: FOR UPDATE SKIP LOCKED on the claimed rows; under the guard ``lock``, the pairs are locked already
     index: (due_at, id); primary keys of payments, marks, letters and outbox; purchases.payment_id and the pair's index
     guard: ``index``: ON CONFLICT DO NOTHING; ``lock``: one event per pair, none if the pair has an active purchase
@@ -294,11 +312,11 @@ def fast_statement(
 
 
 def _clean(tables: Tables, claimed: FromClause, guard: Guard) -> Select[Any]:
-    """Select the confirmed purchases to which none of rules 1 to 8 of docs/explanation/state-machine.md applies.
+    """Select the clean events: none of rules 1 to 8 of docs/explanation/state-machine.md applies.
 
-    Each look is a subquery that returns one value, because the planner might hash the whole table for NOT EXISTS. The
-    state of a letter is compared outside its subquery. Otherwise the planner might read the whole index of open
-    letters.
+    Each check of another table is a subquery that returns one value. For NOT EXISTS, the planner
+    could hash the whole table. The query compares the state of a dead letter outside its subquery.
+    Otherwise the planner could read the whole index of open dead letters.
     """
     purchases, marks, letters = tables.purchases, tables.processed_events, tables.dead_letters
     claimed = _usable(claimed, tables)
@@ -342,7 +360,10 @@ def _clean(tables: Tables, claimed: FromClause, guard: Guard) -> Select[Any]:
 
 
 def _usable(claimed: FromClause, tables: Tables) -> FromClause:
-    """Return the claimed events with the id of their payment; NULL if the payload's text cannot be an id."""
+    """Return the claimed events with the column ``payment_id``.
+
+    The column is NULL if the payload's text cannot be an id.
+    """
     if "payment_id" in claimed.c:
         return claimed
     payment_id = payload.as_key(claimed.c.candidate, tables.payment_key)
@@ -357,7 +378,7 @@ def _names_payment(claimed: FromClause, payments: FromClause, tables: Tables) ->
 
 
 def _made(tables: Tables, clean: FromClause, guard: Guard, predicate: str) -> Any:
-    """Insert the purchases, in the order in which all workers write purchases."""
+    """Insert the purchases of the clean events, in the order that all workers use."""
     purchases = tables.purchases
     copied = (clean.c[key] for key in ("student_id", "course_id", "payment_id", "amount", "currency"))
     order = (*written_order(tables.ids, clean), clean.c.due_at, clean.c.id)
@@ -369,10 +390,10 @@ def _made(tables: Tables, clean: FromClause, guard: Guard, predicate: str) -> An
 
 
 def _won(clean: FromClause, made: FromClause) -> Select[Any]:
-    """Select the events whose purchases were written, and are active: one event per payment.
+    """Select one event per payment whose purchase was inserted and is active.
 
-    PostgreSQL executes IN as a hashed subplan. It would execute a join of the two relations as a slow nested loop,
-    because the planner cannot count their rows.
+    PostgreSQL executes IN as a hashed subplan. A join of the two relations would run as a slow
+    nested loop, because the planner cannot estimate the numbers of rows.
     """
     is_made = clean.c.payment_id.in_(select(made.c.payment_id).where(made.c.is_active)).is_(true())
     read = [clean.c[key] for key in ("id", "event_id", "payment_id")]
@@ -395,10 +416,12 @@ def _marked(tables: Tables, won: FromClause) -> Any:
 def _removed(outbox: Table, won: FromClause, claimed: FromClause, from_due: ColumnElement[Any]) -> Any:
     """Delete the settled events by their primary key.
 
-    The due time of each event is not compared, because an event that was postponed after the snapshot would then be
-    settled, but not deleted. All events lie between the start of the claim and its end. This condition is needed if the
-    planner takes the outbox for empty: it may then look for the ids in the index ``(due_at, id)``, from end to end. The
-    ids are one array, because a join might begin at the outbox.
+    The statement does not compare the exact due time of each event. Otherwise an event that was
+    postponed after the snapshot would be settled, but not deleted. The statement only checks that
+    the due time lies between the start and the end of the claim. If the planner believes that the
+    outbox is empty, it can search for the ids in the index ``(due_at, id)``. Without this check,
+    PostgreSQL would then read the whole index. The ids are passed as one array. The planner could
+    start a join at the outbox.
     """
     ids = func.array(select(won.c.id).scalar_subquery())
     last = select(func.max(claimed.c.due_at)).scalar_subquery()
@@ -407,10 +430,12 @@ def _removed(outbox: Table, won: FromClause, claimed: FromClause, from_due: Colu
 
 
 def _latencies(removed: FromClause, bounds: Sequence[float]) -> Select[*tuple[Any, ...]]:
-    """Count the settled events by the number of bounds that are not smaller than their latency.
+    """Count the settled events per bucket of the latency histogram.
 
-    ``width_bucket`` puts a value that equals a threshold above the threshold, but a bucket of Prometheus contains its
-    upper bound. So the bounds and the latencies are compared as negative numbers.
+    The number of a bucket is the number of bounds that are equal to the latency or greater.
+    ``width_bucket`` puts a value that equals a threshold above the threshold. A bucket of
+    Prometheus contains its upper bound. Therefore the function compares the bounds and the
+    latencies as negative numbers.
     """
     latency = seconds_since(removed.c.due_at) + bindparam("commit_seconds", type_=Float)
     each = select(latency.label("latency")).select_from(removed).offset(_ZERO).subquery("each")

@@ -1,4 +1,7 @@
-"""Finds out which guard is in force. A guard prevents a second active purchase of a pair."""
+"""Finds out which guard is in force: the unique index or locks.
+
+A guard prevents a second active purchase of a pair.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from outbox_worker.schema.catalogue import has_index_paths, pair_indexes
 from outbox_worker.schema.tables import Tables, relation_name
 
 _LOCKS_PER_TRANSACTION = 10
-"""The divisor that limits the locks of one batch to a tenth of the server's lock table.
+"""The divisor for the locks of a batch: a batch can lock a tenth of the server's lock table.
 
 If the lock table were full, PostgreSQL would raise 53200 (out_of_memory) in any session.
 """
@@ -39,30 +42,35 @@ If the lock table were full, PostgreSQL would raise 53200 (out_of_memory) in any
 
 @dataclass(frozen=True, slots=True)
 class GuardState:
-    """The guard in force. ``predicate`` is the WHERE condition of the unique index; it is empty for ``lock``."""
+    """The guard in force.
+
+    ``predicate`` is the WHERE condition of the unique index. The predicate is empty if the guard is
+    ``lock``.
+    """
 
     guard: Guard
     predicate: str = ""
     lock_capacity: int = 1
-    """The number of pairs that one transaction may lock."""
+    """The largest number of pairs that one transaction locks."""
     has_index_paths: bool = True
     """Whether ``purchases`` has indexes on the payment and on the pair.
 
-    If not, the planner is allowed to use plans that read whole tables.
+    If an index is missing, the worker allows the planner to read whole tables.
     """
     triggers_on: frozenset[str] = frozenset()
-    """The commands, ``INSERT`` and ``UPDATE``, on which a trigger of ``purchases`` may change a row.
+    """The commands (``INSERT``, ``UPDATE``) on which a trigger of ``purchases`` can change a row.
 
-    It also contains ``COMMIT`` if such a trigger can be deferred until COMMIT.
-    Rows that such a command wrote are read back, because they may differ from what the worker wrote.
+    The set also contains ``COMMIT`` if such a trigger can be deferred until COMMIT. The worker
+    reads back the rows that these commands wrote. These rows can differ from what the worker wrote.
     """
 
 
 class GuardWatch:
-    """Remembers the guard that this process found last. All claim loops of the process share one ``GuardWatch``.
+    """Remembers the guard that this process found last.
 
-    The loops need no lock for this object, because assigning ``state`` is atomic. An outdated state does no harm: the
-    batch is rolled back to its savepoint and settled again, and no purchase is lost or doubled.
+    All claim loops of the process share this object. The claim loops need no lock for this object,
+    because assigning ``state`` is atomic. An outdated state does no harm. The worker rolls the
+    batch back to its savepoint and settles it again. No purchase is lost or doubled.
     """
 
     def __init__(self, purchases: Table, on_change: Callable[[Guard], None]) -> None:
@@ -74,7 +82,11 @@ class GuardWatch:
         self.state = GuardState(Guard.LOCK)
 
     def know(self, tables: Tables) -> None:
-        """Remember what ``check_schema`` found: the table, and whether its indexes can compare the ids of payments."""
+        """Remember two results of ``check_schema``.
+
+        The results are the table ``purchases``, and whether its indexes can compare the ids of
+        payments.
+        """
         self._purchases, self._is_indexable = tables.purchases, tables.ids.is_indexable
 
     def probe(self, session: Session) -> GuardState:
@@ -86,9 +98,10 @@ class GuardWatch:
         return self.state
 
     def fall_back(self) -> GuardState:
-        """Use the guard ``lock`` until the next probe, because the unique index failed (42P10 or 55000).
+        """Use the guard ``lock`` until the next probe.
 
-        Until the next probe, the planner is also allowed to use plans without indexes.
+        Call this method if the unique index failed (42P10 or 55000). Until the next probe, the
+        planner is also allowed to use plans without indexes.
         """
         self._versions = None
         return self._set(replace(self.state, guard=Guard.LOCK, predicate="", has_index_paths=False))
@@ -101,11 +114,11 @@ class GuardWatch:
 
 
 def probe_guard(session: Session, purchases: Table, *, is_indexable: bool = True) -> GuardState:
-    """Find a valid unique index on the pair, and check by EXPLAIN that the planner uses it for ON CONFLICT.
+    """Find a valid unique index on the pair, and check by EXPLAIN that ON CONFLICT uses it.
 
-    If ``is_indexable`` is false (see ``PairIds``), no index of purchases can be the guard. In this case, the type of
-    the payments' ids treats more ids as equal than the type of the purchases' ids does. So an index would allow two
-    purchases of one student.
+    If ``is_indexable`` is false (see ``PairIds``), no index on ``purchases`` can be the guard. The
+    type of the ids in ``payments`` then treats more ids as equal than the type in ``purchases``. An
+    index would allow two purchases of one student.
     """
     capacity = max(1, session.scalar(_LOCK_TABLE_SIZE) // _LOCKS_PER_TRANSACTION)
     triggers_on = frozenset(session.scalars(_TRIGGERS_ON, {"relation": relation_name(purchases)}))
@@ -120,9 +133,10 @@ def probe_guard(session: Session, purchases: Table, *, is_indexable: bool = True
 
 
 def guard_in_force(session: Session, tables: Tables) -> Guard:
-    """Return the guard in force. ``tables`` must contain the rules by which this database compares ids.
+    """Return the guard in force.
 
-    If the role may not INSERT, this checks only the catalogue, because EXPLAIN would fail.
+    ``tables`` must contain the rules by which this database compares ids. If the role has no INSERT
+    privilege, the function checks only the catalogue, because EXPLAIN would fail.
     """
     purchases, is_indexable = tables.purchases, tables.ids.is_indexable
     if session.scalar(text("SELECT has_table_privilege(:name, 'INSERT')"), {"name": relation_name(purchases)}):
@@ -131,9 +145,10 @@ def guard_in_force(session: Session, tables: Tables) -> Guard:
 
 
 def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
-    """Build the ON CONFLICT target. With these columns, PostgreSQL checks each time that a valid index exists.
+    """Build the ON CONFLICT target: the columns of the pair and the condition of the index.
 
-    The predicate is literal text. A bind parameter would raise 42P10 in generic plans, even with a valid index.
+    With this target, PostgreSQL checks each time that a valid index exists. The predicate is
+    literal text. A bind parameter would raise 42P10 in generic plans, even with a valid index.
     """
     return {"index_elements": [purchases.c.student_id, purchases.c.course_id], "index_where": literal_column(predicate)}
 
@@ -141,7 +156,7 @@ def on_active_pair(purchases: Table, predicate: str) -> dict[str, Any]:
 def index_is_in_transition(purchases: Table) -> ColumnElement[bool]:
     """Build the condition that ``purchases`` has a unique index that is not valid.
 
-    The index is being built or dropped, or a cancelled build left it INVALID.
+    An invalid index is being built or dropped, or a cancelled build left it INVALID.
     """
     flags = [column(name, Boolean()) for name in ("indisunique", "indislive", "indisvalid")]
     indexes = table("pg_index", column("indrelid"), *flags, schema="pg_catalog")
@@ -197,10 +212,10 @@ _SOME_DEFERRABLE = text(
 
 
 def _arbiters(session: Session, purchases: Table, predicate: str) -> list[str]:
-    """Return the indexes that EXPLAIN names as arbiters of ON CONFLICT; [] if the INSERT would raise 42P10 or 55000.
+    """Return the indexes that EXPLAIN names as arbiters of ON CONFLICT.
 
-    EXPLAIN does not raise 55000 if an index is deferrable, but the INSERT does. So a separate query checks whether an
-    index is deferrable.
+    Return [] if the INSERT would raise 42P10 or 55000. If an index is deferrable, the INSERT raises
+    55000, but EXPLAIN does not. Therefore a separate query checks whether an index is deferrable.
     """
     nothing = select(null(), null()).where(text("false"))
     columns = [purchases.c.student_id, purchases.c.course_id]

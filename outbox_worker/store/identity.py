@@ -1,8 +1,9 @@
-"""Builds the SQL expressions that compare, order and lock ids of students and courses, by the rules of ``schema.ids``.
+"""Builds the SQL expressions that compare, order and lock ids of students and courses.
 
-Two ids are the same if the purchases' column compares them as equal. To compare two ids, SQL converts both into one
-form. If possible, this is the form of the purchases' column, so that the indexes on the column can be used. Otherwise
-it is a *folded* text: a text that is the same for all ways to write an id.
+``schema.ids`` defines the rules. Two ids are the same if the column of ``purchases`` compares them
+as equal. To compare two ids, SQL converts both into one form. If possible, SQL uses the form of the
+column of ``purchases``. PostgreSQL can then use the indexes on the column. Otherwise SQL uses
+*folded* texts. All ways to write an id have the same folded text.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ from sqlalchemy.types import NullType, UserDefinedType
 from outbox_worker.schema.ids import DEFAULT_COLLATION, Fold, IdColumn, PairIds, SameId
 
 LONGEST_FOLDED = 40_000
-"""The largest length, in bytes, of an id in a payload that SQL converts to lower case or compares by a collation.
+"""The longest id in a payload, in bytes, that SQL compares in lower case or by a collation.
 
-A longer id counts as different. There is a limit because PostgreSQL needs many times the memory of the text, and
-because no index can hold a longer id.
+A longer id counts as different from every id. There is a limit because PostgreSQL needs many times
+the memory of the text. Also, no index can hold a longer id.
 """
 _UUID_SHAPE = "________-____-____-____-____________"
 _INTEGER_TEXT = r"^[+-]?[0-9]{1,40}$"
 _NUMBER_TEXT = r"^[+-]?[0-9]{1,40}(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,2})?$"
 _LONGEST_NUMBER = 100
-"""A number in a payload is cut to this many characters. A longer number does not match the patterns, even after it was
-cut."""
+"""SQL cuts a number in a payload to this many characters.
+
+A longer number does not match the patterns, even after the cut.
+"""
 
 
 class _Named(UserDefinedType[Any]):
@@ -62,7 +65,10 @@ def same_pair(ids: PairIds, purchases: FromClause, payments: FromClause) -> Colu
 
 
 def has_pair(ids: PairIds, payments: FromClause, pairs: FromClause) -> ColumnElement[bool]:
-    """Build the condition that a payment has this pair. ``pairs`` has the columns of ``comparable_pair``."""
+    """Build the condition that a payment has the pair in a row of ``pairs``.
+
+    ``pairs`` has the columns of ``comparable_pair``.
+    """
     return and_(*(_equal(same, _of_payment(same, payments.c[key]), pairs.c[key]) for key, same in ids))
 
 
@@ -75,9 +81,9 @@ def comparable_pair(ids: PairIds, payments: FromClause, purchases: FromClause) -
 
 
 def written_order(ids: PairIds, payments: FromClause) -> list[ColumnElement[Any]]:
-    """Build the order in which all workers write the purchases of payments: by student, then by course.
+    """Build the order in which all workers write purchases: by student, then by course.
 
-    Payments of one pair are next to each other, even if their ids are written in different ways.
+    Payments of one pair are next to each other, even if they write the ids in different ways.
     """
     return [_of_payment(same, payments.c[key]) for key, same in ids]
 
@@ -88,14 +94,18 @@ def grouped_purchases(ids: PairIds, purchases: FromClause) -> list[ColumnElement
 
 
 def has_grouped_pair(ids: PairIds, purchases: FromClause, grouped: FromClause) -> ColumnElement[bool]:
-    """Build the condition that a purchase has this pair. ``grouped`` has the columns of ``grouped_purchases``."""
+    """Build the condition that a purchase has the pair in a row of ``grouped``.
+
+    ``grouped`` has the columns of ``grouped_purchases``.
+    """
     return and_(*(_equal(same, _of_purchase(same, purchases.c[key]), grouped.c[key]) for key, same in ids))
 
 
 def folded_pair(ids: PairIds, payments: FromClause, purchases: FromClause | None = None) -> list[ColumnElement[str]]:
-    """Build two texts that are equal exactly if the pairs are the same.
+    """Build the folded texts of a pair. Two pairs are the same exactly if both texts are equal.
 
-    If the row of the payment is missing, the ids are read from ``purchases``, if given.
+    If the payment's row is missing, SQL reads the ids from ``purchases``. ``purchases`` is
+    optional.
     """
     sources = [payments] if purchases is None else [payments, purchases]
     texts = [[_folded(same, source.c[key]) for source in sources] for key, same in ids]
@@ -105,8 +115,8 @@ def folded_pair(ids: PairIds, payments: FromClause, purchases: FromClause | None
 def pair_key(ids: PairIds, payments: FromClause, purchases: FromClause | None = None) -> ColumnElement[int]:
     """Build the key (bigint) of a pair's advisory lock.
 
-    Do not change this formula, because other programs may compute the same key. If both ids are compared as texts, the
-    formula is the public one of docs/contract.md.
+    Do not change this formula: other programs can compute the same key. docs/contract.md publishes
+    the formula for ids that are compared as texts.
     """
     student, course = folded_pair(ids, payments, purchases)
     both = student + literal_column("':'") + course
@@ -126,9 +136,10 @@ def is_bought_id(same: SameId, actual: ColumnElement[Any], given: str) -> Column
 
 
 def differs(column: IdColumn, given: ColumnElement[str], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that a text does not mean this id. The column's type decides: for an integer, 007 means 7.
+    """Build the condition that a text is not equal to this id.
 
-    The expression never raises an error, even if the type cannot hold the text.
+    The type of the column decides which texts are equal: for an integer, 007 equals 7. The
+    expression never raises an error, even if the type cannot hold the text.
     """
     written = cast(actual, Text)
     match column.kind:
@@ -144,7 +155,7 @@ def differs(column: IdColumn, given: ColumnElement[str], actual: ColumnElement[A
 
 
 def number_differs(given: ColumnElement[str], actual: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Build the condition that a text does not mean this number."""
+    """Build the condition that a text is not equal to this number."""
     return and_(given.is_not(None), _equal_as_number(given, actual, _NUMBER_TEXT).is_not(true()))
 
 
@@ -186,9 +197,10 @@ def _of_purchase(same: SameId, column: ColumnElement[Any]) -> ColumnElement[Any]
 
 
 def _equal(same: SameId, one: ColumnElement[Any], other: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Compare two ids in the form of the purchases' column, or as folded texts.
+    """Compare two ids in the form of the column of ``purchases``, or as folded texts.
 
-    The operator of citext is written with its schema, because this schema may not be in the search path.
+    The SQL names the schema of the citext operator. The search path does not always contain this
+    schema.
     """
     return _equal_by_type(same.bought, one, other) if same.is_indexable else one == other
 
@@ -222,7 +234,10 @@ def _lower(text: ColumnElement[str]) -> ColumnElement[str]:
 
 
 def _hashed(text: ColumnElement[str]) -> ColumnElement[str]:
-    """Compute a hash of 128 bits. Texts that the collation treats as equal have the same hash, as in hash indexes."""
+    """Compute a hash of 128 bits.
+
+    If the collation treats two texts as equal, they have the same hash.
+    """
     halves = [cast(func.hashtextextended(text, literal_column(seed)), Text) for seed in ("0", "1")]
     return halves[0] + literal_column("' '") + halves[1]
 

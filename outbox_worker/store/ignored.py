@@ -1,4 +1,7 @@
-"""Counts the events that stay in the outbox for other consumers, because no handler settles their type."""
+"""Counts the events that the worker leaves in the outbox for other consumers.
+
+The worker has no handler for the types of these events.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from outbox_worker.schema.tables import Tables
 from outbox_worker.store.queries import has_type
 
 BOUND = 100_000
-"""Only this many of the oldest events are examined, so that counting is cheap in an outbox of any length."""
+"""The number of the oldest events that are examined. The count is cheap even in a long outbox."""
 TYPES_MAX = 5
 NAME_MAX = 100
-"""The name of an event type is cut to this length, because producers can write names of any length."""
+"""SQL cuts the name of an event type to this length. Producers can write names of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class IgnoredType:
 
 @dataclass(frozen=True, slots=True)
 class IgnoredEvents:
-    """The events of ignored types among the ``BOUND`` oldest events, and the most frequent of these types."""
+    """The number of ignored events among the ``BOUND`` oldest, and their most frequent types."""
 
     events: int = 0
     types: tuple[IgnoredType, ...] = ()
@@ -38,9 +41,10 @@ class IgnoredEvents:
 
 
 def count_ignored(session: Session, tables: Tables, event_types: Collection[str] | None) -> IgnoredEvents:
-    """Count the events that the worker never claims, because their type is not one of ``event_types``.
+    """Count the events that the worker never claims.
 
-    None means that the worker claims events of all types. The count is then 0.
+    The type of these events is not in ``event_types``. If ``event_types`` is None, the worker
+    claims events of all types, and the count is 0.
     """
     if event_types is None:
         return IgnoredEvents()

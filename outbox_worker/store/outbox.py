@@ -1,7 +1,8 @@
 """Claims and settles the rows of ``outbox``, and writes and closes the dead letters of events.
 
-A claim locks the rows of due events until its transaction ends, so no other worker can claim these events. When an
-event is settled, its row is deleted in the same transaction. So the outbox contains only events that are not settled.
+A claim locks the rows of due events until its transaction ends. During this time, no other worker
+can claim these events. The transaction that settles an event also deletes its row. Therefore the
+outbox contains only events that are not settled.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ from outbox_worker.store.queries import NEVER, is_claimable
 
 _IDS = bindparam("ids", type_=Keys("bigint"))
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
-"""The pattern of a traceparent, by the standard W3C Trace Context. A header with any other text is ignored."""
+"""The pattern of a traceparent, by the standard W3C Trace Context. All other texts are ignored."""
 _TRACEPARENT_LENGTH = 55
 
 
@@ -91,15 +92,15 @@ class Backlog:
 
     due: int
     waiting: int
-    """The number of events that are due later than now."""
+    """The number of events that become due later."""
     oldest_due_seconds: float
 
 
 class Outbox:
     """Reads and writes the queue. This class keeps the compiled statements, but no state.
 
-    ``event_types`` are the types of events to claim, if other consumers share the outbox. None means that events of all
-    types are claimed.
+    ``event_types`` are the types of events to claim, if other consumers share the outbox. None
+    means all types.
     """
 
     BACKLOG_BOUND = 100_000
@@ -146,10 +147,11 @@ class Outbox:
         *,
         set_aside: Collection[int] = (),
     ) -> Claim:
-        """Lock up to ``limit`` due events that no other transaction has locked, in the order ``(due_at, id)``.
+        """Lock up to ``limit`` due events in the order ``(due_at, id)``.
 
-        Claim only events that are due by ``until``, or by now if ``until`` is None. If ``start`` is given, claim only
-        events after this position. Never claim the events ``set_aside``.
+        Skip events that another transaction has locked, and the events in ``set_aside``. Claim only
+        events that are due by ``until``, or by now if ``until`` is None. If ``start`` is given,
+        claim only events after this position.
         """
         values = {"limit": limit, "until": until, **start_of(start)}
         if set_aside:
@@ -161,8 +163,9 @@ class Outbox:
     ) -> IsolatedEvent | None:
         """Choose one due event to process alone, and lock it until this transaction ends.
 
-        ``key`` is the id of the event. None stands for the first event that no other transaction has locked and that is
-        not ``set_aside``. Return None if the event is not due, does not exist or is locked.
+        ``key`` is the id of the event. If ``key`` is None, choose the first event that is not
+        locked and not in ``set_aside``. Return None if the event is not due, does not exist or is
+        locked.
         """
         values = {"until": until} | ({"set_aside": list(set_aside)} if key is None else {"id": key})
         statement = self._isolate_first if key is None else self._isolate
@@ -170,33 +173,36 @@ class Outbox:
         return None if row is None else IsolatedEvent(row.id, row.crashes)
 
     def claim_isolated(self, session: Session, isolated: IsolatedEvent, until: datetime | None) -> Claim:
-        """Lock the event again in the transaction that settles it.
+        """Lock the event that ``isolate`` chose, in the transaction that settles the event.
 
-        The claim is empty if another worker has locked, settled or postponed the event since ``isolate``.
+        The claim is empty if another worker has locked, settled or postponed the event since
+        ``isolate``.
         """
         return self._claim_of(self._claim_isolated.execute(session, {"id": isolated.id, "until": until}).one())
 
     def claim_these(
         self, session: Session, ids: Sequence[int], windows: Sequence[DueWindow], until: datetime | None
     ) -> Claim:
-        """Lock those of these events that are still due and that no other transaction has locked.
+        """Lock the events with these ids, if they are still due.
 
-        ``windows`` contain the due times of the events.
+        Skip events that another transaction has locked. The due times of the events lie in
+        ``windows``.
         """
         values = {"ids": ids, "until": until, **windows_of(windows)}
         return self._claim_of(self._claim_these.execute(session, values).one())
 
     def has_due(self, session: Session, until: datetime, *, set_aside: Collection[int] = ()) -> bool:
-        """Return whether any event is due by ``until``, including events that another worker has locked.
+        """Return whether any event is due by ``until``.
 
-        The events ``set_aside`` do not count.
+        Events that another worker has locked count, too. Events in ``set_aside`` do not count.
         """
         return bool(self._due.execute(session, {"until": until, "set_aside": list(set_aside)}).scalar())
 
     def seconds_until_due(self, fetch: Fetch, start: Position | None, *, set_aside: Collection[int] = ()) -> float:
-        """Return the seconds until the first event after ``start`` is due, even if another worker has locked the event.
+        """Return the seconds until the first event after ``start`` is due.
 
-        Return 0 or less if it is due now, and infinity if there is no event. The events ``set_aside`` do not count.
+        Return 0 or less if the event is due now, and infinity if no event exists. Events that
+        another worker has locked count, too. Events in ``set_aside`` do not count.
         """
         values = {**start_of(start), "set_aside": list(set_aside)}
         late: float | None = fetch(self._next_due, values).late_seconds
@@ -205,8 +211,9 @@ class Outbox:
     def remove(self, session: Session, batch: Batch, ids: Collection[int]) -> None:
         """Delete events from the outbox. Raises Swallowed if an event is still there afterwards.
 
-        In the same transaction, the caller must have written a mark or a dead letter for each event. It is no error if
-        an event is gone already, for example because a trigger of the purchase deleted the event.
+        The caller must have written a mark or a dead letter for each event in the same transaction.
+        It is no error if an event no longer exists. For example, a trigger on ``purchases`` can
+        have deleted the event.
         """
         values = {"ids": list(ids), **window_of(batch)}
         try:
@@ -228,9 +235,10 @@ class Outbox:
         write(session, self._postpone, values, len(postponements))
 
     def bury(self, session: Session, batch: Batch, letters: Mapping[int, tuple[Reason, str]]) -> None:
-        """Write the dead letters of events. If an event already has a letter, that letter is reopened.
+        """Write the dead letters of events.
 
-        In the same transaction, the caller should delete the events from the outbox.
+        If an event already has a dead letter, reopen that dead letter. In the same transaction, the
+        caller should delete the events from the outbox.
         """
         values = {
             "ids": list(letters),
@@ -244,7 +252,8 @@ class Outbox:
     def read_letters_back(self, session: Session, event_ids: Sequence[str], reasons: Collection[Reason]) -> None:
         """Check that each event has an open dead letter with one of these reasons.
 
-        Raises Swallowed if a letter is missing or was changed. As ``bury`` wrote the letters, a trigger is the cause.
+        Raises Swallowed if a dead letter is missing or was changed. The cause is then a trigger,
+        because ``bury`` has written the dead letters.
         """
         values = {"event_ids": event_ids, "reasons": [reason.value for reason in reasons]}
         found = self._letters.execute(session, values).scalar_one()
@@ -261,29 +270,30 @@ class Outbox:
         self._close_letters.execute(session, {"event_ids": event_ids})
 
     def explain(self, session: Session, command: str, error: Exception) -> str:
-        """Return a text that tells why the database refused to change a row of the outbox.
+        """Return a text that explains why the database refused to change a row of the outbox.
 
         The text names the command, the table and the likely cause, but no value of the row.
         """
         outbox, is_swallowed = self._tables.outbox, isinstance(error, Swallowed)
         told = describe(error) if is_swallowed else f"{command} on {outbox}: {describe(error)}"
         if violated(error)[2]:
-            return told  # the constraint is named already
+            return told  # this text already names the constraint
         cause = likely_cause(session, outbox, command, swallowed=is_swallowed)
         return f"{told}; the likely cause is {cause}" if cause else told
 
     def backlog(self, session: Session, *, set_aside: Collection[int] = ()) -> Backlog:
-        """Count due and later events, and measure how late the oldest event is. Omit the events ``set_aside``.
+        """Count due and later events, and measure how late the oldest event is.
 
-        Count at most ``BACKLOG_BOUND`` due and ``BACKLOG_BOUND`` later events.
+        Events in ``set_aside`` do not count. Each of the two counts stops at ``BACKLOG_BOUND``.
         """
         due, waiting, oldest = tuple(self._backlog.execute(session, {"set_aside": list(set_aside)}).one())
         return Backlog(due, waiting, oldest or 0.0)
 
     def never_claimed(self, session: Session, nullable: Collection[str]) -> int:
-        """Count the events that no worker can ever claim: without a due time, id or type, or due at ``infinity``.
+        """Count the events that no worker can ever claim.
 
-        ``nullable`` contains the keys of the columns that may be NULL. Count at most ``BACKLOG_BOUND`` events.
+        Such an event has no due time, no id or no type, or it is due at ``infinity``. ``nullable``
+        contains the keys of the columns that can be NULL. The count stops at ``BACKLOG_BOUND``.
         """
         outbox = self._tables.outbox
         lacks: list[ColumnElement[bool]] = [
@@ -295,7 +305,9 @@ class Outbox:
 
 
 def _backlog_statement(outbox: Table, ours: list[ColumnElement[bool]], bound: int) -> Select[Any]:
-    """what: counts due and later events up to a bound; age of the oldest due one · lock: none · index: (due_at, id)"""
+    """what: counts due and later events up to a bound; returns the lateness of the oldest due event
+    lock: none · index: (due_at, id)
+    """
     now = func.statement_timestamp()
     ours = [*complete(outbox), *ours]
     due = select(outbox.c.due_at).where(outbox.c.due_at <= now, *ours).order_by(outbox.c.due_at).limit(bound).subquery()
@@ -308,7 +320,7 @@ def _never_claimed_statement(
     outbox: Table, lacks: list[ColumnElement[bool]], ours: list[ColumnElement[bool]], bound: int
 ) -> Select[Any]:
     """what: counts events that can never be claimed, up to a bound
-    lock: none · index: (due_at, id) and event_id; if the type may be NULL, the outbox is read once
+    lock: none · index: (due_at, id) and event_id; if the type can be NULL, the outbox is read once
     """
     found = select(outbox.c.id).where(or_(outbox.c.due_at >= NEVER, *lacks), *ours).limit(bound).subquery()
     return select(func.count()).select_from(found)
@@ -366,7 +378,8 @@ def _bury_statement(tables: Tables) -> postgresql.Insert:
 def _open_letters_statement(tables: Tables) -> Select[Any]:
     """what: counts open dead letters of events with given reasons · lock: none · index: primary key
 
-    The state is compared outside the subquery. Otherwise the planner might read the whole index of open letters.
+    The statement compares the state outside the subquery. Otherwise the planner could read the
+    whole index of open dead letters.
     """
     letters = tables.dead_letters
     is_of = letters.c.event_id == func.any(bindparam("event_ids", type_=Keys(tables.event_key)))
@@ -402,7 +415,7 @@ def _close_letters_statement(tables: Tables) -> Update:
 def _arrays(**columns: TypeEngine[Any]) -> FromClause:
     """Build a relation (id, …) from one array parameter per column.
 
-    A parameter is named like its column, with an added s: the column ``delay`` has the parameter ``delays``.
+    The name of a parameter is the name of its column and an s: ``delays`` for the column ``delay``.
     """
     parameters = [bindparam(f"{name}s", type_=ARRAY(kind)) for name, kind in columns.items()]
     return func.unnest(_IDS, *parameters).table_valued("id", *columns).render_derived(name="given")

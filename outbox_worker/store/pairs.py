@@ -1,10 +1,12 @@
-"""Builds statements about pairs (student, course): locks of pairs, facts about events, and payments of a pair.
+"""Builds statements that lock pairs, read the facts about events, and read the payments of a pair.
 
-The lock of a pair is a transaction-level advisory lock. Its key, ``identity.pair_key``, is public, so other programs
-may use the same lock. Under both guards, the worker locks the pair before it judges an event or writes a refund. Only
-the fast statement under the guard ``index`` needs no lock. ``identity`` defines which pairs are the same.
+A pair is a student and a course. The lock of a pair is an advisory lock that ends with the
+transaction. ``identity.pair_key`` computes the key of this lock. The key is public: other programs
+can use the same lock. Under both guards, the worker locks the pair before it judges an event or
+writes a refund. Only the fast statement under the guard ``index`` needs no lock. The module
+``identity`` defines which pairs are the same.
 
-``PurchaseRepository`` locks pairs, reads facts and writes purchases with one statement for each of these steps.
+``PurchaseRepository`` uses one statement for each step: lock pairs, read facts, write purchases.
 """
 
 from __future__ import annotations
@@ -53,16 +55,22 @@ class PairLocks:
     keys: frozenset[int]
     """The lock keys of these pairs."""
     locked: frozenset[int]
-    """Events (``outbox.id``) whose pair is locked. Events without a pair are missing here and in ``contended``."""
+    """The events (``outbox.id``) whose pair is locked.
+
+    An event without a pair is neither in ``locked`` nor in ``contended``.
+    """
     contended: frozenset[int]
-    """Events whose pair is not locked, because another transaction has locked it or the capacity was used up."""
+    """The events whose pair is not locked.
+
+    Another transaction has locked the pair, or the capacity was used up.
+    """
     order: tuple[int, ...]
     """All events of the batch, in the order in which every statement writes purchases."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventFacts:
-    """The facts about one event, and the lock of its pair."""
+    """The facts about one event, and the lock key of its pair."""
 
     facts: Facts
     key: int | None
@@ -74,11 +82,14 @@ class StandingPayment(NamedTuple):
 
     payment_id: str
     kind: str
-    """A value of ``PaymentClass``, or ``payment_classes.CANNOT_BE_JUDGED``."""
+    """The class: a value of ``PaymentClass``, or ``payment_classes.CANNOT_BE_JUDGED``."""
 
 
 EventOf = Callable[[FromClause, Table], FromClause]
-"""A function that joins keys to event rows: ``claimed.event_of``, or for a backfill ``purchases.backfill_event_of``."""
+"""A function that joins keys to event rows, for example ``claimed.event_of``.
+
+A backfill uses ``purchases.backfill_event_of``.
+"""
 
 
 def keys_of(batch: Batch) -> dict[str, Any]:
@@ -109,7 +120,10 @@ def payload_source(claimed: FromClause, event: FromClause) -> FromClause:
 
 
 def payment_of(claimed: FromClause, payments: Table) -> FromClause:
-    """Build a lateral subquery that finds the payment of each claimed event by id. ``event_of`` explains OFFSET 0."""
+    """Build a lateral subquery that finds the payment of each claimed event by id.
+
+    ``event_of`` explains OFFSET 0.
+    """
     read = (payments.c[key] for key in ("id", "student_id", "course_id", "amount", "currency", "status"))
     row = select(*read).where(payments.c.id == claimed.c.payment_id)
     return row.offset(literal_column("0")).lateral("payment")
@@ -123,7 +137,7 @@ def purchase_of(claimed: FromClause, purchases: Table) -> FromClause:
 
 
 def holds_pair(ids: PairIds, purchases: FromClause, payments: FromClause) -> ColumnElement[bool]:
-    """Build the condition that the purchase is active, has the payment's pair, and does not come from this payment."""
+    """Build the condition that another purchase is active and has the same pair as the payment."""
     is_other = purchases.c.payment_id.is_distinct_from(payments.c.id)
     return and_(same_pair(ids, purchases, payments), purchases.c.is_active, is_other)
 
@@ -166,7 +180,7 @@ def look_statement(tables: Tables, event_of: EventOf) -> Select[Any]:
     own, held = purchases.alias("own"), purchases.alias("held")
     is_active = func.bool_or(own.c.is_active.is_(true()))  # a purchase whose is_active is NULL is not active
     active = select(is_active).where(own.c.payment_id == claimed.c.payment_id).scalar_subquery()
-    status = func.coalesce(status_of(payments), "")  # NULL would mean that there is no payment row
+    status = func.coalesce(status_of(payments), "")  # NULL would mean that no payment row exists
     bought = purchase_of(claimed, purchases)
     return (
         select(
@@ -208,8 +222,8 @@ def event_facts_of(row: Row[Any], event_type: str, *, last_try: bool) -> EventFa
 
 def standing_statement(tables: Tables) -> Select[Any]:
     """what: reads the succeeded payments of the events' pairs, oldest first, each with its class
-    lock: none (the pairs are already locked) · index: the pair's index of payments; if it is missing, payments is
-    scanned once; the outbox is scanned once if purchases are not enough to classify each payment
+    lock: none (the pairs are already locked) · index: the pair's index of payments; without it,
+    payments is scanned once; the outbox is scanned once if purchases do not determine each class
     """
     claimed, payments, purchases = claimed_keys(tables), tables.payments, tables.purchases
     refunded, own = payment_of(claimed, payments), purchase_of(claimed, purchases)

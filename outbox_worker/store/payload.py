@@ -1,12 +1,14 @@
-"""Reads five fields of each payload, each as text of limited length. ``Tables.paths`` says where they are.
+"""Reads five fields of each payload as text of limited length.
 
-If the column is jsonb, SQL expressions read the fields. The worker does not decode such a payload in Python, because
-PostgreSQL accepts payloads that Python cannot decode (deep nesting, huge integers).
+``Tables.paths`` contains the path of each field. If the payload column is jsonb, SQL expressions
+read the fields. The worker does not decode jsonb in Python. PostgreSQL accepts payloads that Python
+cannot decode (deep nesting, huge integers).
 
-A json or text column may contain what jsonb refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field
-of such a row, the statement would fail for all rows. So the worker reads json and text payloads as text and parses them
-one by one in Python. In this module, a json or text payload is called a *document*. If a payload is too long or cannot
-be parsed, only its own event becomes a dead letter.
+A json or text payload is called a *document* in this module. A document can contain what jsonb
+refuses: NUL, lone surrogates, NaN, or no JSON at all. If SQL read a field of such a document, the
+statement would fail for all rows. Therefore the worker reads documents as text and parses them one
+by one in Python. If a document is too long or cannot be parsed, only its own event becomes a dead
+letter.
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ _UUID_SHAPE = "________-____-____-____-____________"
 _UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _ARE_UUIDS = re.compile(rf"\{{{_UUID}(?:,{_UUID})*\}}", re.ASCII).fullmatch
 _LONGEST = 100
-"""A payload's ``payment_id`` is cut to this many characters before it is compared with UUIDs or integers."""
+"""SQL cuts a payload's ``payment_id`` to this many characters if ids are UUIDs or integers."""
 _LONGEST_CURRENCY = 1_000
-"""If the currency in a payload is longer than this number of bytes, it counts as different from every currency."""
+"""The longest currency in a payload, in bytes.
+
+A longer currency counts as different from all currencies.
+"""
 
 LONGEST_DOCUMENT = 262_144
 """The largest document (a json or text payload), in bytes, that the worker reads.
@@ -64,7 +69,8 @@ _IN_DOCUMENT = {
     KeyKind.INTEGER: r'\s*:\s*"?(-?[0-9]{1,19})"?\s*[,}]',
     KeyKind.TEXT: r'\s*:\s*"([^"\\]*)"',
 }
-"""The pattern of what follows the key of the ``payment_id`` in a document, by the kind of the payments' ids."""
+"""The pattern of the text after the key ``payment_id`` in a document, by the kind of payment ids.
+"""
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 """The pattern of a string or a bracket in JSON."""
 
@@ -101,10 +107,10 @@ def from_dead_letter(kept: ColumnElement[Any], outbox: FromClause) -> ColumnElem
 
 
 def claim_columns(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload column of a claim.
+    """Build the column that a claim reads from the payload.
 
-    If the payload is jsonb, this is the ``candidate``: a text that may be the payment's id. If the payload is json or
-    text, this is the whole payload (``document``).
+    If the payload is jsonb, this is ``candidate``: a text that is possibly the payment's id. If the
+    payload is json or text, this is ``document``: the whole payload.
     """
     return (
         document(outbox).label("document")
@@ -116,8 +122,8 @@ def claim_columns(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
 def read_claim_columns(tables: Tables, outbox: FromClause, found: str | None) -> tuple[str | None, Repeated]:
     """Parse a value of ``claim_columns``. Return the payment's id and the other fields.
 
-    The payment's id is None if no payment can have it. If the column is jsonb, the other fields are empty, because
-    later statements read these fields in SQL.
+    The id is None if no payment can have this id. If the column is jsonb, the other fields are
+    empty. Later statements read these fields in SQL.
     """
     if is_document(outbox):
         return read_document(tables, found)
@@ -125,9 +131,9 @@ def read_claim_columns(tables: Tables, outbox: FromClause, found: str | None) ->
 
 
 def read_document(tables: Tables, text: str | None) -> tuple[str | None, Repeated]:
-    """Parse a document (a json or text payload).
+    """Parse a document (a json or text payload). Return the ``payment_id`` and the other fields.
 
-    Return the ``payment_id`` in its usual text (None if no payment can have this id), and the other fields.
+    The ``payment_id`` is in its usual form, or None if no payment can have this id.
     """
     try:
         found = _parse(text or "")
@@ -139,14 +145,17 @@ def read_document(tables: Tables, text: str | None) -> tuple[str | None, Repeate
 
 
 def _at(document: Any, path: Sequence[str]) -> Any:
-    """Return the value at this path of a parsed document; None if there is no such value."""
+    """Return the value at this path of a parsed document, or None if no value is there."""
     for key in path:
         document = document.get(key) if isinstance(document, dict) else None
     return document
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON, and keep each number as the text that was written. Raises ValueError if the text is not JSON."""
+    """Parse JSON, and keep each number as its original text.
+
+    Raises ValueError if the text is no JSON.
+    """
     try:
         return json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
     except RecursionError:
@@ -158,7 +167,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _first_level(text: str) -> str:
-    """Replace every nested object and array of a JSON text by ``{}``, because Python cannot parse deep nesting."""
+    """Replace every nested object and array of a JSON text by ``{}``.
+
+    Python cannot parse deep nesting.
+    """
     depth, start, parts = 0, 0, []
     for token in _TOKEN.finditer(text):
         depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
@@ -171,11 +183,12 @@ def _first_level(text: str) -> str:
 
 
 def _text_of(value: Any) -> str | None:
-    """Convert a value to the text that ``->>`` returns.
+    """Convert a parsed value to the text that the SQL operator ``->>`` returns.
 
-    The text is not cut, because whole ids are compared. ``LONGEST_DOCUMENT`` limits its length. For an object or array,
-    return ``_NEVER_EQUAL``, because no payment column contains this text. The same character replaces the parts of a
-    string that PostgreSQL cannot store.
+    The text is not cut, because the worker compares whole ids. ``LONGEST_DOCUMENT`` limits the
+    length of the text. An object or array becomes ``_NEVER_EQUAL``, because no payment column
+    contains this text. PostgreSQL cannot store NUL and lone surrogates. NUL becomes
+    ``_NEVER_EQUAL``, and a lone surrogate becomes a question mark.
     """
     match value:
         case None:
@@ -199,14 +212,18 @@ def _written(tables: Tables, source: FromClause, key: str) -> ColumnElement[Any]
 
 
 def key_text(tables: Tables, source: FromClause, key: str) -> ColumnElement[Any]:
-    """Build the text of a payload field, cut to ``_LONGEST`` characters; NULL if there is no such field."""
+    """Build the text of a payload field, cut to ``_LONGEST`` characters.
+
+    The text is NULL if the payload has no such field.
+    """
     return func.left(_written(tables, source, key), _LONGEST)
 
 
 def payment_id_candidate(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload's ``payment_id``; NULL if its length shows that it cannot be an id.
+    """Build the payload's ``payment_id``.
 
-    If ids are texts, the JSON type of the value must also be string or number.
+    The result is NULL if no id has this length or shape. If ids are texts, the result is also NULL
+    for JSON values that are neither strings nor numbers.
     """
     written, kind = _written(tables, outbox, "payment_id"), tables.payment_key
     if kind is KeyKind.UUID:
@@ -220,16 +237,20 @@ def payment_id_candidate(tables: Tables, outbox: FromClause) -> ColumnElement[An
 
 
 def fast_candidate(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload's ``payment_id`` for the fast statement, which checks it with ``as_key``."""
+    """Build the payload's ``payment_id`` for the fast statement.
+
+    The fast statement checks this text with ``as_key``.
+    """
     if tables.payment_key is KeyKind.TEXT:
         return payment_id_candidate(tables, outbox)
     return key_text(tables, outbox, "payment_id")
 
 
 def as_key(text: ColumnElement[str], kind: KeyKind) -> ColumnElement[Any]:
-    """Convert the text of a payment's id to the type of such ids. A text that cannot be an id becomes NULL.
+    """Convert the text of a payment's id to the type of payment ids.
 
-    The expression raises an error if the text has the length of a UUID, but is not a UUID.
+    A text that cannot be an id becomes NULL. The expression raises an error if the text has the
+    length of a UUID, but is not a UUID.
     """
     if kind is KeyKind.UUID:
         return case((func.octet_length(text) == len(_UUID_SHAPE), cast(text, UUID(as_uuid=False))))
@@ -247,10 +268,12 @@ def is_written_as(text: ColumnElement[str], uuid: ColumnElement[Any]) -> ColumnE
 
 
 def usable_payment_ids(candidates: str, kind: KeyKind) -> Sequence[str | None]:
-    """Parse an array of candidates. Return ids in their usual text, and None for every candidate that cannot be an id.
+    """Parse an array of candidates.
 
-    The worker checks the candidates in Python, because a regular expression on the server would take a tenth of the
-    server's time per event. If all candidates are UUIDs in lower case, the text of the array is not split.
+    Return the usual form of each candidate, or None if the candidate cannot be an id. A candidate
+    is a text that is possibly the id of a payment. The worker checks candidates in Python. A
+    regular expression on the server would take a tenth of the server's time per event. If all
+    candidates are UUIDs in lower case, the text of the array is not split.
     """
     found = ArrayText(candidates)
     if kind is KeyKind.UUID and _ARE_UUIDS(candidates):
@@ -259,11 +282,13 @@ def usable_payment_ids(candidates: str, kind: KeyKind) -> Sequence[str | None]:
 
 
 def payment_id_text(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
-    """Build the payload's ``payment_id`` as text, even if it cannot be an id. The expression never raises an error.
+    """Build the payload's ``payment_id`` as text, even if it cannot be an id.
 
-    A UUID is in lower case, an integer has no zeros before it. In a json or text payload, a regular expression finds
-    the ``payment_id``, even in a nested object. In jsonb, no regular expression checks a UUID, because the check would
-    take longer than reading the table. The check is not needed, because the value is only compared with UUIDs.
+    The expression never raises an error. A UUID is written in lower case, and an integer without
+    leading zeros. In a json or text payload, a regular expression finds the ``payment_id``, even in
+    a nested object. In jsonb, the expression does not check that the text is a UUID. The check
+    would take longer than reading the table. The check is not needed, because the text is only
+    compared with UUIDs.
     """
     kind = tables.payment_key
     if is_document(outbox):
@@ -277,11 +302,13 @@ def payment_id_text(tables: Tables, outbox: FromClause) -> ColumnElement[Any]:
 
 
 def mismatches(tables: Tables, source: FromClause, payments: FromClause) -> dict[str, ColumnElement[bool]]:
-    """Build one condition per optional field: the payload has this field, and its value differs from the payment row.
+    """Build one condition per optional field: the payload has the field, and its value differs.
 
-    ``source`` is the event's row, or a relation with the fields that the worker parsed in Python. The condition first
-    compares the texts of both values. In most payloads the texts are equal, and then nothing else is computed.
-    Otherwise ids are compared by the types of the payment's columns, and currencies in upper case without blanks.
+    The condition compares the payload with the payment row. ``source`` is the event's row, or a
+    relation with the fields that the worker parsed in Python. The condition first compares both
+    values as texts. In most payloads, the texts are equal, and PostgreSQL computes nothing else. If
+    the texts differ, PostgreSQL compares ids by the types of the payment's columns, amounts as
+    numbers, and currencies in upper case without blanks.
     """
     written = {key: _written(tables, source, key) for key in Repeated._fields}
     rules = {
@@ -294,7 +321,10 @@ def mismatches(tables: Tables, source: FromClause, payments: FromClause) -> dict
 
 
 def mismatched_keys(tables: Tables, source: FromClause, payments: FromClause) -> ColumnElement[Any]:
-    """Build a text[] with the names of the fields that differ from the payment row; {} if there is no such row."""
+    """Build a text[] with the names of the fields that differ from the payment row.
+
+    If no payment row exists, all optional fields in the payload count as different.
+    """
     names = [case((differs, key)) for key, differs in mismatches(tables, source, payments).items()]
     return func.array_remove(array[Any](names, type_=Text), None)
 

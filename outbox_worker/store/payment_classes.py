@@ -1,8 +1,10 @@
-"""Classifies payments: every *standing* payment (succeeded, not refunded) is in exactly one of seven classes.
+"""Classifies payments. A *standing* payment has succeeded and is not refunded.
 
-``audit``, ``backfill``, ``why`` and refunds use the same SQL CASE. A scan has two steps. ``page_statement`` reads one
-page of payments, and classifies each payment whose class follows from the table ``purchases`` alone. Usually, these are
-nearly all payments. ``portion_statement`` then classifies the remaining payments of the page.
+If a standing payment can be judged, it is in exactly one of seven classes. The commands ``audit``,
+``backfill`` and ``why`` use the same SQL CASE as refunds. A scan has two steps. ``page_statement``
+reads one page of payments, and classifies each payment whose class follows from the table
+``purchases`` alone. Usually, this step classifies nearly all payments. ``portion_statement`` then
+classifies the remaining payments of the page.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from outbox_worker.store.workers import set_aside_events
 
 
 class PaymentClass(StrEnum):
-    """The class of a standing payment. If several classes apply, the first one in this list is used."""
+    """The class of a standing payment. If several classes apply, the first in this list counts."""
 
     ACTIVE = "active"
     REVOKED = "revoked"
@@ -61,28 +63,30 @@ class PaymentClass(StrEnum):
 
 
 RECENT = timedelta(hours=1)
-"""The length of the last part of a scanned range.
+"""The length of the last part of a scanned range. The next scan reads this part again.
 
-The transaction of a payment in this part may commit only after the scan has read the part. So the next scan reads this
-part again.
+A payment that was created in this part can be committed after the scan has read the part.
 """
 REFUNDED_BUT_ACTIVE = "refunded_but_active"
 UNKNOWN_STATUS = "unknown_status"
 """The kind of a payment whose status the worker does not know.
 
-Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing* (succeeded and not refunded). An
-operator should check such payments.
+Payments of this kind and of ``REFUNDED_BUT_ACTIVE`` are not *standing* (succeeded and not
+refunded). An operator should check the payments of both kinds.
 """
 CANNOT_BE_JUDGED = "cannot_be_judged"
-"""The kind of a standing payment that would be unexplained, but that has a missing or unusable value.
+"""The kind of a standing payment that has no other class, and has a missing or unusable value.
 
-Examples: no student, no currency, a time of ``infinity``. If the amount is negative, infinite or not a number, the
-payment is of this kind even if it has a purchase, because no sum can include the amount. No backfill creates a purchase
-for a payment of this kind until a person has corrected the value.
+Examples: the payment has no student, no currency, or a time of ``infinity``. If the amount is
+negative, infinite or not a number, the payment has this kind even if it has a purchase. No sum can
+include such an amount. A backfill creates no purchase for a payment of this kind until a person has
+corrected the value.
 """
 CURRENCY_MAX = 100
-"""The largest number of characters of a currency. If the currency of a payment is longer than this, the payment is
-``CANNOT_BE_JUDGED``."""
+"""The largest number of characters of a currency.
+
+A payment with a longer currency is ``CANNOT_BE_JUDGED``.
+"""
 
 READ_TO_CLASSIFY = ("id", "student_id", "course_id", "amount", "currency", "created_at")
 """The columns of payments that determine the class of a standing payment."""
@@ -97,10 +101,10 @@ Whens = list[tuple[ColumnElement[bool], ColumnElement[str]]]
 def page_statement(
     tables: Tables, order: Sequence[str], *, by_index: bool, is_first: bool, lists_duplicates: bool = False
 ) -> Select[Any]:
-    """what: reads the next page of payments in the order of a key. Counts the payments whose class follows from their
-    purchases, by class and currency, and returns the ids of all other payments. Also returns the page's length and last
-    key, and lists each duplicate if ``lists_duplicates``
-    lock: none · index: the one on the key; those of purchases on payment_id and on the pair
+    """what: reads the next page of payments in the order of a key. Counts the payments whose class
+    follows from their purchases, by class and currency. Returns the ids of all other payments, the
+    length of the page and its last key. Lists each duplicate payment if ``lists_duplicates``
+    lock: none · index: that on the key; those of purchases on payment_id and on the pair
     """
     keys = [tables.payments.c[key] for key in order]
     read = select(*(tables.payments.c[key] for key in _READ)).where(*span(tables, order))
@@ -117,9 +121,10 @@ def page_statement(
 
 
 def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool = False) -> Select[Any]:
-    """what: counts the payments ``ids`` by class and currency, and lists each unexplained payment if ``lists``
-    lock: none · index: primary key of payments, dead_letters.payment_id, those of purchases on payment_id and on the
-    pair; the outbox is scanned once
+    """what: counts the payments with these ``ids`` by class and currency. Lists each unexplained
+    payment if ``lists``
+    lock: none · index: primary key of payments, dead_letters.payment_id, those of purchases on
+    payment_id and on the pair; the outbox is scanned once
     """
     ids = func.unnest(bindparam("ids", type_=Keys(tables.payment_key))).table_valued("id").render_derived(name="given")
     rows = select(*(tables.payments.c[key] for key in _READ)).where(tables.payments.c.id == ids.c.id)
@@ -134,7 +139,7 @@ def portion_statement(tables: Tables, *, by_index: bool, lists_duplicates: bool 
 
 def ahead_statement(tables: Tables) -> Select[Any]:
     """what: ids of standing payments without a purchase that are dated more than ``RECENT`` in the future
-    lock: none · index: the shop's index on created_at, if any; purchases.payment_id
+    lock: none · index: that of payments on created_at, if it exists; purchases.payment_id
     """
     payments, own = tables.payments, tables.purchases
     is_ahead = payments.c.created_at > func.statement_timestamp() + literal(RECENT, Interval)
@@ -144,7 +149,10 @@ def ahead_statement(tables: Tables) -> Select[Any]:
 
 
 def why_not_judged(payments: FromClause) -> ColumnElement[str | None]:
-    """Build the reason why a payment cannot be classified, as a text for people; NULL if it can be classified."""
+    """Build the reason why a payment cannot be classified, as a text for people.
+
+    The reason is NULL if the payment can be classified.
+    """
     read = payments.c
     return case(
         (read.id.is_(None), "it has no id"),
@@ -161,24 +169,29 @@ def why_not_judged(payments: FromClause) -> ColumnElement[str | None]:
 
 
 def has_unfit_amount(payments: FromClause) -> ColumnElement[bool]:
-    """Build the condition that no sum can include the amount: it is negative, infinite or not a number.
+    """Build the condition that the amount is negative, infinite or not a number.
 
-    PostgreSQL sorts NaN after infinity, so the comparison with infinity finds both.
+    No sum can include such an amount. PostgreSQL sorts NaN after infinity. Therefore one comparison
+    finds infinity and NaN.
     """
     amount = payments.c.amount
     return or_(amount < 0, amount >= literal_column("CAST('Infinity' AS numeric)"))
 
 
 def waivable(letters: FromClause) -> ColumnElement[bool]:
-    """Build the condition that discarding the letter waives the purchase of its payment, if the payment is standing."""
+    """Build the condition that a dead letter waives a purchase if an operator discards it.
+
+    If its payment is standing (succeeded, not refunded), the payment then gets no purchase.
+    """
     reasons = or_(*(letters.c.reason == reason.value for reason in sorted(WAIVABLE)))
     return and_(has_type(letters, [PURCHASE_CONFIRMED]), reasons)
 
 
 def class_among(few: CTE, tables: Tables) -> ColumnElement[str]:
-    """Build the class of each payment in ``few``: standing payments, with the columns ``READ_TO_CLASSIFY``.
+    """Build the class of each payment in ``few``.
 
-    The CASE prevents the planner from using a join with the outbox. So the outbox is read at most once, even if the
+    ``few`` contains standing payments, with the columns ``READ_TO_CLASSIFY``. The CASE prevents the
+    planner from joining the outbox. Therefore PostgreSQL reads the outbox at most once, even if the
     statistics of the outbox are wrong.
     """
     named, ids = _named(tables), select(cast(few.c.id, Text))

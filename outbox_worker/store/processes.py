@@ -1,7 +1,8 @@
-"""Identifies the process that writes a row of ``workers`` or ``backfill_runs``, and finds out whether it still runs.
+"""Identifies the process that writes a row of ``workers`` or ``backfill_runs``.
 
-A worker that cannot reach the database leaves a note (a file) on its host instead. The note says that the worker no
-longer processes the event that is named in the worker's row.
+This module also finds out whether that process still runs. If a worker cannot reach the database,
+it creates a note (a file) on its host. The note says that the worker no longer processes the event
+in its row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from uuid import UUID
 BACKFILL_SILENT_AFTER_SECONDS = 60.0
 """A backfill is considered killed if it has not updated its open row for this number of seconds.
 
-Each statement of a backfill takes less time, so a running backfill updates its row more often.
+Each statement of a backfill takes less time. Therefore a running backfill updates its row more
+often.
 """
 
 
@@ -26,10 +28,11 @@ def this_process() -> dict[str, str | int]:
 
 
 def is_running(host: str, pid: int) -> bool | None:
-    """Return whether the process of a row still runs; None if it ran on another host, where this process cannot look.
+    """Return whether the process that wrote a row still runs.
 
-    If the id is the id of this process, return False. Process ids are reused, so an earlier process with the same id
-    wrote the row, and that process has ended.
+    Return None if it ran on another host. If ``pid`` is the id of this process, return False. In
+    this case, an earlier process with the same id wrote the row, and has ended. Operating systems
+    reuse process ids.
     """
     if host != socket.gethostname():
         return None
@@ -43,15 +46,19 @@ def is_running(host: str, pid: int) -> bool | None:
 
 
 def is_gone(host: str, pid: int, silent_seconds: float, silent_after_seconds: float) -> bool:
-    """Return whether the process of an open row is dead.
+    """Return whether the process that wrote an open row is dead.
 
-    The process is dead if its row was not updated for too long, or if it ran on this host and no longer runs.
+    The process is dead if its row was not updated for too long, or if it ran on this host and no
+    longer runs.
     """
     return silent_seconds > silent_after_seconds or is_running(host, pid) is False
 
 
 def leave_note(worker: UUID) -> None:
-    """Create a file that says that a worker no longer processes the event in its row. Ignore an error of the disk."""
+    """Create a note: a file that says that a worker no longer processes the event in its row.
+
+    Ignore disk errors.
+    """
     with suppress(OSError):
         _note(worker).touch()
 
@@ -66,6 +73,9 @@ def remove_note(worker: UUID) -> None:
 
 
 def _note(worker: UUID) -> Path:
-    """Return the path of the note: in the state directory that systemd gives the service, or among temporary files."""
+    """Return the path of the note.
+
+    The note is in the state directory that systemd gives the service, or among temporary files.
+    """
     directory = os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or tempfile.gettempdir()
     return Path(directory) / f"outbox-worker-{worker}.withdrawn"

@@ -1,10 +1,11 @@
-"""Writes ``purchases`` and ``processed_events``, and reads ``payments``. Use the class ``PurchaseRepository``.
+"""Writes ``purchases`` and ``processed_events``, and reads ``payments``.
 
-Each statement receives the keys of claimed events as arrays, and joins the keys to the rows of the tables. If every
-event gets its purchase, the INSERT returns NULL instead of a list of payments.
+Use ``PurchaseRepository``. Each statement receives the keys of claimed events as arrays, and joins
+the keys to the rows of the tables. If every event gets its purchase, the INSERT returns NULL
+instead of a list of payments.
 
-Every statement that writes purchases writes them in the order (student_id, course_id, due_at, id), because otherwise
-two workers could deadlock. ``identity.written_order`` defines how the ids are compared.
+Every statement writes purchases in the order (student_id, course_id, due_at, id). Otherwise two
+workers could deadlock. ``identity.written_order`` defines how the ids are compared.
 """
 
 from __future__ import annotations
@@ -75,17 +76,23 @@ _COPIED = ("student_id", "course_id", "payment_id", "amount", "currency", "is_ac
 """The columns of a purchase that the worker inserts."""
 
 _DIGITS = 15
-"""A backfill uses this number of hexadecimal digits of an MD5 if event ids are integers: they fit into a bigint."""
+"""The number of hexadecimal MD5 digits in an integer event id of a backfill.
+
+This number of digits fits into a bigint.
+"""
 
 BACKFILL_NAMESPACE = "purchase-outbox-worker:"
-"""A backfill joins this text and a payment's id, and uses the MD5 of both as the event id of the payment's mark."""
+"""A backfill writes this text before a payment's id, and computes the MD5 of both.
+
+The MD5 is the event id of the payment's mark.
+"""
 
 
 class PurchaseRepository:
     """Reads and writes purchases and marks. This class keeps the compiled statements, but no state.
 
-    ``event_of`` joins the keys of a batch to rows of the outbox. A backfill passes another function, because its
-    payments have no events in the outbox.
+    ``event_of`` joins the keys of a batch to rows of the outbox. A backfill passes another
+    function, because its payments have no events in the outbox.
     """
 
     def __init__(self, tables: Tables, event_of: EventOf = event_of) -> None:
@@ -100,17 +107,18 @@ class PurchaseRepository:
         self._mark = Statement(_remark_statement(tables))
 
     def insert_granted(self, session: Session, batch: Batch, guard: GuardState) -> set[int]:
-        """Insert the purchases that ``decide`` allowed, and return the ids of the events whose purchase was inserted.
+        """Insert the purchases that ``decide`` allowed. The caller must have locked the pairs.
 
-        The caller must have locked the pairs.
+        Return the ids of the events whose purchase was inserted.
         """
         return self._run_insert(session, batch, self._insert(guard.guard, guard.predicate))
 
     def lock_pairs(self, session: Session, batch: Batch, capacity: int) -> PairLocks:
-        """Lock up to ``capacity`` pairs of a batch in ascending key order, without waiting for other transactions.
+        """Lock up to ``capacity`` pairs of a batch in ascending key order.
 
-        Waiting could deadlock, because this transaction and the other one may have written purchases already. If
-        another transaction has locked a pair, the events of this pair stay in the outbox until the next claim.
+        Do not wait for other transactions. Waiting could deadlock, because both transactions can
+        have written purchases already. If another transaction has locked a pair, the events of this
+        pair stay in the outbox until the next claim.
         """
         rows = self._lock.execute(session, {**keys_of(batch), "capacity": capacity}).all()
         return PairLocks(
@@ -130,10 +138,12 @@ class PurchaseRepository:
         }
 
     def revoke(self, session: Session, batch: Batch) -> set[int]:
-        """Make the purchases of refunded payments inactive. Return the ids of the events whose refund was written.
+        """Make the purchases of refunded payments inactive.
 
-        The caller must have locked the pairs, and no two events may name the same payment. If a payment has no
-        purchase, an inactive one is inserted, so that a later confirmation creates no active purchase.
+        Return the ids of the events whose refund was written. The caller must have locked the
+        pairs. Each payment must occur in one event only. If a payment has no purchase, the
+        statement inserts an inactive purchase. A later confirmation then creates no active
+        purchase.
         """
         with relying_on_a_key():
             return self._run_insert(session, batch, self._revoke)
@@ -141,7 +151,8 @@ class PurchaseRepository:
     def standing_payments(self, session: Session, batch: Batch) -> dict[int, list[StandingPayment]]:
         """Read the succeeded payments of the events' pairs, oldest first.
 
-        The planner is allowed to scan the whole table here, because ``payments`` may have no index on the pair.
+        The planner is allowed to scan the whole table here. ``payments`` does not always have an
+        index on the pair.
         """
         found: dict[int, list[StandingPayment]] = {}
         with planned(session, **FREE_PLANS):
@@ -152,18 +163,21 @@ class PurchaseRepository:
     def mark(self, session: Session, batch: Batch, outcome: Outcome) -> None:
         """Mark events with their final outcome.
 
-        An existing mark gets the new outcome only if the event has just created a purchase, that is, if ``outcome`` is
-        one of ``GRANTS``. Otherwise the existing mark does not change.
+        An existing mark gets the new outcome only if the event has just created a purchase
+        (``GRANTS``). Otherwise the mark keeps its outcome. If an existing mark has no payment id,
+        it gets the payment id of the event.
         """
         for event_type, events in batch.by_type().items():
             keys = {"event_ids": events.event_ids, "payment_ids": events.payment_ids}
             write(session, self._mark, {**keys, "event_type": event_type, "outcome": outcome.value}, len(events))
 
     def is_own_key(self, session: Session, error: Exception) -> bool:
-        """Return whether the unique key in an error 23505 is that of the pair, of the payment, or of the event's mark.
+        """Return whether an error 23505 names the unique key of a pair, of a payment, or of an
+        event's mark.
 
-        If so, the event is the cause of the error. If the key is another one, every purchase may violate it. Raises
-        DefaultTaken if a sequence gave the row a key that another row has, because the sequence is behind its column.
+        If it does, the event is the cause of the error. If the error names another unique key,
+        every purchase can violate that key. Raises DefaultTaken if a sequence gave the row a key
+        that another row has. The sequence is then behind its column.
         """
         purchases, marks = self._tables.purchases, self._tables.processed_events
         written = {purchases: {*_COPIED, "deactivated_at"}, marks: {column.key for column in marks.c}}
@@ -186,7 +200,10 @@ class PurchaseRepository:
         return written
 
     def _keys_of_payments(self, batch: Batch, payment_ids: Sequence[str]) -> set[int]:
-        """Return the events of these payments. Raise WrittenOtherwise if a trigger changed a payment's id."""
+        """Return the events of these payments.
+
+        Raises WrittenOtherwise if a trigger changed the payment id of a purchase.
+        """
         by_payment = dict(zip(batch.payment_ids, batch.ids, strict=True))
         if not by_payment.keys() >= {*payment_ids}:
             raise self._written_otherwise(["payment_id"])
@@ -195,9 +212,10 @@ class PurchaseRepository:
     def _check_alone(self, session: Session, batch: Batch) -> None:
         """Raise PairTaken if a pair whose purchase was just written has a second active purchase.
 
-        This check is a new statement, so it has a newer snapshot than the INSERT. While an index is dropped
-        concurrently, the INSERT may miss a purchase that another transaction wrote under the guard ``index`` and
-        committed after the INSERT began.
+        This check is a new statement with a newer snapshot than the INSERT. If the unique index is
+        dropped concurrently, the INSERT can miss a purchase of another transaction. That
+        transaction wrote the purchase under the guard ``index``, and committed after the INSERT
+        began.
         """
         if any(row.pair_held for row in self._look.execute(session, keys_of(batch))):
             raise PairTaken("Another transaction has just created an active purchase of the same pair.")
@@ -205,8 +223,8 @@ class PurchaseRepository:
     def read_back(self, session: Session, payment_ids: Sequence[str | None], *, is_active: bool) -> None:
         """Raise WrittenOtherwise if a trigger changed a purchase that this transaction has written.
 
-        Call this method at the end, after the deferred triggers have run. Otherwise a deferred trigger that looks at
-        the mark would not find it yet.
+        Call this method at the end, after the deferred triggers have run. If the triggers ran
+        earlier, a deferred trigger that reads the mark would not find the mark.
         """
         if not payment_ids:
             return
@@ -228,7 +246,10 @@ class PurchaseRepository:
 
 
 def _raise_if_behind(session: Session, table: Table, names: set[str], error: Exception) -> None:
-    """Raise DefaultTaken if a sequence that fills one of these columns is behind, or if that cannot be seen."""
+    """Raise DefaultTaken if a sequence that fills one of these columns is behind.
+
+    Also raise DefaultTaken if the value of the sequence or of the column is unknown.
+    """
     remedies = []
     for column, sequence in sequences(session, table).items():
         if column in names:
@@ -243,19 +264,19 @@ def _raise_if_behind(session: Session, table: Table, names: set[str], error: Exc
 
 
 def backfill_event_id(payment_id: Key, kind: KeyKind) -> Key:
-    """Compute the event id, of this kind, with which a backfill marks a payment.
+    """Compute the event id of the mark that a backfill writes for a payment.
 
-    If event ids are integers, the id is negative, because the ids of a producer are usually positive.
-    ``backfill_event_of`` computes the same id in SQL.
+    ``kind`` is the kind of event ids. An integer id is negative, because the ids of a producer are
+    usually positive. ``backfill_event_of`` computes the same id in SQL.
     """
     digest = hashlib.md5(f"{BACKFILL_NAMESPACE}{payment_id}".encode(), usedforsecurity=False).hexdigest()
     return kind.key(str(-1 - int(digest[:_DIGITS], 16) if kind is KeyKind.INTEGER else UUID(digest)))
 
 
 def backfill_event_of(kind: KeyKind, keys: FromClause, outbox: Table) -> FromClause:
-    """Build a row that replaces the missing event of a payment. Event ids are of this kind.
+    """Build a row that replaces the missing event of a payment. ``kind`` is the kind of event ids.
 
-    The payload of the row is NULL, so the row cannot contradict the payment.
+    The payload of the row is NULL. Therefore the row cannot contradict the payment.
     """
     digest = func.md5(literal(BACKFILL_NAMESPACE) + cast(keys.c.payment_id, Text), type_=Text)
     number = cast(literal("x") + func.left(digest, _DIGITS), BIT(4 * _DIGITS))
@@ -275,9 +296,11 @@ def backfill_event_of(kind: KeyKind, keys: FromClause, outbox: Table) -> FromCla
 
 
 def _offered(statement: postgresql.Insert, tables: Tables, is_unsure: ColumnElement[bool] | None = None) -> Select[Any]:
-    """Build a query that returns the payments whose purchases the statement wrote; NULL if these are all ``offered``.
+    """Build a query that returns the payments whose purchases the statement wrote.
 
-    The query also returns ``is_unsure``: whether the caller must check that no pair has a second active purchase.
+    The result is NULL if the statement wrote the purchases of all ``offered`` events. The query
+    also returns ``is_unsure``: whether the caller must check that no pair has a second active
+    purchase.
     """
     made = statement.returning(cast(tables.purchases.c.payment_id, Text).label("payment_id")).cte("made")
     none = cast(array([]), ARRAY(Text))
@@ -316,8 +339,8 @@ def _revoke_statement(tables: Tables) -> postgresql.Insert:
     """what: makes purchases of refunded payments inactive, or inserts inactive ones, in the order that all workers use
     lock: pairs (already locked), then the purchases' rows · index: primary keys, purchases.payment_id (ON CONFLICT)
 
-    PostgreSQL checks NOT NULL before ON CONFLICT. So a value that the shop erased from the payment is read from the
-    purchase.
+    PostgreSQL checks NOT NULL before ON CONFLICT. If the shop has erased a value from the payment,
+    the statement reads the value from the purchase.
     """
     claimed, purchases, now = claimed_keys(tables), tables.purchases, func.clock_timestamp()
     outbox, payments = event_of(claimed, tables.outbox), payment_of(claimed, tables.payments)
@@ -387,7 +410,8 @@ def _mark_statement(tables: Tables) -> postgresql.Insert:
 
 
 def _remark_statement(tables: Tables) -> postgresql.Insert:
-    """what: marks settled events; an existing mark keeps its outcome unless the new outcome created a purchase
+    """what: marks settled events; an existing mark gets the new outcome only if the event created a
+    purchase
     lock: the claimed rows (already locked) · index: primary key of processed_events
     """
     marks, statement = tables.processed_events, _mark_statement(tables)

@@ -1,7 +1,8 @@
-"""Keeps the events that no claim takes, because the database refuses to remove or to postpone their rows.
+"""Keeps the events that are *set aside*. Claims skip these events.
 
-All claim loops of a process share one ``SetAside``. ``Workers`` writes the events of this process into its row, and
-reads the events of other workers from their rows.
+The database refuses to delete or to postpone the rows of these events. All claim loops of a process
+share one ``SetAside``. The class ``Workers`` writes the events of this process into the row of this
+process. ``Workers`` reads the events of other workers from their rows.
 """
 
 from __future__ import annotations
@@ -11,39 +12,51 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 MOST = 1000
-"""The largest number of events that one worker sets aside. If there are more, the cause is probably the database."""
+"""The largest number of events that one worker sets aside.
+
+If the database refuses more events, the cause is probably the database itself.
+"""
 
 FIRST_SECONDS = 15.0
-"""The time for which an event is set aside if the database refuses for the first time to change its row.
+"""The time for which an event is set aside after the database refused to change its row once.
 
-Often, the cause ends by itself, for example when another service deletes its reference to the event.
+Often, the cause disappears without help. For example, another service deletes its reference to the
+event.
 """
 
 LATER_SECONDS = 600.0
-"""The time for which an event is set aside if the database has refused before to change its row.
+"""The time for which an event is set aside after the database refused repeatedly to change its row.
 
-Each try makes a batch fail once, so tries must be rare.
+Each try makes a batch fail once. Therefore tries must be rare.
 """
 
 UNRECORDED_MAX = 3
-"""After this many tries in a row whose outcome the database refused to record, an event is set aside.
+"""After this many unrecorded tries in a row, the worker sets an event aside.
 
-Otherwise only the log would tell that the event can be neither settled nor buried.
+A try is unrecorded if the database refused to record its outcome. Without this limit, only the log
+would show that the event can neither be settled nor become a dead letter.
 """
 
 
 @dataclass
 class SetAside:
-    """The events that this worker or another worker has set aside, so that no claim takes them."""
+    """The events that this worker or another worker has set aside. Claims skip these events."""
 
     ids: Sequence[int] = ()
-    """All events that a claim must not take. The list is replaced as a whole, so reading the list needs no lock."""
+    """All events that a claim must skip.
+
+    The list is replaced as a whole. Therefore reading the list needs no lock.
+    """
     known: set[int] = field(default_factory=set)
     """The events that this worker has set aside before."""
     _unrecorded: dict[int, int] = field(default_factory=dict)
-    """For each event whose outcome the database refused to record: the number of such tries in a row."""
+    """The number of tries in a row, by event, whose outcome the database refused to record."""
     _own: dict[int, tuple[str, float]] = field(default_factory=dict)
-    """For each event of this worker: the refusal, and the time from which a claim may take the event again."""
+    """The events that this worker has set aside.
+
+    Each entry has the text of the refusal, and the time from which a claim can take the event
+    again.
+    """
     _others: frozenset[int] = frozenset()
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -52,7 +65,7 @@ class SetAside:
         return len(self._own.keys() | set(more)) <= MOST
 
     def add(self, refusals: Mapping[int, str], now: float) -> None:
-        """Set events aside from ``now`` on, in monotonic seconds. Call this method after COMMIT."""
+        """Set events aside. ``now`` is in monotonic seconds. Call this method after COMMIT."""
         if not refusals:
             return
         with self._lock:
@@ -62,7 +75,7 @@ class SetAside:
             self._gather()
 
     def add_unrecorded(self, refusals: Mapping[int, str], now: float) -> None:
-        """Count the tries whose outcome could not be recorded. Set an event aside after ``UNRECORDED_MAX`` of them."""
+        """Count the unrecorded tries. Set an event aside after ``UNRECORDED_MAX`` such tries."""
         for key in refusals:
             self._unrecorded[key] = self._unrecorded.get(key, 0) + 1
         often = {key: refusal for key, refusal in refusals.items() if self._unrecorded[key] >= UNRECORDED_MAX}
@@ -70,19 +83,25 @@ class SetAside:
             self.add(often, now)
 
     def release_old(self, now: float) -> None:
-        """Release the events of this worker whose time is over, so that the next claim takes them again."""
+        """Release the events of this worker whose time is over.
+
+        The next claim can take these events again.
+        """
         with self._lock:
             self._own = {key: (refusal, until) for key, (refusal, until) in self._own.items() if until > now}
             self._gather()
 
     def forget(self, settled: Set[int]) -> None:
-        """Forget that these events were refused before, because their outcome could be recorded now."""
+        """Forget that the database refused these events before.
+
+        Call this method if the outcome of these events was recorded.
+        """
         self.known.difference_update(settled)
         for key in self._unrecorded.keys() & settled:
             del self._unrecorded[key]
 
     def learn(self, others: Iterable[int]) -> None:
-        """Replace the events that other workers have set aside."""
+        """Replace the list of the events that other workers have set aside."""
         with self._lock:
             self._others = frozenset(others)
             self._gather()

@@ -12,13 +12,14 @@ from outbox_worker.schema.problem import SchemaProblem
 from outbox_worker.schema.tables import Tables
 
 _LOOKED_AT = 10_000
-"""If ``payments.status`` is no enum, the check of statuses reads at most this number of payments."""
+"""The largest number of payments whose status the check reads if ``payments.status`` is no enum."""
 
 
 def find_unknown_statuses(session: Session, tables: Tables) -> list[SchemaProblem]:
-    """Return a concern if payments have a status that the worker does not know, as far as this role may read them.
+    """Return a concern if payments have a status that the worker does not know.
 
-    Compare the labels of the enum. If the column is no enum, compare the statuses of at most ``_LOOKED_AT`` payments.
+    First check the labels of the enum. If no label is unknown, check the statuses of at most
+    ``_LOOKED_AT`` payments, if this role has the privilege to read them.
     """
     if labels := find_unknown_labels(session, tables):
         return labels

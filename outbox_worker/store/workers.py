@@ -1,13 +1,15 @@
-"""Reads and writes ``workers``: one row per process, with its last heartbeat, its counters, and the events that the
-process has set aside or processes alone.
+"""Reads and writes ``workers``: one row per process, with its last heartbeat and its counters.
 
-A worker writes its row at start and at every heartbeat, and closes the row when it stops cleanly. If an open row is no
-longer updated, its worker has died.
+The row also contains the events that the process has set aside, and the event that it processes
+alone.
 
-Before a worker processes an event alone, it commits the event's id into its own row: it *accuses* the event. The worker
-withdraws the accusation when the event is settled or given up, and when the worker stops. If a worker dies with an
-accusation in its row, another worker takes the row over. If the event is proven to be the cause of the death, that
-other worker counts a crash for the event.
+A worker writes its row at its start and at every heartbeat. A worker that stops cleanly closes its
+row. If an open row is no longer updated, its worker has died.
+
+Before a worker processes an event alone, it *accuses* the event: it commits the event's id into its
+own row. The worker withdraws the accusation if the event is settled or given up, and if the worker
+stops. If a worker dies with an accusation in its row, another worker takes the row over. If the
+event is proven to be the cause of the death, the other worker counts a crash for the event.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from outbox_worker.store.processes import has_note, is_running, leave_note, remo
 from outbox_worker.store.set_aside import SetAside
 
 ROWS_KEPT_FOR = timedelta(days=1)
-"""The row of a process is deleted this long after the process ended."""
+"""The time after which a worker deletes the row of a process that has ended."""
 
 # what: the timeline of the server, a number that changes with each failover · lock: none
 _TIMELINE = text("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")
@@ -79,12 +81,18 @@ class WorkerRow:
 
 @dataclass
 class Contact:
-    """Records when this process could reach the database, because this matters when it judges other workers."""
+    """Records when this process could reach the database.
+
+    The process needs this information to judge whether other workers died.
+    """
 
     heartbeats: int = 0
     """The number of heartbeats that this process wrote since the last outage of the database."""
     regained_at: datetime | None = None
-    """The time of the database's clock when the database answered again after an outage; None without any outage."""
+    """The time, by the database's clock, when the database answered again after an outage.
+
+    The time is None if no outage has occurred.
+    """
     _is_lost: bool = False
 
     def lost(self) -> None:
@@ -115,7 +123,10 @@ class Takeover:
 
     dead: list[DeadWorker] = field(default_factory=list)
     is_undecided: bool = False
-    """Whether another worker is probably dead with an isolated event, but cannot be judged yet."""
+    """Whether another worker cannot be judged yet.
+
+    That worker is probably dead, and it processed an event alone.
+    """
 
 
 class Workers:
@@ -123,14 +134,19 @@ class Workers:
 
     def __init__(self, tables: Tables, worker_id: UUID) -> None:
         self.set_aside = SetAside()
-        """The events that no claim takes. Each heartbeat writes those that this process has set aside into its row."""
+        """The events that claims skip.
+
+        Each heartbeat writes the events that this process has set aside into the row of this
+        process.
+        """
         self._workers, self._outbox = tables.workers, tables.outbox
         self._id = worker_id
 
     def join(self, session: Session, guard: Guard) -> datetime | None:
-        """Insert the row of this process, and delete the rows of processes that ended more than a day ago.
+        """Insert the row of this process.
 
-        Return the time by the database's clock, as ``beat`` does.
+        Delete the rows of processes that ended more than a day ago. Return the time of the
+        heartbeat, as ``beat`` does.
         """
         workers = self._workers
         last_seen = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
@@ -140,11 +156,12 @@ class Workers:
     def beat(
         self, session: Session, guard: Guard, metrics: Mapping[str, float], *, stopped: bool = False
     ) -> datetime | None:
-        """Write a heartbeat, with the counters of this process and the events that it has set aside.
+        """Write a heartbeat, the counters of this process, and the events that it has set aside.
 
         If ``stopped``, also close the row and withdraw the accusation.
 
-        Return the time of the heartbeat by the database's clock, or None if it was not written (``_write``).
+        Return the time of the heartbeat by the database's clock. Return None if ``_write`` did not
+        write the heartbeat.
         """
         now = func.clock_timestamp()
         seen = {
@@ -173,16 +190,21 @@ class Workers:
             self._reopen(session)
 
     def withdraw_here(self) -> None:
-        """Leave a note on this host, because the database is away and ``withdraw`` therefore failed."""
+        """Leave a note (a file) on this host that withdraws the accusation.
+
+        Call this method if ``withdraw`` failed because the database is away.
+        """
         leave_note(self._id)
 
     def take_over_dead_workers(
         self, session: Session, contact: Contact, deadline_seconds: float, *, only_accusers: bool = False
     ) -> Takeover:
-        """Take over the rows of dead workers, and count each proven death for its event, in this transaction.
+        """Take over the rows of dead workers.
 
-        Of the rows without an isolated event, take over only one. The worker that takes such a row over then processes
-        events alone, and one worker per death is enough. If ``only_accusers``, take over no such row.
+        Count each proven death for its event, in this transaction. Take over at most one row of a
+        worker that processed no event alone. The worker that takes over such a row then processes
+        events alone. One worker per death is enough for this. If ``only_accusers``, take over only
+        rows of workers that processed an event alone.
         """
         found = Takeover()
         rows = self._open_rows(session, contact, only_accusers)
@@ -215,10 +237,11 @@ class Workers:
         return session.execute(open_rows.order_by(workers.c.started_at)).all()
 
     def _take_over(self, session: Session, row: Row[Any], death: Death, found: Takeover) -> None:
-        """what: closes the row of a dead worker and counts its death, unless the row has changed since it was read
+        """what: closes the row of a dead worker and counts its death, if the row is unchanged
         lock: FOR UPDATE SKIP LOCKED, the row of the worker before the event · index: primary keys
 
-        If the death was counted, the row keeps its event, so that ``_reopen`` can subtract the death again.
+        If the death was counted, the row keeps the id of its event. ``_reopen`` needs this id to
+        subtract the death again.
         """
         workers = self._workers
         unchanged = [workers.c.id == row.id, workers.c.seen_at == row.seen_at, *self._is_open()]
@@ -246,11 +269,13 @@ class Workers:
         return [self._workers.c.stopped_at.is_(None), self._workers.c.succeeded_at.is_(None)]
 
     def _reopen(self, session: Session) -> bool:
-        """what: opens our row again if another worker has taken it over, and subtracts the death that was counted
-        lock: FOR UPDATE on our row, then FOR UPDATE SKIP LOCKED on the event · index: primary keys
+        """what: opens the row of this worker again if another worker has taken it over; subtracts
+        the counted death
+        lock: FOR UPDATE on the row, then FOR UPDATE SKIP LOCKED on the event · index: primary keys
 
-        The other worker was wrong, because this process is alive. This process was only paused, or could not reach the
-        database. If the event is locked, return False and write nothing. The next heartbeat tries again.
+        The other worker was wrong, because this process is alive. This process was only paused, or
+        could not reach the database. If the event is locked, return False and write nothing. The
+        next heartbeat tries again.
         """
         workers = self._workers
         taken = [workers.c.id == self._id, workers.c.succeeded_at.is_not(None)]
@@ -265,10 +290,11 @@ class Workers:
         return True
 
     def _write(self, session: Session, values: Mapping[str, Any]) -> datetime | None:
-        """what: updates the row of this process and its heartbeat, or inserts it · lock: row · index: primary key
+        """what: updates the row of this process and its heartbeat, or inserts the row
+        lock: row · index: primary key
 
-        Return the time of the heartbeat. If another worker has taken the row over, open the row again first. If the row
-        cannot be opened now, return None.
+        Return the time of the heartbeat. If another worker has taken the row over, open the row
+        again first. If the row cannot be opened now, return None.
         """
         workers = self._workers
         seen = {"seen_at": func.clock_timestamp(), **values}
@@ -299,7 +325,10 @@ def _traces(row: Row[Any], contact: Contact, timeline: str | None) -> Traces:
 
 
 def _timeline(session: Session) -> str | None:
-    """Return the server's timeline; None if it cannot be read. Without it, only the start time shows a failover."""
+    """Return the timeline of the server. Return None if the timeline cannot be read.
+
+    Without the timeline, only the server's start time shows a failover.
+    """
     try:
         with savepoint(session):
             found: str = session.scalars(_TIMELINE).one()
@@ -311,7 +340,10 @@ def _timeline(session: Session) -> str | None:
 
 
 def _count(session: Session, outbox: Table, event: int) -> Changed:
-    """Count a death for an event. If a trigger or rule of the outbox refuses this, the death is not counted."""
+    """Count a death for an event.
+
+    If a trigger or a rule of the outbox refuses this, the death is not counted.
+    """
     try:
         with savepoint(session):
             return add_crash(session, outbox, event)
@@ -332,10 +364,11 @@ def list_workers(session: Session, tables: Tables) -> Sequence[WorkerRow]:
 
 
 def set_aside_events(workers: Table) -> Select[Any]:
-    """what: the ids of the events that workers have set aside · lock: none · index: none, ``workers`` is small
+    """what: the ids of the events that workers have set aside
+    lock: none · index: none, ``workers`` is small
 
-    The events of a worker count while it runs, and afterwards until another worker starts. The new worker tries these
-    events again.
+    The events of a worker count as set aside while it runs. After the worker's end, its events
+    count until another worker starts. The new worker tries these events again.
     """
     return _keys_set_aside(workers, _is_latest(workers))
 
@@ -363,7 +396,9 @@ def _is_running(workers: FromClause) -> ColumnElement[bool]:
 
 
 def _is_latest(workers: Table) -> ColumnElement[bool]:
-    """Build the condition that the worker of a row still runs, or has ended and no other worker has started since."""
+    """Build the condition that a row's worker runs, or that no other worker has started after its
+    end.
+    """
     later = workers.alias("later")
     ended = func.coalesce(workers.c.stopped_at, workers.c.seen_at)
     return or_(_is_running(workers), ~select(later.c.id).where(later.c.started_at > ended).exists())
