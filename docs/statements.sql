@@ -5,7 +5,8 @@
 -- The parameters of each transaction (docs/explanation/performance.md) make PostgreSQL plan each statement once.
 
 -- 1. claim and settle (guard index)
--- what: settles all events of a claim that nothing speaks against; returns numbers, and the ids that fell out
+-- what: settles the clean events of a claim (none of rules 1 to 8 applies); returns counts,
+-- and the ids of all other events
 -- lock: FOR UPDATE SKIP LOCKED on the claimed rows; under the guard ``lock``, the pairs are locked already
 -- index: (due_at, id); primary keys of payments, marks, letters and outbox; purchases.payment_id and the pair's index
 -- guard: ``index``: ON CONFLICT DO NOTHING; ``lock``: one event per pair, none if the pair has an active purchase
@@ -181,7 +182,8 @@ LIMIT 1) AS end_id, CAST(pg_current_xact_id_if_assigned() AS TEXT) AS transactio
 FROM claimed;
 
 -- 3. settle what is locked (guard lock)
--- what: settles all events of a claim that nothing speaks against; returns numbers, and the ids that fell out
+-- what: settles the clean events of a claim (none of rules 1 to 8 applies); returns counts,
+-- and the ids of all other events
 -- lock: FOR UPDATE SKIP LOCKED on the claimed rows; under the guard ``lock``, the pairs are locked already
 -- index: (due_at, id); primary keys of payments, marks, letters and outbox; purchases.payment_id and the pair's index
 -- guard: ``index``: ON CONFLICT DO NOTHING; ``lock``: one event per pair, none if the pair has an active purchase
@@ -373,7 +375,7 @@ FROM claimed;
 
 -- 6. choose an event to process alone
 -- what: chooses the first due event · lock: FOR UPDATE SKIP LOCKED, until the choice is committed
--- index: (due_at, id), or the primary key if ``ours`` names the event
+-- index: (due_at, id), or the primary key if a condition in ``ours`` gives the event's id
 SELECT public.outbox.id, coalesce(public.outbox.crashes, 0::INTEGER) AS crashes
 FROM public.outbox
 WHERE public.outbox.due_at <= coalesce(:until::TIMESTAMP WITH TIME ZONE, statement_timestamp())
@@ -610,8 +612,8 @@ FROM made;
 
 -- 13. find the next payment of a pair
 -- what: reads the succeeded payments of the events' pairs, oldest first, each with its class
--- lock: none (the pairs are already locked) · index: the pair's index of payments; if it is missing, payments is
--- scanned once; the outbox is scanned once if purchases are not enough to classify each payment
+-- lock: none (the pairs are already locked) · index: the pair's index of payments; without it,
+-- payments is scanned once; the outbox is scanned once if purchases do not determine each class
 WITH pairs AS MATERIALIZED
 (SELECT claimed.id AS id, coalesce(payment.student_id, purchase.student_id) AS student_id,
     coalesce(payment.course_id, purchase.course_id) AS course_id
@@ -688,7 +690,8 @@ FROM standing
 ORDER BY standing.created_at, standing.id;
 
 -- 14. mark
--- what: marks settled events; an existing mark keeps its outcome unless the new outcome created a purchase
+-- what: marks settled events; an existing mark gets the new outcome only if the event created a
+-- purchase
 -- lock: the claimed rows (already locked) · index: primary key of processed_events
 INSERT INTO public.processed_events (event_id, event_type, outcome, payment_id, processed_at, recovered_at) SELECT
     settled.event_id, :event_type::VARCHAR AS anon_1, :outcome::VARCHAR AS anon_2, settled.payment_id,
